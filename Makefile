@@ -1,0 +1,31 @@
+# make demo    install, make scenes, train from the committed warm start, evaluate, predict, write runs/demo/report.html
+# make test    install, lint, type-check, test
+# make recipe  the whole tiny recipe from nothing; writes the warm start
+PYTHON ?= python3
+BIN := .venv/bin
+export JAX_PLATFORMS ?= cpu
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test recipe lint clean
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m crab_jax.demo $(if $(FROM_SCRATCH),--from-scratch)
+
+recipe: .venv/installed
+	$(BIN)/python -m crab_jax.recipe
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs

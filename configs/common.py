@@ -1,0 +1,52 @@
+"""What every stage config shares: the full set of keys with their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict, config_dict
+
+from crab_jax.config import crab_7b, size_overrides
+from crab_jax.losses import LossConfig
+from crab_jax.optim import OptimConfig
+from crab_jax.tasks import TASKS
+from data_pipelines.batching import DataConfig
+
+# Paths ('/'-joined, full match) of the parameter groups that stages train or freeze.
+ENCODERS = ("clip/.*", "beats/.*")
+QFORMERS = ("vl_projector/.*", "al_projector/.*")
+LORA = ("llama/.*/lora_(A|B|route)",)
+LLAMA = ("llama/(?!.*/lora_).*",)
+# The random Fourier matrices are saved state, never trained (the released code registers them as buffers).
+FOURIER = ("seg_module/.*positional_encoding_gaussian_matrix",)
+SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
+
+
+def base() -> ConfigDict:
+    """All keys of a run config. Stages change values, never add keys."""
+    model_keys = ("image_size", "visual_queries", "audio_queries")
+    decode = {k: config_dict.placeholder(str) if v is None else v  # a plain None could not be overridden
+              for k, v in dataclasses.asdict(DataConfig()).items() if k not in model_keys}
+    loss = {k: v for k, v in dataclasses.asdict(LossConfig()).items() if k != "reduction"}
+    return ConfigDict({
+        "model": "crab_7b",
+        "compat": "paper",
+        "sizes": size_overrides(crab_7b()),
+        "init_from": "",  # a run's workdir or a packed model; "" starts from random weights
+        "fresh": (),  # parameter patterns that `init_from` may lack
+        "trainable": (*QFORMERS, *LORA, *SEGMENTATION),
+        "frozen": (*ENCODERS, *LLAMA, *FOURIER),
+        "frozen_dtype": "bfloat16",
+        "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
+        # weights multiply a task's natural share of the mixture; 0 leaves it out
+        "data": {"root": "", "split": "train", "limit": 0, "batch_size": 256, "workers": 0,
+                 "weights": {name: 1.0 for name in TASKS}, "decode": decode},
+        "loss": loss,
+        "optim": dataclasses.asdict(OptimConfig()),
+        "mesh": {"data": 0, "fsdp": 1, "tensor": 1},
+        "seed": 0,
+        "steps": 1000,
+        "log_every": 10,
+        "checkpoint_every": 500,
+        "keep": 2,
+    })

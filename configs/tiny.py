@@ -1,0 +1,23 @@
+"""The joint stage at tiny size on the generated scenes, from the warm start.
+
+    python -m crab_jax.train --config=configs/tiny.py --config.data.root=runs/scenes --workdir=runs/x
+"""
+
+from configs import common
+
+
+def get_config():
+    """Q-Formers, segmentation branch and LoRA train together on all tasks (paper section 4, instruction tuning)."""
+    config = common.base()
+    config.model = "tiny"
+    config.init_from = "warm_start"
+    config.frozen_dtype = "float32"
+    config.tokenizer = "data_pipelines/tiny_tokenizer.json"
+    config.data.root = "runs/scenes"
+    config.data.batch_size = 16
+    config.data.decode.lengths = (144, 192, 272)
+    config.optim.lr = 3e-4
+    config.steps = 600
+    config.log_every = 20
+    config.checkpoint_every = 200
+    return config

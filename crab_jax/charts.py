@@ -1,0 +1,116 @@
+"""Charts of the report: losses, scores against baselines, and the routing of the LoRA heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from crab_jax.overlay import figure_png
+from crab_jax.tasks import TASKS
+
+# Okabe-Ito colours, which stay apart for colour-blind readers; the trained model comes first.
+COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#999999", "#CC79A7", "#0072B2", "#E69F00", "#F0E442", "#000000")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
+    """PNG: one line per name over the steps of metrics.jsonl; "loss" is the total, others stand under `loss/`."""
+    figure = Figure(figsize=(8, 3.6))
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        key = name if name == "loss" else f"loss/{name}"
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=name, linewidth=1.4)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (log scale)")
+    _plain(axes)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    return figure_png(figure)
+
+
+def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+    """PNG: per task the headline metric of each column {name: {task: {metric, intervals}}}, with 95 % intervals."""
+    tasks = [task for task in TASKS if any(task in rows for rows in columns.values())]
+    across = min(3, len(tasks))
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(3.3 * across, (0.26 * len(columns) + 0.8) * down))
+    grid = figure.subplots(down, across, squeeze=False, gridspec_kw={"hspace": 0.6, "wspace": 0.12}, sharey=True)
+    for axes in grid.flat[len(tasks):]:
+        axes.axis("off")
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        metric = TASKS[task].headline
+        for row, name in enumerate(columns):
+            scores = columns[name].get(task, {})
+            if metric not in scores:
+                continue
+            low, high = scores.get("intervals", {}).get(metric, (scores[metric],) * 2)
+            error = [[max(0.0, scores[metric] - low)], [max(0.0, high - scores[metric])]]
+            axes.barh(row, scores[metric], xerr=error, color=COLOURS[0] if row == 0 else "0.72",
+                      error_kw={"linewidth": 1, "ecolor": "0.25"})
+        axes.set_title(f"{task}: {metric}", fontsize=10, loc="left")
+        axes.set_yticks(range(len(columns)), list(columns))
+        axes.set_ylim(len(columns) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.tick_params(labelsize=8)
+        _plain(axes)
+    return figure_png(figure)
+
+
+def routing_heatmaps(weights: Mapping[str, np.ndarray], axis: str) -> bytes:
+    """PNG: per task the mean weight of each head, by `axis` "layer" or "projection" (the other one averaged).
+
+    `weights` are float[layers, projections, heads]; the colours are centred on 1/heads, an even use.
+    """
+    means = {task: array.mean(axis=1 if axis == "layer" else 0).T for task, array in weights.items()}
+    heads, columns = next(iter(means.values())).shape
+    ticks = PROJECTIONS if axis == "projection" else [str(i + 1) for i in range(columns)]
+    spread = max(0.02, max(float(np.abs(mean - 1 / heads).max()) for mean in means.values()))
+    across = min(3, len(means))
+    down = -(-len(means) // across)
+    figure = Figure(figsize=(3.2 * across, (0.3 * heads + 0.75 + 0.5 * (axis == "projection")) * down))
+    gaps = {"hspace": 0.55, "wspace": 0.08}
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True, gridspec_kw=gaps)
+    for axes in grid.flat[len(means):]:
+        axes.axis("off")
+    for axes, (task, mean) in zip(grid.flat, means.items(), strict=False):
+        image = axes.imshow(mean, cmap="PuOr_r", vmin=1 / heads - spread, vmax=1 / heads + spread, aspect="auto")
+        axes.set_title(task, fontsize=10, loc="left")
+        axes.set_yticks(range(heads), [f"head {i + 1}" for i in range(heads)], fontsize=8)
+        _sparse_ticks(axes, ticks)
+        axes.tick_params(labelbottom=True)
+    if axis == "layer":
+        for axes in grid[-1]:
+            axes.set_xlabel("layer", fontsize=9)
+    figure.colorbar(image, ax=grid, label="mean weight", fraction=0.03, pad=0.02)
+    return figure_png(figure)
+
+
+def entropy_heatmap(entropy: Mapping[str, np.ndarray], heads: int) -> bytes:
+    """PNG: tasks by layers, the entropy (bits) of a token's head weights, from float[layers, projections] per task."""
+    table = np.stack([array.mean(axis=1) for array in entropy.values()])
+    figure = Figure(figsize=(7, 0.32 * len(table) + 0.9))
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="viridis", vmin=0, vmax=np.log2(heads) if heads > 1 else 1, aspect="auto")
+    axes.set_yticks(range(len(table)), list(entropy), fontsize=9)
+    _sparse_ticks(axes, [str(i + 1) for i in range(table.shape[1])])
+    axes.set_xlabel("layer")
+    figure.colorbar(image, ax=axes, label="bits", fraction=0.03, pad=0.02)
+    return figure_png(figure)
+
+
+def _sparse_ticks(axes: Any, names: Sequence[str]) -> None:
+    step = -(-len(names) // 8)
+    turned = max(map(len, names)) > 4
+    axes.set_xticks(range(0, len(names), step), names[::step], fontsize=8, rotation=45 if turned else 0,
+                    ha="right" if turned else "center")
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)

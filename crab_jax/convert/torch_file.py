@@ -1,0 +1,249 @@
+"""PyTorch checkpoints as lazy mappings of NumPy arrays, read without PyTorch and without running what they contain."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from crab_jax.errors import InputError
+
+_DTYPES = {
+    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8,
+    "uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16, "uint8": np.uint8, "bool": np.bool_,
+    "complex64": np.complex64, "complex128": np.complex128,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2": ml_dtypes.float8_e5m2, "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+}
+_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128", "UntypedStorage": "uint8",
+}
+_CONTAINERS = "save a plain dict of tensors again with torch.save, or as safetensors"
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors by name, each built when it is asked for. `metadata` holds the file's plain values, nested as they were.
+
+    Names of nested dicts are joined with dots: `{'cfg': ..., 'model': {'a': tensor}}` gives 'model.a'.
+    """
+
+    def __init__(self, build: Mapping[str, Callable[[], np.ndarray]], metadata: Mapping[str, Any] | None = None):
+        self._build = dict(build)
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._build[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._build
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._build)
+
+    def __len__(self) -> int:
+        return len(self._build)
+
+
+class _Storage(NamedTuple):
+    """The bytes of one storage record and the name of its element type."""
+
+    data: np.ndarray
+    dtype: str
+
+
+class _Tensor(NamedTuple):
+    """A strided window on a storage; offset and strides count elements."""
+
+    storage: _Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def build(self) -> np.ndarray:
+        """Read-only view on the file; raises ValueError when the window leaves the storage."""
+        dtype = np.dtype(_DTYPES[self.dtype])
+        return np.ndarray(self.shape, dtype, self.storage.data, self.offset * dtype.itemsize,
+                          tuple(stride * dtype.itemsize for stride in self.strides))
+
+
+class _Admitted:
+    """A function that a pickle may name. It has no attribute that the pickle's BUILD opcode could replace."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]):
+        object.__setattr__(self, "_call", call)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"sets {name!r} on a function")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+
+def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
+    return _checked(_Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides)))
+
+
+def _tensor_v3(storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: bool, _hooks: Any,
+               dtype: str, *_: Any) -> _Tensor:
+    return _checked(_Tensor(storage, dtype, offset, tuple(shape), tuple(strides)))
+
+
+def _checked(tensor: _Tensor) -> _Tensor:
+    tensor.build()  # a view costs nothing, and a bad one is better refused at once
+    return tensor
+
+
+_FUNCTIONS = {
+    ("torch._utils", "_rebuild_tensor"): _Admitted(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Admitted(_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Admitted(_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Admitted(lambda tensor, *_: tensor),
+    ("torch", "Size"): _Admitted(tuple),
+    ("collections", "OrderedDict"): _Admitted(collections.OrderedDict),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickler that builds tensors and plain containers, and nothing else."""
+
+    def __init__(self, archive: zipfile.ZipFile, path: Path, record: str):
+        super().__init__(archive.open(record))
+        self._archive, self._path, self._record = archive, path, record
+        self._bytes = np.memmap(path, np.uint8, mode="r")
+        self._storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and name in _DTYPES:
+            return name
+        raise InputError(str(self._path), self._record, f"it refers to {module}.{name}, which is not a tensor",
+                         f"do not load files you do not trust; otherwise {_CONTAINERS}")
+
+    def persistent_load(self, reference: tuple) -> _Storage:
+        kind, dtype, key, _device, _count = reference
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"persistent reference of kind {kind!r}")
+        if key not in self._storages:
+            self._storages[key] = self._map(f"{self._record.removesuffix('data.pkl')}data/{key}")
+        return _Storage(self._storages[key], dtype)
+
+    def _map(self, record: str) -> np.ndarray:
+        """Bytes of an uncompressed zip record as a view on the file."""
+        try:
+            info = self._archive.getinfo(record)
+        except KeyError:
+            raise InputError(str(self._path), record, "this storage is missing", "fetch the file again") from None
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise InputError(str(self._path), record, "this storage is compressed", "unzip and zip it with -0")
+        # The local header repeats the name and has its own extra field (padding up to the storage's alignment).
+        header = info.header_offset
+        name, extra = struct.unpack("<HH", self._bytes[header + 26:header + 30].tobytes())
+        start = header + 30 + name + extra
+        if start + info.file_size > len(self._bytes):
+            raise InputError(str(self._path), record, "this storage ends after the file", "fetch the file again")
+        return self._bytes[start:start + info.file_size]
+
+
+def read(path: str | Path) -> LazyTensors:
+    """Tensors of a `torch.save` file (.bin, .pt, .pth; the zip format of PyTorch 1.6 and later).
+
+    Storages stay in the file and are memory-mapped; arrays are read-only views. Code in the pickle is never run: only
+    tensors, OrderedDict and plain values are built. Raises InputError for anything else, and for damaged files.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tensors, metadata = _load(archive, path)
+    except FileNotFoundError:
+        raise InputError(str(path), "", "there is no such file", "check the path") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(str(path), "", f"it is not a whole PyTorch zip file ({error})",
+                         f"fetch it again; if PyTorch older than 1.6 wrote it, {_CONTAINERS}") from error
+    return LazyTensors(tensors, metadata)
+
+
+def _load(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
+    records = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(records) != 1:
+        raise InputError(str(path), "data.pkl", f"the zip file holds {len(records)} of this record, not one",
+                         "give a file written by torch.save")
+    order = records[0].removesuffix("data.pkl") + "byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise InputError(str(path), order, "only little-endian files are read", "save it on a little-endian machine")
+    try:
+        tensors: dict[str, Callable[[], np.ndarray]] = {}
+        value = _Unpickler(archive, path, records[0]).load()
+        if not isinstance(value, Mapping):
+            raise pickle.UnpicklingError(f"holds a {type(value).__name__}, not a dict")
+        return tensors, _take_tensors(value, "", tensors)
+    except (InputError, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise InputError(str(path), records[0], f"it is damaged or holds more than tensors ({error!r})",
+                         f"fetch it again, or {_CONTAINERS}") from error
+
+
+def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.ndarray]]) -> Any:
+    """Put every tensor under a dict or list into `tensors`; return the plain values that remain, nested as before."""
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    rest = {}
+    for key, item in items:
+        if isinstance(item, _Tensor):
+            tensors[f"{prefix}{key}"] = item.build
+        else:
+            rest[key] = _take_tensors(item, f"{prefix}{key}.", tensors)
+    return rest if isinstance(value, Mapping) else list(rest.values())
+
+
+def read_safetensors_dir(folder: str | Path) -> LazyTensors:
+    """Tensors of a Hugging Face model directory: `model.safetensors`, or the shards of `model.safetensors.index.json`.
+
+    Raises InputError when a file is missing or damaged, or a shard lacks a tensor that the index names.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        shard = _open_safetensors(folder / "model.safetensors")
+        return LazyTensors({name: partial(shard.get_tensor, name) for name in shard.keys()})
+    try:
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = {file: _open_safetensors(folder / file) for file in set(files.values())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(str(index), "weight_map", f"it is no safetensors index ({error!r})",
+                         "fetch the file again") from error
+    names = {file: set(shard.keys()) for file, shard in shards.items()}
+    for name, file in files.items():
+        if name not in names[file]:
+            raise InputError(str(folder / file), name, "the index names this tensor but the shard lacks it",
+                             "fetch the directory again")
+    return LazyTensors({name: partial(shards[file].get_tensor, name) for name, file in files.items()})
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(str(path), "", f"it cannot be read as safetensors ({error})",
+                         "give a directory that holds the whole model") from error

@@ -1,0 +1,95 @@
+"""Train, evaluate and predict on freshly generated scenes, and write one report. `make demo` runs this.
+
+    python -m crab_jax.demo --out runs/demo
+
+Starts from the committed warm start (see crab_jax/recipe.py), or with --from-scratch from a small recipe of its own.
+Every step is a command a user would type. Finished parts are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from crab_jax import runs, scoring
+from crab_jax.checkpoints import save_packed
+from crab_jax.config import model_config
+from crab_jax.errors import run_verb
+from crab_jax.models.crab import Crab
+from crab_jax.recipe import command, recipe
+from data_pipelines.media import read_mask
+
+SEED = 1  # of the demo's scenes; the recipe's are others
+TRAIN_SCENES, TEST_SCENES, STEPS = 400, 60, 300
+WARM_START = Path("warm_start")
+
+
+def save_untrained(run: Path, out: Path) -> None:
+    """The run's model with random weights, as a packed model: the baseline of not having learned."""
+    config = runs.load_config(run)
+    config.init_from = ""
+    save_packed(out, runs.initial_params(config, Crab(model_config(config))), config.to_dict())
+    runs.tokenizer_of(config).save(out)
+
+
+def collect_results(out: Path, scenes: Path, image_size: int) -> None:
+    """results.json: the trained model's scores and every baseline's."""
+    examples = runs.read_examples(scenes, "test")
+
+    def mask_of(example):
+        return read_mask(scenes / example.mask, image_size, example.mask_kind) if example.mask else None
+
+    def scores_of(name: str) -> dict:
+        return json.loads((out / name / "results.json").read_text())["tasks"]
+
+    baselines = {name: scores_of(name) for name in ("untrained", "audio_muted", "video_blanked")}
+    for kind in ("empty", "constant"):
+        print(f"scoring the {kind} baseline", flush=True)
+        baselines[kind] = scoring.baseline_results(examples, kind, mask_of)["tasks"]
+    results = {"tasks": scores_of("trained"), "baselines": baselines}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def demo(out: Path, from_scratch: bool) -> None:
+    """Everything, in order."""
+    scenes, run = out / "scenes", out / "train"
+    command("data_pipelines.sources.scenes", "--out", scenes, "--train", TRAIN_SCENES, "--val", 8, "--test",
+            TEST_SCENES, "--seed", SEED, "--workers", 2)
+    start = WARM_START
+    if from_scratch:
+        start = out / "recipe" / "warm_start"
+        recipe(out / "recipe", start, scale=0.1)
+    command("crab_jax.train", "--config=configs/tiny.py", f"--config.init_from={start}",
+            f"--config.data.root={scenes}", f"--config.data.decode.cache_dir={out / 'cache'}",
+            f"--config.steps={STEPS}", f"--workdir={run}")
+    save_untrained(run, out / "untrained_model")
+    for name, checkpoint, flags in (("trained", run, ()), ("audio_muted", run, ("--mute-audio",)),
+                                    ("video_blanked", run, ("--blank-video",)),
+                                    ("untrained", out / "untrained_model", ())):
+        command("crab_jax.evaluate", "--checkpoint", checkpoint, "--data", scenes, "--batch-size", 32,
+                "--max-new-tokens", 128, *flags, "--out", out / name)
+    collect_results(out, scenes, runs.load_model(run)[0].cfg.clip.image_size)
+    clip = scenes / "test" / "000000" / "clip.mp4"
+    command("crab_jax.predict", "--checkpoint", run, "--task", "avqa", "--video", clip, "--question",
+            "How many instruments are sounding in the video?", "--out", out / "predict")
+    command("crab_jax.predict", "--checkpoint", run, "--task", "ms3", "--video", clip, "--second", 4, "--out",
+            out / "predict_mask")
+    command("crab_jax.report", "--run", run, "--results", out / "results.json", "--data", scenes, "--out",
+            out / "report.html")
+    print(f"\nreport: {out / 'report.html'}")
+
+
+def main() -> None:
+    """Entry point of `python -m crab_jax.demo`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--from-scratch", action="store_true", help="do without the committed warm start")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args()
+    demo(args.out, args.from_scratch)
+
+
+if __name__ == "__main__":
+    run_verb(main, "--debug" in sys.argv)

@@ -1,0 +1,54 @@
+"""The one exception for bad input, and how every verb reports it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Bad input that its user can fix: names the file (or flag), the field, the problem and the fix.
+
+    Pickle-safe, because it is raised in data workers and shown in the main process.
+    """
+
+    def __init__(self, where: str, field: str, problem: str, fix: str):
+        super().__init__(where, field, problem, fix)
+        self.where, self.field, self.problem, self.fix = where, field, problem, fix
+
+    def __str__(self) -> str:
+        field = f" [{self.field}]" if self.field else ""
+        return f"{self.where}{field}: {self.problem}; {self.fix}"
+
+
+def find_input_error(error: BaseException) -> InputError | None:
+    """The `InputError` behind an exception, if any (data workers wrap what they raise)."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, InputError):
+            return current
+        queue += [current.__cause__, current.__context__]
+    return None
+
+
+def run_verb(main: Callable[[], None], debug: bool = False) -> None:
+    """Run a verb and exit: 0 done, 2 for an `InputError` (one line on stderr), 1 for anything else."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except Exception as error:
+        found = find_input_error(error)
+        if debug or found is None:
+            traceback.print_exc()
+        if found is not None:
+            print(f"error: {found}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,141 @@
+"""Crab: encoders -> Q-Formers -> spliced sequence -> LLaMA with multi-head LoRA -> text logits and masks.
+
+Paper section 3 (architecture); released files models/unified_arch.py, models/unified_llama.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from crab_jax.models.beats import Beats, BeatsConfig
+from crab_jax.models.clip import Clip, ClipConfig, normalize
+from crab_jax.models.llama import KVCache, Llama, LlamaConfig
+from crab_jax.models.lora import LoraConfig
+from crab_jax.models.mask_decoder import SegConfig, SegModule
+from crab_jax.models.qformer import QFormer, QFormerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CrabConfig:
+    """Sizes of every module. `seg_taps` picks the two CLIP taps of the mask decoder; the last tap feeds the LLM."""
+
+    clip: ClipConfig = ClipConfig()
+    beats: BeatsConfig = BeatsConfig()
+    visual: QFormerConfig = QFormerConfig(in_dim=1024, out_dim=4096)
+    audio: QFormerConfig = QFormerConfig(in_dim=768, out_dim=4096)
+    llama: LlamaConfig = LlamaConfig()
+    lora: LoraConfig = LoraConfig()
+    seg: SegConfig = SegConfig()
+    seg_taps: tuple[int, int] = (0, 2)
+
+
+@flax.struct.dataclass
+class CrabOutput:
+    """logits f32[B,L,V], hidden [B,L,D]; mask logits f32[B,M,H,W] and f32[B,M,classes,H,W], None when M = 0."""
+
+    logits: jax.Array
+    hidden: jax.Array
+    binary: jax.Array | None
+    semantic: jax.Array | None
+
+
+class Crab(nn.Module):
+    """The whole model. A `batch` is a data_pipelines.batching.Batch (or anything with its fields)."""
+
+    cfg: CrabConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.clip = Clip(cfg.clip)
+        self.beats = Beats(cfg.beats)
+        self.vl_projector = QFormer(cfg.visual)
+        self.al_projector = QFormer(cfg.audio)
+        self.llama = Llama(cfg.llama, cfg.lora)
+        self.seg_module = SegModule(cfg.seg)
+
+    def encode_images(self, images: jax.Array) -> tuple[jax.Array, ...]:
+        """uint8[B,T,H,W,3] -> one [B,T,N,C] per CLIP tap."""
+        batch = images.shape[0]
+        taps = self.clip(normalize(rearrange(images, "b t h w c -> (b t) h w c")))
+        return tuple(rearrange(tap, "(b t) n c -> b t n c", b=batch) for tap in taps)
+
+    def visual_rows(self, patches: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Patches [B,T,N,C] of the last tap -> LLM rows [B,T*Q,D], frame by frame."""
+        batch = patches.shape[0]
+        rows = self.vl_projector(rearrange(patches, "b t n c -> (b t) n c"), deterministic)
+        return rearrange(rows, "(b t) q d -> b (t q) d", b=batch)
+
+    def audio_rows(self, fbank: jax.Array, deterministic: bool = True) -> jax.Array:
+        """fbank [B,S,F,128] -> LLM rows [B,S*Q,D], window by window."""
+        batch = fbank.shape[0]
+        encoded = self.beats(rearrange(fbank, "b s f m -> (b s) f m"))
+        return rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch)
+
+    def splice(self, batch: Any, rows: list[jax.Array]) -> jax.Array:
+        """Text embeddings with feature rows gathered into their slots: [B,L,D]. One gather, no loop over samples."""
+        text = self.llama.embed(batch.tokens)
+        if not rows:
+            return text
+        features = jnp.concatenate(rows, axis=1).astype(text.dtype)
+        taken = jnp.take_along_axis(features, jnp.maximum(batch.slots, 0)[..., None], axis=1)
+        return jnp.where((batch.slots >= 0)[..., None], taken, text)
+
+    def inputs(self, batch: Any, deterministic: bool = True) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Batch -> (spliced embeddings [B,L,D], mask-decoder features: two [B,M,N,C], empty when M = 0)."""
+        frames, masks = batch.frames.shape[1], batch.seg_frame.shape[1]
+        rows, seg_features = [], ()
+        if frames + masks:
+            taps = self.encode_images(jnp.concatenate([batch.frames, batch.seg_frame], axis=1))
+            if frames:
+                rows.append(self.visual_rows(taps[-1][:, :frames], deterministic))
+            if masks:
+                seg_features = tuple(taps[tap][:, frames:] for tap in self.cfg.seg_taps)
+        if batch.fbank.shape[1]:
+            rows.append(self.audio_rows(batch.fbank, deterministic))
+        return self.splice(batch, rows), seg_features
+
+    def __call__(self, batch: Any, deterministic: bool = True) -> CrabOutput:
+        """Teacher-forced pass over prompts with targets."""
+        x, seg_features = self.inputs(batch, deterministic)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        hidden, _ = self.llama(x, positions, deterministic=deterministic)
+        binary = semantic = None
+        if seg_features:
+            b, m, k = batch.mask_positions.shape
+            index = batch.mask_positions.reshape(b, m * k)[..., None]
+            states = jnp.take_along_axis(hidden, index, axis=1).reshape(b * m, k, -1)
+            features = tuple(rearrange(f, "b m n c -> (b m) n c") for f in seg_features)
+            binary, semantic = (x.reshape(b, m, *x.shape[1:]) for x in self.seg_module(states, features))
+        return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
+
+    def prefill(self, batch: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Prompt pass that fills the cache: (hidden [B,L,D], cache)."""
+        frames_only = batch.replace(seg_frame=batch.seg_frame[:, :0])
+        x, _ = self.inputs(frames_only)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.llama(x, positions, cache=cache)
+
+    def decode(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One more token per row: tokens, positions int32[B,1] -> (hidden [B,1,D], cache)."""
+        return self.llama(self.llama.embed(tokens), positions, cache=cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [...,D] -> float32 [...,V]."""
+        return self.llama.logits(hidden)
+
+    def masks(self, states: jax.Array, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mask-token states [B,6,D] and pictures uint8[B,H,W,3] -> logits (binary [B,H,W], semantic [B,classes,H,W])."""
+        taps = self.encode_images(seg_frame[:, None])
+        return self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))
+
+
+def init_params(model: Crab, rng: jax.Array, batch: Any) -> Any:
+    """All parameters (boxed with their logical axes). `batch` needs at least one frame, window and mask group."""
+    return model.init({"params": rng}, batch)["params"]

@@ -1,0 +1,239 @@
+"""LLaMA with multi-head LoRA on every projection: one scanned, rematerialised block.
+
+Weights keep the Hugging Face layout (half-rotation RoPE, not permuted), so LLaMA-2/3 and Qwen2 sizes are configs.
+Norms, rotations and softmaxes run in float32. Released file models/unified_llama.py on transformers' LlamaModel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from crab_jax.models.lora import LoraConfig, LoraDense
+
+_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+_normal = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes; the default is LLaMA-2-7B with Crab's 17 extra tokens.
+
+    `remat`: "none", "full" (recompute the block), or "dots" (keep the results of weight products).
+    """
+
+    vocab_size: int = 32017
+    hidden: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp_dim: int = 11008
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-5
+    qkv_bias: bool = False
+    remat: str = "full"
+    dtype: str = "bfloat16"
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and the output matrix: `vocab_size` rounded up to a multiple of 128."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Rotated keys and values [layers, B, slots, kv_heads, head_dim]; the slot of a token is its position."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
+    """Empty cache for `batch` rows of up to `length` positions, in `dtype` (the compute dtype by default)."""
+    shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_dim)
+    return KVCache(jnp.zeros(shape, dtype or cfg.dtype), jnp.zeros(shape, dtype or cfg.dtype))
+
+
+def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """positions int [B,L] -> (cos, sin) float32 [B,L,1,head_dim/2]."""
+    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Half-rotation RoPE in float32: x [B,L,H,hd], feature i pairs with i + hd/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention, q [B,L,H,hd], k and v [B,N,KH,hd], mask bool [B,L,N] -> [B,L,H*hd].
+
+    Query head h reads key head h // (H/KH); grouping the queries avoids repeating the keys.
+    """
+    b, length, heads, width = q.shape
+    grouped = q.reshape(b, length, k.shape[2], -1, width)
+    scores = jnp.einsum("blkgd,bnkd->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
+    return jnp.einsum("bkgln,bnkd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, the statistic in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention; with a cache it writes the new keys and values of layer `layer`, then reads all its slots."""
+
+    cfg: LlamaConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, x, cache, layer, positions, rotation, mask, deterministic):
+        cfg = self.cfg
+        dense = functools.partial(LoraDense, lora=self.lora, dtype=cfg.dtype)
+
+        def heads(name: str, count: int, axis: str) -> jax.Array:
+            layer = dense(count * cfg.head_dim, use_bias=cfg.qkv_bias, axes=("embed", axis), name=name)
+            return layer(x, deterministic).reshape(*x.shape[:2], count, cfg.head_dim)
+
+        q = heads("q_proj", cfg.heads, "heads")
+        k = heads("k_proj", cfg.kv_heads, "kv")
+        v = heads("v_proj", cfg.kv_heads, "kv")
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = KVCache(cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype)),
+                            cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype)))
+            k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
+        out = attend(q, k, v, mask)
+        return dense(cfg.hidden, axes=("heads", "embed"), name="o_proj")(out, deterministic), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    cfg: LlamaConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        dense = functools.partial(LoraDense, lora=self.lora, dtype=self.cfg.dtype)
+        gate = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="gate_proj")(x, deterministic)
+        up = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="up_proj")(x, deterministic)
+        return dense(self.cfg.hidden, axes=("mlp", "embed"), name="down_proj")(nn.silu(gate) * up, deterministic)
+
+
+class Block(nn.Module):
+    """One pre-norm layer in the form `nn.scan` wants: ((x, cache), layer, ...) -> ((x, cache), None).
+
+    The cache is carried whole, not scanned over, so that a decode step updates it in place.
+    """
+
+    cfg: LlamaConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, carry, layer, positions, rotation, mask, deterministic):
+        x, cache = carry
+        y = RMSNorm(self.cfg.rms_eps, name="input_layernorm")(x)
+        y, cache = Attention(self.cfg, self.lora, name="self_attn")(
+            y, cache, layer, positions, rotation, mask, deterministic)
+        x = x + y
+        y = RMSNorm(self.cfg.rms_eps, name="post_attention_layernorm")(x)
+        x = x + MLP(self.cfg, self.lora, name="mlp")(y, deterministic)
+        if not self.is_initializing():
+            self.sow("intermediates", "hidden", x)
+        return (x, cache), None
+
+
+def _layers(cfg: LlamaConfig, lora: LoraConfig | None) -> nn.Module:
+    policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    block = Block
+    if cfg.remat != "none":
+        block = nn.remat(Block, policy=policy[cfg.remat], prevent_cse=False, static_argnums=(6,))
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "router": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=cfg.layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(cfg, lora)
+
+
+class Llama(nn.Module):
+    """Decoder over embeddings. Parameters follow the released names: `embed_tokens/embedding`,
+    `layers/self_attn/q_proj/kernel` (leading layer axis), `norm/scale`, `lm_head/kernel`.
+
+    Making the collection `intermediates` mutable returns every layer's output in `layers/hidden` as [layers,B,L,D]
+    (before the final norm); making `router` mutable returns every projection's routing.
+    """
+
+    cfg: LlamaConfig
+    lora: LoraConfig | None = None
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.embed_tokens = nn.Embed(
+            cfg.padded_vocab, cfg.hidden, dtype=cfg.dtype,
+            embedding_init=nn.with_logical_partitioning(_normal, ("vocab", "embed")))
+        self.layers = _layers(cfg, self.lora)
+        self.norm = RMSNorm(cfg.rms_eps)
+        self.lm_head = nn.Dense(
+            cfg.padded_vocab, use_bias=False, dtype=cfg.dtype,
+            kernel_init=nn.with_logical_partitioning(_normal, ("embed", "vocab")),
+            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[...] -> [..., D]."""
+        return self.embed_tokens(tokens)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, key_mask: jax.Array | None = None,
+                 cache: KVCache | None = None, deterministic: bool = True) -> tuple[jax.Array, KVCache | None]:
+        """Embeddings [B,L,D] and their positions int32[B,L] -> (hidden [B,L,D] after the final norm, cache).
+
+        Without a cache attention is causal over the L inputs; `key_mask` bool[B,L] also hides inputs (left padding).
+        With a cache a token is written to the slot of its position and attends to the slots up to it, so a
+        right-padded prompt needs no mask: its pads lie in later slots, which decoding overwrites before reading.
+        """
+        cfg = self.cfg
+        if cache is None:
+            length = x.shape[1]
+            mask = jnp.tril(jnp.ones((1, length, length), bool))
+            if key_mask is not None:
+                mask = mask & key_mask[:, None, :]
+        elif key_mask is None:
+            mask = jnp.arange(cache.k.shape[2]) <= positions[..., None]
+        else:
+            raise ValueError("key_mask cannot be combined with a cache: cache slots are positions, which need no mask")
+        rotation = rope(positions, cfg.head_dim, cfg.rope_theta)
+        carry = (x.astype(cfg.dtype), cache)
+        (x, cache), _ = self.layers(carry, jnp.arange(cfg.layers), positions, rotation, mask, deterministic)
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
+        real = jnp.arange(self.cfg.padded_vocab) < self.cfg.vocab_size
+        return jnp.where(real, self.lm_head(hidden), _MASKED)

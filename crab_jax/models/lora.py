@@ -1,0 +1,87 @@
+"""Multi-head ("interaction-aware") LoRA: a linear layer whose low-rank update is routed per token over heads.
+
+    y = x W + (alpha / rank) * sum_h softmax(x R)_h * (dropout(x) A) B_h
+
+One A is shared by all heads, the router sees x without dropout, and its softmax is float32. The update depends on the
+token, so it cannot be merged into W. Paper section 3.3; released file peft_hyper/tuners/lora.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# PyTorch's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
+_kaiming_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """`heads` must match the weights (3 in the release). `dropout_per_head` redraws the mask for every head, as the
+    released trainer does; by default it is drawn once."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    heads: int = 3
+    dropout: float = 0.05
+    dropout_per_head: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank update."""
+        return self.alpha / self.rank
+
+
+class LoraDense(nn.Module):
+    """Linear layer with an optional multi-head LoRA update.
+
+    Parameters: `kernel` (in, out), `bias` (out,) if `use_bias`, and unless `lora` is None `lora_A` (in, rank),
+    `lora_B` (heads, rank, out), `lora_route` (in, heads). `axes` are the logical names of (in, out).
+    Router weights, float32 [..., heads], are sown into the collection `router` when a caller makes it mutable.
+    """
+
+    features: int
+    lora: LoraConfig | None
+    use_bias: bool = False
+    dtype: str = "float32"
+    axes: tuple[str | None, str | None] = (None, None)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        """x [..., in] -> [..., out] in `dtype`; needs a `dropout` rng when not deterministic."""
+        x = x.astype(self.dtype)
+        width, (in_axis, out_axis) = x.shape[-1], self.axes
+        kernel = self._weight("kernel", nn.initializers.normal(0.02), (width, self.features), (in_axis, out_axis))
+        y = x @ kernel
+        if self.use_bias:
+            y = y + self._weight("bias", nn.initializers.zeros, (self.features,), (out_axis,))
+        if self.lora is None:
+            return y
+        rank, heads = self.lora.rank, self.lora.heads
+        a = self._weight("lora_A", _kaiming_uniform, (width, rank), (in_axis, None))
+        b = self._weight("lora_B", nn.initializers.zeros, (heads, rank, self.features), (None, None, out_axis))
+        route = self._weight("lora_route", _kaiming_uniform, (width, heads), (in_axis, None))
+
+        low, scores = self._project(x, a, route, deterministic)
+        weights = jax.nn.softmax(scores.astype(jnp.float32))
+        if self.is_mutable_collection("router") and not self.is_initializing():
+            self.sow("router", "weights", weights)
+        # Weighting the rank space makes the sum over heads one (heads * rank) x out product.
+        low = (weights * self.lora.scale).astype(self.dtype)[..., None] * low
+        return y + low.reshape(*x.shape[:-1], heads * rank) @ b.reshape(heads * rank, self.features)
+
+    def _weight(self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple) -> jax.Array:
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
+
+    def _project(self, x: jax.Array, a: jax.Array, route: jax.Array, deterministic: bool):
+        """(dropout(x) A as [..., 1 or heads, rank], router scores [..., heads])."""
+        if deterministic or self.lora.dropout == 0.0:
+            low, scores = jnp.split(x @ jnp.concatenate([a, route], axis=1), [self.lora.rank], axis=-1)
+            return low[..., None, :], scores
+        drop = nn.Dropout(self.lora.dropout, deterministic=False)
+        draws = self.lora.heads if self.lora.dropout_per_head else 1
+        return jnp.stack([drop(x) @ a for _ in range(draws)], axis=-2), x @ route

@@ -1,0 +1,105 @@
+"""Trainable/frozen split, learning-rate schedules and the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from crab_jax.errors import InputError
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (released recipe: lr 1e-4, no weight decay, betas 0.9/0.999, clip 1.0, warm-up 3 %).
+
+    schedule: "cosine" (linear warm-up, cosine to zero) or "warmup_decay" (the released DeepSpeed WarmupDecayLR:
+        logarithmic warm-up, linear decay to zero), or "constant" (linear warm-up, then flat).
+    accumulate: micro-batches per step; the batch is split, gradients are summed and divided once by the global counts.
+    """
+
+    lr: float = 1e-4
+    schedule: str = "cosine"
+    warmup_share: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    accumulate: int = 1
+
+
+SCHEDULES = ("cosine", "warmup_decay", "constant")
+
+
+def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """step -> learning rate over a run of `steps` steps."""
+    warmup = max(2, math.ceil(cfg.warmup_share * steps))
+    if cfg.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, cfg.lr, warmup, max(steps, warmup + 1), 0.0)
+    if cfg.schedule == "constant":
+        return optax.linear_schedule(0.0, cfg.lr, warmup)
+    if cfg.schedule == "warmup_decay":
+        def schedule(step):
+            rising = jnp.log(step + 1.0) / math.log(warmup)
+            falling = (steps - step) / max(1, steps - warmup)
+            return cfg.lr * jnp.where(step < warmup, jnp.minimum(rising, 1.0), jnp.clip(falling, 0.0, 1.0))
+        return schedule
+    raise InputError("--config", "optim.schedule", f"unknown schedule {cfg.schedule!r}",
+                     f"use one of {', '.join(SCHEDULES)}")
+
+
+def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Gradient clipping then AdamW, over the trainable tree only."""
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
+
+
+def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tuple[Params, Params]:
+    """(trainable, frozen) trees of the leaves whose '/'-joined path fully matches a pattern of each list.
+
+    Every leaf must match exactly one list and every pattern at least one leaf, or an InputError names the offender.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    used: set[str] = set()
+
+    def matches(path: str, patterns: Sequence[str]) -> bool:
+        hits = [p for p in patterns if re.fullmatch(p, path)]
+        used.update(hits)
+        return bool(hits)
+
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for path, leaf in flat.items():
+        trains, freezes = matches(path, trainable), matches(path, frozen)
+        if trains == freezes:
+            what = "matched by both" if trains else "matched by neither of"
+            raise InputError("--config", path, f"parameter is {what} trainable and frozen patterns",
+                             "make each parameter match exactly one list")
+        parts[0 if trains else 1][path] = leaf
+    for pattern in (*trainable, *frozen):
+        if pattern not in used:
+            raise InputError("--config", pattern, "pattern matches no parameter", "correct or remove it")
+    return tuple(traverse_util.unflatten_dict(part, sep="/") for part in parts)
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+    """The full tree of two disjoint trees: the inverse of `split`."""
+    out = dict(frozen)
+    for key, value in trainable.items():
+        out[key] = merge(value, out[key]) if key in out else value
+    return out
+
+
+def cast_floating(params: Params, dtype: Any) -> Params:
+    """Floating leaves in `dtype`: float32 for trainables, the config's frozen dtype for the rest."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)

@@ -1,0 +1,86 @@
+"""The whole tiny recipe from nothing: scenes, warm-up, alignment, joint stage, packed warm start, evaluation.
+
+    python -m crab_jax.recipe --out runs/recipe --pack warm_start
+
+Every step is the command a user would type; each prints its own progress. A stage that is finished is not repeated,
+an interrupted one resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from crab_jax import runs
+from crab_jax.checkpoints import save_packed
+from crab_jax.errors import run_verb
+
+SEED = 0  # of the recipe's scenes; the demo draws others
+
+
+def command(*words: object) -> float:
+    """Run `python -m ...` as a user would; returns its seconds, stops the recipe when it fails."""
+    line = [sys.executable, "-m", *map(str, words)]
+    print(f"\n$ python {shlex.join(line[1:])}", flush=True)
+    began = time.monotonic()
+    done = subprocess.run(line)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return time.monotonic() - began
+
+
+def pack(run: Path, out: Path) -> None:
+    """A run's newest parameters as one float16 file, with its config, tokenizer and training log."""
+    _, params, config, tokenizer = runs.load_model(run)
+    out.mkdir(parents=True, exist_ok=True)
+    save_packed(out, params, config.to_dict(), np.float16)
+    tokenizer.save(out)
+    shutil.copy(run / "metrics.jsonl", out / "metrics.jsonl")
+
+
+def recipe(out: Path, packed: Path, scale: float) -> None:
+    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe)."""
+    def scaled(n: int) -> int:
+        return max(4, int(n * scale))
+
+    seconds = {}
+    scenes, warmup, pretrain, joint = (out / name for name in ("scenes", "warmup", "pretrain", "joint"))
+    seconds["scenes"] = command("data_pipelines.sources.scenes", "--out", scenes, "--train", scaled(3000), "--val", 8,
+                                "--test", scaled(120), "--seed", SEED, "--workers", 2)
+    if not (warmup / "params.safetensors").exists():
+        seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale)
+    shared = (f"--config.data.root={scenes}", f"--config.data.decode.cache_dir={out / 'cache'}")
+    seconds["pretrain"] = command(
+        "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
+        f"--config.steps={scaled(1000)}", f"--workdir={pretrain}")
+    seconds["joint"] = command(
+        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
+        f"--config.steps={scaled(3000)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
+    pack(joint, packed)
+    seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--out", out / "eval")
+    shutil.copy(out / "eval" / "results.json", packed / "results.json")
+    facts = {"scale": scale, "scene_seed": SEED, "seconds": {k: round(v) for k, v in seconds.items()}}
+    (packed / "recipe.json").write_text(json.dumps(facts, indent=1))
+
+
+def main() -> None:
+    """Entry point of `python -m crab_jax.recipe`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
+    parser.add_argument("--pack", type=Path, default=Path("runs/recipe/warm_start"), help="where the result goes")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full recipe, for a quick look")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args()
+    recipe(args.out, args.pack, args.scale)
+
+
+if __name__ == "__main__":
+    run_verb(main, "--debug" in sys.argv)

@@ -1,0 +1,175 @@
+"""AVCap: one sentence about what is seen and heard (VALOR).
+
+meta: `{"captions": [str, ...]}`, the reference captions of the clip. Prompt: dataset/unified_dataset.py. The released
+code has no caption metric; BLEU-4, ROUGE-L and CIDEr-D are written here from their definitions, because the packages
+that hold them need Java for the Penn Treebank tokeniser. Words are runs of letters, digits and apostrophes in lower
+case, so scores are comparable among runs of this code and close to, but not equal to, tables made with that tokeniser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from crab_jax.tasks.placeholders import AUDIO, VIDEO
+from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.text import plain
+
+ORDERS = 4  # n-grams of one to four words
+_ROUGE_BETA = 1.2
+_CIDER_SIGMA = 6.0  # width of CIDEr-D's length penalty, in words
+_CIDER_SCALE = 10.0
+_CIDER_COLUMNS = ("key", "order", "pair", "candidate", "reference", "first")
+_INSTRUCTIONS = {"train": f"{VIDEO}{AUDIO}Please describe this video and audio.",
+                 "test": f"{VIDEO}{AUDIO}Please describe this video.",
+                 "quick": f"{VIDEO}{AUDIO}Please describe this video."}
+
+
+def instruction(variant: str = "train") -> str:
+    """The prompt; the test variant of the release does not mention the audio ("quick" is the same text)."""
+    return _INSTRUCTIONS[variant]
+
+
+def target(caption: str, reasoning: str = "") -> str:
+    """The caption itself."""
+    return f"{reasoning} {caption}" if reasoning else caption
+
+
+def parse(text: str) -> str | None:
+    """The text without control tokens, or None when it holds no word."""
+    caption = plain(text)
+    return caption if words(caption) else None
+
+
+def words(text: str) -> list[str]:
+    """Lower-case runs of letters, digits and apostrophes."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
+
+
+def ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+    """How often each run of `order` words occurs."""
+    return Counter(tuple(tokens[i:i + order]) for i in range(len(tokens) - order + 1))
+
+
+def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """float[2*ORDERS+2]: clipped matches and totals per order, candidate length, closest reference length.
+
+    Sums of these over a corpus make corpus BLEU (Papineni et al. 2002).
+    """
+    matches, totals = [], []
+    for order in range(1, ORDERS + 1):
+        found = ngrams(candidate, order)
+        allowed: Counter[tuple[str, ...]] = Counter()
+        for reference in references:
+            allowed |= ngrams(reference, order)
+        matches.append((found & allowed).total())
+        totals.append(found.total())
+    closest = min((abs(len(r) - len(candidate)), len(r)) for r in references)[1]
+    return np.array([*matches, *totals, len(candidate), closest], float)
+
+
+def bleu(counts: np.ndarray) -> float:
+    """BLEU-4 in [0, 1] from summed `bleu_counts`: geometric mean of the precisions times the brevity penalty."""
+    matches, totals, (length, reference_length) = counts[:ORDERS], counts[ORDERS:2 * ORDERS], counts[2 * ORDERS:]
+    if not np.all(matches > 0):
+        return 0.0
+    return float(np.exp(np.mean(np.log(matches / totals)) + min(0.0, 1 - reference_length / length)))
+
+
+def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-L F with beta 1.2: the best precision and the best recall of a common subsequence over the references."""
+    common = [_common_subsequence(candidate, reference) for reference in references]
+    precision = max(c / max(1, len(candidate)) for c in common)
+    recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
+    beta2 = _ROUGE_BETA ** 2
+    return (1 + beta2) * precision * recall / (recall + beta2 * precision) if precision and recall else 0.0
+
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    lengths = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
+    return lengths[-1]
+
+
+def cider_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """n-gram counts of each (candidate, reference) pair, as rows over the n-grams of either text.
+
+    key: int64 hash of the n-gram. order: 0..3. pair: index of the reference. candidate, reference: counts. first: 1
+    where the row is the only one of this clip that counts for document frequency. penalty: float[R] length penalty.
+    """
+    rows, seen = [], set()
+    for order in range(1, ORDERS + 1):
+        found = ngrams(candidate, order)
+        for pair, reference in enumerate(references):
+            wanted = ngrams(reference, order)
+            for gram in found | wanted:
+                key = int.from_bytes(hashlib.blake2b(" ".join(gram).encode(), digest_size=8).digest(), signed=True)
+                rows.append((key, order - 1, pair, found[gram], wanted[gram], gram in wanted and gram not in seen))
+            seen |= wanted.keys()
+    columns = zip(_CIDER_COLUMNS, np.array(rows, np.int64).reshape(-1, len(_CIDER_COLUMNS)).T, strict=True)
+    penalty = np.array([np.exp(-(len(candidate) - len(r)) ** 2 / (2 * _CIDER_SIGMA ** 2)) for r in references])
+    return dict(columns) | {"penalty": penalty}
+
+
+def cider_d(samples: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """CIDEr-D of a corpus (Vedantam et al. 2015), 10 for a perfect match of all orders.
+
+    tf-idf vectors per order, idf = log(N / clips whose references hold the n-gram); clipped cosine per pair times the
+    length penalty; mean over orders, references and clips.
+    """
+    joined = {name: np.concatenate([s[name] for s in samples]) for name in _CIDER_COLUMNS}
+    pairs = np.array([len(s["penalty"]) for s in samples])
+    offsets = np.repeat(np.cumsum(pairs) - pairs, [len(s["key"]) for s in samples])
+    cell = (offsets + joined["pair"]) * ORDERS + joined["order"]
+    _, gram = np.unique(joined["key"], return_inverse=True)
+    frequency = np.bincount(gram, weights=joined["first"])
+    idf = (np.log(len(samples)) - np.log(np.maximum(1.0, frequency)))[gram]
+    candidate, reference = joined["candidate"] * idf, joined["reference"] * idf
+
+    def per_cell(values: np.ndarray) -> np.ndarray:
+        return np.bincount(cell, weights=values, minlength=pairs.sum() * ORDERS)
+
+    norms = np.sqrt(per_cell(candidate ** 2) * per_cell(reference ** 2))
+    cosine = per_cell(np.minimum(candidate, reference) * reference) / np.where(norms > 0, norms, 1.0)
+    similarity = cosine.reshape(-1, ORDERS).mean(1) * np.concatenate([s["penalty"] for s in samples])
+    clip = np.repeat(np.arange(len(samples)), pairs)
+    return float(_CIDER_SCALE * np.mean(np.bincount(clip, weights=similarity) / pairs))
+
+
+def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
+    """Counts of one clip; an unreadable caption is an empty one."""
+    if isinstance(meta["captions"], str):
+        raise TypeError("captions must be a list of texts")
+    candidate, references = words(parsed or ""), [words(caption) for caption in meta["captions"]]
+    return {"bleu": bleu_counts(candidate, references), "rouge_l": rouge_l(candidate, references),
+            "cider": cider_counts(candidate, references)}
+
+
+def reduce(samples: Sequence[Stats]) -> dict[str, float]:
+    """bleu4 and rouge_l in [0, 1], cider_d in [0, 10]. BLEU and CIDEr-D are corpus scores, not means over clips."""
+    if not samples:
+        return {}
+    return {"cider_d": cider_d([s["cider"] for s in samples]),
+            "bleu4": bleu(np.sum([s["bleu"] for s in samples], axis=0)),
+            "rouge_l": float(np.mean([s["rouge_l"] for s in samples]))}
+
+
+def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
+    """The most frequent caption and the three whose words are the most common ones."""
+    captions = Counter(caption for meta in metas for caption in meta["captions"])
+    holding = Counter(word for caption, times in captions.items() for word in set(words(caption)) for _ in range(times))
+    typical = sorted(captions, key=lambda c: (-np.mean([holding[w] for w in words(c)] or [0]), c))[:3]
+    return [(text, None) for text in dict.fromkeys([captions.most_common(1)[0][0], *typical])]
+
+
+AVCAP = Task(name="avcap", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
+             constants=constants, headline="cider_d")

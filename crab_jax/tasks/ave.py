@@ -1,0 +1,107 @@
+"""AVE: which event is both audible and visible in a ten-second clip, and from when to when.
+
+meta: `{"event": str, "start": int, "end": int}` in whole seconds, `end` exclusive as in the AVE annotations.
+Prompt and target: dataset/unified_dataset.py and the released AV-UIE labels. Metric: accuracy over the ten one-second
+segments, background included (YapengTian/AVE-ECCV18, `compute_acc`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from crab_jax.tasks.placeholders import AUDIO, VIDEO
+from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.text import find_spans, find_tags, normalise
+
+SECONDS = 10
+_PROMPT = f"{VIDEO}{AUDIO}Please describe the events and time range that occurred in the video."
+_INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
+
+
+def instruction(variant: str = "train") -> str:
+    """The prompt; the three variants are the same text."""
+    return _INSTRUCTIONS[variant]
+
+
+def target(event: str, start: int, end: int, reasoning: str = "") -> str:
+    """`{reasoning} So the audible and visible event in the video is <event> X </event>, and the time range is ...`."""
+    answer = (f"So the audible and visible event in the video is <event> {event} </event>, "
+              f"and the time range is <range> {start},{end} </range>.")
+    return f"{reasoning} {answer}" if reasoning else answer
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """`{"event": str, "ranges": [[start, end], ...]}`, or None when the event or every range is missing.
+
+    The last event is the answer and all ranges after it are its ranges; `<event> name,(0 8) </event>` and ranges that
+    come before the event are read too.
+    """
+    tags = find_tags(text, ("event", "range"))
+    last = max((i for i, (name, content) in enumerate(tags) if name == "event" and normalise(content)), default=None)
+    if last is None:
+        return None
+    event = tags[last][1]
+    after, before = ([c for name, c in part if name == "range"] for part in (tags[last:], tags[:last]))
+    ranges = next((found for source in (after, before, [event])
+                   if (found := [[s, e] for c in source for s, e, *_ in find_spans(c)])), None)
+    if ranges is None:
+        return None
+    inside = find_spans(event)
+    name = (event[:inside[0][2]] if inside else event).strip(" ,.;:")
+    return {"event": name, "ranges": ranges} if normalise(name) else None
+
+
+def active_seconds(ranges: Sequence[Sequence[int]], inclusive: bool = False) -> np.ndarray:
+    """bool[10]: the seconds t with start <= t < end of any range (t <= end with `inclusive`)."""
+    seconds = np.arange(SECONDS)
+    return np.any([(start <= seconds) & (seconds < end + inclusive) for start, end in ranges], axis=0)
+
+
+def segment_accuracy(parsed: Mapping[str, Any] | None, event: str, start: int, end: int,
+                     inclusive: bool = False) -> float:
+    """Share of the ten seconds whose label (the event or background) is right; nothing parsed = all background.
+
+    `inclusive` lets both the label and the answer include their end second, as some released scorers do.
+    """
+    truth = active_seconds([(start, end)], inclusive)
+    if parsed is None:
+        return float(np.mean(~truth))
+    answer = active_seconds(parsed["ranges"], inclusive)
+    right_event = normalise(parsed["event"]) == normalise(event)
+    return float(np.mean(np.where(answer, truth & right_event, ~truth)))
+
+
+def stats(parsed: Mapping[str, Any] | None, mask: np.ndarray | None, meta: Mapping[str, Any],
+          gt_mask: np.ndarray | None) -> Stats:
+    """Accuracies of one clip."""
+    label = (meta["event"], meta["start"], meta["end"])
+    return {
+        "accuracy": segment_accuracy(parsed, *label),
+        "accuracy_inclusive": segment_accuracy(parsed, *label, inclusive=True),
+        "event_accuracy": float(parsed is not None and normalise(parsed["event"]) == normalise(meta["event"])),
+        "parsed": float(parsed is not None),
+    }
+
+
+def reduce(samples: Sequence[Stats]) -> dict[str, float]:
+    """Means over all clips; `accuracy_parsed` over the clips whose answer could be read."""
+    metrics = {name: float(np.mean([s[name] for s in samples]))
+               for name in ("accuracy", "accuracy_inclusive", "event_accuracy") if samples}
+    readable = [s["accuracy"] for s in samples if s["parsed"]]
+    return metrics | ({"accuracy_parsed": float(np.mean(readable))} if readable else {})
+
+
+def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
+    """The three most frequent events over every range of seconds, the empty one included."""
+    events = [event for event, _ in Counter(m["event"] for m in metas).most_common(3)]
+    ranges = [(0, 0), *itertools.combinations(range(SECONDS + 1), 2)]
+    return [(target(event, *span), None) for event, span in itertools.product(events, ranges)]
+
+
+AVE = Task(name="ave", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
+           constants=constants, headline="accuracy")

@@ -1,0 +1,76 @@
+"""MUSIC-AVQA: a short answer to a question about a musical performance.
+
+meta: `{"answer": str, "type": [modality, kind]}` with the type as in the release, e.g. `["Audio-Visual", "Counting"]`;
+a question without a type counts in the overall accuracy only.
+Prompt and target: dataset/unified_dataset.py and the released AV-UIE labels. Metric: exact match, per question type and
+per modality (GeWu-Lab/MUSIC-AVQA, net_grd_avst/main_avst.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from crab_jax.tasks.placeholders import AUDIO, VIDEO
+from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.text import find_tags, normalise
+
+SUBTYPES = ("audio_counting", "audio_comparative", "visual_counting", "visual_location", "audio_visual_existential",
+            "audio_visual_counting", "audio_visual_location", "audio_visual_comparative", "audio_visual_temporal")
+_MODALITY = {name: name.rpartition("_")[0] for name in SUBTYPES}
+_PROMPT = f"{VIDEO}{AUDIO}Please answer this question: "
+_INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
+
+
+def instruction(variant: str = "train", *, question: str) -> str:
+    """The prompt; the three variants are the same text."""
+    return _INSTRUCTIONS[variant] + question
+
+
+def target(answer: str, reasoning: str = "") -> str:
+    """`{reasoning} So the answer is <answer> x </answer>.`"""
+    text = f"So the answer is <answer> {answer} </answer>."
+    return f"{reasoning} {text}" if reasoning else text
+
+
+def parse(text: str) -> str | None:
+    """The last tagged answer, or None when no tag holds a word."""
+    answers = [content for _, content in find_tags(text, ("answer",)) if normalise(content)]
+    return answers[-1] if answers else None
+
+
+def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
+    """Whether one answer is right, exactly and by the substring rule of some scorers, and its question type."""
+    answer, truth = normalise(parsed or ""), normalise(str(meta["answer"]))
+    kind = "_".join(normalise(" ".join(meta.get("type", ()))).split())
+    if kind and kind not in SUBTYPES:
+        raise ValueError(f"unknown question type {meta['type']!r}")
+    return {"correct": float(answer == truth), "substring": float(truth in answer), "parsed": float(parsed is not None),
+            "type": kind}
+
+
+def reduce(samples: Sequence[Stats]) -> dict[str, float]:
+    """Accuracies over all questions, per modality (pooled over its questions) and per type; absent types are left out.
+
+    `accuracy_parsed` counts only readable answers; `accuracy_substring` accepts an answer that contains the label.
+    """
+    groups = {"accuracy": [s["correct"] for s in samples],
+              "accuracy_parsed": [s["correct"] for s in samples if s["parsed"]],
+              "accuracy_substring": [s["substring"] for s in samples]}
+    for modality in ("audio", "visual", "audio_visual"):
+        groups[modality] = [s["correct"] for s in samples if _MODALITY.get(s["type"]) == modality]
+    for subtype in SUBTYPES:
+        groups[subtype] = [s["correct"] for s in samples if s["type"] == subtype]
+    return {name: float(np.mean(values)) for name, values in groups.items() if values}
+
+
+def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
+    """The three most frequent answers."""
+    return [(target(answer), None) for answer, _ in Counter(str(m["answer"]) for m in metas).most_common(3)]
+
+
+AVQA = Task(name="avqa", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
+            constants=constants, headline="accuracy")

@@ -1,0 +1,160 @@
+"""Audio-visual segmentation: S4 (one source), MS3 (several sources) and AVSS (semantic), one frame per question.
+
+Prompts and targets: dataset/unified_dataset.py and dataset/quick_start_dataset.py; metrics: utils/avss_utils.py.
+meta: {"objects": [names], "video": id of the clip}. Masks: foreground scores for S4 and MS3, class ids for AVSS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from crab_jax.errors import InputError
+from crab_jax.tasks import segmentation
+from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
+from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.text import normalise
+
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_ANSWER, _MASK_FOLLOWS = "object making the sound in the video is ", re.compile(r"\.\s*The mask\b")
+
+
+def ordinal(second: int) -> str:
+    """0 -> "first". Raises InputError outside 0..9."""
+    if not 0 <= second < len(ORDINALS):
+        raise InputError("segmentation prompt", "second", f"is {second}", "use 0 to 9")
+    return ORDINALS[second]
+
+
+def _video_prompt(second: int) -> str:
+    return (f"{VIDEO}{AUDIO}Please recognize the category of object making sound in the video, and then segment out "
+            f"the object that makes the sound at the {ordinal(second)} second of the video.")
+
+
+def _instruction(test: Callable[[int], str]) -> Callable[..., str]:
+    def instruction(variant: str = "train", second: int = 0) -> str:
+        """Prompt about the frame of `second` (0-based); "quick" and the AVSS "test" prompt ask about an image."""
+        if variant == "quick":
+            return f"{IMAGE}{AUDIO}Please segment out the object that makes the sound in the image."
+        return test(second) if variant == "test" else _video_prompt(second)
+    return instruction
+
+
+def target(objects: Sequence[str] | str, second: int = 0, reasoning: str = "") -> str:
+    """The answer: optional reasoning, the sounding objects, and the mask tokens."""
+    names = objects if isinstance(objects, str) else " and ".join(objects)
+    answer = (f"The object making the sound in the video is {names}. "
+              f"The mask of the object that makes the sound at the {ordinal(second)} second is {MASK}")
+    return f"{reasoning} {answer}".lstrip()
+
+
+def parse(text: str) -> dict[str, list[str]] | None:
+    """{"objects": names} of the last such statement in the text, or None. The mask itself is not in the text."""
+    _, answer, rest = " ".join(text.split()).rpartition(_ANSWER)
+    names, *follows = _MASK_FOLLOWS.split(rest, maxsplit=1)
+    names = [name.strip() for name in names.split(" and ")]
+    return {"objects": names} if answer and follows and all(names) else None
+
+
+def names_match(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> bool:
+    """Whether the parsed objects are the labelled ones, whatever their order, case and punctuation."""
+    return parsed is not None and set(map(normalise, parsed["objects"])) == set(map(normalise, names))
+
+
+def mean_scores(samples: Sequence[Stats], names: Mapping[str, str]) -> dict[str, float]:
+    """Means of the statistics `names` (metric -> key) over all samples and, as `_parsed`, over those with a mask."""
+    parsed = [s for s in samples if s["has_mask"]]
+    return {metric + suffix: float(np.mean([s[key] for s in group])) if group else 0.0
+            for suffix, group in (("", samples), ("_parsed", parsed)) for metric, key in names.items()}
+
+
+def binary_stats(mask: np.ndarray | None, gt: np.ndarray) -> Stats:
+    """Statistics of one frame. A missing mask counts as an empty one, with an F-measure of 0."""
+    missing = mask is None
+    scores = np.zeros(np.shape(gt)) if missing else np.asarray(mask)
+    curve = np.zeros(len(segmentation.THRESHOLDS)) if missing else segmentation.f_curve(scores, gt)
+    return {"has_mask": not missing, "iou": segmentation.mask_iou(scores, gt), "curve": curve, "f": float(curve.max()),
+            "has_object": bool((np.asarray(gt) > 0).any())}
+
+
+def _binary_task_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
+    return {**binary_stats(mask, gt_mask), "video": meta["video"], "named": names_match(parsed, meta["objects"])}
+
+
+def _video_f(samples: Sequence[Stats]) -> float:
+    """Mean over videos of the official F-measure: the maximum of a video's mean curve, frames without object apart."""
+    videos = defaultdict(list)
+    for sample in samples:
+        videos[sample["video"]].append(sample)
+    return float(np.mean([segmentation.f_measure([s["curve"] for s in frames if s["has_object"]])
+                          for frames in videos.values()]))
+
+
+def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
+    """miou, f_score (maximum per frame), both also `_parsed`; f_score_video (official), object_accuracy, mask_rate."""
+    scores = mean_scores(samples, {"miou": "iou", "f_score": "f"})
+    rates = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
+    return {**scores, "f_score_video": _video_f(samples), "object_accuracy": rates["object_accuracy"],
+            "mask_rate": rates["mask_rate"]}
+
+
+def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
+    predicted = np.zeros(np.shape(gt_mask), np.int64) if mask is None else np.asarray(mask)
+    return {**segmentation.class_scores(predicted, gt_mask), "has_mask": mask is not None,
+            "named": names_match(parsed, meta["objects"])}
+
+
+def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
+    """miou and f_score over all 71 classes (official), `_nobg` without background, `_present` over the classes that
+    occur, each also `_parsed`; object_accuracy and mask_rate."""
+    metrics = {}
+    for suffix, group in (("", samples), ("_parsed", [s for s in samples if s["has_mask"]])):
+        for variant, options in (("", {}), ("_nobg", {"background": False}),
+                                 ("_present", {"background": False, "absent": False})):
+            means = segmentation.class_means(group, **options) if group else (0.0, 0.0)
+            metrics[f"miou{variant}{suffix}"], metrics[f"f_score{variant}{suffix}"] = means
+    rates = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
+    return {**metrics, "object_accuracy": rates["object_accuracy"], "mask_rate": rates["mask_rate"]}
+
+
+def _most_frequent_answer(metas: Sequence[Mapping[str, Any]]) -> str:
+    return target(list(Counter(tuple(meta["objects"]) for meta in metas).most_common(1)[0][0]))
+
+
+def _binary_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
+    text = _most_frequent_answer(metas)
+    return [(text, mask) for mask in segmentation.constant_masks(gt_masks)] or [(text, None)]
+
+
+def _semantic_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
+    """Class maps: each pixel's most frequent class, and each binary candidate filled with the most frequent class."""
+    text = _most_frequent_answer(metas)
+    gts = [np.asarray(gt) for gt in gt_masks if gt is not None]
+    if not gts:
+        return [(text, None)]
+    counts = np.stack([np.sum([gt == c for gt in gts], axis=0) for c in range(segmentation.CLASSES)])
+    frequent = 1 + int(counts[1:].sum((1, 2)).argmax())
+    fills = [np.where(mask >= 0.5, frequent, 0) for mask in segmentation.constant_masks(gts)]
+    return [(text, mask) for mask in (counts.argmax(0), *fills)]
+
+
+def _image_test(second: int) -> str:
+    return (f"{IMAGE}{AUDIO}Please recognize the category of the object making the sound in the image "
+            "and segment it out.")
+
+
+def _task(name: str, test: Callable[[int], str], semantic: bool = False) -> Task:
+    kind, stats, reduce, constants = (("semantic", _semantic_stats, _semantic_reduce, _semantic_constants) if semantic
+                                      else ("binary", _binary_task_stats, _binary_reduce, _binary_constants))
+    return Task(name=name, instruction=_instruction(test), target=target, parse=parse, stats=stats, reduce=reduce,
+                constants=constants, headline="miou", mask_kind=kind)
+
+
+S4 = _task("s4", _video_prompt)
+# The released MS3 evaluation asks about the third second whatever the frame is.
+MS3 = _task("ms3", lambda second: _video_prompt(2))
+AVSS = _task("avss", _image_test, semantic=True)

@@ -1,0 +1,178 @@
+"""AVVP: every audible and every visible event of a ten-second clip, each with its time spans.
+
+meta: `{"audio": [[name, start, end], ...], "visual": [[name, start, end], ...]}`, whole seconds, end exclusive; a name
+may come several times. Prompt: dataset/unified_dataset.py, quick_start_dataset.py. Metrics:
+utils/avvp_eval_metrics.py, the same algorithm as YapengTian/AVVP-ECCV20.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from crab_jax.tasks.placeholders import AUDIO, VIDEO
+from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.text import find_spans, find_tags, normalise
+
+SECONDS = 10
+LEVELS = ("segment", "event")
+_TYPES = ("audio", "visual", "audio_visual")
+Events = list[list[Any]]  # [[name, start, end], ...]
+
+_PROMPT = (f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information in the "
+           "video, as well as the start and end times of these events.")
+_QUICK = (f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information, as well as "
+          "the start and end time of these events.")
+_INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _QUICK}
+
+
+def instruction(variant: str = "train") -> str:
+    """The prompt; "quick" leaves out "in the video" and says "end time"."""
+    return _INSTRUCTIONS[variant]
+
+
+def target(audio: Sequence[Sequence[Any]], visual: Sequence[Sequence[Any]], reasoning: str = "") -> str:
+    """`Therefore, visual and audio events are: <visual_event> name,(s e),(s e) </visual_event> and <audio_event> ...`.
+
+    One tag per event name; a modality without events says `none`, so that "nothing happens" can be told from silence
+    of the model.
+    """
+    tags = _tags("visual_event", visual) + _tags("audio_event", audio)
+    answer = f"Therefore, visual and audio events are: {' and '.join(tags)}."
+    return f"{reasoning} {answer}" if reasoning else answer
+
+
+def _tags(tag: str, events: Sequence[Sequence[Any]]) -> list[str]:
+    spans: dict[str, list[str]] = {}
+    for name, start, end in events:
+        spans.setdefault(name, []).append(f"({start} {end})")
+    contents = [f"{name},{','.join(times)}" for name, times in spans.items()] or ["none"]
+    return [f"<{tag}> {content} </{tag}>" for content in contents]
+
+
+def parse(text: str) -> dict[str, Events] | None:
+    """`{"audio": events, "visual": events}`, or None when no tag holds a word.
+
+    Reads `<audio>`/`<visual>` for the tag names, several spans per name and several names per tag; an event without a
+    span (or `none`) adds nothing.
+    """
+    tags = [(name, content) for name, content in find_tags(text, ("audio_event", "visual_event", "audio", "visual"))
+            if normalise(content)]
+    if not tags:
+        return None
+    events: dict[str, Events] = {"audio": [], "visual": []}
+    for tag, content in tags:
+        events[tag.removesuffix("_event")] += _read_events(content)
+    return events
+
+
+def _read_events(content: str) -> Events:
+    events: Events = []
+    name, cursor = "", 0
+    for start, end, first, last in find_spans(content):
+        words = content[cursor:first].strip(" ,;:.\n\t").removeprefix("and ")
+        name = words if normalise(words) not in ("", "and") else name
+        if normalise(name):
+            events.append([name, start, end])
+        cursor = last
+    return events
+
+
+def occurrence(events: Sequence[Sequence[Any]], classes: Sequence[str]) -> np.ndarray:
+    """bool[C,10]: the seconds start <= t < end at which each class occurs (names compared after `normalise`)."""
+    seconds = np.zeros((len(classes), SECONDS), bool)
+    for name, start, end in events:
+        seconds[classes.index(normalise(name)), max(0, int(start)):max(0, int(end))] = True
+    return seconds
+
+
+def _mean_f(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> float:
+    """Mean F1 over the classes that occur in the answer or the label; 1 when none does. Counts are [C]."""
+    total = 2 * tp + fp + fn
+    return float(np.mean(2 * tp[total > 0] / total[total > 0])) if np.any(total) else 1.0
+
+
+def _segment_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """int[3,C]: TP, FP and FN seconds per class, of two bool[C,T]."""
+    return np.stack([(answer & truth).sum(1), (answer & ~truth).sum(1), (~answer & truth).sum(1)])
+
+
+def _runs(row: np.ndarray) -> list[tuple[int, int]]:
+    """`(start, end)` of the runs of True in bool[T], end exclusive."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _overlaps(run: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
+    """Whether any other run has an intersection over union of at least 0.5 with `run`."""
+    return any(2 * max(0, min(run[1], e) - max(run[0], s)) >=
+               (run[1] - run[0]) + (e - s) - max(0, min(run[1], e) - max(run[0], s)) for s, e in others)
+
+
+def _event_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """int[3,C]: TP, FP and FN events per class; one labelled event may confirm several answered ones."""
+    counts = []
+    for row, true_row in zip(answer, truth, strict=True):
+        runs, true_runs = _runs(row), _runs(true_row)
+        right = sum(_overlaps(run, true_runs) for run in runs)
+        missed = sum(not _overlaps(run, runs) for run in true_runs)
+        counts.append((right, len(runs) - right, missed))
+    return np.array(counts, int).reshape(-1, 3).T
+
+
+def f_scores(level: str, answer_a: np.ndarray, answer_v: np.ndarray, truth_a: np.ndarray,
+             truth_v: np.ndarray) -> dict[str, float]:
+    """F-scores of one clip at `level` ("segment" or "event") from bool[C,10] arrays (utils/avvp_eval_metrics.py).
+
+    audio, visual: one modality. audio_visual: what is both audible and visible. event_av: audio and visual counts
+    pooled per class before the F-score. Each is a mean over the classes that occur.
+    """
+    counts = {"segment": _segment_counts, "event": _event_counts}[level]
+    audio, visual = counts(answer_a, truth_a), counts(answer_v, truth_v)
+    both = counts(answer_a & answer_v, truth_a & truth_v)
+    return {"audio": _mean_f(*audio), "visual": _mean_f(*visual), "audio_visual": _mean_f(*both),
+            "event_av": _mean_f(*(audio + visual))}
+
+
+def stats(parsed: Mapping[str, Events] | None, mask: np.ndarray | None, meta: Mapping[str, Any],
+          gt_mask: np.ndarray | None) -> Stats:
+    """The eight F-scores of one clip; an unreadable answer is an empty one.
+
+    A name that the label set does not know is one more class, so inventing events costs precision.
+    """
+    answer = parsed or {"audio": [], "visual": []}
+    classes = sorted({normalise(name) for events in (*answer.values(), meta["audio"], meta["visual"])
+                      for name, *_ in events})
+    arrays = [occurrence(label[modality], classes) for label in (answer, meta) for modality in ("audio", "visual")]
+    return {f"{level}_{name}": value for level in LEVELS for name, value in f_scores(level, *arrays).items()}
+
+
+def reduce(samples: Sequence[Stats]) -> dict[str, float]:
+    """Means over clips; `type_av` is the mean of audio, visual and audio_visual at its level."""
+    if not samples:
+        return {}
+    metrics = {name: float(np.mean([s[name] for s in samples])) for name in samples[0]}
+    return metrics | {f"{level}_type_av": float(np.mean([metrics[f"{level}_{kind}"] for kind in _TYPES]))
+                      for level in LEVELS}
+
+
+def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
+    """Per modality: nothing, or the one to three most frequent events, over the whole clip or over median spans."""
+    def candidates(modality: str) -> list[Events]:
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for name, start, end in (event for meta in metas for event in meta[modality]):
+            spans.setdefault(name, []).append((start, end))
+        names = sorted(spans, key=lambda name: (-len(spans[name]), name))[:3]
+        whole = [[name, 0, SECONDS] for name in names]
+        median = [[name, *np.median(spans[name], axis=0).astype(int).tolist()] for name in names]
+        return [[]] + [events[:k] for events in (whole, median) for k in range(1, len(names) + 1)]
+
+    pairs = itertools.product(candidates("audio"), candidates("visual"))
+    return [(text, None) for text in dict.fromkeys(target(audio, visual) for audio, visual in pairs)]
+
+
+AVVP = Task(name="avvp", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
+            constants=constants, headline="segment_type_av")

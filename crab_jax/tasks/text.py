@@ -1,0 +1,52 @@
+"""Reading tagged answers: tags, names and spans in text that a model wrote, possibly badly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_CLOSING = r"(?P<closed><\s*/\s*(?!s\s*>))?"  # any closing tag but the end-of-text token </s>
+_CONTROL = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]", re.IGNORECASE)
+_TEMPLATE_TAIL = re.compile(r",?\s+and\s+the\s+|\.(?:\s|$)|\n")  # where the sentence around an unclosed tag goes on
+_NUMBER = r"([0-9]{1,6})(?![0-9])(?:\.[0-9]*)?(?:\s*s\b)?"
+_BETWEEN = r"(?:\s*(?:,|-|–|:|;|\bto\b|\band\b)\s*|\s+)"
+_SPAN = re.compile(rf"(?:\(\s*)?(?<![0-9.]){_NUMBER}{_BETWEEN}{_NUMBER}(?:\s*\))?", re.IGNORECASE)
+
+
+def normalise(name: str) -> str:
+    """Lower-case words of a name; underscores, punctuation and runs of spaces become one space."""
+    return re.sub(r"[\W_]+", " ", name).strip().lower()
+
+
+def plain(text: str) -> str:
+    """`text` without the control tokens of the tokenizer and the chat template, on one line."""
+    return " ".join(_CONTROL.sub(" ", text).split())
+
+
+def find_tags(text: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """`(name, content)` of every tag, in order; `name` is the entry of `names` (lower case, words joined by "_").
+
+    Case, spaces inside the angle brackets and "_", "-" or " " between words do not matter. A tag that is never closed
+    ends at the next "<" or where the sentence around it goes on; unclosed tags are returned only when no tag of that
+    name is closed, because a text cut off in the middle of a repetition ends in half an answer.
+    """
+    words = "|".join(sorted((re.escape(n).replace("_", r"[\s_-]*") for n in names), key=len, reverse=True))
+    closed: list[tuple[int, str, str]] = []
+    unclosed: list[tuple[int, str, str]] = []
+    for match in re.finditer(rf"<\s*(?P<name>{words})\s*>(?P<content>[^<]*){_CLOSING}", text, re.IGNORECASE):
+        name = next(n for n in names if n.replace("_", "") == re.sub(r"[\s_-]", "", match["name"]).lower())
+        if match["closed"]:
+            closed.append((match.start(), name, match["content"].strip()))
+        else:
+            content = _TEMPLATE_TAIL.split(match["content"].strip(), maxsplit=1)[0]
+            unclosed.append((match.start(), name, content.strip()))
+    done = {name for _, name, _ in closed}
+    return [(name, content) for _, name, content in sorted(closed + [tag for tag in unclosed if tag[1] not in done])]
+
+
+def find_spans(text: str) -> list[tuple[int, int, int, int]]:
+    """`(start, end, first character, past the last character)` of every pair of seconds such as "0,8" or "(3 6)".
+
+    Decimals are cut (the released scorers use int()); numbers of more than six digits are not times.
+    """
+    return [(int(m[1]), int(m[2]), m.start(), m.end()) for m in _SPAN.finditer(text)]

@@ -1,0 +1,333 @@
+"""Warm-up of the tiny model: the stand-in for what CLIP, BEATs and LLaMA bring from their own pretraining.
+
+    python -m crab_jax.warmup --data runs/scenes --out runs/warmup
+
+Four short trainings on the train split of the generated scenes, never on others:
+1. CLIP learns which instrument covers each patch of a frame;  2. BEATs learns which instruments sound in a window;
+3. LLaMA, whole, learns every task's language with the feature rows replaced by embedded rows of the scene table
+   (what is visible where, what sounds how loud): it reads about scenes that it can neither see nor hear;
+4. the Q-Formers learn to give those rows from pictures and sound (the stand-in for language-aligned encoders).
+The result is a packed model that the paper's stages start from. LoRA and mask decoder are left as initialised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from configs import tiny
+from crab_jax import losses, optim, runs
+from crab_jax.checkpoints import load_tree, save_packed, save_tree
+from crab_jax.config import data_config, model_config
+from crab_jax.errors import run_verb
+from crab_jax.models.beats import Beats
+from crab_jax.models.clip import Clip, normalize
+from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.llama import Llama
+from crab_jax.models.qformer import QFormer, QFormerConfig
+from crab_jax.tasks import TASKS
+from data_pipelines import batching
+from data_pipelines.examples import Example
+from data_pipelines.sources import scene_graph, scene_media
+from data_pipelines.tokens import Tokenizer
+
+KINDS = len(scene_graph.KINDS)
+SLOTS = len(scene_graph.SLOTS)  # visual rows per frame
+AUDIO_ROWS = 2  # audio rows per window
+STEPS = {"clip": 1200, "beats": 1200, "llama": 5000, "bridge": 1500}
+CLIPS = 1500  # scenes whose media are decoded for the encoders and Q-Formers
+Arrays = dict[str, np.ndarray]
+
+
+class Reader(nn.Module):
+    """Rows of the scene table as LLM rows, as many per second as the Q-Formers give.
+
+    what [...,3,KINDS] and where [...,3,4] of the left, middle and right thing -> [...,3,D];
+    loudness [...,KINDS] (0 silent) -> [...,2,D].
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, table: Arrays) -> tuple[jax.Array, jax.Array]:
+        seen = table["what"].max(-1, keepdims=True)
+        place = table["where"][..., None] / scene_graph.BOX_SPACE * jnp.array([0.5, 1.0, 2.0, 4.0, 8.0]) * 2 * jnp.pi
+        waves = jnp.concatenate([jnp.sin(place), jnp.cos(place)], -1).reshape(*place.shape[:-2], -1)
+        loudness = table["loudness"]
+        visual = self.rows("visual", 1, jnp.concatenate([table["what"], waves * seen, seen], -1))
+        audio = self.rows("audio", AUDIO_ROWS, jnp.concatenate([(loudness > 0).astype(loudness.dtype), loudness], -1))
+        return visual[..., 0, :], audio
+
+    def rows(self, name: str, count: int, x: jax.Array) -> jax.Array:
+        x = nn.gelu(nn.Dense(2 * self.width, name=f"{name}_in")(x))
+        x = nn.Dense(count * self.width, kernel_init=nn.initializers.normal(0.02), name=f"{name}_out")(x)
+        return x.reshape(*x.shape[:-1], count, self.width)
+
+
+def fit(name: str, params: Any, loss: Callable[[Any, Any], jax.Array], batches: Iterator[Any], steps: int,
+        lr: float) -> Any:
+    """AdamW with warm-up and cosine decay on `loss(params, batch)`; prints a progress line; returns the parameters."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0),
+                     optax.adamw(optax.warmup_cosine_decay_schedule(0, lr, min(100, steps // 10 + 1), steps), b2=0.98,
+                                 weight_decay=0.01))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, value
+
+    opt, began, values = tx.init(params), time.monotonic(), []
+    for number in range(1, steps + 1):
+        params, opt, value = step(params, opt, next(batches))
+        values.append(value)
+        if number % max(1, steps // 20) == 0 or number == steps:
+            mean = float(np.mean(jax.device_get(values)))
+            rate = number / (time.monotonic() - began)
+            print(f"{name} {number}/{steps}  loss {mean:.4f}  {rate:.2f} step/s  eta {(steps - number) / rate:.0f} s",
+                  flush=True)
+            values = []
+    return params
+
+
+def draw(rng: np.random.Generator, size: int, count: int, pick: Callable[[np.ndarray], Any]) -> Iterator[Any]:
+    """Endless batches `pick(indices)` of random indices below `size`."""
+    while True:
+        yield pick(rng.integers(0, size, count))
+
+
+def table_of(scene: scene_graph.Scene) -> Arrays:
+    """What stands left, in the middle and right at each second, where, and how loud each instrument is.
+
+    what f32[10,3,KINDS] one-hot, zero where nothing is seen; where f32[10,3,4] boxes; loudness f32[10,KINDS].
+    """
+    table = scene_graph.scene_table(scene)
+    what = np.zeros((scene_graph.SECONDS, SLOTS, KINDS), np.float32)
+    where = np.zeros((scene_graph.SECONDS, SLOTS, 4), np.float32)
+    for thing in scene.visible:
+        slot, kind = scene_graph.SLOTS.index(thing.slot), scene_graph.KINDS.index(thing.kind)
+        what[:, slot, kind] = table["visible"][:, kind]
+        where[:, slot] = table["box"][:, kind]
+    return {"what": what, "where": where, "loudness": table["loudness"]}
+
+
+def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokenizer: Any) -> Arrays:
+    """Frames uint8[N,10,H,W,3], fbank f32[N,10,98,128], instrument per pixel uint8[N,10,H,W] and tables of N scenes."""
+    rows: list[Arrays] = []
+    began = time.monotonic()
+    prompt = TASKS["ave"].instruction()
+    for number, folder in enumerate(folders, 1):
+        example = Example(id=folder, task="ave", instruction=prompt, video=f"{folder}/clip.mp4")
+        arrays = batching.load(example, root, tokenizer, cfg)
+        scene = scene_graph.load(root / folder / "scene.json")
+        kinds = np.stack([np.asarray(Image.fromarray(k.astype(np.uint8)).resize((cfg.image_size,) * 2, Image.NEAREST))
+                          for k in scene_media.occupancy(root, scene)])
+        rows.append({"frames": arrays["frames"], "fbank": arrays["fbank"], "kinds": kinds, **table_of(scene)})
+        if number % 200 == 0 or number == len(folders):
+            rate = number / (time.monotonic() - began)
+            eta = (len(folders) - number) / rate
+            print(f"clips {number}/{len(folders)}  {rate:.1f}/s  eta {eta:.0f} s", flush=True)
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator) -> Any:
+    """CLIP parameters after learning the share of each instrument in each patch."""
+    clip, head = Clip(cfg.clip), nn.Dense(KINDS + 1)
+    grid, patch = cfg.clip.image_size // cfg.clip.patch_size, cfg.clip.patch_size
+    frames = data["frames"].reshape(-1, *data["frames"].shape[2:])
+    kinds = data["kinds"].reshape(-1, grid, patch, grid, patch)
+
+    def pick(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        one_hot = kinds[index][..., None] == np.arange(KINDS + 1)
+        return frames[index], one_hot.mean((2, 4), dtype=np.float32).reshape(len(index), grid * grid, KINDS + 1)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        tap = clip.apply({"params": params["clip"]}, normalize(batch[0]))[-1]
+        return optax.softmax_cross_entropy(head.apply({"params": params["head"]}, tap), batch[1]).mean()
+
+    keys = jax.random.split(jax.random.key(1))
+    params = {"clip": nn.unbox(clip.init(keys[0], normalize(frames[:1]))["params"]),
+              "head": head.init(keys[1], jnp.zeros((1, cfg.clip.width)))["params"]}
+    return fit("clip", params, loss, draw(rng, len(frames), 32, pick), steps, 1e-3)["clip"]
+
+
+def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator) -> Any:
+    """BEATs parameters after learning which instruments sound in a window, and how loud."""
+    beats, head = Beats(cfg.beats), nn.Dense(2 * KINDS)
+    fbank = data["fbank"].reshape(-1, *data["fbank"].shape[2:])
+    loudness = data["loudness"].reshape(-1, KINDS)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        mean = beats.apply({"params": params["beats"]}, batch[0]).mean(1)
+        presence, level = jnp.split(head.apply({"params": params["head"]}, mean), 2, -1)
+        sounding = (batch[1] > 0).astype(jnp.float32)
+        error = (sounding * (level - batch[1]) ** 2).sum() / jnp.maximum(sounding.sum(), 1)
+        return optax.sigmoid_binary_cross_entropy(presence, sounding).mean() + error
+
+    keys = jax.random.split(jax.random.key(2))
+    params = {"beats": nn.unbox(beats.init(keys[0], fbank[:1])["params"]),
+              "head": head.init(keys[1], jnp.zeros((1, cfg.beats.width)))["params"]}
+    return fit("beats", params, loss, draw(rng, len(fbank), 64, lambda index: (fbank[index], loudness[index])), steps,
+               1e-3)["beats"]
+
+
+def text_arrays(examples: list[Example], scene_of: dict[str, int], tokenizer: Tokenizer,
+                cfg: batching.DataConfig) -> list[Arrays]:
+    """Tokens, slots and targets of all examples, stacked per bucket, with the scene and seconds behind their rows.
+
+    seconds int[N,2]: the second that a picture and an audio window show, -1 when all ten are shown.
+    """
+    groups: dict[batching.Bucket, list[Arrays]] = {}
+    for example in examples:
+        bucket = batching.bucket_for(example, tokenizer, cfg)
+        visual = bucket.frames * cfg.visual_queries
+        rows = {"<video>": np.arange(visual), "<image>": np.arange(visual),
+                "<audio>": visual + np.arange(bucket.windows * cfg.audio_queries)}
+        expanded = tokenizer.expand(*tokenizer.encode(example.instruction, example.target), rows)
+        seconds = [example.second if alone else -1 for alone in (example.image, example.windows == "one")]
+        tokens, slots, targets = (np.full(bucket.length, fill) for fill in (tokenizer.pad_id, -1, 0))
+        used = len(expanded.tokens)
+        tokens[:used], slots[:used], targets[:used] = expanded.tokens, expanded.slots, expanded.loss_mask
+        key = bucket._replace(masks=0)
+        groups.setdefault(key, []).append({
+            "tokens": tokens, "slots": slots, "targets": targets, "seconds": np.array(seconds),
+            "scene": np.array(scene_of[example.meta["scene"]])})
+    return [{key: np.stack([row[key] for row in rows]) for key in rows[0]} for rows in groups.values()]
+
+
+def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.random.Generator) -> Iterator[Arrays]:
+    """Endless batches from one bucket at a time, buckets drawn by their share of the examples."""
+    shares = np.array([len(group["tokens"]) for group in groups], float)
+    while True:
+        group = groups[rng.choice(len(groups), p=shares / shares.sum())]
+        index = rng.integers(0, len(group["tokens"]), size)
+        batch = {key: values[index] for key, values in group.items() if key not in ("scene", "seconds")}
+        scene, seconds = group["scene"][index], group["seconds"][index]
+
+        def shown(values: np.ndarray, second: np.ndarray, scene: np.ndarray = scene) -> np.ndarray:
+            values = values[scene]
+            return values if second[0] < 0 else np.take_along_axis(
+                values, second.reshape(-1, *[1] * (values.ndim - 1)), 1)
+
+        yield {**batch, "what": shown(tables["what"], seconds[:, 0]), "where": shown(tables["where"], seconds[:, 0]),
+               "loudness": shown(tables["loudness"], seconds[:, 1])}
+
+
+def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int,
+               rng: np.random.Generator) -> Any:
+    """{"llama", "reader"} parameters after learning every task's answers from tables and prompts."""
+    llama, reader = Llama(cfg.llama, None), Reader(cfg.llama.hidden)
+
+    def forward(module: Llama, rows: jax.Array, batch: Any) -> jax.Array:
+        taken = jnp.take_along_axis(rows, jnp.maximum(batch["slots"], 0)[..., None], axis=1)
+        x = jnp.where((batch["slots"] >= 0)[..., None], taken, module.embed(batch["tokens"]))
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return module.logits(module(x, positions)[0])
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        visual, audio = reader.apply({"params": params["reader"]}, batch)
+        rows = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in (visual, audio)], 1)
+        logits = llama.apply({"params": params["llama"]}, rows, batch, method=forward)
+        term = losses.text_loss(logits, batch["tokens"], batch["targets"] > 0, jnp.ones(len(logits), bool))
+        return term.sum / term.count
+
+    batches = reader_batches(groups, tables, 16, rng)
+    first, keys = next(batches), jax.random.split(jax.random.key(3))
+    rows = jnp.zeros((len(first["tokens"]), int(first["slots"].max()) + 1, cfg.llama.hidden))
+    params = {"reader": reader.init(keys[0], first)["params"],
+              "llama": nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"])}
+    return fit("llama", params, loss, batches, steps, 2e-3)
+
+
+def warm_bridge(name: str, cfg: QFormerConfig, encode: Callable[[jax.Array], jax.Array], inputs: np.ndarray,
+                rows: np.ndarray, steps: int, rng: np.random.Generator) -> Any:
+    """Q-Former parameters after regressing the Reader's rows [N,Q,D] from encoded inputs [N,...]."""
+    qformer = QFormer(cfg)
+    spread = rows.std()
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        out = qformer.apply({"params": params}, encode(batch[0]), False, rngs={"dropout": jax.random.key(0)})
+        return jnp.mean(((out - batch[1]) / spread) ** 2)
+
+    params = nn.unbox(qformer.init(jax.random.key(4), encode(inputs[:1]))["params"])
+    return fit(name, params, loss, draw(rng, len(inputs), 64, lambda index: (inputs[index], rows[index])), steps, 2e-3)
+
+
+def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
+    """The parameters of one finished training, from `folder` when an earlier run left them there."""
+    file = folder / f"{name}.safetensors"
+    if not file.exists():
+        save_tree(file, train())
+    return load_tree(file)
+
+
+def warm_up(root: Path, out: Path, config: Any, scale: float) -> None:
+    """All four trainings on `root`'s train split; writes a packed model to `out`."""
+    cfg, parts = model_config(config), out / "parts"
+    tokenizer, decode = runs.tokenizer_of(config), data_config(config, cache_dir=str(out.parent / "cache"))
+    examples = runs.read_examples(root, "train")
+    folders = sorted({example.meta["scene"] for example in examples})
+    steps = {name: max(4, int(n * scale)) for name, n in STEPS.items()}
+
+    def rng(number: int) -> np.random.Generator:
+        return np.random.default_rng([config.seed, number])
+
+    def read() -> Any:
+        tables = [table_of(scene_graph.load(root / folder / "scene.json")) for folder in folders]
+        stacked = {key: np.stack([table[key] for table in tables]) for key in tables[0]}
+        groups = text_arrays(examples, {folder: i for i, folder in enumerate(folders)}, tokenizer, decode)
+        return warm_llama(cfg, groups, stacked, steps["llama"], rng(0))
+
+    reading = kept(parts, "llama", read)
+    data = load_clips(root, folders[:CLIPS], decode, tokenizer)
+    clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
+    beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
+    table = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
+    visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, table))
+    frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
+    vl_projector = kept(parts, "vl_projector", lambda: warm_bridge(
+        "visual q-former", cfg.visual, lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames,
+        visual, steps["bridge"], rng(3)))
+    al_projector = kept(parts, "al_projector", lambda: warm_bridge(
+        "audio q-former", cfg.audio, lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, audio,
+        steps["bridge"], rng(4)))
+
+    params = runs.initial_params(config, Crab(cfg))
+    learned = {"clip": clip, "beats": beats, "vl_projector": vl_projector, "al_projector": al_projector,
+               "llama": optim.merge(lora_of(params["llama"]), reading["llama"])}
+    save_packed(out, params | learned, config.to_dict())
+    tokenizer.save(out)
+
+
+def lora_of(llama: Any) -> Any:
+    """The LoRA leaves of LLaMA's parameters."""
+    return optim.split(llama, (r".*/lora_.*",), (r"(?!.*/lora_).*",))[0]
+
+
+def main() -> None:
+    """Entry point of `python -m crab_jax.warmup`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="root of generated scenes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the packed result")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args()
+    config = tiny.get_config()
+    config.init_from = ""
+    warm_up(args.data, args.out, config, args.scale)
+
+
+if __name__ == "__main__":
+    run_verb(main, "--debug" in sys.argv)

@@ -1,0 +1,323 @@
+"""From one Example to padded arrays, and from several to a Batch of static shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.struct
+import numpy as np
+
+from crab_jax.errors import InputError
+from data_pipelines import fbank, media
+from data_pipelines.examples import TASK_NAMES, Example
+from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Expanded, Tokenizer
+
+SEG_KINDS = {"none": 0, "binary": 1, "semantic": 2}
+
+
+@flax.struct.dataclass
+class Batch:
+    """B rows of one bucket; see docs/architecture.md for the meaning of each field."""
+
+    tokens: np.ndarray  # int32[B,L]
+    slots: np.ndarray  # int32[B,L]
+    text_mask: np.ndarray  # bool[B,L]
+    loss_mask: np.ndarray  # bool[B,L]
+    mask_positions: np.ndarray  # int32[B,M,6]
+    frames: np.ndarray  # uint8[B,T,H,W,3]
+    frame_mask: np.ndarray  # bool[B,T]
+    fbank: np.ndarray  # float32[B,S,F,128]
+    audio_mask: np.ndarray  # bool[B,S]
+    seg_frame: np.ndarray  # uint8[B,M,H,W,3]
+    seg_target: np.ndarray  # int32[B,M,H,W]
+    seg_kind: np.ndarray  # int32[B,M]
+    task: np.ndarray  # int32[B]
+    index: np.ndarray  # int32[B]
+
+
+class Bucket(NamedTuple):
+    """The static sizes of a batch: L, T, S, F and M of docs/architecture.md."""
+
+    length: int
+    frames: int
+    windows: int
+    fbank_frames: int
+    masks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How Examples become arrays."""
+
+    image_size: int = 224  # pixels of a side
+    video_frames: int = 10  # frames taken of a video, and T of a video batch
+    visual_queries: int = 32  # positions of the LLM per frame
+    audio_queries: int = 32  # positions of the LLM per audio window
+    lengths: tuple[int, ...] = (256, 512, 768, 1024)  # L of the buckets, in positions
+    prompt_only: bool = False  # leave the target out, for generation
+    mute_audio: bool = False  # silence instead of the audio
+    blank_video: bool = False  # black frames, and a black picture to segment
+    pad_short_audio: bool = False  # accept windows shorter than 175 ms, zero-padded
+    on_error: str = "raise"  # raise | skip: what to do with an Example that cannot be loaded
+    cache_dir: str = ""  # folder of decoded media; "" = decode every time
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip"):
+            raise InputError("config", "on_error", f"unknown value {self.on_error!r}", "use 'raise' or 'skip'")
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
+            raise InputError("config", "lengths", f"is {self.lengths}", "give increasing lengths")
+
+
+def _visual_placeholder(example: Example) -> str | None:
+    """The placeholder that stands for the visual source, after checking that placeholders and media agree."""
+    where = f"example {example.id}"
+    present = [name for name in VISUAL_PLACEHOLDERS if name in example.instruction]
+    visual = bool(example.video or example.image or example.frames)
+    if visual != (len(present) == 1) or (present and example.instruction.count(present[0]) > 1):
+        problem = f"has {len(present)} visual placeholders and {'one' if visual else 'no'} visual source"
+        raise InputError(where, "instruction", problem, "put <video> or <image> once where the pictures go")
+    if (example.windows != "none") != (example.instruction.count(AUDIO_PLACEHOLDER) == 1):
+        count = example.instruction.count(AUDIO_PLACEHOLDER)
+        problem = f"has {count} <audio> placeholders and windows {example.windows!r}"
+        raise InputError(where, "instruction", problem, "put <audio> once, or set windows to 'none'")
+    if example.windows != "none" and not (example.audio or example.video):
+        problem = f"is missing, and windows are {example.windows!r}"
+        raise InputError(where, "audio", problem, "give an audio file or set windows to 'none'")
+    return present[0] if present else None
+
+
+def _rows(example: Example, bucket: Bucket, frames: int, config: DataConfig) -> dict[str, np.ndarray]:
+    """Feature rows behind each placeholder. Rows of the bucket: T * Qv visual ones, then S * Qa audio ones."""
+    audio = fbank.WINDOW_COUNT[example.windows] * config.audio_queries
+    rows = {AUDIO_PLACEHOLDER: bucket.frames * config.visual_queries + np.arange(audio)}
+    placeholder = _visual_placeholder(example)
+    return rows if placeholder is None else {placeholder: np.arange(frames * config.visual_queries), **rows}
+
+
+def _most_frames(example: Example, config: DataConfig) -> int:
+    """Upper bound of the frames of the visual source, known without opening it."""
+    if example.video:
+        return config.video_frames
+    return min(len(example.frames), config.video_frames) if example.frames else int(bool(example.image))
+
+
+def _expand(example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int) -> Expanded:
+    """The sequence of an Example with `frames` frames."""
+    ids, is_target = tokenizer.encode(example.instruction, None if config.prompt_only else example.target)
+    return tokenizer.expand(ids, is_target, _rows(example, bucket, frames, config))
+
+
+def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bucket:
+    """The smallest bucket that holds an Example; a pure function of it that opens no media file.
+
+    To keep the buckets few, a video or a list of frames always takes `video_frames` frames, audio 10 windows (1 for
+    windows `one`), and an absent modality one masked frame or window. Raises InputError naming the example when no
+    length fits, or when its placeholders and its media do not agree.
+    """
+    bucket = Bucket(
+        length=config.lengths[-1],
+        frames=config.video_frames if example.video or example.frames else 1,
+        windows=1 if example.windows in ("one", "none") else 10,
+        fbank_frames=fbank.WINDOW_FRAMES[example.windows],
+        masks=int(example.mask_kind != "none"),
+    )
+    needed = len(_expand(example, tokenizer, config, bucket, _most_frames(example, config)).tokens)
+    fitting = [length for length in config.lengths if length >= needed]
+    if not fitting:
+        problem = f"needs {needed} positions, but the longest bucket has {config.lengths[-1]}"
+        fix = "shorten the text or add a length to 'lengths'"
+        raise InputError(f"example {example.id}", "instruction", problem, fix)
+    return bucket._replace(length=fitting[0])
+
+
+def _cached(config: DataConfig, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
+    """`decode()`, kept as an .npy file under the cache directory; files appear there whole or not at all."""
+    if not config.cache_dir or not path.is_file():
+        return decode()
+    stamp = path.stat()
+    key = "|".join(map(str, (path.resolve(), stamp.st_mtime_ns, stamp.st_size, *settings)))
+    folder = Path(config.cache_dir)
+    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    try:
+        return np.load(kept)
+    except (FileNotFoundError, ValueError, EOFError):
+        pass
+    value = decode()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{uuid.uuid4().hex}.tmp"
+    with open(partial, "wb") as file:
+        np.save(file, value)
+    os.replace(partial, kept)
+    return value
+
+
+def _load_image(path: Path, field: str, config: DataConfig) -> np.ndarray:
+    size = config.image_size
+    return _cached(config, path, ("image", size), lambda: media.read_image(path, size, field))
+
+
+def _load_frames(example: Example, root: Path, config: DataConfig) -> np.ndarray:
+    """uint8[n, H, W, 3]: the frames of the visual source, n = 0 without one."""
+    size, count = config.image_size, config.video_frames
+    if example.video:
+        path = root / example.video
+        return _cached(config, path, ("video", count, size), lambda: media.read_video(path, count, size))
+    names = [example.image] if example.image else list(example.frames)
+    taken = min(count, len(names))
+    field = "image" if example.image else "frames"
+    paths = [root / names[i * len(names) // taken] for i in range(taken)]
+    frames = [_load_image(path, field, config) for path in paths]
+    return np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+
+
+def _load_fbank(example: Example, root: Path, config: DataConfig) -> np.ndarray:
+    """float32[S, F, 128]: the filter banks of the audio windows."""
+    if example.windows == "none":
+        return np.zeros((0, fbank.WINDOW_FRAMES["none"], fbank.MEL_BINS), np.float32)
+    path = root / (example.audio or example.video or "")
+    settings = ("fbank", example.windows, example.second if example.windows == "one" else "", config.pad_short_audio)
+
+    def decode() -> np.ndarray:
+        waveform = media.read_audio(path)
+        return fbank.fbank(
+            fbank.cut_windows(waveform, example.windows, example.second, str(path), config.pad_short_audio)
+        )
+
+    return _cached(config, path, settings, decode)
+
+
+def _seg_picture(
+    example: Example, root: Path, frames: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The picture to segment, uint8[H, W, 3], and the (width, height) of its file."""
+    if example.seg_image or example.image:
+        field = "seg_image" if example.seg_image else "image"
+        path = root / (example.seg_image or example.image or "")
+    elif example.second is not None and 0 <= example.second < len(example.frames):
+        field, path = "frames", root / example.frames[example.second]
+    elif example.video and example.second is not None and 0 <= example.second < len(frames):
+        return frames[example.second], media.video_size(root / example.video)
+    else:
+        problem = f"is {example.second}, which is no frame of the example, so the picture to segment is unknown"
+        fix = "give the number of a frame, or the picture in 'seg_image'"
+        raise InputError(f"example {example.id}", "second", problem, fix)
+    return _load_image(path, field, config), media.image_size(path, field)
+
+
+def _load_segmentation(example: Example, root: Path, frames: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
+    """seg_frame, seg_target and seg_kind of one Example; the leading axis is M, 1 with a mask_kind and 0 without."""
+    size = config.image_size
+    if example.mask_kind == "none":
+        picture, target, kind = np.zeros((0, size, size, 3), np.uint8), np.zeros((0, size, size), np.int32), []
+    else:
+        picture, picture_size = _seg_picture(example, root, frames, config)
+        if example.mask:
+            target = media.read_mask(root / example.mask, size, example.mask_kind, picture_size)
+        elif config.prompt_only:
+            target = np.zeros((size, size), np.int32)
+        else:
+            fix = "give the mask file, or set mask_kind to 'none'"
+            raise InputError(f"example {example.id}", "mask", "is missing", fix)
+        picture, target, kind = picture[None], target[None], [SEG_KINDS[example.mask_kind]]
+    return {
+        "seg_frame": np.zeros_like(picture) if config.blank_video else picture,
+        "seg_target": target,
+        "seg_kind": np.array(kind, np.int32),
+    }
+
+
+def _pad(values: np.ndarray, length: int, fill: Any = 0) -> np.ndarray:
+    """`values`, with its first axis padded at the end to `length`."""
+    padded = np.full((length, *values.shape[1:]), fill, values.dtype)
+    padded[: len(values)] = values
+    return padded
+
+
+def text_arrays(
+    example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int | None = None
+) -> dict[str, np.ndarray]:
+    """tokens, slots, text_mask, loss_mask [L] and mask_positions [M,6] of an Example, padded to its bucket.
+
+    `frames`: how many frames its visual source has; None stands for as many as it can have. No media file is opened.
+    """
+    frames = _most_frames(example, config) if frames is None else frames
+    expanded = _expand(example, tokenizer, config, bucket, frames)
+    if bucket.masks and not config.prompt_only and expanded.mask_positions.min() < 0:
+        problem = f"has mask_kind {example.mask_kind!r} but not all of <mask_0> to <mask_5>"
+        raise InputError(f"example {example.id}", "target", problem, "write the six mask tokens into the target")
+    positions = np.maximum(expanded.mask_positions, 0)  # a prompt has none; 0 is a valid place holder
+    return {
+        "tokens": _pad(expanded.tokens, bucket.length, tokenizer.pad_id),
+        "slots": _pad(expanded.slots, bucket.length, -1),
+        "text_mask": np.arange(bucket.length) < len(expanded.tokens),
+        "loss_mask": _pad(expanded.loss_mask, bucket.length),
+        "mask_positions": np.broadcast_to(positions, (bucket.masks, len(positions))),
+    }
+
+
+def load(
+    example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig, index: int = 0
+) -> dict[str, np.ndarray]:
+    """One Example decoded, tokenised and padded to its bucket: the fields of Batch without the leading axis.
+
+    `index` is the position of the example in its list. Raises InputError for anything that is wrong with it.
+    """
+    root = Path(root)
+    bucket = bucket_for(example, tokenizer, config)
+    frames = _load_frames(example, root, config)
+    sound = _load_fbank(example, root, config)
+    return {
+        **text_arrays(example, tokenizer, config, bucket, len(frames)),
+        "frames": _pad(np.zeros_like(frames) if config.blank_video else frames, bucket.frames),
+        "frame_mask": np.arange(bucket.frames) < len(frames),
+        "fbank": _pad(np.full_like(sound, fbank.SILENCE) if config.mute_audio else sound, bucket.windows),
+        "audio_mask": np.arange(bucket.windows) < len(sound),
+        **_load_segmentation(example, root, frames, config),
+        "task": np.array(TASK_NAMES.index(example.task), np.int32),
+        "index": np.array(index, np.int32),
+    }
+
+
+def collate(rows: Sequence[Mapping[str, np.ndarray]]) -> Batch:
+    """Batch of loaded Examples of one bucket; the leading axis of every field is new."""
+    return Batch(**{field.name: np.stack([row[field.name] for row in rows]) for field in dataclasses.fields(Batch)})
+
+
+def empty_batch(bucket: Bucket, rows: int, image_size: int) -> Batch:
+    """Batch of filler rows (index -1) without text, pictures or sound; for initialisation and for shapes."""
+    length, frames, windows, fbank_frames, masks = bucket
+    size = (image_size, image_size)
+    return Batch(
+        tokens=np.zeros((rows, length), np.int32),
+        slots=np.full((rows, length), -1, np.int32),
+        text_mask=np.zeros((rows, length), bool),
+        loss_mask=np.zeros((rows, length), bool),
+        mask_positions=np.zeros((rows, masks, 6), np.int32),
+        frames=np.zeros((rows, frames, *size, 3), np.uint8),
+        frame_mask=np.zeros((rows, frames), bool),
+        fbank=np.zeros((rows, windows, fbank_frames, fbank.MEL_BINS), np.float32),
+        audio_mask=np.zeros((rows, windows), bool),
+        seg_frame=np.zeros((rows, masks, *size, 3), np.uint8),
+        seg_target=np.zeros((rows, masks, *size), np.int32),
+        seg_kind=np.zeros((rows, masks), np.int32),
+        task=np.zeros(rows, np.int32),
+        index=np.full(rows, -1, np.int32),
+    )
+
+
+def bucket_of(batch: Batch) -> Bucket:
+    """The bucket of a batch, read from its shapes."""
+    windows, fbank_frames = batch.fbank.shape[1:3]
+    return Bucket(batch.tokens.shape[1], batch.frames.shape[1], windows, fbank_frames, batch.seg_kind.shape[1])
+
+
+def padding_share(batch: Batch) -> float:
+    """Share of the positions of the real rows that hold padding, in [0, 1]."""
+    real = np.asarray(batch.index) >= 0
+    return 1.0 - float(np.asarray(batch.text_mask)[real].mean()) if real.any() else 0.0

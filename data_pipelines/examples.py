@@ -1,0 +1,104 @@
+"""Example: the one record type between a dataset's files and a batch, and its JSONL form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from crab_jax.errors import InputError
+
+TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
+WINDOWS = ("ten", "five", "music_avqa", "one", "none")
+MASK_KINDS = ("none", "binary", "semantic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question about one clip. Paths are relative to the data root or absolute; see docs/architecture.md."""
+
+    id: str
+    task: str
+    instruction: str
+    target: str = ""
+    video: str | None = None
+    image: str | None = None
+    frames: tuple[str, ...] = ()
+    audio: str | None = None
+    windows: str = "ten"
+    second: int | None = None
+    seg_image: str | None = None
+    mask: str | None = None
+    mask_kind: str = "none"
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (str,), "task": (str,), "instruction": (str,), "target": (str,), "video": (str, type(None)),
+    "image": (str, type(None)), "frames": (list, tuple), "audio": (str, type(None)), "windows": (str,),
+    "second": (int, type(None)), "seg_image": (str, type(None)), "mask": (str, type(None)), "mask_kind": (str,),
+    "meta": (dict,),
+}
+
+
+def from_json(record: Any, where: str) -> Example:
+    """Validated Example from one decoded JSON object. Raises InputError naming `where`, the field and the fix."""
+    if not isinstance(record, dict):
+        raise InputError(where, "", f"expected a JSON object, got {type(record).__name__}", "write one object per line")
+    for name in ("id", "task", "instruction"):
+        if name not in record:
+            raise InputError(where, name, "missing field", f"add {name!r} to the record")
+    for name, value in record.items():
+        if name not in _TYPES:
+            raise InputError(where, name, "unknown field", f"use one of {sorted(_TYPES)}")
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+            wanted = " or ".join(t.__name__ for t in _TYPES[name])
+            raise InputError(where, name, f"is {type(value).__name__} {value!r:.60}", f"must be {wanted}")
+    for name, allowed in (("task", TASK_NAMES), ("windows", WINDOWS), ("mask_kind", MASK_KINDS)):
+        if name in record and record[name] not in allowed:
+            raise InputError(where, name, f"unknown value {record[name]!r}", f"use one of {', '.join(allowed)}")
+    visuals = [name for name in ("video", "image", "frames") if record.get(name)]
+    if len(visuals) > 1:
+        raise InputError(where, visuals[1], f"both {visuals[0]!r} and {visuals[1]!r} are given", "give one visual source")
+    if any(not isinstance(frame, str) for frame in record.get("frames", ())):
+        raise InputError(where, "frames", "holds something that is not a path", "must be a list of paths")
+    return Example(**{**record, "frames": tuple(record.get("frames", ()))})
+
+
+def to_json(example: Example) -> dict[str, Any]:
+    """JSON object of an Example with its default fields left out."""
+    defaults = Example(id="", task="", instruction="")
+    record = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()
+            if k in ("id", "task", "instruction") or v != getattr(defaults, k)}
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """All Examples of a JSONL file, validated; duplicate ids are an error."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(str(path), "", "no such file", "check --data and the split name")
+    examples, seen = [], set()
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(where, "", f"not valid JSON ({error.msg})", "write one JSON object per line") from None
+        example = from_json(record, where)
+        if example.id in seen:
+            raise InputError(where, "id", f"duplicate id {example.id!r}", "ids must be unique in a file")
+        seen.add(example.id)
+        examples.append(example)
+    return examples
+
+
+def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
+    """Write Examples, one JSON object per line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for example in examples:
+            file.write(json.dumps(to_json(example), ensure_ascii=False) + "\n")

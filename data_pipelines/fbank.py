@@ -1,0 +1,108 @@
+"""Kaldi filter banks of audio windows, the input of BEATs.
+
+Written in NumPy: kaldi-native-fbank refuses 128 mel bins at 16 kHz because the lowest triangle holds no FFT bin, while
+the reference (torchaudio.compliance.kaldi, called by dataset/audio_processor.py) keeps that bin as an empty one.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from crab_jax.errors import InputError
+
+SAMPLE_RATE = 16000
+MEL_BINS = 128
+FRAME = 400  # samples of 25 ms
+SHIFT = 160  # samples of 10 ms
+FFT = 512
+MEAN, STD = 15.41663, 6.55582  # AudioSet statistics of BEATs
+FLOOR = np.finfo(np.float32).eps
+SILENCE = np.float32((np.log(FLOOR) - MEAN) / (2 * STD))  # every value of a silent window
+
+WINDOW_COUNT = {"ten": 10, "five": 5, "music_avqa": 10, "one": 1, "none": 0}
+WINDOW_FRAMES = {"ten": 98, "five": 98, "music_avqa": 198, "one": 98, "none": 98}
+# BEATs cuts 16x16 patches: a window with fewer frames than one patch row holds nothing that it can read.
+SHORTEST_WINDOW = FRAME + 15 * SHIFT
+
+
+def samples_of(frames: int) -> int:
+    """Samples that give exactly `frames` frames with no sample left over."""
+    return FRAME + (frames - 1) * SHIFT
+
+
+@functools.cache
+def mel_banks() -> np.ndarray:
+    """float32[257, 128]: triangles on the mel axis, 20 Hz to 8 kHz; the Nyquist bin has weight 0."""
+
+    def mel(hertz: np.ndarray | float) -> np.ndarray:
+        return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
+
+    low, high = mel(20.0), mel(SAMPLE_RATE / 2)
+    edges = low + np.arange(MEL_BINS + 2) * (high - low) / (MEL_BINS + 1)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    bins = mel(np.arange(FFT // 2) * SAMPLE_RATE / FFT)[:, None]
+    triangles = np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+    return np.concatenate([np.maximum(triangles, 0.0), np.zeros((1, MEL_BINS))]).astype(np.float32)
+
+
+@functools.cache
+def povey_window() -> np.ndarray:
+    """float32[400]: a Hann window to the power 0.85."""
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / (FRAME - 1))
+    return (hann**0.85).astype(np.float32)
+
+
+def log_mel(waveform: np.ndarray) -> np.ndarray:
+    """Kaldi log-mel energies: float[..., N] in [-1, 1] at 16 kHz -> float32[..., 1 + (N - 400) // 160, 128].
+
+    Per frame: remove the mean, pre-emphasis 0.97 (the first sample with itself), Povey window, power spectrum.
+    """
+    samples = np.asarray(waveform, np.float32) * np.float32(32768)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME, axis=-1)[..., ::SHIFT, :]
+    frames = frames - frames.mean(-1, keepdims=True)
+    before = np.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
+    spectrum = np.fft.rfft((frames - np.float32(0.97) * before) * povey_window(), FFT)
+    power = spectrum.real**2 + spectrum.imag**2
+    # einsum stays on this thread: BLAS threads of several loaders fight for the cores and are 30 times slower.
+    return np.log(np.maximum(np.einsum("...k,km->...m", power, mel_banks()), FLOOR))
+
+
+def fbank(waveform: np.ndarray) -> np.ndarray:
+    """BEATs input: float[..., N] in [-1, 1] at 16 kHz -> float32[..., frames, 128], normalised log-mel energies."""
+    return ((log_mel(waveform) - MEAN) / (2 * STD)).astype(np.float32)
+
+
+def cut_windows(
+    waveform: np.ndarray, policy: str, second: int | None = None, where: str = "audio", pad_short: bool = False
+) -> np.ndarray:
+    """The audio windows of a clip: float32[N] -> float32[S, samples], samples = 15920 (1 s) or 31920 (2 s).
+
+    A "second" is relative to the clip, as in the reference: `int(N / 10)` samples for `ten` and `one`, `int(N / 5)` for
+    `five`, `int(N / 60)` for `music_avqa` (windows of two, [t - 0.5, t + 1.5] for t = 0, 6, ..., 54, zeros before the
+    clip). Each window is then cropped, or zero-padded at its end, to the samples of 98 (198) frames, which changes no
+    frame of a clip of exactly 10 (5, 60) seconds. `one` is window `second` of `ten`; `none` gives S = 0.
+
+    Raises InputError for a bad `second`, and for windows below one BEATs patch row (175 ms) unless `pad_short`.
+    """
+    samples = samples_of(WINDOW_FRAMES[policy])
+    if policy == "none":
+        return np.zeros((0, samples), np.float32)
+    if policy == "one" and (second is None or not 0 <= second < 10):
+        problem = f"is {second}, but windows 'one' reads one of ten"
+        raise InputError(where, "second", problem, "give a second from 0 to 9")
+    parts, spans = {"five": (5, 1), "music_avqa": (60, 2)}.get(policy, (10, 1))
+    unit = len(waveform) // parts
+    if not pad_short and unit * spans < SHORTEST_WINDOW:
+        needed = SHORTEST_WINDOW * parts / spans / SAMPLE_RATE
+        problem = f"{len(waveform) / SAMPLE_RATE:.2f} s of audio are too short for windows {policy!r}"
+        raise InputError(where, "audio", problem, f"give at least {needed:.2f} s, or set pad_short_audio")
+    if policy == "music_avqa":
+        centred = [waveform[int(max(0, t - 0.5) * unit) : int((t + 1.5) * unit)] for t in range(0, 60, 6)]
+        pieces = [np.pad(piece, (2 * unit - len(piece), 0)) for piece in centred]
+    else:
+        chosen = [second] if policy == "one" and second is not None else range(parts)
+        pieces = [waveform[i * unit : (i + 1) * unit] for i in chosen]
+    fitted = [np.pad(piece[:samples], (0, max(0, samples - len(piece)))) for piece in pieces]
+    return np.stack(fitted).astype(np.float32)

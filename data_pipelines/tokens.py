@@ -1,0 +1,213 @@
+"""Text to ids: the tokenizer, the 17 multimodal tokens, the chat wrap, and the expansion of placeholders to slots.
+
+`python -m data_pipelines.tokens --corpus FILE --out FILE` trains the small tokenizer of the tiny configs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+from crab_jax.errors import InputError, run_verb
+from data_pipelines.examples import read_jsonl
+
+# The released order (models/unified_arch.py): ids are base vocabulary size + position in this tuple. The first 11 are
+# special, so they disappear from decoded answers; the mask tokens are ordinary and stay.
+SPECIAL_TOKENS = (
+    "<image>", "<image_start>", "<image_end>", "<video>", "<video_start>", "<video_end>",
+    "<audio>", "<audio_start>", "<audio_end>", "<mask_start>", "<mask_end>",
+)  # fmt: skip
+MASK_TOKENS = tuple(f"<mask_{i}>" for i in range(6))
+VISUAL_PLACEHOLDERS = ("<video>", "<image>")
+AUDIO_PLACEHOLDER = "<audio>"
+BOS, EOS = "<s>", "</s>"
+SYSTEM = "You are a helpful assistant."
+
+
+def chat_prompt(instruction: str) -> str:
+    """The text of one user turn in the LLaMA-2 chat format, with the reference's system message."""
+    return f"{BOS}[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{instruction.strip()} [/INST]"
+
+
+class Expanded(NamedTuple):
+    """A sequence whose placeholders became runs of feature slots; all arrays have the same length L."""
+
+    tokens: np.ndarray  # int32[L], a slot holds its placeholder's id
+    slots: np.ndarray  # int32[L], row of the features that a position takes, -1 = text
+    loss_mask: np.ndarray  # bool[L], targets
+    mask_positions: np.ndarray  # int32[6], positions that predict <mask_0..5>; -1 without mask tokens
+
+
+class Tokenizer:
+    """Ids of prompts and targets, for any `tokenizers.Tokenizer`, with the 17 multimodal tokens added at its end."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, legacy: bool | None = None):
+        """`legacy`: how a LLaMA tokenizer treats added tokens (see `load`), None for any other tokenizer."""
+        missing = [token for token in (BOS, EOS) if backend.token_to_id(token) is None]
+        if missing:
+            raise InputError("tokenizer", "vocab", f"has no {' and no '.join(missing)}", "use a LLaMA-style tokenizer")
+        first = backend.token_to_id(SPECIAL_TOKENS[0])
+        self.base: int = backend.get_vocab_size(with_added_tokens=True) if first is None else first
+        if first is None:
+            backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
+            backend.add_tokens([AddedToken(t, normalized=False) for t in MASK_TOKENS])
+        expected = list(range(self.base, self.base + 17))
+        if [backend.token_to_id(token) for token in SPECIAL_TOKENS + MASK_TOKENS] != expected:
+            problem = "has some of the multimodal tokens already, in another order"
+            raise InputError("tokenizer", "vocab", problem, "use the tokenizer of the base model")
+        self._backend, self._legacy = backend, legacy
+        self._added = tuple(token.content for token in backend.get_added_tokens_decoder().values())
+        self.vocab_size = self.base + 17
+        self.bos_id, self.eos_id = self.id(BOS), self.id(EOS)
+        pad = backend.token_to_id("<pad>")
+        self.pad_id = self.eos_id if pad is None else pad
+        self.mask_ids = tuple(expected[-6:])
+
+    @classmethod
+    def load(cls, path: str | Path, legacy: bool | None = None) -> Tokenizer:
+        """Tokenizer of a tokenizer.json, or of a directory: one that `save` wrote, or one in Hugging Face form.
+
+        A LLaMA directory (tokenizer.model, or tokenizer_class LlamaTokenizer) gives the ids of the slow LlamaTokenizer
+        of transformers 4.37.2. There `legacy` (default: of tokenizer_config.json, where absent means True) puts a word
+        mark before every run of text between added tokens; otherwise only the start of the whole text gets one.
+        """
+        path = Path(path)
+        folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+        config = _read_config(folder)
+        has_model = path.is_dir() and (folder / "tokenizer.model").is_file()
+        if not has_model and not config.get("tokenizer_class", "").startswith("LlamaTokenizer"):
+            return cls(_read_backend(file))
+        if has_model and not file.is_file():
+            from transformers import LlamaTokenizer  # slow to import, and needed for the conversion only
+
+            backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        else:
+            backend = _read_backend(file)
+        legacy = bool(config.get("legacy", True)) if legacy is None else legacy
+        marks = normalizers.Replace(" ", "▁")
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), marks]) if legacy else marks
+        backend.pre_tokenizer = None
+        return cls(backend, legacy)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load(folder)` needs: tokenizer.json, and tokenizer_config.json for a LLaMA one."""
+        self._backend.save(str(Path(folder) / "tokenizer.json"))
+        if self._legacy is not None:
+            config = {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
+            (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config))
+
+    def id(self, token: str) -> int:
+        """Id of one token of the vocabulary."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise KeyError(token)
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text; added tokens are recognised, nothing is put around."""
+        if self._legacy is False and text and not text.startswith(self._added):
+            text = "▁" + text
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode(self, instruction: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32[N], is_target bool[N]) of the wrapped instruction, followed by `target + "</s>"` unless None.
+
+        The two are tokenised apart and concatenated, as in dataset/unified_dataset.py.
+        """
+        prompt = self.ids(chat_prompt(instruction))
+        answer = [] if target is None else self.ids(target + EOS)
+        return np.array(prompt + answer, np.int32), np.arange(len(prompt) + len(answer)) >= len(prompt)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids, up to the first `</s>` when special tokens are skipped; mask tokens stay."""
+        ids = [int(i) for i in ids]
+        if skip_special_tokens and self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def expand(self, ids: np.ndarray, is_target: np.ndarray, rows: Mapping[str, np.ndarray]) -> Expanded:
+        """Replace each placeholder by its run of feature slots.
+
+        ids: int32[N]; is_target: bool[N]; rows: placeholder -> int[n], the feature rows that it stands for, in order.
+        Source: prepare_multimodal_inputs (models/unified_arch.py); the position of a mask token minus one predicts it.
+        """
+        rows_of_id = {self.id(name): np.asarray(value, np.int32) for name, value in rows.items()}
+        text_slot = np.full(1, -1, np.int32)
+        slots = [rows_of_id.get(token, text_slot) for token in ids.tolist()]
+        lengths = [len(run) for run in slots]
+        tokens = np.repeat(ids.astype(np.int32), lengths)
+        loss_mask = np.repeat(is_target, lengths)
+        found = [np.flatnonzero(loss_mask & (tokens == mask_id)) for mask_id in self.mask_ids]
+        positions = np.array([where[0] - 1 if len(where) else -1 for where in found], np.int32)
+        return Expanded(tokens, np.concatenate(slots), loss_mask, positions)
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise InputError(str(path), "tokenizer", "no such file", "give a tokenizer.json or a LLaMA directory")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise InputError(str(path), "tokenizer", f"cannot be read ({error})", "give a tokenizer.json") from None
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: int = 640) -> None:
+    """Train a byte-level BPE on a corpus and save it as a tokenizer.json.
+
+    Any text encodes and decodes to itself, each digit is a token of its own, and the frequent words are single tokens.
+    `<unk>`, `<s>`, `</s>` and `<pad>` have ids 0 to 3; the multimodal tokens are left out, `Tokenizer` adds them.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", BOS, EOS, "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    added = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *MASK_TOKENS, BOS, EOS))))
+    backend.train_from_iterator((piece for text in corpus for piece in added.split(text) if piece), trainer)
+    backend.save(str(path))
+
+
+def corpus_texts(path: str | Path) -> Iterator[str]:
+    """Texts to train on: the wrapped instructions and the targets of Examples (.jsonl), or the lines of a text file."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        for example in read_jsonl(path):
+            yield chat_prompt(example.instruction)
+            yield example.target
+    elif path.is_file():
+        yield from path.read_text(encoding="utf-8").splitlines(keepends=True)
+    else:
+        raise InputError(str(path), "--corpus", "no such file", "give a .jsonl of examples or a text file")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `train_tiny_tokenizer`."""
+    parser = argparse.ArgumentParser(description="Train the small tokenizer of the tiny configs.")
+    parser.add_argument("--corpus", required=True, help="a .jsonl of examples, or a text file")
+    parser.add_argument("--out", required=True, help="the tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=int, default=640)
+    arguments = parser.parse_args(argv)
+    run_verb(lambda: train_tiny_tokenizer(corpus_texts(arguments.corpus), arguments.out, arguments.vocab_size))
+
+
+if __name__ == "__main__":
+    main()

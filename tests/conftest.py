@@ -1,0 +1,18 @@
+"""Shared test settings: CPU unless the caller says otherwise, full float32 products, and the golden directory."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402  (the platform must be chosen first)
+
+jax.config.update("jax_default_matmul_precision", "float32")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Directory of golden arrays and weights; `CRAB_GOLDEN_DIR` points at another one of the same layout."""
+    return Path(os.environ.get("CRAB_GOLDEN_DIR", Path(__file__).parent / "golden"))

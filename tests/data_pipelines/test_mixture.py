@@ -1,0 +1,221 @@
+"""The training mixture: order, shares, resuming, processes, workers, bad files; and evaluation batches."""
+
+import collections
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from crab_jax.errors import InputError, find_input_error
+from data_pipelines.batching import bucket_of
+from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.mixture import eval_batches, train_dataset
+
+IMAGE = Example(id="", task="s4", instruction="See <image>", target="a dog", image="1.png", windows="none")
+
+
+def pictures(count, task="s4", start=0, **fields):
+    names = [f"{task}-{start + i}" for i in range(count)]
+    return [dataclasses.replace(IMAGE, id=name, task=task, image=f"{i % 5}.png", **fields)
+            for i, name in enumerate(names)]  # fmt: skip
+
+
+@pytest.fixture
+def mixed():
+    """7 short s4, 5 short avss and 6 long avqa examples: two buckets."""
+    return pictures(7) + pictures(5, "avss") + pictures(6, "avqa", target="dog " * 110)
+
+
+def indices(batches):
+    return [batch.index.tolist() for batch in batches]
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        for field in dataclasses.fields(batch):
+            np.testing.assert_array_equal(getattr(batch, field.name), getattr(other, field.name))
+
+
+def take(dataset, count):
+    return list(itertools.islice(iter(dataset), count))
+
+
+def test_each_example_of_a_bucket_comes_once_per_epoch_in_a_new_order(root, tokenizer, config):
+    examples = pictures(9)
+    seen = sum(indices(take(train_dataset(examples, root, tokenizer, config, 3), 9)), [])
+    epochs = [seen[i : i + 9] for i in (0, 9, 18)]
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_batch_has_one_bucket_and_examples_are_drawn_equally_often(mixed, root, tokenizer, config):
+    batches = take(train_dataset(mixed, root, tokenizer, config, 2, seed=1), 45)
+    lengths = collections.Counter(bucket_of(batch).length for batch in batches)
+    assert lengths == {128: 30, 192: 15}  # 12 and 6 of 18 examples
+    for batch in batches:
+        assert {mixed[i].task == "avqa" for i in batch.index} == {bucket_of(batch).length == 192}
+    assert set(collections.Counter(sum(indices(batches), [])).values()) == {5}
+
+
+def test_weights_are_shares_of_the_tasks(mixed, root, tokenizer, config):
+    weights = {"s4": 1.0, "avss": 3.0, "avqa": 4.0}
+    drawn = sum(indices(take(train_dataset(mixed, root, tokenizer, config, 2, weights=weights), 80)), [])
+    shares = collections.Counter(mixed[i].task for i in drawn)
+    assert shares == pytest.approx({"s4": 20, "avss": 60, "avqa": 80}, abs=2)
+    with pytest.raises(InputError, match="weights.*'avqa'"):
+        train_dataset(mixed, root, tokenizer, config, 2, weights={"s4": 1.0, "avss": 1.0})
+
+
+def test_weights_in_natural_proportion_are_no_weights(mixed, root, tokenizer, config):
+    natural = {"s4": 0.7, "avss": 0.5, "avqa": 0.6}
+    plain = take(train_dataset(mixed, root, tokenizer, config, 2), 12)
+    assert indices(take(train_dataset(mixed, root, tokenizer, config, 2, weights=natural), 12)) == indices(plain)
+
+
+def test_the_seed_decides_the_order(mixed, root, tokenizer, config):
+    runs = [indices(take(train_dataset(mixed, root, tokenizer, config, 2, seed=s), 9)) for s in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_restored_iterator_continues_exactly(mixed, root, tokenizer, config):
+    dataset = train_dataset(mixed, root, tokenizer, config, 2)
+    iterator = iter(dataset)
+    for _ in range(5):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator) for _ in range(12)]
+    restored = iter(train_dataset(mixed, root, tokenizer, config, 2))
+    restored.set_state(state)
+    assert_same([next(restored) for _ in range(12)], expected)
+
+
+def test_processes_share_the_batch_of_one_process(mixed, root, tokenizer, config):
+    whole = take(train_dataset(mixed, root, tokenizer, config, 4), 10)
+    for count in (2, 4):
+        parts = [take(train_dataset(mixed, root, tokenizer, config, 4, process_index=i, process_count=count), 10)
+                 for i in range(count)]  # fmt: skip
+        for batch, *shares in zip(whole, *parts, strict=True):
+            for field in dataclasses.fields(batch):
+                joined = np.concatenate([getattr(share, field.name) for share in shares])
+                np.testing.assert_array_equal(joined, getattr(batch, field.name))
+    with pytest.raises(InputError, match="do not split over 3"):
+        train_dataset(mixed, root, tokenizer, config, 4, process_count=3)
+
+
+@pytest.fixture
+def damaged(root, tmp_path):
+    (tmp_path / "bad.png").write_text("not a picture")
+    examples = pictures(6)
+    for number in (2, 3):
+        examples[number] = dataclasses.replace(examples[number], image=str(tmp_path / "bad.png"))
+    return examples
+
+
+def test_a_bad_file_stops_training_by_default(damaged, root, tokenizer, config):
+    with pytest.raises(InputError, match="bad.png .image.*damaged"):
+        take(train_dataset(damaged, root, tokenizer, config, 2), 3)
+
+
+def test_a_bad_file_can_be_replaced_by_the_next_good_one(damaged, root, tokenizer, config, caplog):
+    config = dataclasses.replace(config, on_error="skip")
+    drawn = sum(indices(take(train_dataset(damaged, root, tokenizer, config, 2), 3)), [])
+    assert sorted(drawn) == [0, 1, 4, 4, 4, 5]
+    skipped = [record.getMessage() for record in caplog.records]
+    assert len(skipped) == 2 and "skipped example s4-2" in "".join(skipped) and "bad.png" in skipped[0]
+    only_bad = [dataclasses.replace(e, image="missing.png") for e in pictures(2)]
+    with pytest.raises(InputError, match="no example of its bucket can be loaded"):
+        take(train_dataset(only_bad, root, tokenizer, config, 2), 1)
+
+
+def test_an_example_that_fits_no_bucket_is_left_out_when_skipping(root, tokenizer, config, caplog):
+    examples = pictures(3) + pictures(1, "avqa", target="dog " * 400)
+    with pytest.raises(InputError, match="example avqa-0 .*longest bucket"):
+        train_dataset(examples, root, tokenizer, config, 1)
+    config = dataclasses.replace(config, on_error="skip")
+    assert sorted(sum(indices(take(train_dataset(examples, root, tokenizer, config, 1), 3)), [])) == [0, 1, 2]
+    assert "left out example avqa-0" in caplog.text
+
+
+def test_eval_gives_every_example_once_with_marked_filler(mixed, root, tokenizer, config):
+    batches = list(eval_batches(mixed, root, tokenizer, config, 4))
+    assert [bucket for bucket, _ in batches] == sorted(bucket for bucket, _ in batches)
+    for bucket, batch in batches:
+        assert bucket_of(batch) == bucket and len(batch.index) == 4 and not batch.loss_mask.any()
+    drawn = sum(indices(batch for _, batch in batches), [])
+    assert sorted(i for i in drawn if i >= 0) == list(range(len(mixed)))
+    filler = batches[-1][1]
+    assert filler.index.tolist()[-2:] == [-1, -1]
+    np.testing.assert_array_equal(filler.tokens[-1], filler.tokens[0])
+
+
+def test_eval_with_bad_files(damaged, root, tokenizer, config):
+    with pytest.raises(InputError, match="bad.png"):
+        list(eval_batches(damaged, root, tokenizer, config, 4))
+    config = dataclasses.replace(config, on_error="skip")
+    drawn = sum(indices(batch for _, batch in eval_batches(damaged, root, tokenizer, config, 4)), [])
+    assert sorted(drawn) == [-1, -1, -1, -1, 0, 1, 4, 5]
+
+
+SCRIPT = """
+import itertools, sys
+from data_pipelines.batching import DataConfig
+from data_pipelines.examples import read_jsonl
+from data_pipelines.mixture import train_dataset
+from data_pipelines.tokens import Tokenizer
+from crab_jax.errors import run_verb
+
+def main():
+    root, folder = sys.argv[1:]
+    config = DataConfig(image_size=16, video_frames=4, visual_queries=3, audio_queries=2, lengths=(128, 192, 320))
+    dataset = train_dataset(read_jsonl(f"{folder}/train.jsonl"), root, Tokenizer.load(folder), config, 2, workers=2)
+    iterator = iter(dataset)
+    first = [next(iterator).index.tolist() for _ in range(3)]
+    state = iterator.get_state()
+    rest = [next(iterator).index.tolist() for _ in range(3)]
+    restored = iter(dataset)
+    restored.set_state(state)
+    assert [next(restored).index.tolist() for _ in range(3)] == rest
+    print(first + rest)
+
+if __name__ == "__main__":
+    run_verb(main)
+"""
+
+
+@pytest.fixture
+def run_workers(root, tokenizer, tmp_path):
+    def run(examples):
+        write_jsonl(tmp_path / "train.jsonl", examples)
+        tokenizer.save(tmp_path)
+        (tmp_path / "script.py").write_text(SCRIPT)
+        command = [sys.executable, str(tmp_path / "script.py"), str(root), str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    return run
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches_and_resume(mixed, root, tokenizer, config, run_workers):
+    done = run_workers(mixed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(indices(take(train_dataset(mixed, root, tokenizer, config, 2), 6)))
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_process_is_reported_as_an_input_error(damaged, run_workers):
+    done = run_workers(damaged)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "bad.png [image]" in line
+
+
+def test_input_errors_are_found_behind_other_errors():
+    try:
+        raise RuntimeError from InputError("a", "b", "c", "d")
+    except RuntimeError as error:
+        assert find_input_error(error).where == "a"

@@ -1,0 +1,315 @@
+"""LLaMA: the reference's logits and hidden states, the key tables, and the invariants of attention and cache."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crab_jax.convert import torch_file
+from crab_jax.convert.keymap import from_params, to_params
+from crab_jax.convert.llama import (
+    llama_config,
+    llama_rules,
+    lora_rules,
+    lora_sizes,
+    pad_vocab,
+    trim_vocab,
+)
+from crab_jax.errors import InputError
+from crab_jax.models.llama import Attention, Llama, LlamaConfig, attend, init_cache, rope
+from crab_jax.models.lora import LoraConfig, LoraDense
+
+TINY = LlamaConfig(vocab_size=50, hidden=32, layers=3, heads=4, kv_heads=2, mlp_dim=48, dtype="float32")
+
+
+def merge(a: dict, b: dict) -> dict:
+    """Union of two nested dicts."""
+    return {k: merge(a.get(k, {}), b.get(k, {})) if isinstance(a.get(k, b.get(k)), dict) else a.get(k, b.get(k))
+            for k in a | b}
+
+
+def forward(model: Llama, tokens, positions=None, key_mask=None):
+    """Logits of a whole sequence; also the function that initialises every parameter."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model(model.embed(tokens), positions, key_mask)
+    return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames="mutable")
+def compiled(model: Llama, params, method, *args, mutable=False):
+    """Compiled `apply` of a function of the bound model."""
+    return model.apply({"params": params}, *args, method=method, mutable=mutable)
+
+
+def abstract_params(model: Llama):
+    """The parameter tree with its logical axes, without arrays."""
+    return jax.eval_shape(lambda: model.init(
+        jax.random.key(0), jnp.zeros((1, 4), jnp.int32), method=forward))["params"]
+
+
+def random_params(model: Llama, scale: float = 0.3):
+    """Parameters with every leaf random, LoRA's B included."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype),
+                        nn.unbox(abstract_params(model)))
+
+
+@pytest.fixture(scope="module")
+def files(golden):
+    """(manifest, base config, LoRA config, shard tensors, LoRA tensors, rows of the added tokens)."""
+    manifest = json.loads((golden / "manifest.json").read_text())
+    directory = golden / "weights/llama"
+    cfg = llama_config(json.loads((directory / "config.json").read_text()), dtype="float32")
+    shards = torch_file.read_safetensors_dir(directory)
+    finetune = torch_file.read(golden / "weights/crab/finetune_weights.bin")
+    rank, heads = lora_sizes(finetune)
+    lora = LoraConfig(rank=rank, alpha=manifest["config"]["lora"]["lora_alpha"], heads=heads)
+    return manifest, cfg, lora, shards, finetune, np.load(golden / "weights/crab/unsaved_state.npz")
+
+
+@pytest.fixture(scope="module")
+def base(files):
+    """(model, params) of the LLaMA directory alone."""
+    _, cfg, _, shards, _, _ = files
+    return Llama(cfg), pad_vocab(to_params(llama_rules(cfg), shards), cfg)
+
+
+@pytest.fixture(scope="module")
+def tuned(files):
+    """(model, params) with LoRA and the added tokens."""
+    manifest, cfg, lora, shards, finetune, extra = files
+    cfg = dataclasses.replace(cfg, vocab_size=manifest["vocab"]["with_mm_tokens"])
+    params = pad_vocab(to_params(llama_rules(cfg), shards), cfg, extra["embed_tokens.new_rows"],
+                       extra["lm_head.new_rows"])
+    return Llama(cfg, lora), merge(params, to_params(lora_rules(cfg, lora), finetune))
+
+
+def check_parity(z, prefix, tokens, model, params, tolerance, positions=None, mask=None):
+    """Logits and every hidden state equal the reference's on real tokens."""
+    logits, state = compiled(model, params, forward, tokens, positions, mask, mutable=("intermediates",))
+    real = slice(None) if mask is None else mask
+    expected = z[f"{prefix}.logits"]
+    np.testing.assert_allclose(logits[..., :expected.shape[-1]][real], expected[real], rtol=0, atol=tolerance)
+    assert (logits[..., model.cfg.vocab_size:] == -1e30).all()
+    layers = state["intermediates"]["layers"]["hidden"][0]
+    states = [model.apply({"params": params}, tokens, method="embed"), *layers]
+    states[-1] = model.bind({"params": params}).norm(states[-1])
+    for i, hidden in enumerate(states):
+        np.testing.assert_allclose(hidden[real], z[f"{prefix}.hidden_states.{i}"][real], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def tolerance(files) -> float:
+    return 10 * files[0]["fp32_noise"]["llama.lora.logits(row 0)"]["max_abs_err_fp32_vs_fp64"]
+
+
+def test_base_matches_the_reference(golden, base, tolerance):
+    z = np.load(golden / "llama.npz")
+    check_parity(z, "base", z["base.input_ids"], *base, tolerance, jnp.asarray(z["position_ids"]),
+                 z["attention_mask"].astype(bool))
+
+
+def test_lora_matches_the_reference_with_left_padding(golden, tuned, tolerance):
+    z = np.load(golden / "llama.npz")
+    assert not z["attention_mask"].all()
+    check_parity(z, "lora", z["input_ids"], *tuned, tolerance, jnp.asarray(z["position_ids"]),
+                 z["attention_mask"].astype(bool))
+
+
+def test_lora_matches_the_reference_without_padding(golden, tuned, tolerance):
+    z = np.load(golden / "llama.npz")
+    full = z["input_ids"][z["attention_mask"].all(-1)][:1]
+    check_parity(z, "lora_nomask", full, *tuned, tolerance)
+
+
+def test_gate_of_the_first_layer_routes_as_the_reference(golden, tuned, tolerance):
+    z = np.load(golden / "lora.npz")
+    model, params = tuned
+    gate = jax.tree.map(lambda leaf: leaf[0], params["layers"]["mlp"]["gate_proj"])
+    y, state = LoraDense(z["gate0.y"].shape[-1], model.lora).apply({"params": gate}, z["gate0.x"], mutable=["router"])
+    np.testing.assert_allclose(y, z["gate0.y"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(state["router"]["weights"][0], z["gate0.route_weight"], rtol=0, atol=tolerance)
+
+
+def test_key_tables_fill_exactly_the_parameters_and_invert(files, tuned):
+    _, cfg, lora, shards, finetune, extra = files
+    model, params = tuned
+    shapes = functools.partial(jax.tree.map, lambda leaf: leaf.shape)
+    assert shapes(nn.unbox(abstract_params(model))) == shapes(params)
+    back = from_params(llama_rules(cfg), trim_vocab(params, cfg.vocab_size))
+    back |= from_params(lora_rules(cfg, lora), params)
+    originals = {**shards, **{key: finetune[key] for key in finetune if ".lora_" in key}}
+    assert set(back) == set(originals)
+    for key, value in back.items():
+        np.testing.assert_array_equal(value, originals[key], err_msg=key)
+
+
+def test_lora_sizes_are_read_from_shapes():
+    tensors = {"a.lora_A.weight": np.zeros((4, 9)), "a.lora_route.weight": np.zeros((5, 9))}
+    assert lora_sizes(tensors) == (4, 5)
+    with pytest.raises(InputError, match="no such weight"):
+        lora_sizes({})
+
+
+def test_vocabulary_must_match():
+    params = {"embed_tokens": {"embedding": np.zeros((40, 4))}, "lm_head": {"kernel": np.zeros((4, 40))}}
+    padded = pad_vocab(params, TINY, np.ones((10, 4)), np.ones((10, 4)))
+    assert padded["embed_tokens"]["embedding"].shape == (128, 4) and padded["lm_head"]["kernel"].shape == (4, 128)
+    with pytest.raises(InputError, match="40 rows for 50 tokens"):
+        pad_vocab(params, TINY)
+
+
+def test_seven_billion_parameters():
+    def count(lora):
+        tree = abstract_params(Llama(LlamaConfig(vocab_size=32000), lora))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    base = count(None)
+    assert base == 6_738_415_616
+    assert [count(LoraConfig(heads=n)) - base for n in (1, 3, 5)] == [21_127_168, 45_162_496, 69_197_824]
+
+
+def test_every_parameter_names_its_axes():
+    boxed = abstract_params(Llama(TINY, LoraConfig()))
+    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        assert isinstance(leaf, nn.LogicallyPartitioned) and len(leaf.names) == len(leaf.value.shape)
+    layers = boxed["layers"]["self_attn"]
+    assert layers["k_proj"]["kernel"].names == ("layers", "embed", "kv")
+    assert layers["o_proj"]["lora_B"].names == ("layers", None, None, "embed")
+
+
+def test_grouped_queries_equal_repeated_keys():
+    model = Llama(TINY, LoraConfig())
+    params = random_params(model)
+    full = Llama(dataclasses.replace(TINY, kv_heads=TINY.heads), LoraConfig())
+    repeated = jax.tree.map(lambda x: x, params)
+    for name in ("k_proj", "v_proj"):
+        for leaf in ("kernel", "lora_B"):
+            value = params["layers"]["self_attn"][name][leaf]
+            split = value.reshape(*value.shape[:-1], TINY.kv_heads, TINY.head_dim)
+            repeated["layers"]["self_attn"][name][leaf] = jnp.repeat(split, 2, axis=-2).reshape(*value.shape[:-1], -1)
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
+    np.testing.assert_allclose(compiled(model, params, forward, tokens),
+                               compiled(full, repeated, forward, tokens), rtol=1e-4, atol=1e-3)
+
+
+def test_grouped_queries_never_repeat_the_keys():
+    q, kv, mask = jnp.ones((1, 1, 8, 64)), jnp.ones((1, 100, 1, 64)), jnp.ones((1, 1, 100), bool)
+    jaxpr = jax.make_jaxpr(attend)(q, kv, kv, mask)
+    assert max(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars) <= 100 * 64
+
+
+def test_qkv_bias_is_a_weight_on_a_constant_input():
+    """Attention with biases on x equals attention without on [x, 1], the biases being the last row of the kernels."""
+    biased = dataclasses.replace(TINY, qkv_bias=True)
+    x = jax.random.normal(jax.random.key(0), (2, 5, TINY.hidden))
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    causal = jnp.tril(jnp.ones((1, 5, 5), bool))
+    rest = (None, 0, positions, rope(positions, TINY.head_dim, TINY.rope_theta), causal, True)
+    params = nn.unbox(Attention(biased, None).init(jax.random.key(1), x, *rest))["params"]
+    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) * 0.3, params)
+    assert "bias" not in params["o_proj"]
+    folded = {name: {"kernel": jnp.concatenate([p["kernel"], p["bias"][None]])} if "bias" in p else p
+              for name, p in params.items()}
+    with_bias, _ = Attention(biased, None).apply({"params": params}, x, *rest)
+    with_one, _ = Attention(TINY, None).apply(
+        {"params": folded}, jnp.concatenate([x, jnp.ones((2, 5, 1))], -1), *rest)
+    np.testing.assert_allclose(with_bias, with_one, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_with_a_cache_equals_the_full_pass():
+    """Right-padded prompts of different lengths in one batch, then single tokens in the slots of the pads."""
+    model = Llama(TINY, LoraConfig())
+    params = random_params(model)
+    tokens = jax.random.randint(jax.random.key(2), (3, 12), 0, 50)
+    expected = compiled(model, params, forward, tokens)
+    lengths, padded = np.array([7, 4, 1]), 8
+    positions = jnp.broadcast_to(jnp.arange(padded), (3, padded))
+    prompt = jnp.where(positions < lengths[:, None], tokens[:, :padded], 49)
+
+    def step(model, token, positions, cache):
+        hidden, cache = model(model.embed(token), positions, cache=cache)
+        return model.logits(hidden), cache
+    logits, cache = compiled(model, params, step, prompt, positions, init_cache(TINY, 3, 12))
+    rows = np.arange(3)
+    np.testing.assert_allclose(logits[rows, lengths - 1], expected[rows, lengths - 1], rtol=1e-4, atol=1e-3)
+    for i in range(5):
+        at = lengths + i
+        logits, cache = compiled(model, params, step, tokens[rows, at][:, None], jnp.asarray(at)[:, None], cache)
+        np.testing.assert_allclose(logits[:, 0], expected[rows, at], rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="key_mask"):
+        model.apply({"params": params}, jnp.ones((3, 1, 32)), at[:, None], jnp.ones((3, 1), bool), cache)
+
+
+def test_rematerialisation_changes_neither_loss_nor_gradient():
+    tokens = jax.random.randint(jax.random.key(3), (2, 6), 0, 50)
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    cfg = dataclasses.replace(TINY, layers=2)
+    lora = LoraConfig(dropout=0.3)
+    params = random_params(Llama(cfg, lora))
+
+    def training(model, tokens):
+        return model.logits(model(model.embed(tokens), positions, deterministic=False)[0])
+
+    def loss(params, model):
+        logits = model.apply({"params": params}, tokens, method=training, rngs={"dropout": jax.random.key(0)})
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, full, dots = (gradient(params, Llama(dataclasses.replace(cfg, remat=remat), lora))
+                         for remat in ("none", "full", "dots"))
+    for other in (full, dots):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), plain, other)
+
+
+def test_dropout_follows_its_seed():
+    model = Llama(TINY, LoraConfig(dropout=0.5))
+    params, x = random_params(model), jnp.ones((1, 4, TINY.hidden))
+
+    @jax.jit
+    def run(seed):
+        return model.apply({"params": params}, x, jnp.arange(4)[None], deterministic=False,
+                           rngs={"dropout": jax.random.key(seed)})[0]
+    np.testing.assert_array_equal(run(0), run(0))
+    assert not np.allclose(run(0), run(1))
+
+
+def test_bfloat16_keeps_float32_logits_close():
+    model = Llama(TINY, LoraConfig())
+    params = random_params(model, scale=0.1)
+    half = Llama(dataclasses.replace(TINY, dtype="bfloat16"), LoraConfig())
+    tokens = jnp.arange(8)[None]
+    logits, state = compiled(half, params, forward, tokens, mutable=("router",))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[..., :50], compiled(model, params, forward, tokens)[..., :50], atol=0.1)
+    assert state["router"]["layers"]["self_attn"]["q_proj"]["weights"][0].shape == (3, 1, 8, 3)
+
+
+QWEN2 = {"model_type": "qwen2", "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 96, "rms_norm_eps": 1e-6,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+def test_config_is_read_from_hugging_face_files():
+    assert llama_config(QWEN2, remat="none") == LlamaConfig(
+        vocab_size=90, hidden=64, layers=2, heads=4, kv_heads=2, mlp_dim=96, rms_eps=1e-6, rope_theta=1e6,
+        qkv_bias=True, remat="none")
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"model_type": "gpt2"}, "model_type"),
+    ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+])
+def test_unsupported_language_models_are_refused(change, field):
+    with pytest.raises(InputError, match=field):
+        llama_config(QWEN2 | change)
+    with pytest.raises(InputError, match="rms_norm_eps"):
+        llama_config({key: value for key, value in QWEN2.items() if key != "rms_norm_eps"})

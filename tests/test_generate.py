@@ -1,0 +1,204 @@
+"""Generation on a language model alone: equals naive decoding, rows are independent, mask states are collected."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crab_jax.errors import InputError
+from crab_jax.generate import GenerateOptions, generate, sample
+from crab_jax.models.llama import Llama, LlamaConfig
+
+EOS, PAD = 2, 0
+MASKS = (11, 12, 13, 14, 15, 16)
+OPTIONS = GenerateOptions(eos_id=EOS, pad_id=PAD, mask_ids=MASKS, max_new_tokens=12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    llama: LlamaConfig = LlamaConfig(vocab_size=40, hidden=32, layers=2, heads=4, kv_heads=2, mlp_dim=48,
+                                     dtype="float32")
+
+
+@flax.struct.dataclass
+class Prompts:
+    tokens: jax.Array
+    text_mask: jax.Array
+    index: jax.Array
+
+
+class TextOnly(nn.Module):
+    """The methods generation needs, on text."""
+
+    cfg: Config = Config()
+
+    def setup(self):
+        self.llama = Llama(self.cfg.llama)
+
+    def prefill(self, batch, cache):
+        positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+        return self.llama(self.llama.embed(batch.tokens), positions, cache=cache)
+
+    def decode(self, token, positions, cache):
+        return self.llama(self.llama.embed(token), positions, cache=cache)
+
+    def logits(self, hidden):
+        return self.llama.logits(hidden)
+
+    def full(self, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = self.llama(self.llama.embed(tokens), positions)
+        return hidden, self.llama.logits(hidden)
+
+
+MODEL = TextOnly()
+compiled = jax.jit(generate, static_argnums=(0, 3))
+
+
+@pytest.fixture(scope="module")
+def params():
+    shapes = jax.eval_shape(lambda: nn.unbox(MODEL.init(
+        jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="full")["params"]))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+def prompts(rows: list[list[int]], width: int | None = None, index=None, junk: int = 7) -> Prompts:
+    """Right-padded prompts; pads hold `junk`, which must not matter."""
+    width = width or max(map(len, rows))
+    return Prompts(jnp.array([row + [junk] * (width - len(row)) for row in rows], jnp.int32),
+                   jnp.array([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
+                   jnp.asarray(range(len(rows)) if index is None else index, jnp.int32))
+
+
+ROWS = [[1, 5, 9, 21], [1, 33], [1, 8, 8, 30, 31, 4, 22], [1], [1, 17, 6, 38, 25]]
+
+
+@jax.jit
+def full(params, tokens):
+    """(hidden, logits) of sequences, causal, without a cache."""
+    return MODEL.apply({"params": params}, tokens, method="full")
+
+
+@pytest.fixture(scope="module")
+def endless(params):
+    """Greedy decoding of every row by running its whole sequence again for each token, ignoring the end token."""
+    continued = []
+    for row in ROWS:
+        sequence = list(row)
+        for _ in range(OPTIONS.max_new_tokens):
+            padded = jnp.array([sequence + [PAD] * (24 - len(sequence))])
+            sequence.append(int(full(params, padded)[1][0, len(sequence) - 1].argmax()))
+        continued.append(sequence[len(row):])
+    return continued
+
+
+def until(tokens: list[int], eos: int) -> list[int]:
+    return tokens[:tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+@pytest.fixture(scope="module")
+def expected(endless):
+    return [until(tokens, EOS) for tokens in endless]
+
+
+def generated(out, row: int) -> list[int]:
+    assert (out.tokens[row, out.lengths[row]:] == PAD).all()
+    return out.tokens[row, :out.lengths[row]].tolist()
+
+
+def test_greedy_equals_naive_decoding(params, expected):
+    out = compiled(MODEL, params, prompts(ROWS), OPTIONS)
+    assert [generated(out, i) for i in range(len(ROWS))] == expected
+    assert len({tuple(tokens) for tokens in expected}) > 1
+
+
+@pytest.mark.parametrize("order, width", [([4, 3, 2, 1, 0], 7), ([2, 2, 0], 16)])
+def test_a_row_depends_on_neither_batch_nor_order_nor_padding(params, expected, order, width):
+    out = compiled(MODEL, params, prompts([ROWS[i] for i in order], width, junk=39), OPTIONS)
+    assert [generated(out, i) for i in range(len(order))] == [expected[i] for i in order]
+
+
+def test_a_batch_equals_single_rows(params):
+    batch = compiled(MODEL, params, prompts(ROWS), OPTIONS)
+    for i, row in enumerate(ROWS):
+        single = compiled(MODEL, params, prompts([row], 7), OPTIONS)
+        np.testing.assert_array_equal(single.tokens[0], batch.tokens[i])
+        np.testing.assert_allclose(single.mask_states[0], batch.mask_states[i], atol=1e-4)
+
+
+def test_stops_at_the_end_token_and_keeps_others_going(params, endless):
+    """Declare the fourth new token of row 0 the end token: that row ends there, the others as they would alone."""
+    eos = endless[0][3]
+    out = compiled(MODEL, params, prompts(ROWS), dataclasses.replace(OPTIONS, eos_id=eos))
+    assert [generated(out, i) for i in range(len(ROWS))] == [until(tokens, eos) for tokens in endless]
+    assert len({len(until(tokens, eos)) for tokens in endless}) > 1
+
+
+def test_the_loop_ends_when_every_row_has_ended(params):
+    """Three forced tokens need two decode steps: the first comes from the prompt, the last is not fed."""
+    steps = []
+
+    class Counting(TextOnly):
+        def decode(self, token, positions, cache):
+            jax.debug.callback(lambda: steps.append(1))
+            return super().decode(token, positions, cache)
+    forced = jnp.array([[5, 6, EOS] + [-1] * 9] * 2)
+    out = compiled(Counting(), params, prompts(ROWS[:2]), OPTIONS, None, forced)
+    jax.effects_barrier()
+    assert out.lengths.tolist() == [3, 3]
+    assert len(steps) == 2
+
+
+def test_mask_states_are_the_states_that_predicted_the_mask_tokens(params):
+    forced = jnp.full((3, 12), -1)
+    forced = forced.at[0, :10].set(jnp.array([21, 22, 20, *MASKS, EOS]))
+    forced = forced.at[1, :9].set(jnp.array([11, 12, 13, *MASKS])).at[1, 9].set(EOS)  # nine: the last six count
+    forced = forced.at[2, :6].set(jnp.array([*MASKS[:5], EOS]))  # five: no mask
+    out = compiled(MODEL, params, prompts(ROWS[:3]), OPTIONS, None, forced)
+    assert out.has_mask.tolist() == [True, True, False]
+    assert out.lengths.tolist() == [10, 10, 6]
+    for row in (0, 1):
+        new = out.tokens[row].tolist()
+        hidden, _ = full(params, jnp.array([ROWS[row] + new]))
+        first = len(ROWS[row]) + 3 - 1  # in both rows the six that count start at new token 3
+        assert new[3:9] == list(MASKS)
+        np.testing.assert_allclose(out.mask_states[row], hidden[0, first:first + 6], rtol=1e-4, atol=1e-4)
+
+
+def test_filler_rows_generate_nothing(params, expected):
+    out = compiled(MODEL, params, prompts([ROWS[0], [], ROWS[1]], index=[0, -1, 1]), OPTIONS)
+    assert generated(out, 0) == expected[0] and generated(out, 2) == expected[1]
+    assert out.lengths[1] == 0 and not out.has_mask[1]
+
+
+def test_sampling_depends_on_the_seed_and_the_example_only(params):
+    options = dataclasses.replace(OPTIONS, temperature=1.5, top_p=0.95)
+    run = functools.partial(compiled, MODEL, params)
+    out = run(prompts(ROWS), options, jax.random.key(0))
+    shuffled = run(prompts([ROWS[i] for i in (3, 0)], 16, index=[3, 0]), options, jax.random.key(0))
+    assert [generated(shuffled, i) for i in (0, 1)] == [generated(out, i) for i in (3, 0)]
+    assert run(prompts(ROWS), options, jax.random.key(1)).tokens.tolist() != out.tokens.tolist()
+    with pytest.raises(InputError, match="seed"):
+        generate(MODEL, params, prompts(ROWS), options)
+
+
+def test_top_p_keeps_the_fewest_likely_tokens():
+    logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
+    draw = lambda top_p: set(sample(jnp.tile(logits, (400, 1)), jax.random.split(jax.random.key(0), 400), 1.0,  # noqa: E731
+                                    top_p).tolist())
+    assert draw(0.4) == {1}
+    assert draw(0.6) == {1, 2}
+    assert draw(0.9) == {1, 2, 3}
+    assert draw(1.0) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("field, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5)])
+def test_options_out_of_range_are_refused(field, value):
+    with pytest.raises(InputError, match=field):
+        dataclasses.replace(OPTIONS, **{field: value})

@@ -1,0 +1,130 @@
+"""Losses agree with the released code, count only what they should, and add over micro-batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crab_jax import losses
+from crab_jax.errors import InputError
+from crab_jax.losses import BINARY, SEMANTIC, LossConfig, Term
+
+
+@pytest.fixture(scope="module")
+def arrays(golden):
+    return np.load(golden / "losses.npz")
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    kind = np.array([BINARY, SEMANTIC, 0, BINARY, SEMANTIC, BINARY])
+    return dict(
+        text=(normal(6, 9, 13), rng.integers(0, 13, (6, 9)), rng.random((6, 9)) < 0.5),
+        masks=(normal(6, 5, 7), normal(6, 4, 5, 7), rng.integers(0, 2, (6, 5, 7)), kind),
+        valid=np.array([True, True, True, True, True, False]))
+
+
+@jax.jit
+def all_terms(text, masks, valid) -> dict[str, Term]:
+    return {"text": losses.text_loss(*text, valid), **losses.mask_losses(*masks, valid)}
+
+
+def terms(batch, rows=slice(None)) -> dict[str, Term]:
+    return all_terms(*jax.tree.map(lambda x: x[rows], (batch["text"], batch["masks"], batch["valid"])))
+
+
+def test_each_term_equals_the_released_one(arrays):
+    logits, empty = arrays["bin.logits"], np.zeros_like(arrays["bin.gt"])
+    for suffix, target in (("", arrays["bin.gt"]), ("_empty", empty)):
+        np.testing.assert_allclose(losses.bce_rows(logits, target)[0], arrays[f"bce{suffix}"], rtol=1e-6)
+        np.testing.assert_allclose(losses.dice_rows(logits, target)[0], arrays[f"dice{suffix}"], rtol=1e-6)
+    np.testing.assert_allclose(losses.ce_rows(arrays["cls.logits"][None], arrays["cls.gt"])[0], arrays["avss_ce"],
+                               rtol=1e-6)
+
+
+def test_text_loss_equals_the_released_one(arrays):
+    labels = arrays["text.labels"]
+    term = losses.text_loss(arrays["text.logits"], np.maximum(labels, 0), labels != -100, np.ones(len(labels), bool))
+    assert term.count == (labels[:, 1:] != -100).sum()
+    np.testing.assert_allclose(term.sum / term.count, arrays["text.ce"], rtol=1e-6)
+
+
+def test_released_reduction_equals_the_released_mask_loss(golden, arrays):
+    seg = np.load(golden / "seg.npz")
+    for state in ("avs", "avss"):
+        for name, samples in (("s4", [0]), ("ms3+s4", [0, 2])):
+            logits = np.concatenate([seg[f"{state}.pred_masks.{i}"] for i in samples])
+            target = np.concatenate([seg[f"gt.{i}"] for i in samples]).astype(np.int32)
+            rows = len(samples)
+            found = losses.mask_losses(logits, None, target, np.full(rows, BINARY), np.ones(rows, bool))
+            total = losses.total({"text": Term(0.0, 1.0), **found}, LossConfig(reduction="released"))
+            np.testing.assert_allclose(total, arrays[f"{state}.mask_loss.{name}"], rtol=1e-6)
+
+
+def test_rows_of_another_kind_and_filler_rows_do_not_count(batch):
+    found = terms(batch)
+    binary, semantic, target, _ = batch["masks"]
+    expected = {"bce": losses.bce_rows(binary, target)[jnp.array([0, 3])],
+                "dice": losses.dice_rows(binary, target)[jnp.array([0, 3])],
+                "ce": losses.ce_rows(semantic, target)[jnp.array([1, 4])]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name].sum, values.sum(), rtol=1e-6)
+        assert found[name].count == 2
+    mask = batch["text"][2] & batch["valid"][:, None]
+    assert found["text"].count == mask[:, 1:].sum()
+
+
+def test_mean_reduction_is_the_mean_over_mask_samples(batch):
+    found, cfg = terms(batch), LossConfig(text=0.25, bce=2.0, dice=3.0, ce=5.0)
+    expected = 0.25 * found["text"].sum / found["text"].count
+    expected += (2 * found["bce"].sum + 3 * found["dice"].sum + 5 * found["ce"].sum) / 4
+    np.testing.assert_allclose(losses.total(found, cfg), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "released"])
+def test_micro_batches_add_up_to_the_batch(batch, reduction):
+    cfg = LossConfig(reduction=reduction)
+    counts = losses.batch_counts(batch["text"][2], batch["masks"][3], batch["valid"])
+    whole = terms(batch)
+    assert {name: float(term.count) for name, term in whole.items()} == {k: float(v) for k, v in counts.items()}
+    parts = sum(losses.total(terms(batch, rows), cfg, counts) for rows in (slice(0, 2), slice(2, 4), slice(4, 6)))
+    np.testing.assert_allclose(parts, losses.total(whole, cfg), rtol=1e-6)
+
+
+def test_a_batch_without_targets_or_masks_costs_nothing(batch):
+    logits, tokens, loss_mask = batch["text"]
+    nothing = losses.text_loss(logits, tokens, np.zeros_like(loss_mask), batch["valid"])
+    masks = losses.mask_losses(None, None, batch["masks"][2], np.zeros(6, int), batch["valid"])
+    assert losses.total({"text": nothing, **masks}, LossConfig()) == 0
+    assert losses.total({"text": nothing}, LossConfig()) == 0
+
+
+def test_by_task_splits_a_term(batch):
+    rows = losses.text_rows(*batch["text"], batch["valid"])
+    task = np.array([2, 0, 2, 1, 0, 1])
+    split = losses.by_task(rows, task, 4)
+    for index in range(4):
+        np.testing.assert_allclose(split.sum[index], rows.sum[task == index].sum(), rtol=1e-6)
+        assert split.count[index] == rows.count[task == index].sum()
+    assert split.count[3] == 0
+
+
+def test_gradients_are_finite_for_extreme_logits_and_unused_rows(batch):
+    _, _, target, kind = batch["masks"]
+    scale = np.where(np.arange(6) % 2, 1e4, -1e4).astype(np.float32)
+
+    def loss(binary, semantic):
+        found = losses.mask_losses(binary, semantic, target, kind, batch["valid"])
+        return losses.total({"text": Term(0.0, 0.0), **found}, LossConfig())
+
+    binary, semantic = batch["masks"][0] * scale[:, None, None], batch["masks"][1] * scale[:, None, None, None]
+    grads = jax.jit(jax.grad(loss, (0, 1)))(binary, semantic)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert not np.any(grads[0][np.array([1, 2, 4, 5])]) and not np.any(grads[1][np.array([0, 2, 3, 5])])
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(InputError, match="reduction"):
+        LossConfig(reduction="sum")
