@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from crab_jax import runs, scoring
+from crab_jax import compile_cache, runs, scoring
 from crab_jax.errors import InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.tasks import TASKS
@@ -146,6 +146,7 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.evaluate`."""
     arguments = parse_arguments(argv)
+    compile_cache.enable()
     run_verb(lambda: evaluate(arguments), arguments.debug)
 
 

@@ -24,7 +24,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from crab_jax import overlay
+from crab_jax import compile_cache, overlay
 from crab_jax.errors import InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.runs import load_model
@@ -90,6 +90,8 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         raise InputError(where, "video or image", "exactly one is needed", "give a video, or a picture with its sound")
     if image and not audio:
         raise InputError(where, "audio", f"a picture has no sound, and {task} is about sound", "give an audio file")
+    if record.get("mask_path") and TASKS[task].mask_kind == "none":
+        raise InputError(where, "mask", f"{task} has no mask", "leave it out")
     record = {"second": 0, **record}
     if type(record["second"]) is not int or record["second"] < 0:
         raise InputError(where, "second", f"is {record['second']!r}", "give a whole number from 0")
@@ -295,6 +297,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.predict`."""
     argv = sys.argv[1:] if argv is None else argv
+    compile_cache.enable()
     run_verb(lambda: predict(parse_arguments(argv)), "--debug" in argv)
 
 

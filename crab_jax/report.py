@@ -24,7 +24,7 @@ import numpy as np
 from flax import traverse_util
 from PIL import Image
 
-from crab_jax import charts, overlay, runs
+from crab_jax import charts, compile_cache, overlay, runs
 from crab_jax.errors import InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.models.crab import Crab
@@ -356,6 +356,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.report`."""
     arguments = parse_arguments(argv)
+    compile_cache.enable()
     run_verb(lambda: report(arguments), arguments.debug)
 
 

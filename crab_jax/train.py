@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crab_jax import losses, optim, runs, sharding
+from crab_jax import compile_cache, losses, optim, runs, sharding
 from crab_jax.checkpoints import RunCheckpoints, load_params
 from crab_jax.config import loss_config, model_config, parse_flags
 from crab_jax.errors import run_verb
@@ -217,6 +217,7 @@ def train(config: Any, workdir: Path) -> None:
 def main() -> None:
     """Entry point of `python -m crab_jax.train`."""
     config, workdir = parse_flags(sys.argv, __doc__)
+    compile_cache.enable()
     train(config, workdir)
 
 

@@ -28,7 +28,7 @@ import optax
 from PIL import Image
 
 from configs import tiny
-from crab_jax import losses, optim, runs
+from crab_jax import compile_cache, losses, optim, runs
 from crab_jax.checkpoints import load_tree, save_packed, save_tree
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import run_verb
@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
+    compile_cache.enable()
     config = tiny.get_config()
     config.init_from = ""
     warm_up(args.data, args.out, config, args.scale)

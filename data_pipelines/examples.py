@@ -61,7 +61,8 @@ def from_json(record: Any, where: str) -> Example:
             raise InputError(where, name, f"unknown value {record[name]!r}", f"use one of {', '.join(allowed)}")
     visuals = [name for name in ("video", "image", "frames") if record.get(name)]
     if len(visuals) > 1:
-        raise InputError(where, visuals[1], f"both {visuals[0]!r} and {visuals[1]!r} are given", "give one visual source")
+        problem = f"both {visuals[0]!r} and {visuals[1]!r} are given"
+        raise InputError(where, visuals[1], problem, "give one visual source")
     if any(not isinstance(frame, str) for frame in record.get("frames", ())):
         raise InputError(where, "frames", "holds something that is not a path", "must be a list of paths")
     return Example(**{**record, "frames": tuple(record.get("frames", ()))})

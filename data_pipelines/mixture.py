@@ -106,7 +106,10 @@ def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     """Interleave datasets in fixed proportions."""
     if len(parts) == 1:
         return parts[0][0]
-    return grain.MapDataset.mix([part for part, _ in parts], weights=[share for _, share in parts])
+    smallest = min(share for _, share in parts)
+    # Hundredths of the smallest share: Grain's own conversion to integers truncates, so 1.9999 would become 1.99.
+    weights = [round(100 * share / smallest) for _, share in parts]
+    return grain.MapDataset.mix([part for part, _ in parts], weights=weights)
 
 
 def train_dataset(

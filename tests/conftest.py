@@ -16,3 +16,13 @@ jax.config.update("jax_default_matmul_precision", "float32")
 def golden() -> Path:
     """Directory of golden arrays and weights; `CRAB_GOLDEN_DIR` points at another one of the same layout."""
     return Path(os.environ.get("CRAB_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory) -> Path:
+    """A data root of a few generated scenes: 8 to train on, 3 to test on."""
+    from data_pipelines.sources import scenes
+
+    root = tmp_path_factory.mktemp("scenes")
+    scenes.write(root, {"train": 8, "val": 1, "test": 3}, seed=7)
+    return root

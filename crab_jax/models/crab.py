@@ -131,7 +131,7 @@ class Crab(nn.Module):
         return self.llama.logits(hidden)
 
     def masks(self, states: jax.Array, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mask-token states [B,6,D] and pictures uint8[B,H,W,3] -> logits (binary [B,H,W], semantic [B,classes,H,W])."""
+        """Mask-token states [B,6,D], pictures uint8[B,H,W,3] -> logits (binary [B,H,W], semantic [B,classes,H,W])."""
         taps = self.encode_images(seg_frame[:, None])
         return self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))
 

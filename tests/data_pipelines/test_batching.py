@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from media_files import write_picture
 
 from crab_jax.errors import InputError
 from data_pipelines import batching, fbank, media
@@ -169,8 +170,6 @@ def test_bad_examples_are_named(example, field, problem, root, tokenizer, config
 
 
 def test_a_mask_of_another_size_than_its_picture_is_an_error(root, tokenizer, config, tmp_path):
-    from media_files import write_picture
-
     path = write_picture(tmp_path / "small.png", np.zeros((16, 24), np.uint8))
     with pytest.raises(InputError, match="small.png .*is 24x16, but its picture is 48x32"):
         load(change(PICTURE, mask=str(path)), root, tokenizer, config)

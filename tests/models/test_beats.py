@@ -48,7 +48,8 @@ def test_outputs_agree_with_the_reference(golden, run, arrays):
     for length in lengths:
         recorded = noise[f"beats.{length}"]
         tolerance = max(10 * recorded["max_abs_err_fp32_vs_fp64"], 1e-6 * recorded["max_abs"])
-        np.testing.assert_allclose(run(arrays[f"{length}.fbank"]), arrays[f"{length}.out"], rtol=0, atol=tolerance, err_msg=length)
+        output = run(arrays[f"{length}.fbank"])
+        np.testing.assert_allclose(output, arrays[f"{length}.out"], rtol=0, atol=tolerance, err_msg=length)
 
 
 def test_relative_buckets_are_the_references_to_the_last_edge(cfg, arrays):

@@ -1,0 +1,209 @@
+"""The predict verb: what it asks, what it refuses, and the files it leaves."""
+
+import json
+from fractions import Fraction
+
+import av
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from configs import tiny
+from crab_jax import predict as verb
+from crab_jax import runs
+from crab_jax.checkpoints import save_packed
+from crab_jax.config import model_config
+from crab_jax.inference import read_answer
+from crab_jax.models.crab import Crab
+from crab_jax.tasks import TASKS
+from data_pipelines.tokens import Tokenizer
+
+RATE = 16000
+SIZE = (48, 32)  # width, height
+
+
+def write_video(path, seconds=2, sound=None):
+    """A clip of 5 frames per second whose brightness rises, with `sound` (float[N]) as its track."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=5, options={"crf": "10"})
+        video.width, video.height, video.pix_fmt = *SIZE, "yuv420p"
+        track = container.add_stream("aac", rate=RATE, layout="mono") if sound is not None else None
+        for index in range(5 * seconds):
+            picture = np.full((SIZE[1], SIZE[0], 3), 40 + 160 * index // (5 * seconds), np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        if track:
+            samples = np.ascontiguousarray(sound, np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = RATE, Fraction(1, RATE), 0
+            container.mux(track.encode(frame))
+            container.mux(track.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """clip.mp4 with its own track, mute.mp4 without one, tone.wav, silent.wav, short.wav, broken.mp4, picture.png."""
+    folder = tmp_path_factory.mktemp("media")
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)
+    write_video(folder / "clip.mp4", sound=tone)
+    write_video(folder / "mute.mp4")
+    soundfile.write(folder / "tone.wav", tone, RATE)
+    soundfile.write(folder / "silent.wav", np.zeros(2 * RATE), RATE)
+    soundfile.write(folder / "short.wav", tone[:RATE], RATE)
+    (folder / "broken.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:900])
+    Image.new("RGB", SIZE, (90, 120, 150)).save(folder / "picture.png")
+    return folder
+
+
+def ask(media, out, **record):
+    """The request of one record; names of media files become paths."""
+    record = {key: str(media / value) if key.endswith("_path") else value for key, value in record.items()}
+    out.mkdir(exist_ok=True)
+    return verb.request(record, "command line", "000", out)
+
+
+def refused(capsys, *argv):
+    """The one line that a wrong command prints; it exits with 2 before any model is loaded."""
+    with pytest.raises(SystemExit) as stop:
+        verb.main([*map(str, argv)])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.err.count("\n") == 1 and not printed.out
+    return printed.err
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--task", "asr", "--video", "clip.mp4"], "unknown task 'asr'"),
+    (["--video", "clip.mp4"], "[task]: is missing"),
+    (["--task", "ave"], "exactly one is needed"),
+    (["--task", "ave", "--video", "none.mp4"], "none.mp4"),
+    (["--task", "ave", "--video", "broken.mp4"], "broken.mp4"),
+    (["--task", "ave", "--video", "mute.mp4"], "has no audio track"),
+    (["--task", "avqa", "--video", "clip.mp4"], "[question]: is missing"),
+    (["--task", "avqa", "--video", "clip.mp4", "--question", " "], "[question]: is missing"),
+    (["--task", "ref-avs", "--video", "clip.mp4"], "[expression]: is missing"),
+    (["--task", "s4", "--image", "picture.png"], "a picture has no sound"),
+    (["--task", "ave", "--image", "picture.png", "--audio", "tone.wav"], "cannot be asked about a picture"),
+    (["--task", "s4", "--video", "clip.mp4", "--second", "12"], "[second]: is 12"),
+    (["--task", "s4", "--video", "clip.mp4", "--prompt-variant", "best"], "unknown value 'best'"),
+    (["--task", "ave", "--video", "clip.mp4", "--second", "soon"], "see --help"),
+    (["--task", "ave", "--video", "clip.mp4", "--mask", "picture.png"], "ave has no mask"),
+    (["--samples", "none.json"], "no such file"),
+    (["--samples", "clip.mp4", "--task", "ave"], "cannot be combined"),
+])
+def test_a_wrong_command_says_what_to_fix(media, tmp_path, capsys, arguments, said):
+    files = {path.name: str(path) for path in media.iterdir()}
+    arguments = [files.get(argument, argument) for argument in arguments]
+    assert said in refused(capsys, "--checkpoint", "unused", "--out", tmp_path, *arguments)
+
+
+def test_a_missing_checkpoint_is_named(media, tmp_path, capsys):
+    said = refused(capsys, "--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "out", "--task", "ave",
+                   "--video", media / "clip.mp4")
+    assert "nowhere" in said
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        verb.main(["--help"])
+    assert stop.value.code == 0 and "python -m crab_jax.predict --checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", "[]", '["ave"]', '[{"task": 3}]', '[{"task": "ave", "vidio": "x"}]'])
+def test_a_wrong_samples_file_is_named(media, tmp_path, capsys, text):
+    (tmp_path / "samples.json").write_text(text)
+    said = refused(capsys, "--checkpoint", "unused", "--out", tmp_path / "out", "--samples", tmp_path / "samples.json")
+    assert "samples.json" in said
+
+
+def test_samples_are_relative_to_their_file_and_idx_is_the_second(tmp_path):
+    (tmp_path / "s.json").write_text('[{"task": "s4", "image_path": "a/0.jpg", "audio_path": "a.wav", "idx": 3}]')
+    (record, where), = verb.read_samples(tmp_path / "s.json")
+    assert record == {"task": "s4", "image_path": str(tmp_path / "a/0.jpg"), "audio_path": str(tmp_path / "a.wav"),
+                      "second": 3}
+    assert where.endswith("s.json[0]")
+
+
+def test_a_question_about_a_video_uses_its_own_sound(media, tmp_path):
+    asked = ask(media, tmp_path, task="avqa", video_path="clip.mp4", question="How many?")
+    example = asked.example
+    assert example.instruction == TASKS["avqa"].instruction(question="How many?")
+    assert example.audio == example.video == str(media / "clip.mp4")
+    assert asked.picture is None and asked.warnings == ()
+
+
+def test_a_picture_is_asked_about_with_the_quick_prompt_and_one_window(media, tmp_path):
+    example = ask(media, tmp_path, task="s4", image_path="picture.png", audio_path="tone.wav", second=1).example
+    assert example.instruction == TASKS["s4"].instruction(variant="quick")
+    assert (example.windows, example.second, example.mask_kind) == ("one", 1, "binary")
+
+
+def test_the_frame_of_a_second_is_taken_out_of_a_video_at_its_own_size(media, tmp_path):
+    asked = ask(media, tmp_path, task="ms3", video_path="clip.mp4", second=4, windows="ten")
+    assert asked.example.seg_image == str(asked.picture) and asked.example.video
+    with Image.open(asked.picture) as picture:
+        assert picture.size == SIZE
+        np.testing.assert_allclose(np.array(picture).mean(), 40 + 160 * 4 / 10, atol=6)
+
+
+def test_arig_on_a_video_asks_about_its_frame(media, tmp_path):
+    example = ask(media, tmp_path, task="arig", video_path="clip.mp4").example
+    assert example.video is None and example.image.endswith("000_picture.png") and "<image>" in example.instruction
+
+
+def test_silent_and_short_sound_is_pointed_out(media, tmp_path):
+    silent = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="silent.wav")
+    short = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="short.wav", windows="five")
+    assert silent.warnings == ("the audio is silent",)
+    assert len(short.warnings) == 1 and "1.0 s" in short.warnings[0]
+
+
+def test_masks_and_boxes_are_drawn_at_the_size_of_the_picture(media, tmp_path):
+    asked = ask(media, tmp_path, task="s4", image_path="picture.png", audio_path="tone.wav")
+    half = np.zeros((8, 8), np.float32)
+    half[:, 4:] = 1
+    names = verb.draw(asked, read_answer(asked.example, "", half), tmp_path)
+    mask = np.array(Image.open(tmp_path / names["mask"]))
+    assert mask.shape == SIZE[::-1] and (mask[:, 24:] == 255).all() and (mask[:, :24] == 0).all()
+    overlay = np.array(Image.open(tmp_path / names["overlay"]))
+    assert (overlay[:, :24] == (90, 120, 150)).all() and (overlay[:, 24:] != (90, 120, 150)).any(-1).all()
+
+    asked = ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="tone.wav")
+    names = verb.draw(asked, read_answer(asked.example, "(112,0) and (224,224)", None), tmp_path)
+    drawn = np.array(Image.open(tmp_path / names["overlay"]))
+    assert list(names) == ["overlay"] and drawn.shape == (*SIZE[::-1], 3) and (drawn[31, 24:] == (213, 94, 0)).all()
+
+
+def test_an_answer_without_mask_tokens_has_a_warning_and_no_mask(media, tmp_path):
+    asked = ask(media, tmp_path, task="s4", image_path="picture.png", audio_path="tone.wav")
+    prediction = read_answer(asked.example, "It is a dog.", None)
+    assert any("no mask" in warning for warning in prediction.warnings)
+    assert verb.draw(asked, prediction, tmp_path) == {}
+
+
+def save_small_model(folder):
+    """A packed tiny model with one layer per module and random weights."""
+    config = tiny.get_config()
+    config.update({"init_from": "", "sizes": {"llama": {"layers": 1}, "beats": {"layers": 1},
+                                              "visual": {"layers": 1}, "audio": {"layers": 1}}})
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(runs.abstract_params(Crab(model_config(config))))
+    save_packed(folder, jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), shapes),
+                config.to_dict())
+    Tokenizer.load(config.tokenizer).save(folder)
+
+
+def test_a_model_answers_a_clip(media, tmp_path, capsys):
+    save_small_model(tmp_path / "model")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        verb.main(["--checkpoint", str(tmp_path / "model"), "--task", "ave", "--video", str(media / "clip.mp4"),
+                   "--out", str(out), "--max-new-tokens", "4"])
+    printed = capsys.readouterr().out
+    line, = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
+    assert stop.value.code == 0 and line["text"] in printed
+    assert line["parsed"] is None and "cannot be read" in " ".join(line["warnings"])
+    assert line["mask"] is None and Image.open(out / line["overlay"]).width > 500
