@@ -26,6 +26,8 @@ def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) ->
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=name, linewidth=1.4)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (log scale)")
     _plain(axes)
@@ -68,11 +70,11 @@ def routing_heatmaps(weights: Mapping[str, np.ndarray], axis: str) -> bytes:
     """
     means = {task: array.mean(axis=1 if axis == "layer" else 0).T for task, array in weights.items()}
     heads, columns = next(iter(means.values())).shape
-    ticks = PROJECTIONS if axis == "projection" else [str(i + 1) for i in range(columns)]
+    ticks = [name.removesuffix("_proj") for name in PROJECTIONS] if axis == "projection" else _numbers(columns)
     spread = max(0.02, max(float(np.abs(mean - 1 / heads).max()) for mean in means.values()))
     across = min(3, len(means))
     down = -(-len(means) // across)
-    figure = Figure(figsize=(3.2 * across, (0.3 * heads + 0.75 + 0.5 * (axis == "projection")) * down))
+    figure = Figure(figsize=(3.2 * across, (0.3 * heads + 0.75) * down))
     gaps = {"hspace": 0.55, "wspace": 0.08}
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True, gridspec_kw=gaps)
     for axes in grid.flat[len(means):]:
@@ -83,9 +85,8 @@ def routing_heatmaps(weights: Mapping[str, np.ndarray], axis: str) -> bytes:
         axes.set_yticks(range(heads), [f"head {i + 1}" for i in range(heads)], fontsize=8)
         _sparse_ticks(axes, ticks)
         axes.tick_params(labelbottom=True)
-    if axis == "layer":
-        for axes in grid[-1]:
-            axes.set_xlabel("layer", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel(axis, fontsize=9)
     figure.colorbar(image, ax=grid, label="mean weight", fraction=0.03, pad=0.02)
     return figure_png(figure)
 
@@ -97,17 +98,19 @@ def entropy_heatmap(entropy: Mapping[str, np.ndarray], heads: int) -> bytes:
     axes = figure.subplots()
     image = axes.imshow(table, cmap="viridis", vmin=0, vmax=np.log2(heads) if heads > 1 else 1, aspect="auto")
     axes.set_yticks(range(len(table)), list(entropy), fontsize=9)
-    _sparse_ticks(axes, [str(i + 1) for i in range(table.shape[1])])
+    _sparse_ticks(axes, _numbers(table.shape[1]))
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="bits", fraction=0.03, pad=0.02)
     return figure_png(figure)
 
 
+def _numbers(count: int) -> list[str]:
+    return [str(i + 1) for i in range(count)]
+
+
 def _sparse_ticks(axes: Any, names: Sequence[str]) -> None:
     step = -(-len(names) // 8)
-    turned = max(map(len, names)) > 4
-    axes.set_xticks(range(0, len(names), step), names[::step], fontsize=8, rotation=45 if turned else 0,
-                    ha="right" if turned else "center")
+    axes.set_xticks(range(0, len(names), step), names[::step], fontsize=8)
 
 
 def _plain(axes: Any) -> None:

@@ -111,8 +111,8 @@ def check_config(config: ConfigDict) -> None:
                          f"{optim.accumulate} micro-batches", "use a multiple of optim.accumulate")
 
 
-def parse_flags(argv: list[str], doc: str | None) -> tuple[ConfigDict, Path]:
-    """(config, workdir) from `--config=FILE --workdir=DIR [--config.key=value]`.
+def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple[ConfigDict, Path]:
+    """(config, workdir if it is needed) from `--config=FILE --workdir=DIR [--config.key=value]`.
 
     Raises InputError for a missing flag, an unknown or mistyped key, and a whole sub-dict replaced by one override.
     """
@@ -130,7 +130,7 @@ def parse_flags(argv: list[str], doc: str | None) -> tuple[ConfigDict, Path]:
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError("command line", "", reason, "see --help and the keys in the config file") from error
-    for name in ("config", "workdir"):
+    for name in ("config", *(["workdir"] if workdir else [])):
         if values[name].value is None:
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
     if rest[1:]:
@@ -142,7 +142,7 @@ def parse_flags(argv: list[str], doc: str | None) -> tuple[ConfigDict, Path]:
         raise InputError("command line", odd[0], "an override replaced or dropped a whole section",
                          "override one key at a time: --config.section.key=value")
     check_config(config)
-    return config, Path(values.workdir)
+    return config, Path(values.workdir or "")
 
 
 def _fresh(argv: list[str]) -> ConfigDict:

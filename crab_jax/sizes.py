@@ -1,0 +1,28 @@
+"""Parameters per module, trained and frozen, of any stage, without allocating any.
+
+    python -m crab_jax.sizes --config=configs/finetune.py
+    python -m crab_jax.sizes --config=configs/finetune.py --config.sizes.lora.heads=5
+"""
+
+from __future__ import annotations
+
+import sys
+
+import flax.linen as nn
+
+from crab_jax import runs
+from crab_jax.config import model_config, parse_flags
+from crab_jax.errors import run_verb
+from crab_jax.models.crab import Crab
+from crab_jax.optim import split
+
+
+def main() -> None:
+    """Entry point of `python -m crab_jax.sizes`."""
+    config, _ = parse_flags(sys.argv, __doc__, workdir=False)
+    shapes = nn.unbox(runs.abstract_params(Crab(model_config(config))))
+    print(runs.parameter_table(*split(shapes, config.trainable, config.frozen)))
+
+
+if __name__ == "__main__":
+    run_verb(main, "--debug" in sys.argv)

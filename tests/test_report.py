@@ -1,0 +1,134 @@
+"""The report: one self-contained file with every section, and what it says about the router."""
+
+import re
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import tiny
+from crab_jax import report as verb
+from crab_jax import runs
+from crab_jax.config import model_config
+from crab_jax.inference import read_answer
+from crab_jax.models.crab import Crab
+from crab_jax.tasks import TASKS
+from data_pipelines.batching import Bucket, empty_batch
+from data_pipelines.examples import Example
+
+
+def scores(value):
+    """Scores of every task with an interval of the headline metric."""
+    return {name: {task.headline: value, "n": 7, "n_unparsed": 1, "n_no_mask": 2,
+                   "intervals": {task.headline: [value - 0.1, value + 0.1]}} for name, task in TASKS.items()}
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    parts = ("loss", "loss/text", "loss/bce", *(f"loss/{name}" for name in TASKS))
+    weights = rng.dirichlet((1, 2, 3), (2, 7))
+    picture = verb.Picture(verb.overlay.png(np.zeros((4, 4, 3), np.uint8)), "look <here>")
+    return verb.ReportData(
+        title="Report of a & b", config={"seed": 3, "optim.lr": 1e-4},
+        metrics=[{"step": step, **{part: 1 / step for part in parts}} for step in (10, 20, 30)],
+        results={"tasks": scores(0.75), "baselines": {"constant": scores(0.25), "empty": {}}},
+        pictures={"masks": [picture], "boxes": [picture], "times": []},
+        answers=[("avqa", "How many?", "two", "<answer> three </answer>")],
+        routing={"ave": verb.Routing(weights, np.ones((2, 7))), "s4": verb.Routing(weights, np.ones((2, 7)))})
+
+
+@pytest.fixture(scope="module")
+def page(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    verb.write(path, data)
+    return path.read_text()
+
+
+def section(page, key):
+    return re.search(rf'<section id="{key}">(.*?)</section>', page, re.DOTALL)[1]
+
+
+def test_the_file_needs_nothing_but_itself(page):
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", text)
+    assert set(re.findall(r'src="([^"]*)"', text)) == {"data:image/png;"}
+    assert "name=\"viewport\"" in text and "@media print" in text
+
+
+def test_every_section_is_there_and_an_empty_one_says_so(page):
+    for key, title in verb.SECTIONS.items():
+        assert f"<h2>{title}</h2>" in section(page, key) and f'href="#{key}"' in page
+    assert "Not part of this report" in section(page, "times")
+    assert "Not part of this report" not in section(page, "masks")
+
+
+def test_every_figure_has_a_caption_and_text_is_escaped(page):
+    assert page.count("<figure>") == page.count("<figcaption>") == 2 + 1 + 1 + 1 + 3
+    assert "<title>Report of a &amp; b</title>" in page
+    assert "&lt;answer&gt; three &lt;/answer&gt;" in section(page, "answers") and "look &lt;here&gt;" in page
+
+
+def test_scores_stand_beside_baselines_with_intervals_and_counts(page):
+    table = section(page, "scores").split("</table>")[0]
+    row = re.search(r"<tr><td>ave</td>.*?</tr>", table)[0]
+    assert [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] == [
+        "ave", "accuracy", "7", "0.750 [0.650, 0.850]", "0.250 [0.150, 0.350]", "-"]
+
+
+def test_an_empty_report_can_be_written(tmp_path):
+    verb.write(tmp_path / "r.html", verb.ReportData("nothing yet"))
+    assert (tmp_path / "r.html").read_text().count("Not part of this report") == len(verb.SECTIONS) - 1
+
+
+def test_examples_are_spread_over_the_split():
+    examples = [Example(id=f"{task}{i}", task=task, instruction="?") for i in range(10) for task in ("s4", "ave")]
+    assert [e.id for e in verb.spread(examples, 3)] == ["ave0", "ave3", "ave6", "s40", "s43", "s46"]
+
+
+def test_answers_are_shown_next_to_the_truth(tmp_path):
+    Image.new("RGB", (20, 10), (90, 90, 90)).save(tmp_path / "p.png")
+    Image.fromarray(np.eye(10, 20, dtype=np.uint8) * 255).save(tmp_path / "m.png")
+    s4 = Example("s", "s4", "?", image="p.png", mask="m.png", mask_kind="binary", meta={"objects": ["dog"]})
+    arig = Example("a", "arig", "?", image="p.png", meta={"object": "dog", "box": [0, 0, 99, 99]})
+    avqa = Example("q", "avqa", "?", meta={"answer": "two", "question": "How many?"})
+    found = verb.collect([read_answer(s4, "", np.ones((4, 4), np.float32)), read_answer(arig, "no box", None),
+                          read_answer(avqa, "one", None)], tmp_path)
+    assert {key: len(value) for key, value in found["pictures"].items()} == {"masks": 1, "boxes": 1, "times": 0}
+    assert "no box could be read" in found["pictures"]["boxes"][0].caption
+    assert found["answers"] == [("avqa", "How many?", "two", "one")]
+
+
+def small_model():
+    """(model, parameters): one layer per module where it may be, random weights."""
+    config = tiny.get_config()
+    config.update({"sizes": {"llama": {"layers": 2}, "beats": {"layers": 1}, "visual": {"layers": 1},
+                             "audio": {"layers": 1}}})
+    model, rng = Crab(model_config(config)), np.random.default_rng(0)
+    shapes = nn.unbox(runs.abstract_params(model))
+    return model, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+
+
+def test_router_weights_are_means_over_the_real_tokens_of_each_task():
+    model, params = small_model()
+    rng = np.random.default_rng(1)
+    batch = empty_batch(Bucket(length=12, frames=1, windows=1, fbank_frames=98, masks=0), 3, 64)
+    tokens = rng.integers(4, 600, batch.tokens.shape).astype(np.int32)
+    names = list(TASKS)
+    batch = batch.replace(tokens=tokens, text_mask=np.arange(12) < np.array([[5], [9], [12]]),
+                          task=np.array([names.index("ave"), names.index("s4"), 0], np.int32),
+                          index=np.array([0, 1, -1], np.int32))
+    found = verb.router_weights(model, params, [batch])
+    assert list(found) == ["ave", "s4"]
+    heads = model.cfg.lora.heads
+    for routing in found.values():
+        assert routing.weights.shape == (2, 7, heads) and routing.entropy.shape == (2, 7)
+        np.testing.assert_allclose(routing.weights.sum(-1), 1, rtol=1e-5)
+        assert (routing.entropy > 0).all() and (routing.entropy <= np.log2(heads) + 1e-5).all()
+
+    padded = batch.replace(tokens=np.where(np.asarray(batch.text_mask), tokens, 7))
+    again = verb.router_weights(model, params, [padded, padded])
+    np.testing.assert_allclose(again["ave"].weights, found["ave"].weights, atol=1e-5)
+    assert np.abs(found["ave"].weights - found["s4"].weights).max() > 1e-3
