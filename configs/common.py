@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from crab_jax.config import crab_7b, size_overrides
 from crab_jax.losses import LossConfig
@@ -25,8 +25,7 @@ SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
 def base() -> ConfigDict:
     """All keys of a run config. Stages change values, never add keys."""
     model_keys = ("image_size", "visual_queries", "audio_queries")
-    decode = {k: config_dict.placeholder(str) if v is None else v  # a plain None could not be overridden
-              for k, v in dataclasses.asdict(DataConfig()).items() if k not in model_keys}
+    decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in model_keys}
     loss = {k: v for k, v in dataclasses.asdict(LossConfig()).items() if k != "reduction"}
     return ConfigDict({
         "model": "crab_7b",
@@ -40,7 +39,7 @@ def base() -> ConfigDict:
         "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
         # weights multiply a task's natural share of the mixture; 0 leaves it out
         "data": {"root": "", "split": "train", "limit": 0, "batch_size": 256, "workers": 0,
-                 "weights": {name: 1.0 for name in TASKS}, "decode": decode},
+                 "weights": {name: 1.0 for name in TASKS}, **decoding},
         "loss": loss,
         "optim": dataclasses.asdict(OptimConfig()),
         "mesh": {"data": 0, "fsdp": 1, "tensor": 1},

@@ -14,5 +14,5 @@ def get_config():
     config = common.base()
     config.trainable = ("vl_projector/.*",)
     config.frozen = (*common.ENCODERS, "al_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
-    config.data.decode.video_frames = 8
+    config.data.video_frames = 8
     return config

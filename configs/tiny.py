@@ -15,7 +15,7 @@ def get_config():
     config.tokenizer = "data_pipelines/tiny_tokenizer.json"
     config.data.root = "runs/scenes"
     config.data.batch_size = 16
-    config.data.decode.lengths = (144, 192, 272)
+    config.data.lengths = (144, 192, 272)
     config.optim.lr = 3e-4
     config.steps = 600
     config.log_every = 20

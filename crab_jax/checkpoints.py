@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,12 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from crab_jax.convert.torch_file import SAFETENSORS_NAMES, read_safetensors
 from crab_jax.errors import InputError
 
 FORMAT = 1
 PACKED = "params.safetensors"
+DTYPES, AS_STORED = "dtypes", "as stored"  # marks a file whose leaves keep their dtypes
 
 
 def describe_mismatch(wanted: Any, found: Any) -> list[str]:
@@ -89,7 +95,7 @@ class RunCheckpoints:
     def restore(self, train: Any, data: Any) -> Any:
         """Newest `train` tree, with the shapes, dtypes and shardings of the given one; moves `data` to its position."""
         step = self.latest
-        found = self._steps.checkpointables_metadata(step).metadata["train"]
+        found = ocp.metadata(self.folder / str(step), "train").metadata
         check_match(_plain(train), _plain(found), str(self.folder / str(step)))
         return self._steps.load_checkpointables(step, {"train": _abstract(train), "data": data})["train"]
 
@@ -121,14 +127,46 @@ def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
     safetensors.numpy.save_file(flat, file)
 
 
+def save_tree_by_parts(file: str | Path, leaves: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+                       parts: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> None:
+    """Write a tree that never is in memory: `leaves` gives the shape and dtype of every '/'-joined path, `parts` yields
+    (path, leading indices, array). What no part covers is zero. `load_tree` keeps the dtypes of such a file.
+    """
+    header: dict[str, Any] = {"__metadata__": {DTYPES: AS_STORED}}
+    end = 0
+    for path, (shape, dtype) in sorted(leaves.items()):
+        first, end = end, end + math.prod(shape) * dtype.itemsize
+        header[path] = {"dtype": SAFETENSORS_NAMES[dtype.name], "shape": shape, "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = Path(f"{file}.unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    with open(unfinished, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        start = out.tell()
+        out.truncate(start + end)
+        for path, index, array in parts:
+            shape, dtype = leaves[path]
+            if (*shape[:len(index)], *array.shape) != shape or array.dtype != dtype:
+                raise ValueError(f"{path}{list(index)}: {array.dtype}{array.shape} in a leaf {dtype}{shape}")
+            row = int(np.ravel_multi_index(index, shape[:len(index)])) if index else 0
+            out.seek(start + header[path]["data_offsets"][0] + row * array.nbytes)
+            out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    os.replace(unfinished, file)
+
+
 def load_tree(file: str | Path) -> Any:
-    """The parameter tree of one safetensors file, floating leaves as float32. Raises InputError when it is damaged."""
-    try:
-        flat = safetensors.numpy.load_file(file)
-    except Exception as error:  # the library raises its own type for every kind of damage
-        raise InputError(str(file), "", f"cannot be read ({error})", "copy the file again") from error
-    tree = traverse_util.unflatten_dict(flat, sep="/")
-    return jax.tree.map(lambda x: x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """The parameter tree of one safetensors file, floating leaves as float32, unless it was written by parts: then
+    they keep their dtypes and stay in the file, memory-mapped. Raises InputError when it is damaged.
+    """
+    flat = read_safetensors(file)
+    kept = flat.metadata.get(DTYPES) == AS_STORED
+
+    def load(path: str) -> np.ndarray:
+        leaf = flat[path]
+        return leaf.astype(np.float32) if not kept and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return traverse_util.unflatten_dict({path: load(path) for path in flat}, sep="/")
 
 
 def save_packed(folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None) -> None:
@@ -146,14 +184,18 @@ def load_run_params(workdir: str | Path) -> Any:
         if steps.latest is None:
             raise InputError(str(folder), "", "holds no finished checkpoint", "train first, or wait for the first save")
         step = steps.latest.step
-        metadata = steps.checkpointables_metadata(step).metadata["train"]["trainable"]
+        abstract = _on_host(ocp.metadata(folder / str(step), "train").metadata["trainable"])
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), metadata)
         with context:
             trainable = steps.load_checkpointables(step, {"train": {"trainable": abstract}})["train"]["trainable"]
-    return merge(trainable, ocp.load(folder / "frozen"))
+    return merge(trainable, ocp.load(folder / "frozen", _on_host(ocp.metadata(folder / "frozen").metadata)))
+
+
+def _on_host(tree: Any) -> Any:
+    """Abstract leaves placed on this process's first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 def load_params(path: str | Path) -> Any:

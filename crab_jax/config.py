@@ -91,8 +91,9 @@ def loss_config(config: ConfigDict) -> LossConfig:
 def data_config(config: ConfigDict, **changes: Any) -> DataConfig:
     """DataConfig of a run config: picture size and row counts come from the model."""
     sizes = model_config(config)
-    decode = {k: tuple(v) if isinstance(v, list) else v for k, v in config.data.decode.items()}
-    return DataConfig(**{**decode, "image_size": sizes.clip.image_size,
+    names = {f.name for f in dataclasses.fields(DataConfig)}
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in config.data.items() if k in names}
+    return DataConfig(**{**chosen, "image_size": sizes.clip.image_size,
                          "visual_queries": sizes.visual.queries, "audio_queries": sizes.audio.queries, **changes})
 
 
@@ -157,7 +158,7 @@ def _fresh(argv: list[str]) -> ConfigDict:
 
 def _keys(config: ConfigDict, prefix: str = "") -> set[str]:
     """Dotted paths of all leaves."""
-    out = set()
+    out: set[str] = set()
     for name, value in config.items():
         out |= _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name}
     return out

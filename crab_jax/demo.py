@@ -62,7 +62,7 @@ def demo(out: Path, from_scratch: bool) -> None:
         start = out / "recipe" / "warm_start"
         recipe(out / "recipe", start, scale=0.1)
     command("crab_jax.train", "--config=configs/tiny.py", f"--config.init_from={start}",
-            f"--config.data.root={scenes}", f"--config.data.decode.cache_dir={out / 'cache'}",
+            f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}",
             f"--config.steps={STEPS}", f"--workdir={run}")
     save_untrained(run, out / "untrained_model")
     for name, checkpoint, flags in (("trained", run, ()), ("audio_muted", run, ("--mute-audio",)),

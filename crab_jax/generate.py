@@ -8,6 +8,8 @@ neighbours, their order, or the padding. The released scripts attend to left pad
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -66,10 +68,12 @@ class _State:
     done: jax.Array
 
 
-def sample(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """One token per row: logits float32[B,V], one key per row [B] -> int32[B]. Temperature 0 is the argmax."""
+def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p: float) -> jax.Array:
+    """One token per row: logits float32[B,V], one key per row [B] -> int32[B]. Temperature 0 is the argmax,
+    which needs no keys."""
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    assert keys is not None
     logits = logits / temperature
     if top_p < 1.0:
         descending = jnp.sort(logits, axis=-1, descending=True)
@@ -91,7 +95,7 @@ def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions
     """
     if options.temperature > 0 and rng is None:
         raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
-    variables = {"params": params}
+    apply: Callable[..., Any] = partial(model.apply, {"params": params})
     rows, width = batch.text_mask.shape
     prompt_lengths = batch.text_mask.sum(axis=-1, dtype=jnp.int32)
     mask_ids = jnp.asarray(options.mask_ids, jnp.int32)
@@ -100,7 +104,7 @@ def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions
     def choose(state: _State, hidden: jax.Array) -> _State:
         """Take the next token of every row from the hidden states [B,D] that predict it."""
         keys = None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
-        token = sample(model.apply(variables, hidden, method="logits"), keys, options.temperature, options.top_p)
+        token = sample(apply(hidden, method="logits"), keys, options.temperature, options.top_p)
         if forced is not None:
             token = jnp.where(forced[:, state.step] >= 0, forced[:, state.step], token)
         token = jnp.where(state.done, options.pad_id, token)
@@ -118,14 +122,14 @@ def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions
         """Feed the last token, which stands right after the prompt and the tokens before it."""
         positions = (prompt_lengths + state.step - 1)[:, None]
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        hidden, cache = model.apply(variables, token, positions, state.cache, method="decode")
+        hidden, cache = apply(token, positions, state.cache, method="decode")
         return choose(state.replace(cache=cache), hidden[:, 0])
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < options.max_new_tokens) & ~state.done.all()
 
     cache = init_cache(model.cfg.llama, rows, width + options.max_new_tokens)
-    hidden, cache = model.apply(variables, batch, cache, method="prefill")
+    hidden, cache = apply(batch, cache, method="prefill")
     last = jnp.take_along_axis(hidden, jnp.maximum(prompt_lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     state = _State(
         step=jnp.int32(0),

@@ -40,7 +40,7 @@ class Term(NamedTuple):
     """A sum of losses and the number of things summed; both [B] per sample or both scalars."""
 
     sum: jax.Array
-    count: jax.Array
+    number: jax.Array
 
 
 def text_rows(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array, valid: jax.Array) -> Term:
@@ -102,7 +102,7 @@ def mask_rows(binary: jax.Array | None, semantic: jax.Array | None, target: jax.
 
 def pool(rows: Term) -> Term:
     """Scalar sum and count of a term's rows."""
-    return Term(rows.sum.sum(), rows.count.sum())
+    return Term(rows.sum.sum(), rows.number.sum())
 
 
 def by_task(rows: Term, task: jax.Array, tasks: int) -> Term:
@@ -127,7 +127,7 @@ def total(losses: dict[str, Term], cfg: LossConfig, counts: dict[str, jax.Array]
     counts: the counts to divide by, instead of the terms' own. With the counts of a whole batch (see `batch_counts`)
     the totals of its micro-batches add up to the total of the batch.
     """
-    counts = {name: term.count for name, term in losses.items()} if counts is None else counts
+    counts = {name: term.number for name, term in losses.items()} if counts is None else counts
     value = cfg.text * losses["text"].sum / jnp.maximum(counts["text"], 1)
     if "ce" not in losses:
         return value

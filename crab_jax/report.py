@@ -134,7 +134,7 @@ def mask_picture(example: Example, prediction: Prediction, root: Path) -> Pictur
         mask = overlay.resize_mask(prediction.mask, size)
         drawn.append((overlay.overlay_mask(picture, mask), "prediction"))
     asked = example.meta.get("expression") or ", ".join(map(str, example.meta.get("objects", ()))) or "nothing sounds"
-    said = " ".join(prediction.warnings) or "compare the outline of the prediction with the truth"
+    said = "; ".join(prediction.warnings) or "compare the outline of the prediction with the truth"
     return Picture(overlay.png(overlay.side_by_side(drawn)), f"{example.task} {example.id} ({asked}): {said}.")
 
 

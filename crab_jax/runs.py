@@ -28,7 +28,7 @@ from data_pipelines.examples import Example, read_jsonl
 from data_pipelines.tokens import Tokenizer
 
 # A resumed run may change these without becoming another run.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep", "data.workers", "data.root")
+FREE_KEYS = ("log_every", "checkpoint_every", "keep", "data.workers", "data.root", "data.cache_dir")
 
 
 def flat_config(config: ConfigDict) -> dict[str, Any]:

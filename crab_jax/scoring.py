@@ -93,7 +93,7 @@ def summarise(judged: Iterable[Judged], resamples: int = RESAMPLES, seed: int = 
     by_task: dict[str, list[Judged]] = {}
     for one in sorted(judged, key=lambda one: one.id):
         by_task.setdefault(one.task, []).append(one)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, task in TASKS.items():
         if name not in by_task:
             continue
@@ -149,7 +149,7 @@ def baseline_results(examples: Sequence[Example], kind: str, read_mask: ReadMask
         raise InputError("baseline", "kind", f"unknown baseline {kind!r}", "use empty or constant")
     for example in examples:
         check_label(example)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, task in TASKS.items():
         ours = [example for example in examples if example.task == name]
         if not ours:

@@ -19,7 +19,7 @@ RULES = (("embed", "fsdp"), ("vocab", "tensor"), ("heads", "tensor"), ("kv", "te
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """Mesh over ("data", "fsdp", "tensor"); `data` fills what the others leave when None.
+    """Mesh over ("data", "fsdp", "tensor"); `data` fills what the others leave when None or 0.
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """

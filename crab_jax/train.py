@@ -42,7 +42,7 @@ class TrainState:
 
 
 def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx: optax.GradientTransformation,
-               loss_cfg: losses.LossConfig, seed: int, accumulate: int) -> tuple[TrainState, dict[str, jax.Array]]:
+               loss_cfg: losses.LossConfig, seed: int, accumulate: int) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step. Randomness comes from (seed, step) alone; gradients exist for trainables only.
 
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
@@ -50,16 +50,16 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
-    def loss_of(trainable: Any, micro: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        out = model.apply({"params": optim.merge(trainable, frozen)}, micro, deterministic=False,
-                          rngs={"dropout": rng})
+    def loss_of(trainable: Any, micro: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        out: Any = model.apply({"params": optim.merge(trainable, frozen)}, micro, deterministic=False,
+                               rngs={"dropout": rng})
         rows = loss_rows(out, micro)
         terms = {name: losses.pool(term) for name, term in rows.items()}
         total = losses.total(terms, loss_cfg, counts)
         by_task = losses.by_task(rows["text"], micro.task, len(TASKS))
         return total, {"loss": total, "terms": terms, "by_task": by_task}
 
-    def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
         return jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
 
     if accumulate == 1:
@@ -84,8 +84,8 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
     """Loss terms of every row ("text") and every mask group ("bce", "dice", "ce", when the bucket has masks)."""
     valid = batch.index >= 0
     rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
-    if out.binary is not None:
-        def flat(x: jax.Array) -> jax.Array:
+    if out.binary is not None and out.semantic is not None:
+        def flat(x: Any) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
         groups = jnp.broadcast_to(valid[:, None], batch.seg_kind.shape)
@@ -103,11 +103,11 @@ class Logger:
         self.path, self.steps, self.schedule, self.every = workdir / "metrics.jsonl", steps, schedule, every
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         keep_until(self.path, start)
-        self.window: list[tuple[int, dict[str, jax.Array], float]] = []
+        self.window: list[tuple[int, dict[str, Any], float]] = []
         self.began, self.first = time.monotonic(), start
         self.mark = self.began
 
-    def add(self, step: int, metrics: dict[str, jax.Array], rows: int, waited: float) -> None:
+    def add(self, step: int, metrics: dict[str, Any], rows: int, waited: float) -> None:
         """Record one step; every `every` steps write the mean of the window."""
         self.window.append((step, metrics, waited))
         if step % self.every and step != self.steps:
@@ -175,7 +175,7 @@ def compile_step(config: Any, model: Crab, mesh: jax.sharding.Mesh, state: Train
 def train(config: Any, workdir: Path) -> None:
     """Run (or resume) the stage that `config` describes in `workdir`."""
     runs.claim_workdir(workdir, config)
-    mesh = sharding.make_mesh(**{k: v or None if k == "data" else v for k, v in config.mesh.items()})
+    mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.data.batch_size, mesh)
     tokenizer = runs.tokenizer_of(config)
     model = Crab(model_config(config))

@@ -154,11 +154,12 @@ def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generato
         return frames[index], one_hot.mean((2, 4), dtype=np.float32).reshape(len(index), grid * grid, KINDS + 1)
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        tap = clip.apply({"params": params["clip"]}, normalize(batch[0]))[-1]
-        return optax.softmax_cross_entropy(head.apply({"params": params["head"]}, tap), batch[1]).mean()
+        taps: Any = clip.apply({"params": params["clip"]}, normalize(batch[0]))
+        logits: Any = head.apply({"params": params["head"]}, taps[-1])
+        return optax.softmax_cross_entropy(logits, batch[1]).mean()
 
     keys = jax.random.split(jax.random.key(1))
-    params = {"clip": nn.unbox(clip.init(keys[0], normalize(frames[:1]))["params"]),
+    params = {"clip": nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
               "head": head.init(keys[1], jnp.zeros((1, cfg.clip.width)))["params"]}
     return fit("clip", params, loss, draw(rng, len(frames), 32, pick), steps, 1e-3)["clip"]
 
@@ -170,8 +171,9 @@ def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generat
     loudness = data["loudness"].reshape(-1, KINDS)
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        mean = beats.apply({"params": params["beats"]}, batch[0]).mean(1)
-        presence, level = jnp.split(head.apply({"params": params["head"]}, mean), 2, -1)
+        encoded: Any = beats.apply({"params": params["beats"]}, batch[0])
+        scores: Any = head.apply({"params": params["head"]}, encoded.mean(1))
+        presence, level = jnp.split(scores, 2, -1)
         sounding = (batch[1] > 0).astype(jnp.float32)
         error = (sounding * (level - batch[1]) ** 2).sum() / jnp.maximum(sounding.sum(), 1)
         return optax.sigmoid_binary_cross_entropy(presence, sounding).mean() + error
@@ -237,11 +239,11 @@ def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int
         return module.logits(module(x, positions)[0])
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        visual, audio = reader.apply({"params": params["reader"]}, batch)
-        rows = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in (visual, audio)], 1)
-        logits = llama.apply({"params": params["llama"]}, rows, batch, method=forward)
+        read: Any = reader.apply({"params": params["reader"]}, batch)  # (visual, audio)
+        rows = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in read], 1)
+        logits: Any = llama.apply({"params": params["llama"]}, rows, batch, method=forward)
         term = losses.text_loss(logits, batch["tokens"], batch["targets"] > 0, jnp.ones(len(logits), bool))
-        return term.sum / term.count
+        return term.sum / term.number
 
     batches = reader_batches(groups, tables, 16, rng)
     first, keys = next(batches), jax.random.split(jax.random.key(3))
@@ -251,7 +253,7 @@ def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int
     return fit("llama", params, loss, batches, steps, 2e-3)
 
 
-def warm_bridge(name: str, cfg: QFormerConfig, encode: Callable[[jax.Array], jax.Array], inputs: np.ndarray,
+def warm_bridge(name: str, cfg: QFormerConfig, encode: Callable[[Any], Any], inputs: np.ndarray,
                 rows: np.ndarray, steps: int, rng: np.random.Generator) -> Any:
     """Q-Former parameters after regressing the Reader's rows [N,Q,D] from encoded inputs [N,...]."""
     qformer = QFormer(cfg)

@@ -19,26 +19,27 @@ from data_pipelines.examples import TASK_NAMES, Example
 from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Expanded, Tokenizer
 
 SEG_KINDS = {"none": 0, "binary": 1, "semantic": 2}
+Array = Any  # numpy on the host, jax.Array on a device
 
 
 @flax.struct.dataclass
 class Batch:
     """B rows of one bucket; see docs/architecture.md for the meaning of each field."""
 
-    tokens: np.ndarray  # int32[B,L]
-    slots: np.ndarray  # int32[B,L]
-    text_mask: np.ndarray  # bool[B,L]
-    loss_mask: np.ndarray  # bool[B,L]
-    mask_positions: np.ndarray  # int32[B,M,6]
-    frames: np.ndarray  # uint8[B,T,H,W,3]
-    frame_mask: np.ndarray  # bool[B,T]
-    fbank: np.ndarray  # float32[B,S,F,128]
-    audio_mask: np.ndarray  # bool[B,S]
-    seg_frame: np.ndarray  # uint8[B,M,H,W,3]
-    seg_target: np.ndarray  # int32[B,M,H,W]
-    seg_kind: np.ndarray  # int32[B,M]
-    task: np.ndarray  # int32[B]
-    index: np.ndarray  # int32[B]
+    tokens: Array  # int32[B,L]
+    slots: Array  # int32[B,L]
+    text_mask: Array  # bool[B,L]
+    loss_mask: Array  # bool[B,L]
+    mask_positions: Array  # int32[B,M,6]
+    frames: Array  # uint8[B,T,H,W,3]
+    frame_mask: Array  # bool[B,T]
+    fbank: Array  # float32[B,S,F,128]
+    audio_mask: Array  # bool[B,S]
+    seg_frame: Array  # uint8[B,M,H,W,3]
+    seg_target: Array  # int32[B,M,H,W]
+    seg_kind: Array  # int32[B,M]
+    task: Array  # int32[B]
+    index: Array  # int32[B]
 
 
 class Bucket(NamedTuple):

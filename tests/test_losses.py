@@ -47,8 +47,8 @@ def test_each_term_equals_the_released_one(arrays):
 def test_text_loss_equals_the_released_one(arrays):
     labels = arrays["text.labels"]
     term = losses.text_loss(arrays["text.logits"], np.maximum(labels, 0), labels != -100, np.ones(len(labels), bool))
-    assert term.count == (labels[:, 1:] != -100).sum()
-    np.testing.assert_allclose(term.sum / term.count, arrays["text.ce"], rtol=1e-6)
+    assert term.number == (labels[:, 1:] != -100).sum()
+    np.testing.assert_allclose(term.sum / term.number, arrays["text.ce"], rtol=1e-6)
 
 
 def test_released_reduction_equals_the_released_mask_loss(golden, arrays):
@@ -71,14 +71,14 @@ def test_rows_of_another_kind_and_filler_rows_do_not_count(batch):
                 "ce": losses.ce_rows(semantic, target)[jnp.array([1, 4])]}
     for name, values in expected.items():
         np.testing.assert_allclose(found[name].sum, values.sum(), rtol=1e-6)
-        assert found[name].count == 2
+        assert found[name].number == 2
     mask = batch["text"][2] & batch["valid"][:, None]
-    assert found["text"].count == mask[:, 1:].sum()
+    assert found["text"].number == mask[:, 1:].sum()
 
 
 def test_mean_reduction_is_the_mean_over_mask_samples(batch):
     found, cfg = terms(batch), LossConfig(text=0.25, bce=2.0, dice=3.0, ce=5.0)
-    expected = 0.25 * found["text"].sum / found["text"].count
+    expected = 0.25 * found["text"].sum / found["text"].number
     expected += (2 * found["bce"].sum + 3 * found["dice"].sum + 5 * found["ce"].sum) / 4
     np.testing.assert_allclose(losses.total(found, cfg), expected, rtol=1e-6)
 
@@ -88,7 +88,7 @@ def test_micro_batches_add_up_to_the_batch(batch, reduction):
     cfg = LossConfig(reduction=reduction)
     counts = losses.batch_counts(batch["text"][2], batch["masks"][3], batch["valid"])
     whole = terms(batch)
-    assert {name: float(term.count) for name, term in whole.items()} == {k: float(v) for k, v in counts.items()}
+    assert {name: float(term.number) for name, term in whole.items()} == {k: float(v) for k, v in counts.items()}
     parts = sum(losses.total(terms(batch, rows), cfg, counts) for rows in (slice(0, 2), slice(2, 4), slice(4, 6)))
     np.testing.assert_allclose(parts, losses.total(whole, cfg), rtol=1e-6)
 
@@ -107,8 +107,8 @@ def test_by_task_splits_a_term(batch):
     split = losses.by_task(rows, task, 4)
     for index in range(4):
         np.testing.assert_allclose(split.sum[index], rows.sum[task == index].sum(), rtol=1e-6)
-        assert split.count[index] == rows.count[task == index].sum()
-    assert split.count[3] == 0
+        assert split.number[index] == rows.number[task == index].sum()
+    assert split.number[3] == 0
 
 
 def test_gradients_are_finite_for_extreme_logits_and_unused_rows(batch):

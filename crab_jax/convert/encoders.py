@@ -11,21 +11,22 @@ from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.qformer import QFormerConfig
 
-# Regular expressions (full match) of tensors in the released files that the model does not use.
-CLIP_IGNORED = (
-    r"(.*\.)?(text_model|text_projection|visual_projection|logit_scale|position_ids)(\..*)?",
-    r"vision_model\.post_layernorm\..*",
-)
-BEATS_IGNORED = (
-    r"model\.predictor\..*",
-    r"model\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight",  # copies of layer 0's table
-)
-QFORMER_IGNORED = (
-    r".*_Qformer\.cls\..*",
-    r".*_Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight",
-    r".*_Qformer\.bert\.embeddings\.position_ids",
-    r".*_Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*",  # the text branch's feed-forward
-)
+# Tensors of the released files that the model does not use: regular expression (full match) -> why.
+CLIP_IGNORED = {
+    r"(text_model|text_projection|visual_projection)\..*|logit_scale": "text tower and contrastive heads",
+    r"(.*\.)?position_ids": "a constant index",
+    r"vision_model\.post_layernorm\..*": "after the last tap",
+}
+BEATS_IGNORED = {
+    r"model\.predictor\..*": "classifier of the audio events",
+    r"model\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight": "copies of layer 0's table",
+}
+QFORMER_IGNORED = {
+    r".*_Qformer\.cls\..*": "masked-language head of BERT",
+    r".*_Qformer\.bert\.embeddings\.word_embeddings\.weight": "dead word embeddings of BERT",
+    r".*_Qformer\.bert\.embeddings\.(position_embeddings\.weight|position_ids)": "queries have no positions",
+    r".*_Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*": "feed-forward of BERT's text branch",
+}
 
 
 def _linear(source: str, target: str) -> list[Rule]:

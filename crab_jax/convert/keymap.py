@@ -37,7 +37,7 @@ class Rule(NamedTuple):
     layout: str = "same"
 
 
-def _split(target: str) -> tuple[str, tuple[int, ...]]:
+def split_target(target: str) -> tuple[str, tuple[int, ...]]:
     """'llama/layers[3]/q/lora_B[1]' -> ('llama/layers/q/lora_B', (3, 1))."""
     index, parts = [], []
     for part in target.split("/"):
@@ -49,7 +49,8 @@ def _split(target: str) -> tuple[str, tuple[int, ...]]:
     return "/".join(parts), tuple(index)
 
 
-def _permute(array: np.ndarray, layout: str, inverse: bool = False) -> np.ndarray:
+def permute(array: np.ndarray, layout: str, inverse: bool = False) -> np.ndarray:
+    """A view of `array` in our axis order, or in PyTorch's when `inverse`."""
     axes = _LAYOUTS[layout]
     if axes is None:
         return array
@@ -67,13 +68,13 @@ def to_params(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], where: s
     if missing:
         raise InputError(where, missing[0], f"{len(missing)} expected keys are missing, e.g. {missing[:5]}",
                          "give the file that holds them, or the config that matches this file")
-    targets = [_split(rule.target) for rule in rules]
+    targets = [split_target(rule.target) for rule in rules]
     indices: dict[str, list[tuple[int, ...]]] = {}
     for path, index in targets:
         indices.setdefault(path, []).append(index)
     flat: dict[str, np.ndarray] = {}
     for rule, (path, index) in zip(rules, targets, strict=True):
-        value = _permute(np.asarray(tensors[rule.source]), rule.layout)
+        value = permute(np.asarray(tensors[rule.source]), rule.layout)
         if path not in flat:  # filled in place, so that a large stack is never held twice
             sizes = tuple(max(column) + 1 for column in zip(*indices[path], strict=True))
             if len(set(indices[path])) != math.prod(sizes) or len(indices[path]) != math.prod(sizes):
@@ -97,12 +98,12 @@ def from_params(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, n
     """PyTorch-named tensors from a nested parameter dict: the inverse of `to_params`."""
     tensors = {}
     for rule in rules:
-        path, index = _split(rule.target)
+        path, index = split_target(rule.target)
         node: Any = params
         for part in path.split("/"):
             node = node[part]
         value = np.asarray(node)
-        tensors[rule.source] = np.asarray(_permute(value[index], rule.layout, inverse=True), order="C")
+        tensors[rule.source] = np.asarray(permute(value[index], rule.layout, inverse=True), order="C")
     return tensors
 
 

@@ -17,7 +17,8 @@ from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
 
 PROJECTIONS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
-_PEFT = "base_model.model."  # what PEFT puts before the names of the wrapped model
+PEFT = "base_model.model."  # what PEFT puts before the names of the wrapped model
+LLAMA_IGNORED = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "rotary frequencies, computed from the config"}
 
 
 def vocab_rules(prefix: str = "", at: str = "") -> list[Rule]:
@@ -46,7 +47,7 @@ def lora_rules(cfg: LlamaConfig, lora: LoraConfig, at: str = "") -> list[Rule]:
     rules = []
     for layer in range(cfg.layers):
         for name in PROJECTIONS:
-            source = f"{_PEFT}model.layers.{layer}.{name}."
+            source = f"{PEFT}model.layers.{layer}.{name}."
             path = f"{at}layers[{layer}]/{name.replace('.', '/')}"
             rules.append(Rule(f"{source}lora_A.weight", f"{path}/lora_A", "linear"))
             rules.append(Rule(f"{source}lora_route.weight", f"{path}/lora_route", "linear"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from crab_jax.errors import InputError
 
@@ -58,10 +58,24 @@ class LazyTensors(Mapping[str, np.ndarray]):
         return len(self._build)
 
 
+class _Record(NamedTuple):
+    """A run of bytes of a file. Each `map` is a mapping of its own, so memory is returned with the last view of it."""
+
+    path: Path
+    start: int
+    size: int
+
+    def map(self) -> np.ndarray:
+        """uint8[size], read-only and not yet read."""
+        if not self.size:  # an empty mapping does not exist
+            return np.zeros(0, np.uint8)
+        return np.memmap(self.path, np.uint8, "r", self.start, (self.size,))
+
+
 class _Storage(NamedTuple):
     """The bytes of one storage record and the name of its element type."""
 
-    data: np.ndarray
+    record: _Record
     dtype: str
 
 
@@ -77,8 +91,10 @@ class _Tensor(NamedTuple):
     def build(self) -> np.ndarray:
         """Read-only view on the file; raises ValueError when the window leaves the storage."""
         dtype = np.dtype(_DTYPES[self.dtype])
-        return np.ndarray(self.shape, dtype, self.storage.data, self.offset * dtype.itemsize,
+        view = np.ndarray(self.shape, dtype, self.storage.record.map(), self.offset * dtype.itemsize,
                           tuple(stride * dtype.itemsize for stride in self.strides))
+        view.flags.writeable = False
+        return view
 
 
 class _Admitted:
@@ -126,8 +142,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, path: Path, record: str):
         super().__init__(archive.open(record))
         self._archive, self._path, self._record = archive, path, record
-        self._bytes = np.memmap(path, np.uint8, mode="r")
-        self._storages: dict[str, np.ndarray] = {}
+        self._storages: dict[str, _Record] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _FUNCTIONS:
@@ -144,11 +159,11 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage":
             raise pickle.UnpicklingError(f"persistent reference of kind {kind!r}")
         if key not in self._storages:
-            self._storages[key] = self._map(f"{self._record.removesuffix('data.pkl')}data/{key}")
+            self._storages[key] = self._find(f"{self._record.removesuffix('data.pkl')}data/{key}")
         return _Storage(self._storages[key], dtype)
 
-    def _map(self, record: str) -> np.ndarray:
-        """Bytes of an uncompressed zip record as a view on the file."""
+    def _find(self, record: str) -> _Record:
+        """Where the bytes of an uncompressed zip record lie in the file."""
         try:
             info = self._archive.getinfo(record)
         except KeyError:
@@ -156,12 +171,13 @@ class _Unpickler(pickle.Unpickler):
         if info.compress_type != zipfile.ZIP_STORED:
             raise InputError(str(self._path), record, "this storage is compressed", "unzip and zip it with -0")
         # The local header repeats the name and has its own extra field (padding up to the storage's alignment).
-        header = info.header_offset
-        name, extra = struct.unpack("<HH", self._bytes[header + 26:header + 30].tobytes())
-        start = header + 30 + name + extra
-        if start + info.file_size > len(self._bytes):
+        with open(self._path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+        start = info.header_offset + 30 + name + extra
+        if start + info.file_size > self._path.stat().st_size:
             raise InputError(str(self._path), record, "this storage ends after the file", "fetch the file again")
-        return self._bytes[start:start + info.file_size]
+        return _Record(self._path, start, info.file_size)
 
 
 def read(path: str | Path) -> LazyTensors:
@@ -217,33 +233,69 @@ def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.nd
     return rest if isinstance(value, Mapping) else list(rest.values())
 
 
-def read_safetensors_dir(folder: str | Path) -> LazyTensors:
-    """Tensors of a Hugging Face model directory: `model.safetensors`, or the shards of `model.safetensors.index.json`.
+def read_model_dir(folder: str | Path) -> LazyTensors:
+    """Tensors of a Hugging Face model directory, as safetensors or as .bin files, sharded or not.
 
     Raises InputError when a file is missing or damaged, or a shard lacks a tensor that the index names.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        shard = _open_safetensors(folder / "model.safetensors")
-        return LazyTensors({name: partial(shard.get_tensor, name) for name in shard.keys()})
+    for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read)):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _read_shards(index, reader)
+        if (folder / name).exists():
+            return reader(folder / name)
+    raise InputError(str(folder), "model.safetensors", "the directory holds neither this file, nor pytorch_model.bin, "
+                     "nor the index of shards", "give a directory that holds the whole model")
+
+
+def _read_shards(index: Path, reader: Callable[[Path], LazyTensors]) -> LazyTensors:
     try:
         files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = {file: _open_safetensors(folder / file) for file in set(files.values())}
+        shards = {file: reader(index.parent / file) for file in sorted(set(files.values()))}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(str(index), "weight_map", f"it is no safetensors index ({error!r})",
+        if isinstance(error, InputError):
+            raise
+        raise InputError(str(index), "weight_map", f"it is no index of shards ({error!r})",
                          "fetch the file again") from error
-    names = {file: set(shard.keys()) for file, shard in shards.items()}
     for name, file in files.items():
-        if name not in names[file]:
-            raise InputError(str(folder / file), name, "the index names this tensor but the shard lacks it",
+        if name not in shards[file]:
+            raise InputError(str(index.parent / file), name, "the index names this tensor but the shard lacks it",
                              "fetch the directory again")
-    return LazyTensors({name: partial(shards[file].get_tensor, name) for name, file in files.items()})
+    return LazyTensors({name: partial(shards[file].__getitem__, name) for name, file in files.items()})
 
 
-def _open_safetensors(path: Path) -> Any:
+_SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+
+
+def read_safetensors(path: str | Path) -> LazyTensors:
+    """Tensors of one safetensors file, memory-mapped one by one. Raises InputError when it is missing or damaged."""
+    path = Path(path)
+    tensors = {}
     try:
-        return safetensors.safe_open(path, "numpy")
-    except (safetensors.SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if not 0 <= first <= end <= size - 8 - length:
+                raise ValueError(f"the record {name!r} ends after the file")
+            if end - first != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+                raise ValueError(f"the record {name!r} has {end - first} bytes for shape {shape}")
+            strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+            storage = _Storage(_Record(path, 8 + length + first, end - first), dtype)
+            tensors[name] = _Tensor(storage, dtype, 0, shape, strides).build
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise InputError(str(path), "", f"it cannot be read as safetensors ({error})",
-                         "give a directory that holds the whole model") from error
+                         "fetch the file again, or give a directory that holds the whole model") from error
+    return LazyTensors(tensors, metadata)

@@ -90,7 +90,8 @@ class Crab(nn.Module):
     def inputs(self, batch: Any, deterministic: bool = True) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Batch -> (spliced embeddings [B,L,D], mask-decoder features: two [B,M,N,C], empty when M = 0)."""
         frames, masks = batch.frames.shape[1], batch.seg_frame.shape[1]
-        rows, seg_features = [], ()
+        rows: list[jax.Array] = []
+        seg_features: tuple[jax.Array, ...] = ()
         if frames + masks:
             taps = self.encode_images(jnp.concatenate([batch.frames, batch.seg_frame], axis=1))
             if frames:
@@ -112,7 +113,7 @@ class Crab(nn.Module):
             index = batch.mask_positions.reshape(b, m * k)[..., None]
             states = jnp.take_along_axis(hidden, index, axis=1).reshape(b * m, k, -1)
             features = tuple(rearrange(f, "b m n c -> (b m) n c") for f in seg_features)
-            binary, semantic = (x.reshape(b, m, *x.shape[1:]) for x in self.seg_module(states, features))
+            binary, semantic = jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), self.seg_module(states, features))
         return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
 
     def prefill(self, batch: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -133,7 +134,8 @@ class Crab(nn.Module):
     def masks(self, states: jax.Array, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mask-token states [B,6,D], pictures uint8[B,H,W,3] -> logits (binary [B,H,W], semantic [B,classes,H,W])."""
         taps = self.encode_images(seg_frame[:, None])
-        return self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))
+        logits: Any = self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))  # both kinds
+        return logits
 
 
 def init_params(model: Crab, rng: jax.Array, batch: Any) -> Any:

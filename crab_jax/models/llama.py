@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -211,7 +212,7 @@ class Llama(nn.Module):
         return self.embed_tokens(tokens)
 
     def __call__(self, x: jax.Array, positions: jax.Array, key_mask: jax.Array | None = None,
-                 cache: KVCache | None = None, deterministic: bool = True) -> tuple[jax.Array, KVCache | None]:
+                 cache: KVCache | None = None, deterministic: bool = True) -> tuple[jax.Array, Any]:
         """Embeddings [B,L,D] and their positions int32[B,L] -> (hidden [B,L,D] after the final norm, cache).
 
         Without a cache attention is causal over the L inputs; `key_mask` bool[B,L] also hides inputs (left padding).

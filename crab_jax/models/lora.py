@@ -66,7 +66,7 @@ class LoraDense(nn.Module):
         b = self._weight("lora_B", nn.initializers.zeros, (heads, rank, self.features), (None, None, out_axis))
         route = self._weight("lora_route", _kaiming_uniform, (width, heads), (in_axis, None))
 
-        low, scores = self._project(x, a, route, deterministic)
+        low, scores = self._project(self.lora, x, a, route, deterministic)
         weights = jax.nn.softmax(scores.astype(jnp.float32))
         if self.is_mutable_collection("router") and not self.is_initializing():
             self.sow("router", "weights", weights)
@@ -77,11 +77,12 @@ class LoraDense(nn.Module):
     def _weight(self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
 
-    def _project(self, x: jax.Array, a: jax.Array, route: jax.Array, deterministic: bool):
+    def _project(self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array,
+                 deterministic: bool) -> tuple[jax.Array, jax.Array]:
         """(dropout(x) A as [..., 1 or heads, rank], router scores [..., heads])."""
-        if deterministic or self.lora.dropout == 0.0:
-            low, scores = jnp.split(x @ jnp.concatenate([a, route], axis=1), [self.lora.rank], axis=-1)
+        if deterministic or lora.dropout == 0.0:
+            low, scores = jnp.split(x @ jnp.concatenate([a, route], axis=1), [lora.rank], axis=-1)
             return low[..., None, :], scores
-        drop = nn.Dropout(self.lora.dropout, deterministic=False)
-        draws = self.lora.heads if self.lora.dropout_per_head else 1
+        drop = nn.Dropout(lora.dropout, deterministic=False)
+        draws = lora.heads if lora.dropout_per_head else 1
         return jnp.stack([drop(x) @ a for _ in range(draws)], axis=-2), x @ route

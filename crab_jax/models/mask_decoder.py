@@ -65,7 +65,7 @@ def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, kernel_init=_KERNEL_INIT, name=name)
 
 
-def _conv(features: int, size: int, dtype: Any, name: str, use_bias: bool = False) -> nn.Conv:
+def _conv(features: int, size: int, dtype: Any, name: str | None, use_bias: bool = False) -> nn.Conv:
     return nn.Conv(features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype,
                    kernel_init=_KERNEL_INIT, name=name)
 
@@ -188,8 +188,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = _attend(*(_dense(self.inner, self.dtype, f"{n}_proj")(x) for n, x in zip("qkv", (q, k, v), strict=True)),
-                      self.heads)
+        q_in, k_in, v_in = (_dense(self.inner, self.dtype, f"{name}_proj")(x) for name, x in
+                            zip("qkv", (q, k, v), strict=True))
+        out = _attend(q_in, k_in, v_in, self.heads)
         return _dense(q.shape[-1], self.dtype, "out_proj")(out)
 
 
@@ -303,7 +304,7 @@ class SegModule(nn.Module):
     cfg: SegConfig
 
     @nn.compact
-    def __call__(self, states: jax.Array, features: tuple[jax.Array, jax.Array], kinds: tuple[str, ...] = KINDS
+    def __call__(self, states: jax.Array, features: tuple[jax.Array, ...], kinds: tuple[str, ...] = KINDS
                  ) -> tuple[jax.Array | None, jax.Array | None]:
         cfg = self.cfg
         batch = states.shape[0]
@@ -316,8 +317,8 @@ class SegModule(nn.Module):
         logits = MaskDecoder(cfg, name="mask_decoder")(prompts, neck, image_pe, no_mask, kinds)
 
         def full_size(levels: list[jax.Array]) -> jax.Array:
-            low = sum(resize(level.astype(jnp.float32), cfg.low_res) for level in levels) / cfg.scales
-            return resize(low, cfg.image_size)
+            coarse, fine = (resize(level.astype(jnp.float32), cfg.low_res) for level in levels)
+            return resize((coarse + fine) / cfg.scales, cfg.image_size)
 
         binary = full_size(logits["binary"])[..., 0] if "binary" in kinds else None
         semantic = jnp.moveaxis(full_size(logits["semantic"]), -1, 1) if "semantic" in kinds else None

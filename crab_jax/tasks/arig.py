@@ -56,7 +56,8 @@ def stats(parsed: Box | None, mask: np.ndarray | None, meta: Mapping[str, Any], 
     """IoU and Complete-IoU of one sample, the prediction cut to the picture. No box scores 0 and -1."""
     if parsed is None:
         return {"parsed": False, "iou": 0.0, "complete": -1.0}
-    box = tuple(min(float(value), SIZE) for value in parsed)
+    x1, y1, x2, y2 = (min(float(value), SIZE) for value in parsed)
+    box = x1, y1, x2, y2
     return {"parsed": True, "iou": box_iou(box, meta["box"]), "complete": complete_iou(box, meta["box"])}
 
 

@@ -106,7 +106,8 @@ def cider_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) 
     key: int64 hash of the n-gram. order: 0..3. pair: index of the reference. candidate, reference: counts. first: 1
     where the row is the only one of this clip that counts for document frequency. penalty: float[R] length penalty.
     """
-    rows, seen = [], set()
+    rows: list[tuple[int, ...]] = []
+    seen: set[tuple[str, ...]] = set()
     for order in range(1, ORDERS + 1):
         found = ngrams(candidate, order)
         for pair, reference in enumerate(references):

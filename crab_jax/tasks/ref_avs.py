@@ -65,7 +65,7 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
     sample is null."""
     groups = {"": [s for s in samples if s["split"] != "null"]}
     groups |= {f"_{split}": [s for s in samples if s["split"] == split] for split in ("seen", "unseen")}
-    metrics = {}
+    metrics: dict[str, float] = {}
     for suffix, group in groups.items():
         if group or not suffix:
             metrics |= mean_scores(group, {f"j{suffix}": "j", f"f{suffix}": "f"})

@@ -90,7 +90,8 @@ def class_means(frames: Sequence[dict[str, np.ndarray]], background: bool = True
         keep &= seen > 0
     if not keep.any():
         return 0.0, 0.0
-    return tuple(float((total / np.maximum(seen, 1))[keep].mean()) for total in (iou, f))
+    mean_iou, mean_f = (float((total / np.maximum(seen, 1))[keep].mean()) for total in (iou, f))
+    return mean_iou, mean_f
 
 
 def box_iou(a: Box, b: Box) -> float:

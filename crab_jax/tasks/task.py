@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Stats = dict[str, Any]  # sufficient statistics of one sample: floats or small arrays
+Constant = tuple[str, np.ndarray | None]  # an answer: its text and its mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Task:
     instruction: `(variant="train", **fields) -> str`, the prompt with placeholders; variants "train", "test", "quick".
     target: `(**label fields, reasoning="") -> str`, the answer a model is trained to write.
     parse: `text -> label | None`, tolerant; None when the answer cannot be read.
-    stats: `(parsed, mask, meta, gt_mask) -> Stats` of one sample; `parsed`/`mask` None when absent. Masks are
+    stats: `(parsed, mask, meta, gt_mask) -> Stats` of one sample; `parsed`/`mask` None when absent, `gt_mask`
+        when the task has no masks. Masks are
         bool[H,W] (binary) or int[H,W] class ids (avss); `mask_scores` float[H,W] in [0,1] may replace a binary mask.
     reduce: `Sequence[Stats] -> {metric: float}` of any multiset of samples, in [0, 1] unless documented.
     constants: `(metas, gt_masks) -> [(text, mask or None)]`, candidate constant answers built from a set of labels;
@@ -29,9 +31,9 @@ class Task:
     instruction: Callable[..., str]
     target: Callable[..., str]
     parse: Callable[[str], Any]
-    stats: Callable[[Any, np.ndarray | None, Mapping[str, Any], np.ndarray | None], Stats]
+    stats: Callable[[Any, np.ndarray | None, Mapping[str, Any], Any], Stats]
     reduce: Callable[[Sequence[Stats]], dict[str, float]]
-    constants: Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray | None]], list[tuple[str, np.ndarray | None]]]
+    constants: Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray | None]], Sequence[Constant]]
     headline: str
     mask_kind: str = "none"  # none | binary | semantic
     modalities: tuple[str, ...] = ("audio", "video")  # what the task cannot be answered without

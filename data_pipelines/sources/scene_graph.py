@@ -62,6 +62,12 @@ class Thing:
         return self.sounding is not None and self.sounding[0] <= second < self.sounding[1]
 
     @property
+    def onset(self) -> int:
+        """The first second in which it is heard, of a thing that is."""
+        assert self.sounding is not None
+        return self.sounding[0]
+
+    @property
     def both(self) -> Interval | None:
         """The seconds in which it is seen and heard."""
         return _overlap(self.visible, self.sounding)
@@ -97,7 +103,7 @@ class Scene:
     @property
     def sounding(self) -> list[Thing]:
         """Things that are heard at some time, in order of their first second."""
-        return sorted((t for t in self.things if t.sounding), key=lambda t: (t.sounding[0], KINDS.index(t.kind)))
+        return sorted((t for t in self.things if t.sounding), key=lambda t: (t.onset, KINDS.index(t.kind)))
 
     def sources(self, second: int) -> list[Thing]:
         """Things that are seen and heard at `second`, from left to right."""

@@ -60,7 +60,7 @@ def _sprite(thing: Thing, tint: np.ndarray) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for shape, coordinates, colour in _SHAPES[thing.kind]:
         fill = tuple(int(min(255, c * t)) for c, t in zip(colour, tint, strict=True))
-        method = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon}[shape]
+        method: Callable[..., None] = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon}[shape]
         method([c * (big - 1) for c in coordinates], fill=fill)
     return image.reduce(_SUPERSAMPLE)
 
@@ -170,7 +170,8 @@ def _flute(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
 def _accordion(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
     """A major chord of odd harmonics, each note with a second reed that beats against it."""
     root, reed = 233 * 2 ** (pitch * 5 / 12), np.array([1, 0, 0.5, 0, 0.35, 0, 0.25])
-    return sum(_wave(root * ratio + shift, length, reed) for ratio in (1, 1.26, 1.5) for shift in (0, 5))
+    notes = (_wave(root * ratio + shift, length, reed) for ratio in (1, 1.26, 1.5) for shift in (0, 5))
+    return sum(notes, start=np.zeros(length, np.float32))
 
 
 def _trumpet(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:

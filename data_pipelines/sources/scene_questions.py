@@ -54,9 +54,9 @@ def _only(things: Sequence[Thing]) -> Thing | None:
 
 def _first_last(things: Sequence[Thing]) -> tuple[Thing | None, Thing | None]:
     """The thing that starts to sound before all others, and the one after all others; None on a tie."""
-    starts = [t.sounding[0] for t in things]
-    return (_only([t for t in things if t.sounding[0] == min(starts)]),
-            _only([t for t in things if t.sounding[0] == max(starts)])) if len(things) > 1 else (None, None)
+    starts = [t.onset for t in things]
+    return (_only([t for t in things if t.onset == min(starts)]),
+            _only([t for t in things if t.onset == max(starts)])) if len(things) > 1 else (None, None)
 
 
 def _yes(condition: bool) -> str:
@@ -72,11 +72,11 @@ def _audio(scene: Scene) -> Iterator[tuple[str, str, str]]:
     for a, b in itertools.permutations(KINDS, 2):
         if a in names or b in names:
             yield "Counting", f"Are there {a} and {b} sound? ", _yes({a, b} <= names)
-    for a, b in itertools.permutations(heard, 2):
-        yield "Comparative", f"Is the {a.kind} louder than the {b.kind}?", _yes(a.loudness > b.loudness)
-        longer = (a.sounding[1] - a.sounding[0]) - (b.sounding[1] - b.sounding[0])
+    for one, other in itertools.permutations(heard, 2):
+        yield "Comparative", f"Is the {one.kind} louder than the {other.kind}?", _yes(one.loudness > other.loudness)
+        longer = sum(one.heard(k) - other.heard(k) for k in range(SECONDS))
         if abs(longer) > 1:
-            yield "Comparative", f"Is the {a.kind} playing longer than the {b.kind}?", _yes(longer > 0)
+            yield "Comparative", f"Is the {one.kind} playing longer than the {other.kind}?", _yes(longer > 0)
 
 
 def _visual(scene: Scene) -> Iterator[tuple[str, str, str]]:
@@ -137,17 +137,17 @@ def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[
     for word, thing in (("loudest", by_level[-1]), ("lowest", by_level[0])):
         if thing.visible:
             yield "Location", f"Where is the {word} instrument?", thing.slot
-    for word, thing in zip(("first", "last"), _first_last(heard), strict=True):
-        if thing and thing.visible:
-            yield "Temporal", f"Where is the {word} sounding instrument?", thing.slot
+    for word, alone in zip(("first", "last"), _first_last(heard), strict=True):
+        if alone and alone.visible:
+            yield "Temporal", f"Where is the {word} sounding instrument?", alone.slot
             for other in scene.visible:
                 yield ("Location", f"Is the {word} sound coming from the {other.slot} instrument?",
-                       _yes(other is thing))
+                       _yes(other is alone))
             for side in ("left", "right"):
-                if neighbour := _only(_beside(scene, thing, side)):
+                if neighbour := _only(_beside(scene, alone, side)):
                     text = f"What is the {side} instrument of the {word} sounding instrument?"
                     yield "Location", text, neighbour.kind
-    starts = [t.sounding[0] for t in heard]
+    starts = [t.onset for t in heard]
     if len(set(starts)) == 1:
         yield "Temporal", "What is the first instrument that comes in?", "simultaneously"
     if len(set(starts)) == len(starts):
@@ -155,13 +155,13 @@ def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[
             yield "Temporal", f"What is the {word} instrument that comes in?", thing.kind
     for thing in heard:
         others = [t for t in heard if t is not thing]
-        together = [t for t in others if max(t.sounding[0], thing.sounding[0]) < min(t.sounding[1], thing.sounding[1])]
+        together = [t for t in others if any(t.heard(k) and thing.heard(k) for k in range(SECONDS))]
         if only := _only(together):
             text = f"Which is the musical instrument that sounds at the same time as the {thing.kind}?"
             yield "Location", text, only.kind
-        if only := _only([t for t in others if t.sounding[0] < thing.sounding[0]]):
+        if only := _only([t for t in others if t.onset < thing.onset]):
             yield "Temporal", f"Which instrument makes sounds before the {thing.kind}?", only.kind
-        if only := _only([t for t in others if t.sounding[0] > thing.sounding[0]]):
+        if only := _only([t for t in others if t.onset > thing.onset]):
             yield "Temporal", f"Which instrument makes sounds after the {thing.kind}?", only.kind
 
 
@@ -178,9 +178,9 @@ def questions(scene: Scene, count: int) -> list[Question]:
     weights = np.array([_RARE.get(t, 1.0) * min(len(pool[t]), 3) for t in types])
     chosen = []
     for position in rng.choice(len(types), len(types), replace=False, p=weights / weights.sum())[:count]:
-        templates = list(pool[types[position]].values())
-        likely = np.array([_YES_NO if {"yes", "no"} & set(answers) else 1.0 for answers in templates])
-        answers = templates[rng.choice(len(templates), p=likely / likely.sum())]
+        options = list(pool[types[position]].values())
+        likely = np.array([_YES_NO if {"yes", "no"} & set(answers) else 1.0 for answers in options])
+        answers = options[rng.choice(len(options), p=likely / likely.sum())]
         answer = str(rng.choice(sorted(answers)))
         chosen.append(Question(types[position], str(rng.choice(answers[answer])), answer))
     return chosen

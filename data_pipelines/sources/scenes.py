@@ -40,23 +40,28 @@ _EXPRESSIONS = 3  # expressions of one scene that have masks on disk
 # Explicit reasoning: short regular sentences about what is seen and heard, as in AV-UIE (paper section 3).
 
 def _name(thing: Thing, slot: bool, level: bool) -> str:
-    words = ["the", *([LEVELS[thing.loudness]] if level else []), *([thing.slot] if slot else []), thing.kind]
-    return " ".join(words)
+    where = [thing.slot] if slot and thing.slot else []
+    return " ".join(["the", *([LEVELS[thing.loudness]] if level else []), *where, thing.kind])
 
 
 def _listing(verb: str, parts: Sequence[str]) -> str:
     return f"I {verb} {', '.join(parts) or 'nothing'}."
 
 
+def _span(interval: tuple[int, int] | None) -> str:
+    """`from 0 to 7`, for the interval of a thing that has one."""
+    assert interval is not None
+    return f"from {interval[0]} to {interval[1]}"
+
+
 def _seen(scene: Scene, slot: bool = False) -> str:
     """`I see the left piano from 0 to 7, the right drum from 3 to 10.`"""
-    return _listing("see", [f"{_name(t, slot, False)} from {t.visible[0]} to {t.visible[1]}" for t in scene.visible])
+    return _listing("see", [f"{_name(t, slot, False)} {_span(t.visible)}" for t in scene.visible])
 
 
 def _heard(scene: Scene, level: bool = False) -> str:
     """`I hear the loud piano from 2 to 9.`"""
-    return _listing("hear", [f"{_name(t, False, level)} from {t.sounding[0]} to {t.sounding[1]}"
-                             for t in scene.sounding])
+    return _listing("hear", [f"{_name(t, False, level)} {_span(t.sounding)}" for t in scene.sounding])
 
 
 def _moment(scene: Scene, second: int) -> str:
@@ -85,9 +90,10 @@ _Item = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any], dict[str, Any
 
 
 def _ave(scene: Scene, count: int) -> Iterator[_Item]:
-    sources = [t for t in scene.things if t.both]
+    sources = [(t.kind, t.both) for t in scene.things if t.both]
     if len(sources) == 1:
-        label = {"event": sources[0].kind, "start": sources[0].both[0], "end": sources[0].both[1]}
+        kind, (start, end) = sources[0]
+        label = {"event": kind, "start": start, "end": end}
         yield {}, label, f"{_seen(scene)} {_heard(scene)}", {}, label
 
 
@@ -112,7 +118,9 @@ def _avqa(scene: Scene, count: int) -> Iterator[_Item]:
 def _arig(scene: Scene, count: int) -> Iterator[_Item]:
     for second in _seconds(scene, "arig", count):
         thing = scene.sources(second)[0]
-        label = {"object": thing.kind, "box": list(thing.boxes[second])}
+        box = thing.boxes[second]
+        assert box is not None  # things overlap only a little, so one that is seen is never covered
+        label = {"object": thing.kind, "box": list(box)}
         yield {}, label, _moment(scene, second), _picture(scene, second), label
 
 
@@ -200,7 +208,7 @@ def examples(root: str | Path, split: str, reasoning: str = "explicit", variant:
 def _scene_examples(scene: Scene, task: str, count: int, explicit: bool, variant: str) -> Iterator[Example]:
     for number, (prompt, label, thought, fields, meta) in enumerate(_ITEMS[task](scene, count)):
         text = TASKS[task].instruction(variant=variant, **prompt)
-        visual = {"video": f"{scene.folder}/clip.mp4", "windows": "ten"}
+        visual: dict[str, Any] = {"video": f"{scene.folder}/clip.mp4", "windows": "ten"}
         if "<video>" not in text:
             visual = {"image": fields["seg_image"], "windows": "ten" if task == "ref-avs" else "one"}
         if task == "arig":

@@ -195,27 +195,27 @@ def test_safetensors_directories(tmp_path):
     first = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, ml_dtypes.bfloat16)}
     second = {"c": np.arange(2)}
     save_file(first, tmp_path / "model.safetensors")
-    whole = torch_file.read_safetensors_dir(tmp_path)
+    whole = torch_file.read_model_dir(tmp_path)
     assert sorted(whole) == ["a", "b"] and whole["b"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(whole["a"], first["a"])
 
     save_file(second, tmp_path / "second.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "c": "second.safetensors"}}))
-    sharded = torch_file.read_safetensors_dir(tmp_path)
+    sharded = torch_file.read_model_dir(tmp_path)
     assert sorted(sharded) == ["a", "c"]
     np.testing.assert_array_equal(sharded["c"], second["c"])
 
 
 def test_damaged_safetensors_directories_are_refused(tmp_path):
     with pytest.raises(InputError, match="model.safetensors"):
-        torch_file.read_safetensors_dir(tmp_path)
+        torch_file.read_model_dir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(20))
     with pytest.raises(InputError, match="model.safetensors"):
-        torch_file.read_safetensors_dir(tmp_path)
+        torch_file.read_model_dir(tmp_path)
     save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     for weight_map, problem in (({"z": "model.safetensors"}, "z"), ({"a": "gone.safetensors"}, "gone"), (3, "index")):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(InputError, match=problem):
-            torch_file.read_safetensors_dir(tmp_path)
+            torch_file.read_model_dir(tmp_path)

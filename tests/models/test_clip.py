@@ -11,7 +11,7 @@ import pytest
 
 from crab_jax.convert.encoders import CLIP_IGNORED, clip_config, clip_rules
 from crab_jax.convert.keymap import from_params, to_params, unread
-from crab_jax.convert.torch_file import read_safetensors_dir
+from crab_jax.convert.torch_file import read_model_dir
 from crab_jax.errors import InputError
 from crab_jax.models.clip import Clip, ClipConfig, normalize
 
@@ -28,7 +28,7 @@ def noise(golden):
 
 @pytest.fixture(scope="module")
 def weights(golden):
-    return read_safetensors_dir(golden / "weights/clip")
+    return read_model_dir(golden / "weights/clip")
 
 
 @pytest.fixture(scope="module")

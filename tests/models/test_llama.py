@@ -67,7 +67,7 @@ def files(golden):
     manifest = json.loads((golden / "manifest.json").read_text())
     directory = golden / "weights/llama"
     cfg = llama_config(json.loads((directory / "config.json").read_text()), dtype="float32")
-    shards = torch_file.read_safetensors_dir(directory)
+    shards = torch_file.read_model_dir(directory)
     finetune = torch_file.read(golden / "weights/crab/finetune_weights.bin")
     rank, heads = lora_sizes(finetune)
     lora = LoraConfig(rank=rank, alpha=manifest["config"]["lora"]["lora_alpha"], heads=heads)

@@ -1,0 +1,70 @@
+"""Run configs: every stage file is complete, its patterns partition the 7B model, and its sizes are the paper's."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import pytest
+
+from configs import common
+from crab_jax import runs
+from crab_jax.config import MODELS, check_config, model_config
+from crab_jax.models.crab import Crab
+from crab_jax.optim import split
+
+STAGES = ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "finetune_avs", "tiny_pretrain", "tiny")
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """Parameter shapes of the full-size model; nothing is allocated."""
+    return nn.unbox(runs.abstract_params(Crab(model_config(common.base()))))
+
+
+def millions(tree, *parts: str) -> float:
+    from flax import traverse_util
+
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return sum(leaf.size for path, leaf in flat.items() if all(part in path for part in parts)) / 1e6
+
+
+def test_the_7b_modules_have_the_published_sizes(shapes):
+    lora = millions(shapes["llama"], "lora_")
+    assert round(lora, 2) == 45.16  # n = 3
+    new_rows = 2 * (model_config(common.base()).llama.padded_vocab - 32000) * 4096 / 1e6
+    assert round(millions(shapes["llama"]) - lora - new_rows, 1) == 6738.4  # LLaMA-2-7B
+    assert round(millions(shapes["clip"])) == 303  # CLIP ViT-L/14
+    assert round(millions(shapes["beats"])) == 90
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_valid_and_covers_every_parameter_once(stage, shapes):
+    config = importlib.import_module(f"configs.{stage}").get_config()
+    check_config(config)
+    trainable, frozen = split(shapes, config.trainable, config.frozen)
+    assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(shapes))
+    assert not millions(trainable, "positional_encoding"), "the Fourier matrices are saved state, never trained"
+    assert not millions(trainable, "clip/") and not millions(trainable, "beats/")
+    expected = {"pretrain_visual": 39.65, "pretrain_audio": 38.86, "pretrain_seg": 29.09, "finetune": 152.76,
+                "finetune_avs": 29.09 + 2 * 32128 * 4096 / 1e6, "tiny": 152.76, "tiny_pretrain": 107.60}
+    assert round(millions(trainable), 1) == round(expected[stage], 1)
+
+
+def test_stages_change_values_and_never_add_keys():
+    def keys(config, prefix=""):
+        return {key for name, value in config.items() for key in
+                (keys(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name})}
+
+    for stage in STAGES:
+        assert keys(importlib.import_module(f"configs.{stage}").get_config()) == keys(common.base()), stage
+
+
+def test_sizes_override_the_named_model_and_presets_set_the_quirks():
+    config = common.base()
+    config.model, config.compat = "tiny", "released"
+    config.sizes.llama.layers = 2
+    cfg = model_config(config)
+    assert cfg.llama.layers == 2 and cfg.llama.hidden == MODELS["tiny"]().llama.hidden
+    assert cfg.seg_taps == (0, 1) and not cfg.seg.chain_queries and cfg.lora.dropout_per_head
+    config.compat = "paper"
+    assert model_config(config).seg_taps == (0, 2) and model_config(config).seg.chain_queries
