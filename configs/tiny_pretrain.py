@@ -20,5 +20,5 @@ def get_config():
     for task in ("ave", "avvp", "avqa", "ms3"):
         config.data.weights[task] = 0.0
     config.optim.lr = 1e-3
-    config.steps = 500
+    config.steps = 400
     return config

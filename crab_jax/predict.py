@@ -149,7 +149,7 @@ def _instruction(record: dict[str, Any], where: str, is_image: bool) -> str:
 def _windows(task: str, seconds: float, one_picture: bool) -> str:
     """Audio windows of about a second each, as the task was trained with: see data_pipelines/fbank.py."""
     if one_picture and task != "ref-avs":
-        return "one"
+        return "one_of_five" if task in ("s4", "ms3", "arig") and seconds < 7.5 else "one"
     if task == "avqa" and seconds > 30:
         return "music_avqa"
     return "five" if task in ("s4", "ms3") and seconds < 7.5 else "ten"

@@ -60,10 +60,10 @@ def recipe(out: Path, packed: Path, scale: float) -> None:
     shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")
     seconds["pretrain"] = command(
         "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
-        f"--config.steps={scaled(500)}", f"--workdir={pretrain}")
+        f"--config.steps={scaled(400)}", f"--workdir={pretrain}")
     seconds["joint"] = command(
         "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
-        f"--config.steps={scaled(1600)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
+        f"--config.steps={scaled(1200)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
     pack(joint, packed)
     seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--out", out / "eval")
     shutil.copy(out / "eval" / "results.json", packed / "results.json")

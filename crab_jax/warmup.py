@@ -40,13 +40,14 @@ from crab_jax.models.qformer import QFormer, QFormerConfig
 from crab_jax.tasks import TASKS
 from data_pipelines import batching
 from data_pipelines.examples import Example
+from data_pipelines.fbank import SINGLE
 from data_pipelines.sources import scene_graph, scene_media
 from data_pipelines.tokens import Tokenizer
 
 KINDS = len(scene_graph.KINDS)
 SLOTS = len(scene_graph.SLOTS)  # visual rows per frame
 AUDIO_ROWS = 2  # audio rows per window
-STEPS = {"clip": 1200, "beats": 1200, "llama": 5000, "bridge": 1500}
+STEPS = {"clip": 800, "beats": 800, "llama": 5000, "bridge": 1000}
 CLIPS = 1500  # scenes whose media are decoded for the encoders and Q-Formers
 Arrays = dict[str, np.ndarray]
 
@@ -198,7 +199,7 @@ def text_arrays(examples: list[Example], scene_of: dict[str, int], tokenizer: To
         rows = {"<video>": np.arange(visual), "<image>": np.arange(visual),
                 "<audio>": visual + np.arange(bucket.windows * cfg.audio_queries)}
         expanded = tokenizer.expand(*tokenizer.encode(example.instruction, example.target), rows)
-        seconds = [example.second if alone else -1 for alone in (example.image, example.windows == "one")]
+        seconds = [example.second if alone else -1 for alone in (example.image, example.windows in SINGLE)]
         tokens, slots, targets = (np.full(bucket.length, fill) for fill in (tokenizer.pad_id, -1, 0))
         used = len(expanded.tokens)
         tokens[:used], slots[:used], targets[:used] = expanded.tokens, expanded.slots, expanded.loss_mask

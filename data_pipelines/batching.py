@@ -124,7 +124,7 @@ def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bu
     bucket = Bucket(
         length=config.lengths[-1],
         frames=config.video_frames if example.video or example.frames else 1,
-        windows=1 if example.windows in ("one", "none") else 10,
+        windows=1 if example.windows in (*fbank.SINGLE, "none") else 10,
         fbank_frames=fbank.WINDOW_FRAMES[example.windows],
         masks=int(example.mask_kind != "none"),
     )
@@ -182,7 +182,8 @@ def _load_fbank(example: Example, root: Path, config: DataConfig) -> np.ndarray:
     if example.windows == "none":
         return np.zeros((0, fbank.WINDOW_FRAMES["none"], fbank.MEL_BINS), np.float32)
     path = root / (example.audio or example.video or "")
-    settings = ("fbank", example.windows, example.second if example.windows == "one" else "", config.pad_short_audio)
+    second = example.second if example.windows in fbank.SINGLE else ""
+    settings = ("fbank", example.windows, second, config.pad_short_audio)
 
     def decode() -> np.ndarray:
         waveform = media.read_audio(path)

@@ -11,7 +11,7 @@ from typing import Any
 from crab_jax.errors import InputError
 
 TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
-WINDOWS = ("ten", "five", "music_avqa", "one", "none")
+WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
 MASK_KINDS = ("none", "binary", "semantic")
 
 

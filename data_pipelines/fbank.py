@@ -21,8 +21,9 @@ MEAN, STD = 15.41663, 6.55582  # AudioSet statistics of BEATs
 FLOOR = np.finfo(np.float32).eps
 SILENCE = np.float32((np.log(FLOOR) - MEAN) / (2 * STD))  # every value of a silent window
 
-WINDOW_COUNT = {"ten": 10, "five": 5, "music_avqa": 10, "one": 1, "none": 0}
-WINDOW_FRAMES = {"ten": 98, "five": 98, "music_avqa": 198, "one": 98, "none": 98}
+WINDOW_COUNT = {"ten": 10, "five": 5, "music_avqa": 10, "one": 1, "one_of_five": 1, "none": 0}
+WINDOW_FRAMES = {"ten": 98, "five": 98, "music_avqa": 198, "one": 98, "one_of_five": 98, "none": 98}
+SINGLE = {"one": 10, "one_of_five": 5}  # windows that are one of so many
 # BEATs cuts 16x16 patches: a window with fewer frames than one patch row holds nothing that it can read.
 SHORTEST_WINDOW = FRAME + 15 * SHIFT
 
@@ -80,19 +81,20 @@ def cut_windows(
     """The audio windows of a clip: float32[N] -> float32[S, samples], samples = 15920 (1 s) or 31920 (2 s).
 
     A "second" is relative to the clip, as in the reference: `int(N / 10)` samples for `ten` and `one`, `int(N / 5)` for
-    `five`, `int(N / 60)` for `music_avqa` (windows of two, [t - 0.5, t + 1.5] for t = 0, 6, ..., 54, zeros before the
-    clip). Each window is then cropped, or zero-padded at its end, to the samples of 98 (198) frames, which changes no
-    frame of a clip of exactly 10 (5, 60) seconds. `one` is window `second` of `ten`; `none` gives S = 0.
+    `five` and `one_of_five`, `int(N / 60)` for `music_avqa` (windows of two, [t - 0.5, t + 1.5] for t = 0, 6, ..., 54,
+    zeros before the clip). Each window is then cropped, or zero-padded at its end, to the samples of 98 (198) frames,
+    which changes no frame of a clip of exactly 10 (5, 60) seconds. `one` is window `second` of `ten`, `one_of_five` of
+    `five`; `none` gives S = 0.
 
     Raises InputError for a bad `second`, and for windows below one BEATs patch row (175 ms) unless `pad_short`.
     """
     samples = samples_of(WINDOW_FRAMES[policy])
     if policy == "none":
         return np.zeros((0, samples), np.float32)
-    if policy == "one" and (second is None or not 0 <= second < 10):
-        problem = f"is {second}, but windows 'one' reads one of ten"
-        raise InputError(where, "second", problem, "give a second from 0 to 9")
-    parts, spans = {"five": (5, 1), "music_avqa": (60, 2)}.get(policy, (10, 1))
+    parts, spans = {"five": (5, 1), "one_of_five": (5, 1), "music_avqa": (60, 2)}.get(policy, (10, 1))
+    if policy in SINGLE and (second is None or not 0 <= second < parts):
+        problem = f"is {second}, but windows {policy!r} reads one of {parts}"
+        raise InputError(where, "second", problem, f"give a second from 0 to {parts - 1}")
     unit = len(waveform) // parts
     if not pad_short and unit * spans < SHORTEST_WINDOW:
         needed = SHORTEST_WINDOW * parts / spans / SAMPLE_RATE
@@ -102,7 +104,7 @@ def cut_windows(
         centred = [waveform[int(max(0, t - 0.5) * unit) : int((t + 1.5) * unit)] for t in range(0, 60, 6)]
         pieces = [np.pad(piece, (2 * unit - len(piece), 0)) for piece in centred]
     else:
-        chosen = [second] if policy == "one" and second is not None else range(parts)
+        chosen = [second] if policy in SINGLE and second is not None else range(parts)
         pieces = [waveform[i * unit : (i + 1) * unit] for i in chosen]
     fitted = [np.pad(piece[:samples], (0, max(0, samples - len(piece)))) for piece in pieces]
     return np.stack(fitted).astype(np.float32)

@@ -138,7 +138,7 @@ def test_a_question_about_a_video_uses_its_own_sound(media, tmp_path):
 def test_a_picture_is_asked_about_with_the_quick_prompt_and_one_window(media, tmp_path):
     example = ask(media, tmp_path, task="s4", image_path="picture.png", audio_path="tone.wav", second=1).example
     assert example.instruction == TASKS["s4"].instruction(variant="quick")
-    assert (example.windows, example.second, example.mask_kind) == ("one", 1, "binary")
+    assert (example.windows, example.second, example.mask_kind) == ("one_of_five", 1, "binary")
 
 
 def test_the_frame_of_a_second_is_taken_out_of_a_video_at_its_own_size(media, tmp_path):

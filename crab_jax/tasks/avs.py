@@ -20,7 +20,8 @@ from crab_jax.tasks.task import Stats, Task
 from crab_jax.tasks.text import normalise
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-_ANSWER, _MASK_FOLLOWS = "object making the sound in the video is ", re.compile(r"\.\s*The mask\b")
+_ANSWER = re.compile(r"object making (?:the )?sound in the (?:video|image) is ")
+_MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
 
 
 def ordinal(second: int) -> str:
@@ -54,10 +55,10 @@ def target(objects: Sequence[str] | str, second: int = 0, reasoning: str = "") -
 
 def parse(text: str) -> dict[str, list[str]] | None:
     """{"objects": names} of the last such statement in the text, or None. The mask itself is not in the text."""
-    _, answer, rest = " ".join(text.split()).rpartition(_ANSWER)
-    names, *follows = _MASK_FOLLOWS.split(rest, maxsplit=1)
-    names = [name.strip() for name in names.split(" and ")]
-    return {"objects": names} if answer and follows and all(names) else None
+    *before, rest = _ANSWER.split(" ".join(text.split()))
+    stated, *follows = _MASK_FOLLOWS.split(rest, maxsplit=1)
+    names = [name.strip() for name in stated.split(" and ")]
+    return {"objects": names} if before and follows and all(names) else None
 
 
 def names_match(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> bool:

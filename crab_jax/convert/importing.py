@@ -1,0 +1,390 @@
+"""Import: released PyTorch files -> a packed checkpoint that train, evaluate and predict take, and a report.
+
+Strict: every key of every file is read or named as ignored, every parameter is filled or named as drawn. Tensors are
+memory-mapped and written one by one, so the whole model is never in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from crab_jax import runs
+from crab_jax.checkpoints import PACKED, save_tree_by_parts
+from crab_jax.config import COMPAT_FIELDS
+from crab_jax.convert import released, torch_file
+from crab_jax.convert.keymap import Rule, permute, split_target
+from crab_jax.convert.llama import vocab_rules
+from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
+from crab_jax.errors import InputError
+from crab_jax.models.crab import Crab, CrabConfig, init_params
+from data_pipelines.tokens import Tokenizer
+
+REPORT = "import_report.json"
+EMBEDDING, KERNEL = (rule.target for rule in vocab_rules(at="llama/"))
+NEW_ROWS = {EMBEDDING: "embed_tokens.new_rows", KERNEL: "lm_head.new_rows"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What to import. crab: Crab's own files in loading order. tokenizer: default the LLaMA directory's.
+    position_buffers, token_rows: .npz (or torch) files with what the released files lack; state: prefix of the buffers
+    in a file that holds several. fresh: components to draw from `seed` because no file holds them."""
+
+    clip: Path
+    llama: Path
+    beats: Path
+    crab: tuple[Path, ...]
+    tokenizer: Path | None = None
+    position_buffers: Path | None = None
+    token_rows: Path | None = None
+    state: str = ""
+    fresh: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Part(NamedTuple):
+    """One tensor of a file and its place in the parameter tree."""
+
+    path: str
+    index: tuple[int, ...]
+    source: Source
+    rule: Rule
+
+    def load(self) -> np.ndarray:
+        """The tensor in our layout, a view on the file."""
+        return permute(self.source.tensors[self.rule.source], self.rule.layout)
+
+
+def import_weights(files: Files, out: Path, choices: Choices | None = None, config: ConfigDict | None = None
+                   ) -> dict[str, Any]:
+    """Write the checkpoint into `out` and return the report, which is also written there. Raises InputError.
+
+    config: the run config that the checkpoint records (default configs/finetune.py); its sizes and preset are set here.
+    """
+    choices = choices or Choices()
+    for name in files.fresh:
+        if name not in COMPONENTS:
+            raise InputError("--fresh", name, "is no component", f"use {', '.join(COMPONENTS)}")
+    base = released.base_sources(files.clip, files.llama, files.beats)
+    crab = [released.crab_source(path) for path in files.crab]
+    given, passed = released.resolve(crab)
+    tokenizer = _tokenizer(files, base["llama"])
+    cfg = released.read_config(files.clip, files.llama, base["beats"], given, tokenizer.vocab_size, choices)
+    model = Crab(cfg)
+    shapes = {path: tuple(leaf.shape) for path, leaf in
+              traverse_util.flatten_dict(nn.unbox(runs.abstract_params(model)), sep="/").items()}
+
+    parts, used = _plan(base, given, cfg, files.fresh, shapes)
+    unexplained, ignored = _unread([*base.values(), *crab], used, passed)
+    vocab, vocab_notes = _vocabulary(files, base["llama"], given, cfg, tokenizer.base)
+    extra, notes = _position_buffers(files, given, shapes)
+    drawn = {path for path in shapes if path not in {part.path for part in parts} and path not in vocab
+             and path not in extra}
+    unfilled = [path for path in drawn if not _may_be_drawn(path, files.fresh)]
+    _check_explained(unexplained, unfilled, files)
+    for path in drawn:
+        notes[path] = f"drawn from seed {files.seed}"
+    extra |= _draw(model, files.seed, drawn)
+
+    leaves = {part.path: (shapes[part.path], part.load().dtype) for part in parts}
+    leaves |= {path: (shapes[path], value.dtype) for path, value in extra.items()}
+    leaves |= {path: (shapes[path], _vocab_dtype(sources)) for path, sources in vocab.items()}
+    save_tree_by_parts(out / PACKED, leaves, _arrays(parts, vocab, extra, shapes, files.seed, model))
+
+    report = {
+        "sources": {source.where: {"keys": len(source.tensors), "used": len(used[source.where]),
+                                   "ignored": dict(Counter(ignored[source.where].values())),
+                                   "ignored_keys": ignored[source.where]} for source in [*base.values(), *crab]},
+        "parameters": {"leaves": len(shapes), "from_files": len(shapes) - len(notes),
+                       "not_from_weight_files": notes | vocab_notes,
+                       "dtypes": dict(Counter(dtype.name for _, dtype in leaves.values()))},
+        "lora_heads": cfg.lora.heads, "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries,
+                                                  "masks": cfg.seg.queries},
+        "compat": choices.compat, "seed": files.seed, "sizes": _plain(cfg)}
+    (out / REPORT).write_text(json.dumps(report, indent=1))
+    (out / "config.json").write_text(json.dumps(_run_config(cfg, choices, config).to_dict(), indent=1))
+    tokenizer.save(out)
+    return report
+
+
+def _tokenizer(files: Files, llama: Source) -> Tokenizer:
+    tokenizer = Tokenizer.load(files.tokenizer or files.llama)
+    if EMBED.removeprefix("base_model.model.") not in llama.tensors:
+        raise InputError(llama.where, "model.embed_tokens.weight", "is missing", "give a LLaMA directory to --llama")
+    rows = len(llama.tensors["model.embed_tokens.weight"])
+    if tokenizer.base != rows:
+        raise InputError(str(files.tokenizer or files.llama), "vocabulary", f"has {tokenizer.base} tokens, the "
+                         f"embedding has {rows} rows", "give the tokenizer of this model")
+    return tokenizer
+
+
+def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConfig, fresh: Sequence[str],
+          shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Part], dict[str, set[str]]]:
+    """Where every tensor goes, except the vocabulary and the position matrices; and the keys used of each file."""
+    wanted = [(source, rule) for name, source in base.items() for rule in released.base_rules(cfg)[name]
+              if rule.target not in (EMBEDDING, KERNEL)]
+    for component, rules in released.crab_rules(cfg).items():
+        if component in released.present(given) or component not in fresh:
+            wanted += [(given.get(rule.source), rule) for rule in rules]
+    parts = []
+    used: dict[str, set[str]] = {source.where: set() for source in [*base.values(), *given.values()]}
+    missing = []
+    for source, rule in wanted:
+        if source is None or rule.source not in source.tensors:
+            missing.append(rule.source)
+            continue
+        path, index = split_target(rule.target)
+        part = Part(path, index, source, rule)
+        expected, found = shapes[path][len(index):], part.load().shape
+        if tuple(found) != expected:
+            raise InputError(source.where, rule.source, f"has shape {tuple(source.tensors[rule.source].shape)} "
+                             f"({tuple(found)} as {rule.target}), the model wants {expected}",
+                             "give files of one model, or the options that match them")
+        parts.append(part)
+        used[source.where].add(rule.source)
+    for key in (EMBED, HEAD, *(rule.source for rule in released.buffer_rules())):
+        if key in given:
+            used[given[key].where].add(key)
+    for rule in vocab_rules():
+        if rule.source not in base["llama"].tensors:
+            missing.append(rule.source)
+        used[base["llama"].where].add(rule.source)
+    if missing:
+        spare = [key for source in {s.where: s for s in [*base.values(), *given.values()]}.values()
+                 for key in source.tensors if not any(key in keys for keys in used.values())
+                 and not any(re.fullmatch(pattern, key) for pattern in source.ignored)]
+        absent = sorted(set(COMPONENTS) - released.present(given) - set(fresh))
+        fix = f"give the files that hold {', '.join(absent)}, or --fresh {' '.join(absent)}" if absent else \
+            "give the files that hold them"
+        told = f"; {len(spare)} keys of the files have no use: {spare[:3]}" if spare else ""
+        where = ", ".join(source.where for source in base.values()) if not given else ", ".join(
+            sorted({source.where for source in given.values()} | _owners(missing, base)))
+        raise InputError(where, missing[0], f"{len(missing)} tensors are missing: {missing[:3]}{told}", fix)
+    _check_stacks(parts)
+    return parts, used
+
+
+def _owners(missing: Sequence[str], base: Mapping[str, Source]) -> set[str]:
+    """The frozen models whose keys are among the missing ones."""
+    stems = {"clip": "vision_model.", "beats": "model.encoder.", "llama": "model.layers."}
+    return {base[name].where for name, stem in stems.items() if any(key.startswith(stem) for key in missing)}
+
+
+def _check_stacks(parts: Sequence[Part]) -> None:
+    """Layers of one leaf share a dtype."""
+    first: dict[str, Part] = {}
+    for part in parts:
+        other = first.setdefault(part.path, part)
+        ours, theirs = (p.source.tensors[p.rule.source].dtype for p in (part, other))
+        if ours != theirs:
+            raise InputError(part.source.where, part.rule.source, f"is {ours}, its sibling {other.rule.source} is "
+                             f"{theirs}", "give files of one model")
+
+
+def _unread(sources: Sequence[Source], used: Mapping[str, set[str]], passed: Mapping[str, Mapping[str, str]]
+            ) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
+    """((file, key) that nothing explains, file -> {ignored key: why})."""
+    unexplained = []
+    ignored: dict[str, dict[str, str]] = {}
+    for source in sources:
+        reasons = dict(passed.get(source.where, {}))
+        for key in source.tensors:
+            if key in used.get(source.where, ()) or key in reasons:
+                continue
+            why = next((why for pattern, why in source.ignored.items() if re.fullmatch(pattern, key)), None)
+            if why is None:
+                unexplained.append((source.where, key))
+            else:
+                reasons[key] = why
+        ignored[source.where] = reasons
+    return unexplained, ignored
+
+
+def _may_be_drawn(path: str, fresh: Sequence[str]) -> bool:
+    component = "lora" if "/lora_" in path else path.split("/")[0]
+    return component in fresh or path.endswith("positional_encoding_gaussian_matrix")
+
+
+def _check_explained(unexplained: Sequence[tuple[str, str]], unfilled: Sequence[str], files: Files) -> None:
+    if not unexplained and not unfilled:
+        return
+    where, key = unexplained[0] if unexplained else (", ".join(map(str, files.crab)), unfilled[0])
+    raise InputError(where, key, f"{len(unexplained)} keys have no use: {[key for _, key in unexplained[:5]]}; "
+                     f"{len(unfilled)} parameters have no source: {sorted(unfilled)[:5]}",
+                     "give files of one model, or report the keys if the release has changed")
+
+
+def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
+    """Arrays by name from .npz, .safetensors or a torch file. Raises InputError."""
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except Exception as error:  # NumPy raises its own, zip's and pickle's kinds
+            raise InputError(str(path), "", f"cannot be read ({error})", "give an .npz of plain arrays") from error
+    return torch_file.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
+
+
+def _position_buffers(files: Files, given: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
+                      ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The random position matrices and where they come from; empty when they must be drawn."""
+    rules = released.buffer_rules()
+    if files.position_buffers is None:
+        if not all(rule.source in given for rule in rules):
+            return {}, {}
+        return {rule.target: given[rule.source].tensors[rule.source] for rule in rules}, {}
+    arrays, where = read_arrays(files.position_buffers), str(files.position_buffers)
+    found, notes = {}, {}
+    for rule in rules:
+        suffix = rule.source.removeprefix(released.SEG)
+        names = [name for name in arrays if name.endswith(suffix) and name.startswith(files.state)]
+        if len(names) != 1:
+            problem = f"{len(names)} arrays match: {names}" if names else f"no array matches; it has {sorted(arrays)}"
+            raise InputError(where, f"{files.state}*{suffix}", problem, "name one with --state PREFIX")
+        value = np.asarray(arrays[names[0]])
+        if value.shape != shapes[rule.target]:
+            raise InputError(where, names[0], f"has shape {value.shape}, the model wants {shapes[rule.target]}",
+                             "give the buffers of this model")
+        found[rule.target], notes[rule.target] = value, f"{where}: {names[0]}"
+    return found, notes
+
+
+def _vocabulary(files: Files, llama: Source, given: Mapping[str, Source], cfg: CrabConfig, base: int
+                ) -> tuple[dict[str, list[tuple[str, Any]]], dict[str, str]]:
+    """For embedding and output matrix the pieces of rows that make them, (origin, array or None), and notes on rows
+    that no weight file holds. None stands for rows to draw."""
+    added = cfg.llama.vocab_size - base
+    rows: dict[str, list[tuple[str, Any]]] = {}
+    notes = {}
+    supplied = read_arrays(files.token_rows) if files.token_rows else {}
+    for whole, rule in zip((EMBED, HEAD), vocab_rules(at="llama/"), strict=True):
+        path = rule.target
+        if whole in given:
+            source, key, pieces = given[whole], whole, cfg.llama.vocab_size
+        else:
+            source, key, pieces = llama, rule.source, base
+        value = source.tensors[key]
+        if value.shape != (pieces, cfg.llama.hidden):
+            raise InputError(source.where, key, f"has shape {value.shape}, the model wants "
+                             f"{(pieces, cfg.llama.hidden)}", "give files of one model and its tokenizer")
+        rows[path] = [(source.where, value)]
+        if pieces == base:
+            name = NEW_ROWS[path]
+            new = supplied.get(name)
+            if files.token_rows and new is None:
+                raise InputError(str(files.token_rows), name, f"is missing; the file has {sorted(supplied)}",
+                                 "give an .npz with embed_tokens.new_rows and lm_head.new_rows")
+            if new is not None and new.shape != (added, cfg.llama.hidden):
+                raise InputError(str(files.token_rows), name, f"has shape {new.shape}, the model wants "
+                                 f"{(added, cfg.llama.hidden)}", "give the rows of the added tokens")
+            rows[path].append(("", new))
+            notes[f"{path} rows {base}..{base + added - 1}"] = (
+                f"{files.token_rows}: {name}" if new is not None else f"drawn from seed {files.seed}")
+    return rows, notes
+
+
+def _vocab_dtype(pieces: Sequence[tuple[str, Any]]) -> np.dtype:
+    return pieces[0][1].dtype
+
+
+def _draw(model: Crab, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
+    """These leaves of a freshly initialised model; the others are not computed."""
+    if not paths:
+        return {}
+
+    def leaves(rng: jax.Array) -> dict[str, jax.Array]:
+        flat = traverse_util.flatten_dict(nn.unbox(init_params(model, rng, runs.init_batch(model))), sep="/")
+        return {path: flat[path] for path in sorted(paths)}
+
+    return {path: np.asarray(leaf) for path, leaf in jax.jit(leaves)(jax.random.key(seed)).items()}
+
+
+def _arrays(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], extra: Mapping[str, np.ndarray],
+            shapes: Mapping[str, tuple[int, ...]], seed: int, model: Crab
+            ) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+    """Everything to write, one tensor at a time."""
+    for part in parts:
+        yield part.path, part.index, part.load()
+    for path, value in extra.items():
+        yield path, (), value
+    for path, pieces in vocab.items():
+        dtype, at = _vocab_dtype(pieces), 0
+        table = np.zeros((model.cfg.llama.padded_vocab, model.cfg.llama.hidden), dtype)
+        for _, piece in pieces:
+            if piece is None:  # the added tokens' rows of a fresh model
+                fresh = _draw(model, seed, {path})[path]
+                piece = (fresh.T if path == KERNEL else fresh)[at:model.cfg.llama.vocab_size]
+            table[at:at + len(piece)] = piece.astype(dtype)
+            at += len(piece)
+        yield path, (), table.T if path == KERNEL else table
+
+
+def _plain(cfg: Any) -> Any:
+    """A config dataclass in JSON types, without what has none."""
+    if dataclasses.is_dataclass(cfg):
+        return {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    return cfg if isinstance(cfg, str | int | float | bool) else list(cfg) if isinstance(cfg, tuple) else str(cfg)
+
+
+def _run_config(cfg: CrabConfig, choices: Choices, config: ConfigDict | None) -> ConfigDict:
+    """The run config with these sizes, all of them said outright."""
+    if config is None:
+        from configs import finetune
+
+        config = finetune.get_config()
+    config = config.copy_and_resolve_references()
+    config.model, config.compat = "crab_7b", choices.compat
+
+    def fill(node: ConfigDict, sizes: Any) -> None:
+        for f in dataclasses.fields(sizes):
+            value = getattr(sizes, f.name)
+            if dataclasses.is_dataclass(value):
+                fill(node[f.name], value)
+            elif f.name not in COMPAT_FIELDS and not isinstance(value, type) and not callable(value):
+                node[f.name] = value
+
+    fill(config.sizes, cfg)
+    return config
+
+
+def load_run_config(file: Path) -> ConfigDict:
+    """`get_config()` of a config file. Raises InputError."""
+    spec = importlib.util.spec_from_file_location("run_config", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise InputError(str(file), "--config", "is no Python config file", "give a file of configs/")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """The report as a few lines."""
+    lines = []
+    for where, source in report["sources"].items():
+        lines.append(f"{where}: {source['used']} of {source['keys']} keys used")
+        lines += [f"  ignored {count}: {why}" for why, count in source["ignored"].items()]
+    parameters = report["parameters"]
+    lines.append(f"parameters: {parameters['leaves']} leaves, {parameters['from_files']} filled from the files; dtypes "
+                 + ", ".join(f"{name} x{count}" for name, count in parameters["dtypes"].items()))
+    drawn: dict[str, list[str]] = {}
+    for path, origin in parameters["not_from_weight_files"].items():
+        drawn.setdefault(origin, []).append(path)
+    lines += [f"  {origin}: {', '.join(paths[:4])}" + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+              for origin, paths in drawn.items()]
+    queries = report["queries"]
+    lines.append(f"LoRA heads {report['lora_heads']}; queries: visual {queries['visual']}, audio {queries['audio']}, "
+                 f"masks {queries['masks']}; compat {report['compat']}; seed {report['seed']}")
+    return "\n".join(lines)
