@@ -54,7 +54,7 @@ def collect_results(out: Path, scenes: Path, image_size: int) -> None:
 
 def demo(out: Path, from_scratch: bool) -> None:
     """Everything, in order."""
-    scenes, run = out / "scenes", out / "train"
+    scenes, run = out / "scenes", out / ("train_from_scratch" if from_scratch else "train")
     command("data_pipelines.sources.scenes", "--out", scenes, "--train", TRAIN_SCENES, "--val", 8, "--test",
             TEST_SCENES, "--seed", SEED, "--workers", 2)
     start = WARM_START
@@ -69,7 +69,7 @@ def demo(out: Path, from_scratch: bool) -> None:
                                     ("video_blanked", run, ("--blank-video",)),
                                     ("untrained", out / "untrained_model", ())):
         command("crab_jax.evaluate", "--checkpoint", checkpoint, "--data", scenes, "--batch-size", 32,
-                "--max-new-tokens", 128, *flags, "--out", out / name)
+                "--max-new-tokens", 160, *flags, "--out", out / name)
     collect_results(out, scenes, runs.load_model(run)[0].cfg.clip.image_size)
     clip = scenes / "test" / "000000" / "clip.mp4"
     command("crab_jax.predict", "--checkpoint", run, "--task", "avqa", "--video", clip, "--question",

@@ -45,7 +45,8 @@ def answer(model: Crab, params: Any, batch: Batch,
     generation = generate(model, params, batch, options)
     if not batch.seg_frame.shape[1]:
         return generation, None, None
-    binary, semantic = model.apply({"params": params}, generation.mask_states, batch.seg_frame[:, 0], method="masks")
+    masks: Any = model.apply({"params": params}, generation.mask_states, batch.seg_frame[:, 0], method="masks")
+    binary, semantic = masks
     return generation, jax.nn.sigmoid(binary.astype(jnp.float32)), jnp.argmax(semantic, axis=1).astype(jnp.int32)
 
 

@@ -99,7 +99,8 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         if field != "second" and not record.get(field, "").strip():
             raise InputError(where, field, f"is missing, and {task} needs it", f"give the {field}")
 
-    sound = media.read_audio(audio or video)
+    source: Any = audio or video  # one of them is there: a picture without sound was refused above
+    sound = media.read_audio(source)
     seconds = len(sound) / media.SAMPLE_RATE
     instruction = _instruction(record, where, image is not None)
     windows = record.get("windows") or _windows(task, seconds, "<image>" in instruction)
@@ -113,7 +114,7 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
     example = Example(
         id=name, task=task, instruction=instruction, windows=windows, second=record["second"],
         video=_absolute(video) if whole_clip else None, image=None if whole_clip else _absolute(picture),
-        audio=_absolute(audio or video), seg_image=_absolute(picture) if whole_clip else None,
+        audio=_absolute(source), seg_image=_absolute(picture) if whole_clip else None,
         mask=_absolute(record.get("mask_path")), mask_kind=TASKS[task].mask_kind)
     return Request(example, picture, _warnings(sound, video))
 

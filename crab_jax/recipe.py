@@ -63,9 +63,10 @@ def recipe(out: Path, packed: Path, scale: float) -> None:
         f"--config.steps={scaled(400)}", f"--workdir={pretrain}")
     seconds["joint"] = command(
         "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
-        f"--config.steps={scaled(1200)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
+        f"--config.steps={scaled(900)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
     pack(joint, packed)
-    seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--out", out / "eval")
+    seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,
+                                  "--max-new-tokens", 160, "--out", out / "eval")
     shutil.copy(out / "eval" / "results.json", packed / "results.json")
     facts = {"scale": scale, "scene_seed": SEED, "seconds": {k: round(v) for k, v in seconds.items()}}
     (packed / "recipe.json").write_text(json.dumps(facts, indent=1))

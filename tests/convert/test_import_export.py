@@ -1,0 +1,294 @@
+"""Whole checkpoints: imported from the golden files, exported again, and refused when a file is not what it should be."""
+
+import dataclasses
+import json
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from crab_jax import checkpoints, runs
+from crab_jax.convert import torch_file, torch_writer
+from crab_jax.convert.__main__ import main, parser
+from crab_jax.convert.exporting import export
+from crab_jax.convert.importing import REPORT, Files, import_weights
+from crab_jax.convert.released import Choices
+from crab_jax.convert.torch_writer import Tensor
+from crab_jax.errors import InputError
+from data_pipelines.tokens import Tokenizer
+
+ROUTE = "base_model.model.model.layers.0.mlp.up_proj.lora_route.weight"
+
+
+@pytest.fixture(scope="module")
+def choices(golden) -> Choices:
+    config = json.loads((golden / "manifest.json").read_text())["config"]
+    return Choices(bert_heads=config["bert"]["num_attention_heads"], taps=tuple(config["select_layer_list"]),
+                   lora_alpha=config["lora"]["lora_alpha"], low_res=config["seg"]["low_res_mask_size"],
+                   dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def files(golden, tmp_path_factory) -> Files:
+    weights, tokenizer = golden / "weights", tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.load(weights / "llama").save(tokenizer)  # faster to load than the sentencepiece model
+    return Files(weights / "clip", weights / "llama", next((weights / "beats").glob("*.pt")),
+                 (weights / "crab/finetune_weights.bin", weights / "crab/avs_finetune_weights.bin"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def imported(files, choices, tmp_path_factory):
+    """(folder, report) of the whole model, position matrices drawn from seed 0."""
+    out = tmp_path_factory.mktemp("imported")
+    return out, import_weights(files, out, choices)
+
+
+def rewrite(path, out, change):
+    """A torch file with its dict of arrays changed."""
+    arrays = dict(torch_file.read(path))
+    change(arrays)
+    torch_writer.save(out, {k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()})
+    return out
+
+
+def with_heads(heads):
+    def change(arrays):
+        for key in [key for key in arrays if ".lora_B0." in key]:
+            low = arrays[key]
+            for head in range(8):
+                arrays.pop(key.replace("lora_B0", f"lora_B{head}"), None)
+            arrays |= {key.replace("lora_B0", f"lora_B{head}"): low + head for head in range(heads)}
+            route = key.replace("lora_B0", "lora_route")
+            arrays[route] = np.resize(arrays[route], (heads, arrays[route].shape[1]))
+    return change
+
+
+def test_the_report_accounts_for_every_key_and_parameter(files, imported):
+    out, report = imported
+    assert report == json.loads((out / REPORT).read_text())
+    for where, source in report["sources"].items():
+        assert source["used"] + sum(source["ignored"].values()) == source["keys"], where
+    reasons = {why for source in report["sources"].values() for why in source["ignored"]}
+    assert {"masked-language head of BERT", "dead word embeddings of BERT", "classifier of the audio events"} <= reasons
+    model, params, config, _ = runs.load_model(out)
+    drawn = [path for path, origin in report["parameters"]["not_from_weight_files"].items() if "seed 0" in origin]
+    assert len(drawn) == 2 and all("positional_encoding" in path for path in drawn)
+    assert (report["lora_heads"], report["queries"]["visual"]) == (model.cfg.lora.heads, model.cfg.visual.queries)
+    assert config.compat == report["compat"] == "released" and not model.cfg.seg.chain_queries
+    router = torch_file.read(files.crab[0])[ROUTE]
+    np.testing.assert_array_equal(params["llama"]["layers"]["mlp"]["up_proj"]["lora_route"][0], router.T)
+
+
+def test_import_export_import_is_bit_exact(files, choices, imported, tmp_path):
+    first, _ = imported
+    written = export(first, "crab", tmp_path / "crab") + export(first, "hf", tmp_path / "hf")
+    assert {path.name for path in written} >= {
+        "finetune_weights.bin", "avs_finetune_weights.bin", "visual_pretrain.bin", "audio_pretrain.bin",
+        "segmentation_pretrain.bin", "model.safetensors", "BEATs.pt", "adapter_model.safetensors"}
+    back = dataclasses.replace(files, clip=tmp_path / "hf/clip", llama=tmp_path / "hf/llama", tokenizer=None,
+                               beats=tmp_path / "hf/beats/BEATs.pt", seed=5,
+                               crab=(tmp_path / "crab/finetune_weights.bin", tmp_path / "crab/avs_finetune_weights.bin"))
+    report = import_weights(back, tmp_path / "again", choices)
+    assert report["parameters"]["not_from_weight_files"] == {}  # our export also holds the position matrices
+    for name in (checkpoints.PACKED, "config.json"):
+        assert (first / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    for name in ("finetune_weights.bin", "avs_finetune_weights.bin"):  # and every tensor is the original one
+        original, ours = (torch_file.read(path) for path in (files.crab[0].parent / name, tmp_path / "crab" / name))
+        for key in set(original) & set(ours):
+            np.testing.assert_array_equal(original[key], ours[key], err_msg=key)
+    adapter = torch_file.read_safetensors(tmp_path / "hf/adapter/adapter_model.safetensors")
+    assert set(adapter) == {key for key in torch_file.read(files.crab[0]) if ".lora_" in key}
+    assert json.loads((tmp_path / "hf/adapter/adapter_config.json").read_text())["peft_type"] == "MULTI_HEAD_LORA"
+
+
+def test_pretraining_files_import_too(files, choices, imported, tmp_path):
+    """Bare names; their output matrix counts while there is no LoRA, their embeddings never."""
+    first, _ = imported
+    export(first, "crab", tmp_path)
+    rows = torch_file.read(files.crab[1])["base_model.model.lm_head.weight"]
+
+    def add_matrices(arrays):
+        arrays |= {"lm_head.weight": rows + 1, "model.embed_tokens.weight": rows}
+
+    rewrite(tmp_path / "visual_pretrain.bin", tmp_path / "visual.bin", add_matrices)
+    crab = tuple(tmp_path / name for name in ("audio_pretrain.bin", "visual.bin", "segmentation_pretrain.bin"))
+    stage = dataclasses.replace(files, crab=crab, fresh=("lora",), seed=3)
+    report = import_weights(stage, tmp_path / "stage", choices)
+    params = checkpoints.load_params(tmp_path / "stage")
+    tuned = checkpoints.load_params(first)
+    np.testing.assert_array_equal(params["vl_projector"]["proj_0"]["kernel"], tuned["vl_projector"]["proj_0"]["kernel"])
+    np.testing.assert_array_equal(params["llama"]["lm_head"]["kernel"][:, :len(rows)], (rows + 1).T)
+    assert "drop it" in str(report["sources"][str(tmp_path / "visual.bin")]["ignored"])
+    drawn = report["parameters"]["not_from_weight_files"]
+    assert any("embed_tokens/embedding rows" in path for path in drawn)
+    assert not params["llama"]["layers"]["self_attn"]["q_proj"]["lora_B"].any()
+
+    both = dataclasses.replace(files, crab=(crab[1], *files.crab))  # a fine-tuning file replaces what it holds
+    report = import_weights(both, tmp_path / "both", choices)
+    ignored = report["sources"][str(tmp_path / "visual.bin")]["ignored_keys"]
+    assert "unused once LoRA" in ignored["base_model.model.lm_head.weight"]
+    assert "replaced by" in ignored["base_model.model.model.vl_projector.visual_query_tokens"]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_heads_are_read_from_shapes(heads, files, choices, tmp_path):
+    path = rewrite(files.crab[0], tmp_path / "finetune_weights.bin", with_heads(heads))
+    out = tmp_path / "out"
+    report = import_weights(dataclasses.replace(files, crab=(path, files.crab[1])), out, choices)
+    assert report["lora_heads"] == heads
+    assert checkpoints.load_params(out)["llama"]["layers"]["mlp"]["up_proj"]["lora_B"].shape[1] == heads
+    export(out, "crab", tmp_path / "back")
+    ours, original = torch_file.read(tmp_path / "back/finetune_weights.bin"), torch_file.read(path)
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], original[key])
+
+
+def test_a_mixed_pair_of_heads_is_refused(files, choices, tmp_path):
+    def half(arrays):
+        with_heads(5)(arrays)
+        for key in [key for key in arrays if ".layers.0." not in key]:
+            del arrays[key]
+
+    other = rewrite(files.crab[0], tmp_path / "five.bin", half)
+    with pytest.raises(InputError, match="finetune_weights.bin.*five.bin.*disagree.*3 heads.*5 heads"):
+        import_weights(dataclasses.replace(files, crab=(*files.crab, other)), tmp_path, choices)
+
+
+def test_storage_dtypes_and_torch_shards_are_kept(files, choices, imported, tmp_path):
+    """A directory of .bin shards in half precision; the LoRA on top is float32."""
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in torch_file.read_model_dir(files.llama).items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)  # older directories hold it
+    names = list(tensors)
+    shards = {"a.bin": names[:9], "b.bin": names[9:]}
+    for shard, held in shards.items():
+        torch_writer.save(llama / shard, {k: Tensor(tensors[k].shape, tensors[k].dtype, lambda k=k: tensors[k])
+                                          for k in held})
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (llama / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (llama / "config.json").write_text((files.llama / "config.json").read_text())
+    report = import_weights(dataclasses.replace(files, llama=llama), tmp_path / "out", choices)
+    params = checkpoints.load_params(tmp_path / "out")
+    kernel = params["llama"]["layers"]["mlp"]["up_proj"]
+    assert kernel["kernel"].dtype == ml_dtypes.bfloat16 and kernel["lora_A"].dtype == np.float32
+    np.testing.assert_array_equal(kernel["kernel"][1], tensors["model.layers.1.mlp.up_proj.weight"].T)
+    assert set(report["parameters"]["dtypes"]) == {"float32", "bfloat16"}
+    export(tmp_path / "out", "hf", tmp_path / "hf")
+    back = torch_file.read_model_dir(tmp_path / "hf/llama")
+    for name in ("model.norm.weight", "model.layers.1.self_attn.o_proj.weight"):
+        np.testing.assert_array_equal(back[name], tensors[name])
+
+
+def test_what_was_never_saved_is_supplied_or_drawn_and_said(golden, files, choices, imported, tmp_path):
+    unsaved = golden / "weights/crab/unsaved_state.npz"
+    text_only = dataclasses.replace(files, crab=files.crab[:1], fresh=("seg_module",), seed=7)
+    reports, trees = {}, {}
+    for name, options in {"drawn": {}, "again": {}, "other": {"seed": 8}, "rows": {"token_rows": unsaved}}.items():
+        out = tmp_path / name
+        reports[name] = import_weights(dataclasses.replace(text_only, **options), out, choices)
+        trees[name] = checkpoints.load_params(out)
+    base = reports["drawn"]["sizes"]["llama"]["vocab_size"] - 17
+    embed = {name: tree["llama"]["embed_tokens"]["embedding"] for name, tree in trees.items()}
+    np.testing.assert_array_equal(embed["drawn"], embed["again"])
+    np.testing.assert_array_equal(embed["drawn"][:base], embed["rows"][:base])
+    new = {name: value[base:base + 17] for name, value in embed.items()}
+    assert 0.01 < new["drawn"].std() < 0.03 and (new["drawn"] != new["other"]).any()
+    np.testing.assert_array_equal(new["rows"], np.load(unsaved)["embed_tokens.new_rows"])
+    assert not embed["drawn"][base + 17:].any()
+    notes = {name: report["parameters"]["not_from_weight_files"] for name, report in reports.items()}
+    key = next(path for path in notes["rows"] if path.startswith("llama/embed_tokens"))
+    assert "seed 7" in notes["drawn"][key] and "unsaved_state.npz" in notes["rows"][key]
+
+    with pytest.raises(InputError, match="2 arrays match.*--state"):
+        import_weights(dataclasses.replace(files, position_buffers=unsaved), tmp_path / "x", choices)
+    import_weights(dataclasses.replace(files, position_buffers=unsaved, state="avs."), tmp_path / "x", choices)
+    matrix = checkpoints.load_params(tmp_path / "x")["seg_module"]["pe_layer"]["positional_encoding_gaussian_matrix"]
+    np.testing.assert_array_equal(matrix, np.load(unsaved)["avs.seg_module.pe_layer.positional_encoding_gaussian_matrix"])
+
+
+def renamed(arrays):
+    arrays[ROUTE.replace("lora_route", "lora_router")] = arrays.pop(ROUTE)
+
+
+def reshaped(arrays):
+    key = "base_model.model.model.vl_projector.visual_proj.0.weight"
+    arrays[key] = arrays[key][:, :-1]
+
+
+def extra(arrays):
+    arrays["base_model.model.model.vl_projector.surprise"] = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize("change, problem", [
+    (renamed, r"1 tensors are missing: .*lora_route.*1 keys of the files have no use: .*lora_router"),
+    (lambda arrays: arrays.pop(ROUTE), r"up_proj.lora_route.weight\]: 1 tensors are missing"),
+    (reshaped, r"visual_proj.0.weight\]: has shape \(64, 39\).*the model wants \(40, 64\)"),
+    (extra, r"surprise.*1 keys have no use.*0 parameters have no source"),
+])
+def test_a_file_with_another_content_gives_one_clear_error(change, problem, files, choices, tmp_path):
+    bad = rewrite(files.crab[0], tmp_path / "bad.bin", change)
+    if problem.startswith("visual"):
+        shape = torch_file.read(files.crab[0])["base_model.model.model.vl_projector.visual_proj.0.weight"].shape
+        problem = problem.replace("(64, 39", f"({shape[0]}, {shape[1] - 1}").replace("(40, 64", f"{shape[1]}, {shape[0]}")
+    with pytest.raises(InputError, match=problem) as caught:
+        import_weights(dataclasses.replace(files, crab=(bad, files.crab[1])), tmp_path / "out", choices)
+    assert "bad.bin" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_and_damaged_files_are_named(files, choices, tmp_path):
+    cut = tmp_path / "finetune_weights.bin"
+    whole = files.crab[0].read_bytes()
+    cut.write_bytes(whole[:len(whole) // 2])
+    for options, problem in (
+            ({"crab": (cut,)}, "finetune_weights.bin.*not a whole PyTorch zip file"),
+            ({"crab": (files.beats,)}, "holds no weights of Crab"),
+            ({"crab": (files.clip / "model.safetensors",)}, "holds no weights of Crab"),
+            ({"crab": files.crab[1:]}, "lora.*are missing.*--fresh al_projector lora vl_projector"),
+            ({"crab": files.crab[:1]}, "seg_module.*--fresh seg_module"),
+            ({"llama": files.clip}, r"clip \[model.embed_tokens.weight\]: is missing"),
+            ({"clip": files.llama}, "llama.config.json"),
+            ({"clip": tmp_path}, "neither this file"),
+            ({"beats": files.crab[0]}, "finetune_weights.bin.*layer_norm_first"),
+            ({"fresh": ("everything",)}, "is no component")):
+        with pytest.raises(InputError, match=problem):
+            import_weights(dataclasses.replace(files, **options), tmp_path / "out", choices)
+    with pytest.raises(InputError, match="--bert"):
+        import_weights(files, tmp_path / "out", dataclasses.replace(choices, bert_heads=7))
+
+
+def test_a_file_that_would_run_code_stops_the_import(files, tmp_path, capsys):
+    evil, victim = tmp_path / "evil.bin", tmp_path / "victim"
+    command = f"touch {victim}".encode()
+    with zipfile.ZipFile(evil, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}(X\x01\0\0\0xcos\nsystem\n(X" + struct.pack("<I", len(command))
+                         + command + b"tRu.")
+    arguments = parser().parse_args(["import", "--clip", str(files.clip), "--llama", str(files.llama), "--beats",
+                                     str(files.beats), "--crab", str(evil), "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=r"evil.bin \[archive/data.pkl\]: it refers to os.system"):
+        main(arguments)
+    assert not victim.exists()
+
+
+def test_the_command_line(golden, files, choices, tmp_path, capsys):
+    """import with every size option, then verify against the stored logits of the reference."""
+    unsaved = str(golden / "weights/crab/unsaved_state.npz")
+    bert = tmp_path / "bert.json"
+    bert.write_text(json.dumps({"num_attention_heads": choices.bert_heads}))
+    out = str(tmp_path / "out")
+    main(parser().parse_args([
+        "import", "--clip", str(files.clip), "--llama", str(files.llama), "--beats", str(files.beats), "--crab",
+        str(files.crab[0]), "--tokenizer", str(files.tokenizer), "--fresh", "seg_module", "--token-rows", unsaved,
+        "--bert", str(bert), "--taps", ",".join(map(str, choices.taps)), "--lora-alpha", str(choices.lora_alpha),
+        "--dtype", "float32", "--low-res", str(choices.low_res), "--out", out]))
+    said = capsys.readouterr().out
+    assert "ignored" in said and "drawn from seed 0: seg_module/" in said and "compat released" in said
+    main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz"), "--prefix", "lora."]))
+    assert "top1 1" in capsys.readouterr().out
+    with pytest.raises(InputError, match="mean KL"):
+        main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz"), "--prefix", "base."]))
+    with pytest.raises(InputError, match="is missing"):
+        main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz")]))

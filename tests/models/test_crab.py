@@ -1,0 +1,104 @@
+"""The whole model: rows are independent, padding is invisible, and generation computes what training computed."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crab_jax import runs
+from crab_jax.config import tiny
+from crab_jax.generate import GenerateOptions, generate
+from crab_jax.models.crab import Crab, init_params
+from data_pipelines import batching
+from data_pipelines.tokens import Tokenizer
+
+LENGTHS = (144, 192, 272)
+
+
+@pytest.fixture(scope="module")
+def setup(scenes_root):
+    """(model, params, tokenizer, loader): one layer each, LoRA switched on by non-zero B matrices."""
+    sizes = tiny()
+    cut = {name: dataclasses.replace(getattr(sizes, name), layers=1) for name in ("beats", "visual", "audio", "llama")}
+    model = Crab(dataclasses.replace(sizes, clip=dataclasses.replace(sizes.clip, layers=2, taps=(1, 2, 2)), **cut))
+    params = nn.unbox(init_params(model, jax.random.key(0), runs.init_batch(model)))
+    rng = np.random.default_rng(0)
+
+    def filled(path, leaf):
+        return jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype) if "lora_B" in str(path) else leaf
+
+    params = jax.tree_util.tree_map_with_path(filled, params)
+    tokenizer = Tokenizer.load("data_pipelines/tiny_tokenizer.json")
+    examples = runs.read_examples(scenes_root, "train")
+
+    def load(task: str, count: int, lengths=LENGTHS, prompt_only=False) -> batching.Batch:
+        config = batching.DataConfig(image_size=64, visual_queries=3, audio_queries=2, lengths=lengths,
+                                     prompt_only=prompt_only)
+        chosen = [e for e in examples if e.task == task][:count]
+        return jax.tree.map(jnp.asarray, batching.collate(
+            [batching.load(e, scenes_root, tokenizer, config, i) for i, e in enumerate(chosen)]))
+
+    return model, params, tokenizer, load
+
+
+def test_a_batch_is_its_rows_and_padding_is_invisible(setup):
+    model, params, _, load = setup
+    forward = jax.jit(model.apply)
+    both, wide = load("s4", 2, (192,)), load("s4", 2, (272,))
+    out, padded = forward({"params": params}, both), forward({"params": params}, wide)
+    for row in range(2):
+        twice = forward({"params": params}, jax.tree.map(lambda x, row=row: jnp.stack([x[row]] * 2), both))
+        real = np.asarray(both.text_mask[row])
+        np.testing.assert_allclose(twice.logits[1 - row, real], out.logits[row, real], atol=2e-5)
+        np.testing.assert_allclose(twice.binary[1 - row], out.binary[row], atol=2e-4)
+        np.testing.assert_allclose(padded.logits[row, :192][real], out.logits[row, real], atol=2e-5)
+        np.testing.assert_allclose(padded.semantic[row], out.semantic[row], atol=2e-4)
+
+
+def test_each_slot_takes_its_row_and_text_keeps_its_embedding(setup):
+    model, params, _, load = setup
+    batch = load("ave", 1)
+
+    def parts(module):
+        frames = module.encode_images(batch.frames)[-1]
+        return module.inputs(batch)[0], jnp.concatenate([module.visual_rows(frames), module.audio_rows(batch.fbank)], 1)
+
+    x, rows = jax.jit(lambda: model.apply({"params": params}, method=parts))()
+    rows = np.asarray(rows[0])
+    slots = np.asarray(batch.slots[0])
+    np.testing.assert_allclose(x[0][slots >= 0], rows[slots[slots >= 0]], atol=1e-5)
+    assert sorted(slots[slots >= 0]) == list(range(len(rows))), "every row is used exactly once"
+    table = params["llama"]["embed_tokens"]["embedding"]
+    text = (slots < 0) & np.asarray(batch.text_mask[0])
+    np.testing.assert_array_equal(x[0][text], table[batch.tokens[0][text]])
+
+
+def test_generation_of_the_target_gives_the_masks_of_the_teacher_forced_pass(setup):
+    model, params, tokenizer, load = setup
+    whole, prompt = load("s4", 2, (192,)), load("s4", 2, (192,), prompt_only=True)
+    trained = jax.jit(model.apply)({"params": params}, whole)
+    steps = int(whole.loss_mask.sum(1).max())
+    forced = np.full((2, steps), -1)
+    for row in range(2):
+        target = np.asarray(whole.tokens[row][whole.loss_mask[row]])
+        forced[row, :len(target)] = target
+    options = GenerateOptions(tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_ids, max_new_tokens=steps)
+    out = jax.jit(generate, static_argnums=(0, 3))(model, params, prompt, options, None, jnp.asarray(forced))
+    assert bool(out.has_mask.all())
+    states = jnp.take_along_axis(trained.hidden, whole.mask_positions[:, 0, :, None], axis=1)
+    np.testing.assert_allclose(out.mask_states, states, atol=1e-4)
+    masks = jax.jit(lambda states, frames: model.apply({"params": params}, states, frames, method="masks"))
+    binary, _ = masks(out.mask_states, prompt.seg_frame[:, 0])
+    np.testing.assert_allclose(binary, trained.binary[:, 0], atol=1e-3)
+
+
+def test_silence_and_darkness_change_what_the_language_model_reads(setup):
+    model, params, _, load = setup
+    batch, inputs = load("ave", 1), jax.jit(lambda batch: model.apply({"params": params}, batch, method="inputs")[0])
+    out = inputs(batch)
+    for changed in (batch.replace(fbank=jnp.full_like(batch.fbank, -2.39)),
+                    batch.replace(frames=jnp.zeros_like(batch.frames))):
+        assert float(jnp.abs(inputs(changed) - out)[batch.text_mask].max()) > 1e-4
