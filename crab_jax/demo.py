@@ -8,7 +8,6 @@ Every step is a command a user would type. Finished parts are not repeated.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from crab_jax import runs, scoring
 from crab_jax.checkpoints import save_packed
 from crab_jax.config import model_config
-from crab_jax.errors import run_verb
+from crab_jax.errors import CommandLine, run_verb
 from crab_jax.models.crab import Crab
 from crab_jax.recipe import command, recipe
 from data_pipelines.media import read_mask
@@ -83,7 +82,7 @@ def demo(out: Path, from_scratch: bool) -> None:
 
 def main() -> None:
     """Entry point of `python -m crab_jax.demo`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--from-scratch", action="store_true", help="do without the committed warm start")
     parser.add_argument("--debug", action="store_true")

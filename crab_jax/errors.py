@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -20,6 +22,17 @@ class InputError(ValueError):
     def __str__(self) -> str:
         field = f" [{self.field}]" if self.field else ""
         return f"{self.where}{field}: {self.problem}; {self.fix}"
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser that reports a wrong command line like any other bad input: in one line."""
+
+    def __init__(self, doc: str | None, prog: str | None = None):
+        super().__init__(prog=prog, description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError("command line", "", message, "see --help")
 
 
 def find_input_error(error: BaseException) -> InputError | None:

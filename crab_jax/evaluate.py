@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from crab_jax import compile_cache, runs, scoring
-from crab_jax.errors import InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
@@ -120,8 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m crab_jax.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m crab_jax.evaluate")
     parser.add_argument("--checkpoint", required=True, help="workdir of a training run, or a packed model")
     parser.add_argument("--out", required=True, help="folder for results, predictions and masks")
     parser.add_argument("--data", default="", help="data root (default: the one of training)")
@@ -145,9 +145,9 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.evaluate`."""
-    arguments = parse_arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     compile_cache.enable()
-    run_verb(lambda: evaluate(arguments), arguments.debug)
+    run_verb(lambda: evaluate(parse_arguments(argv)), "--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
 
 from crab_jax import compile_cache, overlay
-from crab_jax.errors import InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.runs import load_model
 from crab_jax.tasks import TASKS
@@ -258,17 +258,9 @@ def predict(arguments: argparse.Namespace) -> None:
     print(f"answers: {out / 'predictions.jsonl'}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like any other bad input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError("command line", "", message, "see --help")
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; raises InputError when it is wrong."""
-    parser = _Parser(prog="python -m crab_jax.predict", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m crab_jax.predict")
     parser.add_argument("--checkpoint", required=True, help="workdir of a training run, or a packed model")
     parser.add_argument("--out", required=True, help="folder for predictions.jsonl and pictures")
     parser.add_argument("--samples", metavar="JSON", help="list of samples, instead of the flags below")

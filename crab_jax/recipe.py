@@ -8,7 +8,6 @@ an interrupted one resumes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
@@ -21,7 +20,7 @@ import numpy as np
 
 from crab_jax import runs
 from crab_jax.checkpoints import save_packed
-from crab_jax.errors import run_verb
+from crab_jax.errors import CommandLine, run_verb
 
 SEED = 0  # of the recipe's scenes; the demo draws others
 
@@ -74,7 +73,7 @@ def recipe(out: Path, packed: Path, scale: float) -> None:
 
 def main() -> None:
     """Entry point of `python -m crab_jax.recipe`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--pack", type=Path, default=Path("runs/recipe/warm_start"), help="where the result goes")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full recipe, for a quick look")

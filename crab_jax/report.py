@@ -13,6 +13,7 @@ import base64
 import dataclasses
 import html
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from flax import traverse_util
 from PIL import Image
 
 from crab_jax import charts, compile_cache, overlay, runs
-from crab_jax.errors import InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.models.crab import Crab
 from crab_jax.tasks import TASKS
@@ -338,8 +339,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m crab_jax.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "python -m crab_jax.report")
     parser.add_argument("--run", required=True, help="workdir of a training run, or a packed model")
     parser.add_argument("--results", required=True, help="results.json of evaluate, optionally with baselines")
     parser.add_argument("--data", required=True, help="data root that the examples come from")
@@ -355,9 +355,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.report`."""
-    arguments = parse_arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     compile_cache.enable()
-    run_verb(lambda: report(arguments), arguments.debug)
+    run_verb(lambda: report(parse_arguments(argv)), "--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The result is a packed model that the paper's stages start from. LoRA and mask d
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from configs import tiny
 from crab_jax import compile_cache, losses, optim, runs
 from crab_jax.checkpoints import load_tree, save_packed, save_tree
 from crab_jax.config import data_config, model_config
-from crab_jax.errors import run_verb
+from crab_jax.errors import CommandLine, run_verb
 from crab_jax.models.beats import Beats
 from crab_jax.models.clip import Clip, normalize
 from crab_jax.models.crab import Crab, CrabConfig
@@ -321,7 +320,7 @@ def lora_of(llama: Any) -> Any:
 
 def main() -> None:
     """Entry point of `python -m crab_jax.warmup`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="root of generated scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed result")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")

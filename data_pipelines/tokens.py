@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from crab_jax.errors import InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, run_verb
 from data_pipelines.examples import read_jsonl
 
 # The released order (models/unified_arch.py): ids are base vocabulary size + position in this tuple. The first 11 are
@@ -201,12 +200,16 @@ def corpus_texts(path: str | Path) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `train_tiny_tokenizer`."""
-    parser = argparse.ArgumentParser(description="Train the small tokenizer of the tiny configs.")
+    run_verb(lambda: _train_from(argv))
+
+
+def _train_from(argv: Sequence[str] | None) -> None:
+    parser = CommandLine("Train the small tokenizer of the tiny configs.", "python -m data_pipelines.tokens")
     parser.add_argument("--corpus", required=True, help="a .jsonl of examples, or a text file")
     parser.add_argument("--out", required=True, help="the tokenizer.json to write")
     parser.add_argument("--vocab-size", type=int, default=640)
     arguments = parser.parse_args(argv)
-    run_verb(lambda: train_tiny_tokenizer(corpus_texts(arguments.corpus), arguments.out, arguments.vocab_size))
+    train_tiny_tokenizer(corpus_texts(arguments.corpus), arguments.out, arguments.vocab_size)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ What a scene is: scene_graph.py. Pictures and sound: scene_media.py. Questions a
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.errors import InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.sources.scene_graph import KINDS, LEVELS, SECONDS, SPLITS, Scene, Thing, load, sample, scene_table
@@ -276,7 +275,13 @@ def _run(jobs: Sequence[tuple[str, int, str, int]], workers: int, progress: Call
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Entry point of `python -m data_pipelines.sources.scenes`."""
+    argv = sys.argv[1:] if argv is None else argv
+    run_verb(lambda: _write_from(argv), "--debug" in argv)
+
+
+def _write_from(argv: Sequence[str]) -> None:
+    parser = CommandLine(__doc__, "python -m data_pipelines.sources.scenes")
     parser.add_argument("--out", required=True, help="data root to write")
     for split, default in zip(SPLITS, (2000, 200, 400), strict=True):
         parser.add_argument(f"--{split}", type=int, default=default, help=f"scenes of the {split} split")
@@ -285,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in SPLITS}
-    run_verb(lambda: write(args.out, counts, args.seed, args.workers, lambda line: print(line, file=sys.stderr)),
-             args.debug)
+    write(args.out, counts, args.seed, args.workers, lambda line: print(line, file=sys.stderr))
 
 
 if __name__ == "__main__":
