@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from crab_jax.errors import InputError
 from data_pipelines import fbank, media
@@ -138,22 +140,25 @@ def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bu
 
 
 def _cached(config: DataConfig, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
-    """`decode()`, kept as an .npy file under the cache directory; files appear there whole or not at all."""
+    """`decode()`, kept as a file under the cache directory; files appear there whole or not at all.
+
+    Safetensors rather than .npy: NumPy parses .npy headers with `ast`, which is not safe in threads on Python 3.11
+    (it fails now and then with "AST constructor recursion depth mismatch").
+    """
     if not config.cache_dir or not path.is_file():
         return decode()
     stamp = path.stat()
     key = "|".join(map(str, (path.resolve(), stamp.st_mtime_ns, stamp.st_size, *settings)))
     folder = Path(config.cache_dir)
-    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     try:
-        return np.load(kept)
-    except (FileNotFoundError, ValueError, EOFError):
+        return safetensors.numpy.load_file(kept)["value"]
+    except (FileNotFoundError, safetensors.SafetensorError):
         pass
     value = decode()
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{uuid.uuid4().hex}.tmp"
-    with open(partial, "wb") as file:
-        np.save(file, value)
+    safetensors.numpy.save_file({"value": np.ascontiguousarray(value)}, partial)
     os.replace(partial, kept)
     return value
 
