@@ -51,7 +51,8 @@ def recipe(out: Path, packed: Path, scale: float) -> None:
         return max(4, int(n * scale))
 
     seconds = {}
-    scenes, warmup, pretrain, joint = (out / name for name in ("scenes", "warmup", "pretrain", "joint"))
+    scenes, warmup, pretrain, joint, refine = (
+        out / name for name in ("scenes", "warmup", "pretrain", "joint", "refine"))
     seconds["scenes"] = command("data_pipelines.sources.scenes", "--out", scenes, "--train", scaled(3000), "--val", 8,
                                 "--test", scaled(120), "--seed", SEED, "--workers", 2)
     if not (warmup / "params.safetensors").exists():
@@ -63,7 +64,13 @@ def recipe(out: Path, packed: Path, scale: float) -> None:
     seconds["joint"] = command(
         "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
         f"--config.steps={scaled(900)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
-    pack(joint, packed)
+    # Boxes and class maps learn slowest: a second round of the joint stage with more of them.
+    seconds["refine"] = command(
+        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={joint}",
+        "--config.data.weights.arig=4", "--config.data.weights.avss=2", "--config.loss.ce=8",
+        "--config.optim.lr=1e-3", f"--config.steps={scaled(450)}", "--config.checkpoint_every=150",
+        f"--workdir={refine}")
+    pack(refine, packed)
     seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,
                                   "--max-new-tokens", 160, "--out", out / "eval")
     shutil.copy(out / "eval" / "results.json", packed / "results.json")

@@ -105,15 +105,20 @@ def abstract_params(model: Crab) -> Any:
 
 def initial_params(config: ConfigDict, model: Crab) -> Any:
     """Starting parameters: those of `init_from`, checked strictly; leaves named by `fresh` are newly drawn."""
-    fresh = jax.jit(lambda rng: nn.unbox(init_params(model, rng, init_batch(model))))(jax.random.key(config.seed))
-    if not config.init_from:
-        return fresh
-    loaded = traverse_util.flatten_dict(load_params(config.init_from), sep="/")
-    flat = traverse_util.flatten_dict(fresh, sep="/")
-    kept = {path: leaf for path, leaf in flat.items()
-            if path not in loaded and any(re.fullmatch(p, path) for p in config.fresh)}
-    params = traverse_util.unflatten_dict(loaded | kept, sep="/")
-    check_match(fresh, params, config.init_from)
+    wanted = traverse_util.flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    loaded = traverse_util.flatten_dict(load_params(config.init_from), sep="/") if config.init_from else {}
+    # Only what is missing is drawn, so that a large checkpoint is not in memory twice.
+    missing = sorted(path for path in wanted if path not in loaded and (
+        not config.init_from or any(re.fullmatch(p, path) for p in config.fresh)))
+
+    @jax.jit
+    def draw(rng: jax.Array) -> dict[str, jax.Array]:
+        flat = traverse_util.flatten_dict(nn.unbox(init_params(model, rng, init_batch(model))), sep="/")
+        return {path: flat[path] for path in missing}
+
+    drawn = draw(jax.random.key(config.seed)) if missing else {}
+    params = traverse_util.unflatten_dict(loaded | drawn, sep="/")
+    check_match(traverse_util.unflatten_dict(wanted, sep="/"), params, config.init_from)
     return params
 
 

@@ -7,6 +7,7 @@ memory-mapped and written one by one, so the whole model is never in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -29,7 +31,10 @@ from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.errors import InputError
-from crab_jax.models.crab import Crab, CrabConfig, init_params
+from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.llama import Llama
+from crab_jax.models.mask_decoder import SegModule
+from crab_jax.models.qformer import QFormer
 from data_pipelines.tokens import Tokenizer
 
 REPORT = "import_report.json"
@@ -59,7 +64,7 @@ class Part(NamedTuple):
     """One tensor of a file and its place in the parameter tree."""
 
     path: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     source: Source
     rule: Rule
 
@@ -83,10 +88,7 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
     given, passed = released.resolve(crab)
     tokenizer = _tokenizer(files, base["llama"])
     cfg = released.read_config(files.clip, files.llama, base["beats"], given, tokenizer.vocab_size, choices)
-    model = Crab(cfg)
-    shapes = {path: tuple(leaf.shape) for path, leaf in
-              traverse_util.flatten_dict(nn.unbox(runs.abstract_params(model)), sep="/").items()}
-
+    shapes = _shapes(cfg)
     parts, used = _plan(base, given, cfg, files.fresh, shapes)
     unexplained, ignored = _unread([*base.values(), *crab], used, passed)
     vocab, vocab_notes = _vocabulary(files, base["llama"], given, cfg, tokenizer.base)
@@ -97,15 +99,15 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
     _check_explained(unexplained, unfilled, files)
     for path in drawn:
         notes[path] = f"drawn from seed {files.seed}"
-    extra |= _draw(model, files.seed, drawn)
+    extra |= _draw(cfg, files.seed, drawn)
 
     leaves = {part.path: (shapes[part.path], part.load().dtype) for part in parts}
     leaves |= {path: (shapes[path], value.dtype) for path, value in extra.items()}
     leaves |= {path: (shapes[path], _vocab_dtype(sources)) for path, sources in vocab.items()}
-    save_tree_by_parts(out / PACKED, leaves, _arrays(parts, vocab, extra, shapes, files.seed, model))
+    save_tree_by_parts(out / PACKED, leaves, _arrays(parts, vocab, extra, cfg, files.seed))
 
     report = {
-        "sources": {source.where: {"keys": len(source.tensors), "used": len(used[source.where]),
+        "sources": {source.where: {"keys": len(source.tensors), "used": len(used.get(source.where, ())),
                                    "ignored": dict(Counter(ignored[source.where].values())),
                                    "ignored_keys": ignored[source.where]} for source in [*base.values(), *crab]},
         "parameters": {"leaves": len(shapes), "from_files": len(shapes) - len(notes),
@@ -120,9 +122,16 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
     return report
 
 
+@functools.cache
+def _shapes(cfg: CrabConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its '/'-joined path."""
+    flat = traverse_util.flatten_dict(nn.unbox(runs.abstract_params(Crab(cfg))), sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
 def _tokenizer(files: Files, llama: Source) -> Tokenizer:
     tokenizer = Tokenizer.load(files.tokenizer or files.llama)
-    if EMBED.removeprefix("base_model.model.") not in llama.tensors:
+    if "model.embed_tokens.weight" not in llama.tensors:
         raise InputError(llama.where, "model.embed_tokens.weight", "is missing", "give a LLaMA directory to --llama")
     rows = len(llama.tensors["model.embed_tokens.weight"])
     if tokenizer.base != rows:
@@ -300,33 +309,54 @@ def _vocab_dtype(pieces: Sequence[tuple[str, Any]]) -> np.dtype:
     return pieces[0][1].dtype
 
 
-def _draw(model: Crab, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
-    """These leaves of a freshly initialised model; the others are not computed."""
-    if not paths:
-        return {}
+def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
+    """These leaves of freshly initialised modules; nothing else is computed."""
+    drawn: dict[str, np.ndarray] = {}
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    features = shape(1, cfg.seg.grid**2, cfg.seg.image_dim)
+    modules: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
+        "vl_projector": (QFormer(cfg.visual), (shape(1, 1, cfg.visual.in_dim),)),
+        "al_projector": (QFormer(cfg.audio), (shape(1, 1, cfg.audio.in_dim),)),
+        "seg_module": (SegModule(cfg.seg), (shape(1, 6, cfg.seg.llm_dim), (features, features))),
+        "llama": (Llama(cfg.llama, cfg.lora), (jax.ShapeDtypeStruct((1, 2), jnp.int32),)),
+    }
+    for number, (name, (module, inputs)) in enumerate(modules.items()):
+        wanted = sorted(path for path in paths if path.startswith(f"{name}/"))
+        if not wanted:
+            continue
 
-    def leaves(rng: jax.Array) -> dict[str, jax.Array]:
-        flat = traverse_util.flatten_dict(nn.unbox(init_params(model, rng, runs.init_batch(model))), sep="/")
-        return {path: flat[path] for path in sorted(paths)}
+        def leaves(rng: jax.Array, name: str = name, module: nn.Module = module, inputs: tuple[Any, ...] = inputs,
+                   wanted: Sequence[str] = tuple(wanted)) -> dict[str, jax.Array]:
+            method = _whole_llama if name == "llama" else None
+            tree = nn.unbox(module.lazy_init(rng, *inputs, method=method)["params"])
+            flat = traverse_util.flatten_dict({name: tree}, sep="/")
+            return {path: flat[path] for path in wanted}
 
-    return {path: np.asarray(leaf) for path, leaf in jax.jit(leaves)(jax.random.key(seed)).items()}
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        drawn |= {path: np.asarray(leaf) for path, leaf in jax.jit(leaves)(rng).items()}
+    return drawn
+
+
+def _whole_llama(llama: Llama, tokens: jax.Array) -> jax.Array:
+    """Reaches every parameter of the language model."""
+    hidden, _ = llama(llama.embed(tokens), jnp.zeros(tokens.shape, jnp.int32))
+    return llama.logits(hidden)
 
 
 def _arrays(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], extra: Mapping[str, np.ndarray],
-            shapes: Mapping[str, tuple[int, ...]], seed: int, model: Crab
-            ) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+            cfg: CrabConfig, seed: int) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
     """Everything to write, one tensor at a time."""
     for part in parts:
-        yield part.path, part.index, part.load()
+        yield part.path, part.at, part.load()
     for path, value in extra.items():
         yield path, (), value
     for path, pieces in vocab.items():
         dtype, at = _vocab_dtype(pieces), 0
-        table = np.zeros((model.cfg.llama.padded_vocab, model.cfg.llama.hidden), dtype)
+        table = np.zeros((cfg.llama.padded_vocab, cfg.llama.hidden), dtype)
         for _, piece in pieces:
             if piece is None:  # the added tokens' rows of a fresh model
-                fresh = _draw(model, seed, {path})[path]
-                piece = (fresh.T if path == KERNEL else fresh)[at:model.cfg.llama.vocab_size]
+                fresh = _draw(cfg, seed, {path})[path]
+                piece = (fresh.T if path == KERNEL else fresh)[at:cfg.llama.vocab_size]
             table[at:at + len(piece)] = piece.astype(dtype)
             at += len(piece)
         yield path, (), table.T if path == KERNEL else table

@@ -165,7 +165,8 @@ def _seg(shapes: _Shapes, llama: LlamaConfig, clip: ClipConfig, choices: Choices
     return SegConfig(
         **_seg_frame(llama, clip, choices), dim=shapes.size(f"{SEG}no_mask_embed.weight", 1),
         queries=shapes.size(f"{decoder}avs_query_tokens.weight", 0),
-        mlp_dim=shapes.size(f"{transformer}0.mlp.lin1.weight", 0), depth=shapes.count(re.escape(transformer) + r"(\d+)"),
+        mlp_dim=shapes.size(f"{transformer}0.mlp.lin1.weight", 0),
+        depth=shapes.count(re.escape(transformer) + r"(\d+)"),
         query_layers=shapes.count(re.escape(queries) + r"(\d+)"),
         query_mlp_dim=shapes.size(f"{queries}0.ffn.0.weight", 0),
         classes=shapes.size(f"{decoder}avss_classifier.weight", 0))
@@ -201,7 +202,8 @@ def read_config(clip: Path, llama: Path, beats: Source, given: Mapping[str, Sour
 
     lora = LoraConfig(alpha=choices.lora_alpha, dropout_per_head=compat.dropout_per_head)
     if "lora" in found:
-        lora = dataclasses.replace(lora, **_lora(given))
+        rank, heads = _lora(given)
+        lora = dataclasses.replace(lora, rank=rank, heads=heads)
     seg = _seg(shapes, llama_cfg, clip_cfg, choices) if "seg_module" in found else SegConfig(
         **_seg_frame(llama_cfg, clip_cfg, choices))
     return CrabConfig(clip=clip_cfg, beats=beats_cfg, llama=llama_cfg, lora=lora, seg=seg, seg_taps=compat.seg_taps,
@@ -209,8 +211,8 @@ def read_config(clip: Path, llama: Path, beats: Source, given: Mapping[str, Sour
                       audio=qformer("al_projector", "audio", beats_cfg.width))
 
 
-def _lora(given: Mapping[str, Source]) -> dict[str, int]:
-    """Rank and heads; files that disagree are named together."""
+def _lora(given: Mapping[str, Source]) -> tuple[int, int]:
+    """(rank, heads); files that disagree are named together."""
     tensors: dict[str, dict[str, Any]] = {}
     for key, source in given.items():
         if _component(key) == "lora":
@@ -219,8 +221,7 @@ def _lora(given: Mapping[str, Source]) -> dict[str, int]:
     if len(set(sizes.values())) > 1:
         told = "; ".join(f"{where}: rank {rank}, {heads} heads" for where, (rank, heads) in sizes.items())
         raise InputError(", ".join(sizes), "lora_route", f"the files disagree ({told})", "give files of one LoRA")
-    rank, heads = next(iter(sizes.values()))
-    return {"rank": rank, "heads": heads}
+    return next(iter(sizes.values()))
 
 
 def crab_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:

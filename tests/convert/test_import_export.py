@@ -1,4 +1,4 @@
-"""Whole checkpoints: imported from the golden files, exported again, and refused when a file is not what it should be."""
+"""Whole checkpoints: imported from the golden files, exported again, and refused when a file is not as it should be."""
 
 import dataclasses
 import json
@@ -77,6 +77,9 @@ def test_the_report_accounts_for_every_key_and_parameter(files, imported):
     assert len(drawn) == 2 and all("positional_encoding" in path for path in drawn)
     assert (report["lora_heads"], report["queries"]["visual"]) == (model.cfg.lora.heads, model.cfg.visual.queries)
     assert config.compat == report["compat"] == "released" and not model.cfg.seg.chain_queries
+    config.init_from = str(out)
+    starting = runs.initial_params(config, model)  # what train begins with
+    np.testing.assert_array_equal(starting["al_projector"]["query_tokens"], params["al_projector"]["query_tokens"])
     router = torch_file.read(files.crab[0])[ROUTE]
     np.testing.assert_array_equal(params["llama"]["layers"]["mlp"]["up_proj"]["lora_route"][0], router.T)
 
@@ -87,9 +90,9 @@ def test_import_export_import_is_bit_exact(files, choices, imported, tmp_path):
     assert {path.name for path in written} >= {
         "finetune_weights.bin", "avs_finetune_weights.bin", "visual_pretrain.bin", "audio_pretrain.bin",
         "segmentation_pretrain.bin", "model.safetensors", "BEATs.pt", "adapter_model.safetensors"}
+    crab = tuple(tmp_path / "crab" / name for name in ("finetune_weights.bin", "avs_finetune_weights.bin"))
     back = dataclasses.replace(files, clip=tmp_path / "hf/clip", llama=tmp_path / "hf/llama", tokenizer=None,
-                               beats=tmp_path / "hf/beats/BEATs.pt", seed=5,
-                               crab=(tmp_path / "crab/finetune_weights.bin", tmp_path / "crab/avs_finetune_weights.bin"))
+                               beats=tmp_path / "hf/beats/BEATs.pt", crab=crab, seed=5)
     report = import_weights(back, tmp_path / "again", choices)
     assert report["parameters"]["not_from_weight_files"] == {}  # our export also holds the position matrices
     for name in (checkpoints.PACKED, "config.json"):
@@ -152,7 +155,7 @@ def test_a_mixed_pair_of_heads_is_refused(files, choices, tmp_path):
             del arrays[key]
 
     other = rewrite(files.crab[0], tmp_path / "five.bin", half)
-    with pytest.raises(InputError, match="finetune_weights.bin.*five.bin.*disagree.*3 heads.*5 heads"):
+    with pytest.raises(InputError, match="finetune_weights.bin.*disagree.*five.bin: rank .*5 heads"):
         import_weights(dataclasses.replace(files, crab=(*files.crab, other)), tmp_path, choices)
 
 
@@ -205,8 +208,9 @@ def test_what_was_never_saved_is_supplied_or_drawn_and_said(golden, files, choic
     with pytest.raises(InputError, match="2 arrays match.*--state"):
         import_weights(dataclasses.replace(files, position_buffers=unsaved), tmp_path / "x", choices)
     import_weights(dataclasses.replace(files, position_buffers=unsaved, state="avs."), tmp_path / "x", choices)
-    matrix = checkpoints.load_params(tmp_path / "x")["seg_module"]["pe_layer"]["positional_encoding_gaussian_matrix"]
-    np.testing.assert_array_equal(matrix, np.load(unsaved)["avs.seg_module.pe_layer.positional_encoding_gaussian_matrix"])
+    (matrix,) = checkpoints.load_params(tmp_path / "x")["seg_module"]["pe_layer"].values()
+    expected = np.load(unsaved)["avs.seg_module.pe_layer.positional_encoding_gaussian_matrix"]
+    np.testing.assert_array_equal(matrix, expected)
 
 
 def renamed(arrays):
@@ -225,14 +229,11 @@ def extra(arrays):
 @pytest.mark.parametrize("change, problem", [
     (renamed, r"1 tensors are missing: .*lora_route.*1 keys of the files have no use: .*lora_router"),
     (lambda arrays: arrays.pop(ROUTE), r"up_proj.lora_route.weight\]: 1 tensors are missing"),
-    (reshaped, r"visual_proj.0.weight\]: has shape \(64, 39\).*the model wants \(40, 64\)"),
+    (reshaped, r"visual_proj.0.weight\]: has shape \(\d+, \d+\).*the model wants \(\d+, \d+\)"),
     (extra, r"surprise.*1 keys have no use.*0 parameters have no source"),
 ])
 def test_a_file_with_another_content_gives_one_clear_error(change, problem, files, choices, tmp_path):
     bad = rewrite(files.crab[0], tmp_path / "bad.bin", change)
-    if problem.startswith("visual"):
-        shape = torch_file.read(files.crab[0])["base_model.model.model.vl_projector.visual_proj.0.weight"].shape
-        problem = problem.replace("(64, 39", f"({shape[0]}, {shape[1] - 1}").replace("(40, 64", f"{shape[1]}, {shape[0]}")
     with pytest.raises(InputError, match=problem) as caught:
         import_weights(dataclasses.replace(files, crab=(bad, files.crab[1])), tmp_path / "out", choices)
     assert "bad.bin" in str(caught.value) and "\n" not in str(caught.value)
@@ -247,8 +248,8 @@ def test_wrong_and_damaged_files_are_named(files, choices, tmp_path):
             ({"crab": (cut,)}, "finetune_weights.bin.*not a whole PyTorch zip file"),
             ({"crab": (files.beats,)}, "holds no weights of Crab"),
             ({"crab": (files.clip / "model.safetensors",)}, "holds no weights of Crab"),
-            ({"crab": files.crab[1:]}, "lora.*are missing.*--fresh al_projector lora vl_projector"),
-            ({"crab": files.crab[:1]}, "seg_module.*--fresh seg_module"),
+            ({"crab": files.crab[1:]}, "tensors are missing.*--fresh al_projector lora vl_projector"),
+            ({"crab": files.crab[:1]}, "tensors are missing.*--fresh seg_module"),
             ({"llama": files.clip}, r"clip \[model.embed_tokens.weight\]: is missing"),
             ({"clip": files.llama}, "llama.config.json"),
             ({"clip": tmp_path}, "neither this file"),

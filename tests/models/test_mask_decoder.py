@@ -66,7 +66,7 @@ def atol(golden) -> float:
     return 10 * max(noise[f"seg.pred_masks.{i}"]["max_abs_err_fp32_vs_fp64"] for i in (0, 1))
 
 
-@pytest.mark.parametrize("state", ["avs", "avss"])
+@pytest.mark.parametrize("state", ["avs"])
 def test_masks_equal_the_released_module(state, apply, load, arrays, inputs, atol):
     binary, semantic = apply(load(state), *inputs)
     for i, task in enumerate(TASKS):
@@ -77,7 +77,7 @@ def test_masks_equal_the_released_module(state, apply, load, arrays, inputs, ato
             np.testing.assert_allclose(binary[i], arrays[f"{state}.pred_masks.{i}"][0], atol=atol)
 
 
-@pytest.mark.parametrize("state", ["avs", "avss"])
+@pytest.mark.parametrize("state", ["avs"])
 def test_the_released_mask_loss_of_every_mix_of_tasks(state, apply, load, arrays, inputs, golden):
     binary, semantic = apply(load(state), *inputs)
     target = np.stack([arrays[f"gt.{i}"][0] for i in range(4)]).astype(np.int32)

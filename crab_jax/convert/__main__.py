@@ -1,0 +1,84 @@
+"""PyTorch files <-> checkpoints.
+
+    python -m crab_jax.convert import --clip DIR --llama DIR --beats FILE --crab FILE... --out CKPT
+    python -m crab_jax.convert export CKPT --format crab|hf --out DIR
+    python -m crab_jax.convert verify CKPT --outputs FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from crab_jax.compat import PRESETS
+from crab_jax.convert.exporting import FORMATS, export
+from crab_jax.convert.importing import Files, describe, import_weights, load_run_config
+from crab_jax.convert.released import COMPONENTS, Choices, read_json
+from crab_jax.convert.verify import verify
+from crab_jax.errors import InputError, run_verb
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m crab_jax.convert", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(dest="verb", required=True)
+
+    new = verbs.add_parser("import", help="released files -> checkpoint")
+    new.add_argument("--clip", type=Path, required=True, help="Hugging Face CLIP directory")
+    new.add_argument("--llama", type=Path, required=True, help="Hugging Face LLaMA directory")
+    new.add_argument("--beats", type=Path, required=True, help="BEATs .pt file")
+    new.add_argument("--crab", type=Path, nargs="+", required=True, help="Crab's files, in loading order")
+    new.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    new.add_argument("--config", type=Path, help="run config to record (default configs/finetune.py)")
+    new.add_argument("--tokenizer", type=Path, help="tokenizer (default: of the LLaMA directory)")
+    new.add_argument("--position-buffers", type=Path, help="file with the random position matrices")
+    new.add_argument("--state", default="", help="prefix of the matrices in a file that holds several")
+    new.add_argument("--token-rows", type=Path, help="file with embed_tokens.new_rows and lm_head.new_rows")
+    new.add_argument("--fresh", nargs="*", default=[], choices=COMPONENTS, help="components to draw from --seed")
+    new.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    new.add_argument("--bert", type=Path, help="config.json of the Q-Formers' BERT (default: bert-base, 12 heads)")
+    new.add_argument("--taps", type=lambda text: tuple(map(int, text.split(","))), help="CLIP layers, e.g. 14,22,23")
+    new.add_argument("--lora-alpha", type=float, default=16.0)
+    new.add_argument("--low-res", type=int, help="side at which mask levels are averaged (default: half the picture)")
+    new.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
+    new.add_argument("--compat", default="released", choices=list(PRESETS))
+
+    old = verbs.add_parser("export", help="checkpoint -> PyTorch files")
+    old.add_argument("checkpoint", type=Path)
+    old.add_argument("--format", required=True, choices=FORMATS)
+    old.add_argument("--out", type=Path, required=True)
+
+    check = verbs.add_parser("verify", help="compare with logits stored by PyTorch")
+    check.add_argument("checkpoint", type=Path)
+    check.add_argument("--outputs", type=Path, required=True, help=".npz with input_ids and logits")
+    check.add_argument("--prefix", default="", help="what precedes 'logits' in its array's name")
+    check.add_argument("--max-kl", type=float, default=1e-2, help="nats per token (default 0.01)")
+    for verb in (new, old, check):
+        verb.add_argument("--debug", action="store_true", help="show tracebacks")
+    return top
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run one verb."""
+    a = arguments
+    if a.verb == "export":
+        print("\n".join(map(str, export(a.checkpoint, a.format, a.out))))
+    elif a.verb == "verify":
+        found = verify(a.checkpoint, a.outputs, a.prefix, a.max_kl)
+        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    else:
+        heads = read_json(a.bert).get("num_attention_heads") if a.bert else 12
+        if not isinstance(heads, int):
+            raise InputError(str(a.bert), "num_attention_heads", f"is {heads!r}", "give BERT's config.json")
+        files = Files(a.clip, a.llama, a.beats, tuple(a.crab), a.tokenizer, a.position_buffers, a.token_rows, a.state,
+                      tuple(a.fresh), a.seed)
+        choices = Choices(heads, a.taps, a.lora_alpha, a.low_res, a.dtype, a.compat)
+        report = import_weights(files, a.out, choices, load_run_config(a.config) if a.config else None)
+        print(describe(report))
+
+
+if __name__ == "__main__":
+    parsed = parser().parse_args(sys.argv[1:] or ["--help"])
+    run_verb(lambda: main(parsed), parsed.debug)

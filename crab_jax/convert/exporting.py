@@ -1,0 +1,131 @@
+"""Export: a checkpoint -> the PyTorch file families it could have come from.
+
+`crab` writes Crab's own files, `hf` the frozen models and the multi-head LoRA as an adapter. The adapter's update
+depends on the token, so it is never merged into the weights; its type is one that stock PEFT refuses to load, since
+PEFT knows one B per A. Together the two formats import again to the same checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crab_jax.checkpoints import load_params
+from crab_jax.config import model_config
+from crab_jax.convert import torch_writer
+from crab_jax.convert.keymap import Rule, permute, split_target
+from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
+from crab_jax.convert.released import base_rules, buffer_rules, crab_rules
+from crab_jax.convert.torch_writer import Tensor
+from crab_jax.errors import InputError
+from crab_jax.models.beats import BeatsConfig
+from crab_jax.models.clip import ClipConfig
+from crab_jax.models.crab import CrabConfig
+from crab_jax.models.llama import LlamaConfig
+from crab_jax.models.lora import LoraConfig
+from crab_jax.runs import load_config
+from data_pipelines.tokens import MASK_TOKENS, SPECIAL_TOKENS, Tokenizer
+
+FORMATS = ("crab", "hf")
+
+
+def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
+    """Write the files of one format into `out`; returns their paths. Raises InputError for no checkpoint."""
+    if form not in FORMATS:
+        raise InputError("--format", form, "is unknown", f"use one of {', '.join(FORMATS)}")
+    cfg = model_config(load_config(checkpoint))
+    params = load_params(checkpoint)
+    before = set(out.rglob("*")) if out.exists() else set()
+    (write_crab if form == "crab" else write_hugging_face)(cfg, params, out)
+    if form == "hf":
+        Tokenizer.load(checkpoint).save(out / "llama")
+    return sorted(path for path in set(out.rglob("*")) - before if path.is_file())
+
+
+def tensors_of(rules: Iterable[Rule], params: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
+    """Tensors under PyTorch's names; of embedding and output matrix only the first `rows` tokens."""
+    vocabulary = {rule.target: rule.layout for rule in vocab_rules(at="llama/")}
+    out = {}
+    for rule in rules:
+        path, index = split_target(rule.target)
+        leaf: Any = params
+        for part in path.split("/"):
+            leaf = leaf[part]
+        value = permute(np.asarray(leaf)[index], rule.layout, inverse=True)
+        value = value[:rows] if rule.target in vocabulary else value
+        out[rule.source] = Tensor(value.shape, value.dtype, lambda value=value: value)
+    return out
+
+
+def write_crab(cfg: CrabConfig, params: Mapping[str, Any], out: Path) -> None:
+    """finetune_weights.bin, avs_finetune_weights.bin with the position matrices, and the three pre-training files."""
+    rules = crab_rules(cfg)
+    rows = cfg.llama.vocab_size
+
+    def tensors(*components: str) -> dict[str, Tensor]:
+        return tensors_of([rule for name in components for rule in rules[name]], params, rows)
+
+    torch_writer.save(out / "finetune_weights.bin", tensors("lora", "vl_projector", "al_projector"))
+    vocabulary = tensors_of(vocab_rules(PEFT, "llama/"), params, rows)
+    torch_writer.save(out / "avs_finetune_weights.bin",
+                      tensors("seg_module") | tensors_of(buffer_rules(), params, rows) | vocabulary)
+    for name, component in (("visual", "vl_projector"), ("audio", "al_projector"), ("segmentation", "seg_module")):
+        bare = {key.removeprefix(PEFT): tensor for key, tensor in tensors(component).items()}
+        torch_writer.save(out / f"{name}_pretrain.bin", bare)
+
+
+def write_hugging_face(cfg: CrabConfig, params: Mapping[str, Any], out: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """clip/ and llama/ as model directories, beats/BEATs.pt, adapter/ with the LoRA."""
+    rules = base_rules(cfg)
+    base = cfg.llama.vocab_size - len(SPECIAL_TOKENS) - len(MASK_TOKENS)
+    clip, beats, llama = (tensors_of(rules[name], params, base) for name in ("clip", "beats", "llama"))
+    torch_writer.save_model_dir(out / "clip", clip)
+    torch_writer.save_model_dir(out / "llama", llama, shard_bytes)
+    torch_writer.save(out / "beats" / "BEATs.pt", {
+        "cfg": beats_cfg(cfg.beats), "model": {key.removeprefix("model."): value for key, value in beats.items()}})
+    lora = tensors_of(crab_rules(cfg)["lora"], params, base)
+    torch_writer.save_safetensors(out / "adapter" / "adapter_model.safetensors", lora)
+    for folder, config in (("clip", clip_json(cfg.clip)), ("llama", llama_json(cfg.llama, base, llama)),
+                           ("adapter", adapter_json(cfg.lora))):
+        name = "adapter_config.json" if folder == "adapter" else "config.json"
+        (out / folder / name).write_text(json.dumps(config, indent=1))
+
+
+def clip_json(cfg: ClipConfig) -> dict[str, Any]:
+    """config.json of a CLIPVisionModel."""
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5, "image_size": cfg.image_size, "patch_size": cfg.patch_size,
+            "hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "num_attention_heads": cfg.heads,
+            "intermediate_size": cfg.mlp_dim}
+
+
+def llama_json(cfg: LlamaConfig, vocab_size: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM or Qwen2ForCausalLM without the added tokens."""
+    kind, name = ("qwen2", "Qwen2ForCausalLM") if cfg.qkv_bias else ("llama", "LlamaForCausalLM")
+    return {"architectures": [name], "model_type": kind, "hidden_act": "silu", "vocab_size": vocab_size,
+            "hidden_size": cfg.hidden, "num_hidden_layers": cfg.layers, "num_attention_heads": cfg.heads,
+            "num_key_value_heads": cfg.kv_heads, "intermediate_size": cfg.mlp_dim, "rms_norm_eps": cfg.rms_eps,
+            "rope_theta": cfg.rope_theta, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+            "torch_dtype": tensors["model.norm.weight"].dtype.name}
+
+
+def beats_cfg(cfg: BeatsConfig) -> dict[str, Any]:
+    """The `cfg` of a BEATs file."""
+    return {"encoder_layers": cfg.layers, "encoder_embed_dim": cfg.width, "encoder_attention_heads": cfg.heads,
+            "encoder_ffn_embed_dim": cfg.mlp_dim, "embed_dim": cfg.embed_dim, "input_patch_size": cfg.patch_size,
+            "conv_pos": cfg.conv_pos, "conv_pos_groups": cfg.conv_pos_groups, "num_buckets": cfg.num_buckets,
+            "max_distance": cfg.max_distance, "layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True,
+            "activation_fn": "gelu", "relative_position_embedding": True, "conv_bias": False, "dropout": 0.0,
+            "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0, "encoder_layerdrop": 0.0,
+            "finetuned_model": False}
+
+
+def adapter_json(cfg: LoraConfig) -> dict[str, Any]:
+    """The sizes of the multi-head LoRA, in the words of the released peft_hyper."""
+    return {"peft_type": "MULTI_HEAD_LORA", "task_type": "CAUSAL_LM", "r": cfg.rank, "lora_alpha": cfg.alpha,
+            "lora_nums": cfg.heads, "lora_dropout": cfg.dropout, "bias": "none",
+            "target_modules": [name.split(".")[-1] for name in PROJECTIONS]}
