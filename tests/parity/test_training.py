@@ -126,6 +126,7 @@ def test_gradients_element_by_element(name, step):
     assert compared
 
 
+@pytest.mark.slow
 def test_the_adamw_trajectory(data, load, sample):
     """Six clipped steps of the mask stage: losses, norms, and where the weights end."""
     record = data.json("train_step.json")["adamw_trajectory"]
