@@ -65,7 +65,7 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     if accumulate == 1:
         grads, metrics = grad_of(batch, rng)
     else:
-        micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        micros = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
         shapes = jax.eval_shape(grad_of, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
