@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from crab_jax.checkpoints import load_params
 from crab_jax.config import model_config
 from crab_jax.convert import torch_writer
-from crab_jax.convert.keymap import Rule, permute, split_target
+from crab_jax.convert.keymap import Rule, torch_tensor
 from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
 from crab_jax.convert.released import base_rules, buffer_rules, crab_rules
 from crab_jax.convert.torch_writer import Tensor
@@ -51,11 +49,7 @@ def tensors_of(rules: Iterable[Rule], params: Mapping[str, Any], rows: int) -> d
     vocabulary = {rule.target: rule.layout for rule in vocab_rules(at="llama/")}
     out = {}
     for rule in rules:
-        path, index = split_target(rule.target)
-        leaf: Any = params
-        for part in path.split("/"):
-            leaf = leaf[part]
-        value = permute(np.asarray(leaf)[index], rule.layout, inverse=True)
+        value = torch_tensor(rule, params)
         value = value[:rows] if rule.target in vocabulary else value
         out[rule.source] = Tensor(value.shape, value.dtype, lambda value=value: value)
     return out
