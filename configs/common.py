@@ -37,15 +37,28 @@ def base() -> ConfigDict:
         "frozen": (*ENCODERS, *LLAMA, *FOURIER),
         "frozen_dtype": "bfloat16",
         "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
-        # weights multiply a task's natural share of the mixture; 0 leaves it out
-        "data": {"root": "", "split": "train", "limit": 0, "batch_size": 256, "workers": 0,
+        # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
+        # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
+        # `weights` multiply a task's natural share of the mixture; 0 leaves it out.
+        "data": {"root": "", "split": "train", "datasets": "", "variant": "train", "frames": "one",
+                 "limit": 0, "batch_size": 256, "workers": 0,
                  "weights": {name: 1.0 for name in TASKS}, **decoding},
         "loss": loss,
         "optim": dataclasses.asdict(OptimConfig()),
-        "mesh": {"data": 0, "fsdp": 1, "tensor": 1},
+        "mesh": {"data": 0, "fsdp": 1, "tensor": 1},  # devices per axis; 0 is inferred
         "seed": 0,
         "steps": 1000,
         "log_every": 10,
         "checkpoint_every": 500,
         "keep": 2,
+        "max_skipped": 10,  # steps in a row whose loss or gradient is not finite, before the run ends
+        "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
     })
+
+
+def released() -> ConfigDict:
+    """`base` for the stages of the paper: the mesh and the micro-batches follow from the devices and their memory."""
+    config = base()
+    config.mesh.fsdp = 0
+    config.optim.accumulate = 0
+    return config

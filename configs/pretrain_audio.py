@@ -11,7 +11,8 @@ from configs import common
 
 def get_config():
     """Only the audio Q-Former trains."""
-    config = common.base()
+    config = common.released()
+    config.data.datasets = "audiocaps"
     config.trainable = ("al_projector/.*",)
     config.frozen = (*common.ENCODERS, "vl_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
     return config

@@ -11,7 +11,8 @@ from configs import common
 
 def get_config():
     """Only the segmentation branch trains."""
-    config = common.base()
+    config = common.released()
+    config.data.datasets = "lvis"
     config.trainable = common.SEGMENTATION
     config.frozen = (*common.ENCODERS, *common.QFORMERS, *common.LLAMA, *common.LORA, *common.FOURIER)
     return config

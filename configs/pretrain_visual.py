@@ -11,7 +11,8 @@ from configs import common
 
 def get_config():
     """Only the visual Q-Former trains; the released code also trained the output matrix by mistake."""
-    config = common.base()
+    config = common.released()
+    config.data.datasets = "video_llava"
     config.trainable = ("vl_projector/.*",)
     config.frozen = (*common.ENCODERS, "al_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
     config.data.video_frames = 8

@@ -17,8 +17,8 @@ def get_config():
     config.data.root = "runs/recipe/scenes"
     config.trainable = (*common.QFORMERS, *common.SEGMENTATION)
     config.frozen = (*common.ENCODERS, *common.LLAMA, *common.LORA, *common.FOURIER)
-    for task in ("ave", "avvp", "avqa", "ms3"):
+    for task in ("ave", "avvp", "avqa"):
         config.data.weights[task] = 0.0
     config.optim.lr = 1e-3
-    config.steps = 400
+    config.steps = 600
     return config

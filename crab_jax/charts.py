@@ -1,4 +1,4 @@
-"""Charts of the report: losses, scores against baselines, and the routing of the LoRA heads."""
+"""Charts of the reports: losses, scores against baselines and by class, and the routing of the LoRA heads."""
 
 from __future__ import annotations
 
@@ -69,9 +69,27 @@ def routing_heatmaps(weights: Mapping[str, np.ndarray], axis: str) -> bytes:
     `weights` are float[layers, projections, heads]; the colours are centred on 1/heads, an even use.
     """
     means = {task: array.mean(axis=1 if axis == "layer" else 0).T for task, array in weights.items()}
-    heads, columns = next(iter(means.values())).shape
+    columns = next(iter(means.values())).shape[1]
     ticks = [name.removesuffix("_proj") for name in PROJECTIONS] if axis == "projection" else _numbers(columns)
-    spread = max(0.02, max(float(np.abs(mean - 1 / heads).max()) for mean in means.values()))
+    return _head_panels(means, ticks, axis)
+
+
+def segment_heatmaps(weights: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
+    """PNG: per task the mean weight of each head in each segment of the sequence, from {segment: float[heads]}.
+
+    A segment that a task does not have stays white.
+    """
+    names = list(dict.fromkeys(name for rows in weights.values() for name in rows))
+    heads = len(next(iter(next(iter(weights.values())).values())))
+    nothing = np.full(heads, np.nan)
+    means = {task: np.stack([rows.get(name, nothing) for name in names], axis=1) for task, rows in weights.items()}
+    return _head_panels(means, names, "segment")
+
+
+def _head_panels(means: Mapping[str, np.ndarray], ticks: Sequence[str], axis: str) -> bytes:
+    """PNG: one panel of float[heads, columns] per task, colours centred on 1/heads, an even use."""
+    heads = next(iter(means.values())).shape[0]
+    spread = max(0.02, max(float(np.nanmax(np.abs(mean - 1 / heads))) for mean in means.values()))
     across = min(3, len(means))
     down = -(-len(means) // across)
     figure = Figure(figsize=(3.2 * across, (0.3 * heads + 0.75) * down))
@@ -101,6 +119,39 @@ def entropy_heatmap(entropy: Mapping[str, np.ndarray], heads: int) -> bytes:
     _sparse_ticks(axes, _numbers(table.shape[1]))
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="bits", fraction=0.03, pad=0.02)
+    return figure_png(figure)
+
+
+def table_heatmap(rows: Mapping[str, Mapping[str, float]], label: str) -> bytes:
+    """PNG: rows by columns of signed numbers with the number in each cell, colours centred on zero."""
+    columns = list(next(iter(rows.values())))
+    values = np.array([[row[column] for column in columns] for row in rows.values()])
+    figure = Figure(figsize=(1.3 * len(columns) + 1.5, 0.34 * len(rows) + 1.1))
+    axes = figure.subplots()
+    # One row of large numbers must not bleach the others: the colour is of the share of the row's largest.
+    largest = np.abs(values).max(axis=1, keepdims=True)
+    axes.imshow(values / np.where(largest > 0, largest, 1), cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:+.3g}", ha="center", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    axes.set_title(label, fontsize=10, loc="left")
+    return figure_png(figure)
+
+
+def breakdown_bars(breakdown: Mapping[str, tuple[float, int]], label: str) -> bytes:
+    """PNG: one bar per class or question type {name: (score, samples)}, in the given order."""
+    figure = Figure(figsize=(7, 0.24 * len(breakdown) + 0.8))
+    axes = figure.subplots()
+    values = [value for value, _ in breakdown.values()]
+    axes.barh(range(len(values)), values, color=COLOURS[5], height=0.7)
+    for row, (value, count) in enumerate(breakdown.values()):
+        axes.text(max(value, 0), row, f" {value:.2f}  (n {count})", va="center", fontsize=7.5, color="0.3")
+    axes.set_yticks(range(len(values)), list(breakdown), fontsize=8)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlim(0, max(1.0, *values) * 1.12)
+    axes.set_xlabel(label, fontsize=9)
+    _plain(axes)
     return figure_png(figure)
 
 

@@ -1,18 +1,21 @@
 """Checkpoints of a run, and whole models in one folder. The only file that imports Orbax.
 
-A run's `checkpoints/` holds `frozen/` (written once), one folder per step with `train` (trainable, optimizer, step)
-and `data` (input position), and `manifest.json`. A packed model is a folder with `params.safetensors`, `config.json`
-and `tokenizer.json`: small enough to hand around, and what `--checkpoint` and `init_from` also take.
+A run's `checkpoints/` holds `frozen/` (written once), one folder per step with `train` (trainable, optimizer, step),
+and `manifest.json`. Every process writes and reads its own shards, into one folder that all must see; what was saved on
+one mesh restores on another. The position of the input is the step. An imported model is a folder with the Orbax tree
+`params/`, written leaf by leaf. A packed model is one with `params.safetensors`: small enough to hand around. Both also
+hold `config.json` and the tokenizer, and `--checkpoint` and `init_from` take them like a run.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import hashlib
 import json
 import math
-import os
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,17 +23,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp_v0
 import safetensors.numpy
+import tensorstore as ts
 from etils import epath
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from crab_jax.convert.torch_file import SAFETENSORS_NAMES, read_safetensors
+from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
+from crab_jax.optim import merge
 
 FORMAT = 1
-PACKED = "params.safetensors"
-DTYPES, AS_STORED = "dtypes", "as stored"  # marks a file whose leaves keep their dtypes
+PACKED, IMPORTED = "params.safetensors", "params"
+CHUNK = 32 * 2**20  # bytes; what a host reads at once of a large imported leaf, so that it can restore only its shard
 
 
 def describe_mismatch(wanted: Any, found: Any) -> list[str]:
@@ -54,13 +61,41 @@ def check_match(wanted: Any, found: Any, where: str) -> None:
 
 
 def tree_hash(tree: Any) -> str:
-    """SHA-256 over the paths, shapes, dtypes and bytes of every leaf."""
+    """SHA-256 over the paths, shapes, dtypes and checksums of every leaf: the same for any sharding and process count.
+
+    Each process reads its own shards, one at a time.
+    """
+    flat = sorted(traverse_util.flatten_dict(tree, sep="/").items())
+    sums = np.array([_checksum(leaf) for _, leaf in flat], np.uint32)
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
     digest = hashlib.sha256()
-    for path, leaf in sorted(traverse_util.flatten_dict(tree, sep="/").items()):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{path}{array.shape}{array.dtype}".encode())
-        digest.update(array.view(np.uint8).data)
+    for (path, leaf), checksum in zip(flat, sums.tolist(), strict=True):
+        digest.update(f"{path}{leaf.shape}{leaf.dtype}{checksum}".encode())
     return digest.hexdigest()
+
+
+def _checksum(leaf: Any) -> int:
+    """Sum modulo 2**32, over this process's shards, of each element's bits times an odd number for each of its indices:
+    sums of disjoint shards add up to the sum of the leaf, and any one changed element changes it.
+    """
+    whole = tuple(slice(None) for _ in leaf.shape)
+    shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0] if isinstance(
+        leaf, jax.Array) else [(whole, leaf)]
+    total = 0
+    for index, data in shards:
+        factors = []
+        for axis, (taken, size) in enumerate(zip(index, leaf.shape, strict=True)):
+            mixed = (np.arange(size, dtype=np.uint32)[taken] + np.uint32(axis + 1)) * np.uint32(2654435761)
+            factors.append((mixed ^ (mixed >> np.uint32(15))) | np.uint32(1))
+        bits = np.ascontiguousarray(data)
+        bits = bits.view(np.dtype(f"u{bits.itemsize}")).reshape(np.shape(data))
+        for odd, part in zip(factors[0], bits, strict=True) if factors else [(1, bits)]:
+            summed = part.astype(np.uint32)
+            for factor in reversed(factors[1:]):
+                summed = summed @ factor
+            total += int(summed) * int(odd)
+    return total % 2**32
 
 
 def _abstract(tree: Any) -> Any:
@@ -84,20 +119,35 @@ class RunCheckpoints:
     def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
         """Write the frozen tree once and the manifest that later restores are checked against."""
         ocp.save(self.folder / "frozen", frozen, overwrite=True)
-        manifest = {"format": FORMAT, "frozen_sha256": tree_hash(frozen), **manifest,
+        manifest = {"format": FORMAT, "frozen_hash": tree_hash(frozen), **manifest,
                     "packages": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}}
-        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        if jax.process_index() == 0:
+            (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
-    def save(self, step: int, train: Any, data: Any) -> None:
-        """Start writing one step in the background. `data` is the Grain iterator."""
-        self._steps.save_checkpointables_async(step, {"train": train, "data": data})
+    def load_frozen(self, wanted: Any) -> Any:
+        """The frozen tree, straight into the dtypes and shards of `wanted`. Raises InputError when it is not what the
+        run started with.
+        """
+        folder = self.folder / "frozen"
+        check_match(wanted, ocp.metadata(folder).metadata, str(folder))
+        frozen = _load_orbax(folder, wanted)
+        # Runs of an earlier version have another hash under another name.
+        kept = json.loads((self.folder / "manifest.json").read_text()).get("frozen_hash")
+        if kept and kept != tree_hash(frozen):
+            raise InputError(str(folder), "frozen_hash", "the frozen weights are not those that the run started with",
+                             "copy the folder again, or start anew in another --workdir")
+        return frozen
 
-    def restore(self, train: Any, data: Any) -> Any:
-        """Newest `train` tree, with the shapes, dtypes and shardings of the given one; moves `data` to its position."""
+    def save(self, step: int, train: Any) -> None:
+        """Start writing one step in the background."""
+        self._steps.save_checkpointables_async(step, {"train": train})
+
+    def restore(self, train: Any) -> Any:
+        """Newest `train` tree, with the shapes, dtypes and shardings of the given one."""
         step = self.latest
         found = ocp.metadata(self.folder / str(step), "train").metadata
         check_match(_plain(train), _plain(found), str(self.folder / str(step)))
-        return self._steps.load_checkpointables(step, {"train": _abstract(train), "data": data})["train"]
+        return self._steps.load_checkpointables(step, {"train": _abstract(train)})["train"]
 
     def wait(self) -> None:
         """Block until everything started is on disk."""
@@ -127,46 +177,84 @@ def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
     safetensors.numpy.save_file(flat, file)
 
 
-def save_tree_by_parts(file: str | Path, leaves: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-                       parts: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> None:
-    """Write a tree that never is in memory: `leaves` gives the shape and dtype of every '/'-joined path, `parts` yields
-    (path, leading indices, array). What no part covers is zero. `load_tree` keeps the dtypes of such a file.
-    """
-    header: dict[str, Any] = {"__metadata__": {DTYPES: AS_STORED}}
-    end = 0
-    for path, (shape, dtype) in sorted(leaves.items()):
-        first, end = end, end + math.prod(shape) * dtype.itemsize
-        header[path] = {"dtype": SAFETENSORS_NAMES[dtype.name], "shape": shape, "data_offsets": [first, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    unfinished = Path(f"{file}.unfinished")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    with open(unfinished, "wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        start = out.tell()
-        out.truncate(start + end)
-        for path, index, array in parts:
-            shape, dtype = leaves[path]
-            if (*shape[:len(index)], *array.shape) != shape or array.dtype != dtype:
-                raise ValueError(f"{path}{list(index)}: {array.dtype}{array.shape} in a leaf {dtype}{shape}")
-            row = int(np.ravel_multi_index(index, shape[:len(index)])) if index else 0
-            out.seek(start + header[path]["data_offsets"][0] + row * array.nbytes)
-            out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    os.replace(unfinished, file)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Streamed:
+    """A leaf that need not fit in memory: `parts()` yields (leading indices, array) and covers it exactly once."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: int  # leading axes that the parts index
+    parts: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
+
+    def checked(self) -> Iterable[tuple[tuple[int, ...], np.ndarray]]:
+        """The parts; ValueError when one does not fit, comes twice or is missing."""
+        left = set(np.ndindex(self.shape[:self.stacked]))
+        for index, part in self.parts():
+            if index not in left or (part.shape, part.dtype) != (self.shape[self.stacked:], self.dtype):
+                raise ValueError(f"part {index}: {part.dtype}{part.shape} in a leaf {self.dtype}{self.shape}")
+            left.remove(index)
+            yield index, np.ascontiguousarray(part)
+        if left:
+            raise ValueError(f"parts {sorted(left)} are missing in a leaf {self.dtype}{self.shape}")
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole leaf."""
+        return self.size * self.dtype.itemsize
 
 
-def load_tree(file: str | Path) -> Any:
-    """The parameter tree of one safetensors file, floating leaves as float32, unless it was written by parts: then
-    they keep their dtypes and stay in the file, memory-mapped. Raises InputError when it is damaged.
+class _PartByPart(ocp_v0.type_handlers.NumpyHandler):
+    """Writes `Streamed` leaves, one part in memory at a time. They restore like any other array."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:  # type: ignore[override]
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        async with self._turn:
+            if value.nbytes > CHUNK:
+                for index, part in value.checked():
+                    await store[index].write(part, can_reference_source_data_indefinitely=True)
+            else:  # many small writes take longer than one
+                whole = np.zeros(value.shape, value.dtype)
+                for index, part in value.checked():
+                    whole[index] = part
+                await store.write(whole)
+
+
+def save_streamed(folder: str | Path, leaves: Mapping[str, Streamed]) -> None:
+    """Write a tree of '/'-joined paths as an Orbax checkpoint, in the leaves' dtypes, chunked by stacked layer."""
+    registry = ocp_v0.type_handlers.create_type_handler_registry(
+        (Streamed, _PartByPart()), (jax.Array, ocp_v0.type_handlers.ArrayHandler()))
+    handler = ocp_v0.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, type_handler_registry=registry)
+    tree = traverse_util.unflatten_dict(dict(leaves), sep="/")
+    layout = jax.tree.map(lambda leaf: ocp_v0.SaveArgs() if leaf.nbytes <= CHUNK else ocp_v0.SaveArgs(
+        shard_axes=tuple(range(leaf.stacked)), chunk_byte_size=CHUNK), tree)
+    with ocp_v0.Checkpointer(handler) as writer:
+        writer.save(epath.Path(folder).resolve(), force=True, args=ocp_v0.args.PyTreeSave(
+            tree, save_args=layout, ocdbt_target_data_file_size=8 * CHUNK))
+
+
+def load_tree(file: str | Path, wanted: Any = None) -> Any:
+    """The parameter tree of one safetensors file, floating leaves as float32; with `wanted`, those leaves of it in
+    their dtypes, each device reading its shard of the mapped file. Raises InputError when it is damaged.
     """
     flat = read_safetensors(file)
-    kept = flat.metadata.get(DTYPES) == AS_STORED
 
-    def load(path: str) -> np.ndarray:
+    def load(path: str, place: Any) -> Any:
         leaf = flat[path]
-        return leaf.astype(np.float32) if not kept and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        if place is None:
+            return leaf.astype(np.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        return jax.make_array_from_callback(leaf.shape, place.sharding, lambda index: leaf[index].astype(place.dtype))
 
-    return traverse_util.unflatten_dict({path: load(path) for path in flat}, sep="/")
+    places = dict.fromkeys(flat) if wanted is None else traverse_util.flatten_dict(wanted, sep="/")
+    return traverse_util.unflatten_dict({path: load(path, place) for path, place in places.items()}, sep="/")
 
 
 def save_packed(folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None) -> None:
@@ -175,21 +263,21 @@ def save_packed(folder: str | Path, params: Any, config: dict[str, Any], dtype: 
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def load_run_params(workdir: str | Path) -> Any:
-    """Parameter tree (frozen and newest trainable merged) of a training run."""
-    from crab_jax.optim import merge
+def _partial_load() -> ocp.Context:
+    """Within it, a load may ask for some leaves of a tree only (never for none)."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
 
-    folder = epath.Path(workdir).resolve() / "checkpoints"
-    with ocp.training.Checkpointer(folder) as steps:
-        if steps.latest is None:
-            raise InputError(str(folder), "", "holds no finished checkpoint", "train first, or wait for the first save")
-        step = steps.latest.step
-        abstract = _on_host(ocp.metadata(folder / str(step), "train").metadata["trainable"])
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            trainable = steps.load_checkpointables(step, {"train": {"trainable": abstract}})["train"]["trainable"]
-    return merge(trainable, ocp.load(folder / "frozen", _on_host(ocp.metadata(folder / "frozen").metadata)))
+
+def _load_orbax(folder: epath.Path, wanted: Any) -> Any:
+    """The leaves of a tree that `wanted` has, in its dtypes and shardings. Raises InputError when it is damaged."""
+    try:
+        with _partial_load():
+            return ocp.load(folder, wanted)
+    except Exception as error:  # Orbax and TensorStore raise many kinds, the bare Exception among them
+        raise InputError(str(folder), "", f"cannot be read ({str(error).splitlines()[0][:200]})",
+                         "copy or import it again") from error
 
 
 def _on_host(tree: Any) -> Any:
@@ -198,12 +286,68 @@ def _on_host(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
-def load_params(path: str | Path) -> Any:
-    """Parameter tree of a run's workdir or of a packed model. Raises InputError when it is neither."""
+@dataclasses.dataclass(frozen=True)
+class StoredParams:
+    """Parameters on disk. `shapes`: ShapeDtypeStructs of the whole tree. `load(wanted)` reads the leaves of `wanted`
+    straight into its dtypes and shardings; `load(None)` reads all of them, in the stored dtypes, onto this host.
+    """
+
+    shapes: Any
+    load: Callable[[Any], Any]
+
+
+def _packed(file: Path) -> StoredParams:
+    flat = read_safetensors(file)
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating)
+                                         else leaf.dtype) for path, leaf in flat.items()}
+    return StoredParams(traverse_util.unflatten_dict(shapes, sep="/"), partial(load_tree, file))
+
+
+def _imported(folder: epath.Path) -> StoredParams:
+    try:
+        shapes = ocp.metadata(folder).metadata
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(str(folder), "", f"cannot be read ({str(error).splitlines()[0][:200]})",
+                         "copy or import it again") from error
+    return StoredParams(shapes, lambda wanted: _load_orbax(folder, _on_host(shapes) if wanted is None else wanted))
+
+
+def _of_run(folder: epath.Path) -> StoredParams:
+    """Frozen and newest trainable parameters of a run's `checkpoints/`, as one tree."""
+    with ocp.training.Checkpointer(folder) as steps:
+        if steps.latest is None:
+            raise InputError(str(folder), "", "holds no finished checkpoint", "train first, or wait for the first save")
+        step = steps.latest.step
+    trained = ocp.metadata(folder / str(step), "train").metadata["trainable"]
+    frozen = _imported(folder / "frozen")
+    in_trained = set(traverse_util.flatten_dict(trained))
+
+    def load(wanted: Any) -> Any:
+        flat = traverse_util.flatten_dict(_on_host(merge(trained, frozen.shapes)) if wanted is None else wanted)
+        ours, theirs = (traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items()
+                                                      if (path in in_trained) == kind}) for kind in (True, False))
+        loaded = {}
+        if ours:
+            with _partial_load(), ocp.training.Checkpointer(folder) as steps:
+                loaded = steps.load_checkpointables(step, {"train": {"trainable": ours}})["train"]["trainable"]
+        return merge(loaded, frozen.load(theirs) if theirs else {})
+
+    return StoredParams(merge(trained, frozen.shapes), load)
+
+
+def stored_params(path: str | Path) -> StoredParams:
+    """The parameters of a run's workdir, an imported or a packed model. Raises InputError when it is none of them."""
     path = Path(path)
     if (path / PACKED).is_file():
-        return load_tree(path / PACKED)
+        return _packed(path / PACKED)
+    if (path / IMPORTED).is_dir():
+        return _imported(epath.Path(path).resolve() / IMPORTED)
     if (path / "checkpoints" / "frozen").is_dir():
-        return load_run_params(path)
-    raise InputError(str(path), "checkpoint", "is neither a training run nor a packed model",
-                     f"give a --workdir of train, or a folder with {PACKED}")
+        return _of_run(epath.Path(path).resolve() / "checkpoints")
+    raise InputError(str(path), "checkpoint", "is neither a training run nor an imported or packed model",
+                     f"give a --workdir of train, the --out of an import, or a folder with {PACKED}")
+
+
+def load_params(path: str | Path) -> Any:
+    """The whole parameter tree behind `stored_params`, on this host."""
+    return stored_params(path).load(None)

@@ -104,10 +104,10 @@ def check_config(config: ConfigDict) -> None:
     data_config(config)
     optim = OptimConfig(**config.optim)
     learning_rate(optim, config.steps)
-    for field in ("steps", "log_every", "checkpoint_every", "keep"):
+    for field in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped"):
         if config[field] < 1:
             raise InputError("--config", field, f"is {config[field]}", "must be at least 1")
-    if config.data.batch_size % optim.accumulate:
+    if optim.accumulate and config.data.batch_size % optim.accumulate:
         raise InputError("--config", "data.batch_size", f"{config.data.batch_size} rows do not split into "
                          f"{optim.accumulate} micro-batches", "use a multiple of optim.accumulate")
 
@@ -136,6 +136,9 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
     if rest[1:]:
         raise InputError("command line", rest[1], "is not a flag", "write --config.key=value")
+    if "://" in (values.workdir or ""):
+        raise InputError("command line", "--workdir", f"{values.workdir!r} is no folder",
+                         "mount the bucket and give its path (launch_tpu.sh does)")
     config = values.config
     wanted = _keys(_fresh(argv))
     if _keys(config) != wanted:

@@ -50,18 +50,21 @@ def find_input_error(error: BaseException) -> InputError | None:
     return None
 
 
+def report(error: BaseException, debug: bool = False) -> int:
+    """Show what ended a verb; its exit code: 2 for an `InputError` (one line on stderr), 1 for anything else."""
+    found = find_input_error(error)
+    if debug or (found is None and not isinstance(error, KeyboardInterrupt)):
+        traceback.print_exception(error)
+    if found is None:
+        return 1
+    print(f"error: {found}", file=sys.stderr)
+    return 2
+
+
 def run_verb(main: Callable[[], None], debug: bool = False) -> None:
-    """Run a verb and exit: 0 done, 2 for an `InputError` (one line on stderr), 1 for anything else."""
+    """Run a verb and exit: 0 done, otherwise as `report` says."""
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(1)
-    except Exception as error:
-        found = find_input_error(error)
-        if debug or found is None:
-            traceback.print_exc()
-        if found is not None:
-            print(f"error: {found}", file=sys.stderr)
-            sys.exit(2)
-        sys.exit(1)
+    except (KeyboardInterrupt, Exception) as error:
+        sys.exit(report(error, debug))
     sys.exit(0)

@@ -1,31 +1,41 @@
-"""Answer a split with a trained model and score it.
+"""Answer a split with a trained model and score it, or score answers that exist.
 
     python -m crab_jax.evaluate --checkpoint runs/x --tasks ave,s4 --split test --out runs/x/test
+    python -m crab_jax.evaluate --predictions infer_results.jsonl --tasks avqa --data DIR --out scored
 
-Writes results.json, results.md, predictions.jsonl and masks/*.png into --out. Decoding is greedy, so two runs agree.
+Writes predictions.jsonl and masks/*.png as answers come, then results.json, results.md and results.html into --out. A
+run that was stopped goes on where it was. Decoding is greedy, so two runs agree. With --predictions no model is needed:
+the file is ours or the released code's; docs/evaluation.md has its schema. Several processes share the work with
+--process I/N each, or started as one JAX run (see crab_jax/distributed.py); process 0 waits for the others and scores.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import re
+import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from PIL import Image
 
-from crab_jax import compile_cache, runs, scoring
+from crab_jax import compile_cache, distributed, predictions, results_page, runs, scoring
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.inference import Prediction, predict_examples
+from crab_jax.inference import Prediction, predict_examples, read_answer
+from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
-from data_pipelines.examples import Example
-from data_pipelines.media import avss_palette, read_mask
+from data_pipelines.datasets import VARIANTS
+from data_pipelines.examples import Example, digest
+from data_pipelines.media import read_mask
+
+DESCRIPTION = "evaluation.json"
+PATIENCE = 1800  # seconds without a new answer after which process 0 no longer waits for the others
 
 
 def select(examples: Sequence[Example], tasks: Sequence[str] = (), limit: int | None = None) -> list[Example]:
@@ -55,92 +65,277 @@ def check_labels(examples: Iterable[Example]) -> None:
             raise InputError(f"example {example.id!r}", "mask", problem, "give the mask file and its kind")
 
 
-def label_mask(example: Example, root: Path, size: int) -> np.ndarray | None:
-    """int32[size,size]: the ground truth of an example at the model's picture size, None without one."""
-    return read_mask(root / example.mask, size, example.mask_kind) if example.mask else None
+# What an evaluation folder is an evaluation of.
+
+def fingerprint(params: Any) -> str:
+    """Digest of parameters: names, shapes and up to 4096 evenly spaced values of every leaf."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in
+                             jax.tree_util.tree_leaves_with_path(params)):
+        flat = np.asarray(leaf).reshape(-1)
+        digest.update(f"{path}{leaf.shape}{flat.dtype}".encode() + flat[::max(1, flat.size // 4096)].tobytes())
+    return digest.hexdigest()
 
 
-def save_mask(path: Path, mask: np.ndarray) -> None:
-    """PNG of a mask: class ids in the AVSBench-semantic palette, or probability above one half as white."""
-    if np.issubdtype(mask.dtype, np.integer):
-        picture = Image.fromarray(mask.astype(np.uint8))
-        picture.putpalette(avss_palette().tobytes())
-    else:
-        picture = Image.fromarray(np.where(mask > 0.5, 255, 0).astype(np.uint8))
-    picture.save(path)
+def describe(arguments: argparse.Namespace, root: Path, split: Sequence[Example], origin: Mapping[str, str],
+             identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `evaluation.json` holds: where the answers come from, and `identity`, all that they depend on."""
+    identity = {**identity, "examples": digest(split)}
+    return {**origin, "data": str(root), "split": arguments.split, "identity": identity}
 
 
-def record(prediction: Prediction, mask: str | None) -> dict[str, Any]:
-    """One line of predictions.jsonl; `mask` is a path relative to that file."""
-    example = prediction.example
-    return {"id": example.id, "task": example.task, "prompt": example.instruction, "text": prediction.text,
-            "parsed": prediction.parsed, "mask": mask, "label": example.meta}
+def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
+    """Make --out the folder of this evaluation; answers of another one are moved to `previous/`.
+
+    Only the `first` process does so; the others wait for it.
+    """
+    file = out / DESCRIPTION
+
+    def same() -> bool:
+        try:
+            return json.loads(file.read_text())["identity"] == description["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    if not first:
+        _wait_until(same, f"{file} of process 0")
+        return
+    if not same():
+        old = [path for path in (*predictions.parts(out), out / "masks", file) if path.exists()]
+        if old:
+            print(f"answers of another model, split or setting are moved to {out / 'previous'}", flush=True)
+            shutil.rmtree(out / "previous", ignore_errors=True)
+            (out / "previous").mkdir()
+            for path in old:
+                path.rename(out / "previous" / path.name)
+    predictions.write_whole(file, json.dumps(description, indent=1).encode())
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Run the whole evaluation that the command line describes."""
+def _wait_until(done: Callable[[], Any], what: str, progress: Callable[[], Any] = lambda: None) -> None:
+    """Wait for other processes; gives up when `progress()` has not changed for PATIENCE seconds."""
+    last, since = progress(), time.monotonic()
+    while not done():
+        time.sleep(1)
+        now = progress()
+        if now != last:
+            last, since = now, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise InputError("--process", "", f"waited {PATIENCE} s for {what}",
+                             "start the missing processes again, then this one: all go on where they were")
+
+
+# Answers.
+
+def share(examples: Sequence[Example], index: int, count: int) -> list[Example]:
+    """The examples that process `index` of `count` answers: every count-th."""
+    return list(examples[index::count])
+
+
+def with_progress(answers: Iterator[Prediction], total: int, done: int) -> None:
+    """Use up an iterator of predictions, `done` of `total` being there already, and print rate and ETA."""
+    began, shown = time.monotonic(), 0.0
+    for number, _ in enumerate(answers, done + 1):
+        now = time.monotonic()
+        if now - shown > 5 or number == total:
+            rate, shown = (number - done) / max(now - began, 1e-9), now
+            print(f"{number}/{total}  {rate:.2f} examples/s  eta {(total - number) / rate:.0f} s", flush=True)
+
+
+class Source(NamedTuple):
+    """Where answers come from: the data they are about, the examples to score, a description for `evaluation.json`, the
+    ids that will be answered, and a function that answers Examples."""
+
+    root: Path
+    split: list[Example]
+    examples: list[Example]
+    description: dict[str, Any]
+    answerable: set[str]
+    answers: Callable[[list[Example]], Iterator[Prediction]]
+
+
+def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example], list[Example]]:
+    """(every Example of the split, the ones to score)."""
+    split = runs.read_examples(root, arguments.split, datasets=[name for name in arguments.datasets.split(",") if name],
+                               variant=arguments.variant, missing=arguments.missing)
+    examples = select(split, [task for task in arguments.tasks.split(",") if task], arguments.limit)
+    check_labels(examples)
+    return split, examples
+
+
+def from_model(arguments: argparse.Namespace) -> Source:
+    """Answers of --checkpoint."""
     model, params, config, tokenizer = runs.load_model(arguments.checkpoint)
     if not (arguments.data or config.data.root):
         raise InputError("--data", "", "is not given, and the checkpoint was trained without one", "give --data=DIR")
     root = Path(arguments.data or config.data.root)
-    tasks = [task for task in arguments.tasks.split(",") if task]
-    examples = select(runs.read_examples(root, arguments.split), tasks, arguments.limit)
-    check_labels(examples)
+    split, examples = _read_split(arguments, root)
+
+    def answers(todo: list[Example]) -> Iterator[Prediction]:
+        # A bad file stops the run: leaving examples out would change what the scores mean.
+        return predict_examples(
+            model, params, config, tokenizer, todo, root, arguments.batch_size, arguments.max_new_tokens,
+            on_error="raise", mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
+
+    identity = {"parameters": fingerprint(params), "max_new_tokens": arguments.max_new_tokens,
+                "mute_audio": arguments.mute_audio, "blank_video": arguments.blank_video}
+    description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, identity)
+    return Source(root, split, examples, description, {example.id for example in examples}, answers)
+
+
+def from_file(arguments: argparse.Namespace) -> Source:
+    """Answers of --predictions."""
+    if not arguments.data:
+        raise InputError("--data", "", "is not given", "--predictions are scored against the labels of --data=DIR")
+    root, file = Path(arguments.data), Path(arguments.predictions)
+    split, examples = _read_split(arguments, root)
+    tasks, wanted = {example.task for example in examples}, {example.id for example in examples}
+    ours = [example for example in split if example.task in tasks]
+    others = {example.id for example in split if example.task not in tasks}
+    found = predictions.assign(predictions.read_rows(file), ours, str(file), others)
+    rows = {name: row for name, row in found.items() if name in wanted}  # --limit may want less than the file has
+    print(f"{len(rows)} of {len(examples)} examples have a prediction"
+          + ("" if len(rows) == len(examples) else "; the others count as answered with nothing"), flush=True)
+
+    def answers(todo: list[Example]) -> Iterator[Prediction]:
+        for example in todo:
+            answer = predictions.answer_of(rows[example.id], example, file.parent, f"{file}, {example.id}")
+            yield read_answer(example, answer.text, answer.mask)
+
+    identity = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()}
+    description = describe(arguments, root, split, {"predictions": str(file)}, identity)
+    return Source(root, split, examples, description, set(rows), answers)
+
+
+def collect(source: Source, out: Path, index: int, count: int) -> None:
+    """Write the answers of this process's share that are not there yet; process 0 then merges those of all."""
+    ours = [example for example in share(source.examples, index, count) if example.id in source.answerable]
+    known = predictions.read_all(out)
+    todo = [example for example in ours if example.id not in known]
+    if len(todo) < len(ours):
+        print(f"{len(ours) - len(todo)} of {len(ours)} examples are answered already", flush=True)
+    if todo:
+        file = out / (predictions.FILE if count == 1 else f"predictions.{index}.jsonl")
+        with_progress(predictions.append(file, source.answers(todo)), len(ours), len(ours) - len(todo))
+    if index:
+        print(f"process {index} has answered its {len(ours)} examples; process 0 scores them")
+        return
+    _wait_until(lambda: source.answerable <= predictions.read_all(out).keys(), "the answers of the other processes",
+                lambda: len(predictions.read_all(out)))
+    predictions.merge(out, [example.id for example in source.split])
+
+
+# Scores.
+
+def read_predictions(folder: Path, examples: Sequence[Example]) -> Iterator[Prediction]:
+    """What a folder holds as the answer to each Example; nothing at all where it has no line."""
+    rows = predictions.read_all(folder)
+    for example in examples:
+        found = predictions.answer_of(rows.get(example.id), example, folder, f"prediction {example.id}")
+        yield read_answer(example, found.text, found.mask)
+
+
+def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[Judged]:
+    """Score what a folder holds against the labels; an example without a line counts as answered with nothing.
+
+    Masks are compared at their own size, answers without one at that of the first mask.
+    """
+    usual = next((len(p.mask) for p in read_predictions(folder, examples) if p.mask is not None),
+                 predictions.DEFAULT_SIZE)
+    judged = []
+    for found in read_predictions(folder, examples):
+        example, side = found.example, usual if found.mask is None else len(found.mask)
+        truth = read_mask(root / example.mask, side, example.mask_kind) if example.mask else None
+        judged.append(scoring.judge(example, scoring.Answer(example.id, found.text, found.mask), truth))
+    return judged
+
+
+def shown_examples(judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path,
+                   count: int) -> Iterator[tuple[str, str]]:
+    """(heading, HTML) of the worst and the best `count` samples of each task."""
+    by_id = {example.id: example for example in examples}
+    for name, ours in scoring.by_task(judged).items():
+        values = {one.id: results_page.sample_score(one) for one in ours}
+        for heading, ids in zip(("worst", "best"), results_page.extremes(values, count), strict=True):
+            found = read_predictions(folder, [by_id[one] for one in ids])
+            yield f"{name}, {heading}", "".join(results_page.drawn(p, values[p.example.id], root) for p in found)
+
+
+def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples: Sequence[Example]) -> None:
+    """Score the folder and write results.json, results.md and results.html."""
+    judged = judge_folder(out, examples, root)
+    results: dict[str, Any] = scoring.summarise(judged)
+    metas = {example.id: example.meta for example in examples}
+    breakdowns = {name: TASKS[name].breakdown([one.stats for one in ours], [metas[one.id] for one in ours])
+                  for name, ours in scoring.by_task(judged).items()}
+    results["breakdown"] = {name: {key: {"value": value, "n": n} for key, (value, n) in found.items()}
+                            for name, found in breakdowns.items() if found}
+    table = scoring.markdown(results)
+    predictions.write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
+    predictions.write_whole(out / "results.md", table.encode())
+    shown = shown_examples(judged, out, examples, root, arguments.examples)
+    title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
+    results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
+    print(table)
+    print(f"page: {out / 'results.html'}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Run the whole evaluation that the command line describes."""
     out = Path(arguments.out)
     try:
-        (out / "masks").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
-
-    # A bad file stops the run: leaving examples out would change what the scores mean.
-    predictions = predict_examples(
-        model, params, config, tokenizer, examples, root, arguments.batch_size, arguments.max_new_tokens,
-        on_error="raise", mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
-    judged, began, shown = [], time.monotonic(), 0.0
-    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for number, prediction in enumerate(predictions, 1):
-            example, mask = prediction.example, None
-            if prediction.mask is not None:
-                mask = f"masks/{number:06d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', example.id)[:80]}.png"
-                save_mask(out / mask, prediction.mask)
-            file.write(json.dumps(record(prediction, mask), ensure_ascii=False) + "\n")
-            answer = scoring.Answer(example.id, prediction.text, prediction.mask)
-            judged.append(scoring.judge(example, answer, label_mask(example, root, model.cfg.clip.image_size)))
-            now = time.monotonic()
-            if now - shown > 5 or number == len(examples):
-                rate, shown = number / (now - began), now
-                print(f"{number}/{len(examples)}  {rate:.2f} examples/s  eta {(len(examples) - number) / rate:.0f} s",
-                      flush=True)
-
-    results = scoring.summarise(judged)
-    table = scoring.markdown(results)
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False))
-    (out / "results.md").write_text(table)
-    print(table)
+    if not (arguments.predictions or arguments.process):
+        distributed.start()
+    source = from_file(arguments) if arguments.predictions else from_model(arguments)
+    index, count = arguments.process or (jax.process_index(), jax.process_count())
+    claim(out, source.description, index == 0)
+    collect(source, out, index, count)
+    if index == 0:
+        report_scores(arguments, out, source.root, source.examples)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.evaluate")
-    parser.add_argument("--checkpoint", required=True, help="workdir of a training run, or a packed model")
+    parser.add_argument("--checkpoint", help="workdir of a training run, or a packed model")
+    parser.add_argument("--predictions", metavar="FILE", help="score these answers instead of a model's")
     parser.add_argument("--out", required=True, help="folder for results, predictions and masks")
     parser.add_argument("--data", default="", help="data root (default: the one of training)")
-    parser.add_argument("--split", default="test", help="reads <data>/<split>.jsonl")
+    parser.add_argument("--split", default="test", help="of <data>/<split>.jsonl, or of the datasets of a raw root")
+    parser.add_argument("--datasets", default="", metavar="A,B", help="of a raw root (default: the joint stage's)")
+    parser.add_argument("--variant", default="train", choices=VARIANTS, help="prompts of a raw root (default train)")
+    parser.add_argument("--missing", default="raise", choices=("raise", "skip"),
+                        help="what to do about files that a raw root lacks: stop, or leave out what needs them")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=_positive, help="at most this many examples of each task")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--max-new-tokens", type=_positive, default=256)
-    parser.add_argument("--mute-audio", action="store_true", help="replace every sound by silence")
+    parser.add_argument("--mute-audio", action="store_true", help="replace all sound by silence")
     parser.add_argument("--blank-video", action="store_true",
                         help="replace every picture by black, the one to segment included")
+    parser.add_argument("--process", type=_process, metavar="I/N", help="answer the share of process I of N, from 0/N")
+    parser.add_argument("--examples", type=int, default=2, metavar="K", help="worst and best examples to draw per task")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.checkpoint) == bool(arguments.predictions):
+        raise InputError("command line", "--checkpoint", "exactly one of --checkpoint and --predictions is needed",
+                         "give a model to evaluate or a file to score")
+    return arguments
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _process(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return int(index), int(count)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ class OptimConfig:
     schedule: "cosine" (linear warm-up, cosine to zero) or "warmup_decay" (the released DeepSpeed WarmupDecayLR:
         logarithmic warm-up, linear decay to zero), or "constant" (linear warm-up, then flat).
     accumulate: micro-batches per step; the batch is split, gradients are summed and divided once by the global counts.
+        0 infers it from the memory of a device (crab_jax/layout.py).
     """
 
     lr: float = 1e-4

@@ -45,36 +45,32 @@ def pack(run: Path, out: Path) -> None:
     shutil.copy(run / "metrics.jsonl", out / "metrics.jsonl")
 
 
-def recipe(out: Path, packed: Path, scale: float) -> None:
-    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe)."""
+def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
+    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe); with `start` the
+    warm-up goes on from that packed model."""
     def scaled(n: int) -> int:
         return max(4, int(n * scale))
 
     seconds = {}
-    scenes, warmup, pretrain, joint, refine = (
-        out / name for name in ("scenes", "warmup", "pretrain", "joint", "refine"))
+    scenes, warmup, pretrain, joint = (out / name for name in ("scenes", "warmup", "pretrain", "joint"))
     seconds["scenes"] = command("data_pipelines.sources.scenes", "--out", scenes, "--train", scaled(3000), "--val", 8,
                                 "--test", scaled(120), "--seed", SEED, "--workers", 2)
     if not (warmup / "params.safetensors").exists():
-        seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale)
+        seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale,
+                                    *(("--start", start) if start else ()))
     shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")
     seconds["pretrain"] = command(
         "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
-        f"--config.steps={scaled(400)}", f"--workdir={pretrain}")
+        f"--config.steps={scaled(600)}", f"--workdir={pretrain}")
     seconds["joint"] = command(
         "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
-        f"--config.steps={scaled(900)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
-    # Boxes and class maps learn slowest: a second round of the joint stage with more of them.
-    seconds["refine"] = command(
-        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={joint}",
-        "--config.data.weights.arig=4", "--config.data.weights.avss=2", "--config.loss.ce=8",
-        "--config.optim.lr=1e-3", f"--config.steps={scaled(450)}", "--config.checkpoint_every=150",
-        f"--workdir={refine}")
-    pack(refine, packed)
+        f"--config.steps={scaled(1200)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
+    pack(joint, packed)
     seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,
                                   "--max-new-tokens", 160, "--out", out / "eval")
     shutil.copy(out / "eval" / "results.json", packed / "results.json")
-    facts = {"scale": scale, "scene_seed": SEED, "seconds": {k: round(v) for k, v in seconds.items()}}
+    facts = {"scale": scale, "start": str(start or ""), "scene_seed": SEED,
+             "seconds": {k: round(v) for k, v in seconds.items()}}
     (packed / "recipe.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -84,9 +80,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--pack", type=Path, default=Path("runs/recipe/warm_start"), help="where the result goes")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full recipe, for a quick look")
+    parser.add_argument("--start", type=Path, help="a packed model that the warm-up goes on from")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
-    recipe(args.out, args.pack, args.scale)
+    recipe(args.out, args.pack, args.scale, args.start)
 
 
 if __name__ == "__main__":

@@ -9,61 +9,30 @@ writes, optionally with "baselines": {name: {task: ...}} in it. Examples are ans
 from __future__ import annotations
 
 import argparse
-import base64
 import dataclasses
-import html
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from PIL import Image
 
-from crab_jax import charts, compile_cache, overlay, runs
+from crab_jax import charts, compile_cache, overlay, page, runs
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
-from crab_jax.models.crab import Crab
+from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
+from crab_jax.page import Picture, Section, escape, figure, score, table
+from crab_jax.scoring import COUNTS
 from crab_jax.tasks import TASKS
 from data_pipelines import media
-from data_pipelines.batching import Batch
 from data_pipelines.examples import Example
 
 SECTIONS = {
     "run": "What was run", "loss": "Losses", "scores": "Scores", "masks": "Masks", "boxes": "Boxes",
     "times": "Time lines", "answers": "Questions and captions", "routing": "Routing of the LoRA heads"}
-COUNTS = ("n", "n_unparsed", "n_no_mask", "intervals")
 CONFIG_KEYS = ("model", "compat", "init_from", "seed", "steps", "optim.lr", "data.batch_size", "data.root")
-
-_STYLE = """
-:root{color-scheme:light} body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;
-max-width:60rem;padding:1rem} h1{font-size:1.6rem} h2{font-size:1.25rem;border-bottom:1px solid #ddd;margin-top:2.2rem}
-figure{margin:1.2rem 0;break-inside:avoid} img{max-width:100%;height:auto}
-figcaption{font-size:.9rem;color:#555} .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.85rem}
-th,td{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid #e4e4e4;vertical-align:top}
-th{font-weight:600} .ci{color:#666;white-space:nowrap} pre{white-space:pre-wrap;font-size:.8rem}
-nav a{margin-right:.9rem;white-space:nowrap} @media print{nav{display:none} body{font-size:11pt;max-width:none}
-.wide{overflow:visible}}
-"""
-
-
-class Picture(NamedTuple):
-    """A PNG file and the sentence that says what to look for."""
-
-    data: bytes
-    caption: str
-
-
-class Routing(NamedTuple):
-    """Means over a task's tokens: weights float[layers, projections, heads], entropy in bits [layers, projections]."""
-
-    weights: np.ndarray
-    entropy: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,34 +50,6 @@ class ReportData:
     pictures: Mapping[str, Sequence[Picture]] = dataclasses.field(default_factory=dict)
     answers: Sequence[tuple[str, str, str, str]] = ()
     routing: Mapping[str, Routing] = dataclasses.field(default_factory=dict)
-
-
-@partial(jax.jit, static_argnames="model")
-def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sums over the real positions of each row: weights [layers,7,B,heads], entropies (bits) [layers,7,B]."""
-    batch = batch.replace(seg_frame=batch.seg_frame[:, :0])  # masks are decoded after the LLM
-    _, sown = model.apply({"params": params}, batch, mutable=["router"])
-    found = {path[-2]: value[0] for path, value in traverse_util.flatten_dict(sown["router"]).items()}
-    weights = jnp.stack([found[name] for name in charts.PROJECTIONS], axis=1)
-    entropy = -(weights * jnp.log2(jnp.maximum(weights, 1e-30))).sum(-1)
-    return jnp.einsum("lpbth,bt->lpbh", weights, batch.text_mask), jnp.einsum("lpbt,bt->lpb", entropy, batch.text_mask)
-
-
-def router_weights(model: Crab, params: Any, batches: Iterable[Batch]) -> dict[str, Routing]:
-    """How the tokens of each task use the LoRA heads, per layer and projection (the order of charts.PROJECTIONS).
-
-    Every real position counts once: text and features, no padding, no filler rows.
-    """
-    sums: dict[str, list[Any]] = {}
-    names = list(TASKS)
-    for batch in batches:
-        weights, entropy = jax.device_get(_route(model, params, jax.tree.map(jnp.asarray, batch)))
-        tokens = np.asarray(batch.text_mask).sum(axis=1)
-        for row in np.flatnonzero(np.asarray(batch.index) >= 0):
-            total = sums.setdefault(names[int(batch.task[row])], [0, 0, 0])
-            for place, value in enumerate((weights[:, :, row], entropy[:, :, row], tokens[row])):
-                total[place] = total[place] + value
-    return {name: Routing(*(part / sums[name][2] for part in sums[name][:2])) for name in names if name in sums}
 
 
 # What the examples look like.
@@ -184,39 +125,13 @@ def collect(predictions: Iterable[Prediction], root: Path) -> dict[str, Any]:
 
 # The HTML.
 
-def _escape(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _figure(picture: Picture) -> str:
-    encoded = base64.b64encode(picture.data).decode()
-    caption = _escape(picture.caption)
-    return (f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
-            f"<figcaption>{caption}</figcaption></figure>")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML."""
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    return ('<div class="wide"><table><tr>' + "".join(f"<th>{_escape(name)}</th>" for name in head) + "</tr>"
-            + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
-
-
-def _score(scores: Mapping[str, Any], metric: str) -> str:
-    if metric not in scores:
-        return "-"
-    low, high = scores.get("intervals", {}).get(metric, (None, None))
-    interval = "" if low is None else f' <span class="ci">[{low:.3f}, {high:.3f}]</span>'
-    return f"{scores[metric]:.3f}{interval}"
-
-
 def _run_section(data: ReportData) -> str:
     shown = [(key, data.config[key]) for key in CONFIG_KEYS if key in data.config]
     counts = [(f"test examples of {task}", scores["n"]) for task, scores in data.results.get("tasks", {}).items()]
-    rows = [(_escape(key), _escape(value)) for key, value in [*shown, *counts]]
+    rows = [(escape(key), escape(value)) for key, value in [*shown, *counts]]
     full = "\n".join(f"{key} = {value!r}" for key, value in sorted(data.config.items()))
-    every = f"<details><summary>Every setting</summary><pre>{_escape(full)}</pre></details>"
-    return _table(("setting", "value"), rows) + every
+    every = f"<details><summary>Every setting</summary><pre>{escape(full)}</pre></details>"
+    return table(("setting", "value"), rows) + every
 
 
 def _loss_section(data: ReportData) -> str:
@@ -224,9 +139,9 @@ def _loss_section(data: ReportData) -> str:
         return ""
     by_part = charts.loss_curves(data.metrics, ("loss", "text", "bce", "dice", "ce"))
     by_task = charts.loss_curves(data.metrics, tuple(TASKS))
-    return (_figure(Picture(by_part, "Loss of each part: every line should fall and level off; a part that rises again "
+    return (figure(Picture(by_part, "Loss of each part: every line should fall and level off; a part that rises again "
                             "is drowned by the others."))
-            + _figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others.")))
+            + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others.")))
 
 
 def _scores_section(data: ReportData) -> str:
@@ -235,43 +150,32 @@ def _scores_section(data: ReportData) -> str:
         return ""
     columns = {"trained": tasks, **data.results.get("baselines", {})}
     heads = ("task", "metric", "n", *columns)
-    rows = [(_escape(task), _escape(TASKS[task].headline), str(scores["n"]),
-             *(_score(column.get(task, {}), TASKS[task].headline) for column in columns.values()))
+    rows = [(escape(task), escape(TASKS[task].headline), str(scores["n"]),
+             *(score(column.get(task, {}), TASKS[task].headline) for column in columns.values()))
             for task, scores in tasks.items()]
-    every = [(_escape(task), _escape(metric), _score(scores, metric))
+    every = [(escape(task), escape(metric), score(scores, metric))
              for task, scores in tasks.items() for metric in scores if metric not in COUNTS]
-    unread = [(_escape(task), str(s["n"]), str(s.get("n_unparsed", 0)), str(s.get("n_no_mask", 0)))
+    unread = [(escape(task), str(s["n"]), str(s.get("n_unparsed", 0)), str(s.get("n_no_mask", 0)))
               for task, s in tasks.items()]
     chart = Picture(charts.score_bars(columns), "Headline metric of each task with its interval: the top bar, the "
                     "trained model, should end right of every baseline, with intervals apart.")
     note = "<p>Headline metric of each task, with 95 % bootstrap intervals over the examples.</p>"
-    return (note + _table(heads, rows) + _figure(chart)
-            + "<h3>Every metric of the trained model</h3>" + _table(("task", "metric", "value"), every)
-            + "<h3>Answers that could not be used</h3>" + _table(("task", "n", "unreadable text", "no mask"), unread))
+    return (note + table(heads, rows) + figure(chart)
+            + "<h3>Every metric of the trained model</h3>" + table(("task", "metric", "value"), every)
+            + "<h3>Answers that could not be used</h3>" + table(("task", "n", "unreadable text", "no mask"), unread))
 
 
 def _routing_section(data: ReportData) -> str:
-    if not data.routing:
-        return ""
-    weights = {task: routing.weights for task, routing in data.routing.items()}
-    entropy = {task: routing.entropy for task, routing in data.routing.items()}
-    heads = next(iter(weights.values())).shape[-1]
-    return "".join(_figure(picture) for picture in (
-        Picture(charts.routing_heatmaps(weights, "layer"), "Mean router weight of each head by layer: heads specialise "
-                "where rows differ in colour, and tasks share heads where panels look alike."),
-        Picture(charts.routing_heatmaps(weights, "projection"), "The same by projection: look for projections whose "
-                "heads are used unevenly."),
-        Picture(charts.entropy_heatmap(entropy, heads), f"Entropy of a token's head weights: {np.log2(heads):.2f} bits "
-                "is an even mix of the heads, 0 is one head alone.")))
+    return "".join(map(figure, routing_pictures(data.routing).values())) if data.routing else ""
 
 
 def _answers_section(data: ReportData) -> str:
-    rows = [tuple(map(_escape, row)) for row in data.answers]
-    return _table(("task", "question", "truth", "answer"), rows) if rows else ""
+    rows = [tuple(map(escape, row)) for row in data.answers]
+    return table(("task", "question", "truth", "answer"), rows) if rows else ""
 
 
 def _pictures_section(key: str, data: ReportData) -> str:
-    return "".join(map(_figure, data.pictures.get(key, ())))
+    return "".join(map(figure, data.pictures.get(key, ())))
 
 
 _BODIES = {"run": _run_section, "loss": _loss_section, "scores": _scores_section, "answers": _answers_section,
@@ -280,31 +184,11 @@ _BODIES = {"run": _run_section, "loss": _loss_section, "scores": _scores_section
 
 def write(out_html: str | Path, data: ReportData) -> None:
     """Write the report as one file that refers to nothing outside itself."""
-    parts = []
-    for key, title in SECTIONS.items():
-        body = _BODIES[key](data) if key in _BODIES else _pictures_section(key, data)
-        parts.append(f'<section id="{key}"><h2>{title}</h2>{body or "<p>Not part of this report.</p>"}</section>')
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in SECTIONS.items())
-    legend = ("<p>In all pictures <b style='color:#009e73'>green</b> is the truth and "
-              "<b style='color:#d55e00'>orange</b> the model's answer; semantic masks use the class colours.</p>")
-    title = _escape(data.title)
-    text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
-            f"<body><h1>{title}</h1><nav>{links}</nav>{legend}{''.join(parts)}</body></html>\n")
-    Path(out_html).parent.mkdir(parents=True, exist_ok=True)
-    Path(out_html).write_text(text, encoding="utf-8")
+    bodies = {key: _BODIES[key](data) if key in _BODIES else _pictures_section(key, data) for key in SECTIONS}
+    page.write(out_html, data.title, page.LEGEND, [Section(key, title, bodies[key]) for key, title in SECTIONS.items()])
 
 
 # The verb.
-
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Up to `count` examples of each task, evenly spread over the list."""
-    chosen = []
-    for task in TASKS:
-        ours = [example for example in examples if example.task == task]
-        chosen += [ours[i * len(ours) // count] for i in range(count)] if len(ours) > count else ours
-    return chosen
-
 
 def _read_json(path: Path, flag: str, fix: str) -> Any:
     if not path.is_file():
@@ -330,7 +214,7 @@ def report(arguments: argparse.Namespace) -> None:
     predictions = predict_examples(model, params, config, tokenizer, shown, root, arguments.batch_size,
                                    arguments.max_new_tokens, on_error="raise")
     routed = spread(examples, arguments.routing_samples)
-    batches = (batch for _, batch in runs.eval_batches(routed, root, config, tokenizer, arguments.batch_size))
+    batches = answered_batches(routed, root, config, tokenizer, arguments.batch_size)
     write(arguments.out, ReportData(
         title=f"Report of {run.name}", config=runs.flat_config(config), metrics=metrics, results=results,
         **collect(predictions, root), routing=router_weights(model, params, batches)))

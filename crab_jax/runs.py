@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,18 +18,20 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from configs.common import base
 from crab_jax import optim, sharding
-from crab_jax.checkpoints import check_match, load_params
+from crab_jax.checkpoints import check_match, load_params, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab, init_params
-from data_pipelines import mixture
-from data_pipelines.batching import Batch, Bucket
-from data_pipelines.examples import Example, read_jsonl
+from data_pipelines import datasets, mixture
+from data_pipelines.batching import Batch, Bucket, empty_batch
+from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
 
 # A resumed run may change these without becoming another run.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep", "data.workers", "data.root", "data.cache_dir")
+FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_skipped", "data.workers", "data.root",
+             "data.cache_dir", "mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 def flat_config(config: ConfigDict) -> dict[str, Any]:
@@ -37,7 +40,10 @@ def flat_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Make the workdir, or check that the run it holds has this config. Raises InputError."""
+    """Make the workdir, or check that the run it holds has this config. Raises InputError.
+
+    A key that is younger than the run counts as having had its default.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe{os.getpid()}"
@@ -49,7 +55,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     file = workdir / "config.json"
     if not file.exists() or not (workdir / "checkpoints" / "manifest.json").exists():
         return
-    old = traverse_util.flatten_dict(json.loads(file.read_text()), sep=".")
+    old = flat_config(base()) | traverse_util.flatten_dict(json.loads(file.read_text()), sep=".")
     new = flat_config(config)
     changed = sorted(k for k in old.keys() | new.keys() if k not in FREE_KEYS and old.get(k) != new.get(k))
     if changed:
@@ -65,71 +71,96 @@ def tokenizer_of(config: ConfigDict) -> Tokenizer:
     return Tokenizer.load(config.tokenizer)
 
 
-def read_examples(root: str | Path, split: str) -> list[Example]:
-    """The Examples of one split of a data root."""
+def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]:
+    """The Examples of one split of a data root; `options` are those of `datasets.read_examples`."""
     if not root:
         raise InputError("--config", "data.root", "is not set", "give --config.data.root=DIR")
-    return read_jsonl(Path(root) / f"{split}.jsonl")
+    return datasets.read_examples(root, split, **options)
 
 
-def train_dataset(config: ConfigDict, tokenizer: Tokenizer) -> Any:
-    """Resumable Grain dataset of the run's batches, with the share of each task as configured."""
-    examples = [e for e in read_examples(config.data.root, config.data.split) if config.data.weights[e.task] > 0]
+def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None = None) -> mixture.TrainOrder:
+    """What every batch of the run holds, with the share of each task as configured."""
+    data = config.data
+    found = read_examples(data.root, data.split, datasets=data.datasets.split(",") if data.datasets else (),
+                          variant=data.variant, frames=data.frames, missing=data.on_error, epoch=None)
+    examples = [example for example in found if data.weights[example.task] > 0]
     if config.data.limit:
         examples = examples[:config.data.limit]
-    counts = Counter(e.task for e in examples)
+    counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     weights = {task: n * config.data.weights[task] for task, n in counts.items()}
-    return mixture.train_dataset(
-        examples, config.data.root, tokenizer, data_config(config), batch_size=config.data.batch_size,
-        seed=config.seed, weights=weights, process_index=jax.process_index(), process_count=jax.process_count(),
-        workers=config.data.workers)
+    return mixture.train_order(examples, tokenizer, data_config(config), config.data.batch_size, config.seed, weights,
+                               skipped)
+
+
+def train_dataset(config: ConfigDict, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),
+                  start: int = 0, skipped: Path | None = None) -> Any:
+    """Grain dataset of the run's batches from number `start` on; `rows` of each (see data_pipelines/mixture.py)."""
+    return mixture.train_dataset(order, config.data.root, tokenizer, data_config(config), rows, start,
+                                 config.data.workers, skipped)
+
+
+def skipped_file(workdir: Path) -> Path:
+    """Where this process and its workers list the examples that they skip."""
+    return workdir / f"skipped.{jax.process_index()}.jsonl"
+
+
+def skipped_examples(workdir: Path) -> dict[int, dict[str, Any]]:
+    """Position -> {"index", "id", "task", "error"} of every example that any process or worker of a run skipped."""
+    lines = [line for file in sorted(workdir.glob("skipped.*.jsonl")) for line in file.read_text().splitlines(True)]
+    return {record["index"]: record for record in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
 def init_batch(model: Crab) -> Batch:
-    """One blank row that reaches every module: a frame, an audio window and a mask group."""
-    side, length = model.cfg.clip.image_size, 8
-    picture = jnp.zeros((1, 1, side, side, 3), jnp.uint8)
-    return Batch(
-        tokens=jnp.zeros((1, length), jnp.int32), slots=jnp.full((1, length), -1),
-        text_mask=jnp.ones((1, length), bool), loss_mask=jnp.ones((1, length), bool),
-        mask_positions=jnp.zeros((1, 1, 6), jnp.int32),
-        frames=picture, frame_mask=jnp.ones((1, 1), bool), fbank=jnp.zeros((1, 1, 98, 128)),
-        audio_mask=jnp.ones((1, 1), bool), seg_frame=picture, seg_target=jnp.zeros((1, 1, side, side), jnp.int32),
-        seg_kind=jnp.ones((1, 1), jnp.int32), task=jnp.zeros(1, jnp.int32), index=jnp.zeros(1, jnp.int32))
+    """One filler row that reaches every module: a frame, an audio window and a mask group."""
+    return empty_batch(Bucket(length=8, frames=1, windows=1, fbank_frames=98, masks=1), 1, model.cfg.clip.image_size)
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(model: Crab) -> Any:
     """Shapes of all parameters, boxed with their logical axes."""
     return jax.eval_shape(lambda rng: init_params(model, rng, init_batch(model)), jax.random.key(0))
 
 
-def initial_params(config: ConfigDict, model: Crab) -> Any:
-    """Starting parameters: those of `init_from`, checked strictly; leaves named by `fresh` are newly drawn."""
-    wanted = traverse_util.flatten_dict(nn.unbox(abstract_params(model)), sep="/")
-    loaded = traverse_util.flatten_dict(load_params(config.init_from), sep="/") if config.init_from else {}
-    # Only what is missing is drawn, so that a large checkpoint is not in memory twice.
-    missing = sorted(path for path in wanted if path not in loaded and (
-        not config.init_from or any(re.fullmatch(p, path) for p in config.fresh)))
+def wanted_params(config: ConfigDict, model: Crab, mesh: jax.sharding.Mesh) -> Any:
+    """Every parameter of a run as a ShapeDtypeStruct: trainables float32, the rest in the frozen dtype, with shardings.
 
-    @jax.jit
+    Raises InputError when the trainable and frozen patterns do not divide the parameters.
+    """
+    boxed = abstract_params(model)
+    trainable, frozen = optim.split(nn.unbox(boxed), config.trainable, config.frozen)
+    shapes = optim.merge(_of_dtype(trainable, jnp.float32), _of_dtype(frozen, config.frozen_dtype))
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes,
+                        sharding.param_shardings(boxed, mesh))
+
+
+def _of_dtype(shapes: Any, dtype: Any) -> Any:
+    return jax.eval_shape(lambda tree: optim.cast_floating(tree, jnp.dtype(dtype)), shapes)
+
+
+def initial_params(config: ConfigDict, model: Crab, wanted: Any = None) -> Any:
+    """Starting parameters: those of `init_from`, checked strictly; leaves named by `fresh` are newly drawn.
+
+    With `wanted` (see `wanted_params`) every leaf is read or drawn straight into its shards and its dtype, so that no
+    device and no host holds more than its part; without it the tree is whole on this host, in the stored dtypes.
+    """
+    shapes = traverse_util.flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    stored = stored_params(config.init_from) if config.init_from else None
+    found = traverse_util.flatten_dict(stored.shapes, sep="/") if stored else {}
+    missing = sorted(path for path in shapes if path not in found and (
+        not stored or any(re.fullmatch(p, path) for p in config.fresh)))
+    nested = functools.partial(traverse_util.unflatten_dict, sep="/")
+    check_match(nested(shapes), nested(found | {path: shapes[path] for path in missing}), config.init_from)
+    places = traverse_util.flatten_dict(wanted, sep="/") if wanted is not None else {}
+
     def draw(rng: jax.Array) -> dict[str, jax.Array]:
+        # What is not missing is never computed.
         flat = traverse_util.flatten_dict(nn.unbox(init_params(model, rng, init_batch(model))), sep="/")
-        return {path: flat[path] for path in missing}
+        return {path: flat[path].astype(places[path].dtype) if places else flat[path] for path in missing}
 
-    drawn = draw(jax.random.key(config.seed)) if missing else {}
-    params = traverse_util.unflatten_dict(loaded | drawn, sep="/")
-    check_match(traverse_util.unflatten_dict(wanted, sep="/"), params, config.init_from)
-    return params
-
-
-def split_params(config: ConfigDict, params: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """(trainable float32, frozen in the config's dtype) on the mesh."""
-    shardings = sharding.param_shardings(abstract_params(Crab(model_config(config))), mesh)
-    trainable, frozen = optim.split(params, config.trainable, config.frozen)
-    trainable_at, frozen_at = optim.split(shardings, config.trainable, config.frozen)
-    trainable = jax.device_put(optim.cast_floating(trainable, jnp.float32), trainable_at)
-    frozen = jax.device_put(optim.cast_floating(frozen, jnp.dtype(config.frozen_dtype)), frozen_at)
-    return trainable, frozen
+    where = {path: places[path].sharding for path in missing} if places else None
+    drawn = jax.jit(draw, out_shardings=where)(jax.random.key(config.seed)) if missing else {}
+    loaded = stored.load(nested({path: places[path] for path in found}) if places else None) if stored else {}
+    return optim.merge(nested(drawn), loaded)
 
 
 def count(params: Any) -> int:

@@ -14,10 +14,12 @@ import numpy as np
 
 from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.task import Stats
 from data_pipelines.examples import Example
 
 RESAMPLES = 1000
+PARSED = "_parsed"  # suffix of a metric over the answered samples only
+COUNTS = ("n", "n_unparsed", "n_no_mask", "intervals")  # what stands beside the metrics of a task
 ReadMask = Callable[[Example], np.ndarray | None]
 Results = dict[str, dict[str, dict[str, Any]]]
 
@@ -71,40 +73,64 @@ def judge(example: Example, prediction: Answer, gt_mask: np.ndarray | None) -> J
     return Judged(example.id, example.task, parsed, prediction.mask is not None, stats)
 
 
-def intervals(task: Task, stats: Sequence[Stats], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, list[float]]:
-    """95 % percentile bootstrap `[low, high]` of every metric over resamples of the samples, seeded.
+def answered(one: Judged) -> bool:
+    """Whether an answer holds what its task is scored on: a mask, or text that can be read.
+
+    The released evaluation drops the others; here they count as empty answers, and in no metric that ends in `_parsed`.
+    """
+    return one.has_mask if TASKS[one.task].mask_kind != "none" else one.parsed is not None
+
+
+def measure(judged: Sequence[Judged]) -> dict[str, float]:
+    """Every defined metric of one task's answers, over all of them and, as `_parsed`, over the answered ones.
+
+    Shares of readable answers (`_rate`) exist for all samples only.
+    """
+    reduce = TASKS[judged[0].task].reduce
+    kept = [one.stats for one in judged if answered(one)]
+    everything = reduce([one.stats for one in judged])
+    parsed = everything if len(kept) == len(judged) else reduce(kept) if kept else {}
+    metrics = everything | {name + PARSED: value for name, value in parsed.items() if not name.endswith("_rate")}
+    return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """`[low, high]`: the middle 95 % of bootstrap values."""
+    return [float(x) for x in np.percentile(values, (2.5, 97.5))]
+
+
+def intervals(judged: Sequence[Judged], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, list[float]]:
+    """95 % percentile bootstrap `[low, high]` of every metric of one task over resamples of the samples, seeded.
 
     A metric that a resample leaves undefined (a question type that was not drawn) is taken over the other resamples.
     """
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {}
     for _ in range(resamples):
-        for name, value in task.reduce([stats[i] for i in rng.integers(0, len(stats), len(stats))]).items():
-            if np.isfinite(value):
-                drawn.setdefault(name, []).append(value)
-    return {name: [float(x) for x in np.percentile(values, (2.5, 97.5))] for name, values in drawn.items()}
+        for name, value in measure([judged[i] for i in rng.integers(0, len(judged), len(judged))]).items():
+            drawn.setdefault(name, []).append(value)
+    return {name: interval(values) for name, values in drawn.items()}
+
+
+def by_task(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
+    """The answers of each task, tasks in their order, answers by id."""
+    ordered = sorted(judged, key=lambda one: one.id)
+    groups = {name: [one for one in ordered if one.task == name] for name in TASKS}
+    return {name: ours for name, ours in groups.items() if ours}
 
 
 def summarise(judged: Iterable[Judged], resamples: int = RESAMPLES, seed: int = 0) -> Results:
     """`{"tasks": {task: {metric: x, "n": N, "n_unparsed": k, "n_no_mask": k, "intervals": {metric: [lo, hi]}}}}`.
 
-    Every sample counts in every metric; metrics that are undefined on these samples are left out.
+    See `measure` for the metrics; those that are undefined on these samples are left out.
     """
-    by_task: dict[str, list[Judged]] = {}
-    for one in sorted(judged, key=lambda one: one.id):
-        by_task.setdefault(one.task, []).append(one)
     results: dict[str, dict[str, Any]] = {}
-    for name, task in TASKS.items():
-        if name not in by_task:
-            continue
-        ours = by_task[name]
-        stats = [one.stats for one in ours]
-        metrics = {key: float(value) for key, value in task.reduce(stats).items() if np.isfinite(value)}
-        found = intervals(task, stats, resamples, seed)
+    for name, ours in by_task(judged).items():
+        metrics, found = measure(ours), intervals(ours, resamples, seed)
         results[name] = metrics | {
             "n": len(ours),
             "n_unparsed": sum(one.parsed is None for one in ours),
-            "n_no_mask": sum(not one.has_mask for one in ours) if task.mask_kind != "none" else 0,
+            "n_no_mask": sum(not one.has_mask for one in ours) if TASKS[name].mask_kind != "none" else 0,
             "intervals": {key: found[key] for key in metrics if key in found},
         }
     return {"tasks": results}
@@ -168,6 +194,8 @@ def baseline_results(examples: Sequence[Example], kind: str, read_mask: ReadMask
 def markdown(results: Results) -> str:
     """Two tables: the headline metric of each task, then every metric; with 95 % intervals."""
     def shown(row: dict[str, Any], metric: str) -> str:
+        if metric not in row:
+            return "- | -"
         low, high = row["intervals"].get(metric, (float("nan"),) * 2)
         return f"{row[metric]:.4f} | {low:.4f} .. {high:.4f}"
 
@@ -175,7 +203,6 @@ def markdown(results: Results) -> str:
     lines += [f"| {name} | {row['n']} | {TASKS[name].headline} | {shown(row, TASKS[name].headline)} "
               f"| {row['n_unparsed']} | {row['n_no_mask']} |" for name, row in results["tasks"].items()]
     lines += ["", "| task | metric | value | 95 % interval |", "|---|---|---|---|"]
-    counts = ("n", "n_unparsed", "n_no_mask", "intervals")
     lines += [f"| {name} | {metric} | {shown(row, metric)} |" for name, row in results["tasks"].items()
-              for metric in row if metric not in counts]
+              for metric in row if metric not in COUNTS]
     return "\n".join(lines) + "\n"

@@ -3,7 +3,10 @@
     python -m crab_jax.train --config=configs/tiny.py --config.optim.lr=3e-4 --workdir=runs/x
 
 Any config key can be overridden with --config.key=value; an unknown key stops before anything starts. A workdir that
-already holds checkpoints of the same config is resumed, bit for bit.
+already holds checkpoints of the same config is resumed: bit for bit on the same mesh, to rounding on another. On
+several processes or hosts start the same command on each (crab_jax/distributed.py says how they find each other), with
+a workdir that all can see. SIGTERM, or Ctrl-C once, ends the run after the current step with a checkpoint and exit
+code 0.
 """
 
 from __future__ import annotations
@@ -12,24 +15,32 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 
-from crab_jax import compile_cache, losses, optim, runs, sharding
-from crab_jax.checkpoints import RunCheckpoints, load_params
+from crab_jax import compile_cache, distributed, layout, losses, optim, runs, sharding
+from crab_jax.checkpoints import RunCheckpoints
 from crab_jax.config import loss_config, model_config, parse_flags
-from crab_jax.errors import run_verb
+from crab_jax.errors import InputError, run_verb
 from crab_jax.models.crab import Crab, CrabOutput
+from crab_jax.preemption import StopRequest
 from crab_jax.tasks import TASKS
+from crab_jax.watchdog import Watchdog
 from data_pipelines.batching import Batch
+from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.mixture import TrainOrder
+
+RUN_AHEAD = 2  # steps that are dispatched before the result of the first is looked at
 
 
 @flax.struct.dataclass
@@ -46,6 +57,10 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     """One optimizer step. Randomness comes from (seed, step) alone; gradients exist for trainables only.
 
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
+    Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
+
+    A loss or gradient that is not finite changes no parameter and no moment and sets the metric `skipped` to 1; the
+    step and the schedule's count go on.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
@@ -65,7 +80,10 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     if accumulate == 1:
         grads, metrics = grad_of(batch, rng)
     else:
-        micros = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+        micros = jax.tree.map(
+            lambda x: nn.with_logical_constraint(
+                x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+                (None, "batch", *(None,) * (x.ndim - 1))), batch)
         shapes = jax.eval_shape(grad_of, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -76,8 +94,16 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
         (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))
 
     updates, opt = tx.update(grads, state.opt, state.trainable)
-    metrics |= {"grad_norm": optax.global_norm(grads), "tokens": batch.text_mask.sum(), "slots": batch.text_mask.size}
-    return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt), metrics
+    trainable, norm = optax.apply_updates(state.trainable, updates), optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    trainable, opt = jax.tree.map(kept, (trainable, opt), (state.trainable, state.opt))
+    metrics |= {"grad_norm": norm, "tokens": batch.text_mask.sum(), "slots": batch.text_mask.size,
+                "skipped": (~finite).astype(jnp.int32)}
+    return TrainState(state.step + 1, trainable, opt), metrics
 
 
 def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
@@ -95,12 +121,18 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
 
 
 class Logger:
-    """metrics.jsonl, TensorBoard and a progress line from windows of device metrics, fetched only when shown."""
+    """metrics.jsonl, TensorBoard and a progress line from windows of device metrics, fetched only when shown.
 
-    def __init__(self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int):
+    Means leave out skipped steps; `skipped` counts those of the window, `skipped_examples` (when examples may be
+    skipped) all that the run has listed in skipped.*.jsonl so far.
+    """
+
+    def __init__(self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int,
+                 count_skipped: bool = False):
         from tensorboardX import SummaryWriter
 
         self.path, self.steps, self.schedule, self.every = workdir / "metrics.jsonl", steps, schedule, every
+        self.workdir, self.count_skipped = workdir, count_skipped
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         keep_until(self.path, start)
         self.window: list[tuple[int, dict[str, Any], float]] = []
@@ -115,12 +147,16 @@ class Logger:
         values = jax.device_get([m for _, m, _ in self.window])
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
-        mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k == "loss" or k == "grad_norm"}
-        record = {"step": step, **mean, **part_means(values), "lr": float(self.schedule(step - 1)),
+        applied = [v for v in values if not v["skipped"]]
+        mean = {k: float(np.mean([v[k] for v in applied])) for k in ("loss", "grad_norm") if applied}
+        record = {"step": step, **mean, **part_means(applied), "lr": float(self.schedule(step - 1)),
                   "tokens_per_s": sum(int(v["tokens"]) for v in values) / seconds,
                   "samples_per_s": rows * len(values) / seconds,
                   "padding_share": 1 - sum(int(v["tokens"]) for v in values) / sum(int(v["slots"]) for v in values),
-                  "input_wait_share": sum(w for _, _, w in self.window) / seconds}
+                  "input_wait_share": sum(w for _, _, w in self.window) / seconds,
+                  "skipped": len(values) - len(applied)}
+        if self.count_skipped:
+            record["skipped_examples"] = len(runs.skipped_examples(self.workdir))
         self.window = []
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -129,9 +165,11 @@ class Logger:
                 self.board.add_scalar(key, value, step)
         rate = (step - self.first) / (now - self.began)
         eta = (self.steps - step) / rate
-        print(f"step {step}/{self.steps}  loss {record['loss']:.4f}  {rate:.2f} step/s  eta {eta / 60:.1f} min  "
-              f"{record['tokens_per_s']:.0f} tok/s  padding {record['padding_share']:.0%}  "
-              f"input wait {record['input_wait_share']:.0%}", flush=True)
+        skips = "".join(f"  {name.replace('_', ' ')} {record[name]}" for name in ("skipped", "skipped_examples")
+                        if record.get(name))
+        print(f"step {step}/{self.steps}  loss {record.get('loss', np.nan):.4f}  {rate:.2f} step/s  "
+              f"eta {eta / 60:.1f} min  {record['tokens_per_s']:.0f} tok/s  padding {record['padding_share']:.0%}  "
+              f"input wait {record['input_wait_share']:.0%}{skips}", flush=True)
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -157,68 +195,183 @@ def keep_until(path: Path, step: int) -> None:
         path.write_text("".join(line + "\n" for line in lines))
 
 
-def global_batch(batch: Batch, where: jax.sharding.Sharding) -> Batch:
-    """This process's rows -> the global batch on the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)
+def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch:
+    """This process's rows (`distributed.own_rows`) -> the global batch of `rows` rows on the mesh."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), batch)
+
+
+class SkipGuard:
+    """Looks at each step's `skipped` a few steps later, so the device never waits for the host, and ends the run after
+    `limit` skipped steps in a row: an InputError, with the last batch saved.
+    """
+
+    def __init__(self, limit: int, workdir: Path, watchdog: Watchdog, examples: Sequence[Example]):
+        self.limit, self.workdir, self.watchdog, self.examples = limit, workdir, watchdog, examples
+        self.pending: deque[tuple[int, dict[str, Any], Batch]] = deque()
+        self.in_a_row = 0
+
+    def add(self, step: int, metrics: dict[str, Any], batch: Batch) -> None:
+        """Take note of a dispatched step, with this process's rows of its batch."""
+        self.pending.append((step, metrics, batch))
+        self.settle(RUN_AHEAD)
+
+    def settle(self, ahead: int = 0) -> None:
+        """Wait until at most `ahead` dispatched steps are unfinished."""
+        while len(self.pending) > ahead:
+            step, metrics, batch = self.pending.popleft()
+            with self.watchdog.waiting(device_wait(step)):
+                skipped = int(metrics["skipped"])
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if skipped:
+                distributed.say(f"step {step} skipped: loss {float(metrics['loss'])}, "
+                                f"gradient norm {float(metrics['grad_norm'])}")
+            if self.in_a_row == self.limit:
+                file = save_batch(self.workdir, step, batch, self.examples)
+                raise InputError(str(file), "loss", f"the loss or its gradient was not finite in {self.limit} steps up "
+                                 f"to {step}; this is the last one's batch", "look at it with "
+                                 "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
+                                 "are in the .jsonl beside it), then correct the data or lower optim.lr")
+
+
+def device_wait(step: int) -> str:
+    """What a process waits for that waits for its devices."""
+    processes = jax.process_count()
+    others = f", which all {processes} processes must reach" if processes > 1 else ""
+    return f"device step {step}{others}"
+
+
+def save_batch(workdir: Path, step: int, batch: Batch, examples: Sequence[Example]) -> Path:
+    """One process's rows of a batch as not_finite/step<step>.process<i>.safetensors, and its Examples as .jsonl beside
+    it; returns the first.
+    """
+    file = workdir / "not_finite" / f"step{step}.process{jax.process_index()}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    arrays = {field.name: np.ascontiguousarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+    safetensors.numpy.save_file(arrays, file)
+    write_jsonl(file.with_suffix(".jsonl"), [examples[int(index)] for index in batch.index])
+    return file
 
 
 def compile_step(config: Any, model: Crab, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
     """The jitted step: donated state, batch rows over the mesh."""
     optim_cfg = optim.OptimConfig(**config.optim)
-    step = partial(train_step, model=model, tx=optim.optimizer(optim_cfg, config.steps),
-                   loss_cfg=loss_config(config), seed=config.seed, accumulate=optim_cfg.accumulate)
+    accumulate = layout.micro_batches(config, mesh)
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        with sharding.constrained(mesh):
+            return train_step(state, frozen, batch, model=model, tx=optim.optimizer(optim_cfg, config.steps),
+                              loss_cfg=loss_config(config), seed=config.seed, accumulate=accumulate)
+
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
                    out_shardings=(state_shardings, sharding.replicated(mesh)))
 
 
+def abstract_state(config: Any, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
+    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state,
+                        sharding.state_shardings(state, trainable, mesh))
+
+
+def start_or_resume(config: Any, model: Crab, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints
+                    ) -> tuple[TrainState, Any]:
+    """(train state, frozen parameters), each leaf read or drawn straight into its shards."""
+    wanted = runs.wanted_params(config, model, mesh)
+    trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
+    state = abstract_state(config, trainable, mesh)
+    if checkpoints.latest is not None:
+        return TrainState(**checkpoints.restore(dataclasses.asdict(state))), checkpoints.load_frozen(frozen)
+    trainable, frozen = optim.split(runs.initial_params(config, model, wanted), config.trainable, config.frozen)
+    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+
+    def begin(trainable: Any) -> tuple[jax.Array, Any]:
+        return jnp.int32(0), tx.init(trainable)
+
+    where = jax.tree.map(lambda x: x.sharding, (state.step, state.opt))
+    step, opt = jax.jit(begin, out_shardings=where)(trainable)
+    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads})
+    return TrainState(step, trainable, opt), frozen
+
+
+def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, workers: int) -> str:
+    """What a process waits for that waits for the batch of `step`: who decodes it, and which examples."""
+    worker = f"worker {(step - 1 - start) % workers} of {workers}" if workers else "the decoding threads"
+    ids = [order.examples[index].id for index in order.batches[step - 1][rows]]
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return f"input of step {step}: {worker}, on examples {shown}"
+
+
 def train(config: Any, workdir: Path) -> None:
     """Run (or resume) the stage that `config` describes in `workdir`."""
-    runs.claim_workdir(workdir, config)
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch(config.data.batch_size, mesh)
+    if distributed.primary():
+        runs.claim_workdir(workdir, config)
+    distributed.barrier("claimed")
+    mesh = layout.mesh_of(config)
+    layout.micro_batches(config, mesh)  # refuses a batch that does not divide, before anything is loaded
     tokenizer = runs.tokenizer_of(config)
     model = Crab(model_config(config))
-    dataset = runs.train_dataset(config, tokenizer)
+    skipped, batch_at = runs.skipped_file(workdir), sharding.batch_sharding(mesh)
+    order = runs.train_order(config, tokenizer, skipped)
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep)
+    name = f"process {jax.process_index()}" if jax.process_count() > 1 else ""
+    watchdog = Watchdog(config.watchdog_seconds, name)
+    with watchdog, StopRequest() as stop:
+        resumed = checkpoints.latest is not None
+        state, frozen = start_or_resume(config, model, mesh, checkpoints)
+        start = int(state.step)
+        if distributed.primary():
+            runs.save_description(workdir, config, tokenizer)
+        if resumed:
+            distributed.say(f"resumed from step {start} of {workdir}")
+        distributed.say(runs.parameter_table(state.trainable, frozen))
 
-    resumed = checkpoints.latest is not None
-    params = load_params(workdir) if resumed else runs.initial_params(config, model)
-    runs.save_description(workdir, config, tokenizer)
-    trainable, frozen = runs.split_params(config, params, mesh)
-    optim_cfg = optim.OptimConfig(**config.optim)
-    tx = optim.optimizer(optim_cfg, config.steps)
-    state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
-    state = jax.device_put(state, sharding.state_shardings(state, trainable, mesh))
-    data: Iterator[Batch] = iter(dataset)
-    if resumed:
-        state = TrainState(**checkpoints.restore(dataclasses.asdict(state), data))
-        print(f"resumed from step {int(state.step)} of {workdir}", flush=True)
-    else:
-        checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads})
-    print(runs.parameter_table(trainable, frozen), flush=True)
-
-    start = int(state.step)
-    step_fn = compile_step(config, model, mesh, state)
-    logger = Logger(workdir, config.steps, start, optim.learning_rate(optim_cfg, config.steps), config.log_every)
-    for step in range(start + 1, config.steps + 1):
-        asked = time.monotonic()
-        batch = global_batch(next(data), sharding.batch_sharding(mesh))
-        waited = time.monotonic() - asked
-        state, metrics = step_fn(state, frozen, batch)
-        logger.add(step, metrics, config.data.batch_size, waited)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            checkpoints.save(step, dataclasses.asdict(state), data)
-    checkpoints.wait()
-    logger.close()
-    (workdir / "compilations.json").write_text(json.dumps({"train_step": step_fn._cache_size()}))
+        rows = distributed.own_rows(batch_at, config.data.batch_size)
+        data: Iterator[Batch] = iter(runs.train_dataset(config, tokenizer, order, rows, start, skipped))
+        step_fn = compile_step(config, model, mesh, state)
+        schedule = optim.learning_rate(optim.OptimConfig(**config.optim), config.steps)
+        logger = Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip"
+                        ) if distributed.primary() else None
+        guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)
+        for step in range(start + 1, config.steps + 1):
+            asked = time.monotonic()
+            with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.data.workers)):
+                own = next(data)
+            waited = time.monotonic() - asked
+            with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):
+                state, metrics = step_fn(state, frozen, global_batch(own, batch_at, config.data.batch_size))
+            guard.add(step, metrics, own)
+            with watchdog.waiting(device_wait(step)):
+                if logger:
+                    logger.add(step, metrics, config.data.batch_size, waited)
+            stopped = stop.reached(step)
+            if step % config.checkpoint_every == 0 or step == config.steps or stopped:
+                guard.settle()  # what is saved has been looked at
+                with watchdog.waiting(f"the checkpoint of step {step}"):
+                    checkpoints.save(step, dataclasses.asdict(state))
+            if stopped:
+                break
+        with watchdog.waiting("the last checkpoint"):
+            checkpoints.wait()
+    if logger:
+        logger.close()
+        (workdir / "compilations.json").write_text(json.dumps({"train_step": step_fn._cache_size()}))
+    if int(state.step) < config.steps:
+        distributed.say(f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "
+                        "start the same command again to resume")
+    if found := runs.skipped_examples(workdir):
+        distributed.say(f"{len(found)} examples were skipped, see {workdir}/skipped.*.jsonl")
 
 
 def main() -> None:
     """Entry point of `python -m crab_jax.train`."""
     config, workdir = parse_flags(sys.argv, __doc__)
     compile_cache.enable()
-    train(config, workdir)
+    distributed.start()
+    with distributed.errors_end_all("--debug" in sys.argv):
+        train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Four short trainings on the train split of the generated scenes, never on others
    (what is visible where, what sounds how loud): it reads about scenes that it can neither see nor hear;
 4. the Q-Formers learn to give those rows from pictures and sound (the stand-in for language-aligned encoders).
 The result is a packed model that the paper's stages start from. LoRA and mask decoder are left as initialised.
+With --start, CLIP and BEATs are taken from an earlier warm start, LLaMA and the Q-Formers go on from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from PIL import Image
 
 from configs import tiny
 from crab_jax import compile_cache, losses, optim, runs
-from crab_jax.checkpoints import load_tree, save_packed, save_tree
+from crab_jax.checkpoints import load_params, load_tree, save_packed, save_tree
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import CommandLine, run_verb
 from crab_jax.models.beats import Beats
@@ -46,8 +47,13 @@ from data_pipelines.tokens import Tokenizer
 KINDS = len(scene_graph.KINDS)
 SLOTS = len(scene_graph.SLOTS)  # visual rows per frame
 AUDIO_ROWS = 2  # audio rows per window
-STEPS = {"clip": 800, "beats": 800, "llama": 5000, "bridge": 1000}
+BUMP = 8.0  # width of the Reader's position features, in BOX_SPACE
+GRID = 8  # side of the coarse map that the states of mask tokens tell of
+BOXES = 4  # times that a sample with box coordinates is read: digits are learned slowest
+NOISE = 0.1  # of the rows' size, so that LLaMA reads rows that are only nearly right
+STEPS = {"clip": 800, "beats": 800, "llama": 5000, "visual": 2000, "audio": 1000}
 CLIPS = 1500  # scenes whose media are decoded for the encoders and Q-Formers
+LORA_OR_NOT = ((r".*/lora_.*",), (r"(?!.*/lora_).*",))  # patterns of LLaMA's parameters
 Arrays = dict[str, np.ndarray]
 
 
@@ -63,10 +69,11 @@ class Reader(nn.Module):
     @nn.compact
     def __call__(self, table: Arrays) -> tuple[jax.Array, jax.Array]:
         seen = table["what"].max(-1, keepdims=True)
-        place = table["where"][..., None] / scene_graph.BOX_SPACE * jnp.array([0.5, 1.0, 2.0, 4.0, 8.0]) * 2 * jnp.pi
-        waves = jnp.concatenate([jnp.sin(place), jnp.cos(place)], -1).reshape(*place.shape[:-2], -1)
+        # Bumps about as wide as a Q-Former can place an edge: finer detail would be read here and missing later.
+        distance = table["where"][..., None] - jnp.arange(0, scene_graph.BOX_SPACE + 1, 2 * BUMP)
+        bumps = jnp.exp(-((distance / BUMP) ** 2) / 2).reshape(*distance.shape[:-2], -1)
         loudness = table["loudness"]
-        visual = self.rows("visual", 1, jnp.concatenate([table["what"], waves * seen, seen], -1))
+        visual = self.rows("visual", 1, jnp.concatenate([table["what"], bumps * seen, seen], -1))
         audio = self.rows("audio", AUDIO_ROWS, jnp.concatenate([(loudness > 0).astype(loudness.dtype), loudness], -1))
         return visual[..., 0, :], audio
 
@@ -185,11 +192,25 @@ def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generat
                1e-3)["beats"]
 
 
-def text_arrays(examples: list[Example], scene_of: dict[str, int], tokenizer: Tokenizer,
+def pointed(table: Arrays, example: Example) -> np.ndarray:
+    """What the mask of an example shows: which instruments f32[KINDS], and their boxes' share of each cell of a
+    GRID x GRID map, row by row."""
+    names = example.meta["objects"] if "objects" in example.meta else [example.meta["object"]]
+    kinds = np.array([kind in names for kind in scene_graph.KINDS], np.float32)
+    low = np.arange(GRID) * (scene_graph.BOX_SPACE / GRID)
+    high, map_ = low + scene_graph.BOX_SPACE / GRID, np.zeros((GRID, GRID))
+    for what, (x1, y1, x2, y2) in zip(table["what"][example.second], table["where"][example.second], strict=True):
+        across, down = (np.clip(np.minimum(high, b) - np.maximum(low, a), 0, None) for a, b in ((x1, x2), (y1, y2)))
+        map_ += (what @ kinds) * np.outer(down, across) / (high[0] - low[0]) ** 2
+    return np.concatenate([kinds, np.minimum(map_, 1).ravel()]).astype(np.float32)
+
+
+def text_arrays(examples: list[Example], scene_of: dict[str, int], tables: Arrays, tokenizer: Tokenizer,
                 cfg: batching.DataConfig) -> list[Arrays]:
     """Tokens, slots and targets of all examples, stacked per bucket, with the scene and seconds behind their rows.
 
     seconds int[N,2]: the second that a picture and an audio window show, -1 when all ten are shown.
+    states int[N,6]: where the mask tokens are predicted, -1 without; pointed f32[N,KINDS+GRID*GRID]: see `pointed`.
     """
     groups: dict[batching.Bucket, list[Arrays]] = {}
     for example in examples:
@@ -202,10 +223,13 @@ def text_arrays(examples: list[Example], scene_of: dict[str, int], tokenizer: To
         tokens, slots, targets = (np.full(bucket.length, fill) for fill in (tokenizer.pad_id, -1, 0))
         used = len(expanded.tokens)
         tokens[:used], slots[:used], targets[:used] = expanded.tokens, expanded.slots, expanded.loss_mask
-        key = bucket._replace(masks=0)
-        groups.setdefault(key, []).append({
+        scene = scene_of[example.meta["scene"]]
+        shown = np.zeros(KINDS + GRID * GRID, np.float32)
+        if bucket.masks:
+            shown = pointed({name: values[scene] for name, values in tables.items()}, example)
+        groups.setdefault(bucket._replace(masks=0), []).append({
             "tokens": tokens, "slots": slots, "targets": targets, "seconds": np.array(seconds),
-            "scene": np.array(scene_of[example.meta["scene"]])})
+            "states": expanded.mask_positions, "pointed": shown, "scene": np.array(scene)})
     return [{key: np.stack([row[key] for row in rows]) for key in rows[0]} for rows in groups.values()]
 
 
@@ -224,37 +248,52 @@ def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.rand
                 values, second.reshape(-1, *[1] * (values.ndim - 1)), 1)
 
         yield {**batch, "what": shown(tables["what"], seconds[:, 0]), "where": shown(tables["where"], seconds[:, 0]),
-               "loudness": shown(tables["loudness"], seconds[:, 1])}
+               "loudness": shown(tables["loudness"], seconds[:, 1]), "seed": np.array(rng.integers(2**31))}
 
 
-def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int,
-               rng: np.random.Generator) -> Any:
-    """{"llama", "reader"} parameters after learning every task's answers from tables and prompts."""
-    llama, reader = Llama(cfg.llama, None), Reader(cfg.llama.hidden)
+def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator,
+               start: Any = None) -> Any:
+    """{"llama", "reader"} parameters after learning every task's answers from tables and prompts.
 
-    def forward(module: Llama, rows: jax.Array, batch: Any) -> jax.Array:
+    The states that predict mask tokens also learn to tell, through a linear map that is then dropped, what they point
+    at and roughly where: to a language model that only writes, they would all be the same.
+    """
+    llama, reader, teller = Llama(cfg.llama, None), Reader(cfg.llama.hidden), nn.Dense(KINDS + GRID * GRID)
+
+    def forward(module: Llama, rows: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
         taken = jnp.take_along_axis(rows, jnp.maximum(batch["slots"], 0)[..., None], axis=1)
         x = jnp.where((batch["slots"] >= 0)[..., None], taken, module.embed(batch["tokens"]))
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        return module.logits(module(x, positions)[0])
+        hidden = module(x, positions)[0]
+        return module.logits(hidden), hidden
 
     def loss(params: Any, batch: Any) -> jax.Array:
         read: Any = reader.apply({"params": params["reader"]}, batch)  # (visual, audio)
         rows = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in read], 1)
-        logits: Any = llama.apply({"params": params["llama"]}, rows, batch, method=forward)
+        noise = jax.random.normal(jax.random.key(batch["seed"]), rows.shape) * NOISE
+        rows = rows + noise * jax.lax.stop_gradient(rows.std())
+        output: Any = llama.apply({"params": params["llama"]}, rows, batch, method=forward)
+        logits, hidden = output
         term = losses.text_loss(logits, batch["tokens"], batch["targets"] > 0, jnp.ones(len(logits), bool))
-        return term.sum / term.number
+        states = jnp.take_along_axis(hidden, jnp.maximum(batch["states"], 0)[..., None], axis=1)
+        told: Any = teller.apply({"params": params["teller"]}, states)
+        error = optax.sigmoid_binary_cross_entropy(told, jnp.broadcast_to(batch["pointed"][:, None], told.shape))
+        what, where = jnp.split(error, [KINDS], -1)
+        masked = (batch["states"] >= 0).astype(jnp.float32)
+        telling = ((what.mean(-1) + where.mean(-1)) * masked).sum() / jnp.maximum(masked.sum(), 1)
+        return term.sum / term.number + telling
 
     batches = reader_batches(groups, tables, 16, rng)
-    first, keys = next(batches), jax.random.split(jax.random.key(3))
+    first, keys = next(batches), jax.random.split(jax.random.key(3), 3)
     rows = jnp.zeros((len(first["tokens"]), int(first["slots"].max()) + 1, cfg.llama.hidden))
     params = {"reader": reader.init(keys[0], first)["params"],
-              "llama": nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"])}
-    return fit("llama", params, loss, batches, steps, 2e-3)
+              "llama": start or nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
+              "teller": teller.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"]}
+    return fit("llama", params, loss, batches, steps, 1e-3 if start else 2e-3)
 
 
 def warm_bridge(name: str, cfg: QFormerConfig, encode: Callable[[Any], Any], inputs: np.ndarray,
-                rows: np.ndarray, steps: int, rng: np.random.Generator) -> Any:
+                rows: np.ndarray, steps: int, rng: np.random.Generator, start: Any = None) -> Any:
     """Q-Former parameters after regressing the Reader's rows [N,Q,D] from encoded inputs [N,...]."""
     qformer = QFormer(cfg)
     spread = rows.std()
@@ -263,7 +302,7 @@ def warm_bridge(name: str, cfg: QFormerConfig, encode: Callable[[Any], Any], inp
         out = qformer.apply({"params": params}, encode(batch[0]), False, rngs={"dropout": jax.random.key(0)})
         return jnp.mean(((out - batch[1]) / spread) ** 2)
 
-    params = nn.unbox(qformer.init(jax.random.key(4), encode(inputs[:1]))["params"])
+    params = start or nn.unbox(qformer.init(jax.random.key(4), encode(inputs[:1]))["params"])
     return fit(name, params, loss, draw(rng, len(inputs), 64, lambda index: (inputs[index], rows[index])), steps, 2e-3)
 
 
@@ -275,13 +314,15 @@ def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
     return load_tree(file)
 
 
-def warm_up(root: Path, out: Path, config: Any, scale: float) -> None:
-    """All four trainings on `root`'s train split; writes a packed model to `out`."""
+def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None) -> None:
+    """All four trainings on `root`'s train split, or the last two from the packed model `start`; writes a packed model
+    to `out`."""
     cfg, parts = model_config(config), out / "parts"
     tokenizer, decode = runs.tokenizer_of(config), data_config(config, cache_dir=str(out.parent / "cache"))
     examples = runs.read_examples(root, "train")
     folders = sorted({example.meta["scene"] for example in examples})
     steps = {name: max(4, int(n * scale)) for name, n in STEPS.items()}
+    before = load_params(start) if start else {}
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([config.seed, number])
@@ -289,33 +330,31 @@ def warm_up(root: Path, out: Path, config: Any, scale: float) -> None:
     def read() -> Any:
         tables = [table_of(scene_graph.load(root / folder / "scene.json")) for folder in folders]
         stacked = {key: np.stack([table[key] for table in tables]) for key in tables[0]}
-        groups = text_arrays(examples, {folder: i for i, folder in enumerate(folders)}, tokenizer, decode)
-        return warm_llama(cfg, groups, stacked, steps["llama"], rng(0))
+        boxes = [example for example in examples if example.task == "arig"] * (BOXES - 1)
+        groups = text_arrays(examples + boxes, {folder: i for i, folder in enumerate(folders)}, stacked, tokenizer,
+                             decode)
+        llama = optim.split(before["llama"], *LORA_OR_NOT)[1] if start else None
+        return warm_llama(cfg, groups, stacked, steps["llama"] // (2 if start else 1), rng(0), llama)
 
     reading = kept(parts, "llama", read)
     data = load_clips(root, folders[:CLIPS], decode, tokenizer)
-    clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
-    beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
+    clip = before["clip"] if start else kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
+    beats = before["beats"] if start else kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
     table = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
     visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, table))
     frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
     vl_projector = kept(parts, "vl_projector", lambda: warm_bridge(
         "visual q-former", cfg.visual, lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames,
-        visual, steps["bridge"], rng(3)))
+        visual, steps["visual"], rng(3), before.get("vl_projector")))
     al_projector = kept(parts, "al_projector", lambda: warm_bridge(
         "audio q-former", cfg.audio, lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, audio,
-        steps["bridge"], rng(4)))
+        steps["audio"], rng(4), before.get("al_projector")))
 
     params = runs.initial_params(config, Crab(cfg))
     learned = {"clip": clip, "beats": beats, "vl_projector": vl_projector, "al_projector": al_projector,
-               "llama": optim.merge(lora_of(params["llama"]), reading["llama"])}
+               "llama": optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])}
     save_packed(out, params | learned, config.to_dict())
     tokenizer.save(out)
-
-
-def lora_of(llama: Any) -> Any:
-    """The LoRA leaves of LLaMA's parameters."""
-    return optim.split(llama, (r".*/lora_.*",), (r"(?!.*/lora_).*",))[0]
 
 
 def main() -> None:
@@ -324,12 +363,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="root of generated scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed result")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
+    parser.add_argument("--start", type=Path, help="a packed model to go on from")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     compile_cache.enable()
     config = tiny.get_config()
     config.init_from = ""
-    warm_up(args.data, args.out, config, args.scale)
+    warm_up(args.data, args.out, config, args.scale, args.start)
 
 
 if __name__ == "__main__":

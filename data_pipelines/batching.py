@@ -77,13 +77,18 @@ class DataConfig:
             raise InputError("config", "lengths", f"is {self.lengths}", "give increasing lengths")
 
 
-def _visual_placeholder(example: Example) -> str | None:
-    """The placeholder that stands for the visual source, after checking that placeholders and media agree."""
+def _is_pair(example: Example) -> bool:
+    """Whether the example shows a clip and a picture apart (the Ref-AVS test prompt)."""
+    return bool(example.image and (example.video or example.frames))
+
+
+def _visual_placeholders(example: Example) -> list[str]:
+    """The placeholders of the visual sources, after checking that placeholders and media agree."""
     where = f"example {example.id}"
     present = [name for name in VISUAL_PLACEHOLDERS if name in example.instruction]
-    visual = bool(example.video or example.image or example.frames)
-    if visual != (len(present) == 1) or (present and example.instruction.count(present[0]) > 1):
-        problem = f"has {len(present)} visual placeholders and {'one' if visual else 'no'} visual source"
+    sources = bool(example.video or example.frames) + bool(example.image)
+    if sources != len(present) or any(example.instruction.count(name) > 1 for name in present):
+        problem = f"has {len(present)} visual placeholders and {sources} visual sources"
         raise InputError(where, "instruction", problem, "put <video> or <image> once where the pictures go")
     if (example.windows != "none") != (example.instruction.count(AUDIO_PLACEHOLDER) == 1):
         count = example.instruction.count(AUDIO_PLACEHOLDER)
@@ -92,22 +97,24 @@ def _visual_placeholder(example: Example) -> str | None:
     if example.windows != "none" and not (example.audio or example.video):
         problem = f"is missing, and windows are {example.windows!r}"
         raise InputError(where, "audio", problem, "give an audio file or set windows to 'none'")
-    return present[0] if present else None
+    return present
 
 
 def _rows(example: Example, bucket: Bucket, frames: int, config: DataConfig) -> dict[str, np.ndarray]:
     """Feature rows behind each placeholder. Rows of the bucket: T * Qv visual ones, then S * Qa audio ones."""
     audio = fbank.WINDOW_COUNT[example.windows] * config.audio_queries
     rows = {AUDIO_PLACEHOLDER: bucket.frames * config.visual_queries + np.arange(audio)}
-    placeholder = _visual_placeholder(example)
-    return rows if placeholder is None else {placeholder: np.arange(frames * config.visual_queries), **rows}
+    placeholders = _visual_placeholders(example)
+    visual = np.arange(frames * config.visual_queries)
+    if _is_pair(example):  # the picture is the last frame
+        return {"<video>": visual[: -config.visual_queries], "<image>": visual[-config.visual_queries:], **rows}
+    return rows | {name: visual for name in placeholders}
 
 
 def _most_frames(example: Example, config: DataConfig) -> int:
-    """Upper bound of the frames of the visual source, known without opening it."""
-    if example.video:
-        return config.video_frames
-    return min(len(example.frames), config.video_frames) if example.frames else int(bool(example.image))
+    """Upper bound of the frames of the visual sources, known without opening them."""
+    clip = config.video_frames if example.video else min(len(example.frames), config.video_frames)
+    return clip + bool(example.image)
 
 
 def _expand(example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int) -> Expanded:
@@ -119,13 +126,13 @@ def _expand(example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: 
 def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bucket:
     """The smallest bucket that holds an Example; a pure function of it that opens no media file.
 
-    To keep the buckets few, a video or a list of frames always takes `video_frames` frames, audio 10 windows (1 for
-    windows `one`), and an absent modality one masked frame or window. Raises InputError naming the example when no
-    length fits, or when its placeholders and its media do not agree.
+    To keep the buckets few, a video or a list of frames always takes `video_frames` frames (one more with a picture
+    beside it), audio 10 windows (1 for windows `one`), and an absent modality one masked frame or window. Raises
+    InputError naming the example when no length fits, or when its placeholders and its media do not agree.
     """
     bucket = Bucket(
         length=config.lengths[-1],
-        frames=config.video_frames if example.video or example.frames else 1,
+        frames=config.video_frames + _is_pair(example) if example.video or example.frames else 1,
         windows=1 if example.windows in (*fbank.SINGLE, "none") else 10,
         fbank_frames=fbank.WINDOW_FRAMES[example.windows],
         masks=int(example.mask_kind != "none"),
@@ -169,17 +176,19 @@ def _load_image(path: Path, field: str, config: DataConfig) -> np.ndarray:
 
 
 def _load_frames(example: Example, root: Path, config: DataConfig) -> np.ndarray:
-    """uint8[n, H, W, 3]: the frames of the visual source, n = 0 without one."""
+    """uint8[n, H, W, 3]: the frames of the clip, then the picture; n = 0 without a visual source."""
     size, count = config.image_size, config.video_frames
+    taken, names = min(count, len(example.frames)), example.frames
+    frames = np.zeros((0, size, size, 3), np.uint8)
     if example.video:
         path = root / example.video
-        return _cached(config, path, ("video", count, size), lambda: media.read_video(path, count, size))
-    names = [example.image] if example.image else list(example.frames)
-    taken = min(count, len(names))
-    field = "image" if example.image else "frames"
-    paths = [root / names[i * len(names) // taken] for i in range(taken)]
-    frames = [_load_image(path, field, config) for path in paths]
-    return np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+        frames = _cached(config, path, ("video", count, size), lambda: media.read_video(path, count, size))
+    elif taken:
+        paths = [root / names[i * len(names) // taken] for i in range(taken)]
+        frames = np.stack([_load_image(path, "frames", config) for path in paths])
+    if example.image:
+        frames = np.concatenate([frames, _load_image(root / example.image, "image", config)[None]])
+    return frames
 
 
 def _load_fbank(example: Example, root: Path, config: DataConfig) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,10 +60,8 @@ def from_json(record: Any, where: str) -> Example:
     for name, allowed in (("task", TASK_NAMES), ("windows", WINDOWS), ("mask_kind", MASK_KINDS)):
         if name in record and record[name] not in allowed:
             raise InputError(where, name, f"unknown value {record[name]!r}", f"use one of {', '.join(allowed)}")
-    visuals = [name for name in ("video", "image", "frames") if record.get(name)]
-    if len(visuals) > 1:
-        problem = f"both {visuals[0]!r} and {visuals[1]!r} are given"
-        raise InputError(where, visuals[1], problem, "give one visual source")
+    if record.get("video") and record.get("frames"):
+        raise InputError(where, "frames", "both 'video' and 'frames' are given", "give one clip")
     if any(not isinstance(frame, str) for frame in record.get("frames", ())):
         raise InputError(where, "frames", "holds something that is not a path", "must be a list of paths")
     return Example(**{**record, "frames": tuple(record.get("frames", ()))})
@@ -96,6 +95,20 @@ def read_jsonl(path: str | Path) -> list[Example]:
         seen.add(example.id)
         examples.append(example)
     return examples
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """A hash of what a list of Examples says; the media files are not looked at."""
+    found = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        found.update(json.dumps(to_json(example), sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def choice(mark: str, count: int, seed: int, epoch: int) -> int:
+    """Which of the `count` Examples whose meta has this `one_of` is taken in an epoch: the same in every process."""
+    key = repr((seed, epoch, mark)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % count
 
 
 def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import soundfile
 import soxr
 from PIL import Image
+from pycocotools import mask as coco
 
 from crab_jax.errors import InputError
 
 SAMPLE_RATE = 16000
 SEMANTIC_CLASSES = 71
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+# A mask may be written where its path would be: COCO run lengths, rle:<height>x<width>:<counts>, or nothing at all.
+INLINE_MASK = "rle:"
+EMPTY_MASK = f"{INLINE_MASK}empty"
 
 
 def _require(path: str | Path, field: str) -> str:
@@ -193,22 +199,52 @@ def _labels_of_colours(rgb: np.ndarray) -> np.ndarray:
     return np.where(keys[order][place] == codes, order[place], 0).astype(np.int32)
 
 
+def inline_mask(code: Mapping[str, Any]) -> str:
+    """The text that stands for a mask given as COCO run lengths, {"size": [height, width], "counts": bytes}."""
+    return f"{INLINE_MASK}{code['size'][0]}x{code['size'][1]}:{code['counts'].decode()}"
+
+
+def _decode_inline(code: str) -> np.ndarray:
+    """uint8[H,W] of what `inline_mask` wrote."""
+    found = re.fullmatch(rf"{INLINE_MASK}([1-9][0-9]{{0,4}})x([1-9][0-9]{{0,4}}):([0-o]+)", code)
+    try:
+        if not found:
+            raise ValueError
+        return coco.decode({"size": [int(found[1]), int(found[2])], "counts": found[3].encode()})
+    except ValueError:
+        fix = f"write {INLINE_MASK}<height>x<width>:<counts>, or the path of a picture"
+        raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix) from None
+
+
+def _check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:
+    if picture is not None and size != picture:
+        problem = f"is {size[0]}x{size[1]}, but its picture is {picture[0]}x{picture[1]}"
+        raise InputError(where, "mask", problem, "export the mask at the size of its picture")
+
+
+def _binary(grey: np.ndarray, size: int, where: str, picture: tuple[int, int] | None) -> np.ndarray:
+    """int32[size, size], 1 where grey[H, W] is above 0."""
+    _check_size((grey.shape[1], grey.shape[0]), picture, where)
+    # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
+    rows, columns = (np.arange(size) * n // size for n in grey.shape)
+    return (grey[rows[:, None], columns] > 0).astype(np.int32)
+
+
 def read_mask(path: str | Path, size: int, kind: str, picture: tuple[int, int] | None = None) -> np.ndarray:
     """int32[size, size]: a ground-truth mask, nearest neighbour.
 
     `binary`: 1 where the grey value is above 0. `semantic`: class ids 0..70, from the indices of a palette or grey PNG
     or from the exact AVSBench colours of an RGB one (unknown colours are 0). `picture` is the (width, height) of the
     picture that the mask belongs to. Raises InputError for a damaged file, another size than `picture`, or an id > 70.
+    A `path` that starts with INLINE_MASK is a binary mask itself.
     """
+    if (code := Path(path).name).startswith(INLINE_MASK):
+        grey = np.zeros((1, 1)) if code == EMPTY_MASK else _decode_inline(code)
+        return _binary(grey, size, str(path), None if code == EMPTY_MASK else picture)
     with _picture(path, "mask") as mask:
-        if picture is not None and mask.size != picture:
-            problem = f"is {mask.width}x{mask.height}, but its picture is {picture[0]}x{picture[1]}"
-            raise InputError(str(path), "mask", problem, "export the mask at the size of its picture")
         if kind == "binary":
-            grey = np.array(mask.convert("L"))
-            # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
-            rows, columns = (np.arange(size) * n // size for n in grey.shape)
-            return (grey[rows[:, None], columns] > 0).astype(np.int32)
+            return _binary(np.array(mask.convert("L")), size, str(path), picture)
+        _check_size(mask.size, picture, str(path))
         small = mask if mask.mode in ("P", "L") else mask.convert("RGB")
         small = small.resize((size, size), Image.Resampling.NEAREST)
         values = np.array(small)

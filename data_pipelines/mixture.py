@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -15,17 +17,26 @@ from absl import flags
 
 from crab_jax.errors import InputError
 from data_pipelines.batching import Batch, Bucket, DataConfig, bucket_for, collate, load
-from data_pipelines.examples import Example
+from data_pipelines.examples import Example, choice
 from data_pipelines.tokens import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-def group_by_bucket(examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig) -> dict[Bucket, list[int]]:
+def note_skipped(file: Path | None, index: int, example: Example, error: InputError) -> None:
+    """Append one line to the list of skipped examples. Several workers share the file: a short append is one write."""
+    if file is not None:
+        with open(file, "a") as out:
+            out.write(json.dumps({"index": index, "id": example.id, "task": example.task, "error": str(error)}) + "\n")
+
+
+def group_by_bucket(
+    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, skipped: Path | None = None
+) -> dict[Bucket, list[int]]:
     """Positions of the examples of each bucket, buckets in increasing order.
 
-    With `on_error="skip"` an example that fits no bucket is left out with a warning. Raises InputError otherwise, and
-    when nothing is left.
+    With `on_error="skip"` an example that fits no bucket is left out with a warning, and a line in the file `skipped`.
+    Raises InputError otherwise, and when nothing is left.
     """
     groups: dict[Bucket, list[int]] = collections.defaultdict(list)
     for index, example in enumerate(examples):
@@ -35,16 +46,18 @@ def group_by_bucket(examples: Sequence[Example], tokenizer: Tokenizer, config: D
             if config.on_error == "raise":
                 raise
             _log.warning("left out example %s: %s", example.id, error)
+            note_skipped(skipped, index, example, error)
     if not groups:
         raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
     return dict(sorted(groups.items()))
 
 
 class BatchLoader:
-    """Positions of one global batch -> Batch of this process's share of its rows.
+    """Positions of one global batch -> Batch of `rows` of it (this process's share).
 
     With `on_error="skip"` an example that cannot be loaded is replaced by the next one of its bucket that can: the same
-    one in every epoch, process and worker. `bad` counts and lists what was replaced in this process: position -> error.
+    one in every epoch, process and worker. Each loader adds a line to the file `skipped` when it first meets one; `bad`
+    has what was replaced in this process: position -> error.
     """
 
     def __init__(
@@ -54,9 +67,11 @@ class BatchLoader:
         root: str | Path,
         tokenizer: Tokenizer,
         config: DataConfig,
-        rows: slice = slice(None),
+        rows: Any = slice(None),
+        skipped: Path | None = None,
     ):
-        self.examples, self.root, self.tokenizer, self.config, self.rows = examples, root, tokenizer, config, rows
+        self.examples, self.root, self.tokenizer, self.config = examples, root, tokenizer, config
+        self.rows, self.skipped = rows, skipped
         self.bad: dict[int, str] = {}
         rings = [(group, [*group[1:], group[0]]) for group in groups.values()]
         self.following = {index: after for group, shifted in rings for index, after in zip(group, shifted, strict=True)}
@@ -85,7 +100,32 @@ class BatchLoader:
                 raise
             self.bad[index] = str(error)
             _log.warning("skipped example %s (%d so far): %s", self.examples[index].id, len(self.bad), error)
+            note_skipped(self.skipped, index, self.examples[index], error)
             return None
+
+
+class OneOf:
+    """(position in an endless stream, group of positions of examples) -> the one that this epoch takes.
+
+    A group holds one example, or those of one bucket whose meta has the same `one_of` (the pictures of a clip).
+    """
+
+    def __init__(self, examples: Sequence[Example], groups: int, seed: int):
+        self.examples, self.groups, self.seed = examples, groups, seed
+
+    def __call__(self, position: int, group: Sequence[int]) -> int:
+        if len(group) == 1:
+            return group[0]
+        mark = self.examples[group[0]].meta["one_of"]
+        return group[choice(mark, len(group), self.seed, position // self.groups)]
+
+
+def _one_of_groups(examples: Sequence[Example], indices: Sequence[int]) -> list[tuple[int, ...]]:
+    """`indices` in groups of which an epoch takes one."""
+    groups: dict[str | int, list[int]] = collections.defaultdict(list)
+    for index in indices:
+        groups[examples[index].meta.get("one_of", index)].append(index)
+    return list(map(tuple, groups.values()))
 
 
 def _rates(examples: Sequence[Example], kept: Sequence[int], weights: Mapping[str, float] | None) -> list[float]:
@@ -112,53 +152,77 @@ def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     return grain.MapDataset.mix([part for part, _ in parts], weights=weights)
 
 
-def train_dataset(
+@dataclasses.dataclass(frozen=True)
+class TrainOrder:
+    """Which examples each global batch holds, whoever loads it."""
+
+    examples: Sequence[Example]
+    groups: Mapping[Bucket, Sequence[int]]
+    batches: grain.MapDataset  # number of a batch -> positions of its examples, int[batch_size]; endless
+
+
+def train_order(
     examples: Sequence[Example],
-    root: str | Path,
     tokenizer: Tokenizer,
     config: DataConfig,
     batch_size: int,
     seed: int = 0,
     weights: Mapping[str, float] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    workers: int = 0,
-    read_options: grain.ReadOptions | None = None,
-) -> grain.IterDataset:
-    """Endless IterDataset of Batch, every batch from one bucket.
+    skipped: Path | None = None,
+) -> TrainOrder:
+    """The order of training: every batch from one bucket, the same for any number of processes and workers.
 
-    batch_size: rows of a global batch; process `process_index` of `process_count` loads its contiguous share of them,
-        so the order of the examples does not depend on the number of processes.
+    batch_size: rows of a global batch.
     weights: task -> share of the samples (any scale); None draws every example equally often. Examples of one bucket
         that are drawn equally often form one stream, shuffled anew every epoch, in which each comes once per epoch.
-    workers: processes that decode, 0 = threads of this one. Workers are spawned, so a script that uses them needs
-        `if __name__ == "__main__"`.
-
-    The iterator's get_state / set_state continue it exactly. Errors of a worker reach the caller as InputError.
+        Those with the same `one_of` in their meta count as one example: an epoch takes one of them, chosen anew.
+    skipped: file that lists examples left out (see `group_by_bucket`).
     """
-    if batch_size % process_count:
-        problem = f"{batch_size} rows do not split over {process_count} processes"
-        raise InputError("config", "batch_size", problem, "give a multiple of the number of processes")
-    groups = group_by_bucket(examples, tokenizer, config)
-    kept = [index for group in groups.values() for index in group]
+    groups = group_by_bucket(examples, tokenizer, config, skipped)
+    choices = {bucket: _one_of_groups(examples, group) for bucket, group in groups.items()}
+    kept = [indices[0] for group in choices.values() for indices in group]
     rate_of = dict(zip(kept, _rates(examples, kept, weights), strict=True))
 
     buckets, streams = [], 0
-    for group in groups.values():
-        by_rate: dict[float, list[int]] = collections.defaultdict(list)
-        for index in group:
-            by_rate[rate_of[index]].append(index)
+    for group in choices.values():
+        by_rate: dict[float, list[tuple[int, ...]]] = collections.defaultdict(list)
+        for indices in group:
+            by_rate[rate_of[indices[0]]].append(indices)
         parts = []
         for rate, members in sorted(by_rate.items()):
-            stream = grain.MapDataset.source(members).seed(seed + streams).shuffle().repeat()
+            shuffled = grain.MapDataset.source(members).seed(seed + streams).shuffle().repeat()
+            stream = shuffled.map_with_index(OneOf(examples, len(members), seed))
             parts.append((stream, rate * len(members)))
             streams += 1
         share = sum(part for _, part in parts)
         buckets.append((_mix(parts).batch(batch_size, drop_remainder=True), share))
+    return TrainOrder(examples, groups, _mix(buckets))
 
-    rows = batch_size // process_count
-    own = slice(process_index * rows, (process_index + 1) * rows)
-    batches = _mix(buckets).map(BatchLoader(examples, groups, root, tokenizer, config, own))
+
+def train_dataset(
+    order: TrainOrder,
+    root: str | Path,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    rows: Any = slice(None),
+    start: int = 0,
+    workers: int = 0,
+    skipped: Path | None = None,
+    read_options: grain.ReadOptions | None = None,
+) -> grain.IterDataset:
+    """Endless IterDataset of Batch in the given order.
+
+    rows: which rows of the global batch to load (a slice or positions), so processes share each batch.
+    start: number of the first batch. A run takes one batch per step, so the step is the position of its input: it
+        resumes with another number of processes or workers as well.
+    workers: processes that decode, 0 = threads of this one; worker i decodes the batches start + i, start + i +
+        workers, ... Workers are spawned, so a script that uses them needs `if __name__ == "__main__"`.
+    skipped: file that lists the examples that could not be loaded, with `on_error="skip"`.
+
+    The iterator's get_state / set_state continue it exactly. Errors of a worker reach the caller as InputError.
+    """
+    loader = BatchLoader(order.examples, order.groups, root, tokenizer, config, rows, skipped)
+    batches = (order.batches[start:] if start else order.batches).map(loader)
     # A buffered element is a whole batch, so the buffers are kept short.
     dataset = batches.to_iter_dataset(read_options or grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     if workers:

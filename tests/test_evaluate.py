@@ -135,8 +135,137 @@ def run(root, monkeypatch, model, tokenizer, *flags):
 
     monkeypatch.setattr(inference, "eval_batches", eval_batches)
     verb.evaluate(parse_arguments(["--checkpoint", "x", "--out", str(root / "out"), "--max-new-tokens", str(STEPS),
-                                   *flags]))
+                                   "--examples", "0", *flags]))
     return asked
+
+
+class Killed(BaseException):
+    """Ends a program where it stands, as kill -9 would."""
+
+
+PICTURES = {"s 1": HALF * 0.9, "s 2": None, "c": HALF * 5}
+
+
+def answered(todo, rng=None, deaths=()):
+    """Predictions in a random order; the program dies before the k-th for every k of `deaths`."""
+    todo = list(todo)
+    for number, index in enumerate(range(len(todo)) if rng is None else rng.permutation(len(todo))):
+        if number in deaths:
+            raise Killed
+        example = todo[index]
+        text = TEXTS[EXAMPLES.index(example)]
+        yield inference.read_answer(example, text, PICTURES.get(example.id))
+
+
+@pytest.fixture
+def answering(tmp_path, monkeypatch):
+    """(out folder, function that evaluates); the model answers as `answered` says, from params and flags."""
+    write_jsonl(tmp_path / "test.jsonl", EXAMPLES)
+    for example in EXAMPLES[2:]:
+        Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(tmp_path / example.mask)
+    asked = []
+
+    def evaluate(*flags, out="out", params=1.0, rng=None, deaths=()):
+        def predict_examples(model, params, config, tokenizer, todo, *rest, **changes):
+            asked.append([example.id for example in todo])
+            return answered(todo, rng, deaths)
+
+        monkeypatch.setattr(runs, "load_model", lambda path: (None, {"w": np.full(3, params)}, ConfigDict(
+            {"data": {"root": str(tmp_path)}}), None))
+        monkeypatch.setattr(verb, "predict_examples", predict_examples)
+        arguments = ["--out", str(tmp_path / out), "--examples", "0", *flags]
+        if "--predictions" not in flags:
+            arguments += ["--checkpoint", "x"]
+        verb.evaluate(parse_arguments(arguments))
+
+    evaluate.asked = asked
+    return tmp_path, evaluate
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if
+            path.is_file()}
+
+
+def test_killed_five_times_the_result_is_the_same(answering):
+    root, evaluate = answering
+    evaluate(out="whole")
+    rng = np.random.default_rng(5)
+    for _ in range(5):
+        with pytest.raises(Killed):
+            evaluate(rng=rng, deaths=(1,) if rng.random() < 0.6 else (0,))
+        predictions = root / "out" / "predictions.jsonl"
+        if predictions.exists() and rng.random() < 0.7:  # the last line was being written
+            predictions.write_bytes(predictions.read_bytes()[:-int(rng.integers(1, 40))])
+    evaluate(rng=rng)
+    assert files(root / "out") == files(root / "whole")
+    done = len(evaluate.asked)
+    evaluate()
+    assert len(evaluate.asked) == done  # nothing was left to answer
+
+
+def test_processes_share_the_work_and_process_0_merges(answering):
+    root, evaluate = answering
+    evaluate(out="whole")
+    with pytest.raises(Killed):
+        evaluate("--process", "0/2", deaths=(0,))  # claims the folder
+    evaluate("--process", "1/2")
+    assert not (root / "out" / "results.json").exists()
+    evaluate("--process", "0/2")
+    assert evaluate.asked[-2:] == [[e.id for e in EXAMPLES[1::2]], [e.id for e in EXAMPLES[0::2]]]
+    assert files(root / "out") == files(root / "whole")
+
+
+def test_process_0_says_who_is_missing(answering, monkeypatch):
+    _, evaluate = answering
+    monkeypatch.setattr(verb, "PATIENCE", -1)
+    with pytest.raises(InputError, match="--process.*answers of the other processes"):
+        evaluate("--process", "0/2")
+    for wrong in ("2/2", "a/2", "1", "-1/2"):
+        with pytest.raises(InputError, match="is not I/N"):
+            parse_arguments(["--checkpoint", "x", "--out", "o", f"--process={wrong}"])
+
+
+def test_answers_of_another_model_are_set_aside_not_mixed(answering, capsys):
+    root, evaluate = answering
+    evaluate("--tasks", "avqa")
+    evaluate("--limit", "1")  # more of the same evaluation
+    assert evaluate.asked == [["q/1", "q/2"], ["s 1", "c"]]
+    assert len((root / "out" / "predictions.jsonl").read_text().splitlines()) == 4
+    evaluate("--tasks", "avqa", params=2.0)
+    assert evaluate.asked[-1] == ["q/1", "q/2"] and "moved to" in capsys.readouterr().out
+    assert len((root / "out" / "previous" / "predictions.jsonl").read_text().splitlines()) == 4
+    evaluate("--tasks", "avqa", "--mute-audio", params=2.0)
+    assert evaluate.asked[-1] == ["q/1", "q/2"]
+
+
+def test_predictions_are_scored_without_a_model_as_with_one(answering):
+    root, evaluate = answering
+    evaluate()
+    before = len(evaluate.asked)
+    evaluate("--predictions", str(root / "out" / "predictions.jsonl"), "--data", str(root), out="again")
+    evaluate("--predictions", str(root / "out" / "predictions.jsonl"), "--tasks", "s4", "--data", str(root), out="s4")
+    assert len(evaluate.asked) == before
+    found, again = files(root / "out"), files(root / "again")
+    assert {name: found[name] for name in found if name not in ("evaluation.json", "results.html")} == {
+        name: again[name] for name in again if name not in ("evaluation.json", "results.html")}
+    assert list(json.loads((root / "s4" / "results.json").read_text())["tasks"]) == ["s4"]
+    with pytest.raises(InputError, match="--data"):
+        evaluate("--predictions", str(root / "out" / "predictions.jsonl"))
+    with pytest.raises(InputError, match="exactly one of --checkpoint and --predictions"):
+        parse_arguments(["--out", "o"])
+
+
+def test_the_page_shows_published_numbers_every_metric_and_examples(answering):
+    root, evaluate = answering
+    evaluate("--examples", "1")
+    page = (root / "out" / "results.html").read_text()
+    assert "0.7894" in page and "TSPM" in page  # MUSIC-AVQA, beside ours
+    assert all(f"<td>{name}</td>" in page or f"<b>{name}</b>" in page for name in TASKS["s4"].metrics)
+    assert "q/2" in page and "not drawn" in page  # these examples have no media
+    results = json.loads((root / "out" / "results.json").read_text())
+    assert results["breakdown"]["avqa"] == {"Audio/Counting": {"value": 0.5, "n": 2}}
+    assert results["breakdown"]["avss"] == {name: {"value": 1.0, "n": 1} for name in ("background", "bassoon")}
 
 
 def test_files_are_complete(tmp_path, monkeypatch, model, tokenizer, capsys):
@@ -151,7 +280,7 @@ def test_files_are_complete(tmp_path, monkeypatch, model, tokenizer, capsys):
     assert set(results["avss"]["intervals"]) == set(results["avss"]) - {"n", "n_unparsed", "n_no_mask", "intervals"}
 
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert {line["id"] for line in lines} == {e.id for e in EXAMPLES}
+    assert [line["id"] for line in lines] == [e.id for e in EXAMPLES]
     by_id = {line["id"]: line for line in lines}
     assert set(by_id["q/1"]) == {"id", "task", "prompt", "text", "parsed", "mask", "label"}
     assert by_id["q/1"]["parsed"] == "yes" and by_id["q/1"]["label"]["answer"] == "yes"

@@ -149,3 +149,33 @@ def test_every_metric_is_bootstrapped_when_a_group_is_rare():
     row = score(PERFECT[3:], [rare, *EXAMPLES[4:]], resamples=60)["tasks"]["avqa"]
     assert row["intervals"]["visual_location"] == [1.0, 1.0]
     assert scoring.RESAMPLES == 1000
+
+
+def test_every_metric_is_given_over_the_readable_answers_too():
+    answers = [Answer("a", EXAMPLES[0].target), Answer("b", "no idea"), Answer("d", "?"),
+               Answer("e", EXAMPLES[4].target), Answer("f", EXAMPLES[4].target)]
+    rows = score(answers, EXAMPLES, resamples=40)["tasks"]
+    assert (rows["ave"]["n_unparsed"], rows["ave"]["accuracy_parsed"]) == (2, 1.0)
+    assert rows["avqa"]["accuracy"] == pytest.approx(1 / 3) and rows["avqa"]["accuracy_parsed"] == 0.5
+    assert rows["avqa"]["audio_counting_parsed"] == 0.5 and rows["avqa"]["intervals"]["accuracy_parsed"] == [0.0, 1.0]
+    for name, row in rows.items():
+        metrics = set(row) - set(scoring.COUNTS)
+        assert metrics == {m + suffix for m in row if m in TASKS[name].metrics for suffix in ("", scoring.PARSED)}
+    assert "accuracy_parsed" not in score([], EXAMPLES, resamples=2)["tasks"]["ave"]
+
+
+def test_for_a_task_with_masks_the_answered_ones_are_those_with_a_mask():
+    examples = [binary_example("m1"), binary_example("m2")]
+    answers = [Answer("m1", "cannot be read", disc().astype(np.float32)), Answer("m2", examples[1].target)]
+    row = score(answers, examples, lambda e: disc(), resamples=5)["tasks"]["s4"]
+    assert (row["miou"], row["miou_parsed"], row["f_score_video_parsed"]) == pytest.approx((0.5, 1.0, 1.0))
+    assert row["mask_rate"] == 0.5 and "mask_rate_parsed" not in row
+    assert (row["n"], row["n_unparsed"], row["n_no_mask"]) == (2, 2, 1)
+
+
+def test_every_metric_of_a_task_is_described_and_every_published_number_is_one_of_ours():
+    for task in TASKS.values():
+        assert task.headline in task.metrics
+        for row in task.published:
+            assert row.source and set(row.scores) <= set(task.metrics)
+            assert all(0 < value < 1 for value in row.scores.values())

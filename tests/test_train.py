@@ -12,12 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import tiny
 from crab_jax import optim, runs, sharding, train
 from crab_jax.config import data_config, model_config
+from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
+from crab_jax.watchdog import Watchdog
 from data_pipelines import mixture
+from data_pipelines.batching import Bucket, empty_batch
+from data_pipelines.examples import Example, read_jsonl
 
 SMALL = ("--config.sizes.llama.layers=1", "--config.sizes.clip.layers=2", "--config.sizes.clip.taps=(1,2,2)",
          "--config.sizes.beats.layers=1", "--config.sizes.visual.layers=1", "--config.sizes.audio.layers=1")
@@ -35,14 +40,23 @@ def losses_of(workdir: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_sigkill_and_restart_give_the_losses_of_an_uninterrupted_run_bit_for_bit(scenes_root, tmp_path):
+def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_run_bit_for_bit(scenes_root, tmp_path):
     options = ("--config.steps=12", "--config.log_every=1", "--config.checkpoint_every=3")
     subprocess.run(command(scenes_root, tmp_path / "whole", *options), check=True, capture_output=True)
     killed = tmp_path / "killed"
+    with subprocess.Popen(command(scenes_root, killed, *options), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        process.send_signal(signal.SIGTERM)
+        told = process.stdout.read()
+    stopped = max(losses_of(killed))
+    assert process.returncode == 0 and f"stopped on request after step {stopped} of 12" in told
+    target = killed / "checkpoints" / str(3 * (stopped // 3 + 1))
     with subprocess.Popen(command(scenes_root, killed, *options), stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
-        while not (killed / "checkpoints" / "3").exists() and time.monotonic() < deadline and process.poll() is None:
+        while not target.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     before = losses_of(killed)
@@ -73,11 +87,13 @@ def small_run(root: Path, accumulate: int = 1) -> tuple:
     for task in TEXT_ONLY[2:-1]:
         config.data.weights[task] = float(task == "s4")
     model, mesh = Crab(model_config(config)), sharding.make_mesh(data=1, devices=jax.devices()[:1])
-    trainable, frozen = runs.split_params(config, runs.initial_params(config, model), mesh)
+    params = runs.initial_params(config, model, runs.wanted_params(config, model, mesh))
+    trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
     state = train.TrainState(jnp.int32(0), trainable, tx.init(trainable))
     state = jax.device_put(state, sharding.state_shardings(state, trainable, mesh))
-    data = iter(runs.train_dataset(config, runs.tokenizer_of(config)))
+    tokenizer = runs.tokenizer_of(config)
+    data = iter(runs.train_dataset(config, tokenizer, runs.train_order(config, tokenizer)))
     return train.compile_step(config, model, mesh, state), state, frozen, [next(data) for _ in range(8)]
 
 
@@ -94,6 +110,45 @@ def test_no_recompilation_after_the_first_pass_over_the_buckets_and_the_loss_fal
             last = float(metrics["loss"])
     assert step._cache_size() == compiled
     assert last < first[batches[-1].tokens.shape] - 0.3
+
+    before = jax.device_get(state)
+    state, metrics = step(state, frozen, batches[0].replace(fbank=np.full_like(batches[0].fbank, np.nan)))
+    after = jax.device_get(state)
+    assert int(metrics["skipped"]) == 1 and not np.isfinite(metrics["grad_norm"])
+    assert int(after.step) == int(before.step) + 1, "a skipped step is a step"
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, before.trainable))
+    for new, old in zip(jax.tree.leaves(after.opt), jax.tree.leaves(before.opt), strict=True):
+        assert np.array_equal(new, old + (new.dtype == np.int32)), "moments stay, the schedule goes on"
+    state, metrics = step(state, frozen, batches[0])
+    assert int(metrics["skipped"]) == 0 and np.isfinite(metrics["loss"])
+
+
+def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
+    batch = empty_batch(Bucket(length=5, frames=1, windows=1, fbank_frames=98, masks=0), 2, 8)
+    batch = batch.replace(index=np.int32([1, 0]), tokens=batch.tokens + 7)
+    examples = [Example(id=name, task="ave", instruction="") for name in ("first", "second")]
+    guard = train.SkipGuard(2, tmp_path, Watchdog(0), examples)
+
+    def run(skipped: list[int]) -> None:
+        for step, value in enumerate(skipped, 1):
+            guard.add(step, {"skipped": value, "loss": np.nan, "grad_norm": np.inf}, batch)
+        guard.settle()
+
+    run([1, 0, 1, 0])  # never two in a row
+    with pytest.raises(InputError, match="step3.process0.*2 steps up to 3") as stop:
+        run([0, 1, 1])
+    assert (safetensors.numpy.load_file(stop.value.where)["tokens"] == 7).all()
+    rows = read_jsonl(Path(stop.value.where).with_suffix(".jsonl"))
+    assert [example.id for example in rows] == ["second", "first"]
+
+
+def test_the_input_that_is_waited_for_is_named(scenes_root):
+    config = tiny.get_config()
+    config.data.root, config.data.batch_size = str(scenes_root), 4
+    order = runs.train_order(config, runs.tokenizer_of(config))
+    asked = order.batches[6][[1, 3]]
+    line = train.input_wait(order, 7, 4, np.array([1, 3]), workers=2)
+    assert line == f"input of step 7: worker 0 of 2, on examples {', '.join(order.examples[i].id for i in asked)}"
 
 
 def test_micro_batches_with_unequal_token_counts_give_the_same_update(scenes_root):
@@ -131,7 +186,6 @@ def test_bad_flags_are_one_line_and_exit_2(scenes_root, tmp_path, capsys, monkey
 
 def test_another_config_in_the_same_workdir_is_refused(scenes_root, tmp_path, monkeypatch):
     from crab_jax.config import parse_flags
-    from crab_jax.errors import InputError
 
     words = command(scenes_root, tmp_path, "--config.steps=7")[2:]
     monkeypatch.setattr(sys, "argv", words)  # ml_collections looks for overrides there
@@ -140,6 +194,12 @@ def test_another_config_in_the_same_workdir_is_refused(scenes_root, tmp_path, mo
     (tmp_path / "checkpoints" / "manifest.json").write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     runs.claim_workdir(workdir, config)
+    young = json.loads((tmp_path / "config.json").read_text())
+    young.pop("max_skipped"), young["mesh"].pop("fsdp")
+    (tmp_path / "config.json").write_text(json.dumps(young))
+    runs.claim_workdir(workdir, config)  # a key that is younger than the run
+    config.mesh.data = 1
+    runs.claim_workdir(workdir, config)  # another mesh
     config.optim.lr = 0.5
     with pytest.raises(InputError, match="optim.lr.*0.0003.*0.5"):
         runs.claim_workdir(workdir, config)

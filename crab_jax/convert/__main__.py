@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from crab_jax.compat import PRESETS
 from crab_jax.convert.exporting import FORMATS, export
 from crab_jax.convert.importing import Files, describe, import_weights, load_run_config
 from crab_jax.convert.released import COMPONENTS, Choices, read_json
 from crab_jax.convert.verify import verify
-from crab_jax.errors import InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, run_verb
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m crab_jax.convert", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True)
+    top = CommandLine(__doc__, "python -m crab_jax.convert")
+    one_verb: Any = partial(CommandLine, __doc__)  # argparse calls it like a class
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=one_verb)
 
     new = verbs.add_parser("import", help="released files -> checkpoint")
     new.add_argument("--clip", type=Path, required=True, help="Hugging Face CLIP directory")
     new.add_argument("--llama", type=Path, required=True, help="Hugging Face LLaMA directory")
     new.add_argument("--beats", type=Path, required=True, help="BEATs .pt file")
-    new.add_argument("--crab", type=Path, nargs="+", required=True, help="Crab's files, in loading order")
+    new.add_argument("--crab", type=Path, nargs="+", default=[], help="Crab's files, in loading order")
     new.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     new.add_argument("--config", type=Path, help="run config to record (default configs/finetune.py)")
     new.add_argument("--tokenizer", type=Path, help="tokenizer (default: of the LLaMA directory)")
@@ -80,5 +82,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parsed = parser().parse_args(sys.argv[1:] or ["--help"])
-    run_verb(lambda: main(parsed), parsed.debug)
+    run_verb(lambda: main(parser().parse_args(sys.argv[1:] or ["--help"])), "--debug" in sys.argv)

@@ -1,7 +1,7 @@
-"""Import: released PyTorch files -> a packed checkpoint that train, evaluate and predict take, and a report.
+"""Import: released PyTorch files -> an Orbax checkpoint that train, evaluate and predict take, and a report.
 
 Strict: every key of every file is read or named as ignored, every parameter is filled or named as drawn. Tensors are
-memory-mapped and written one by one, so the whole model is never in memory.
+memory-mapped and written one by one, so neither the model nor a large stack of its layers is ever in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import importlib.util
 import json
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crab_jax import runs
-from crab_jax.checkpoints import PACKED, save_tree_by_parts
+from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, save_streamed
 from crab_jax.config import COMPAT_FIELDS
 from crab_jax.convert import released, torch_file
 from crab_jax.convert.keymap import Rule, permute, split_target
@@ -83,6 +85,9 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
     for name in files.fresh:
         if name not in COMPONENTS:
             raise InputError("--fresh", name, "is no component", f"use {', '.join(COMPONENTS)}")
+    for name in (PACKED, "checkpoints"):
+        if (out / name).exists():
+            raise InputError(str(out), "--out", f"holds another model ({name})", "give another folder")
     base = released.base_sources(files.clip, files.llama, files.beats)
     crab = [released.crab_source(path) for path in files.crab]
     given, passed = released.resolve(crab)
@@ -101,10 +106,8 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
         notes[path] = f"drawn from seed {files.seed}"
     extra |= _draw(cfg, files.seed, drawn)
 
-    leaves = {part.path: (shapes[part.path], part.load().dtype) for part in parts}
-    leaves |= {path: (shapes[path], value.dtype) for path, value in extra.items()}
-    leaves |= {path: (shapes[path], _vocab_dtype(sources)) for path, sources in vocab.items()}
-    save_tree_by_parts(out / PACKED, leaves, _arrays(parts, vocab, extra, cfg, files.seed))
+    leaves = _leaves(parts, vocab, extra, shapes, cfg, files.seed)
+    save_streamed(out / IMPORTED, _with_progress(leaves))
 
     report = {
         "sources": {source.where: {"keys": len(source.tensors), "used": len(used.get(source.where, ())),
@@ -112,7 +115,7 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
                                    "ignored_keys": ignored[source.where]} for source in [*base.values(), *crab]},
         "parameters": {"leaves": len(shapes), "from_files": len(shapes) - len(notes),
                        "not_from_weight_files": notes | vocab_notes,
-                       "dtypes": dict(Counter(dtype.name for _, dtype in leaves.values()))},
+                       "dtypes": dict(Counter(leaf.dtype.name for leaf in leaves.values()))},
         "lora_heads": cfg.lora.heads, "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries,
                                                   "masks": cfg.seg.queries},
         "compat": choices.compat, "seed": files.seed, "sizes": _plain(cfg)}
@@ -305,10 +308,6 @@ def _vocabulary(files: Files, llama: Source, given: Mapping[str, Source], cfg: C
     return rows, notes
 
 
-def _vocab_dtype(pieces: Sequence[tuple[str, Any]]) -> np.dtype:
-    return pieces[0][1].dtype
-
-
 def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
     """These leaves of freshly initialised modules; nothing else is computed."""
     drawn: dict[str, np.ndarray] = {}
@@ -343,23 +342,52 @@ def _whole_llama(llama: Llama, tokens: jax.Array) -> jax.Array:
     return llama.logits(hidden)
 
 
-def _arrays(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], extra: Mapping[str, np.ndarray],
-            cfg: CrabConfig, seed: int) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Everything to write, one tensor at a time."""
+def _leaves(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], extra: Mapping[str, np.ndarray],
+            shapes: Mapping[str, tuple[int, ...]], cfg: CrabConfig, seed: int) -> dict[str, Streamed]:
+    """Everything to write; a tensor is read when its turn comes."""
+    stacks: dict[str, list[Part]] = {}
     for part in parts:
-        yield part.path, part.at, part.load()
+        stacks.setdefault(part.path, []).append(part)
+    leaves = {path: Streamed(shapes[path], stack[0].load().dtype, len(stack[0].at),
+                             lambda stack=stack: ((part.at, part.load()) for part in stack))
+              for path, stack in stacks.items()}
     for path, value in extra.items():
-        yield path, (), value
+        leaves[path] = Streamed(shapes[path], value.dtype, 0, lambda value=value: [((), value)])
     for path, pieces in vocab.items():
-        dtype, at = _vocab_dtype(pieces), 0
-        table = np.zeros((cfg.llama.padded_vocab, cfg.llama.hidden), dtype)
-        for _, piece in pieces:
-            if piece is None:  # the added tokens' rows of a fresh model
-                fresh = _draw(cfg, seed, {path})[path]
-                piece = (fresh.T if path == KERNEL else fresh)[at:cfg.llama.vocab_size]
-            table[at:at + len(piece)] = piece.astype(dtype)
-            at += len(piece)
-        yield path, (), table.T if path == KERNEL else table
+        leaves[path] = Streamed(shapes[path], pieces[0][1].dtype, 0, lambda path=path, pieces=pieces: [
+            ((), _table(path, pieces, cfg, seed))])
+    return leaves
+
+
+def _with_progress(leaves: Mapping[str, Streamed], every: float = 10.0) -> dict[str, Streamed]:
+    """The same leaves, telling on stderr every so many seconds how far their writing is."""
+    total, done, began = sum(leaf.nbytes for leaf in leaves.values()) / 1e9, 0.0, time.monotonic()
+    shown = began
+
+    def watched(leaf: Streamed) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        nonlocal done, shown
+        for index, part in leaf.parts():
+            yield index, part
+            done, now = done + part.nbytes / 1e9, time.monotonic()
+            if now - shown >= every:
+                shown, rate = now, done / (now - began)
+                print(f"written {done:.1f}/{total:.1f} GB  {rate:.3f} GB/s  eta {(total - done) / rate:.0f} s",
+                      file=sys.stderr, flush=True)
+
+    return {path: dataclasses.replace(leaf, parts=functools.partial(watched, leaf)) for path, leaf in leaves.items()}
+
+
+def _table(path: str, pieces: Sequence[tuple[str, Any]], cfg: CrabConfig, seed: int) -> np.ndarray:
+    """Embedding or output matrix from its pieces of rows, zero where the vocabulary is padded."""
+    dtype, at = pieces[0][1].dtype, 0
+    table = np.zeros((cfg.llama.padded_vocab, cfg.llama.hidden), dtype)
+    for _, piece in pieces:
+        if piece is None:  # the added tokens' rows of a fresh model
+            fresh = _draw(cfg, seed, {path})[path]
+            piece = (fresh.T if path == KERNEL else fresh)[at:cfg.llama.vocab_size]
+        table[at:at + len(piece)] = piece.astype(dtype)
+        at += len(piece)
+    return table.T if path == KERNEL else table
 
 
 def _plain(cfg: Any) -> Any:

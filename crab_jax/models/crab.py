@@ -46,6 +46,11 @@ class CrabOutput:
     semantic: jax.Array | None
 
 
+def _rows(x: jax.Array) -> jax.Array:
+    """`x` with its first axis spread like the rows of the batch (within `sharding.constrained`)."""
+    return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+
+
 class Crab(nn.Module):
     """The whole model. A `batch` is a data_pipelines.batching.Batch (or anything with its fields)."""
 
@@ -63,24 +68,24 @@ class Crab(nn.Module):
     def encode_images(self, images: jax.Array) -> tuple[jax.Array, ...]:
         """uint8[B,T,H,W,3] -> one [B,T,N,C] per CLIP tap."""
         batch = images.shape[0]
-        taps = self.clip(normalize(rearrange(images, "b t h w c -> (b t) h w c")))
+        taps = self.clip(_rows(normalize(rearrange(images, "b t h w c -> (b t) h w c"))))
         return tuple(rearrange(tap, "(b t) n c -> b t n c", b=batch) for tap in taps)
 
     def visual_rows(self, patches: jax.Array, deterministic: bool = True) -> jax.Array:
         """Patches [B,T,N,C] of the last tap -> LLM rows [B,T*Q,D], frame by frame."""
         batch = patches.shape[0]
-        rows = self.vl_projector(rearrange(patches, "b t n c -> (b t) n c"), deterministic)
-        return rearrange(rows, "(b t) q d -> b (t q) d", b=batch)
+        rows = self.vl_projector(_rows(rearrange(patches, "b t n c -> (b t) n c")), deterministic)
+        return _rows(rearrange(rows, "(b t) q d -> b (t q) d", b=batch))
 
     def audio_rows(self, fbank: jax.Array, deterministic: bool = True) -> jax.Array:
         """fbank [B,S,F,128] -> LLM rows [B,S*Q,D], window by window."""
         batch = fbank.shape[0]
-        encoded = self.beats(rearrange(fbank, "b s f m -> (b s) f m"))
-        return rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch)
+        encoded = _rows(self.beats(_rows(rearrange(fbank, "b s f m -> (b s) f m"))))
+        return _rows(rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch))
 
     def splice(self, batch: Any, rows: list[jax.Array]) -> jax.Array:
         """Text embeddings with feature rows gathered into their slots: [B,L,D]. One gather, no loop over samples."""
-        text = self.llama.embed(batch.tokens)
+        text = _rows(self.llama.embed(batch.tokens))
         if not rows:
             return text
         features = jnp.concatenate(rows, axis=1).astype(text.dtype)
@@ -112,8 +117,9 @@ class Crab(nn.Module):
             b, m, k = batch.mask_positions.shape
             index = batch.mask_positions.reshape(b, m * k)[..., None]
             states = jnp.take_along_axis(hidden, index, axis=1).reshape(b * m, k, -1)
-            features = tuple(rearrange(f, "b m n c -> (b m) n c") for f in seg_features)
-            binary, semantic = jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), self.seg_module(states, features))
+            features = tuple(_rows(rearrange(f, "b m n c -> (b m) n c")) for f in seg_features)
+            logits: Any = self.seg_module(_rows(states), features)
+            binary, semantic = jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), logits)
         return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
 
     def prefill(self, batch: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:

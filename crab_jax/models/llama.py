@@ -2,6 +2,7 @@
 
 Weights keep the Hugging Face layout (half-rotation RoPE, not permuted), so LLaMA-2/3 and Qwen2 sizes are configs.
 Norms, rotations and softmaxes run in float32. Released file models/unified_llama.py on transformers' LlamaModel.
+Activations carry logical axes; they bind to a mesh inside `sharding.constrained` only.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
             layer = dense(count * cfg.head_dim, use_bias=cfg.qkv_bias, axes=("embed", axis), name=name)
-            return layer(x, deterministic).reshape(*x.shape[:2], count, cfg.head_dim)
+            y = layer(x, deterministic).reshape(*x.shape[:2], count, cfg.head_dim)
+            return nn.with_logical_constraint(y, ("batch", None, axis, None))
 
         q = heads("q_proj", cfg.heads, "heads")
         k = heads("k_proj", cfg.kv_heads, "kv")
@@ -142,7 +144,8 @@ class MLP(nn.Module):
         dense = functools.partial(LoraDense, lora=self.lora, dtype=self.cfg.dtype)
         gate = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="up_proj")(x, deterministic)
-        return dense(self.cfg.hidden, axes=("mlp", "embed"), name="down_proj")(nn.silu(gate) * up, deterministic)
+        y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", None, "mlp"))
+        return dense(self.cfg.hidden, axes=("mlp", "embed"), name="down_proj")(y, deterministic)
 
 
 class Block(nn.Module):
@@ -160,9 +163,10 @@ class Block(nn.Module):
         y = RMSNorm(self.cfg.rms_eps, name="input_layernorm")(x)
         y, cache = Attention(self.cfg, self.lora, name="self_attn")(
             y, cache, layer, positions, rotation, mask, deterministic)
-        x = x + y
+        x = nn.with_logical_constraint(x + y, ("batch", None, None))
         y = RMSNorm(self.cfg.rms_eps, name="post_attention_layernorm")(x)
         x = x + MLP(self.cfg, self.lora, name="mlp")(y, deterministic)
+        x = nn.with_logical_constraint(x, ("batch", None, None))
         if not self.is_initializing():
             self.sow("intermediates", "hidden", x)
         return (x, cache), None
@@ -230,11 +234,12 @@ class Llama(nn.Module):
         else:
             raise ValueError("key_mask cannot be combined with a cache: cache slots are positions, which need no mask")
         rotation = rope(positions, cfg.head_dim, cfg.rope_theta)
-        carry = (x.astype(cfg.dtype), cache)
+        carry = (nn.with_logical_constraint(x.astype(cfg.dtype), ("batch", None, None)), cache)
         (x, cache), _ = self.layers(carry, jnp.arange(cfg.layers), positions, rotation, mask, deterministic)
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
         real = jnp.arange(self.cfg.padded_vocab) < self.cfg.vocab_size
-        return jnp.where(real, self.lm_head(hidden), _MASKED)
+        logits = jnp.where(real, self.lm_head(hidden), _MASKED)
+        return nn.with_logical_constraint(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))

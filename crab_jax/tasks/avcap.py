@@ -1,9 +1,11 @@
 """AVCap: one sentence about what is seen and heard (VALOR).
 
 meta: `{"captions": [str, ...]}`, the reference captions of the clip. Prompt: dataset/unified_dataset.py. The released
-code has no caption metric; BLEU-4, ROUGE-L and CIDEr-D are written here from their definitions, because the packages
-that hold them need Java for the Penn Treebank tokeniser. Words are runs of letters, digits and apostrophes in lower
-case, so scores are comparable among runs of this code and close to, but not equal to, tables made with that tokeniser.
+code has no caption metric; BLEU-4, ROUGE-L and CIDEr-D are written here from their definitions. The package that holds
+all three, pycocoevalcap, is a download of 104 MB with Java programs in it and was last released in 2020; on the same
+words its scorers give the same CIDEr-D and ROUGE-L, and the same BLEU-4 but for its smoothing of empty matches. Its
+Penn Treebank tokeniser is Java: words here are runs of letters, digits and apostrophes in lower case, so scores are
+comparable among runs of this code and close to, but not equal to, tables made with that tokeniser.
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ from crab_jax.tasks.placeholders import AUDIO, VIDEO
 from crab_jax.tasks.task import Stats, Task
 from crab_jax.tasks.text import plain
 
+METRICS = {
+    "cider_d": "CIDEr-D over 1- to 4-grams, in [0, 10] (COCO captions call it CIDEr)",
+    "bleu4": "corpus BLEU-4, closest reference length",
+    "rouge_l": "mean ROUGE-L F, beta 1.2 (COCO captions)",
+}
 ORDERS = 4  # n-grams of one to four words
 _ROUGE_BETA = 1.2
 _CIDER_SIGMA = 6.0  # width of CIDEr-D's length penalty, in words
@@ -173,4 +180,4 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 AVCAP = Task(name="avcap", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-             constants=constants, headline="cider_d")
+             constants=constants, headline="cider_d", metrics=METRICS)

@@ -16,9 +16,33 @@ import numpy as np
 from crab_jax.errors import InputError
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.task import NOTES, Breakdown, Meta, Published, Stats, Task, by_group
 from crab_jax.tasks.text import normalise
 
+CLASSES = tuple("""
+    background accordion airplane axe baby bassoon bell bird boat boy bus car cat cello clarinet clipper clock dog
+    donkey drum duck elephant emergency-car erhu flute frying-food girl goose guitar gun guzheng hair-dryer handpan
+    harmonica harp helicopter hen horse keyboard leopard lion man marimba missile-rocket motorcycle mower parrot
+    piano pig pipa saw saxophone sheep sitar sorna squirrel tabla tank tiger tractor train trombone truck trumpet
+    tuba ukulele utv vacuum-cleaner violin wolf woman
+""".split())  # AVSBench-semantic class ids 0..70 (label2idx.json less one)
+BINARY_METRICS = {
+    "miou": "mean IoU over frames, threshold 0.5; an empty frame scores the share of pixels left empty",
+    "f_score": "mean over frames of the largest F (beta^2 0.3) over 255 thresholds (released Crab code)",
+    "f_score_video": "mean over videos of the largest F of a video's mean curve, without empty frames (AVSBench)",
+    "object_accuracy": "answers that name the sounding objects",
+    "mask_rate": "answers with six mask tokens",
+}
+SEMANTIC_METRICS = {
+    "miou": "mean over all 71 classes of a class's mean IoU over its frames; absent classes are 0 (AVSBench)",
+    "f_score": "the same for F (beta^2 0.3)",
+    "miou_nobg": "miou over the 70 classes without background", "f_score_nobg": "f_score without background",
+    "miou_nobg_official": "as the official code computes it: an index slip drops class 70 (woman), not background",
+    "f_score_nobg_official": "f_score with the same slip",
+    "miou_present": "miou over the classes that occur, without background",
+    "f_score_present": "f_score over the classes that occur, without background",
+    "object_accuracy": "answers that name the sounding objects", "mask_rate": "answers with six mask tokens",
+}
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _ANSWER = re.compile(r"object making (?:the )?sound in the (?:video|image) is ")
 _MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
@@ -67,10 +91,8 @@ def names_match(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> bool:
 
 
 def mean_scores(samples: Sequence[Stats], names: Mapping[str, str]) -> dict[str, float]:
-    """Means of the statistics `names` (metric -> key) over all samples and, as `_parsed`, over those with a mask."""
-    parsed = [s for s in samples if s["has_mask"]]
-    return {metric + suffix: float(np.mean([s[key] for s in group])) if group else 0.0
-            for suffix, group in (("", samples), ("_parsed", parsed)) for metric, key in names.items()}
+    """Means of the statistics `names` (metric -> key)."""
+    return {metric: float(np.mean([s[key] for s in samples])) for metric, key in names.items()} if samples else {}
 
 
 def binary_stats(mask: np.ndarray | None, gt: np.ndarray) -> Stats:
@@ -96,11 +118,11 @@ def _video_f(samples: Sequence[Stats]) -> float:
 
 
 def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """miou, f_score (maximum per frame), both also `_parsed`; f_score_video (official), object_accuracy, mask_rate."""
-    scores = mean_scores(samples, {"miou": "iou", "f_score": "f"})
-    rates = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
-    return {**scores, "f_score_video": _video_f(samples), "object_accuracy": rates["object_accuracy"],
-            "mask_rate": rates["mask_rate"]}
+    """The metrics of BINARY_METRICS."""
+    if not samples:
+        return {}
+    keys = {"miou": "iou", "f_score": "f", "object_accuracy": "named", "mask_rate": "has_mask"}
+    return mean_scores(samples, keys) | {"f_score_video": _video_f(samples)}
 
 
 def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
@@ -110,16 +132,23 @@ def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any
 
 
 def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """miou and f_score over all 71 classes (official), `_nobg` without background, `_present` over the classes that
-    occur, each also `_parsed`; object_accuracy and mask_rate."""
-    metrics = {}
-    for suffix, group in (("", samples), ("_parsed", [s for s in samples if s["has_mask"]])):
-        for variant, options in (("", {}), ("_nobg", {"background": False}),
-                                 ("_present", {"background": False, "absent": False})):
-            means = segmentation.class_means(group, **options) if group else (0.0, 0.0)
-            metrics[f"miou{variant}{suffix}"], metrics[f"f_score{variant}{suffix}"] = means
-    rates = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
-    return {**metrics, "object_accuracy": rates["object_accuracy"], "mask_rate": rates["mask_rate"]}
+    """The metrics of SEMANTIC_METRICS."""
+    if not samples:
+        return {}
+    metrics = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
+    totals = segmentation.class_totals(samples)
+    for variant, options in (("", {}), ("_nobg", {"background": False}),
+                             ("_nobg_official", {"background": False, "official_slip": True}),
+                             ("_present", {"background": False, "absent": False})):
+        metrics[f"miou{variant}"], metrics[f"f_score{variant}"] = segmentation.class_means([totals], **options)
+    return metrics
+
+
+def _class_breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
+    """Mean IoU of each class that an answer or a label shows, and on how many frames."""
+    totals = segmentation.class_totals(samples)
+    return {name: (float(iou / seen), int(seen))
+            for name, iou, seen in zip(CLASSES, totals["iou"], totals["seen"], strict=True) if seen}
 
 
 def _most_frequent_answer(metas: Sequence[Mapping[str, Any]]) -> str:
@@ -148,14 +177,22 @@ def _image_test(second: int) -> str:
             "and segment it out.")
 
 
-def _task(name: str, test: Callable[[int], str], semantic: bool = False) -> Task:
-    kind, stats, reduce, constants = (("semantic", _semantic_stats, _semantic_reduce, _semantic_constants) if semantic
-                                      else ("binary", _binary_task_stats, _binary_reduce, _binary_constants))
-    return Task(name=name, instruction=_instruction(test), target=target, parse=parse, stats=stats, reduce=reduce,
-                constants=constants, headline="miou", mask_kind=kind)
+def _task(name: str, test: Callable[[int], str], published: Sequence[Published] = (), semantic: bool = False) -> Task:
+    common: dict[str, Any] = {"name": name, "instruction": _instruction(test), "target": target, "parse": parse,
+                              "headline": "miou", "published": published}
+    if semantic:
+        return Task(stats=_semantic_stats, reduce=_semantic_reduce, constants=_semantic_constants, mask_kind="semantic",
+                    metrics=SEMANTIC_METRICS, breakdown=_class_breakdown, **common)
+    return Task(stats=_binary_task_stats, reduce=_binary_reduce, constants=_binary_constants, mask_kind="binary",
+                metrics=BINARY_METRICS, breakdown=by_group(_objects, _binary_reduce, "miou"), **common)
+
+
+def _objects(meta: Meta) -> list[str]:
+    return sorted(set(map(str, meta["objects"]))) or ["nothing sounds"]
 
 
 S4 = _task("s4", _video_prompt)
 # The released MS3 evaluation asks about the third second whatever the frame is.
-MS3 = _task("ms3", lambda second: _video_prompt(2))
+MS3 = _task("ms3", lambda second: _video_prompt(2),
+            [Published("Crab", {"miou": 0.5821}, NOTES), Published("AVSegFormer", {"miou": 0.5840}, NOTES)])
 AVSS = _task("avss", _image_test, semantic=True)

@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.task import AV_REASONER, Published, Stats, Task, by_group
 from crab_jax.tasks.text import find_spans, find_tags, normalise
 
 SECONDS = 10
 LEVELS = ("segment", "event")
 _TYPES = ("audio", "visual", "audio_visual")
+METRICS = {f"{level}_{name}": f"{level}-level F: {what} (AVVP-ECCV20)" for level in LEVELS for name, what in {
+    "audio": "audible events (A)", "visual": "visible events (V)",
+    "audio_visual": "events both audible and visible (AV)",
+    "event_av": "audio and visual counts pooled per class (Event@AV)",
+    "type_av": "mean of A, V and AV (Type@AV)"}.items()}
 Events = list[list[Any]]  # [[name, start, end], ...]
 
 _PROMPT = (f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information in the "
@@ -175,4 +180,11 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 AVVP = Task(name="avvp", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="segment_type_av")
+            constants=constants, headline="segment_type_av", metrics=METRICS,
+            breakdown=by_group(lambda meta: {str(name) for name, *_ in (*meta["audio"], *meta["visual"])}, reduce,
+                               "segment_type_av"),
+            published=[  # which average is meant, Type@AV or Event@AV, the sources do not say
+                Published("Crab", {"segment_type_av": 0.5900, "event_type_av": 0.5444}, AV_REASONER),
+                Published("MEERKAT", {"segment_type_av": 0.5496}, AV_REASONER),
+                Published("AV-Reasoner", {"segment_type_av": 0.6240, "event_type_av": 0.5940}, AV_REASONER),
+                Published("AV-Reasoner, thinking", {"segment_type_av": 0.6470, "event_type_av": 0.6200}, AV_REASONER)])

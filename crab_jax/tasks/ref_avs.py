@@ -16,8 +16,20 @@ import numpy as np
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.avs import binary_stats, mean_scores, names_match, ordinal
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.task import Stats, Task, by_group
 
+J_THRESHOLDS = {"": 0.5, "_04": 0.4}  # of the released Crab code, and of the Ref-AVS release
+_SPLITS = {"": "seen and unseen together", "_seen": "seen objects", "_unseen": "unseen objects"}
+METRICS = {
+    **{f"j{split}": f"mean IoU (J), threshold 0.5 (released Crab code), {what}" for split, what in _SPLITS.items()},
+    **{f"j_04{split}": f"mean IoU (J), threshold 0.4 (Ref-AVS release), {what}" for split, what in _SPLITS.items()},
+    **{f"f{split}": f"mean over frames of the largest F over 255 thresholds (released Crab code), {what}"
+       for split, what in _SPLITS.items()},
+    "s_null": "null expressions: square root of the share of pixels above 0.5, lower is better",
+    "s_null_04": "the same above 0.4",
+    "object_accuracy": "answers that name the object, or say that there is none",
+    "mask_rate": "answers with six mask tokens",
+}
 _ANSWER, _NULL, _MASK_FOLLOWS = "second in the video, ", "does not appear", re.compile(r"\.\s*Its mask\b")
 
 
@@ -54,26 +66,23 @@ def stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask
     """Statistics of one sample; a missing mask counts as an empty one."""
     sample = binary_stats(mask, gt_mask)
     empty = np.zeros(np.shape(gt_mask))
+    scores = empty if mask is None else mask
     names = [meta["object"]] if meta["object"] else []
-    return {"split": meta["split"], "has_mask": sample["has_mask"], "j": sample["iou"], "f": sample["f"],
-            "s": segmentation.null_s(empty if mask is None else mask), "named": names_match(parsed, names)}
+    return {"split": meta["split"], "has_mask": sample["has_mask"], "f": sample["f"],
+            "named": names_match(parsed, names),
+            **{f"j{name}": segmentation.mask_iou(scores, gt_mask, at) for name, at in J_THRESHOLDS.items()},
+            **{f"s{name}": segmentation.null_s(scores, at) for name, at in J_THRESHOLDS.items()}}
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """j (IoU) and f (maximum per frame) over seen and unseen together and `_seen`, `_unseen` where there are such
-    samples; s_null (lower is better); each also `_parsed`; object_accuracy and mask_rate. j and f are 0 when every
-    sample is null."""
+    """The metrics of METRICS, of the splits that there are; j, j_04 and f are NaN when every sample is null."""
     groups = {"": [s for s in samples if s["split"] != "null"]}
     groups |= {f"_{split}": [s for s in samples if s["split"] == split] for split in ("seen", "unseen")}
-    metrics: dict[str, float] = {}
+    metrics = dict.fromkeys(("j", "j_04", "f"), float("nan")) if samples else {}
     for suffix, group in groups.items():
-        if group or not suffix:
-            metrics |= mean_scores(group, {f"j{suffix}": "j", f"f{suffix}": "f"})
-    nulls = [s for s in samples if s["split"] == "null"]
-    if nulls:
-        metrics |= mean_scores(nulls, {"s_null": "s"})
-    rates = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
-    return {**metrics, "object_accuracy": rates["object_accuracy"], "mask_rate": rates["mask_rate"]}
+        metrics |= mean_scores(group, {f"{name}{suffix}": name for name in ("j", "j_04", "f")})
+    metrics |= mean_scores([s for s in samples if s["split"] == "null"], {"s_null": "s", "s_null_04": "s_04"})
+    return metrics | mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
@@ -85,4 +94,5 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 REF_AVS = Task(name="ref-avs", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-               constants=constants, headline="j", mask_kind="binary")
+               constants=constants, headline="j", metrics=METRICS, mask_kind="binary",
+               breakdown=by_group(lambda meta: [meta["object"]] if meta["object"] else [], reduce, "j"))

@@ -74,6 +74,11 @@ def class_scores(predicted: np.ndarray, gt: np.ndarray, classes: int = CLASSES) 
             "f": (1 + BETA2) * precision * recall / np.maximum(BETA2 * precision + recall, 1e-20)}
 
 
+def class_totals(frames: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The sums of `class_scores` over frames, which `class_means` takes like one frame: {"iou", "f", "seen"}."""
+    return {name: np.sum([frame[name] for frame in frames], axis=0) for name in ("iou", "f", "seen")}
+
+
 def class_means(frames: Sequence[dict[str, np.ndarray]], background: bool = True, absent: bool = True,
                 official_slip: bool = False) -> tuple[float, float]:
     """Mean IoU and F over classes of the per-class means over frames (`class_scores`) that show the class.
@@ -82,7 +87,7 @@ def class_means(frames: Sequence[dict[str, np.ndarray]], background: bool = True
     as AVSBench and the released code do. absent: classes that no frame shows count as 0 (official); otherwise they are
     left out.
     """
-    iou, f, seen = (np.sum([frame[name] for frame in frames], axis=0) for name in ("iou", "f", "seen"))
+    iou, f, seen = class_totals(frames).values()
     keep = np.ones(len(seen), bool)
     if not background:
         keep[-1 if official_slip else 0] = False

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Stats = dict[str, Any]  # sufficient statistics of one sample: floats or small arrays
+Meta = Mapping[str, Any]  # the label of one sample
 Constant = tuple[str, np.ndarray | None]  # an answer: its text and its mask
+Breakdown = dict[str, tuple[float, int]]  # class or question type -> its score and on how many samples
+
+
+class Published(NamedTuple):
+    """A row of a published table: the model, its scores by our metric names (fractions), and where they were read."""
+
+    model: str
+    scores: Mapping[str, float]
+    source: str
+
+
+# Where the numbers of `published` were read. The body of the paper was not; what no source states is left out.
+NOTES = "public notes on arXiv 2503.13068"
+AV_REASONER = "result tables of AV-Reasoner, which cite the models"
+
+
+def no_breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
+    """The `breakdown` of a task without classes or types."""
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +45,9 @@ class Task:
     reduce: `Sequence[Stats] -> {metric: float}` of any multiset of samples, in [0, 1] unless documented.
     constants: `(metas, gt_masks) -> [(text, mask or None)]`, candidate constant answers built from a set of labels;
         the best-scoring one is the "constant" baseline.
+    metrics: what each metric of `reduce` is, in one line, with whose convention it follows.
+    breakdown: `(stats, metas) -> {class or question type: (score, samples)}`, for plots.
+    published: rows of the paper's table and of tables that cite it, as far as they are known.
     """
 
     name: str
@@ -35,5 +58,20 @@ class Task:
     reduce: Callable[[Sequence[Stats]], dict[str, float]]
     constants: Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray | None]], Sequence[Constant]]
     headline: str
+    metrics: Mapping[str, str]
+    breakdown: Callable[[Sequence[Stats], Sequence[Meta]], Breakdown] = no_breakdown
+    published: Sequence[Published] = ()
     mask_kind: str = "none"  # none | binary | semantic
     modalities: tuple[str, ...] = ("audio", "video")  # what the task cannot be answered without
+
+
+def by_group(groups: Callable[[Meta], Iterable[str]], reduce: Callable[[Sequence[Stats]], dict[str, float]],
+             metric: str) -> Callable[[Sequence[Stats], Sequence[Meta]], Breakdown]:
+    """A `breakdown`: `metric` over the samples of each of `groups(meta)`, in alphabetical order."""
+    def breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
+        found: dict[str, list[Stats]] = {}
+        for sample, meta in zip(samples, metas, strict=True):
+            for name in groups(meta):
+                found.setdefault(name, []).append(sample)
+        return {name: (reduce(found[name])[metric], len(found[name])) for name in sorted(found)}
+    return breakdown

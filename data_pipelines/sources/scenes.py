@@ -207,9 +207,11 @@ def examples(root: str | Path, split: str, reasoning: str = "explicit", variant:
 def _scene_examples(scene: Scene, task: str, count: int, explicit: bool, variant: str) -> Iterator[Example]:
     for number, (prompt, label, thought, fields, meta) in enumerate(_ITEMS[task](scene, count)):
         text = TASKS[task].instruction(variant=variant, **prompt)
-        visual: dict[str, Any] = {"video": f"{scene.folder}/clip.mp4", "windows": "ten"}
-        if "<video>" not in text:
-            visual = {"image": fields["seg_image"], "windows": "ten" if task == "ref-avs" else "one"}
+        visual: dict[str, Any] = {"windows": "ten" if "<video>" in text or task == "ref-avs" else "one"}
+        if "<video>" in text:
+            visual["video"] = f"{scene.folder}/clip.mp4"
+        if "<image>" in text:
+            visual["image"] = fields["seg_image"]
         if task == "arig":
             fields = {k: v for k, v in fields.items() if k != "seg_image"}
         suffix = f"-{number}" if task in PER_SCENE else ""

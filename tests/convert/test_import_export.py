@@ -95,8 +95,9 @@ def test_import_export_import_is_bit_exact(files, choices, imported, tmp_path):
                                beats=tmp_path / "hf/beats/BEATs.pt", crab=crab, seed=5)
     report = import_weights(back, tmp_path / "again", choices)
     assert report["parameters"]["not_from_weight_files"] == {}  # our export also holds the position matrices
-    for name in (checkpoints.PACKED, "config.json"):
-        assert (first / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    trees = [checkpoints.tree_hash(checkpoints.load_params(folder)) for folder in (first, tmp_path / "again")]
+    assert trees[0] == trees[1]  # paths, shapes, dtypes and bytes
+    assert (first / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
     for name in ("finetune_weights.bin", "avs_finetune_weights.bin"):  # and every tensor is the original one
         original, ours = (torch_file.read(path) for path in (files.crab[0].parent / name, tmp_path / "crab" / name))
         for key in set(original) & set(ours):
@@ -240,6 +241,12 @@ def test_a_file_with_another_content_gives_one_clear_error(change, problem, file
     assert not (tmp_path / "out").exists()
 
 
+def test_another_model_is_not_written_over(files, choices, tmp_path):
+    (tmp_path / checkpoints.PACKED).touch()
+    with pytest.raises(InputError, match="holds another model"):
+        import_weights(files, tmp_path, choices)
+
+
 def test_wrong_and_damaged_files_are_named(files, choices, tmp_path):
     cut = tmp_path / "finetune_weights.bin"
     whole = files.crab[0].read_bytes()
@@ -275,7 +282,7 @@ def test_a_file_that_would_run_code_stops_the_import(files, tmp_path, capsys):
 
 
 def test_the_command_line(golden, files, choices, tmp_path, capsys):
-    """import with every size option, then verify against the stored logits of the reference."""
+    """The commands of docs/weights.md: import with every size option, verify against stored logits, export."""
     unsaved = str(golden / "weights/crab/unsaved_state.npz")
     bert = tmp_path / "bert.json"
     bert.write_text(json.dumps({"num_attention_heads": choices.bert_heads}))
@@ -293,3 +300,5 @@ def test_the_command_line(golden, files, choices, tmp_path, capsys):
         main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz"), "--prefix", "base."]))
     with pytest.raises(InputError, match="is missing"):
         main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz")]))
+    main(parser().parse_args(["export", out, "--format", "hf", "--out", str(tmp_path / "back")]))
+    assert "BEATs.pt" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """A tiny tokenizer and a tiny data root with one media file of each kind."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 from media_files import write_audio, write_picture, write_video
@@ -38,3 +41,24 @@ def root(tmp_path_factory):
 @pytest.fixture
 def config() -> DataConfig:
     return DataConfig(image_size=16, video_frames=4, visual_queries=3, audio_queries=2, lengths=(128, 192, 320))
+
+
+@pytest.fixture(scope="session")
+def releases_root(tmp_path_factory):
+    """A raw root: a mini release of every dataset in its original layout. Not to be changed; see `copied`."""
+    import releases
+
+    root = tmp_path_factory.mktemp("releases")
+    releases.write(root / "data", root / "scenes")
+    return root / "data"
+
+
+@pytest.fixture
+def copied(releases_root, tmp_path):
+    """A function that gives a root with copies of some releases, which a test may change with `releases.text`."""
+    def copy(*folders: str):
+        for folder in folders:
+            shutil.copytree(releases_root / folder, tmp_path / folder, copy_function=os.link)
+        return tmp_path
+
+    return copy

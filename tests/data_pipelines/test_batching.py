@@ -54,6 +54,22 @@ def test_arrays_of_a_clip(root, tokenizer, config):
     assert (row["task"], row["index"]) == (TASK_NAMES.index("ave"), 5)
 
 
+@pytest.mark.parametrize("clip", [{"video": "clip.mp4"}, {"video": None, "frames": ("0.png", "1.png"),
+                                                             "audio": "clip.wav"}])
+def test_a_picture_beside_a_clip_is_one_more_frame_with_rows_of_its_own(clip, root, tokenizer, config):
+    pair = change(CLIP, instruction=f"{VIDEO} {AUDIO} {IMAGE}", image="1.png", **clip)
+    row, alone = load(pair, root, tokenizer, config), load(change(CLIP, **clip), root, tokenizer, config)
+    frames = int(alone["frame_mask"].sum())
+    assert bucket_for(pair, tokenizer, config).frames == 5 and row["frame_mask"].sum() == frames + 1
+    np.testing.assert_array_equal(row["frames"][:frames], alone["frames"][:frames])
+    np.testing.assert_array_equal(row["frames"][frames], media.read_image(root / "1.png", 16, "image"))
+    of_picture = row["slots"][row["tokens"] == tokenizer.id("<image>")]
+    of_clip = row["slots"][row["tokens"] == tokenizer.id("<video>")]
+    np.testing.assert_array_equal(of_clip, np.arange(3 * frames))
+    np.testing.assert_array_equal(of_picture, 3 * frames + np.arange(3))
+    assert (row["slots"][row["tokens"] == tokenizer.id("<audio>")] == 5 * 3 + np.arange(20)).all()
+
+
 def test_absent_frames_and_windows_are_masked_and_keep_the_audio_rows_in_place(root, tokenizer, config):
     example = change(CLIP, video=None, frames=("0.png", "1.png", "2.png"), audio="clip.wav", windows="five")
     row = load(example, root, tokenizer, config)
@@ -153,8 +169,8 @@ def test_collate_stacks_rows_of_a_bucket(root, tokenizer, config):
     ("example", "field", "problem"),
     [
         (change(CLIP, target="dog " * 400), "instruction", "needs .* longest bucket has 320"),
-        (change(CLIP, instruction=AUDIO), "instruction", "0 visual placeholders and one visual source"),
-        (change(CLIP, video=None, audio="clip.wav"), "instruction", "1 visual placeholders and no visual source"),
+        (change(CLIP, instruction=AUDIO), "instruction", "0 visual placeholders and 1 visual source"),
+        (change(CLIP, video=None, audio="clip.wav"), "instruction", "1 visual placeholders and 0 visual source"),
         (change(CLIP, instruction=f"{VIDEO} {VIDEO} {AUDIO}"), "instruction", "visual placeholder"),
         (change(CLIP, instruction=VIDEO), "instruction", "0 <audio> placeholders and windows 'ten'"),
         (change(CLIP, windows="none"), "instruction", "1 <audio> placeholders and windows 'none'"),

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from crab_jax.errors import InputError, find_input_error
+from data_pipelines import mixture
 from data_pipelines.batching import bucket_of
 from data_pipelines.examples import Example, write_jsonl
-from data_pipelines.mixture import eval_batches, train_dataset
+from data_pipelines.mixture import eval_batches
 
 IMAGE = Example(id="", task="s4", instruction="See <image>", target="a dog", image="1.png", windows="none")
 
@@ -38,6 +40,11 @@ def assert_same(batches, others):
     for batch, other in zip(batches, others, strict=True):
         for field in dataclasses.fields(batch):
             np.testing.assert_array_equal(getattr(batch, field.name), getattr(other, field.name))
+
+
+def train_dataset(examples, root, tokenizer, config, batch_size, seed=0, weights=None, **reading):
+    order = mixture.train_order(examples, tokenizer, config, batch_size, seed, weights, reading.get("skipped"))
+    return mixture.train_dataset(order, root, tokenizer, config, **reading)
 
 
 def take(dataset, count):
@@ -93,17 +100,23 @@ def test_a_restored_iterator_continues_exactly(mixed, root, tokenizer, config):
     assert_same([next(restored) for _ in range(12)], expected)
 
 
-def test_processes_share_the_batch_of_one_process(mixed, root, tokenizer, config):
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]], [[0, 1], [0, 1], [2, 3]]])
+def test_processes_share_the_batch_of_one_process(mixed, root, tokenizer, config, shares):
+    """Contiguous rows, interleaved ones, and rows that two processes load (a mesh axis over hosts)."""
     whole = take(train_dataset(mixed, root, tokenizer, config, 4), 10)
-    for count in (2, 4):
-        parts = [take(train_dataset(mixed, root, tokenizer, config, 4, process_index=i, process_count=count), 10)
-                 for i in range(count)]  # fmt: skip
-        for batch, *shares in zip(whole, *parts, strict=True):
+    for rows in shares:
+        share = take(train_dataset(mixed, root, tokenizer, config, 4, rows=rows), 10)
+        for batch, own in zip(whole, share, strict=True):
             for field in dataclasses.fields(batch):
-                joined = np.concatenate([getattr(share, field.name) for share in shares])
-                np.testing.assert_array_equal(joined, getattr(batch, field.name))
-    with pytest.raises(InputError, match="do not split over 3"):
-        train_dataset(mixed, root, tokenizer, config, 4, process_count=3)
+                np.testing.assert_array_equal(getattr(own, field.name), getattr(batch, field.name)[rows])
+
+
+def test_the_order_continues_from_any_step_and_says_what_a_batch_holds(mixed, root, tokenizer, config):
+    """So a run resumes with another number of workers or processes: no reader keeps a position."""
+    order = mixture.train_order(mixed, tokenizer, config, 2)
+    whole = indices(take(mixture.train_dataset(order, root, tokenizer, config), 12))
+    assert whole == [order.batches[step].tolist() for step in range(12)]
+    assert indices(take(mixture.train_dataset(order, root, tokenizer, config, start=5), 7)) == whole[5:]
 
 
 @pytest.fixture
@@ -140,6 +153,16 @@ def test_an_example_that_fits_no_bucket_is_left_out_when_skipping(root, tokenize
     assert "left out example avqa-0" in caplog.text
 
 
+def test_skipped_examples_are_listed_in_a_file_that_loaders_share(damaged, root, tokenizer, config, tmp_path):
+    examples = damaged + pictures(1, "avqa", target="dog " * 400)
+    config, file = dataclasses.replace(config, on_error="skip"), tmp_path / "skipped.jsonl"
+    for rows in ([0], [1]):  # two processes
+        take(train_dataset(examples, root, tokenizer, config, 2, rows=rows, skipped=file), 6)
+    listed = {(line["index"], line["id"], line["task"]) for line in map(json.loads, file.read_text().splitlines())}
+    assert listed == {(2, "s4-2", "s4"), (3, "s4-3", "s4"), (6, "avqa-0", "avqa")}
+    assert "bad.png" in file.read_text() and "longest bucket" in file.read_text()
+
+
 def test_eval_gives_every_example_once_with_marked_filler(mixed, root, tokenizer, config):
     batches = list(eval_batches(mixed, root, tokenizer, config, 4))
     assert [bucket for bucket, _ in batches] == sorted(bucket for bucket, _ in batches)
@@ -164,14 +187,16 @@ SCRIPT = """
 import itertools, sys
 from data_pipelines.batching import DataConfig
 from data_pipelines.examples import read_jsonl
-from data_pipelines.mixture import train_dataset
+from data_pipelines.mixture import train_dataset, train_order
 from data_pipelines.tokens import Tokenizer
 from crab_jax.errors import run_verb
 
 def main():
     root, folder = sys.argv[1:]
     config = DataConfig(image_size=16, video_frames=4, visual_queries=3, audio_queries=2, lengths=(128, 192, 320))
-    dataset = train_dataset(read_jsonl(f"{folder}/train.jsonl"), root, Tokenizer.load(folder), config, 2, workers=2)
+    tokenizer = Tokenizer.load(folder)
+    order = train_order(read_jsonl(f"{folder}/train.jsonl"), tokenizer, config, 2)
+    dataset = train_dataset(order, root, tokenizer, config, workers=2)
     iterator = iter(dataset)
     first = [next(iterator).index.tolist() for _ in range(3)]
     state = iterator.get_state()

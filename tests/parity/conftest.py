@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +24,21 @@ from data_pipelines.tokens import Tokenizer
 BINARY_TASKS, SEMANTIC_TASKS = ("s4", "ms3", "ref-avs"), ("avss",)
 
 
+def pytest_generate_tests(metafunc):
+    """One test per case that the golden directory lists: `text_case` is a text generated for one sample, `batch_case`
+    for several, `mask_case` one with a mask; `step_case` a mixed training batch; `qformer_case` a shape of input."""
+    folder = Path(os.environ.get("CRAB_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+    generated, steps = (json.loads((folder / name).read_text()) for name in ("generate.json", "train_step.json"))
+    arrays = json.loads((folder / "manifest.json").read_text())["arrays"]
+    cases = {"text_case": [name for name, case in generated.items() if len(case.get("samples", ())) == 1],
+             "batch_case": [name for name, case in generated.items() if len(case.get("samples", ())) > 1],
+             "mask_case": [name for name, case in generated.items() if "sample" in case],
+             "step_case": [name for name, case in steps.items() if "is_avs_task" in case],
+             "qformer_case": sorted({name.split(".")[0] for name in arrays["qformer.npz"]})}
+    for name in set(cases) & set(metafunc.fixturenames):
+        metafunc.parametrize(name, cases[name])
+
+
 @dataclasses.dataclass
 class Golden:
     """A golden directory: arrays, records, sizes and the reference's own float32 errors."""
@@ -36,6 +52,14 @@ class Golden:
 
     def json(self, name: str) -> dict:
         return json.loads((self.folder / name).read_text())
+
+    def task(self, sample: str) -> str:
+        """The task of one of samples.json."""
+        return self.json("samples.json")[sample]["task_name"]
+
+    def has_mask(self, sample: str) -> bool:
+        """Whether a sample is about a mask."""
+        return self.task(sample) in BINARY_TASKS + SEMANTIC_TASKS
 
     def file(self, name: str) -> Path:
         """Path of a file; skips the test when the directory lists it as left out, fails when it is just missing."""
@@ -133,7 +157,6 @@ def sample(data, tokenizer, load):
     """(name, masks=..., prompt=..., length=..., pads=...) -> Batch of one row from samples.npz."""
     config = data.manifest["config"]
     side = config["image_size"]
-    tasks = {name: task["task_name"] for name, task in data.json("samples.json").items()}
 
     def make(name: str, masks: bool = False, prompt: bool = False, length: int = 0, pads: int = 0) -> Batch:
         z = data.arrays("samples.npz", f"{name}.")
@@ -153,7 +176,8 @@ def sample(data, tokenizer, load):
         real = len(spliced.tokens)
         length = max(length, real)
         groups = int(masks)
-        kind = 1 if tasks[name] in BINARY_TASKS else 2 if tasks[name] in SEMANTIC_TASKS else 0
+        task = data.task(name)
+        kind = 1 if task in BINARY_TASKS else 2 if task in SEMANTIC_TASKS else 0
         pad = lambda x, fill: np.concatenate([x, np.full(length - real, fill, x.dtype)])[None]  # noqa: E731
         return Batch(
             tokens=pad(spliced.tokens, 0), slots=pad(spliced.slots, -1), text_mask=pad(np.ones(real, bool), False),
@@ -162,7 +186,7 @@ def sample(data, tokenizer, load):
             frames=frames[None], frame_mask=np.ones((1, len(frames)), bool), fbank=fbank[None].astype(np.float32),
             audio_mask=np.ones((1, len(fbank)), bool), seg_frame=frames[None, :groups],
             seg_target=z["mask"].astype(np.int32)[None] if masks else np.zeros((1, 0, side, side), np.int32),
-            seg_kind=np.full((1, groups), kind, np.int32), task=np.full(1, list(TASKS).index(tasks[name]), np.int32),
+            seg_kind=np.full((1, groups), kind, np.int32), task=np.full(1, list(TASKS).index(task), np.int32),
             index=np.zeros(1, np.int32))
 
     return make

@@ -3,14 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from crab_jax.generate import GenerateOptions, generate
-
-TEXT = {"avqa": ("avqa", "ntp"), "ave": ("ave", "ntp"), "avqa_under_avs_weights": ("avqa", "avs"),
-        "s4_under_ntp_weights": ("s4", "ntp")}
-MASKS = {"s4": ("s4", "avs"), "s4_forced": ("s4", "avs"), "ref-avs": ("ref-avs", "avs"), "avss": ("avss", "avss"),
-         "avss_forced": ("avss", "avss")}
 
 _generate = jax.jit(generate, static_argnums=(0, 3))
 _forward = jax.jit(lambda model, params, batch: model.apply({"params": params}, batch).logits, static_argnums=0)
@@ -37,17 +31,16 @@ def continued(batch, tokens):
                          text_mask=grow(batch.text_mask, np.ones(n)), loss_mask=grow(batch.loss_mask, np.zeros(n)))
 
 
-@pytest.mark.parametrize("name", TEXT)
-def test_greedy_text(name, data, load, sample, tokenizer):
-    which, state = TEXT[name]
-    z = data.arrays("generate.npz", f"{name}.")
-    model, params = load(state)
-    batch = sample(which, prompt=True)
+def test_greedy_text(text_case, data, load, sample, tokenizer):
+    """Names like 'avqa_under_avs_weights' say the weights; 'ntp' are the usual ones."""
+    z, record = data.arrays("generate.npz", f"{text_case}."), data.json("generate.json")[text_case]
+    model, params = load(text_case.partition("_under_")[2].removesuffix("_weights") or "ntp")
+    batch = sample(record["samples"][0], prompt=True)
     assert z["attention_mask_built_by_prepare"].shape[1] == batch.tokens.shape[1]
     expected = new_tokens(z["output_ids"][0], tokenizer)
     found = _generate(model, params, batch, options(tokenizer, len(expected)))
     np.testing.assert_array_equal(found.tokens[0], expected)
-    text = data.json("generate.json")[name]["text_skip"][0]  # the slow tokenizer doubles spaces around added tokens
+    text = record["text_skip"][0]  # the slow tokenizer doubles spaces around added tokens
     assert tokenizer.decode(expected).split() == text.split()
     if "scores" in z:
         logits = _forward(model, params, continued(batch, expected))[0]
@@ -55,10 +48,9 @@ def test_greedy_text(name, data, load, sample, tokenizer):
         data.close(logits[at, :z["scores"].shape[2]], z["scores"][0], "llama")
 
 
-def test_left_padded_batch(data, load, sample, tokenizer):
+def test_left_padded_batch(batch_case, data, load, sample, tokenizer):
     """The released scripts let generation attend to left pads: with the pads written into the prompt, the ids agree."""
-    z = data.arrays("generate.npz", "batch2_leftpad.")
-    names = data.json("generate.json")["batch2_leftpad"]["samples"]
+    z, names = data.arrays("generate.npz", f"{batch_case}."), data.json("generate.json")[batch_case]["samples"]
     model, params = load("ntp")
     width = z["attention_mask_built_by_prepare"].shape[1]
     for row, name in enumerate(names):
@@ -75,19 +67,19 @@ def test_left_padded_batch(data, load, sample, tokenizer):
             data.close(logits[at, :z["scores"].shape[2]], z["scores"][row][:length], "llama")
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_mask_tokens_and_masks(name, data, load, sample, tokenizer):
-    which, state = MASKS[name]
-    z = data.arrays("generate_avs.npz", f"{name}.")
-    model, params = load(state)
-    batch = sample(which, prompt=True, masks=True)
+def test_mask_tokens_and_masks(mask_case, data, load, sample, tokenizer):
+    z, record = data.arrays("generate_avs.npz", f"{mask_case}."), data.json("generate.json")[mask_case]
+    model, params = load("avss" if data.task(record["sample"]) == "avss" else "avs")
+    batch = sample(record["sample"], prompt=True, masks=True)
     expected = new_tokens(z["output_ids"][0], tokenizer)
     forced = jnp.asarray(expected, jnp.int32)[None] if "forced_tokens" in z else None
     if forced is not None:
         np.testing.assert_array_equal(expected, z["forced_tokens"][:len(expected)])
     found = _generate(model, params, batch, options(tokenizer, len(expected)), None, forced)
     np.testing.assert_array_equal(found.tokens[0], expected)
-    assert found.has_mask[0]
+    assert found.has_mask[0] == record["has_pred_masks"]
+    if not record["has_pred_masks"]:
+        return
     data.close(found.mask_states, z["pred_embeddings"], "llama")
 
     binary, semantic = _masks(model, params, found.mask_states, batch.seg_frame[:, 0])

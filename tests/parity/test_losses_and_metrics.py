@@ -34,7 +34,7 @@ def test_released_pooling_of_mask_losses(state, data, load):
     model, params = load(state)
     binary, semantic = SegModule(model.cfg.seg).apply({"params": params["seg_module"]}, z["pred_embeddings"],
                                                       (z["image_features.0"], z["image_features.1"]))
-    samples = {"s4": 0, "avss": 1, "ms3": 2, "avqa": 3}
+    samples = {"s4": 0, "avss": 1, "ms3": 2, "avqa": 3}  # the rows of seg.npz, part of the layout
     kinds = {"s4": BINARY, "ms3": BINARY, "avss": SEMANTIC, "avqa": 0}
     for names, value in expected.items():
         rows = np.array([samples[name] for name in names.split("+")])

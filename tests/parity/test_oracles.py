@@ -1,11 +1,14 @@
-"""Independent oracles at real width: Hugging Face's own models, forward and backward, on random weights."""
+"""Independent oracles: Hugging Face's own models at real width, forward and backward, on random weights; and PyTorch
+itself as the reader of what we export."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.encoders import clip_config, clip_rules
+from crab_jax.convert.exporting import export
 from crab_jax.convert.keymap import from_params, to_params
 from crab_jax.convert.llama import llama_config, llama_rules, pad_vocab, trim_vocab
 from crab_jax.models.clip import Clip
@@ -99,3 +102,43 @@ def test_llama_7b_width():
     theirs = gradients(oracle)
     for name, value in from_params(rules, trim_vocab(grads, cfg.vocab_size)).items():
         close(value, theirs[name], 1e-3, name)
+
+
+def same(tensor, array: np.ndarray) -> bool:
+    """Equal shape, dtype and values."""
+    exact = tensor.float() if array.dtype == jnp.bfloat16 else tensor  # PyTorch has no way to NumPy for bfloat16
+    return str(tensor.dtype) == f"torch.{array.dtype.name}" and np.array_equal(exact.numpy(), array.astype(
+        exact.numpy().dtype))
+
+
+def test_torch_loads_what_we_export(data, checkpoint, tmp_path):
+    """With `weights_only=True`, memory-mapped or not; tensors that were imported come back as PyTorch wrote them."""
+    files = [*export(checkpoint("avs"), "crab", tmp_path / "crab"), *export(checkpoint("avs"), "hf", tmp_path / "hf")]
+    files = [path for path in files if path.suffix in (".bin", ".pt")]
+    assert len(files) == 6
+    for path in files:
+        ours = torch_file.read(path)
+        for mmap in (False, True):
+            theirs = torch.load(path, weights_only=True, mmap=mmap)
+            nested = theirs if path.suffix == ".bin" else {f"model.{k}": v for k, v in theirs["model"].items()}
+            assert list(nested) == list(ours), path.name
+            assert all(same(nested[name], ours[name]) for name in ours), path.name
+        original = data.folder / "weights/crab" / path.name
+        if original.exists() and "pretrain" not in path.name:  # those are of an earlier stage of training
+            released = torch.load(original, weights_only=True)
+            assert {name for name in nested if name not in released} <= {n for n in nested if "positional" in n}
+            for name in set(nested) & set(released):
+                assert torch.equal(nested[name], released[name]), name
+    assert theirs["cfg"]["encoder_layers"] == data.manifest["config"]["beats"]["encoder_layers"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int64", "bool"])
+def test_torch_loads_every_dtype_and_shape(dtype, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {name: (4 * rng.normal(size=shape)).astype(int).astype(jnp.dtype(dtype))
+              for name, shape in (("matrix", (3, 5)), ("scalar", ()), ("empty", (0, 4)))}
+    torch_writer.save(tmp_path / "x.bin", {"nested": {name: torch_writer.Tensor(a.shape, a.dtype, lambda a=a: a)
+                                                      for name, a in arrays.items()}, "rate": 2.5, "on": True})
+    theirs = torch.load(tmp_path / "x.bin", weights_only=True)
+    assert all(same(theirs["nested"][name], array) for name, array in arrays.items())
+    assert (theirs["rate"], theirs["on"]) == (2.5, True)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-# Batches of the reference: the samples that each holds, its weights, and whether it is a prompt or a mask batch.
+# Batches of the reference (part of the layout, no file says it): the samples of each, its weights, and whether it holds
+# prompts alone.
 GROUPS = {
     "avs_mix": (("avqa", "s4"), "avs", False), "avs_mix3": (("s4", "avqa", "ref-avs"), "avs", False),
     "ntp_train": (("avqa", "ave"), "ntp", False), "ntp_prompt": (("avqa", "ave"), "ntp", True),
@@ -26,7 +27,7 @@ def test_rows_are_the_references_after_its_left_padding(group, data, sample, inp
     z = data.arrays("prepare.npz", f"{group}.")
     assert len(z["attention_mask"]) == len(names)
     for row, name in enumerate(names):
-        masks = "mask_token_mask" in z and name not in ("avqa", "ave")
+        masks = "mask_token_mask" in z and data.has_mask(name)
         batch = sample(name, masks=masks, prompt=prompt)
         real = z["attention_mask"][row].astype(bool)
         offset = int((~real).sum())
@@ -44,6 +45,10 @@ def test_rows_are_the_references_after_its_left_padding(group, data, sample, inp
             if not prompt:
                 np.testing.assert_array_equal(batch.mask_positions[0, 0] + offset,
                                               np.flatnonzero(z["mask_token_mask"][row]))
+
+
+def test_no_group_of_the_directory_is_passed_over(data):
+    assert {name.split(".")[0] for name in data.manifest["arrays"]["prepare.npz"]} <= set(GROUPS)
 
 
 def test_tokenised_samples_are_the_references(data, tokenizer):

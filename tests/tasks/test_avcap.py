@@ -1,8 +1,5 @@
 """AVCap: prompt, parsing, and caption metrics against their textbook definitions."""
 
-import math
-from collections import Counter
-
 import numpy as np
 import pytest
 
@@ -38,64 +35,6 @@ def test_words_are_lower_case_runs():
 def captions(rng, count):
     vocabulary = ["a", "dog", "cat", "barks", "runs", "loudly", "the", "red"]
     return [" ".join(rng.choice(vocabulary, int(rng.integers(1, 9)))) for _ in range(count)]
-
-
-def grams(tokens, n):
-    return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
-
-
-def brute_cider(candidates, references):
-    """CIDEr-D straight from its definition, with dictionaries."""
-    frequency = Counter()
-    for refs in references:
-        frequency.update({g for r in refs for n in range(1, 5) for g in grams(r, n)})
-
-    def vector(tokens, n):
-        return {g: c * (math.log(len(references)) - math.log(max(1, frequency[g]))) for g,
-                c in grams(tokens, n).items()}
-
-    def norm(v):
-        return math.sqrt(sum(x * x for x in v.values()))
-
-    scores = []
-    for candidate, refs in zip(candidates, references, strict=True):
-        values = []
-        for reference in refs:
-            for n in range(1, 5):
-                c, r = vector(candidate, n), vector(reference, n)
-                dot = sum(min(c[g], r[g]) * r[g] for g in c if g in r)
-                cosine = dot / (norm(c) * norm(r)) if norm(c) * norm(r) > 0 else 0.0
-                values.append(cosine * math.exp(-((len(candidate) - len(reference)) ** 2) / 72))
-        scores.append(10 * np.mean(values))
-    return np.mean(scores)
-
-
-def brute_bleu(candidates, references):
-    precisions = []
-    for n in range(1, 5):
-        hits = total = 0
-        for candidate, refs in zip(candidates, references, strict=True):
-            for gram, times in grams(candidate, n).items():
-                hits += min(times, max(grams(r, n)[gram] for r in refs))
-                total += times
-        precisions.append(hits / total if total else 0)
-    if min(precisions) == 0:
-        return 0.0
-    length = sum(map(len, candidates))
-    closest = sum(min((abs(len(r) - len(c)), len(r)) for r in refs)[1] for c,
-                  refs in zip(candidates, references, strict=True))
-    return math.exp(sum(map(math.log, precisions)) / 4) * (1 if length > closest else math.exp(1 - closest / length))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_corpus_scores_equal_their_definitions(seed):
-    rng = np.random.default_rng(seed)
-    truth = [captions(rng, int(rng.integers(1, 4))) for _ in range(12)]
-    answers = [refs[0] if rng.random() < 0.4 else captions(rng, 1)[0] for refs in truth]
-    metrics = reduce([stats(a, None, {"captions": refs}, None) for a, refs in zip(answers, truth, strict=True)])
-    tokens, token_refs = [words(a) for a in answers], [[words(r) for r in refs] for refs in truth]
-    assert metrics["cider_d"] == pytest.approx(brute_cider(tokens, token_refs))
-    assert metrics["bleu4"] == pytest.approx(brute_bleu(tokens, token_refs))
 
 
 def test_known_values():

@@ -1,0 +1,49 @@
+"""What a chip can do: the numbers that mesh inference and the roofline need.
+
+Sources: the "key chip specifications" tables of cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (peak bf16 compute, HBM
+bandwidth, inter-chip interconnect summed over a chip's links, one way); `hbm_bytes` is what the TPU compiler leaves to
+a program, as its own out-of-memory errors state it, a little less than the 32, 16, 95 and 32 GB on the label.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """kind: JAX's `device_kind`. flops: bf16 FLOP/s. hbm_bytes: memory. The bandwidths are in bytes/s."""
+
+    name: str
+    kind: str
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    ici_bandwidth: float
+
+
+CHIPS = (
+    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9),
+    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9),
+    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9),
+)
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The table's row of a JAX device (real, or of an ahead-of-time topology), None if it is not listed."""
+    return next((chip for chip in CHIPS if chip.kind == device.device_kind), None)
+
+
+def memory_of(device: Any) -> int | None:
+    """Bytes of memory a program may use on a device; None where unknown (CPU)."""
+    chip = chip_of(device)
+    if chip is not None:
+        return chip.hbm_bytes
+    if device.platform == "cpu":
+        return None
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")

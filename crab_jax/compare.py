@@ -1,0 +1,145 @@
+"""Compare two evaluations of the same samples: paired differences, B less A, with 95 % bootstrap intervals.
+
+    python -m crab_jax.compare runs/a/test runs/b/test
+    python -m crab_jax.compare runs/a/test runs/b/test --gate --out difference.json
+
+A and B are --out folders of evaluate. Each resample draws the same samples from both, so what is hard for both cancels.
+A star marks an interval without zero. With --gate the exit code is 3 when the headline metric of a task is lower in B
+by such a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crab_jax import predictions, runs, scoring
+from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.evaluate import DESCRIPTION, judge_folder
+from crab_jax.scoring import Judged
+from crab_jax.tasks import TASKS
+from data_pipelines.examples import Example
+
+WORSE = 3  # exit code of --gate
+
+
+def paired(a: Sequence[Judged], b: Sequence[Judged], resamples: int = scoring.RESAMPLES,
+           seed: int = 0) -> dict[str, dict[str, Any]]:
+    """{metric: {"a", "b", "difference", "interval"}} of one task's answers to the same samples in the same order.
+
+    interval is the 95 % percentile bootstrap of b less a over resamples of the samples. A metric that one side does not
+    have (over the answered samples, when there is none) is left out.
+    """
+    values_a, values_b = scoring.measure(a), scoring.measure(b)
+    drawn: dict[str, list[float]] = {name: [] for name in values_a if name in values_b}
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(a), len(a))
+        one, other = scoring.measure([a[i] for i in chosen]), scoring.measure([b[i] for i in chosen])
+        for name, values in drawn.items():
+            if name in one and name in other:
+                values.append(other[name] - one[name])
+    return {name: {"a": values_a[name], "b": values_b[name], "difference": values_b[name] - values_a[name],
+                   "interval": scoring.interval(values)} for name, values in drawn.items() if values}
+
+
+def differs(row: dict[str, Any]) -> bool:
+    """Whether zero is outside the interval of a difference."""
+    low, high = row["interval"]
+    return low > 0 or high < 0
+
+
+def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, Judged]:
+    """The scored answers of an evaluation folder by id: those of `tasks` (all when empty) that it holds."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise InputError(str(folder), DESCRIPTION, "no such file", "give the --out folder of evaluate")
+    try:
+        description = json.loads(file.read_text())
+        root, split = Path(data or description["data"]), description["split"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(file), "", f"is damaged ({error!r})", "run evaluate again") from None
+    known = predictions.read_all(folder)
+
+    def wanted(example: Example) -> bool:
+        return example.id in known and (not tasks or example.task in tasks)
+
+    examples = [example for example in runs.read_examples(root, split) if wanted(example)]
+    return {one.id: one for one in judge_folder(folder, examples, root)}
+
+
+def markdown(differences: dict[str, dict[str, Any]]) -> str:
+    """One line per metric, the headline of each task first."""
+    lines = ["| task | n | metric | A | B | B - A | 95 % interval | |", "|---|---|---|---|---|---|---|---|"]
+    for name, task in differences.items():
+        metrics = sorted(task["metrics"], key=lambda metric, name=name: metric != TASKS[name].headline)
+        for metric in metrics:
+            row = task["metrics"][metric]
+            low, high = row["interval"]
+            lines.append(f"| {name} | {task['n']} | {metric} | {row['a']:.4f} | {row['b']:.4f} "
+                         f"| {row['difference']:+.4f} | {low:+.4f} .. {high:+.4f} | {'*' if differs(row) else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print the differences; returns the exit code, 0 or WORSE."""
+    tasks = [task for task in arguments.tasks.split(",") if task]
+    a, b = (judged_samples(Path(folder), arguments.data, tasks) for folder in (arguments.a, arguments.b))
+    common = sorted(a.keys() & b.keys())
+    if not common:
+        raise InputError(arguments.b, "predictions", f"has no sample in common with {arguments.a}",
+                         "compare evaluations of the same split and tasks")
+    for folder, own in ((arguments.a, a), (arguments.b, b)):
+        if len(own) > len(common):
+            print(f"{len(own) - len(common)} samples are in {folder} only and are left out")
+    differences = {}
+    for name, ours in scoring.by_task(a[one] for one in common).items():
+        rows = paired(ours, [b[one.id] for one in ours])
+        differences[name] = {"n": len(ours), "metrics": rows}
+    print(markdown(differences))
+    if arguments.out:
+        text = json.dumps({"a": arguments.a, "b": arguments.b, "tasks": differences}, indent=1)
+        try:
+            Path(arguments.out).write_text(text)
+        except OSError as error:
+            raise InputError(arguments.out, "--out", f"cannot be written ({error.strerror})", "give a file") from error
+    worse = [name for name, task in differences.items()
+             if (row := task["metrics"].get(TASKS[name].headline)) and row["interval"][1] < 0]
+    if worse:
+        print(f"worse in B: {', '.join(worse)}")
+    return WORSE if worse and arguments.gate else 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = CommandLine(__doc__, "python -m crab_jax.compare")
+    parser.add_argument("a", metavar="A", help="folder of the first evaluation")
+    parser.add_argument("b", metavar="B", help="folder of the second evaluation")
+    parser.add_argument("--data", default="", help="data root (default: the one each was evaluated on)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
+    parser.add_argument("--gate", action="store_true", help=f"exit with {WORSE} when a headline metric got worse")
+    parser.add_argument("--out", default="", metavar="FILE", help="write the differences as JSON, too")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m crab_jax.compare`."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def verb() -> None:
+        code = compare(parse_arguments(argv))
+        if code:
+            sys.exit(code)
+
+    run_verb(verb, "--debug" in argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,494 @@
+"""Compile a stage's real step for a TPU slice, on a machine without a TPU, and say whether and how it fits.
+
+    python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:16x16 --budget
+    python -m crab_jax.compile --config=configs/finetune.py --topology=v6e:4x4 --config.mesh.fsdp=16 --json out.json
+    python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:8x8 --sweep
+    python -m crab_jax.compile --config=configs/finetune.py --topology=v5p:2x2x4 --stage decode
+
+Needs libtpu (pip install 'crab_jax[tpu]') and no weights. Any config key can be overridden with --config.key=value.
+The largest bucket of the config is compiled unless --bucket or --mix says otherwise. With --budget the exit code is 3
+when the step does not fit or leaves less than 15 % of the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from crab_jax import chips, flops, hlo, layout, optim, runs, sharding, train
+from crab_jax.config import data_config, model_config, parse_flags
+from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.models.crab import Crab
+from crab_jax.models.llama import init_cache
+from data_pipelines.batching import Batch, Bucket, empty_batch
+
+HEADROOM = 0.15
+NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
+ROWS = 8  # rows per data-parallel group in prefill and decode
+
+Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a topology like v5e:16x16, v5p:2x2x4, v6e:4x4 or v4:4x4x4, on any machine with libtpu."""
+    generation, _, shape = name.partition(":")
+    sizes = shape.split("x")
+    if generation not in (chip.name for chip in chips.CHIPS) or not all(n.isdigit() and int(n) for n in sizes):
+        raise InputError("command line", "--topology", f"{name!r} is unknown",
+                         f"write CHIP:SHAPE, like v5e:16x16; chips: {', '.join(chip.name for chip in chips.CHIPS)}")
+    count = math.prod(map(int, sizes))
+    # libtpu asks for these where it would otherwise look for a TPU machine; the type counts cores on v4 and v5p.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["TPU_ACCELERATOR_TYPE"] = {"v4": f"v4-{2 * count}", "v5p": f"v5p-{2 * count}",
+                                          "v5e": f"v5litepod-{count}", "v6e": f"v6e-{count}"}[generation]
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so two processes may compile side by side
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # its entries cannot be read back without a TPU
+
+    from jax.experimental.topologies import get_topology_desc
+
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    if count == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except ModuleNotFoundError as error:
+        raise InputError("libtpu", "", "is not installed", "pip install 'crab_jax[tpu]'") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "libtpu" in reason.lower() or "unknown backend" in reason.lower():
+            problem = f"cannot be loaded ({reason[:200]})"
+            raise InputError("libtpu", "", problem, "pip install 'crab_jax[tpu]'") from error
+        raise InputError("command line", "--topology", f"{name!r} is refused ({reason[:200]})",
+                         "give a shape that this chip is sold in") from error
+
+
+def largest_bucket(config: ConfigDict) -> Bucket:
+    """At least as large as every bucket of a stage in every size."""
+    return Bucket(max(config.data.lengths), config.data.video_frames, 10, 198, 1)
+
+
+def bucket_mix(config: ConfigDict) -> list[Bucket]:
+    """The buckets that the released tasks fall into: clips with sound (1-s and 2-s windows) and pictures with sound,
+    with a mask and without, at the shortest length that leaves 128 positions for text."""
+    data, frames = data_config(config), config.data.video_frames
+    kinds = ((frames, 10, 198, 0), (frames, 10, 98, 0), (frames, 10, 98, 1), (1, 10, 98, 0), (1, 1, 98, 1))
+    out = []
+    for t, s, f, m in kinds:
+        needed = t * data.visual_queries + s * data.audio_queries + 128
+        fitting = [length for length in data.lengths if length >= needed]
+        out.append(Bucket(min(fitting, default=max(data.lengths)), t, s, f, m))
+    return list(dict.fromkeys(out))
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes with shardings, which stand for arrays when lowering."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def abstract_params(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any]:
+    """(trainable float32, frozen) as `runs.split_params` would place them."""
+    boxed = runs.abstract_params(Crab(model_config(config)))
+    whole = abstract(nn.unbox(boxed), sharding.param_shardings(boxed, mesh))
+    sharding.check_params(whole, mesh)
+    parts = optim.split(whole, config.trainable, config.frozen)
+
+    def cast(tree: Any, dtype: str) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), tree)
+
+    return cast(parts[0], "float32"), cast(parts[1], config.frozen_dtype)
+
+
+def abstract_state(config: ConfigDict, mesh: Mesh) -> tuple[train.TrainState, Any]:
+    """(train state, frozen parameters) of a run that has just begun."""
+    trainable, frozen = abstract_params(config, mesh)
+    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    state = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable))
+    return abstract(state, sharding.state_shardings(state, trainable, mesh)), frozen
+
+
+def abstract_batch(config: ConfigDict, bucket: Bucket, rows: int, where: Any) -> Batch:
+    """A batch of `rows` rows of a bucket."""
+    one = empty_batch(bucket, 1, data_config(config).image_size)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where), one)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step to compile: the jitted function, its shapes on the mesh, and the same work as one chip sees it.
+
+    own: () -> (function, its shapes) of one data-parallel chip, to count; recomputing nothing when `remat` is False.
+    """
+
+    jitted: Any
+    args: tuple[Any, ...]
+    own: Callable[[bool], tuple[Callable[..., Any], tuple[Any, ...]]]
+    rows: int
+    accumulate: int = 1
+
+
+def train_program(config: ConfigDict, mesh: Mesh, bucket: Bucket) -> Program:
+    """The train step of crab_jax/train.py."""
+    state, frozen = abstract_state(config, mesh)
+    accumulate = layout.micro_batches(config, mesh)
+    batch = abstract_batch(config, bucket, config.data.batch_size, sharding.batch_sharding(mesh))
+
+    def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        alone = copy.deepcopy(config)
+        alone.optim.accumulate = accumulate
+        if not remat:
+            alone.sizes.llama.remat = "none"
+        single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.data.batch_size // _groups(mesh)
+        state, frozen = abstract_state(alone, single)
+        step = train.compile_step(alone, Crab(model_config(alone)), single, state)
+        return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
+
+    jitted = train.compile_step(config, Crab(model_config(config)), mesh, state)
+    return Program(jitted, (state, frozen, batch), own, config.data.batch_size, accumulate)
+
+
+def serve_program(config: ConfigDict, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
+    """Prefill of prompts, or one decode step, of crab_jax/generate.py; greedy, the cache donated."""
+    model = Crab(model_config(config))
+    bucket = bucket._replace(masks=0)
+
+    def at(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+        return sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, "tensor"))
+
+    def shapes(mesh: Mesh, rows: int) -> tuple[Any, ...]:
+        where, kv = at(mesh)
+        params = optim.merge(*abstract_params(config, mesh))
+        cache = jax.eval_shape(lambda: init_cache(model.cfg.llama, rows, bucket.length + NEW_TOKENS))
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv), cache)
+        token = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=where)
+        batch = abstract_batch(config, bucket, rows, where)
+        return (params, cache, batch) if stage == "prefill" else (params, cache, token, token)
+
+    def step(mesh: Mesh, params: Any, cache: Any, *inputs: Any) -> tuple[Any, Any]:
+        with sharding.constrained(mesh):
+            if stage == "prefill":
+                hidden, cache = model.apply({"params": params}, inputs[0], cache, method="prefill")
+                last = inputs[0].text_mask.sum(-1, dtype=jnp.int32) - 1
+                hidden = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)
+            else:
+                hidden, cache = model.apply({"params": params}, *inputs, cache, method="decode")
+            logits: Any = model.apply({"params": params}, hidden[:, 0], method="logits")
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        single = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        return partial(step, single), shapes(single, rows_each)
+
+    rows = rows_each * _groups(mesh)
+    jitted = jax.jit(partial(step, mesh), donate_argnums=1, out_shardings=at(mesh))
+    return Program(jitted, shapes(mesh, rows), own, rows)
+
+
+def _groups(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def program_of(config: ConfigDict, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
+    """The program of a stage: "train", "prefill" or "decode"."""
+    return train_program(config, mesh, bucket) if stage == "train" else serve_program(config, mesh, bucket, stage)
+
+
+def mesh_for(config: ConfigDict, devices: list[Any], stage: str) -> Mesh:
+    """The run's mesh; for prefill and decode an inferred split of the parameters is along `tensor`, so that no weight
+    travels at every token."""
+    mesh = layout.mesh_of(config, devices)
+    if stage == "train" or config.mesh.fsdp or config.mesh.tensor > 1:
+        return mesh
+    split = mesh.shape["fsdp"]
+    heads = model_config(config).llama.kv_heads
+    tensor = max(n for n in range(1, split + 1) if split % n == 0 and heads % n == 0)
+    return sharding.make_mesh(0, split // tensor, tensor, devices)
+
+
+# --- what is reported -------------------------------------------------------------------------------------------------
+
+def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucket, stage: str
+            ) -> tuple[dict[str, Any], Compiled | None]:
+    """(the report of one compilation, see `main`; the compiled program, None when it does not fit)."""
+    chip = chips.chip_of(devices[0])
+    assert chip is not None
+    mesh = mesh_for(config, devices, stage)
+    program = program_of(config, mesh, bucket, stage)
+    tensor = mesh.shape["tensor"]
+    say(f"{topology} {stage}: counting arithmetic")
+    useful, done = (flops.count(function, *args) for function, args in map(program.own, (False, True)))
+    report: dict[str, Any] = {
+        "topology": topology, "chips": len(devices), "stage": stage, "mesh": dict(mesh.shape),
+        "bucket": bucket._asdict(), "rows": program.rows, "accumulate": program.accumulate,
+        "remat": model_config(config).llama.remat, "hbm_bytes": chip.hbm_bytes,
+        "model_flops_per_chip": useful.flops / tensor, "flops_per_chip": done.flops / tensor,
+    }
+    logical = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.args))
+    say(f"{topology} {stage}: lowering")
+    started = time.monotonic()
+    lowered = program.jitted.lower(*program.args)
+    report["lower_s"] = time.monotonic() - started
+    say(f"{topology} {stage}: compiling (a minute or more)")
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        need = _out_of_memory(str(error))
+        if need is None:
+            raise
+        return report | {"fits": False, "compile_s": time.monotonic() - started, "argument_bytes": logical,
+                         "temporary_bytes": max(0, need - logical), "peak_bytes": need, "collectives": {},
+                         "largest": _largest(str(error)),
+                         "headroom": 1 - need / chip.hbm_bytes}, None
+    report["compile_s"] = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    # XLA's own peak may lie below this sum; the sum is the safe side.
+    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+    program_ops = hlo.ops(compiled.as_text())
+    moves = hlo.collectives(program_ops)
+    work = flops.Work(done.flops / tensor, done.bytes / tensor)
+    times = flops.roofline(chip, work, moves)
+    llama = model_config(config).llama
+    return report | {
+        "fits": peak <= chip.hbm_bytes, "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes, "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes,
+        "xla_peak_bytes": memory.peak_memory_in_bytes, "peak_bytes": peak, "headroom": 1 - peak / chip.hbm_bytes,
+        "collectives": moves, "roofline_s": times, "findings": findings(config, mesh, program_ops),
+        "mfu_bound": useful.flops / tensor / chip.flops / times["step"],
+        "padding": {"arguments": 1 - logical / max(1, memory.argument_size_in_bytes),
+                    "vocabulary": 1 - llama.vocab_size / llama.padded_vocab},
+    }, compiled
+
+
+def findings(config: ConfigDict, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
+    """What a sharded step must not do: gather logits or a whole stack of frozen matrices, or keep a frozen matrix in
+    float32. Fused conversions are no copies. Encoders are looked at as stacks only: their matrices have common sizes.
+    """
+    _, frozen = abstract_params(config, mesh)
+    vocab, layers = model_config(config).llama.padded_vocab, model_config(config).llama.layers
+    matrices: dict[tuple[int, ...], str] = {}  # sorted sizes, axes of one left out -> parameter
+    stacks: dict[tuple[int, ...], str] = {}
+
+    def key(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(n for n in shape if n > 1))
+
+    for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
+        name = "/".join(str(part.key) for part in path)
+        if not name.endswith(("kernel", "embedding")) or leaf.ndim < 2:
+            continue
+        stacked = "/layers/" in name and leaf.ndim > 2
+        if stacked:
+            stacks[key(leaf.shape)] = name
+            matrices[key(leaf.shape)] = matrices[key(leaf.sharding.shard_shape(leaf.shape))] = name
+        if name.startswith("llama/"):
+            matrices[key(leaf.shape[stacked:])] = name
+    out = set()
+    for op in program:
+        if op.fused or op.opcode in ("parameter", "tuple", "get-tuple-element", "bitcast", "while"):
+            continue
+        for array in op.results:
+            gathers, found = op.opcode.startswith("all-gather"), key(array.shape)
+            if gathers and found in stacks and layers > 1:
+                out.add(f"gathers all layers of {stacks[found]} {array.shape}")
+            if gathers and array.dtype == "f32" and vocab in array.shape:
+                out.add(f"gathers logits {array.shape}")
+            if array.dtype == "f32" and found in matrices:
+                out.add(f"keeps {matrices[found]} {array.shape} in float32 ({op.opcode})")
+    return sorted(out)
+
+
+def _out_of_memory(message: str) -> int | None:
+    """Bytes that a program would need, from the compiler's out-of-memory error; None if it is another error."""
+    if "RESOURCE_EXHAUSTED" not in message and "hbm" not in message.lower():
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+    return int(float(found[1]) * units[found[2]]) if found else 0
+
+
+def _largest(message: str) -> list[str]:
+    """The largest allocations that an out-of-memory error lists: size, shape, and the operation behind them."""
+    wanted = re.findall(r"Size: ([\d.]+[KMG])\s+(?:Operator: (.*)\s+)?Shape: (\S+)", message)
+    return [" ".join((size, shape, *re.findall(r'op_name="([^"]*)"', operator))) for size, operator, shape in wanted]
+
+
+def say(what: str) -> None:
+    """A line of progress on stderr; the report alone is on stdout."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / chips.GIB:.2f} GiB"
+
+
+def text(report: dict[str, Any]) -> str:
+    """A report for people."""
+    mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    bucket = ", ".join(f"{name} {size}" for name, size in report["bucket"].items())
+    rows = [f"{report['topology']}: {report['chips']} chips, {report['stage']}, mesh {mesh}",
+            f"batch {report['rows']} rows in {report['accumulate']} micro-batches, remat {report['remat']}; {bucket}",
+            f"compiled in {report['compile_s']:.0f} s (lowered in {report['lower_s']:.0f} s)",
+            f"arguments    {gib(report['argument_bytes'])}", f"temporaries  {gib(report['temporary_bytes'])}",
+            f"peak         {gib(report['peak_bytes'])} of {gib(report['hbm_bytes'])}, "
+            f"headroom {report['headroom']:.0%}"]
+    if "roofline_s" not in report:
+        return "\n".join([*rows, "does not fit; the largest allocations:", *report["largest"]])
+    rows += [f"{kind:<21}{moves['count']:>7}, together {gib(moves['bytes'])}"
+             for kind, moves in report["collectives"].items()]
+    times = report["roofline_s"]
+    return "\n".join([
+        *rows, f"model FLOPs  {report['model_flops_per_chip']:.3e} per chip, {report['flops_per_chip']:.3e} with "
+        "recomputation",
+        "at least     " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in times.items())
+        + f"; model FLOP utilisation at most {report['mfu_bound']:.0%}",
+        f"padding      {report['padding']['arguments']:.1%} of the arguments, "
+        f"{report['padding']['vocabulary']:.1%} of the vocabulary",
+        *(f"WARNING      {finding}" for finding in report["findings"])])
+
+
+def sweep(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
+    """Reports of the train step over mesh shapes, micro-batches and remat policies, the fastest roofline first.
+
+    For every mesh and policy the micro-batches are halved in size until the step fits with the headroom.
+    """
+    heads, batch = model_config(config).llama.kv_heads, config.data.batch_size
+    least = layout.mesh_of(config, devices).shape["fsdp"]
+    splits = [(fsdp, tensor) for tensor in (1, 2, 4) for fsdp in sorted({least, 4 * least, len(devices) // tensor})
+              if len(devices) % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0]
+    trials = list(itertools.product(splits, ("full", "dots")))
+    reports, started = [], time.monotonic()
+    for number, ((fsdp, tensor), remat) in enumerate(trials):
+        for trial in _halved(config, len(devices), fsdp, tensor, remat):
+            report, _ = measure(trial, topology, devices, bucket, "train")
+            reports.append(report)
+            if report["fits"] and report["headroom"] >= HEADROOM:
+                break
+        passed = time.monotonic() - started
+        print(f"{number + 1}/{len(trials)}  fsdp {fsdp}  tensor {tensor}  remat {remat}  "
+              f"micro-batches {report['accumulate']}  {'fits' if report['fits'] else 'does not fit'}  "
+              f"eta {passed / (number + 1) * (len(trials) - number - 1) / 60:.1f} min", flush=True)
+    fitting = [r for r in reports if r["fits"] and r["headroom"] >= HEADROOM]
+    return sorted(fitting, key=lambda r: (r["roofline_s"]["step"], sum(r["roofline_s"].values())))
+
+
+def _halved(config: ConfigDict, devices: int, fsdp: int, tensor: int, remat: str) -> Iterator[ConfigDict]:
+    """The config on this mesh, with more and more micro-batches; at most four of them."""
+    trial = copy.deepcopy(config)
+    trial.mesh = {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+    trial.sizes.llama.remat = remat
+    rows = config.data.batch_size // (devices // tensor)
+    for accumulate in [n for n in range(max(1, rows // 16), rows + 1) if rows % n == 0][:4]:
+        trial.optim.accumulate = accumulate
+        yield copy.deepcopy(trial)
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Reports as a Markdown table, one per line."""
+    head = ("| topology | stage | mesh d x f x t | rows/chip x micro | remat | args GiB | temp GiB | peak / HBM GiB "
+            "| headroom | collectives GiB | roofline s | compile s |\n|" + "---|" * 12)
+    return "\n".join([head, *map(table_row, reports)])
+
+
+def table_row(report: dict[str, Any]) -> str:
+    """One line of `table`."""
+    mesh = report["mesh"]
+    each = report["rows"] / (mesh["data"] * mesh["fsdp"] * report["accumulate"])
+    moved = sum(kind["bytes"] for kind in report["collectives"].values()) / chips.GIB
+    seconds = f"{report['roofline_s']['step']:.3f}" if "roofline_s" in report else "-"
+    sizes = [report[name] / chips.GIB for name in ("argument_bytes", "temporary_bytes", "peak_bytes", "hbm_bytes")]
+    return (f"| {report['topology']} | {report['stage']} | {mesh['data']} x {mesh['fsdp']} x {mesh['tensor']} "
+            f"| {each:g} x {report['accumulate']} | {report['remat']} | {sizes[0]:.2f} | {sizes[1]:.2f} "
+            f"| {sizes[2]:.2f} / {sizes[3]:.2f} | {report['headroom']:.0%} | {moved:.1f} | {seconds} "
+            f"| {report['compile_s']:.0f} |")
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+def command_line() -> CommandLine:
+    """The flags besides --config.key=value."""
+    parser = CommandLine(__doc__, "python -m crab_jax.compile")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configs/<stage>.py")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
+    parser.add_argument("--stage", choices=("train", "prefill", "decode"), default="train")
+    parser.add_argument("--bucket", action="append", type=_bucket, default=[], metavar="L,T,S,F,M",
+                        help="text length, frames, audio windows, fbank frames, masks; may be repeated")
+    parser.add_argument("--mix", action="store_true", help="all buckets that the released tasks fall into")
+    parser.add_argument("--budget", action="store_true", help="exit 3 unless it fits with 15 %% headroom")
+    parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; print the best")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report of the largest bucket")
+    parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _bucket(value: str) -> Bucket:
+    sizes = value.split(",")
+    if len(sizes) != len(Bucket._fields) or not all(size.isdigit() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{value!r} is not {','.join(Bucket._fields)}")
+    return Bucket(*map(int, sizes))
+
+
+def main() -> None:
+    """Entry point of `python -m crab_jax.compile`.
+
+    The JSON has topology, chips, fits, hbm_bytes, argument_bytes, temporary_bytes, peak_bytes (all per chip),
+    compile_s, model_flops_per_chip, collectives {kind: {count, bytes}} per chip and step, and what the printed report
+    names. Of several buckets it is the one with the highest peak, with all of them under "buckets".
+    """
+    args, rest = command_line().parse_known_args()
+    config, _ = parse_flags([sys.argv[0], f"--config={args.config}", *rest], None, workdir=False)
+    devices = topology_devices(args.topology)
+    if args.sweep:
+        reports = sweep(config, args.topology, devices, largest_bucket(config))
+        print(table(reports) if reports else "nothing fits", flush=True)
+    else:
+        buckets = [*args.bucket, *(bucket_mix(config) if args.mix else [])] or [largest_bucket(config)]
+        reports = []
+        for bucket in buckets:
+            report, compiled = measure(config, args.topology, devices, bucket, args.stage)
+            reports.append(report)
+            print(text(report) + "\n", flush=True)
+            if args.hlo and compiled is not None:
+                args.hlo.write_text(compiled.as_text())
+    chosen = min if args.sweep else max
+    worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
+    if args.json and worst is not None:
+        several = {"buckets": reports} if len(reports) > 1 and not args.sweep else {}
+        args.json.write_text(json.dumps({**worst, **several}, indent=1) + "\n")
+    if args.budget:
+        chip = args.topology.partition(":")[0]
+        if worst is None:
+            print(f"{chip}: nothing that the sweep tried fits with {HEADROOM:.0%} headroom")
+            sys.exit(3)
+        enough = worst["fits"] and worst["headroom"] >= HEADROOM
+        print(f"{chip}: need {gib(worst['peak_bytes'])} and {HEADROOM:.0%} headroom, have {gib(worst['hbm_bytes'])}: "
+              f"{'fits' if enough else 'does not fit'}")
+        sys.exit(0 if enough else 3)
+
+
+if __name__ == "__main__":
+    run_verb(main, "--debug" in sys.argv)

@@ -1,0 +1,78 @@
+"""A page of results: one HTML file with its pictures inside, that needs no network and fits a phone and paper."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_STYLE = """
+:root{color-scheme:light} body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;
+max-width:60rem;padding:1rem} h1{font-size:1.6rem} h2{font-size:1.25rem;border-bottom:1px solid #ddd;margin-top:2.2rem}
+figure{margin:1.2rem 0;break-inside:avoid} img{max-width:100%;height:auto}
+figcaption{font-size:.9rem;color:#555} .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.85rem}
+th,td{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid #e4e4e4;vertical-align:top}
+th{font-weight:600} .ci{color:#666;white-space:nowrap} pre{white-space:pre-wrap;font-size:.8rem}
+nav a{margin-right:.9rem;white-space:nowrap} @media print{nav{display:none} body{font-size:11pt;max-width:none}
+.wide{overflow:visible}}
+"""
+LEGEND = ("<p>In all pictures <b style='color:#009e73'>green</b> is the truth and "
+          "<b style='color:#d55e00'>orange</b> the model's answer; semantic masks use the class colours.</p>")
+
+
+class Picture(NamedTuple):
+    """A PNG file and the sentence that says what to look for."""
+
+    data: bytes
+    caption: str
+
+
+class Section(NamedTuple):
+    """A part of a page; `body` is HTML, and an empty one is said to be missing."""
+
+    key: str
+    title: str
+    body: str
+
+
+def escape(value: Any) -> str:
+    """Text as HTML."""
+    return html.escape(str(value))
+
+
+def figure(picture: Picture) -> str:
+    """A picture with its caption."""
+    encoded = base64.b64encode(picture.data).decode()
+    caption = escape(picture.caption)
+    return (f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the head is text, cells are HTML."""
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return ('<div class="wide"><table><tr>' + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"
+            + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
+
+
+def score(scores: Mapping[str, Any], metric: str) -> str:
+    """A metric of one task's results (see scoring.summarise) with its interval, "-" when it is not there."""
+    if metric not in scores:
+        return "-"
+    low, high = scores.get("intervals", {}).get(metric, (None, None))
+    interval = "" if low is None else f' <span class="ci">[{low:.3f}, {high:.3f}]</span>'
+    return f"{scores[metric]:.3f}{interval}"
+
+
+def write(path: str | Path, title: str, intro: str, sections: Sequence[Section]) -> None:
+    """Write one page; `intro` is HTML."""
+    parts = [f'<section id="{s.key}"><h2>{escape(s.title)}</h2>{s.body or "<p>Not part of this report.</p>"}</section>'
+             for s in sections]
+    links = "".join(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections)
+    text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
+            f"<body><h1>{escape(title)}</h1><nav>{links}</nav>{intro}{''.join(parts)}</body></html>\n")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,29 @@
+"""What a data root holds, and what can be made of it.
+
+    python -m data_pipelines status --root R [--datasets a,b] [--json FILE]      have / missing / corrupt / effective N
+
+`python -m data_pipelines <verb> --help` says more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from crab_jax.errors import InputError, run_verb
+
+VERBS = {"status": "data_pipelines.status"}  # verb -> the module whose main(argv) it is
+
+
+def main(argv: list[str]) -> None:
+    """Run one verb."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+    elif argv[0] not in VERBS:
+        raise InputError("command line", "", f"unknown verb {argv[0]!r}", f"use one of {', '.join(VERBS)}")
+    else:
+        importlib.import_module(VERBS[argv[0]]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    run_verb(lambda: main(sys.argv[1:]))

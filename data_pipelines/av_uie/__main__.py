@@ -1,0 +1,337 @@
+"""Explicit-reasoning targets: read the released ones, write or annotate others, verify all, describe the result.
+
+    python -m data_pipelines.av_uie read     --root R --labels ave_converted_label.zip --out R/released.jsonl
+    python -m data_pipelines.av_uie write    --root R --datasets avqa,arig --out R/written.jsonl
+    python -m data_pipelines.av_uie annotate --root R --datasets ave --url https://host/v1 --model M --out R/llm.jsonl
+    python -m data_pipelines.av_uie verify   --examples R/written.jsonl --out R/checked
+    python -m data_pipelines.av_uie card     --examples R/checked/good.jsonl --out R/card
+
+Plain labels come from a data root of original releases (--root, --datasets, --split) or from a JSONL file of Examples
+(--examples). `<command> --help` says more; docs/av_uie.md is the guide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from crab_jax.errors import CommandLine, InputError, run_verb
+from data_pipelines import datasets
+from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
+from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, write_jsonl
+from data_pipelines.tokens import Tokenizer
+
+T = TypeVar("T")
+_EVERY = 3.0  # seconds between two lines of progress
+
+_READ = """Examples whose targets are the released labels of AV-UIE, matched by video or question.
+
+    python -m data_pipelines.av_uie read --root R --labels zips/ave_converted_label.zip \\
+        --labels avvp=LLP/converted_label --out R/released.jsonl
+
+A label file is a released zip or a folder of one unpacked. Beside --out goes <out>.report.json with the Examples
+without a label and the labels without an Example.
+"""
+_WRITE = """Examples whose targets are written from their labels, masks and questions by templates.
+
+    python -m data_pipelines.av_uie write --root R --split train --out R/written.jsonl
+"""
+_ANNOTATE = """Examples whose targets an LLM writes from the facts of their labels.
+
+    export AV_UIE_API_KEY=...
+    python -m data_pipelines.av_uie annotate --root R --datasets ave,avqa --url https://host/v1 --model M --estimate
+    python -m data_pipelines.av_uie annotate --root R --datasets ave,avqa --url https://host/v1 --model M \\
+        --price-in 0.15 --price-out 0.60 --budget 20 --out R/llm.jsonl
+
+Answers are kept in <out>.journal; the same command continues a stopped run and asks nothing twice. Ctrl-C waits for
+the requests under way.
+"""
+_VERIFY = """Every target against its label: DIR gets good.jsonl, quarantine.jsonl, verify.json and review.html.
+
+    python -m data_pipelines.av_uie verify --examples R/llm.jsonl --out R/checked
+    python -m data_pipelines.av_uie verify --examples R/llm.jsonl --out R/checked --accept ids.txt --reject other.txt
+"""
+_CARD = """What a set of Examples holds: DIR gets card.json and card.md.
+
+    python -m data_pipelines.av_uie card --examples R/checked/good.jsonl --tokenizer LLaMA --out R/card
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m data_pipelines.av_uie`."""
+    argv = sys.argv[1:] if argv is None else argv
+    run_verb(lambda: _run(argv), "--debug" in argv)
+
+
+def _run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    args.command(args)
+
+
+def _parser() -> CommandLine:
+    parser = CommandLine(__doc__, "python -m data_pipelines.av_uie")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, doc: str, command: Any, out: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=doc.splitlines()[0], doc=doc)
+        one.add_argument("--out", required=name != "annotate", help=out)
+        one.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        one.set_defaults(command=command)
+        return one
+
+    read = add("read", _READ, _read, "JSONL file to write")
+    read.add_argument("--labels", action="append", required=True, metavar="[NAME=]PATH",
+                      help=f"released zip or unpacked folder, of {', '.join(released.ZIPS)}; may be repeated")
+    read.add_argument("--skip-bad", action="store_true", help="leave out damaged label files instead of stopping")
+    write = add("write", _WRITE, _write, "JSONL file to write")
+    llm = add("annotate", _ANNOTATE, _annotate, "JSONL file to write")
+    for one in (read, write, llm):
+        _plain_labels(one)
+    _endpoint_arguments(llm)
+    check = add("verify", _VERIFY, _verify, "folder to write")
+    check.add_argument("--examples", required=True, metavar="FILE", help="JSONL of Examples with targets")
+    check.add_argument("--root", metavar="DIR", help="where media and masks are (default: the folder of --examples)")
+    check.add_argument("--accept", metavar="FILE", help="ids, one a line, that a person found good")
+    check.add_argument("--reject", metavar="FILE", help="ids, one a line, that a person found bad")
+    check.add_argument("--sample", type=_natural, default=5, help="good Examples of each task on the page (default: 5)")
+    describe = add("card", _CARD, _card, "folder to write")
+    describe.add_argument("--examples", required=True, nargs="+", metavar="FILE", help="JSONL of Examples")
+    describe.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or folder, to count tokens too")
+    describe.add_argument("--name", default="AV-UIE", help="title of the card")
+    return parser
+
+
+def _plain_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", metavar="DIR", help="data root of original releases; or where the media of "
+                        "--examples are (default: its folder)")
+    parser.add_argument("--datasets", default="", metavar="A,B", help="of the root (default: all that are there)")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--missing", choices=("raise", "skip"), default="raise", help="what to do about media files "
+                        "that are not there (default: raise)")
+    parser.add_argument("--examples", metavar="FILE", help="a JSONL file of Examples instead")
+    parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
+    parser.add_argument("--limit", type=_natural, default=0, help="the first so many Examples of each task")
+
+
+def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    environment = os.environ.get
+    parser.add_argument("--url", default=environment("AV_UIE_BASE_URL", ""), help="the endpoint up to /v1 (default: "
+                        "AV_UIE_BASE_URL)")
+    parser.add_argument("--model", default=environment("AV_UIE_MODEL", ""), help="(default: AV_UIE_MODEL)")
+    parser.add_argument("--key-env", default="AV_UIE_API_KEY", metavar="NAME",
+                        help="environment variable that holds the key; unset for a server without one "
+                        "(default: AV_UIE_API_KEY)")
+    parser.add_argument("--parameters", type=json.loads, default=annotate.PARAMETERS, metavar="JSON",
+                        help=f"of the request (default: {json.dumps(annotate.PARAMETERS)})")
+    parser.add_argument("--journal", metavar="FILE", help="answers received (default: <out>.journal)")
+    parser.add_argument("--workers", type=_natural, default=8, help="requests at a time (default: 8)")
+    parser.add_argument("--rpm", type=float, default=0.0, help="requests a minute (default: no limit)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one reply (default: 120)")
+    parser.add_argument("--attempts", type=_natural, default=6, help="tries of one request (default: 6)")
+    parser.add_argument("--backoff", type=float, default=1.0, help="seconds before a second try; doubles (default: 1)")
+    parser.add_argument("--corrections", type=int, default=1, choices=range(4),
+                        help="how often a target that disagrees is asked for again (default: 1)")
+    parser.add_argument("--price-in", type=float, default=0.0, help="of a million prompt tokens")
+    parser.add_argument("--price-out", type=float, default=0.0, help="of a million answer tokens")
+    parser.add_argument("--budget", type=float, default=0.0, help="stop before all answers cost more (default: none)")
+    parser.add_argument("--no-masks", action="store_true", help="do not read masks; nothing is said about places")
+    parser.add_argument("--estimate", action="store_true", help="print requests, tokens and cost, and ask nothing")
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+# Input and output.
+
+def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
+    """The Examples with plain labels that the arguments name, and the root of their media."""
+    if bool(args.examples) == bool(args.datasets or not args.examples and args.root):
+        raise InputError("command line", "", "give plain labels once",
+                         "give --root (and --datasets) for original releases, or --examples for a JSONL file")
+    if args.examples:
+        root, examples = Path(args.root or Path(args.examples).parent), read_jsonl(args.examples)
+    else:
+        root, examples = Path(args.root), []
+        for name in datasets.choose(args.root, [n for n in args.datasets.split(",") if n], args.split):
+            _say(f"reading {name} {args.split}")
+            examples += datasets.read(args.root, name, args.split, "train", args.missing)
+    wanted = [task for task in args.tasks.split(",") if task]
+    if unknown := set(wanted) - set(TASK_NAMES):
+        raise InputError("--tasks", "", f"unknown task {min(unknown)!r}", f"use some of {', '.join(TASK_NAMES)}")
+    seen: dict[str, int] = {}
+    chosen = []
+    for example in examples:
+        seen[example.task] = seen.get(example.task, 0) + 1
+        if (not wanted or example.task in wanted) and (not args.limit or seen[example.task] <= args.limit):
+            chosen.append(example)
+    if not chosen:
+        raise InputError("--tasks", "", f"no example of {', '.join(wanted) or 'any task'}", "choose other tasks")
+    return chosen, root
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Progress:
+    """Lines such as `written 1200/8000  310.2/s  eta 22 s`, a few seconds apart."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.began = what, total, time.monotonic()
+        self.shown = self.began
+
+    def __call__(self, done: int, more: str = "") -> None:
+        now = time.monotonic()
+        if now - self.shown >= _EVERY and done:
+            rate, self.shown = done / (now - self.began), now
+            _say(f"{self.what} {done}/{self.total}  {rate:.1f}/s  eta {(self.total - done) / rate:.0f} s{more}")
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, counted as they are taken."""
+        for number, item in enumerate(items):
+            self(number)
+            yield item
+
+
+def _save(path: str | Path, content: str | Sequence[Example]) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    if isinstance(content, str):
+        part.write_text(content, encoding="utf-8")
+    else:
+        write_jsonl(part, content)
+    part.replace(path)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+# The commands.
+
+def _read(args: argparse.Namespace) -> None:
+    examples, _ = _examples(args)
+    attached: list[Example] = []
+    report: dict[str, Any] = {}
+    for argument in args.labels:
+        name, _, path = argument.rpartition("=")
+        found = released.read(path, name, strict=not args.skip_bad)
+        result = released.attach(examples, found)
+        if not result.examples:
+            asked = next((e.id for e in examples if e.task in released.ZIPS[found.name]), "none of its task")
+            problem = (f"none of its {len(found.texts)} labels (such as {min(found.texts)!r}) belongs to an example "
+                       f"(such as {asked!r})")
+            raise InputError(path, "", problem, "check --datasets, --split and --examples")
+        attached += result.examples
+        report[found.name] = {"labels": len(found.texts), "examples": len(result.examples), "bad": found.problems,
+                              "examples_without": result.without, "labels_unused": result.unused}
+        print(f"{found.name}: {len(result.examples)} targets from {len(found.texts)} labels; {len(result.without)} "
+              f"examples have none, {len(result.unused)} labels are not used, {len(found.problems)} are bad")
+    _save(args.out, attached)
+    _save(f"{args.out}.report.json", _as_json(report))
+
+
+def _write(args: argparse.Namespace) -> None:
+    examples, root = _examples(args)
+    usable = [example for example in examples if not labels.weak(example)]
+    progress = _Progress("written", len(usable))
+    _save(args.out, [templates.write(example, root) for example in progress.over(usable)])
+    print(f"{len(usable)} targets written, {len(examples) - len(usable)} left out (labels without times or names)")
+
+
+def _annotate(args: argparse.Namespace) -> None:
+    examples, data_root = _examples(args)
+    root = None if args.no_masks else data_root
+    if not isinstance(args.parameters, dict):
+        raise InputError("--parameters", "", "is no JSON object", 'give it as {"temperature": 0.3}')
+    endpoint = annotate.Endpoint(
+        url=args.url, model=args.model, key=os.environ.get(args.key_env, ""), parameters=args.parameters,
+        timeout=args.timeout, attempts=args.attempts, backoff=args.backoff, per_minute=args.rpm,
+        price_in=args.price_in, price_out=args.price_out, budget=args.budget)
+    if args.estimate:
+        print(_as_json(annotate.estimate(examples, endpoint, root)), end="")
+        return
+    if not args.out:
+        raise InputError("command line", "", "--out is missing", "say where the Examples go, or use --estimate")
+    journal = annotate.Journal(args.journal or f"{args.out}.journal")
+    client = annotate.Client(endpoint, journal)
+    progress = _Progress("annotated", sum(map(annotate.asked_about, examples)))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as clean as ctrl-C
+    try:
+        outcome = annotate.run(examples, client, root, args.corrections, args.workers,
+                               lambda done: progress(done, f"  {_costs(client)}"), lambda: _say(
+                                   "stopping: waiting for the requests under way; ctrl-C again drops them"))
+    finally:
+        print(_costs(client))
+        journal.close()
+    _save(args.out, outcome.examples)
+    left = sum(not annotate.asked_about(example) for example in examples)
+    print(f"{len(outcome.examples)} targets, {left} examples left out (captions, labels without times or names)")
+    if outcome.failed:
+        first, why = next(iter(outcome.failed.items()))
+        problem = f"{len(outcome.failed)} examples have no answer, the first {first!r}: {why}"
+        raise InputError("the endpoint", "", problem, "run the same command again; what was answered is kept")
+
+
+def _costs(client: annotate.Client) -> str:
+    """What was asked and what it cost: of this run, and of the journal since its start."""
+    counts, journal = client.counts, client.journal
+    return (f"{counts['asked']} asked, {counts['cached']} from the journal, {counts['retried']} retried; in all "
+            f"{journal.tokens_in} + {journal.tokens_out} tokens, cost {client.spent():.4f}, {journal.lost} lost")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    examples, out = read_jsonl(args.examples), Path(args.out)
+    root = Path(args.root or Path(args.examples).parent)
+    accept, reject = (_ids(path, examples) for path in (args.accept, args.reject))
+    if both := accept & reject:
+        raise InputError("--reject", "", f"{min(both)!r} is accepted too", "keep it in one of the two files")
+    progress = _Progress("verified", len(examples))
+    good, bad = verify.split(examples, root, accept, reject, progress)
+    _save(out / "good.jsonl", good)
+    _save(out / "quarantine.jsonl", [example for example, _ in bad])
+    _save(out / "verify.json", _as_json({"good": len(good), **verify.counted(bad)}))
+    _save(out / "review.html", review.page(good, bad, root, args.sample))
+    print(f"{len(good)} good, {len(bad)} in quarantine; look at {out / 'review.html'}")
+
+
+def _ids(path: str | None, examples: Sequence[Example]) -> set[str]:
+    """The ids in a file of decisions."""
+    if path is None:
+        return set()
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, "", f"cannot be read ({type(error).__name__})", "give ids, one a line") from None
+    ids = {line.strip() for line in lines if line.strip()}
+    if unknown := ids - {example.id for example in examples}:
+        raise InputError(path, "", f"{min(unknown)!r} is the id of no example", "copy the ids from the review page")
+    return ids
+
+
+def _card(args: argparse.Namespace) -> None:
+    examples = [example for path in args.examples for example in read_jsonl(path)]
+    if not examples:
+        raise InputError(args.examples[0], "", "holds no examples", "give a file that does")
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    found = card.card(examples, (lambda text: len(tokenizer.ids(text))) if tokenizer else None)
+    page = card.markdown(found, args.name)
+    _save(Path(args.out) / "card.json", _as_json(found))
+    _save(Path(args.out) / "card.md", page)
+    print(page, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""Explicit-reasoning targets from an LLM behind an OpenAI-compatible endpoint, each paid for once.
+
+Every answer is appended to a journal, keyed by the Example's id and the hash of the whole request, before anything is
+done with it. A run that stops for any reason is continued by the same command: what the journal holds is not asked
+again. An answer that verify.py refuses is asked for again with the reasons (a new request, so also asked once).
+
+What cannot be known: whether a request that timed out, or was cut off by a hard kill, is billed. Such requests are
+counted as `lost`; each carries its hash as Idempotency-Key for servers that heed it. Workers finish the requests they
+have sent when asked to stop, so ctrl-C loses none.
+
+The key is read from the environment, sent in one header to one host (redirects are refused), and blanked out of
+everything that comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import email.utils
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from crab_jax.errors import InputError
+from data_pipelines.av_uie import labels, prompts, verify
+from data_pipelines.av_uie.prompts import Messages
+from data_pipelines.examples import Example
+
+PARAMETERS = {"temperature": 0.3, "max_tokens": 400}
+CHARACTERS_PER_TOKEN = 4  # for estimates, and for servers that do not report usage
+_LARGEST = 4_000_000  # bytes of one reply
+_LONGEST_WAIT = 60.0  # seconds of backoff; a server may ask for more with Retry-After
+_PASSING = (408, 409, 425, 429)  # statuses that may go away by themselves, as all above 499 do
+_SECRET = 8  # characters from which on a key is blanked out; local servers take words such as "EMPTY"
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask. `url` ends before /chat/completions; prices are per million tokens, timeout in seconds."""
+
+    url: str
+    model: str
+    key: str = dataclasses.field(default="", repr=False)
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PARAMETERS))
+    timeout: float = 120.0
+    attempts: int = 6
+    backoff: float = 1.0
+    per_minute: float = 0.0  # requests; 0 = as fast as the workers go
+    price_in: float = 0.0
+    price_out: float = 0.0
+    budget: float = 0.0  # 0 = none
+
+    def __post_init__(self) -> None:
+        """Raises InputError; never with the URL or the key in it, because either may hold a secret."""
+        try:
+            parts = urlsplit(self.url)
+            clean = parts.scheme in ("http", "https") and parts.hostname and not (
+                parts.username or parts.password or parts.query or parts.fragment)
+        except ValueError:
+            clean = False
+        if not clean:
+            raise InputError("--url", "", "is no plain http(s) address",
+                             "give it as https://host/v1, without a key, user or query in it")
+        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
+            raise InputError("the API key", "", "holds a space, a line end or a character that no key has",
+                             "set the environment variable to the key alone")
+        if not self.model:
+            raise InputError("--model", "", "is empty", "name a model of the endpoint")
+        if self.budget and not (self.price_in or self.price_out):
+            raise InputError("--budget", "", "cannot be kept without prices", "give --price-in and --price-out")
+
+    def cost(self, tokens_in: float, tokens_out: float) -> float:
+        """What so many tokens cost, in the currency of the prices."""
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+    def request_hash(self, messages: Messages) -> str:
+        """SHA-256 of everything that decides an answer: model, parameters and messages."""
+        request = {"model": self.model, "messages": messages, **self.parameters}
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+class Reply(NamedTuple):
+    """One answer and what it used; `estimated` when the server did not say."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    estimated: bool
+
+
+class Failure(Exception):
+    """A request without a usable answer. wait: seconds the server asks for. billed: it may have been charged."""
+
+    def __init__(self, what: str, passing: bool, wait: float = 0.0, billed: bool = False):
+        super().__init__(what)
+        self.what, self.passing, self.wait, self.billed = what, passing, wait, billed
+
+
+class Stopped(Exception):
+    """The run was asked to stop before this request was sent."""
+
+
+class Journal:
+    """The append-only JSONL file of all answers. One process at a time; a record is on disk when `add` returns.
+
+    answers: (id, request hash) -> reply. tokens_in, tokens_out: of all of them. lost: requests that may have been
+    billed for nothing. A line without an end, left by a kill or a full disk, is cut off on opening. Raises InputError
+    for a file in use and for a damaged line elsewhere.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise InputError(str(self.path), "", "is in use by another run", "wait for it, or give another --journal"
+                             ) from None
+        self.answers: dict[tuple[str, str], Reply] = {}
+        self.lost = self.tokens_in = self.tokens_out = 0
+        self._load()
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.ftruncate(self._file, end)
+        for number, line in enumerate(data[:end].splitlines(), 1):
+            try:
+                self._keep(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                os.close(self._file)
+                raise InputError(f"{self.path}:{number}", "", "is no record of this journal",
+                                 "remove the line; the answer in it is asked for again") from None
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        if "lost" in record:
+            self.lost += 1
+            return
+        reply = Reply(**{field: record[field] for field in Reply._fields})
+        self.tokens_in, self.tokens_out = self.tokens_in + reply.tokens_in, self.tokens_out + reply.tokens_out
+        self.answers[record["id"], record["request"]] = reply
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one record and wait until the disk has it."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        with self._lock:
+            if os.write(self._file, line) != len(line):
+                raise OSError(f"{self.path}: the disk is full")
+            os.fsync(self._file)
+            self._keep(record)
+
+    def close(self) -> None:
+        """Give the file free for another run; an answer that arrives later is an OSError, not a write elsewhere."""
+        with self._lock:
+            os.close(self._file)
+            self._file = -1
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another place."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class Client:
+    """Asks an endpoint, with a journal before it. Thread-safe; `stop` makes every waiting thread give up."""
+
+    def __init__(self, endpoint: Endpoint, journal: Journal):
+        self.endpoint, self.journal = endpoint, journal
+        self.stop = threading.Event()
+        self.counts: Counter[str] = Counter()  # asked, cached, retried, tokens_in, tokens_out: of this run
+        self._lock = threading.Lock()
+        self._next = 0.0  # monotonic time before which no request is sent
+        self._reserved = 0.0  # the most that requests under way can cost
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def spent(self) -> float:
+        """What all answers of the journal cost, those of earlier runs included."""
+        return self.endpoint.cost(self.journal.tokens_in, self.journal.tokens_out)
+
+    def ask(self, id: str, messages: Messages) -> str:
+        """The answer to a request, from the journal if it was answered before.
+
+        Raises Failure after the last attempt, Stopped, and InputError for what stops the whole run: a refused key, an
+        unknown model or address, a spent budget.
+        """
+        digest = self.endpoint.request_hash(messages)
+        if known := self.journal.answers.get((id, digest)):
+            self._count(cached=1)
+            return known.text
+        most = self._most(messages)
+        for attempt in range(self.endpoint.attempts):
+            self._wait_for_turn()
+            self._reserve(most)
+            try:
+                reply = self._post(messages, digest)
+            except Failure as failure:
+                if failure.billed:
+                    self.journal.add({"id": id, "request": digest, "lost": failure.what})
+                if not failure.passing or attempt + 1 == self.endpoint.attempts:
+                    raise
+                self._count(retried=1)
+                self._hold(failure.wait)
+                pause = min(_LONGEST_WAIT, self.endpoint.backoff * 2 ** attempt) * random.uniform(0.5, 1.0)
+                if self.stop.wait(max(pause, failure.wait)):
+                    raise Stopped from None
+            else:
+                self.journal.add({"id": id, "request": digest, "model": self.endpoint.model, **reply._asdict()})
+                self._count(asked=1, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
+                return reply.text
+            finally:
+                self._reserve(-most)
+        raise AssertionError("attempts must be positive")
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self.counts.update(counts)
+
+    def _most(self, messages: Messages) -> float:
+        tokens_out = self.endpoint.parameters.get("max_tokens", PARAMETERS["max_tokens"])
+        return self.endpoint.cost(tokens_in(messages), tokens_out)
+
+    def _reserve(self, cost: float) -> None:
+        """Raise InputError when a request of this cost could exceed the budget; a negative cost gives it back."""
+        with self._lock:
+            budget = self.endpoint.budget
+            if budget and cost > 0 and self.spent() + self._reserved + cost > budget:
+                raise InputError("--budget", "", f"{budget:g} is spent but for what the next request may cost",
+                                 "raise it and run the same command again; what was answered is kept")
+            self._reserved += cost
+
+    def _wait_for_turn(self) -> None:
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                delay = self._next - now
+                if delay <= 0:
+                    self._next = now + (60 / self.endpoint.per_minute if self.endpoint.per_minute else 0.0)
+                    break
+            if self.stop.wait(delay):
+                raise Stopped
+        if self.stop.is_set():
+            raise Stopped
+
+    def _hold(self, seconds: float) -> None:
+        """Send nothing from any worker for so long: the server asked for it."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+    def _post(self, messages: Messages, digest: str) -> Reply:
+        body = json.dumps({"model": self.endpoint.model, "messages": messages, **self.endpoint.parameters}).encode()
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Idempotency-Key": digest}
+        if self.endpoint.key:
+            headers["Authorization"] = f"Bearer {self.endpoint.key}"
+        request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/chat/completions", body, headers)
+        try:
+            with self._opener.open(request, timeout=self.endpoint.timeout) as response:
+                data = self._read(response)
+        except urllib.error.HTTPError as error:
+            raise self._refusal(error) from None
+        except (TimeoutError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            late = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
+            # A connection that breaks after the request was sent may be billed; one that never was cannot.
+            sent = late or not isinstance(error, urllib.error.URLError)
+            what = "timed out" if late else self._clean(f"{type(error).__name__}: {getattr(error, 'reason', error)}")
+            raise Failure(what, passing=True, billed=sent) from None
+        return self._reply(data, messages)
+
+    def _read(self, response: Any) -> str:
+        """The body, within the time limit for the whole reply and a limit of size."""
+        deadline, pieces, size = time.monotonic() + self.endpoint.timeout, [], 0
+        while piece := response.read1(65536):
+            size += len(piece)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if size > _LARGEST:
+                raise Failure("the reply is too large", passing=True, billed=True)
+            pieces.append(piece)
+        return self._clean(b"".join(pieces).decode("utf-8", "replace"))
+
+    def _clean(self, text: str) -> str:
+        """Text from outside without the key, which some servers repeat in their errors."""
+        return text.replace(self.endpoint.key, "***") if len(self.endpoint.key) >= _SECRET else text
+
+    def _reply(self, data: str, messages: Messages) -> Reply:
+        try:
+            content = json.loads(data)
+            text = content["choices"][0]["message"]["content"]
+            usage = content.get("usage") or {}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise Failure("the reply is not that of a chat completion", passing=True, billed=True) from None
+        if not isinstance(text, str):
+            raise Failure("the reply has no text", passing=True, billed=True)
+        used = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+        known = all(type(count) is int and count >= 0 for count in used)
+        guess = [tokens_in(messages), len(text) // CHARACTERS_PER_TOKEN + 1]
+        return Reply(" ".join(text.split()), *(used if known else guess), estimated=not known)
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+        """What an HTTP error means: the whole run stops, this request fails, or it is tried again."""
+        said = ""
+        with error, contextlib.suppress(OSError, http.client.HTTPException):
+            said = self._clean(" ".join(error.read(20_000).decode("utf-8", "replace").split()))
+        what = f"HTTP {error.code}" + (f" ({said[:200]})" if said else "")
+        if "insufficient_quota" in said or error.code == 402:
+            return InputError("the endpoint", "", what, "there is no credit left: add some and run the same command")
+        if error.code in (401, 403):
+            return InputError("the endpoint", "", f"refuses the key: {what}", "check the key's environment variable")
+        if error.code == 404 or 300 <= error.code < 400:
+            return InputError("the endpoint", "", what, "check --url (it ends in /v1, no redirects) and --model")
+        passing = error.code in _PASSING or error.code >= 500
+        return Failure(what, passing, _retry_after(error.headers.get("Retry-After")))
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds of a Retry-After header, which holds a number or a date; 0 without a readable one."""
+    if not value:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        return min(3600.0, max(0.0, float(value)))
+    with contextlib.suppress(ValueError, TypeError):
+        return min(3600.0, max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()))
+    return 0.0
+
+
+def tokens_in(messages: Messages) -> int:
+    """About how many tokens a request has."""
+    return sum(len(message["content"]) for message in messages) // CHARACTERS_PER_TOKEN + 4 * len(messages)
+
+
+def annotated(example: Example, client: Client, root: str | Path | None, vocabulary: Sequence[str],
+              corrections: int) -> Example:
+    """The Example with the LLM's target: the first that agrees with the label, or the last of 1 + corrections."""
+    messages = prompts.messages(example, root)
+    for left in range(corrections, -1, -1):
+        text = client.ask(example.id, messages)
+        answer = dataclasses.replace(example, target=text,
+                                     meta={**example.meta, "reasoning": f"{verify.LLM}{client.endpoint.model}"})
+        problems = verify.problems(answer, root, vocabulary)
+        if not problems or not left:
+            return answer
+        messages = prompts.correction(messages, text, problems)
+    raise AssertionError("corrections must not be negative")
+
+
+class Outcome(NamedTuple):
+    """What a run reached: Examples with targets in their order, and id -> why for those that got no answer."""
+
+    examples: list[Example]
+    failed: dict[str, str]
+
+
+def asked_about(example: Example) -> bool:
+    """Whether an Example needs an LLM: it has reasoning to write, and a label that says what."""
+    return example.task in labels.ANSWER_STARTS and not labels.weak(example)
+
+
+def run(examples: Sequence[Example], client: Client, root: str | Path | None = None, corrections: int = 1,
+        workers: int = 8, progress: Callable[[int], None] | None = None,
+        stopping: Callable[[], None] | None = None) -> Outcome:
+    """Targets for every Example that needs one, `workers` requests at a time.
+
+    An Example whose request fails for good is left out and named. progress: called with the number of finished ones,
+    a few times a second. A first KeyboardInterrupt calls `stopping`, lets the requests under way finish and then raises
+    it; a second one raises at once. Raises InputError for what stops a run (see Client.ask), and when nothing is
+    answered any more.
+    """
+    vocabulary = {task: sorted(names) for task, names in verify.vocabulary_of(verify.usable(examples)).items()}
+    todo, lock = iter([(i, e) for i, e in enumerate(examples) if asked_about(e)]), threading.Lock()
+    results: queue.Queue[tuple[int, Example | Exception] | None] = queue.Queue()
+
+    def work() -> None:
+        while not client.stop.is_set():
+            with lock:
+                item = next(todo, None)
+            if item is None:
+                break
+            place, example = item
+            try:
+                results.put((place, annotated(example, client, root, vocabulary.get(example.task, ()), corrections)))
+            except Stopped:
+                break
+            except Failure as failure:
+                results.put((place, failure))
+            except Exception as error:  # not of this request alone: no worker may start another
+                client.stop.set()
+                results.put((place, error))
+        results.put(None)
+
+    for _ in range(workers):
+        threading.Thread(target=work, daemon=True).start()
+    done: dict[int, Example] = {}
+    failed: dict[str, str] = {}
+    fatal: BaseException | None = None
+    active, barren = workers, 0  # barren: failures since the last answer
+    while active:
+        try:
+            if progress:
+                progress(len(done) + len(failed))
+            item = results.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        except KeyboardInterrupt as interrupt:
+            if client.stop.is_set():
+                raise
+            fatal = interrupt
+            client.stop.set()
+            if stopping:
+                stopping()
+            continue
+        if item is None:
+            active -= 1
+            continue
+        place, result = item
+        if isinstance(result, Example):
+            done[place], barren = result, 0
+        elif isinstance(result, Failure):
+            failed[examples[place].id], barren = result.what, barren + 1
+            if barren >= max(5, 2 * workers) and fatal is None:
+                fatal = InputError("the endpoint", "", f"has not answered {barren} requests in a row: {result.what}",
+                                   "check it, and run the same command again; what was answered is kept")
+        else:
+            fatal = fatal or result
+        if fatal:
+            client.stop.set()
+    if fatal:
+        raise fatal
+    return Outcome([done[place] for place in sorted(done)], failed)
+
+
+def estimate(examples: Sequence[Example], endpoint: Endpoint, root: str | Path | None = None) -> dict[str, float]:
+    """Requests, tokens and cost of a run without corrections, from the length of the requests and of the targets that
+    the template writer would write."""
+    asked = [example for example in examples if asked_about(example)]
+    requests = [prompts.messages(example, root) for example in asked]
+    total_in = sum(map(tokens_in, requests))
+    total_out = sum(len(request[-1]["content"]) // CHARACTERS_PER_TOKEN for request in requests)
+    return {"requests": len(asked), "tokens_in": total_in, "tokens_out": total_out,
+            "cost": endpoint.cost(total_in, total_out)}

@@ -1,0 +1,126 @@
+"""One HTML file on which a person looks at targets: those in quarantine with the reasons, and a sample of the good.
+
+The file holds its pictures and needs no network. Ticking a card writes its id into the box at the end of the page;
+saved as a file, that is what `verify --accept` and `verify --reject` read.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from crab_jax.errors import InputError
+from crab_jax.overlay import TRUTH, overlay_boxes, overlay_mask
+from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
+from data_pipelines import media
+from data_pipelines.av_uie.labels import BOX_SPACE, reasoning_of
+from data_pipelines.examples import Example
+
+_STYLE = """
+:root{color-scheme:light} body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;
+max-width:56rem;padding:1rem} h1{font-size:1.6rem} h2{font-size:1.25rem;border-bottom:1px solid #ddd;margin-top:2.2rem}
+article{border-top:1px solid #e4e4e4;padding:.8rem 0;overflow:hidden;break-inside:avoid}
+article img{float:right;margin:0 0 .5rem 1rem;max-width:40%}
+.id{font:.85rem ui-monospace,monospace;overflow-wrap:anywhere} .by{color:#666;font-size:.85rem} .bad{color:#a33c00}
+.tag{background:#e8f1f8;border-radius:.2rem} .answer{font-weight:600} pre{white-space:pre-wrap;font-size:.8rem}
+textarea{width:100%;height:7rem} table{border-collapse:collapse} td{padding:.1rem .8rem .1rem 0}
+@media print{textarea,input{display:none}}
+"""
+_SCRIPT = """
+for (const kind of ['accept', 'reject']) {
+  const list = document.getElementById(kind), boxes = document.querySelectorAll('input[name=' + kind + ']');
+  for (const box of boxes) box.addEventListener('change', () => {
+    list.value = [...boxes].filter(b => b.checked).map(b => b.value + '\\n').join('')});
+}
+"""
+
+
+def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
+    """`per_task` Examples of each task, the same ones in every run: those whose ids have the smallest hashes."""
+    by_task: dict[str, list[Example]] = {}
+    for example in examples:
+        by_task.setdefault(example.task, []).append(example)
+    return [example for found in by_task.values()
+            for example in sorted(found, key=lambda e: hashlib.sha256(e.id.encode()).digest())[:per_task]]
+
+
+def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root: str | Path | None = None,
+         per_task: int = 5, most: int = 300) -> str:
+    """The page. `most` quarantined Examples are shown, evenly from all of them, and it says how many there are."""
+    shown = [bad[i * len(bad) // min(len(bad), most)] for i in range(min(len(bad), most))]
+    reasons = Counter(_kind(reason) for _, found in bad for reason in found)
+    rows = "".join(f"<tr><td>{n}</td><td>{html.escape(reason)}</td></tr>" for reason, n in reasons.most_common(30))
+    picked = sample(good, per_task)
+    return f"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>AV-UIE targets</title><style>{_STYLE}</style>
+<h1>AV-UIE targets</h1>
+<p>{len(good)} agree with their labels, {len(bad)} are in quarantine.</p>
+<h2>Why</h2><table>{rows or '<tr><td>nothing is in quarantine</td></tr>'}</table>
+<h2>Quarantined: {len(shown)} of {len(bad)}</h2>
+{''.join(_article(example, root, found) for example, found in shown)}
+<h2>Good: a sample of {len(picked)}</h2>
+{''.join(_article(example, root, []) for example in picked)}
+<h2>Your decisions</h2>
+<p>Save each box as a file and give it to <code>verify</code>.</p>
+<label>--accept<textarea id="accept" spellcheck="false"></textarea></label>
+<label>--reject<textarea id="reject" spellcheck="false"></textarea></label>
+<script>{_SCRIPT}</script></html>
+"""
+
+
+def _kind(reason: str) -> str:
+    """A reason without what it quotes, so that equal ones can be counted."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\d+(?:\.\d+)?", "…", reason)
+
+
+def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) -> str:
+    question = example.instruction
+    for block in (VIDEO, AUDIO, IMAGE):
+        question = question.replace(block, "")
+    before = reasoning_of(example)
+    answer = example.target[example.target.find(before) + len(before):] if before else example.target
+    what, verb = ("reject", "reject") if not reasons else ("accept", "accept all the same")
+    name = html.escape(example.id, quote=True)
+    listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
+    problems = f"<ul class=bad>{listed}</ul>" if reasons else ""
+    label = json.dumps({**example.meta, "second": example.second}, ensure_ascii=False, indent=1)
+    return (f"<article>{_picture(example, root)}<div><span class=id>{name}</span> · {html.escape(example.task)} "
+            f"<span class=by>{html.escape(str(example.meta.get('reasoning', 'plain')))}</span> "
+            f"<label class=by><input type=checkbox name={what} value=\"{name}\"> {verb}</label></div>{problems}"
+            f"<div class=by>{html.escape(question)}</div>"
+            f"<p>{_marked(before)} <span class=answer>{_marked(answer)}</span></p>"
+            f"<details><summary>label</summary><pre>{html.escape(label)}</pre></details></article>\n")
+
+
+def _marked(text: str) -> str:
+    """HTML of a text with its tags set apart."""
+    return re.sub(r"&lt;/?[\w ]{0,40}&gt;", lambda tag: f"<span class=tag>{tag[0]}</span>", html.escape(text))
+
+
+def _picture(example: Example, root: str | Path | None) -> str:
+    """An <img> of the frame with the labelled mask or box; "" where there is none or it cannot be read."""
+    path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
+    if root is None or path is None or not (example.mask or "box" in example.meta):
+        return ""
+    try:
+        picture = media.read_image(Path(root) / path, BOX_SPACE)
+        if example.mask:
+            mask = media.read_mask(Path(root) / example.mask, BOX_SPACE, example.mask_kind)
+            picture = overlay_mask(picture, mask.astype(bool) if example.mask_kind == "binary" else mask, TRUTH)
+        else:
+            picture = overlay_boxes(picture, [(example.meta["box"], TRUTH, "")])
+    except (InputError, IndexError, TypeError, ValueError):  # shown without: bad labels and files are what is reviewed
+        return ""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,0 +1,41 @@
+"""AVE (Tian et al. 2018, YapengTian/AVE-ECCV18): one audible and visible event in each ten-second clip.
+
+    Annotations.txt  trainSet.txt  valSet.txt  testSet.txt  AVE/<VideoID>.mp4
+
+Split files hold `Category&VideoID&Quality&StartTime&EndTime`, with or without that header. The end second is exclusive.
+A video with two events is two rows, some of them in different splits; a row, not a video, is a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from crab_jax.tasks import ave
+from data_pipelines.examples import Example
+from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row, each
+
+# The official order: class index 0..27 (28 is background).
+CATEGORIES = (
+    "Church bell", "Male speech, man speaking", "Bark", "Fixed-wing aircraft, airplane", "Race car, auto racing",
+    "Female speech, woman speaking", "Helicopter", "Violin, fiddle", "Flute", "Ukulele", "Frying (food)", "Truck",
+    "Shofar", "Motorcycle", "Acoustic guitar", "Train horn", "Clock", "Banjo", "Goat", "Baby cry, infant cry", "Bus",
+    "Chainsaw", "Cat", "Horse", "Toilet flush", "Rodents, rats, mice", "Accordion", "Mandolin")
+COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
+FILES = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
+
+
+def read(release: Release, split: str, variant: str) -> Iterator[Found]:
+    """Examples of task `ave`; meta: event, start, end, video."""
+
+    def examples(row: Row) -> Iterator[Example]:
+        event, video = row.one_of("Category", CATEGORIES), row.matching("VideoID", YOUTUBE_ID, "RUhOCu3LNXM")[0]
+        start, end = row.integer("StartTime", 0, ave.SECONDS), row.integer("EndTime", 0, ave.SECONDS)
+        if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: all background
+            raise row.error("EndTime", f"the event lasts from {start} to {end}", "the end must come after the start")
+        yield Example(
+            id=f"{video}-{CATEGORIES.index(event)}", task="ave", instruction=ave.instruction(variant),
+            target=ave.target(event, start, end), video=release.inside(f"AVE/{video}.mp4", row.where, "VideoID"),
+            meta={"event": event, "start": start, "end": end, "video": video, "row": row.place})
+
+    name = release.annotation(FILES[split])
+    return each(release.table(name, COLUMNS, "&", quoted=False, header=None), examples)

@@ -1,0 +1,81 @@
+"""MUSIC-AVQA (Li et al. 2022, GeWu-Lab/MUSIC-AVQA): questions about musical performances, answered in one phrase.
+
+    data/json_update/avqa-{train,val,test}.json     conflicting duplicates resolved: what Crab trains and tests on
+    data/json/avqa-{train,val,test}.json            as first published, 55 questions of test twice with other answers
+    videos/<video_id>.mp4                           or MUSIC-AVQA-videos-Real/, MUCIS-AVQA-videos-Synthetic/
+
+`type` and `templ_values` are JSON lists inside of text, and the answer's field is spelled `anser`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from crab_jax.tasks import avqa
+from crab_jax.tasks.text import normalise
+from data_pipelines.examples import Example
+from data_pipelines.sources.release import Found, Release, Row, each
+
+ANSWERS = (
+    "two", "cello", "congas", "zero", "no", "pipa", "six", "yes", "one", "four", "three", "seven", "five", "ukulele",
+    "right", "piano", "left", "accordion", "clarinet", "guzheng", "more than ten", "nine", "indoor", "saxophone",
+    "drum", "violin", "middle", "outdoor", "bagpipe", "bassoon", "acoustic_guitar", "banjo", "electric_bass", "ten",
+    "eight", "flute", "simultaneously", "trumpet", "erhu", "xylophone", "tuba", "suona")
+FOLDERS = ("videos", "video_data", "MUSIC-AVQA-videos-Real", "MUCIS-AVQA-videos-Synthetic",  # (sic)
+           "MUSIC-AVQA-videos-Synthetic")
+_VIDEO = re.compile(r"[a-z]{0,3}[0-9]{8}")
+_SLOT = re.compile(r"<[^<>]*>")
+
+
+def read(release: Release, split: str, variant: str, annotations: str = "json_update") -> Iterator[Found]:
+    """Examples of task `avqa`; meta: answer, type, question, video, question_id.
+
+    annotations: "json_update", or "json" where a question may come twice; its second row is `<question_id>.2`.
+    """
+    times: Counter[int] = Counter()
+
+    def examples(row: Row) -> Iterator[Example]:
+        video = row.matching("video_id", _VIDEO, "00000093 or va00000093")[0]
+        number = row.integer("question_id", 0, 10**9)
+        kind = _listed(row, "type", 2)
+        if "_".join(normalise(" ".join(kind)).split()) not in avqa.SUBTYPES:
+            raise row.error("type", f"unknown value {kind}", f"use one of {', '.join(avqa.SUBTYPES)}")
+        question = fill(row)
+        answer = row.one_of("anser", ANSWERS)
+        times[number] += 1
+        again = f".{times[number]}" if annotations == "json" and times[number] > 1 else ""
+        yield Example(
+            id=f"{number}{again}", task="avqa", instruction=avqa.instruction(variant, question=question),
+            target=avqa.target(answer), windows="music_avqa",
+            video=release.inside(release.pick(f"{video}.mp4", *FOLDERS), row.where, "video_id"),
+            meta={"answer": answer, "type": kind, "question": question, "video": video, "question_id": number,
+                  "row": row.place})
+
+    name = f"{annotations}/avqa-{split}.json"
+    return each(release.records(release.annotation(f"data/{name}", name)), examples)
+
+
+def fill(row: Row) -> str:
+    """The question with its slots (`<Object>`, `<LR>`, ...) replaced from left to right by `templ_values`.
+
+    The full-width question mark and the trailing space of a few templates become plain ones.
+    """
+    question, values = row.text("question_content"), iter(_listed(row, "templ_values"))
+    if len(_SLOT.findall(question)) != len(_listed(row, "templ_values")):
+        raise row.error("templ_values", f"does not fill the slots of {question!r:.80}", "give one value per <slot>")
+    return _SLOT.sub(lambda slot: next(values), question).replace("\uff1f", "?").strip()
+
+
+def _listed(row: Row, field: str, length: int | None = None) -> list[str]:
+    """A list of texts that is written as JSON inside of a text."""
+    try:
+        values = json.loads(row.text(field))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or (
+            length is not None and len(values) != length):
+        raise row.error(field, f"is {row.text(field)!r:.60}", 'must be a JSON list of texts, such as ["Audio", ...]')
+    return values

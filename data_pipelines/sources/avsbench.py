@@ -1,0 +1,167 @@
+"""AVSBench (Zhou et al. 2022 and 2023, OpenNLPLab/AVSBench): which pixels make the sound, in its two releases.
+
+Semantic release (what Crab uses for all three tasks):
+
+    metadata.csv  label2idx.json
+    v1s/<uid>/{audio.wav, frames/0..4.jpg, labels_semantic/0..4.png, labels_rgb/0..4.png}     one source: S4
+    v1m/<uid>/...                                                                             several sources: MS3
+    v2/<uid>/... (0..9)                                                                       AVSS
+
+Object release (what most AVS papers use for S4 and MS3; its masks differ, most of all on MS3):
+
+    Single-source/s4_meta_data.csv    Single-source/s4_data/{audio_wav,visual_frames,gt_masks}/<split>/<category>/...
+    Multi-sources/ms3_meta_data.csv   Multi-sources/ms3_data/{audio_wav,gt_masks}/<split>/..., visual_frames/...
+
+Pictures of both are taken once a second; in the train split of S4 only the first one has a mask. The pixel value of a
+semantic mask is the class id 0..70, which is label2idx.json's number less one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from crab_jax.errors import InputError
+from crab_jax.tasks import TASKS
+from crab_jax.tasks.avs import CLASSES
+from data_pipelines.examples import Example
+from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row
+
+S4_CATEGORIES = (
+    "baby_laughter", "female_singing", "male_speech", "dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop",
+    "coyote_howling", "mynah_bird_singing", "playing_acoustic_guitar", "playing_tabla", "playing_violin",
+    "playing_piano", "playing_ukulele", "playing_glockenspiel", "helicopter", "race_car", "driving_buses",
+    "ambulance_siren", "typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting", "lawn_mowing")
+SPLITS = ("train", "val", "test")
+SECONDS = {"v1s": 5, "v1m": 5, "v2": 10}
+PARTS = {"s4": "v1s", "ms3": "v1m", "avss": "v2"}  # of the semantic release; Crab reads AVSS from v2 alone
+_UID = re.compile(r"[A-Za-z0-9_-]{11}(?:_[0-9]+){0,2}")
+_WINDOWS = {5: ("five", "one_of_five"), 10: ("ten", "one")}  # by seconds: of a whole clip, of one picture
+
+
+class Clip(NamedTuple):
+    """One clip: a picture a second, masks of the first len(masks) of them. Paths are relative to the data root."""
+
+    uid: str
+    objects: list[str]
+    frames: tuple[str, ...]
+    masks: tuple[str, ...]
+    audio: str
+    row: Row
+
+
+def read(release: Release, split: str, variant: str, task: str) -> Iterator[Found]:
+    """Examples of task `s4`, `ms3` or `avss` from the semantic release, one per picture with a mask.
+
+    meta: objects, video, and for `avss` one_of: the pictures of a clip share it, so that an epoch can take one of them.
+    """
+    masks = "labels_rgb" if task == "avss" else "labels_semantic"  # as the released loader does
+    return _examples(semantic_clips(release, split, PARTS[task], masks), task, variant)
+
+
+def read_object(release: Release, split: str, variant: str, task: str) -> Iterator[Found]:
+    """Examples of task `s4` or `ms3` from the object release; meta: objects, video.
+
+    MS3 does not say what sounds: its objects are empty and its Examples have no target.
+    """
+    clips = s4_clips if task == "s4" else ms3_clips
+    return _examples(clips(release, split), task, variant)
+
+
+def _examples(clips: Iterable[Clip | InputError], task: str, variant: str) -> Iterator[Found]:
+    for clip in clips:
+        if isinstance(clip, InputError):
+            yield clip
+            continue
+        whole, single = _WINDOWS[len(clip.frames)]
+        for second, mask in enumerate(clip.masks):
+            text = TASKS[task].instruction(variant=variant, second=second)
+            in_video = "<video>" in text
+            meta = {"objects": clip.objects, "video": clip.uid, "row": clip.row.place}
+            yield Example(
+                id=f"{clip.uid}-{second}", task=task, instruction=text,
+                target=TASKS[task].target(clip.objects, second) if clip.objects else "",
+                frames=clip.frames if in_video else (), image=None if in_video else clip.frames[second],
+                audio=clip.audio, windows=whole if in_video else single, second=second, mask=mask,
+                mask_kind=TASKS[task].mask_kind,
+                meta=meta | ({"one_of": clip.uid} if task == "avss" else {}))
+
+
+def semantic_clips(release: Release, split: str, part: str, masks: str) -> Iterator[Clip | InputError]:
+    """Clips of one part (v1s, v1m, v2) of the semantic release, with the masks of one folder."""
+    check_classes(release)
+    name = release.annotation("metadata.csv")
+    for row in release.table(name, ("uid", "a_obj", "split", "label")):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            # Both are checked for every row, so that a misspelt one cannot leave a split unnoticed.
+            if (row.one_of("split", SPLITS), row.one_of("label", tuple(SECONDS))) != (split, part):
+                continue
+            uid = row.matching("uid", _UID, "_4R3qHn1n50_0_5000")[0]
+            seconds = range(SECONDS[part])
+            labelled = range(1) if part == "v1s" and split == "train" else seconds
+            at = release.inside(f"{part}/{uid}", row.where, "uid")
+            yield Clip(uid, object_names(row), tuple(f"{at}/frames/{k}.jpg" for k in seconds),
+                       tuple(f"{at}/{masks}/{k}.png" for k in labelled), f"{at}/audio.wav", row)
+        except InputError as error:
+            yield error
+
+
+def object_names(row: Row) -> list[str]:
+    """The sounding objects of a row: class names joined by `_`, or one category of S4."""
+    text = row.text("a_obj")
+    if all(name in CLASSES for name in text.split("_")):
+        return text.split("_")
+    return [row.one_of("a_obj", S4_CATEGORIES).replace("_", " ")]
+
+
+def check_classes(release: Release) -> None:
+    """Raise InputError when label2idx.json is there and numbers the classes differently (one-based, background 1)."""
+    if release.kind("label2idx.json") == "file":
+        found, wanted = release.json("label2idx.json"), {name: i for i, name in enumerate(CLASSES, 1)}
+        if found != wanted:
+            odd = next((k for k in wanted if not isinstance(found, dict) or found.get(k) != wanted[k]), "more classes")
+            raise InputError(str(release.base / "label2idx.json"), odd, "is not the released numbering of the classes",
+                             "copy the file of AVSBench-semantic")
+
+
+def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
+    """Clips of the single-source part of the object release; the name of the object is the category."""
+    name = release.annotation("Single-source/s4_meta_data.csv")
+    for row in release.table(name, ("name", "start", "category", "split")):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            if row.one_of("split", SPLITS) != split:
+                continue
+            clip, category = row.matching("name", YOUTUBE_ID, "-_wznbUu3DY")[0], row.one_of("category", S4_CATEGORIES)
+            yield _object_clip(release, row, clip, category.replace("_", " "), "Single-source/s4_data",
+                               f"{split}/{category}/", f"{split}/{category}/", clip, 1 if split == "train" else 5)
+        except InputError as error:
+            yield error
+
+
+def ms3_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
+    """Clips of the multi-source part; its pictures lie in no split's folder and are named <video_id>.mp4_<n>.png."""
+    name = release.annotation("Multi-sources/ms3_meta_data.csv")
+    for row in release.table(name, ("video_id", "split")):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            if row.one_of("split", SPLITS) != split:
+                continue
+            clip = row.matching("video_id", _UID, "3vheOi4y540_1")[0]
+            yield _object_clip(release, row, clip, "", "Multi-sources/ms3_data", f"{split}/", "", f"{clip}.mp4", 5)
+        except InputError as error:
+            yield error
+
+
+def _object_clip(release: Release, row: Row, clip: str, name: str, data: str, labels: str, pictures: str, stem: str,
+                 masks: int) -> Clip:
+    at = release.inside(data, row.where, "")
+    return Clip(clip, [name] if name else [],
+                tuple(f"{at}/visual_frames/{pictures}{clip}/{stem}_{k}.png" for k in range(1, 6)),
+                tuple(f"{at}/gt_masks/{labels}{clip}/{clip}_{k}.png" for k in range(1, masks + 1)),
+                f"{at}/audio_wav/{labels}{clip}.wav", row)

@@ -1,0 +1,70 @@
+"""The users' own data: `<split>.jsonl`, one Example a line (docs/architecture.md), paths relative to the file's folder.
+
+Beyond what an Example holds, `frames` may name a folder: its pictures in the order of the numbers in their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from crab_jax.errors import InputError
+from data_pipelines.examples import Example, from_json
+from data_pipelines.media import INLINE_MASK
+from data_pipelines.sources.release import Found, MissingFile, Release, Row
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PATHS = ("video", "image", "audio", "seg_image", "mask")
+
+
+def read(release: Release, split: str, variant: str) -> Iterator[Found]:
+    """The Examples as they are written; they hold their prompts, so `variant` changes nothing."""
+    name = release.annotation(f"{split}.jsonl")
+    for number, line in enumerate(release.lines(name), 1):
+        if line.strip():
+            try:
+                yield _example(release, line, Row(release.base, f"{name}:{number}", {}))
+            except InputError as error:
+                yield error
+
+
+def _example(release: Release, line: str, row: Row) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise row.error("", f"not valid JSON ({error.msg})", "write one JSON object per line") from None
+    except (ValueError, RecursionError) as error:
+        problem = f"not readable JSON ({type(error).__name__})"
+        raise row.error("", problem, "write one JSON object per line") from None
+    if isinstance(record, dict) and isinstance(record.get("frames"), str):
+        record = {**record, "frames": pictures(release, record["frames"], row)}
+    example = from_json(record, row.where)
+    paths: dict[str, Any] = {
+        field: release.inside(path, row.where, field)
+        for field in PATHS if (path := getattr(example, field)) and not path.startswith(INLINE_MASK)}
+    frames = tuple(release.inside(path, row.where, "frames") for path in example.frames)
+    return dataclasses.replace(example, **paths, frames=frames, meta={**example.meta, "row": row.place})
+
+
+def pictures(release: Release, folder: str, row: Row) -> list[str]:
+    """The pictures of a folder; frame2.jpg comes before frame10.jpg."""
+    release.inside(folder, row.where, "frames")
+    folder = folder.rstrip("/")
+    if (kind := release.kind(folder)) != "folder":
+        problem = f"{folder} is a link out of the data root" if kind == "outside" else f"{folder} is no folder"
+        raise (InputError if kind == "outside" else MissingFile)(
+            row.where, "frames", problem, "give a folder of pictures, or a list of them")
+    found = [name for name in release.names(folder) if name.lower().endswith(PICTURES)]
+    if not found:
+        raise MissingFile(row.where, "frames", f"{folder} holds no pictures",
+                          f"put files that end in {', '.join(PICTURES)} there")
+    return [f"{folder}/{name}" for name in sorted(found, key=_natural)]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key by which numbers inside of names are compared as numbers."""
+    return [(not part.isascii() or not part.isdigit(), int(part) if part.isascii() and part.isdigit() else 0, part)
+            for part in re.split(r"([0-9]+)", name)]

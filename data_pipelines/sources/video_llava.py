@@ -1,0 +1,61 @@
+"""Video-LLaVA's pretraining captions (Lin et al. 2023, PKU-YuanGroup/Video-LLaVA), for visual alignment.
+
+    llava_image_.json  valley_.json            (or merged: valley_llavaimage.json), here or in train_json/
+    llava_image/...  valley/...                paths inside of the files start with these folders
+
+Prompt and answer: dataset/pretrain_dataset.py. The first question and answer of a conversation are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from crab_jax.tasks.placeholders import IMAGE, VIDEO
+from data_pipelines.examples import Example
+from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
+
+FILES = ("llava_image_.json", "valley_.json", "valley_llavaimage.json")
+_BLOCKS = {"image": IMAGE, "video": VIDEO}
+
+
+def read(release: Release, split: str, variant: str) -> Iterator[Found]:
+    """Examples of task `avcap` without sound; meta: captions. There is a train split only, and one prompt."""
+
+    def examples(row: Row) -> Iterator[Example]:
+        kind, path = _visual(row)
+        question, answer = (_turn(row, number) for number in (0, 1))
+        if not answer:
+            raise row.error("conversations[1]", "is empty", "restore the record from the release")
+        answer += "" if answer[-1] in ".!?" else "."
+        yield Example(
+            id=f"{kind}-{row.values.get('id', row.place.rpartition(' ')[2])}", task="avcap", windows="none",
+            instruction=f"{_BLOCKS[kind]}Please answer the question:\n{question}", target=answer,
+            image=path if kind == "image" else None, video=path if kind == "video" else None,
+            meta={"captions": [answer], "row": row.place})
+
+    def _visual(row: Row) -> tuple[str, str]:
+        kinds = [kind for kind in _BLOCKS if row.values.get(kind)]
+        value = row.values.get(kinds[0]) if kinds else None
+        path = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if len(kinds) != 1 or not isinstance(path, str):
+            raise row.error("image", "the record does not have exactly one image or video",
+                            "give one path in 'image' or in 'video'")
+        path = path if kinds[0] == "image" or "." in path.rpartition("/")[2] else f"{path}.mp4"  # as Valley's loader
+        return kinds[0], release.inside(path, row.where, kinds[0])
+
+    found = [name for file in FILES for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
+    if not found:
+        raise MissingFile(str(release.base / FILES[0]), "", f"no such annotation file (nor {', '.join(FILES[1:])})",
+                          "copy the release's annotation files; docs/datasets.md shows the tree")
+    for name in found:
+        yield from each(release.records(name), examples)
+
+
+def _turn(row: Row, number: int) -> str:
+    """What one turn of the conversation says, without the placeholder (which may be first or last) and newlines."""
+    turns = row.values.get("conversations")
+    turn = turns[number] if isinstance(turns, list) and len(turns) > number else None
+    value = turn.get("value") if isinstance(turn, dict) else None
+    if not isinstance(value, str):
+        raise row.error(f"conversations[{number}]", "holds no text", "restore the record from the release")
+    return " ".join(value.replace("<image>", " ").replace("<video>", " ").split())

@@ -1,0 +1,46 @@
+#!/bin/bash
+# Train one stage on GPU nodes under SLURM: one task per GPU, restarted after a preemption or at the time limit.
+#
+#     sbatch --nodes=4 launch_slurm.sh --config=configs/finetune.py --config.init_from=/shared/crab/base \
+#         --config.data.root=/shared/crab/data --config.steps=2000 --workdir=/shared/crab/runs/finetune
+#
+# An example: set partition, account and the numbers below to those of your cluster. The arguments are those of
+# `python -m crab_jax.train`; workdir and data lie on a disk that all nodes share. PYTHON names another interpreter than
+# .venv/bin/python. Submit it from the top of the repository.
+#
+#SBATCH --job-name=crab
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=crab-%j.log
+# Ten minutes before the time limit this shell (B:) gets USR1; on preemption it gets TERM, as long before as your
+# cluster's GraceTime says.
+#SBATCH --signal=B:USR1@600
+set -u
+
+# Every task sees all GPUs of its node (--gpu-bind=none) and JAX takes the one of its local rank; with --gpus-per-task
+# each would see a single GPU and all but the first would look for one that is not there.
+srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m crab_jax.train "$@" &
+run=$!
+
+# scancel hands TERM to the tasks only: train writes a checkpoint and ends. (srun itself would turn a TERM into KILL.)
+# The job then goes back into the queue, and the same command resumes from the workdir.
+asked=''
+trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+
+wait "$run"
+code=$?
+while [ -n "$asked" ] && kill -0 "$run" 2>/dev/null; do  # a trap ends a wait early
+    wait "$run"
+    code=$?
+done
+if [ -n "$asked" ]; then
+    echo "stopped on a signal with exit code $code: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

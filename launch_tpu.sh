@@ -1,0 +1,445 @@
+#!/usr/bin/env bash
+# Train one stage on a Cloud TPU slice: create or reuse the slice, install this commit on every worker, run, stream the
+# log, and start again after a preemption (train resumes from its workdir).
+#
+#     ./launch_tpu.sh run --name=crab --zone=us-west4-a --type=v5e:16x16 --queued --spot \
+#         --setup='sudo mkdir -p /mnt/crab && sudo mount 10.0.0.2:/crab /mnt/crab' \
+#         --config=configs/finetune.py --config.init_from=/mnt/crab/base --config.data.root=/mnt/crab/data \
+#         --config.steps=2000 --workdir=/mnt/crab/runs/finetune
+#
+# Commands
+#   run      create or reuse, install, start, follow; a run that is already on the slice is followed, not started again
+#   logs     follow the log of one worker (--worker, 0 by default)
+#   stop     ask the run to write a checkpoint and end; the slice stays
+#   create   create or reuse the slice and wait until it is ready
+#   delete   delete the slice (and the queued resource)
+#
+# Slice
+#   --name=NAME --zone=ZONE [--project=PROJECT]
+#   --type=TYPE          v5e:16x16 as `python -m crab_jax.compile --topology` names it, or Google's name, v5litepod-256
+#   --queued             wait in line as a queued resource of the same name, instead of failing when there is no capacity
+#   --spot | --reserved  cheaper and preemptible | from your reservation
+#   --runtime=VERSION    TPU software version; chosen from the type when not given
+#   --create-flag=FLAG   one more flag for gcloud's create, such as --create-flag=--network=tpus (repeatable)
+#   --ssh-flag=FLAG      one more flag for gcloud's ssh and scp, such as --ssh-flag=--internal-ip (repeatable)
+#
+# Run
+#   --config=FILE --config.key=value ... --workdir=DIR   as for `python -m crab_jax.train`; FILE is in this commit
+#                        DIR, and every path in the config, is one that all workers see: a shared disk, or
+#                        gs://bucket/path, which is mounted with gcsfuse and passed on as /mnt/gs/bucket/path
+#   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may be run again
+#   --env=NAME=VALUE     environment of the run, such as --env=LIBTPU_INIT_ARGS='...' (repeatable)
+#   --max-restarts=N     give up after N restarts (100)
+#
+# Always
+#   --dry-run            print every command, quoted to be pasted, and run none
+#   --poll=SECONDS       pause between looks at the slice (20)
+#   --help
+#
+# Exit codes: 0 done (or stopped by `stop`), 2 wrong command line, config or input, 1 anything else.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+exec 3>&1  # where --dry-run prints, also from inside $(...)
+ERRORS=$(mktemp) && trap 'rm -f "$ERRORS"' EXIT
+
+NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' QUEUED=0 CAPACITY=() CREATE_FLAGS=() SSH_FLAGS=()
+CONFIG='' WORKDIR='' OVERRIDES=() SETUP='' ENVIRONMENT=() BUCKETS=()
+DRY=0 POLL=20 MAX_RESTARTS=100 WORKER=0
+
+# ---------------------------------------------------------------------------------------------- words on the screen
+
+input_error() {  # WHERE PROBLEM FIX
+    printf 'error: %s: %s; %s\n' "$@" >&2
+    exit 2
+}
+
+note() {
+    if ((DRY)); then printf '# %s\n' "$*" >&3; else printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; fi
+}
+
+quote() {  # one word, as any shell reads it back
+    local mark="'" escaped="'\\''"
+    case $1 in
+        '' | *[!A-Za-z0-9_./:=,@%+-]*) printf "'%s'" "${1//$mark/$escaped}" ;;
+        *) printf '%s' "$1" ;;
+    esac
+}
+
+quote_all() {
+    local word line=''
+    for word in "$@"; do line+=" $(quote "$word")"; done
+    printf '%s' "${line# }"
+}
+
+act() {  # run a command, or print it
+    if ((DRY)); then printf '%s\n' "$(quote_all "$@")" >&3; else "$@" </dev/null; fi
+}
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+parse() {
+    COMMAND=${1:-}
+    local word
+    for word in ${1+"$@"}; do
+        if [[ $word == --help || $word == -h ]]; then COMMAND=--help; fi
+    done
+    case $COMMAND in
+        run | logs | stop | create | delete) shift ;;
+        --help | '') awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' "$(basename "$0")"; exit 0 ;;
+        *) input_error "command line" "'$COMMAND' is not a command" "use run, logs, stop, create or delete; see --help" ;;
+    esac
+    local flag value
+    while (($#)); do
+        flag=${1%%=*}
+        case $flag in
+            --queued) QUEUED=1; shift; continue ;;
+            --spot | --reserved) CAPACITY+=("$flag"); shift; continue ;;
+            --dry-run) DRY=1; shift; continue ;;
+            --*) ;;
+            *) input_error "command line" "'$1' is not a flag" "see --help" ;;
+        esac
+        if [[ $1 == *=* ]]; then
+            value=${1#*=}
+            shift
+        elif (($# > 1)); then
+            value=$2
+            shift 2
+        else
+            input_error "command line" "$1 needs a value" "write $1=VALUE"
+        fi
+        case $flag in
+            --name) NAME=$value ;;
+            --zone) ZONE=$value ;;
+            --project) PROJECT=$value ;;
+            --type) TYPE=$value ;;
+            --runtime) RUNTIME=$value ;;
+            --create-flag) CREATE_FLAGS+=("$value") ;;
+            --ssh-flag) SSH_FLAGS+=("$value") ;;
+            --config) CONFIG=$value ;;
+            --config.*) as_mounted "$value"; OVERRIDES+=("$flag=$MOUNTED") ;;
+            --workdir) as_mounted "$value"; WORKDIR=$MOUNTED ;;
+            --setup) SETUP=$value ;;
+            --env) ENVIRONMENT+=("$value") ;;
+            --max-restarts) MAX_RESTARTS=$value ;;
+            --poll) POLL=$value ;;
+            --worker) WORKER=$value ;;
+            *) input_error "command line" "$flag is not a flag" "see --help" ;;
+        esac
+    done
+}
+
+as_mounted() {  # VALUE -> MOUNTED, a path on the workers; notes its bucket
+    MOUNTED=$1
+    [[ $1 =~ ^gs://([a-z0-9][a-z0-9._-]+)(/|$) ]] || return 0
+    MOUNTED=/mnt/gs/${1#gs://}
+    [[ " ${BUCKETS[*]-} " == *" ${BASH_REMATCH[1]} "* ]] || BUCKETS+=("${BASH_REMATCH[1]}")
+}
+
+number() {  # FLAG VALUE
+    [[ $2 =~ ^[0-9]+$ ]] || input_error "$1" "'$2' is not a whole number" "write $1=N"
+}
+
+check_place() {
+    [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+        input_error --name "'$NAME' is not a name for a slice" "use small letters, digits and dashes, a letter first"
+    [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] ||
+        input_error --zone "'$ZONE' is not a zone" "give one that has your TPU type, such as us-west4-a"
+    number --max-restarts "$MAX_RESTARTS"
+    number --poll "$POLL"
+    number --worker "$WORKER"
+    PLACE=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+    if ! ((DRY)) && ! command -v gcloud >/dev/null; then
+        input_error gcloud "is not installed" \
+            "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), then run: gcloud auth login"
+    fi
+}
+
+check_type() {  # TYPE -> ACCELERATOR, Google's name of it, and RUNTIME
+    local generation=${TYPE%%[:-]*} shape=${TYPE#*:} cores=1
+    local fix='give --type=v5e:16x16, v5p:2x2x4, v6e:4x4, v4:4x4x4 or a name of Google such as v5litepod-256'
+    case $generation in
+        v4) cores=2 RUNTIME=${RUNTIME:-tpu-ubuntu2204-base} ;;
+        v5e | v5litepod) generation=v5litepod RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
+        v5p) cores=2 RUNTIME=${RUNTIME:-v2-alpha-tpuv5} ;;
+        v6e) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;
+        *) input_error --type "'$TYPE' is not a TPU that is known here" "$fix" ;;
+    esac
+    if [[ $TYPE =~ ^v[0-9a-z]+-[0-9]+$ ]]; then
+        ACCELERATOR="$generation-${TYPE#*-}"
+    elif [[ $TYPE == *:* && $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]]; then
+        ACCELERATOR="$generation-$((${shape//x/*} * cores))"  # v4 and v5p are named by cores, two per chip
+    else
+        input_error --type "'$TYPE' has no size" "$fix"
+    fi
+    ((${#CAPACITY[@]} < 2)) || input_error --spot "cannot be combined with --reserved" "choose one"
+}
+
+check_run() {
+    local changed python=${PYTHON:-.venv/bin/python}
+    [[ -n $CONFIG ]] || input_error --config "is not given" "write --config=configs/finetune.py"
+    [[ -f $CONFIG ]] || input_error --config "there is no file $CONFIG" "give a path from the top of the repository"
+    [[ $WORKDIR == /* ]] ||
+        input_error --workdir "'$WORKDIR' would lie on one worker's own disk, which a preemption deletes" \
+            "give gs://bucket/path or the absolute path of a disk that all workers share"
+    for changed in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+        [[ $changed =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] || input_error --env "'$changed' sets nothing" "write --env=NAME=VALUE"
+    done
+    COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null) ||
+        input_error "$PWD" "is not a git checkout, and a commit is what is installed" "clone the repository with git"
+    git cat-file -e "HEAD:$CONFIG" 2>/dev/null ||
+        input_error --config "$CONFIG is not in commit $COMMIT, which is what is installed" "git add and commit it first"
+    changed=$(git status --porcelain --untracked-files=no | wc -l)
+    ((changed == 0)) || printf 'warning: %d changed files are not committed and will not be on the slice\n' "$changed" >&2
+    if [[ -x $python ]]; then  # a mistyped override is found here, not on every worker
+        JAX_PLATFORMS=cpu "$python" -c "import sys
+from crab_jax.config import parse_flags
+from crab_jax.errors import run_verb
+run_verb(lambda: parse_flags(sys.argv, None) and None)" \
+            "--config=$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "--workdir=$WORKDIR" || exit 2
+    fi
+    RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m crab_jax.train \
+        "--config=$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "--workdir=$WORKDIR")
+}
+
+# -------------------------------------------------------------------------------------------------------- the slice
+
+DRY_VM='' DRY_QUEUE=''  # the states that --dry-run takes the slice for: nothing there yet
+LOOKS=1                 # how often to ask for a state; once, until gcloud has been seen to work
+
+describe() {  # tpu-vm|queued-resources FIELD -> its state, or nothing when it does not exist
+    local look state
+    local command=(gcloud compute tpus "$1" describe "$NAME" "${PLACE[@]}" "--format=value($2)")
+    if ((DRY)); then
+        act "${command[@]}"
+        if [[ $1 == tpu-vm ]]; then printf '%s' "$DRY_VM"; else printf '%s' "$DRY_QUEUE"; fi
+        return 0
+    fi
+    for ((look = 1; look <= LOOKS; look++)); do
+        if state=$(act "${command[@]}" 2>"$ERRORS"); then
+            printf '%s' "$state"
+            return 0
+        fi
+        if grep -qi 'not.found' "$ERRORS"; then return 0; fi
+        if ((look < LOOKS)); then sleep "$POLL"; fi
+    done
+    cat "$ERRORS" >&2
+    return 1
+}
+
+slice_state() {  # -> missing, ready, stopped, gone (preempted), refused (by the queue) or what it is busy with
+    local state
+    if ((QUEUED)); then
+        state=$(describe queued-resources state.state) || return 1
+        case $state in
+            '') echo missing; return ;;
+            ACTIVE) ;;
+            SUSPENDED) echo gone; return ;;
+            FAILED) echo refused; return ;;
+            *) echo "$state"; return ;;
+        esac
+    fi
+    state=$(describe tpu-vm state) || return 1
+    case $state in
+        '') if ((QUEUED)); then echo PROVISIONING; else echo missing; fi ;;
+        READY) echo ready ;;
+        STOPPED) echo stopped ;;
+        PREEMPTED | TERMINATED) echo gone ;;
+        *) echo "$state" ;;
+    esac
+}
+
+create_slice() {
+    note "create $ACCELERATOR as $NAME"
+    local options=("${PLACE[@]}" "--accelerator-type=$ACCELERATOR" ${CAPACITY[@]+"${CAPACITY[@]}"}
+                   ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} --quiet)
+    DRY_VM=READY DRY_QUEUE=ACTIVE
+    if ((QUEUED)); then
+        act gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "--runtime-version=$RUNTIME" \
+            "${options[@]}"
+    else
+        act gcloud compute tpus tpu-vm create "$NAME" "--version=$RUNTIME" "${options[@]}"
+    fi
+}
+
+delete_slice() {
+    if ((QUEUED)); then
+        act gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
+    else
+        act gcloud compute tpus tpu-vm delete "$NAME" "${PLACE[@]}" --quiet
+    fi
+}
+
+ensure_slice() {  # wait until the slice is ready; create it, start it, or replace what a preemption left
+    local state said='' created=0
+    while :; do
+        state=$(slice_state) || return 1
+        LOOKS=30
+        [[ $state == "$said" ]] || note "slice $NAME is $state"
+        said=$state
+        case $state in
+            ready) return 0 ;;
+            missing) create_slice || return 1; created=1 ;;
+            stopped) act gcloud compute tpus tpu-vm start "$NAME" "${PLACE[@]}" --quiet || return 1 ;;
+            refused) ((created == 0)) || return 1; delete_slice || return 1 ;;
+            gone) delete_slice || return 1 ;;
+            *) sleep "$POLL" ;;
+        esac
+    done
+}
+
+# ------------------------------------------------------------------------------------------------------ the workers
+# A worker has, in ~/crab_jax: a folder per installed commit, venv/, and of its run: command, pid, log, rc (the exit
+# code, once it ended) and stopped (when `stop` ended it).
+
+on_workers() {  # all|NUMBER SCRIPT
+    act gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" "--worker=$1" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --quiet \
+        "--command=$2"
+}
+
+DRY_RUN=none
+
+run_state() {  # of worker 0 -> running, stopped (by `stop`), interrupted (by another SIGTERM, as before a preemption),
+               # lost (ended without an exit code), none, or the exit code; second line: its command.
+               # Nothing when the worker cannot be reached.
+    # shellcheck disable=SC2016  # expanded by the worker, as below
+    on_workers 0 'cd crab_jax 2>/dev/null && [ -e pid ] || { echo none; exit 0; }
+if kill -0 "$(cat pid)" 2>/dev/null; then echo running; elif [ -e stopped ]; then echo stopped
+elif tail -n 5 log | grep -q "^stopped on request"; then echo interrupted
+elif [ -e rc ]; then cat rc; else echo lost; fi; cat command'
+    if ((DRY)); then echo "$DRY_RUN"; fi
+}
+
+install() {
+    local archive=crab_jax-$COMMIT.tar.gz
+    note "install commit $COMMIT on every worker"
+    act git archive --format=tar.gz "--output=${TMPDIR:-/tmp}/$archive" HEAD &&
+        act gcloud compute tpus tpu-vm scp "${TMPDIR:-/tmp}/$archive" "$NAME:$archive" "${PLACE[@]}" --worker=all \
+            ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --quiet &&
+        act rm "${TMPDIR:-/tmp}/$archive" &&
+        on_workers all "set -e; mkdir -p crab_jax/$COMMIT
+tar -xzf $archive -C crab_jax/$COMMIT; rm $archive
+export PATH=\"\$HOME/.local/bin:\$PATH\"
+command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+uv venv --quiet --allow-existing --python 3.11 crab_jax/venv
+uv pip install --quiet --python crab_jax/venv/bin/python --editable './crab_jax/${COMMIT}[tpu]'"
+}
+
+set_up() {
+    local bucket
+    if [[ -n $SETUP ]]; then
+        note "set up every worker"
+        on_workers all "set -e; $SETUP" || return 1
+    fi
+    for bucket in ${BUCKETS[@]+"${BUCKETS[@]}"}; do
+        note "mount gs://$bucket on every worker"
+        # No caching of names: what one worker writes, the others see at once. Orbax renames whole folders.
+        on_workers all "mountpoint -q /mnt/gs/$bucket && exit
+command -v gcsfuse >/dev/null || { echo 'gcsfuse is not installed on this worker; install it in --setup' >&2; exit 1; }
+sudo mkdir -p /mnt/gs/$bucket && sudo chown \"\$(id -u)\" /mnt/gs/$bucket
+gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+$bucket /mnt/gs/$bucket" || return 1
+    done
+}
+
+start() {
+    note "start the run on every worker"
+    DRY_RUN=0
+    # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code.
+    on_workers all "set -e; cd crab_jax/$COMMIT; rm -f ../rc ../stopped
+printf '%s\n' $(quote "$RUN") >../command; [ ! -e ../log ] || mv ../log ../log.previous
+setsid nohup sh -c '. ../command; echo \$? >../rc' >../log 2>&1 </dev/null & echo \$! >../pid"
+}
+
+follow() {  # WORKER LINES: until its run ends or the connection breaks
+    on_workers "$1" "cd crab_jax && tail --pid=\"\$(cat pid)\" -s 0.2 -n $2 -f log"
+}
+
+# ----------------------------------------------------------------------------------------------------- the commands
+
+attach_or_start() {  # STATE: what run_state said
+    if [[ $1 == running* ]]; then
+        [[ ${1#*$'\n'} == "$RUN" ]] ||
+            input_error "$NAME" "another run is on it: ${1#*$'\n'}" "end that one first: $0 stop --name=$NAME --zone=$ZONE"
+        note "this run is on the slice already"
+    else
+        install && set_up && start
+    fi
+}
+
+RESTARTS=0
+
+again() {  # WHY
+    if ((++RESTARTS > MAX_RESTARTS)); then
+        printf 'error: %s; gave up after %d restarts\n' "$1" "$MAX_RESTARTS" >&2
+        exit 1
+    fi
+    note "$1; restart $RESTARTS of at most $MAX_RESTARTS"
+    sleep $((POLL * (RESTARTS < 15 ? RESTARTS : 15)))
+}
+
+run() {
+    local state lines reached=0
+    trap 'note "the run goes on; follow it with the same command, end it with: $0 stop --name=$NAME --zone=$ZONE"; exit 1' INT
+    while :; do
+        if ! ensure_slice; then
+            ((RESTARTS)) || exit 1
+            again "the slice cannot be had"
+            continue
+        fi
+        state=$(run_state)
+        if [[ -z $state ]]; then
+            ((reached)) || {
+                printf 'error: worker 0 cannot be reached by ssh; look at the messages above and at --ssh-flag\n' >&2
+                exit 1
+            }
+            again "worker 0 does not answer"
+            continue
+        fi
+        reached=1
+        if ! attach_or_start "$state"; then
+            [[ $(slice_state) != ready ]] || exit 1
+            again "the slice was lost before the run started"
+            continue
+        fi
+        lines=+1
+        while :; do
+            follow 0 $lines
+            state=$(run_state)
+            [[ $state == running* ]] || break
+            lines=20  # the connection broke: show where it goes on
+            sleep "$POLL"
+        done
+        state=${state%%$'\n'*}
+        case $state in
+            0) note "done: $WORKDIR"; exit 0 ;;
+            stopped) note "stopped; the same command resumes it"; exit 0 ;;
+        esac
+        sleep "$POLL"  # a preempted slice says so a moment after its processes end
+        # 143: SIGTERM before train listens to it, which is then an interruption too.
+        if [[ $state =~ ^[0-9]+$ && $state != 143 && $(slice_state) == ready ]]; then
+            # shellcheck disable=SC2016
+            on_workers all 'tail -n 30 crab_jax/log | sed "s/^/$(hostname): /"' >&2
+            printf 'error: the run ended with exit code %s; the last lines of every worker are above\n' "$state" >&2
+            exit $((state == 2 ? 2 : 1))
+        fi
+        again "the run did not end by itself (${state:-no answer})"
+    done
+}
+
+logs() { follow "$WORKER" +1; }
+
+stop() {
+    note "ask the run on $NAME to write a checkpoint and end"
+    # shellcheck disable=SC2016
+    on_workers all 'cd crab_jax 2>/dev/null && kill -0 "$(cat pid)" || { echo "no run" >&2; exit 1; }
+touch stopped; pkill -TERM -P "$(cat pid)"; tail --pid="$(cat pid)" -s 0.2 -n 3 -f log'
+}
+
+parse "$@"
+check_place
+case $COMMAND in
+    run) check_type; check_run; run ;;
+    create) check_type; ensure_slice || exit 1 ;;
+    logs | stop) "$COMMAND" || exit 1 ;;
+    delete) delete_slice || exit 1 ;;
+esac

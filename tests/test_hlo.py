@@ -1,0 +1,73 @@
+"""Reading HLO text: loops multiply, asynchronous pairs count once, fused results are no buffers."""
+
+import jax
+import jax.numpy as jnp
+
+from crab_jax import hlo
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (p: bf16[128,256]) -> f32[128,256] {
+  %p = bf16[128,256]{1,0} parameter(0)
+  ROOT %wide = f32[128,256]{1,0} convert(%p)
+}
+
+%inner_body (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %s = (s32[], bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[4,8]{1,0} get-tuple-element(%s), index=1
+  %sum = bf16[4,8]{1,0} all-reduce(%x), channel_id=3, to_apply=%add
+  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%i, %sum)
+}
+
+%inner_condition (s: (s32[], bf16[4,8])) -> pred[] {
+  %s = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %s = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %w = bf16[32,256]{1,0} get-tuple-element(%s), index=1
+  %start = (bf16[32,256]{1,0:T(8,128)(2,1)}, bf16[128,256]{1,0:T(8,128)(2,1)}) all-gather-start(%w), dimensions={0}
+  %gathered = bf16[128,256]{1,0:T(8,128)(2,1)} all-gather-done(%start)
+  %copy = f32[128,256]{1,0} fusion(%gathered), kind=kLoop, calls=%fused
+  ROOT %loop = (s32[], bf16[4,8]{1,0}) while(%s), condition=%inner_condition, body=%inner_body
+}
+
+%condition (s: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %s = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %both = (f32[10]{0}, f32[6,2]{1,0}) all-reduce(%g, %h), channel_id=1, to_apply=%add
+  ROOT %out = (s32[], bf16[4,8]{1,0}) while(%s), condition=%condition, body=%body, KNOWN
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"32"}}')
+
+
+def test_collectives_of_nested_loops_are_multiplied_by_both_depths():
+    assert hlo.collectives(hlo.ops(TEXT)) == {
+        "all-gather": {"count": 32, "bytes": 32 * 128 * 256 * 2},
+        "all-reduce": {"count": 1 + 32 * 5, "bytes": (10 + 12) * 4 + 32 * 5 * 4 * 8 * 2}}
+
+
+def test_what_is_computed_inside_a_fusion_is_no_buffer():
+    wide = [op for op in hlo.ops(TEXT) if hlo.Array("f32", (128, 256)) in op.results]
+    assert {(op.opcode, op.fused, op.times) for op in wide} == {("convert", True, 32), ("fusion", False, 32)}
+
+
+def test_the_trip_count_of_a_compiled_scan_is_found():
+    def layers(x, weights):
+        return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x, weights)[0]
+
+    text = jax.jit(layers).lower(jnp.ones((64, 64)), jnp.ones((7, 64, 64))).compile().as_text()
+    bodies = [op.times for op in hlo.ops(text) if op.opcode == "tanh" or "tanh" in op.name]
+    assert 7 in bodies, text

@@ -1,0 +1,130 @@
+"""Where parameters lie: the golden of crab_7b, inferred meshes, refusals with numbers, and that no mesh changes a step.
+
+    python -m tests.test_sharding      rewrites tests/crab_7b_shardings.json
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from configs import finetune
+from crab_jax import chips, layout, runs, sharding
+from crab_jax.config import crab_7b, model_config
+from crab_jax.errors import InputError
+from crab_jax.models.crab import Crab
+
+GOLDEN = Path(__file__).parent / "crab_7b_shardings.json"
+HERE = Path(__file__).parent
+
+
+def specs() -> dict[str, list]:
+    """{parameter: mesh axis of each of its axes} of crab_7b, without trailing axes that are not split."""
+    boxed = runs.abstract_params(Crab(crab_7b()))
+    flat = traverse_util.flatten_dict(sharding.param_shardings(boxed, sharding.make_mesh(1, 1, 1)), sep="/")
+    return {path: list(flat[path].spec) for path in sorted(flat)}
+
+
+def test_every_parameter_of_crab_7b_lies_as_committed():
+    assert specs() == json.loads(GOLDEN.read_text()), "changed on purpose? python -m tests.test_sharding"
+
+
+def test_every_matrix_of_the_language_model_is_split_over_both_axes():
+    committed = json.loads(GOLDEN.read_text())
+    matrices = {path: spec for path, spec in committed.items() if path.startswith("llama/") and
+                path.endswith(("kernel", "embedding"))}
+    assert len(matrices) == 9
+    assert all({"fsdp", "tensor"} <= set(spec) for spec in matrices.values()), matrices
+
+
+@pytest.mark.parametrize("devices, state, memory, expected", [
+    (256, 17 * 2**30, int(15.75 * 2**30), 8), (16, 17 * 2**30, int(31.25 * 2**30), 4),
+    (16, 17 * 2**30, int(95.74 * 2**30), 1), (12, 17 * 2**30, int(15.75 * 2**30), 6),
+    (2, 10**15, 2**30, 2), (8, 10**15, None, 1)])
+def test_fsdp_is_the_fewest_devices_that_leave_room(devices, state, memory, expected):
+    assert sharding.infer_fsdp(devices, state, memory) == expected
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (0, 3, 1), (2, 2, 3)])
+def test_a_mesh_that_is_not_the_devices_is_refused_with_its_numbers(sizes):
+    devices = [SimpleNamespace(platform="cpu", device_kind="cpu")] * 8
+    with pytest.raises(InputError, match="8 devices"):
+        sharding.make_mesh(*sizes, devices=devices)
+
+
+def fake_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_its_numbers():
+    sharding.check_batch(512, fake_mesh(32, 8, 1), 2)
+    with pytest.raises(InputError, match="512 rows do not divide over 256 devices in 3 micro-batches.*768"):
+        sharding.check_batch(512, fake_mesh(32, 8, 1), 3)
+    with pytest.raises(InputError, match="100 rows do not divide over 8 devices"):
+        sharding.check_batch(100, fake_mesh(8, 1, 2))
+
+
+def test_a_parameter_that_does_not_divide_is_refused_with_its_numbers():
+    mesh = fake_mesh(1, 1, 3)
+    leaf = jax.ShapeDtypeStruct((32128, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tensor")))
+    with pytest.raises(InputError, match=r"mesh.tensor.*3 does not divide 32128 of llama/embed \(32128, 4096\)"):
+        sharding.check_params({"llama": {"embed": leaf}}, mesh)
+
+
+@pytest.mark.parametrize("name, chips_, expected", [("v5e", 256, 1), ("v6e", 16, 8), ("v4", 64, 2), ("v5p", 16, 4)])
+def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, chips_, expected):
+    memory = next(chip.hbm_bytes for chip in chips.CHIPS if chip.name == name)
+    monkeypatch.setattr(chips, "memory_of", lambda device: memory)
+    mesh = SimpleNamespace(shape={"data": chips_, "fsdp": 1, "tensor": 1}, devices=np.array([None]))
+    config = finetune.get_config()
+    assert layout.micro_batches(config, mesh) == expected
+    config.optim.accumulate = 1
+    assert layout.micro_batches(config, mesh) == 1, "a given number is not changed"
+
+
+def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
+    mesh = fake_mesh(4, 2, 1)
+
+    def leaf(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    trainable = {"whole": leaf((768, 4096)), "small": leaf((8, 8)), "split": leaf((4096, 8), "fsdp"),
+                 "odd": leaf((771, 1001))}
+    from crab_jax.train import TrainState
+
+    state = TrainState(jnp.int32(0), trainable, {"mu": trainable})
+    out = sharding.state_shardings(state, trainable, mesh)
+    assert out.trainable == {name: x.sharding for name, x in trainable.items()}
+    moments = {name: s.spec for name, s in out.opt["mu"].items()}
+    assert moments["whole"] == PartitionSpec(None, ("data", "fsdp"))
+    assert moments["split"] == PartitionSpec("fsdp")
+    assert moments["small"] == moments["odd"] == PartitionSpec()
+    assert out.step.spec == PartitionSpec()
+
+
+@pytest.mark.slow
+def test_no_mesh_no_micro_batches_and_no_remat_change_a_step():
+    """One device against eight virtual ones: loss, gradient norm and updated parameters, in float32."""
+    env = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-m", "tests.same_step"], env=env, capture_output=True, text=True,
+                          cwd=HERE.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert len(differences) == 7
+    for name, worst in differences.items():
+        assert worst["moved"] > 1e-4, "the step must move the parameters for this to test anything"
+        assert worst["loss"] < 1e-5 and worst["grad_norm"] < 1e-5 and worst["parameters"] < 1e-5, (name, worst)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(specs(), indent=0) + "\n")
+    print(f"wrote {GOLDEN}: {len(specs())} parameters; heads {model_config(finetune.get_config()).lora.heads}")

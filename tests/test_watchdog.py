@@ -1,0 +1,26 @@
+"""The watchdog names what is waited for, again and again, and when it is over; never for a short wait."""
+
+import time
+
+from crab_jax.watchdog import Watchdog
+
+
+def test_a_long_wait_is_named_when_it_doubles_and_when_it_ends():
+    lines: list[str] = []
+    with Watchdog(0.2, "process 3", lines.append) as watchdog:
+        with watchdog.waiting(lambda: "input of step 7: worker 1 of 2"):
+            time.sleep(1.0)
+        told = len(lines)
+        with watchdog.waiting("nothing for long"):
+            pass
+        time.sleep(0.3)
+    assert all(line.startswith("process 3: waiting for input of step 7: worker 1 of 2, for ") for line in lines[:-1])
+    assert 2 <= len(lines) - 1 <= 3 and lines[-1].startswith("process 3: went on after 1 s")
+    assert len(lines) == told, "a short wait is not reported"
+
+
+def test_zero_seconds_is_off():
+    lines: list[str] = []
+    with Watchdog(0, say=lines.append) as watchdog, watchdog.waiting("a while"):
+        time.sleep(0.05)
+    assert lines == []
