@@ -1,12 +1,13 @@
 # make demo    install, make scenes, train from the committed warm start, evaluate, predict, write runs/demo/report.html
 # make test    install, lint, type-check, test
+# make test-all the tests of minutes too
 # make recipe  the whole tiny recipe from nothing; writes the warm start
 PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test recipe lint clean
+.PHONY: demo test test-all recipe lint clean
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -26,6 +27,9 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
 
 clean:
 	rm -rf .venv runs

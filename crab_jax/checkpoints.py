@@ -140,7 +140,8 @@ class RunCheckpoints:
 
     def save(self, step: int, train: Any) -> None:
         """Start writing one step in the background."""
-        self._steps.save_checkpointables_async(step, {"train": train})
+        # Forced: by default Orbax drops a save while the one before is being written.
+        self._steps.save_checkpointables_async(step, {"train": train}, force=True)
 
     def restore(self, train: Any) -> Any:
         """Newest `train` tree, with the shapes, dtypes and shardings of the given one."""

@@ -124,7 +124,8 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> tuple[train.TrainState, An
     """(train state, frozen parameters) of a run that has just begun."""
     trainable, frozen = abstract_params(config, mesh)
     tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
-    state = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = train.TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
     return abstract(state, sharding.state_shardings(state, trainable, mesh)), frozen
 
 

@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax._src.distributed import global_state  # the only way to the key-value store that all processes share
-from jax.experimental import multihost_utils
 
 from crab_jax.errors import InputError, report
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 FAILED = "crab_jax/failed"  # key under which a process that fails says so
 POLL_SECONDS = 1.0
+BARRIER_SECONDS = 600
 
 
 def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -83,9 +83,9 @@ def say(*words: object) -> None:
 
 
 def barrier(name: str) -> None:
-    """Wait for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Wait for all processes; not on the devices, whose collectives may give up after seconds. Each name once."""
+    if global_state.client is not None:
+        global_state.client.wait_at_barrier(f"crab_jax/{name}", 1000 * BARRIER_SECONDS)
 
 
 def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -113,6 +113,8 @@ def errors_end_all(debug: bool = False) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(POLL_SECONDS):
             if message := _read(store):
+                if primary():  # the store goes with this process, and the one that failed must not miss it
+                    time.sleep(5 * POLL_SECONDS)
                 _leave(message)
 
     threading.Thread(target=watch, daemon=True, name="peers").start()

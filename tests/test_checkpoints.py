@@ -173,3 +173,12 @@ def test_hash_sees_names_values_and_dtypes():
     assert base == checkpoints.tree_hash({"a": jnp.zeros(2)})
     others = [{"b": np.zeros(2, np.float32)}, {"a": np.ones(2, np.float32)}, {"a": np.zeros(2, np.int32)}]
     assert all(base != checkpoints.tree_hash(tree) for tree in others)
+
+
+def test_saves_in_quick_succession_are_all_kept(tmp_path):
+    """A save that comes while the one before is being written waits for it; it is not dropped."""
+    run = checkpoints.RunCheckpoints(tmp_path / "checkpoints", keep=4)
+    for step in (1, 2, 3):
+        run.save(step, {"step": jnp.int32(step), "trainable": {"kernel": jnp.full((4096, 1024), step, float)}})
+    run.wait()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"1", "2", "3"}

@@ -54,7 +54,7 @@ def step(devices):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_report_says_what_the_issue_asks_for(step):
     _, report, _ = step
     assert report["fits"] and report["topology"] == "v5e:2x2" and report["chips"] == 4
@@ -68,7 +68,7 @@ def test_the_report_says_what_the_issue_asks_for(step):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_frozen_matrices_are_gathered_layer_by_layer_and_never_kept_in_float32(step):
     config, report, compiled = step
     assert report["findings"] == []
@@ -90,7 +90,7 @@ def test_findings_name_what_is_gathered_and_widened():
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gradients_and_moments_exist_for_trainables_only(step, devices):
     """Training the language model as well adds its gradient, value and moments; training LoRA alone adds no more
     temporaries to a forward pass than the saved inputs of each layer and half as much again."""
@@ -121,7 +121,7 @@ def test_gradients_and_moments_exist_for_trainables_only(step, devices):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_prefill_and_decode_compile_with_the_cache_in_place(devices, stage):
     config = small(mesh__fsdp=1, mesh__tensor=4)
@@ -154,7 +154,7 @@ def test_an_unknown_topology_is_refused(name):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_budget_decides_the_exit_code_and_the_last_line(tmp_path):
     flags = [f"--config.{path}={value}" for path, value in OVERRIDES.items()]
     command = [sys.executable, "-m", "crab_jax.compile", "--config=configs/finetune.py", "--topology=v5e:2x2",

@@ -7,7 +7,7 @@ import pytest
 from crab_jax import recipe, runs
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_of_the_recipe_improves_what_it_trains(tmp_path, capfd):
     recipe.recipe(tmp_path, tmp_path / "packed", scale=0.04)
 

@@ -131,7 +131,7 @@ def test_the_import_from_nothing_draws_what_crab_adds_and_nothing_else(golden, t
     assert drawn == set(COMPONENTS)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_rehearsal_runs_as_written(scenes_root, tmp_path):
     """On eight virtual devices; every value that it writes is explained."""
     (block,) = [block for block in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) if "xla_force_host" in block]
