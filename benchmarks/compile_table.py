@@ -1,4 +1,4 @@
-"""Compile every stage for every TPU topology and print the table of docs/benchmarks.md.
+"""Compile every stage for every TPU topology and print a Markdown table of what each takes.
 
     python benchmarks/compile_table.py [--stages finetune,pretrain_seg] [--topologies v5e:16x16] [--out runs/compile]
 

@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -102,31 +101,16 @@ def bucket_mix(config: ConfigDict) -> list[Bucket]:
     return list(dict.fromkeys(out))
 
 
-def abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes with shardings, which stand for arrays when lowering."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def abstract_params(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any]:
-    """(trainable float32, frozen) as `runs.split_params` would place them."""
-    boxed = runs.abstract_params(Crab(model_config(config)))
-    whole = abstract(nn.unbox(boxed), sharding.param_shardings(boxed, mesh))
-    sharding.check_params(whole, mesh)
-    parts = optim.split(whole, config.trainable, config.frozen)
-
-    def cast(tree: Any, dtype: str) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), tree)
-
-    return cast(parts[0], "float32"), cast(parts[1], config.frozen_dtype)
+    """(trainable, frozen) parameters of a run, as shapes with shardings, which stand for arrays when lowering."""
+    wanted = runs.wanted_params(config, Crab(model_config(config)), mesh)
+    return optim.split(wanted, config.trainable, config.frozen)
 
 
 def abstract_state(config: ConfigDict, mesh: Mesh) -> tuple[train.TrainState, Any]:
     """(train state, frozen parameters) of a run that has just begun."""
     trainable, frozen = abstract_params(config, mesh)
-    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = train.TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
-    return abstract(state, sharding.state_shardings(state, trainable, mesh)), frozen
+    return train.abstract_state(config, trainable, mesh), frozen
 
 
 def abstract_batch(config: ConfigDict, bucket: Bucket, rows: int, where: Any) -> Batch:

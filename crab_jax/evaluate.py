@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,32 +26,16 @@ import numpy as np
 
 from crab_jax import compile_cache, distributed, predictions, results_page, runs, scoring
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.datasets import VARIANTS
-from data_pipelines.examples import Example, digest
+from data_pipelines.examples import Example, digest, select
 from data_pipelines.media import read_mask
 
 DESCRIPTION = "evaluation.json"
 PATIENCE = 1800  # seconds without a new answer after which process 0 no longer waits for the others
-
-
-def select(examples: Sequence[Example], tasks: Sequence[str] = (), limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of each of `tasks` (all when empty), in order. Raises InputError when none is left."""
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise InputError("--tasks", "", f"unknown task {unknown[0]!r}", f"use some of {','.join(TASKS)}")
-    taken: Counter[str] = Counter()
-    chosen = []
-    for example in examples:
-        if (not tasks or example.task in tasks) and (limit is None or taken[example.task] < limit):
-            taken[example.task] += 1
-            chosen.append(example)
-    if not chosen:
-        raise InputError("--tasks", "", f"no example of {', '.join(tasks) or 'any task'} in this split",
-                         "choose other tasks or another split")
-    return chosen
 
 
 def check_labels(examples: Iterable[Example]) -> None:
@@ -98,7 +81,7 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
             return False
 
     if not first:
-        _wait_until(same, f"{file} of process 0")
+        _wait_for(same, bool, f"{file} of process 0")
         return
     if not same():
         old = [path for path in (*predictions.parts(out), out / "masks", file) if path.exists()]
@@ -108,15 +91,16 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
             (out / "previous").mkdir()
             for path in old:
                 path.rename(out / "previous" / path.name)
-    predictions.write_whole(file, json.dumps(description, indent=1).encode())
+    write_whole(file, json.dumps(description, indent=1).encode())
 
 
-def _wait_until(done: Callable[[], Any], what: str, progress: Callable[[], Any] = lambda: None) -> None:
-    """Wait for other processes; gives up when `progress()` has not changed for PATIENCE seconds."""
-    last, since = progress(), time.monotonic()
-    while not done():
+def _wait_for(look: Callable[[], Any], enough: Callable[[Any], bool], what: str) -> None:
+    """Look each second until what other processes left is enough; gives up when that is the same for PATIENCE seconds.
+    """
+    last, since = look(), time.monotonic()
+    while not enough(last):
         time.sleep(1)
-        now = progress()
+        now = look()
         if now != last:
             last, since = now, time.monotonic()
         if time.monotonic() - since > PATIENCE:
@@ -219,16 +203,17 @@ def collect(source: Source, out: Path, index: int, count: int) -> None:
     if index:
         print(f"process {index} has answered its {len(ours)} examples; process 0 scores them")
         return
-    _wait_until(lambda: source.answerable <= predictions.read_all(out).keys(), "the answers of the other processes",
-                lambda: len(predictions.read_all(out)))
+    _wait_for(lambda: predictions.read_all(out).keys(), source.answerable.issubset,
+              "the answers of the other processes")
     predictions.merge(out, [example.id for example in source.split])
 
 
 # Scores.
 
-def read_predictions(folder: Path, examples: Sequence[Example]) -> Iterator[Prediction]:
-    """What a folder holds as the answer to each Example; nothing at all where it has no line."""
-    rows = predictions.read_all(folder)
+def read_predictions(folder: Path, rows: Mapping[str, predictions.Row], examples: Sequence[Example]
+                     ) -> Iterator[Prediction]:
+    """The answer to each Example from the lines of a folder (`predictions.read_all`) and its masks; nothing at all
+    where there is no line."""
     for example in examples:
         found = predictions.answer_of(rows.get(example.id), example, folder, f"prediction {example.id}")
         yield read_answer(example, found.text, found.mask)
@@ -239,10 +224,11 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
 
     Masks are compared at their own size, answers without one at that of the first mask.
     """
-    usual = next((len(p.mask) for p in read_predictions(folder, examples) if p.mask is not None),
+    rows = predictions.read_all(folder)
+    usual = next((len(p.mask) for p in read_predictions(folder, rows, examples) if p.mask is not None),
                  predictions.DEFAULT_SIZE)
     judged = []
-    for found in read_predictions(folder, examples):
+    for found in read_predictions(folder, rows, examples):
         example, side = found.example, usual if found.mask is None else len(found.mask)
         truth = read_mask(root / example.mask, side, example.mask_kind) if example.mask else None
         judged.append(scoring.judge(example, scoring.Answer(example.id, found.text, found.mask), truth))
@@ -252,11 +238,11 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
 def shown_examples(judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path,
                    count: int) -> Iterator[tuple[str, str]]:
     """(heading, HTML) of the worst and the best `count` samples of each task."""
-    by_id = {example.id: example for example in examples}
+    by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
     for name, ours in scoring.by_task(judged).items():
         values = {one.id: results_page.sample_score(one) for one in ours}
         for heading, ids in zip(("worst", "best"), results_page.extremes(values, count), strict=True):
-            found = read_predictions(folder, [by_id[one] for one in ids])
+            found = read_predictions(folder, rows, [by_id[one] for one in ids])
             yield f"{name}, {heading}", "".join(results_page.drawn(p, values[p.example.id], root) for p in found)
 
 
@@ -270,8 +256,8 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
     results["breakdown"] = {name: {key: {"value": value, "n": n} for key, (value, n) in found.items()}
                             for name, found in breakdowns.items() if found}
     table = scoring.markdown(results)
-    predictions.write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
-    predictions.write_whole(out / "results.md", table.encode())
+    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
+    write_whole(out / "results.md", table.encode())
     shown = shown_examples(judged, out, examples, root, arguments.examples)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
     results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
@@ -281,11 +267,7 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation that the command line describes."""
-    out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
+    out = out_folder(arguments.out)
     if not (arguments.predictions or arguments.process):
         distributed.start()
     source = from_file(arguments) if arguments.predictions else from_model(arguments)

@@ -27,10 +27,12 @@ from ml_collections import ConfigDict
 from crab_jax import charts, compile_cache, losses, page, runs
 from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_folder
 from crab_jax.models.crab import Crab
 from crab_jax.tasks import TASKS
+from crab_jax.train import loss_rows
 from data_pipelines import mixture
-from data_pipelines.batching import Batch, collate
+from data_pipelines.batching import Batch
 from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
 
@@ -117,12 +119,7 @@ def without_head(params: Any, head: int | None) -> Any:
 def _answer_losses(model: Crab, params: Any, batch: Batch) -> dict[str, losses.Term]:
     """Rows of the text loss and, for a batch with masks, of the mask losses (see losses.py)."""
     output: Any = model.apply({"params": params}, batch)
-    valid = batch.index >= 0
-    rows = {"text": losses.text_rows(output.logits, batch.tokens, batch.loss_mask, valid)}
-    if output.binary is not None:
-        rows |= losses.mask_rows(output.binary[:, 0], output.semantic[:, 0], batch.seg_target[:, 0],
-                                 batch.seg_kind[:, 0], valid)
-    return rows
+    return loss_rows(output, batch)
 
 
 def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, dict[str, dict[str, float]]]:
@@ -152,14 +149,8 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
 def answered_batches(examples: Sequence[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer,
                      batch_size: int) -> Iterator[Batch]:
     """Batches of prompts with their true answers, every example once."""
-    cfg = data_config(config)
-    groups = mixture.group_by_bucket(examples, tokenizer, cfg)
-    loader = mixture.BatchLoader(examples, groups, root, tokenizer, cfg)
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            rows = [loader.row(index) for index in group[start:start + batch_size]]
-            filler = {**rows[0], "index": np.array(-1, np.int32)}
-            yield collate(rows + [filler] * (batch_size - len(rows)))
+    found = mixture.eval_batches(examples, root, tokenizer, data_config(config), batch_size, prompt_only=False)
+    return (batch for _, batch in found)
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -239,11 +230,7 @@ def router(arguments: argparse.Namespace) -> None:
     if untold is not None:
         raise InputError(f"example {untold.id!r}", "target", "is empty, but heads are judged on true answers",
                          "give another --split")
-    out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
+    out = out_folder(arguments.out)
     batches = list(answered_batches(examples, root, config, tokenizer, arguments.batch_size))
     print(f"{len(examples)} examples in {len(batches)} batches", flush=True)
     routing = router_weights(model, params, batches)

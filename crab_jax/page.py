@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crab_jax.files import write_whole
+
 _STYLE = """
 :root{color-scheme:light} body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;
 max-width:60rem;padding:1rem} h1{font-size:1.6rem} h2{font-size:1.25rem;border-bottom:1px solid #ddd;margin-top:2.2rem}
@@ -66,13 +68,16 @@ def score(scores: Mapping[str, Any], metric: str) -> str:
     return f"{scores[metric]:.3f}{interval}"
 
 
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole HTML file: `body` is HTML behind the title, `style` CSS beside that of all pages."""
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}{style}</style></head>'
+            f"<body><h1>{escape(title)}</h1>{body}</body></html>\n")
+
+
 def write(path: str | Path, title: str, intro: str, sections: Sequence[Section]) -> None:
     """Write one page; `intro` is HTML."""
     parts = [f'<section id="{s.key}"><h2>{escape(s.title)}</h2>{s.body or "<p>Not part of this report.</p>"}</section>'
              for s in sections]
     links = "".join(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections)
-    text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
-            f"<body><h1>{escape(title)}</h1><nav>{links}</nav>{intro}{''.join(parts)}</body></html>\n")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, document(title, f"<nav>{links}</nav>{intro}{''.join(parts)}"))

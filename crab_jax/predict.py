@@ -26,6 +26,7 @@ from PIL import Image
 
 from crab_jax import compile_cache, overlay
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_folder
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.runs import load_model
 from crab_jax.tasks import TASKS
@@ -222,11 +223,7 @@ def _draw_timeline(example: Example, parsed: Any) -> bytes:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Answer everything that the command line asks for."""
-    out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from None
+    out = out_folder(arguments.out)
     if arguments.samples:
         records = read_samples(Path(arguments.samples))
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from pycocotools import mask as coco
 
 from crab_jax import overlay
 from crab_jax.errors import InputError
+from crab_jax.files import write_whole
 from crab_jax.inference import Prediction
 from crab_jax.scoring import Answer
 from data_pipelines.examples import Example
@@ -93,13 +93,6 @@ def _square(scores: np.ndarray) -> np.ndarray:
 
 
 # Lines.
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there completely or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
-
 
 def read_rows(path: Path) -> list[Row]:
     """The lines of a file. A last line that breaks off, which a killed program leaves, does not count.

@@ -124,13 +124,15 @@ def abstract_params(model: Crab) -> Any:
 def wanted_params(config: ConfigDict, model: Crab, mesh: jax.sharding.Mesh) -> Any:
     """Every parameter of a run as a ShapeDtypeStruct: trainables float32, the rest in the frozen dtype, with shardings.
 
-    Raises InputError when the trainable and frozen patterns do not divide the parameters.
+    Raises InputError when the trainable and frozen patterns, or the mesh, do not divide the parameters.
     """
     boxed = abstract_params(model)
     trainable, frozen = optim.split(nn.unbox(boxed), config.trainable, config.frozen)
     shapes = optim.merge(_of_dtype(trainable, jnp.float32), _of_dtype(frozen, config.frozen_dtype))
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes,
-                        sharding.param_shardings(boxed, mesh))
+    wanted = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes,
+                          sharding.param_shardings(boxed, mesh))
+    sharding.check_params(wanted, mesh)
+    return wanted
 
 
 def _of_dtype(shapes: Any, dtype: Any) -> Any:
@@ -210,5 +212,4 @@ def load_model(path: str | Path) -> tuple[Crab, Any, ConfigDict, Tokenizer]:
 def eval_batches(examples: list[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer, batch_size: int,
                  **changes: Any) -> Iterator[tuple[Bucket, Batch]]:
     """Prompt-only batches of `examples`, every example once; filler rows have index -1."""
-    cfg = data_config(config, prompt_only=True, **changes)
-    return mixture.eval_batches(examples, root, tokenizer, cfg, batch_size)
+    return mixture.eval_batches(examples, root, tokenizer, data_config(config, **changes), batch_size)

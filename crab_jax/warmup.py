@@ -215,21 +215,16 @@ def text_arrays(examples: list[Example], scene_of: dict[str, int], tables: Array
     groups: dict[batching.Bucket, list[Arrays]] = {}
     for example in examples:
         bucket = batching.bucket_for(example, tokenizer, cfg)
-        visual = bucket.frames * cfg.visual_queries
-        rows = {"<video>": np.arange(visual), "<image>": np.arange(visual),
-                "<audio>": visual + np.arange(bucket.windows * cfg.audio_queries)}
-        expanded = tokenizer.expand(*tokenizer.encode(example.instruction, example.target), rows)
+        arrays = batching.text_arrays(example, tokenizer, cfg, bucket)
         seconds = [example.second if alone else -1 for alone in (example.image, example.windows in SINGLE)]
-        tokens, slots, targets = (np.full(bucket.length, fill) for fill in (tokenizer.pad_id, -1, 0))
-        used = len(expanded.tokens)
-        tokens[:used], slots[:used], targets[:used] = expanded.tokens, expanded.slots, expanded.loss_mask
         scene = scene_of[example.meta["scene"]]
-        shown = np.zeros(KINDS + GRID * GRID, np.float32)
+        states, shown = np.full(6, -1), np.zeros(KINDS + GRID * GRID, np.float32)
         if bucket.masks:
+            states = arrays["mask_positions"][0]
             shown = pointed({name: values[scene] for name, values in tables.items()}, example)
         groups.setdefault(bucket._replace(masks=0), []).append({
-            "tokens": tokens, "slots": slots, "targets": targets, "seconds": np.array(seconds),
-            "states": expanded.mask_positions, "pointed": shown, "scene": np.array(scene)})
+            "tokens": arrays["tokens"], "slots": arrays["slots"], "targets": arrays["loss_mask"],
+            "seconds": np.array(seconds), "states": states, "pointed": shown, "scene": np.array(scene)})
     return [{key: np.stack([row[key] for row in rows]) for key in rows[0]} for rows in groups.values()]
 
 
@@ -274,7 +269,7 @@ def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int
         rows = rows + noise * jax.lax.stop_gradient(rows.std())
         output: Any = llama.apply({"params": params["llama"]}, rows, batch, method=forward)
         logits, hidden = output
-        term = losses.text_loss(logits, batch["tokens"], batch["targets"] > 0, jnp.ones(len(logits), bool))
+        term = losses.text_loss(logits, batch["tokens"], batch["targets"], jnp.ones(len(logits), bool))
         states = jnp.take_along_axis(hidden, jnp.maximum(batch["states"], 0)[..., None], axis=1)
         told: Any = teller.apply({"params": params["teller"]}, states)
         error = optax.sigmoid_binary_cross_entropy(told, jnp.broadcast_to(batch["pointed"][:, None], told.shape))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from crab_jax.errors import InputError
+from crab_jax.files import write_whole
 
 TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
 WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
@@ -75,6 +77,17 @@ def to_json(example: Example) -> dict[str, Any]:
             if k in ("id", "task", "instruction") or v != getattr(defaults, k)}
 
 
+def json_line(line: str, where: str) -> Any:
+    """The JSON value of one line. Raises InputError naming `where`."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(where, "", f"not valid JSON ({error.msg})", "write one JSON object per line") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        problem = f"not readable JSON ({type(error).__name__})"
+        raise InputError(where, "", problem, "write one JSON object per line") from None
+
+
 def read_jsonl(path: str | Path) -> list[Example]:
     """All Examples of a JSONL file, validated; duplicate ids are an error."""
     path = Path(path)
@@ -85,16 +98,29 @@ def read_jsonl(path: str | Path) -> list[Example]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(where, "", f"not valid JSON ({error.msg})", "write one JSON object per line") from None
-        example = from_json(record, where)
+        example = from_json(json_line(line, where), where)
         if example.id in seen:
             raise InputError(where, "id", f"duplicate id {example.id!r}", "ids must be unique in a file")
         seen.add(example.id)
         examples.append(example)
     return examples
+
+
+def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | None = None) -> list[Example]:
+    """The first `limit` examples of each of `tasks` (all when empty), in order. Raises InputError when none is left."""
+    unknown = [task for task in tasks if task not in TASK_NAMES]
+    if unknown:
+        raise InputError("--tasks", "", f"unknown task {unknown[0]!r}", f"use some of {','.join(TASK_NAMES)}")
+    taken: Counter[str] = Counter()
+    chosen = []
+    for example in examples:
+        if (not tasks or example.task in tasks) and (limit is None or taken[example.task] < limit):
+            taken[example.task] += 1
+            chosen.append(example)
+    if not chosen:
+        raise InputError("--tasks", "", f"no example of {', '.join(tasks) or 'any task'} in this split",
+                         "choose other tasks or another split")
+    return chosen
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -113,6 +139,4 @@ def choice(mark: str, count: int, seed: int, epoch: int) -> int:
 
 def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
     """Write Examples, one JSON object per line."""
-    with open(path, "w", encoding="utf-8") as file:
-        for example in examples:
-            file.write(json.dumps(to_json(example), ensure_ascii=False) + "\n")
+    write_whole(path, "".join(json.dumps(to_json(example), ensure_ascii=False) + "\n" for example in examples))

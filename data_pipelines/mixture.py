@@ -239,13 +239,14 @@ def eval_batches(
     config: DataConfig,
     batch_size: int,
     threads: int = 4,
+    prompt_only: bool = True,
 ) -> Iterator[tuple[Bucket, Batch]]:
-    """Prompt-only batches of every example once, bucket by bucket, decoded ahead by threads.
+    """Batches of every example once, without their answers or with, bucket by bucket, decoded ahead by threads.
 
     The last batch of a bucket is filled with copies of its first row whose index is -1. With `on_error="skip"` a bad
     example is left out with a warning; otherwise it raises InputError.
     """
-    config = dataclasses.replace(config, prompt_only=True)
+    config = dataclasses.replace(config, prompt_only=prompt_only)
     groups = group_by_bucket(examples, tokenizer, config)
     loader = BatchLoader(examples, groups, root, tokenizer, config)
     chunks = [

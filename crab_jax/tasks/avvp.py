@@ -58,6 +58,17 @@ def _tags(tag: str, events: Sequence[Sequence[Any]]) -> list[str]:
     return [f"<{tag}> {content} </{tag}>" for content in contents]
 
 
+def merge_spans(spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The union of `(start, end)` spans inside the clip, in order; empty and reversed spans add nothing."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((max(0, s), min(SECONDS, e)) for s, e in spans):
+        if start < end and merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        elif start < end:
+            merged.append((start, end))
+    return merged
+
+
 def parse(text: str) -> dict[str, Events] | None:
     """`{"audio": events, "visual": events}`, or None when no tag holds a word.
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import write_whole
 from data_pipelines import datasets
 from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
-from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, write_jsonl
+from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, select, write_jsonl
 from data_pipelines.tokens import Tokenizer
 
 T = TypeVar("T")
@@ -117,7 +118,7 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
                         "that are not there (default: raise)")
     parser.add_argument("--examples", metavar="FILE", help="a JSONL file of Examples instead")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
-    parser.add_argument("--limit", type=_natural, default=0, help="the first so many Examples of each task")
+    parser.add_argument("--limit", type=_natural, help="the first so many Examples of each task")
 
 
 def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,18 +166,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
         for name in datasets.choose(args.root, [n for n in args.datasets.split(",") if n], args.split):
             _say(f"reading {name} {args.split}")
             examples += datasets.read(args.root, name, args.split, "train", args.missing)
-    wanted = [task for task in args.tasks.split(",") if task]
-    if unknown := set(wanted) - set(TASK_NAMES):
-        raise InputError("--tasks", "", f"unknown task {min(unknown)!r}", f"use some of {', '.join(TASK_NAMES)}")
-    seen: dict[str, int] = {}
-    chosen = []
-    for example in examples:
-        seen[example.task] = seen.get(example.task, 0) + 1
-        if (not wanted or example.task in wanted) and (not args.limit or seen[example.task] <= args.limit):
-            chosen.append(example)
-    if not chosen:
-        raise InputError("--tasks", "", f"no example of {', '.join(wanted) or 'any task'}", "choose other tasks")
-    return chosen, root
+    return select(examples, [task for task in args.tasks.split(",") if task], args.limit), root
 
 
 def _say(line: str) -> None:
@@ -203,18 +193,6 @@ class _Progress:
             yield item
 
 
-def _save(path: str | Path, content: str | Sequence[Example]) -> None:
-    """Write a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    if isinstance(content, str):
-        part.write_text(content, encoding="utf-8")
-    else:
-        write_jsonl(part, content)
-    part.replace(path)
-
-
 def _as_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
@@ -239,15 +217,15 @@ def _read(args: argparse.Namespace) -> None:
                               "examples_without": result.without, "labels_unused": result.unused}
         print(f"{found.name}: {len(result.examples)} targets from {len(found.texts)} labels; {len(result.without)} "
               f"examples have none, {len(result.unused)} labels are not used, {len(found.problems)} are bad")
-    _save(args.out, attached)
-    _save(f"{args.out}.report.json", _as_json(report))
+    write_jsonl(args.out, attached)
+    write_whole(f"{args.out}.report.json", _as_json(report))
 
 
 def _write(args: argparse.Namespace) -> None:
     examples, root = _examples(args)
     usable = [example for example in examples if not labels.weak(example)]
     progress = _Progress("written", len(usable))
-    _save(args.out, [templates.write(example, root) for example in progress.over(usable)])
+    write_jsonl(args.out, [templates.write(example, root) for example in progress.over(usable)])
     print(f"{len(usable)} targets written, {len(examples) - len(usable)} left out (labels without times or names)")
 
 
@@ -276,7 +254,7 @@ def _annotate(args: argparse.Namespace) -> None:
     finally:
         print(_costs(client))
         journal.close()
-    _save(args.out, outcome.examples)
+    write_jsonl(args.out, outcome.examples)
     left = sum(not annotate.asked_about(example) for example in examples)
     print(f"{len(outcome.examples)} targets, {left} examples left out (captions, labels without times or names)")
     if outcome.failed:
@@ -300,10 +278,10 @@ def _verify(args: argparse.Namespace) -> None:
         raise InputError("--reject", "", f"{min(both)!r} is accepted too", "keep it in one of the two files")
     progress = _Progress("verified", len(examples))
     good, bad = verify.split(examples, root, accept, reject, progress)
-    _save(out / "good.jsonl", good)
-    _save(out / "quarantine.jsonl", [example for example, _ in bad])
-    _save(out / "verify.json", _as_json({"good": len(good), **verify.counted(bad)}))
-    _save(out / "review.html", review.page(good, bad, root, args.sample))
+    write_jsonl(out / "good.jsonl", good)
+    write_jsonl(out / "quarantine.jsonl", [example for example, _ in bad])
+    write_whole(out / "verify.json", _as_json({"good": len(good), **verify.counted(bad)}))
+    write_whole(out / "review.html", review.page(good, bad, root, args.sample))
     print(f"{len(good)} good, {len(bad)} in quarantine; look at {out / 'review.html'}")
 
 
@@ -328,8 +306,8 @@ def _card(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     found = card.card(examples, (lambda text: len(tokenizer.ids(text))) if tokenizer else None)
     page = card.markdown(found, args.name)
-    _save(Path(args.out) / "card.json", _as_json(found))
-    _save(Path(args.out) / "card.md", page)
+    write_whole(Path(args.out) / "card.json", _as_json(found))
+    write_whole(Path(args.out) / "card.md", page)
     print(page, end="")
 
 

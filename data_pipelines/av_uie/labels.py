@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crab_jax.errors import InputError
-from crab_jax.tasks import TASKS
+from crab_jax.tasks import TASKS, arig
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avvp import merge_spans
 from data_pipelines.examples import Example
 from data_pipelines.media import read_mask
+from data_pipelines.sources.arig import box_of
 
-BOX_SPACE = 224  # coordinates are pixels of a 224 x 224 picture, as in AV-UIE
+BOX_SPACE = arig.SIZE  # coordinates are pixels of a 224 x 224 picture, as in AV-UIE
 # How the answer of each task begins; what stands before it is the reasoning. AVCap has an answer only.
 ANSWER_STARTS = {
     "ave": "So the audible and visible event", "avvp": "Therefore, visual and audio events are",
@@ -51,23 +53,12 @@ class Place(NamedTuple):
         return _WHERE[row][column]
 
 
-def merge(spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """The union of `(start, end)` spans inside the clip, in order; empty and reversed spans add nothing."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted((max(0, s), min(SECONDS, e)) for s, e in spans):
-        if start < end and merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        elif start < end:
-            merged.append((start, end))
-    return merged
-
-
 def spans_of(events: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]]:
     """name -> merged spans of `[[name, start, end], ...]`, by first second; names without a real span are left out."""
     spans: dict[str, list[Sequence[int]]] = {}
     for name, *span in events:
         spans.setdefault(name, []).append(span)
-    merged = {name: merge(found) for name, found in spans.items()}
+    merged = {name: merge_spans(found) for name, found in spans.items()}
     return dict(sorted(((n, s) for n, s in merged.items() if s), key=lambda item: (item[1][0], item[0])))
 
 
@@ -126,10 +117,10 @@ def names(example: Example) -> tuple[str, ...]:
 
 def mask_place(mask: np.ndarray, name: str = "") -> Place | None:
     """Where the foreground of `mask` [224,224] is; None when there is none."""
-    rows, columns = np.nonzero(mask)
-    if not len(rows):
+    box = box_of(mask)
+    if box is None:
         return None
-    box = int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())
+    rows, columns = np.nonzero(mask)
     return Place(box, (float(columns.mean()), float(rows.mean())), len(rows) / mask.size, name)
 
 

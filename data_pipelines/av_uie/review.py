@@ -20,19 +20,17 @@ from PIL import Image
 
 from crab_jax.errors import InputError
 from crab_jax.overlay import TRUTH, overlay_boxes, overlay_mask
+from crab_jax.page import document
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import media
 from data_pipelines.av_uie.labels import BOX_SPACE, reasoning_of
 from data_pipelines.examples import Example
 
 _STYLE = """
-:root{color-scheme:light} body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;
-max-width:56rem;padding:1rem} h1{font-size:1.6rem} h2{font-size:1.25rem;border-bottom:1px solid #ddd;margin-top:2.2rem}
 article{border-top:1px solid #e4e4e4;padding:.8rem 0;overflow:hidden;break-inside:avoid}
 article img{float:right;margin:0 0 .5rem 1rem;max-width:40%}
 .id{font:.85rem ui-monospace,monospace;overflow-wrap:anywhere} .by{color:#666;font-size:.85rem} .bad{color:#a33c00}
-.tag{background:#e8f1f8;border-radius:.2rem} .answer{font-weight:600} pre{white-space:pre-wrap;font-size:.8rem}
-textarea{width:100%;height:7rem} table{border-collapse:collapse} td{padding:.1rem .8rem .1rem 0}
+.tag{background:#e8f1f8;border-radius:.2rem} .answer{font-weight:600} textarea{width:100%;height:7rem}
 @media print{textarea,input{display:none}}
 """
 _SCRIPT = """
@@ -60,10 +58,7 @@ def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root
     reasons = Counter(_kind(reason) for _, found in bad for reason in found)
     rows = "".join(f"<tr><td>{n}</td><td>{html.escape(reason)}</td></tr>" for reason, n in reasons.most_common(30))
     picked = sample(good, per_task)
-    return f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>AV-UIE targets</title><style>{_STYLE}</style>
-<h1>AV-UIE targets</h1>
+    return document("AV-UIE targets", f"""
 <p>{len(good)} agree with their labels, {len(bad)} are in quarantine.</p>
 <h2>Why</h2><table>{rows or '<tr><td>nothing is in quarantine</td></tr>'}</table>
 <h2>Quarantined: {len(shown)} of {len(bad)}</h2>
@@ -74,8 +69,8 @@ def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root
 <p>Save each box as a file and give it to <code>verify</code>.</p>
 <label>--accept<textarea id="accept" spellcheck="false"></textarea></label>
 <label>--reject<textarea id="reject" spellcheck="false"></textarea></label>
-<script>{_SCRIPT}</script></html>
-"""
+<script>{_SCRIPT}</script>
+""", _STYLE)
 
 
 def _kind(reason: str) -> str:

@@ -63,10 +63,11 @@ def fill(row: Row) -> str:
 
     The full-width question mark and the trailing space of a few templates become plain ones.
     """
-    question, values = row.text("question_content"), iter(_listed(row, "templ_values"))
-    if len(_SLOT.findall(question)) != len(_listed(row, "templ_values")):
+    question, values = row.text("question_content"), _listed(row, "templ_values")
+    if len(_SLOT.findall(question)) != len(values):
         raise row.error("templ_values", f"does not fill the slots of {question!r:.80}", "give one value per <slot>")
-    return _SLOT.sub(lambda slot: next(values), question).replace("\uff1f", "?").strip()
+    rest = iter(values)
+    return _SLOT.sub(lambda slot: next(rest), question).replace("\uff1f", "?").strip()
 
 
 def _listed(row: Row, field: str, length: int | None = None) -> list[str]:

@@ -26,7 +26,7 @@ from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.examples import Example
-from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row
+from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row, each
 
 S4_CATEGORIES = (
     "baby_laughter", "female_singing", "male_speech", "dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop",
@@ -91,22 +91,18 @@ def _examples(clips: Iterable[Clip | InputError], task: str, variant: str) -> It
 def semantic_clips(release: Release, split: str, part: str, masks: str) -> Iterator[Clip | InputError]:
     """Clips of one part (v1s, v1m, v2) of the semantic release, with the masks of one folder."""
     check_classes(release)
-    name = release.annotation("metadata.csv")
-    for row in release.table(name, ("uid", "a_obj", "split", "label")):
-        try:
-            if isinstance(row, InputError):
-                raise row
-            # Both are checked for every row, so that a misspelt one cannot leave a split unnoticed.
-            if (row.one_of("split", SPLITS), row.one_of("label", tuple(SECONDS))) != (split, part):
-                continue
+
+    def clips(row: Row) -> Iterator[Clip]:
+        # Both are checked for every row, so that a misspelt one cannot leave a split unnoticed.
+        if (row.one_of("split", SPLITS), row.one_of("label", tuple(SECONDS))) == (split, part):
             uid = row.matching("uid", _UID, "_4R3qHn1n50_0_5000")[0]
             seconds = range(SECONDS[part])
             labelled = range(1) if part == "v1s" and split == "train" else seconds
             at = release.inside(f"{part}/{uid}", row.where, "uid")
             yield Clip(uid, object_names(row), tuple(f"{at}/frames/{k}.jpg" for k in seconds),
                        tuple(f"{at}/{masks}/{k}.png" for k in labelled), f"{at}/audio.wav", row)
-        except InputError as error:
-            yield error
+
+    yield from each(release.table(release.annotation("metadata.csv"), ("uid", "a_obj", "split", "label")), clips)
 
 
 def object_names(row: Row) -> list[str]:
@@ -130,32 +126,26 @@ def check_classes(release: Release) -> None:
 def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
     """Clips of the single-source part of the object release; the name of the object is the category."""
     name = release.annotation("Single-source/s4_meta_data.csv")
-    for row in release.table(name, ("name", "start", "category", "split")):
-        try:
-            if isinstance(row, InputError):
-                raise row
-            if row.one_of("split", SPLITS) != split:
-                continue
+
+    def clips(row: Row) -> Iterator[Clip]:
+        if row.one_of("split", SPLITS) == split:
             clip, category = row.matching("name", YOUTUBE_ID, "-_wznbUu3DY")[0], row.one_of("category", S4_CATEGORIES)
             yield _object_clip(release, row, clip, category.replace("_", " "), "Single-source/s4_data",
                                f"{split}/{category}/", f"{split}/{category}/", clip, 1 if split == "train" else 5)
-        except InputError as error:
-            yield error
+
+    yield from each(release.table(name, ("name", "start", "category", "split")), clips)
 
 
 def ms3_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
     """Clips of the multi-source part; its pictures lie in no split's folder and are named <video_id>.mp4_<n>.png."""
     name = release.annotation("Multi-sources/ms3_meta_data.csv")
-    for row in release.table(name, ("video_id", "split")):
-        try:
-            if isinstance(row, InputError):
-                raise row
-            if row.one_of("split", SPLITS) != split:
-                continue
+
+    def clips(row: Row) -> Iterator[Clip]:
+        if row.one_of("split", SPLITS) == split:
             clip = row.matching("video_id", _UID, "3vheOi4y540_1")[0]
             yield _object_clip(release, row, clip, "", "Multi-sources/ms3_data", f"{split}/", "", f"{clip}.mp4", 5)
-        except InputError as error:
-            yield error
+
+    yield from each(release.table(name, ("video_id", "split")), clips)
 
 
 def _object_clip(release: Release, row: Row, clip: str, name: str, data: str, labels: str, pictures: str, stem: str,

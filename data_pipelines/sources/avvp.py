@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 from crab_jax.errors import InputError
 from crab_jax.tasks import avvp
 from data_pipelines.examples import Example
@@ -84,11 +82,8 @@ def union(spans: Iterable[Iterable]) -> avvp.Events:
 
     The official scorer sets `[onset:offset]` of a vector of ten seconds, so an inverted span marks nothing.
     """
-    seconds: dict[str, np.ndarray] = {}
+    by_name: dict[str, list[tuple[int, int]]] = {}
     for name, onset, offset in spans:
-        seconds.setdefault(name, np.zeros(avvp.SECONDS, bool))[onset:offset] = True
-    events: avvp.Events = []
-    for name in sorted(seconds, key=CATEGORIES.index):
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], seconds[name], [False]]).astype(np.int8)))
-        events += [[name, int(start), int(end)] for start, end in edges.reshape(-1, 2)]
-    return events
+        by_name.setdefault(name, []).append((onset, offset))
+    return [[name, *span] for name in sorted(by_name, key=CATEGORIES.index)
+            for span in avvp.merge_spans(by_name[name])]

@@ -6,13 +6,12 @@ Beyond what an Example holds, `frames` may name a folder: its pictures in the or
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from crab_jax.errors import InputError
-from data_pipelines.examples import Example, from_json
+from data_pipelines.examples import Example, from_json, json_line
 from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row
 
@@ -32,13 +31,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
 
 def _example(release: Release, line: str, row: Row) -> Example:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise row.error("", f"not valid JSON ({error.msg})", "write one JSON object per line") from None
-    except (ValueError, RecursionError) as error:
-        problem = f"not readable JSON ({type(error).__name__})"
-        raise row.error("", problem, "write one JSON object per line") from None
+    record = json_line(line, row.where)
     if isinstance(record, dict) and isinstance(record.get("frames"), str):
         record = {**record, "frames": pictures(release, record["frames"], row)}
     example = from_json(record, row.where)

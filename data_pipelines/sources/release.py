@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crab_jax.errors import InputError
 from data_pipelines.examples import Example
 
 Found = Example | InputError
+T = TypeVar("T")
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -74,8 +75,8 @@ class Row:
         return value
 
 
-def each(rows: Iterable[Row | InputError], make: Callable[[Row], Iterable[Example]]) -> Iterator[Found]:
-    """The Examples of every row, with what is wrong with a row in its place."""
+def each(rows: Iterable[Row | InputError], make: Callable[[Row], Iterable[T]]) -> Iterator[T | InputError]:
+    """What is made of every row, with what is wrong with a row in its place."""
     for row in rows:
         if isinstance(row, InputError):
             yield row

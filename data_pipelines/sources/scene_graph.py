@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.errors import InputError
+from crab_jax.files import write_whole
 
 KINDS = ("piano", "drum", "violin", "flute", "accordion", "trumpet")
 CLASS_IDS = dict(zip(KINDS, (47, 19, 68, 24, 1, 63), strict=True))  # AVSBench-semantic
@@ -171,9 +172,7 @@ def save(path: Path, scene: Scene) -> None:
     things = [{**dataclasses.asdict(t), "class_id": CLASS_IDS[t.kind], "seen": [t.seen(k) for k in range(SECONDS)],
                "heard": [t.heard(k) for k in range(SECONDS)]} for t in scene.things]
     record = {"split": scene.split, "index": scene.index, "seed": scene.seed, "things": things}
-    partial = path.with_suffix(".part")  # scene.json appears only when the scene is complete
-    partial.write_text(json.dumps(record) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(record) + "\n")  # it appears only when the scene is complete
 
 
 def load(path: str | Path) -> Scene:

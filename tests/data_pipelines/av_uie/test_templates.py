@@ -10,7 +10,7 @@ from labelled import ALL, ONE_EACH, STRATEGIES, example, rectangle
 from PIL import Image
 
 from crab_jax.errors import InputError
-from crab_jax.tasks import TASKS
+from crab_jax.tasks import TASKS, avvp
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.av_uie import labels, questions, templates, verify
 from data_pipelines.media import EMPTY_MASK
@@ -154,7 +154,7 @@ def test_weak_labels_give_no_target():
 
 @given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=6))
 def test_merged_spans_cover_the_same_seconds(spans):
-    merged = labels.merge(spans)
+    merged = avvp.merge_spans(spans)
     covered = {t for start, end in spans for t in range(max(0, start), min(10, end))}
     assert {t for start, end in merged for t in range(start, end)} == covered
     assert all(a[1] < b[0] for a, b in zip(merged, merged[1:], strict=False))  # apart, not touching
