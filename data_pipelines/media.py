@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import av
 import numpy as np
 import soundfile
 import soxr
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
 from crab_jax.errors import InputError
@@ -24,10 +27,12 @@ SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 # A mask may be written where its path would be: COCO run lengths, rle:<height>x<width>:<counts>, or nothing at all.
 INLINE_MASK = "rle:"
 EMPTY_MASK = f"{INLINE_MASK}empty"
+_LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
+_DEEP = ("I", "I;16", "I;16L", "I;16B")  # modes of one channel of more than 8 bits
 
 
 def _require(path: str | Path, field: str) -> str:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which says so of names that no file can have too
         raise InputError(str(path), field, "no such file", "check the data root and the path in the annotation")
     return str(path)
 
@@ -37,7 +42,7 @@ def _opened(path: str | Path, field: str) -> Iterator[av.container.InputContaine
     """An open media container; libav errors while it is in use become InputErrors."""
     path = _require(path, field)
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:  # titles may be in any encoding
             if not container.streams:
                 raise EOFError  # an mp4 that ends before its index opens all the same
             yield container
@@ -54,11 +59,18 @@ def _video_stream(container: av.container.InputContainer, path: str | Path) -> a
     return stream
 
 
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Quarter turns to the left that put a frame upright: phones film sideways and say so. Players and decord do it."""
+    return round(frame.rotation / 90) % 4
+
+
 def video_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a video file."""
+    """(width, height) of a video file as a player shows it."""
     with _opened(path, "video") as container:
         stream = _video_stream(container, path)
-        return stream.width, stream.height
+        frame = next(container.decode(stream), None)
+        sideways = frame is not None and _quarter_turns(frame) % 2
+        return (stream.height, stream.width) if sideways else (stream.width, stream.height)
 
 
 def _decode_frames(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
@@ -69,7 +81,7 @@ def _decode_frames(path: str | Path, wanted: set[int], size: int) -> tuple[dict[
             if number in wanted:
                 # Bilinear, because it is what decord's VideoReader(width=, height=) does.
                 small = frame.reformat(width=size, height=size, format="rgb24", interpolation="BILINEAR")
-                picked[number] = small.to_ndarray()
+                picked[number] = np.rot90(small.to_ndarray(), _quarter_turns(frame))
             number += 1
     return picked, number
 
@@ -101,49 +113,92 @@ def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _picture(path: str | Path, field: str) -> Iterator[Image.Image]:
-    """An open picture; errors of the decoder while it is in use become InputErrors."""
+    """An open picture, upright; errors of the decoder while it is in use become InputErrors."""
     path = _require(path, field)
     try:
         with Image.open(path) as picture:
+            # Looking for the tag in a PNG that has none in front would decode all of it.
+            if picture.format != "PNG" or "exif" in picture.info:
+                ImageOps.exif_transpose(picture, in_place=True)
             yield picture
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error, zlib.error,
+            Image.DecompressionBombError) as error:
         problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or not a picture"
         raise InputError(path, field, problem, "copy or download the file again") from None
 
 
 def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
-    """(width, height) of a picture file."""
+    """(width, height) of a picture file as a viewer shows it."""
     with _picture(path, field) as picture:
         return picture.size
 
 
 def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
-    """uint8[size, size, 3]: an RGB picture, bicubic, aspect ratio ignored. Raises InputError."""
+    """uint8[size, size, 3]: an RGB picture, bicubic, aspect ratio ignored, what is transparent by its hidden colour.
+
+    It is upright: a picture that was taken sideways and says so (EXIF) is turned. The reference reads it as it is
+    stored, but no picture of the public datasets says so. Raises InputError.
+    """
     with _picture(path, field) as picture:
-        return np.array(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+        return np.array(_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _check_riff_length(path: str) -> None:
-    """A RIFF file states its length; soundfile silently returns what is there of a shorter one."""
+def _rgb(picture: Image.Image) -> Image.Image:
+    """RGB of 8 bits. Pillow cuts greys of 16 bits off at 255 instead of scaling them."""
+    if picture.mode not in _DEEP:
+        return picture.convert("RGB")
+    grey = np.asarray(picture)
+    if grey.min(initial=0) < 0 or grey.max(initial=0) > 0xFFFF:
+        raise ValueError("grey values of more than 16 bits")
+    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+
+
+def riff_damage(path: str | Path) -> str:
+    """What is wrong with the lengths that a WAV file states; "" when nothing is, and for any other file.
+
+    libsndfile silently returns what is there of a shorter file, and leaves out what a header does not count.
+    """
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(8)
-    stated = int.from_bytes(head[4:8], "little") + 8
-    actual = Path(path).stat().st_size
-    if head[:4] == b"RIFF" and actual < stated < 0xFFFFFFF0:  # all ones: written to a pipe, length unknown
-        problem = f"holds {actual} of {stated} bytes; the file is truncated"
-        raise InputError(path, "audio", problem, "copy or download the file again")
+        head = file.read(12)
+        stated = int.from_bytes(head[4:8], "little") + 8
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return ""
+        if size < stated < 0xFFFFFFF0:  # all ones: written to a pipe, length unknown
+            return f"holds {size} of {stated} bytes; the file is truncated"
+        at, kind = 12, b""
+        while at + 8 <= size and (kind != b"data" or at < stated):  # what follows the RIFF is no part of it
+            file.seek(at)
+            kind, length = file.read(4), int.from_bytes(file.read(4), "little")
+            if not kind.isascii() or not kind.strip(b" \0").isalnum():
+                return f"has no chunk at byte {at}, where its header says so; samples would be lost"
+            if kind == b"data" and length >= 0xFFFFFFF0:
+                return ""
+            if at + 8 + length > size:
+                return f"its {kind.decode()!r} chunk holds {size - at - 8} of {length} bytes; the file is truncated"
+            at += 8 + length + length % 2
+    return "" if kind else "ends before the samples"
 
 
 def _read_soundfile(path: str | Path) -> tuple[np.ndarray, int]:
     path = _require(path, "audio")
-    _check_riff_length(path)
+    again = "copy or download the file again"
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
+        if damaged := riff_damage(path):
+            raise InputError(path, "audio", damaged, again)
+        with soundfile.SoundFile(path) as file:
+            rate, stated = file.samplerate, file.frames
+            if rate < _LOWEST_RATE:
+                raise InputError(path, "audio", f"has a sample rate of {rate} Hz", "export the audio again")
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:
         problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or not audio"
-        raise InputError(path, "audio", problem, "copy or download the file again") from None
+        raise InputError(path, "audio", problem, again) from None
+    if len(samples) < 0.9 * stated:
+        raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
+                         "the file is truncated", again)
     return samples.mean(axis=1), rate
 
 
@@ -190,13 +245,13 @@ def avss_palette() -> np.ndarray:
     return palette
 
 
-def _labels_of_colours(rgb: np.ndarray) -> np.ndarray:
-    """int32[H, W] class ids of exact palette colours; any other colour is background, as in the reference."""
+def _labels_of_colours(rgb: np.ndarray, unknown: int) -> np.ndarray:
+    """int32[...] class ids of exact palette colours, uint8[..., 3]; `unknown` stands for any other colour."""
     weights = np.array([65536, 256, 1])
     codes, keys = rgb.astype(np.int64) @ weights, avss_palette().astype(np.int64) @ weights
     order = np.argsort(keys)
     place = np.minimum(np.searchsorted(keys[order], codes), SEMANTIC_CLASSES - 1)
-    return np.where(keys[order][place] == codes, order[place], 0).astype(np.int32)
+    return np.where(keys[order][place] == codes, order[place], unknown).astype(np.int32)
 
 
 def inline_mask(code: Mapping[str, Any]) -> str:
@@ -222,20 +277,34 @@ def _check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: s
         raise InputError(where, "mask", problem, "export the mask at the size of its picture")
 
 
-def _binary(grey: np.ndarray, size: int, where: str, picture: tuple[int, int] | None) -> np.ndarray:
-    """int32[size, size], 1 where grey[H, W] is above 0."""
+def _binary(grey: np.ndarray, size: int | None, where: str, picture: tuple[int, int] | None) -> np.ndarray:
+    """int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
     _check_size((grey.shape[1], grey.shape[0]), picture, where)
     # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
-    rows, columns = (np.arange(size) * n // size for n in grey.shape)
+    rows, columns = (np.arange(size or n) * n // (size or n) for n in grey.shape)
     return (grey[rows[:, None], columns] > 0).astype(np.int32)
 
 
-def read_mask(path: str | Path, size: int, kind: str, picture: tuple[int, int] | None = None) -> np.ndarray:
-    """int32[size, size]: a ground-truth mask, nearest neighbour.
+def _check_palette(mask: Image.Image, where: str) -> None:
+    """Raise InputError for a palette that has the colours of other classes than its indices say, as a program that
+    sorts palettes leaves it: neither of the two can be trusted."""
+    colours = np.array(mask.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    used = np.flatnonzero(mask.histogram())
+    if used[-1] < len(colours):
+        classes = _labels_of_colours(colours[used], -1)
+        if (classes >= 0).all() and (wrong := np.flatnonzero(classes != used)).size:
+            problem = f"has the colour of class {classes[wrong[0]]} for palette index {used[wrong[0]]}"
+            raise InputError(where, "mask", problem, "export the mask as RGB, or with the index as the class id")
+
+
+def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int, int] | None = None,
+              unknown: int = 0) -> np.ndarray:
+    """int32[size, size]: a ground-truth mask, nearest neighbour; int32[H, W] of its own size with None.
 
     `binary`: 1 where the grey value is above 0. `semantic`: class ids 0..70, from the indices of a palette or grey PNG
-    or from the exact AVSBench colours of an RGB one (unknown colours are 0). `picture` is the (width, height) of the
-    picture that the mask belongs to. Raises InputError for a damaged file, another size than `picture`, or an id > 70.
+    or from the exact AVSBench colours of an RGB one; another colour is `unknown`, background as in the reference.
+    `picture` is the (width, height) of the picture that the mask belongs to. Raises InputError for a damaged file,
+    another size than `picture`, an id > 70, or a palette that contradicts the ids.
     A `path` that starts with INLINE_MASK is a binary mask itself.
     """
     if (code := Path(path).name).startswith(INLINE_MASK):
@@ -243,13 +312,19 @@ def read_mask(path: str | Path, size: int, kind: str, picture: tuple[int, int] |
         return _binary(grey, size, str(path), None if code == EMPTY_MASK else picture)
     with _picture(path, "mask") as mask:
         if kind == "binary":
-            return _binary(np.array(mask.convert("L")), size, str(path), picture)
+            grey = np.array(mask if mask.mode in _DEEP else mask.convert("L"))
+            return _binary(grey, size, str(path), picture)
         _check_size(mask.size, picture, str(path))
-        small = mask if mask.mode in ("P", "L") else mask.convert("RGB")
-        small = small.resize((size, size), Image.Resampling.NEAREST)
+        if mask.mode == "P":
+            _check_palette(mask, str(path))
+        if mask.mode == "LA":
+            mask = mask.convert("L")
+        small = mask if mask.mode in ("P", "L", "1", *_DEEP) else mask.convert("RGB")
+        if size is not None:
+            small = small.resize((size, size), Image.Resampling.NEAREST)
         values = np.array(small)
     if values.ndim == 3:
-        return _labels_of_colours(values)
+        return _labels_of_colours(values, unknown)
     if values.max(initial=0) >= SEMANTIC_CLASSES:
         problem = f"class id {values.max()} is outside 0..{SEMANTIC_CLASSES - 1}"
         raise InputError(str(path), "mask", problem, "use the 71 AVSBench-semantic classes")

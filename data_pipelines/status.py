@@ -22,6 +22,7 @@ from typing import Any
 from crab_jax.errors import CommandLine, InputError, run_verb
 from data_pipelines.datasets import DATASETS, choose, media_of, records
 from data_pipelines.examples import Example
+from data_pipelines.media import riff_damage
 from data_pipelines.sources.release import MissingFile
 
 _MP4 = (".mp4", ".m4a", ".m4v", ".mov")
@@ -126,10 +127,7 @@ def damage(root: str | Path, path: str) -> str:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if suffix == ".wav":
-        stated = int.from_bytes(head[4:8], "little") + 8
-        if head[:4] not in (b"RIFF", b"RF64") or head[8:12] != b"WAVE":
-            return "is no WAV file"
-        return f"holds {size} of {stated} bytes" if head[:4] == b"RIFF" and size < stated < 0xFFFFFFF0 else ""
+        return riff_damage(full) if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE" else "is no WAV file"
     if suffix == ".png":
         return ("is no PNG file" if head[:8] != b"\x89PNG\r\n\x1a\n" else "ends before the picture does"
                 if b"IEND\xaeB`\x82" not in tail else "")
