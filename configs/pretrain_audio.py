@@ -13,6 +13,7 @@ def get_config():
     """Only the audio Q-Former trains."""
     config = common.released()
     config.data.datasets = "audiocaps"
+    config.data.lengths = (384, 416, 448, 512, 1024)
     config.trainable = ("al_projector/.*",)
     config.frozen = (*common.ENCODERS, "vl_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
     return config

@@ -13,6 +13,7 @@ def get_config():
     """Only the segmentation branch trains."""
     config = common.released()
     config.data.datasets = "lvis"
+    config.data.lengths = (112, 128, 160, 192, 256, 1024)
     config.trainable = common.SEGMENTATION
     config.frozen = (*common.ENCODERS, *common.QFORMERS, *common.LLAMA, *common.LORA, *common.FOURIER)
     return config

@@ -16,4 +16,5 @@ def get_config():
     config.trainable = ("vl_projector/.*",)
     config.frozen = (*common.ENCODERS, "al_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
     config.data.video_frames = 8
+    config.data.lengths = (96, 112, 128, 160, 192, 256, 320, 352, 384, 448, 512, 1024)
     return config

@@ -107,6 +107,10 @@ def check_config(config: ConfigDict) -> None:
     for field in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped"):
         if config[field] < 1:
             raise InputError("--config", field, f"is {config[field]}", "must be at least 1")
+    for field in ("caps", "curriculum"):
+        for task, value in config.data[field].items():
+            if value < 0:
+                raise InputError("--config", f"data.{field}.{task}", f"is {value}", "must not be negative")
     if optim.accumulate and config.data.batch_size % optim.accumulate:
         raise InputError("--config", "data.batch_size", f"{config.data.batch_size} rows do not split into "
                          f"{optim.accumulate} micro-batches", "use a multiple of optim.accumulate")

@@ -87,9 +87,10 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
     if config.data.limit:
         examples = examples[:config.data.limit]
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
-    weights = {task: n * config.data.weights[task] for task, n in counts.items()}
-    return mixture.train_order(examples, tokenizer, data_config(config), config.data.batch_size, config.seed, weights,
-                               skipped)
+    # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
+    weights = {task: min(n, data.caps[task] or n) * data.weights[task] for task, n in counts.items()}
+    return mixture.train_order(examples, tokenizer, data_config(config), data.batch_size, config.seed, weights, skipped,
+                               data.curriculum)
 
 
 def train_dataset(config: ConfigDict, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),

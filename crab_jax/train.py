@@ -36,6 +36,7 @@ from crab_jax.models.crab import Crab, CrabOutput
 from crab_jax.preemption import StopRequest
 from crab_jax.tasks import TASKS
 from crab_jax.watchdog import Watchdog
+from data_pipelines import padding
 from data_pipelines.batching import Batch
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.mixture import TrainOrder
@@ -327,6 +328,7 @@ def train(config: Any, workdir: Path) -> None:
         if resumed:
             distributed.say(f"resumed from step {start} of {workdir}")
         distributed.say(runs.parameter_table(state.trainable, frozen))
+        distributed.say(padding.table(order.padding))
 
         rows = distributed.own_rows(batch_at, config.data.batch_size)
         data: Iterator[Batch] = iter(runs.train_dataset(config, tokenizer, order, rows, start, skipped))

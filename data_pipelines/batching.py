@@ -54,6 +54,14 @@ class Bucket(NamedTuple):
     masks: int
 
 
+class Fill(NamedTuple):
+    """How much of its bucket an Example fills: positions of L, frames of T, windows of S."""
+
+    positions: int
+    frames: int
+    windows: int
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """How Examples become arrays."""
@@ -62,7 +70,7 @@ class DataConfig:
     video_frames: int = 10  # frames taken of a video, and T of a video batch
     visual_queries: int = 32  # positions of the LLM per frame
     audio_queries: int = 32  # positions of the LLM per audio window
-    lengths: tuple[int, ...] = (256, 512, 768, 1024)  # L of the buckets, in positions
+    lengths: tuple[int, ...] = (256, 384, 512, 640, 768, 896, 1024)  # L of the buckets, in positions
     prompt_only: bool = False  # leave the target out, for generation
     mute_audio: bool = False  # silence instead of the audio
     blank_video: bool = False  # black frames, and a black picture to segment
@@ -130,6 +138,11 @@ def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bu
     beside it), audio 10 windows (1 for windows `one`), and an absent modality one masked frame or window. Raises
     InputError naming the example when no length fits, or when its placeholders and its media do not agree.
     """
+    return place(example, tokenizer, config)[0]
+
+
+def place(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[Bucket, Fill]:
+    """The bucket of an Example (see `bucket_for`), and how much of it is filled by the longest video it can have."""
     bucket = Bucket(
         length=config.lengths[-1],
         frames=config.video_frames + _is_pair(example) if example.video or example.frames else 1,
@@ -137,13 +150,14 @@ def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bu
         fbank_frames=fbank.WINDOW_FRAMES[example.windows],
         masks=int(example.mask_kind != "none"),
     )
-    needed = len(_expand(example, tokenizer, config, bucket, _most_frames(example, config)).tokens)
+    frames = _most_frames(example, config)
+    needed = len(_expand(example, tokenizer, config, bucket, frames).tokens)
     fitting = [length for length in config.lengths if length >= needed]
     if not fitting:
         problem = f"needs {needed} positions, but the longest bucket has {config.lengths[-1]}"
         fix = "shorten the text or add a length to 'lengths'"
         raise InputError(f"example {example.id}", "instruction", problem, fix)
-    return bucket._replace(length=fitting[0])
+    return bucket._replace(length=fitting[0]), Fill(needed, frames, fbank.WINDOW_COUNT[example.windows])
 
 
 def _cached(config: DataConfig, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:

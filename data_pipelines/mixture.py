@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import concurrent.futures
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import numpy as np
 from absl import flags
 
 from crab_jax.errors import InputError
-from data_pipelines.batching import Batch, Bucket, DataConfig, bucket_for, collate, load
+from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
 from data_pipelines.examples import Example, choice
+from data_pipelines.padding import Padding, padding
 from data_pipelines.tokens import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -32,16 +35,17 @@ def note_skipped(file: Path | None, index: int, example: Example, error: InputEr
 
 def group_by_bucket(
     examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, skipped: Path | None = None
-) -> dict[Bucket, list[int]]:
-    """Positions of the examples of each bucket, buckets in increasing order.
+) -> dict[Bucket, dict[int, Fill]]:
+    """Positions of the examples of each bucket and how much of it each fills, buckets in increasing order.
 
     With `on_error="skip"` an example that fits no bucket is left out with a warning, and a line in the file `skipped`.
     Raises InputError otherwise, and when nothing is left.
     """
-    groups: dict[Bucket, list[int]] = collections.defaultdict(list)
+    groups: dict[Bucket, dict[int, Fill]] = collections.defaultdict(dict)
     for index, example in enumerate(examples):
         try:
-            groups[bucket_for(example, tokenizer, config)].append(index)
+            bucket, fill = place(example, tokenizer, config)
+            groups[bucket][index] = fill
         except InputError as error:
             if config.on_error == "raise":
                 raise
@@ -63,7 +67,7 @@ class BatchLoader:
     def __init__(
         self,
         examples: Sequence[Example],
-        groups: Mapping[Bucket, Sequence[int]],
+        groups: Mapping[Bucket, Iterable[int]],
         root: str | Path,
         tokenizer: Tokenizer,
         config: DataConfig,
@@ -73,7 +77,7 @@ class BatchLoader:
         self.examples, self.root, self.tokenizer, self.config = examples, root, tokenizer, config
         self.rows, self.skipped = rows, skipped
         self.bad: dict[int, str] = {}
-        rings = [(group, [*group[1:], group[0]]) for group in groups.values()]
+        rings = [(group, [*group[1:], group[0]]) for group in map(list, groups.values())]
         self.following = {index: after for group, shifted in rings for index, after in zip(group, shifted, strict=True)}
 
     def __call__(self, indices: np.ndarray) -> Batch:
@@ -120,7 +124,7 @@ class OneOf:
         return group[choice(mark, len(group), self.seed, position // self.groups)]
 
 
-def _one_of_groups(examples: Sequence[Example], indices: Sequence[int]) -> list[tuple[int, ...]]:
+def _one_of_groups(examples: Sequence[Example], indices: Iterable[int]) -> list[tuple[int, ...]]:
     """`indices` in groups of which an epoch takes one."""
     groups: dict[str | int, list[int]] = collections.defaultdict(list)
     for index in indices:
@@ -152,13 +156,29 @@ def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     return grain.MapDataset.mix([part for part, _ in parts], weights=weights)
 
 
+class Phases:
+    """Batches of several mixtures one after the other: a random-access source for Grain, endless like the last."""
+
+    def __init__(self, parts: Sequence[tuple[int, grain.MapDataset]]):
+        """parts: (number of its first batch, batches), by that number, the first 0."""
+        self.starts, self.parts = [start for start, _ in parts], [batches for _, batches in parts]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        phase = bisect.bisect_right(self.starts, number) - 1
+        return self.parts[phase][number - self.starts[phase]]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainOrder:
     """Which examples each global batch holds, whoever loads it."""
 
     examples: Sequence[Example]
-    groups: Mapping[Bucket, Sequence[int]]
+    groups: Mapping[Bucket, Mapping[int, Fill]]
     batches: grain.MapDataset  # number of a batch -> positions of its examples, int[batch_size]; endless
+    padding: Sequence[Padding]  # of each bucket, once all tasks are in the mixture
 
 
 def train_order(
@@ -169,6 +189,7 @@ def train_order(
     seed: int = 0,
     weights: Mapping[str, float] | None = None,
     skipped: Path | None = None,
+    curriculum: Mapping[str, int] | None = None,
 ) -> TrainOrder:
     """The order of training: every batch from one bucket, the same for any number of processes and workers.
 
@@ -177,26 +198,39 @@ def train_order(
         that are drawn equally often form one stream, shuffled anew every epoch, in which each comes once per epoch.
         Those with the same `one_of` in their meta count as one example: an epoch takes one of them, chosen anew.
     skipped: file that lists examples left out (see `group_by_bucket`).
+    curriculum: task -> number of the first batch that may hold it (default 0). Whenever a task joins, the others are
+        shuffled anew.
     """
     groups = group_by_bucket(examples, tokenizer, config, skipped)
     choices = {bucket: _one_of_groups(examples, group) for bucket, group in groups.items()}
     kept = [indices[0] for group in choices.values() for indices in group]
     rate_of = dict(zip(kept, _rates(examples, kept, weights), strict=True))
+    joins = {index: (curriculum or {}).get(examples[index].task, 0) for index in kept}
+    starts = sorted(set(joins.values()))
+    if starts[0] > 0:
+        problem = f"leaves nothing for the first {starts[0]} steps"
+        raise InputError("config", "data.curriculum", problem, "let a task that has examples join at step 0")
 
-    buckets, streams = [], 0
-    for group in choices.values():
-        by_rate: dict[float, list[tuple[int, ...]]] = collections.defaultdict(list)
-        for indices in group:
-            by_rate[rate_of[indices[0]]].append(indices)
-        parts = []
-        for rate, members in sorted(by_rate.items()):
-            shuffled = grain.MapDataset.source(members).seed(seed + streams).shuffle().repeat()
-            stream = shuffled.map_with_index(OneOf(examples, len(members), seed))
-            parts.append((stream, rate * len(members)))
-            streams += 1
-        share = sum(part for _, part in parts)
-        buckets.append((_mix(parts).batch(batch_size, drop_remainder=True), share))
-    return TrainOrder(examples, groups, _mix(buckets))
+    parts, streams = [], 0
+    for start in starts:
+        buckets = []
+        for group in choices.values():
+            by_rate: dict[float, list[tuple[int, ...]]] = collections.defaultdict(list)
+            for indices in group:
+                if joins[indices[0]] <= start:
+                    by_rate[rate_of[indices[0]]].append(indices)
+            mixed = []
+            for rate, members in sorted(by_rate.items()):
+                shuffled = grain.MapDataset.source(members).seed(seed + streams).shuffle().repeat()
+                stream = shuffled.map_with_index(OneOf(examples, len(members), seed))
+                mixed.append((stream, rate * len(members)))
+                streams += 1
+            if mixed:
+                share = sum(part for _, part in mixed)
+                buckets.append((_mix(mixed).batch(batch_size, drop_remainder=True), share))
+        parts.append((start, _mix(buckets)))
+    batches = parts[0][1] if len(parts) == 1 else grain.MapDataset.source(Phases(parts))
+    return TrainOrder(examples, groups, batches, padding(groups, rate_of))
 
 
 def train_dataset(
@@ -251,7 +285,7 @@ def eval_batches(
     loader = BatchLoader(examples, groups, root, tokenizer, config)
     chunks = [
         (bucket, group[start : start + batch_size])
-        for bucket, group in groups.items()
+        for bucket, group in ((bucket, list(fills)) for bucket, fills in groups.items())
         for start in range(0, len(group), batch_size)
     ]
     pool = concurrent.futures.ThreadPoolExecutor(threads)

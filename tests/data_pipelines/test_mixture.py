@@ -11,10 +11,12 @@ import sys
 import numpy as np
 import pytest
 
+from configs import tiny
+from crab_jax import runs
 from crab_jax.errors import InputError, find_input_error
 from data_pipelines import mixture
 from data_pipelines.batching import bucket_of
-from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.mixture import eval_batches
 
 IMAGE = Example(id="", task="s4", instruction="See <image>", target="a dog", image="1.png", windows="none")
@@ -117,6 +119,53 @@ def test_the_order_continues_from_any_step_and_says_what_a_batch_holds(mixed, ro
     whole = indices(take(mixture.train_dataset(order, root, tokenizer, config), 12))
     assert whole == [order.batches[step].tolist() for step in range(12)]
     assert indices(take(mixture.train_dataset(order, root, tokenizer, config, start=5), 7)) == whole[5:]
+
+
+def orders(examples, tokenizer, config, count, **options):
+    """Positions in each of the first batches."""
+    batches = mixture.train_order(examples, tokenizer, config, 2, **options).batches
+    return [batches[number].tolist() for number in range(count)]
+
+
+def test_every_mixture_can_be_entered_at_any_batch_of_any_epoch(mixed, root, tokenizer, config):
+    """Within an epoch of 9 batches, at its end, and later; with weights, choices of one picture, a curriculum."""
+    clip = [dataclasses.replace(one, meta={"one_of": "clip"}) for one in pictures(3, "ref-avs")]
+    weights = {"s4": 1.0, "avss": 3.0, "avqa": 2.0, "ref-avs": 1.0}
+    for options in ({}, {"weights": weights}, {"curriculum": {"avss": 7, "avqa": 12}, "weights": weights}):
+        order = mixture.train_order(mixed + clip, tokenizer, config, 2, **options)
+        whole = orders(mixed + clip, tokenizer, config, 40, **options)
+        for start in (4, 9, 13, 31):
+            batches = mixture.train_dataset(order, root, tokenizer, config, start=start)
+            assert indices(take(batches, 2)) == whole[start:start + 2]
+
+
+def test_a_curriculum_lets_tasks_join_at_their_step(mixed, tokenizer, config):
+    curriculum = {"avss": 6, "avqa": 10}
+    tasks = [{mixed[i].task for i in batch} for batch in orders(mixed, tokenizer, config, 40, curriculum=curriculum)]
+    assert set.union(*tasks[:6]) == {"s4"}
+    assert set.union(*tasks[6:10]) == {"s4", "avss"}
+    assert set.union(*tasks[10:]) == {"s4", "avss", "avqa"}
+    # Off by default; and once all have joined the shares are those without one.
+    assert orders(mixed, tokenizer, config, 9, curriculum=dict.fromkeys(("s4", "avss", "avqa"), 0)) == orders(
+        mixed, tokenizer, config, 9)
+    late = sum(orders(mixed, tokenizer, config, 46, curriculum=curriculum)[10:], [])
+    assert collections.Counter(mixed[i].task for i in late) == {"s4": 28, "avss": 20, "avqa": 24}
+    with pytest.raises(InputError, match="curriculum.*first 3 steps"):
+        orders(mixed, tokenizer, config, 1, curriculum={"s4": 3, "avss": 4, "avqa": 5})
+
+
+def test_a_cap_limits_the_share_of_a_task_and_every_example_still_comes(tmp_path):
+    """12 and 4 examples; with at most 4 of a task in an epoch of 8, three epochs go once through the twelve."""
+    records = pictures(12) + pictures(4, "avcap")
+    write_jsonl(tmp_path / "train.jsonl", records)
+    run = tiny.get_config()
+    run.data.root, run.data.batch_size, run.data.weights = str(tmp_path), 2, dict.fromkeys(TASK_NAMES, 1.0)
+    run.data.caps.s4 = 4
+    order = runs.train_order(run, runs.tokenizer_of(run))
+    drawn = [records[i].task for step in range(12) for i in order.batches[step].tolist()]
+    assert collections.Counter(drawn) == {"s4": 12, "avcap": 12}
+    taken = {records[i].id for step in range(12) for i in order.batches[step].tolist()}
+    assert taken == {record.id for record in records}
 
 
 @pytest.fixture
