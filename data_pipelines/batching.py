@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from crab_jax.errors import InputError
 from data_pipelines import fbank, media
-from data_pipelines.examples import TASK_NAMES, Example
+from data_pipelines.examples import TASK_NAMES, Example, seg_source
 from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Expanded, Tokenizer
 
 SEG_KINDS = {"none": 0, "binary": 1, "semantic": 2}
@@ -226,18 +226,14 @@ def _seg_picture(
     example: Example, root: Path, frames: np.ndarray, config: DataConfig
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The picture to segment, uint8[H, W, 3], and the (width, height) of its file."""
-    if example.seg_image or example.image:
-        field = "seg_image" if example.seg_image else "image"
-        path = root / (example.seg_image or example.image or "")
-    elif example.second is not None and 0 <= example.second < len(example.frames):
-        field, path = "frames", root / example.frames[example.second]
-    elif example.video and example.second is not None and 0 <= example.second < len(frames):
-        return frames[example.second], media.video_size(root / example.video)
-    else:
+    field, path = seg_source(example) or ("", "")
+    if field == "video" and example.second is not None and example.second < len(frames):
+        return frames[example.second], media.video_size(root / path)
+    if field in ("", "video"):
         problem = f"is {example.second}, which is no frame of the example, so the picture to segment is unknown"
         fix = "give the number of a frame, or the picture in 'seg_image'"
         raise InputError(f"example {example.id}", "second", problem, fix)
-    return _load_image(path, field, config), media.image_size(path, field)
+    return _load_image(root / path, field, config), media.image_size(root / path, field)
 
 
 def _load_segmentation(example: Example, root: Path, frames: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:

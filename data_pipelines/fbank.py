@@ -23,6 +23,8 @@ SILENCE = np.float32((np.log(FLOOR) - MEAN) / (2 * STD))  # every value of a sil
 
 WINDOW_COUNT = {"ten": 10, "five": 5, "music_avqa": 10, "one": 1, "one_of_five": 1, "none": 0}
 WINDOW_FRAMES = {"ten": 98, "five": 98, "music_avqa": 198, "one": 98, "one_of_five": 98, "none": 98}
+# A clip is cut into so many parts, and a window spans so many of them.
+PARTS = {"ten": (10, 1), "one": (10, 1), "five": (5, 1), "one_of_five": (5, 1), "music_avqa": (60, 2)}
 SINGLE = {"one": 10, "one_of_five": 5}  # windows that are one of so many
 # BEATs cuts 16x16 patches: a window with fewer frames than one patch row holds nothing that it can read.
 SHORTEST_WINDOW = FRAME + 15 * SHIFT
@@ -75,6 +77,19 @@ def fbank(waveform: np.ndarray) -> np.ndarray:
     return ((log_mel(waveform) - MEAN) / (2 * STD)).astype(np.float32)
 
 
+def check_windows(samples: int, policy: str, second: int | None, where: str, pad_short: bool = False) -> None:
+    """Raise InputError for a clip of `samples` that a policy (not `none`) cannot cut: a bad `second`, and windows below
+    one BEATs patch row (175 ms) unless `pad_short`."""
+    parts, spans = PARTS[policy]
+    if policy in SINGLE and (second is None or not 0 <= second < parts):
+        problem = f"is {second}, but windows {policy!r} reads one of {parts}"
+        raise InputError(where, "second", problem, f"give a second from 0 to {parts - 1}")
+    if not pad_short and samples // parts * spans < SHORTEST_WINDOW:
+        needed = SHORTEST_WINDOW * parts / spans / SAMPLE_RATE
+        problem = f"{samples / SAMPLE_RATE:.2f} s of audio are too short for windows {policy!r}"
+        raise InputError(where, "audio", problem, f"give at least {needed:.2f} s, or set pad_short_audio")
+
+
 def cut_windows(
     waveform: np.ndarray, policy: str, second: int | None = None, where: str = "audio", pad_short: bool = False
 ) -> np.ndarray:
@@ -86,20 +101,14 @@ def cut_windows(
     which changes no frame of a clip of exactly 10 (5, 60) seconds. `one` is window `second` of `ten`, `one_of_five` of
     `five`; `none` gives S = 0.
 
-    Raises InputError for a bad `second`, and for windows below one BEATs patch row (175 ms) unless `pad_short`.
+    Raises InputError as `check_windows` does.
     """
     samples = samples_of(WINDOW_FRAMES[policy])
     if policy == "none":
         return np.zeros((0, samples), np.float32)
-    parts, spans = {"five": (5, 1), "one_of_five": (5, 1), "music_avqa": (60, 2)}.get(policy, (10, 1))
-    if policy in SINGLE and (second is None or not 0 <= second < parts):
-        problem = f"is {second}, but windows {policy!r} reads one of {parts}"
-        raise InputError(where, "second", problem, f"give a second from 0 to {parts - 1}")
+    check_windows(len(waveform), policy, second, where, pad_short)
+    parts = PARTS[policy][0]
     unit = len(waveform) // parts
-    if not pad_short and unit * spans < SHORTEST_WINDOW:
-        needed = SHORTEST_WINDOW * parts / spans / SAMPLE_RATE
-        problem = f"{len(waveform) / SAMPLE_RATE:.2f} s of audio are too short for windows {policy!r}"
-        raise InputError(where, "audio", problem, f"give at least {needed:.2f} s, or set pad_short_audio")
     if policy == "music_avqa":
         centred = [waveform[int(max(0, t - 0.5) * unit) : int((t + 1.5) * unit)] for t in range(0, 60, 6)]
         pieces = [np.pad(piece, (2 * unit - len(piece), 0)) for piece in centred]

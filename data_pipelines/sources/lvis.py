@@ -39,7 +39,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     images, categories = _by_id(parts["images"]), _by_id(parts["categories"])
 
     def examples(row: Row) -> Iterator[Example]:
-        if not isinstance(area := row.values.get("area"), int | float):
+        if not isinstance(area := row.values.get("area"), int | float) or not np.isfinite(area):
             raise row.error("area", f"is {area!r:.40}", "must be a number")
         if area < SMALLEST:
             return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crab_jax.errors import InputError
-from data_pipelines.examples import Example
+from data_pipelines.examples import Example, strict_json
 
 Found = Example | InputError
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class Release:
 
     def annotation(self, *names: str) -> str:
         """The first of `names` that is there. Raises MissingFile."""
-        found = next((name for name in names if (self.base / name).is_file()), None)
+        found = next((name for name in names if os.path.isfile(self.base / name)), None)
         if found is None:
             others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
             raise MissingFile(str(self.base / names[0]), "", f"no such annotation file{others}",
@@ -110,14 +110,19 @@ class Release:
         return found
 
     def text(self, name: str) -> str:
-        """The content of a UTF-8 file, without a byte order mark."""
-        data = (self.base / name).read_bytes()
+        """The content of a UTF-8 file, without a byte order mark. Raises InputError, also for an empty file."""
+        again = "copy the annotation file again"
+        try:
+            data = (self.base / name).read_bytes()
+        except OSError as error:
+            raise InputError(str(self.base / name), "", f"cannot be read ({error.strerror})", again) from None
+        if not data.strip():
+            raise InputError(str(self.base / name), "", "is empty", again)
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             number = data.count(b"\n", 0, error.start) + 1
-            raise InputError(f"{self.base / name}:{number}", "", "is not UTF-8 text",
-                             "copy the annotation file again") from None
+            raise InputError(f"{self.base / name}:{number}", "", "is not UTF-8 text", again) from None
 
     def lines(self, name: str) -> list[str]:
         """Lines of a text file; CRLF ends and empty lines at the end of the file are dropped."""
@@ -152,12 +157,12 @@ class Release:
     def json(self, name: str) -> Any:
         """The content of a JSON file."""
         try:
-            return json.loads(self.text(name))
+            return strict_json(self.text(name))
         except json.JSONDecodeError as error:
             raise InputError(f"{self.base / name}:{error.lineno}", "", f"not valid JSON ({error.msg})",
                              "copy the file again") from None
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-            raise InputError(str(self.base / name), "", f"not readable JSON ({type(error).__name__})",
+        except ValueError as error:  # numbers of thousands of digits, too
+            raise InputError(str(self.base / name), "", f"not readable JSON ({str(error):.100})",
                              "copy the file again") from None
 
     def records(self, name: str, items: Any = None) -> Iterator[Row | InputError]:
@@ -186,7 +191,8 @@ class Release:
         return next((f"{folder}/{path}" for folder in folders if self.kind(f"{folder}/{path}")), f"{folders[0]}/{path}")
 
     def kind(self, path: str) -> str:
-        """"file", "folder", "outside" for a link that leaves the release, "" for nothing there.
+        """"file", "folder", "outside" for a link that leaves the release, "special" for a pipe or a device, "" for
+        nothing there.
 
         A folder is listed once, so that a hundred thousand questions cost a few hundred system calls.
         """
@@ -214,9 +220,13 @@ class Release:
             return {}
 
     def _kind_of(self, entry: os.DirEntry[str]) -> str:
-        if entry.is_symlink() and not self._contains(entry.path):
-            return "outside"
-        return "file" if entry.is_file() else "folder" if entry.is_dir() else ""
+        try:
+            if entry.is_symlink() and not self._contains(entry.path):
+                return "outside"
+            return "file" if entry.is_file() else "folder" if entry.is_dir() else "special" if os.path.exists(
+                entry.path) else ""
+        except OSError:  # links in a circle
+            return ""
 
     def _contains(self, path: str | Path) -> bool:
         real = os.path.realpath(path)
@@ -228,6 +238,8 @@ class Release:
         if kind == "outside":
             raise InputError(where, field, f"{path} is a link out of the data root",
                              "put the file there, or link the dataset's whole folder")
+        if kind == "special":
+            raise InputError(where, field, f"{path} is a pipe or a device", "put a file there")
         if kind != "file":
             problem = f"{path} is {'a folder' if kind else 'missing'}"
             raise MissingFile(where, field, problem,

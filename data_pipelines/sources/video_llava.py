@@ -27,8 +27,11 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         if not answer:
             raise row.error("conversations[1]", "is empty", "restore the record from the release")
         answer += "" if answer[-1] in ".!?" else "."
+        number = row.values.get("id", row.place.rpartition(" ")[2])
+        if not isinstance(number, str | int):
+            raise row.error("id", f"is {number!r:.60}", "must be text or a whole number")
         yield Example(
-            id=f"{kind}-{row.values.get('id', row.place.rpartition(' ')[2])}", task="avcap", windows="none",
+            id=f"{kind}-{number}", task="avcap", windows="none",
             instruction=f"{_BLOCKS[kind]}Please answer the question:\n{question}", target=answer,
             image=path if kind == "image" else None, video=path if kind == "video" else None,
             meta={"captions": [answer], "row": row.place})

@@ -432,7 +432,8 @@ def test_a_malformed_row_is_one_error_that_names_its_place(copied, name, split, 
     ("ave", "train", b"\xff\xfe\x00", "not UTF-8"), ("avqa", "test", b"[{", "not valid JSON"),
     ("avqa", "test", b"{}", "not a list"), ("avqa", "test", b"[" * 100_000, "JSON"),
     ("valor", "val", b'[{"video_id": ' + b"9" * 5000 + b"}]", "JSON"), ("lvis", "val", b"[]", "images"),
-    ("audiocaps", "val", b"", "audiocap_id"), ("s4", "val", b"uid,label,split\n", "a_obj"),
+    ("audiocaps", "val", b"", "is empty"), ("audiocaps", "val", b"id\n", "audiocap_id"),
+    ("s4", "val", b"uid,label,split\n", "a_obj"),
     ("video_llava", "train", b"null", "not a list")])
 def test_an_annotation_file_that_cannot_be_read_stops_the_split(copied, name, split, content, message):
     root = copied(DATASETS[name].folder)
