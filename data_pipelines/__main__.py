@@ -1,6 +1,7 @@
 """What a data root holds, and what can be made of it.
 
     python -m data_pipelines status --root R [--datasets a,b] [--json FILE]      have / missing / corrupt / effective N
+    python -m data_pipelines validate --root R [--datasets a,b] [--json FILE]    decodes everything; exits 3 if bad
 
 `python -m data_pipelines <verb> --help` says more.
 """
@@ -12,7 +13,8 @@ import sys
 
 from crab_jax.errors import InputError, run_verb
 
-VERBS = {"status": "data_pipelines.status"}  # verb -> the module whose main(argv) it is
+# verb -> the module whose main(argv) it is
+VERBS = {"status": "data_pipelines.status", "validate": "data_pipelines.validate"}
 
 
 def main(argv: list[str]) -> None:

@@ -90,7 +90,7 @@ def _is_pair(example: Example) -> bool:
     return bool(example.image and (example.video or example.frames))
 
 
-def _visual_placeholders(example: Example) -> list[str]:
+def check_sources(example: Example) -> list[str]:
     """The placeholders of the visual sources, after checking that placeholders and media agree."""
     where = f"example {example.id}"
     present = [name for name in VISUAL_PLACEHOLDERS if name in example.instruction]
@@ -112,7 +112,7 @@ def _rows(example: Example, bucket: Bucket, frames: int, config: DataConfig) -> 
     """Feature rows behind each placeholder. Rows of the bucket: T * Qv visual ones, then S * Qa audio ones."""
     audio = fbank.WINDOW_COUNT[example.windows] * config.audio_queries
     rows = {AUDIO_PLACEHOLDER: bucket.frames * config.visual_queries + np.arange(audio)}
-    placeholders = _visual_placeholders(example)
+    placeholders = check_sources(example)
     visual = np.arange(frames * config.visual_queries)
     if _is_pair(example):  # the picture is the last frame
         return {"<video>": visual[: -config.visual_queries], "<image>": visual[-config.visual_queries:], **rows}

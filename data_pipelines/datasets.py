@@ -31,13 +31,15 @@ class Dataset:
 
     folder: of the data root. sizes: split -> Examples of the complete release, None where that is not known.
     stage: "joint" for the tasks of the joint stage, which are read when no dataset is asked for; "pretrain"; "other"
-    for another release of the same clips, and for the users' own data.
+    for another release of the same clips, and for the users' own data. shared: the release itself has clips in two
+    splits.
     """
 
     folder: str
     read: Reader
     sizes: Mapping[str, int | None]
     stage: str = "joint"
+    shared: bool = False
 
 
 def _semantic(task: str, **sizes: int | None) -> Dataset:
@@ -50,9 +52,9 @@ def _object(task: str, **sizes: int | None) -> Dataset:
 
 _ANY: dict[str, int | None] = dict.fromkeys(SPLITS)
 DATASETS: dict[str, Dataset] = {
-    "ave": Dataset("ave", ave.read, {"train": 3339, "val": 402, "test": 402}),
+    "ave": Dataset("ave", ave.read, {"train": 3339, "val": 402, "test": 402}, shared=True),
     "avvp": Dataset("llp", avvp.read, {"train": 10000, "val": 649, "test": 1200}),
-    "avqa": Dataset("music_avqa", avqa.read, {"train": 31927, "val": 4568, "test": 9129}),
+    "avqa": Dataset("music_avqa", avqa.read, {"train": 31927, "val": 4568, "test": 9129}, shared=True),
     "arig": Dataset("avsbench_semantic", arig.read, _ANY),
     "s4": _semantic("s4", train=3452, val=3700, test=3700),
     "ms3": _semantic("ms3", train=1480, val=320, test=320),
@@ -64,13 +66,32 @@ DATASETS: dict[str, Dataset] = {
     "audiocaps": Dataset("audiocaps", audiocaps.read, {"train": 49838, "val": 495, "test": 975}, "pretrain"),
     "lvis": Dataset("lvis", lvis.read, {"train": None, "val": None}, "pretrain"),
     "avqa_original": Dataset("music_avqa", functools.partial(avqa.read, annotations="json"),
-                             {"train": 32087, "val": 4595, "test": 9185}, "other"),
+                             {"train": 32087, "val": 4595, "test": 9185}, "other", shared=True),
     "s4_object": _object("s4", train=3452, val=3700, test=3700),
     "ms3_object": _object("ms3", train=1480, val=320, test=320),
     "arig_object": Dataset("avsbench_object", functools.partial(arig.read, part="object"),
                            {"train": None, "val": None, "test": 3694}, "other"),
     "own": Dataset("own", own.read, _ANY, "other"),
 }
+PREPARED = "prepared"  # the name of what `<split>.jsonl` in the data root itself holds
+_PREPARED = Dataset("", own.read, _ANY, "other")
+
+
+def dataset_of(name: str) -> Dataset:
+    """The dataset of a name, PREPARED too."""
+    return _PREPARED if name == PREPARED else DATASETS[name]
+
+
+def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(name, split) of all that a data root may hold, or of the datasets `names`: the `<split>.jsonl` that are there,
+    which then is all that is read, or each split of each dataset. Raises InputError."""
+    if not Path(root).is_dir():
+        raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
+    if prepared := [split for split in SPLITS if (Path(root) / f"{split}.jsonl").is_file()]:
+        return [(PREPARED, split) for split in prepared]
+    parts = ("test_s", "test_u", "test_n")  # of test
+    return [(name, split) for name in (choose(root, names) if names else DATASETS)
+            for split in DATASETS[name].sizes if split not in parts]
 
 
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
@@ -106,7 +127,7 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
     Ids start with the dataset's name and are unique in the split. meta gets `dataset`, and `row` names the line of the
     annotation file. Raises InputError when the annotations as a whole cannot be read.
     """
-    dataset = DATASETS[name]
+    dataset = dataset_of(name)
     if variant not in VARIANTS:
         raise InputError("datasets", "variant", f"unknown value {variant!r}", f"use one of {', '.join(VARIANTS)}")
     if split not in dataset.sizes:
@@ -126,6 +147,9 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
                 release.check(path, where, field)
         except InputError as error:
             yield error
+            continue
+        if name == PREPARED:
+            yield found
             continue
         named = found.id if name == "own" else f"{name}-{found.id}"
         mark = {"one_of": f"{name}-{found.meta['one_of']}"} if "one_of" in found.meta else {}

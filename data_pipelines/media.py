@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -101,14 +102,47 @@ def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
         taken = min(count, total)
         indices = np.arange(taken) * total // max(taken, 1)
         picked, decoded = _decode_frames(path, set(indices.tolist()), size)
-        if decoded < 0.9 * declared:
-            problem = f"only {decoded} of {declared} frames can be decoded; the file is truncated"
-            raise InputError(str(path), "video", problem, "copy or download the file again")
-        if decoded == 0:
-            raise InputError(str(path), "video", "has no frames", "give a video with at least one frame")
+        _check_frames(decoded, declared, path)
         if decoded == total:
             return np.stack([picked[i] for i in indices.tolist()])
         total = decoded  # the container's frame count was off: choose again from the real one
+
+
+def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
+    if decoded < 0.9 * declared:
+        problem = f"only {decoded} of {declared} frames can be decoded; the file is truncated"
+        raise InputError(str(path), "video", problem, "copy or download the file again")
+    if decoded == 0:
+        raise InputError(str(path), "video", "has no frames", "give a video with at least one frame")
+
+
+class Watched(NamedTuple):
+    """A video, seen to its end. frames: how many, damaged: those that the decoder guessed parts of; seconds from the
+    first to the end of the last; (width, height) as a player shows it."""
+
+    frames: int
+    damaged: int
+    seconds: float
+    size: tuple[int, int]
+
+
+def watch(path: str | Path) -> Watched:
+    """Decode every frame of a video and keep none. Raises InputError as `read_video` does."""
+    frames = damaged = 0
+    begin, end = math.inf, -math.inf
+    size = (0, 0)
+    with _opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        for frame in container.decode(stream):
+            if not frames:
+                size = (frame.height, frame.width) if _quarter_turns(frame) % 2 else (frame.width, frame.height)
+            frames, damaged = frames + 1, damaged + frame.is_corrupt
+            if frame.pts is not None and frame.time_base:
+                tick = float(frame.time_base)
+                begin, end = min(begin, frame.pts * tick), max(end, (frame.pts + (frame.duration or 0)) * tick)
+        declared = stream.frames
+    _check_frames(frames, declared, path)
+    return Watched(frames, damaged, max(0.0, end - begin), size)
 
 
 @contextlib.contextmanager
@@ -143,6 +177,12 @@ def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
     """
     with _picture(path, field) as picture:
         return np.array(_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def alpha(path: str | Path, field: str = "mask") -> np.ndarray | None:
+    """uint8[H,W]: how opaque a picture is, None for one that does not say."""
+    with _picture(path, field) as picture:
+        return np.array(picture.convert("RGBA").getchannel("A")) if picture.has_transparency_data else None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -216,6 +256,13 @@ def _read_track(path: str | Path) -> tuple[np.ndarray, int]:
         return np.concatenate([np.zeros(0, np.float32), *mono]), stream.rate
 
 
+def stated_seconds(path: str | Path) -> float:
+    """How long the first audio track of a file is by the lengths of its packets, without decoding them."""
+    with _opened(path, "audio") as container:
+        stream = container.streams.audio[0]
+        return float(sum(packet.duration or 0 for packet in container.demux(stream)) * (stream.time_base or 0))
+
+
 def read_audio(path: str | Path) -> np.ndarray:
     """float32[N] mono at 16 kHz: the mean of the channels, then soxr HQ, as librosa.load does.
 
@@ -271,7 +318,8 @@ def _decode_inline(code: str) -> np.ndarray:
         raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix) from None
 
 
-def _check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:
+def check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:
+    """Raise InputError for a mask of another (width, height) than the picture that it belongs to."""
     if picture is not None and size != picture:
         problem = f"is {size[0]}x{size[1]}, but its picture is {picture[0]}x{picture[1]}"
         raise InputError(where, "mask", problem, "export the mask at the size of its picture")
@@ -279,7 +327,7 @@ def _check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: s
 
 def _binary(grey: np.ndarray, size: int | None, where: str, picture: tuple[int, int] | None) -> np.ndarray:
     """int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
-    _check_size((grey.shape[1], grey.shape[0]), picture, where)
+    check_size((grey.shape[1], grey.shape[0]), picture, where)
     # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
     rows, columns = (np.arange(size or n) * n // (size or n) for n in grey.shape)
     return (grey[rows[:, None], columns] > 0).astype(np.int32)
@@ -314,7 +362,7 @@ def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int,
         if kind == "binary":
             grey = np.array(mask if mask.mode in _DEEP else mask.convert("L"))
             return _binary(grey, size, str(path), picture)
-        _check_size(mask.size, picture, str(path))
+        check_size(mask.size, picture, str(path))
         if mask.mode == "P":
             _check_palette(mask, str(path))
         if mask.mode == "LA":

@@ -15,23 +15,28 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from crab_jax.errors import CommandLine, InputError, run_verb
-from data_pipelines.datasets import DATASETS, choose, media_of, records
+from data_pipelines.datasets import DATASETS, dataset_of, media_of, records, selection
 from data_pipelines.examples import Example
 from data_pipelines.media import riff_damage
 from data_pipelines.sources.release import MissingFile
 
+# How the text of a Problem begins.
+MISSING, CORRUPT, MALFORMED, LEAK, WARNING = "missing", "corrupt", "malformed", "leak", "warning"
+KINDS = (MISSING, CORRUPT, MALFORMED, LEAK, WARNING)
+Look = Callable[[str, str, Example], Iterable[tuple[str, str, str]]]  # (dataset, split, Example) -> (field, path, text)
 _MP4 = (".mp4", ".m4a", ".m4v", ".mov")
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx", b"uuid", b"pnot")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. dataset, id (the annotation's line), path of the file, field, and what it is."""
+    """One thing that is wrong. id: of the Example, or the annotation's line where there is none; path of the file;
+    problem: its kind, a colon, and what it is."""
 
     dataset: str
     split: str
@@ -39,6 +44,10 @@ class Problem:
     path: str
     field: str
     problem: str
+
+    @property
+    def kind(self) -> str:
+        return self.problem.partition(":")[0]
 
 
 @dataclasses.dataclass
@@ -57,57 +66,82 @@ class Count:
     note: str = ""
 
 
-def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None
-           ) -> tuple[list[Count], list[Problem]]:
-    """Counts of every split of the datasets `names` (all when empty), and every problem. Raises InputError only for a
-    root that is no folder and an unknown name."""
-    if not Path(root).is_dir():
-        raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
-    names = choose(root, names) if names else list(DATASETS)
-    damage_of = functools.cache(functools.partial(damage, root))
+def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None,
+           look: Look | None = None) -> tuple[list[Count], list[Problem]]:
+    """Counts of every split of the datasets `names` (all when empty), and every problem.
+
+    look: what is wrong with an Example whose files are there; None looks at the outline of each. Raises InputError only
+    for a root that is no folder and an unknown name.
+    """
+    look = look or outlines(root)
     counts: list[Count] = []
     problems: list[Problem] = []
-    for name in names:
-        for split, complete in DATASETS[name].sizes.items():
-            if split in ("test_s", "test_u", "test_n"):
-                continue  # parts of test
-            count = Count(name, split, complete)
-            counts.append(count)
-            if not (Path(root) / DATASETS[name].folder).is_dir():
-                count.note = f"no folder {DATASETS[name].folder}/"
-                continue
-            try:
-                problems += _count(count, root, damage_of, progress)
-            except InputError as error:  # of an annotation file as a whole
-                count.note = str(error)
-                kind = "missing" if isinstance(error, MissingFile) else "malformed"
-                problems.append(Problem(name, split, "", error.where, error.field, f"{kind}: {error.problem}"))
+    for name, split in selection(root, names):
+        count = Count(name, split, dataset_of(name).sizes[split])
+        counts.append(count)
+        if not (Path(root) / dataset_of(name).folder).is_dir():
+            count.note = f"no folder {dataset_of(name).folder}/"
+            continue
+        try:
+            problems += _count(count, root, look, progress)
+        except InputError as error:  # of an annotation file as a whole
+            count.note = str(error)
+            kind = MISSING if isinstance(error, MissingFile) else MALFORMED
+            problems.append(Problem(name, split, "", error.where, error.field, f"{kind}: {error.problem}"))
     return counts, problems
 
 
-def _count(count: Count, root: str | Path, damage_of: Callable[[str], str], progress: Callable[[str], None] | None
-           ) -> Iterator[Problem]:
+def outlines(root: str | Path) -> Look:
+    """Looks at the outline of each file, once."""
+    damage_of = functools.cache(functools.partial(damage, root))
+
+    def look(dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
+        for field, path in media_of(example):
+            if what := damage_of(path):
+                yield field, path, f"{CORRUPT}: {what}"
+
+    return look
+
+
+def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """Count one split; yields its problems."""
-    began = shown = time.monotonic()
+    pace = Pace(progress)
+
+    def line(seconds: float) -> str:
+        rate = count.annotated / seconds
+        left = f", {max(0, count.complete - count.annotated) / rate:.0f} s left" if count.complete else ""
+        return f"{count.dataset} {count.split}: {count.annotated} examples, {rate:.0f}/s{left}"
+
     for found in records(root, count.dataset, count.split):
         count.annotated += 1
         if isinstance(found, Example):
-            damaged = [(field, path, what) for field, path in media_of(found) if (what := damage_of(path))]
-            count.corrupt += bool(damaged)
-            count.have += not damaged
-            for field, path, what in damaged:
-                yield Problem(count.dataset, count.split, found.id, path, field, f"corrupt: {what}")
+            problems = [Problem(count.dataset, count.split, found.id, path, field, text)
+                        for field, path, text in look(count.dataset, count.split, found)]
+            kinds = {problem.kind for problem in problems}
+            kind = next((kind for kind in (MALFORMED, CORRUPT) if kind in kinds), "")
+            yield from problems
         else:
-            kind = "missing" if isinstance(found, MissingFile) else "malformed"
-            count.missing += kind == "missing"
-            count.malformed += kind == "malformed"
+            kind = MISSING if isinstance(found, MissingFile) else MALFORMED
             yield Problem(count.dataset, count.split, os.path.relpath(found.where, root), found.where, found.field,
                           f"{kind}: {found.problem}")
-        now = time.monotonic()
-        if progress and now - shown > 3:
-            shown, rate = now, count.annotated / (now - began)
-            left = f", {max(0, count.complete - count.annotated) / rate:.0f} s left" if count.complete else ""
-            progress(f"{count.dataset} {count.split}: {count.annotated} examples, {rate:.0f}/s{left}")
+        count.missing += kind == MISSING
+        count.corrupt += kind == CORRUPT
+        count.malformed += kind == MALFORMED
+        count.have += not kind
+        pace(line)
+
+
+class Pace:
+    """Shows a line of progress every three seconds; calls it with the seconds since the start."""
+
+    def __init__(self, progress: Callable[[str], None] | None):
+        self.progress, self.began = progress, time.monotonic()
+        self.shown = self.began
+
+    def __call__(self, line: Callable[[float], str]) -> None:
+        if self.progress and (now := time.monotonic()) - self.shown > 3:
+            self.shown = now
+            self.progress(line(now - self.began))
 
 
 def damage(root: str | Path, path: str) -> str:
@@ -171,34 +205,46 @@ def table(counts: Sequence[Count]) -> str:
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of the verb."""
-    parser = CommandLine(__doc__, "python -m data_pipelines status")
+def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
+    """The arguments of a verb that looks through a data root."""
+    parser = CommandLine(doc, prog)
     parser.add_argument("--root", required=True, help="data root: releases in folders of their names")
-    parser.add_argument("--datasets", default="", help=f"comma-separated, of {','.join(DATASETS)} (default: all)")
+    parser.add_argument("--datasets", default="", type=lambda text: [name for name in text.split(",") if name],
+                        help=f"comma-separated, of {','.join(DATASETS)} (default: all)")
     parser.add_argument("--json", default="", help="file to write the counts and every problem to")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser
+
+
+def show(line: str) -> None:
+    """Print progress, apart from what a verb prints as its result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> None:
+    """Print the table and the first problems; write all of them to `file` unless it is ""."""
+    if file:
+        content = {"counts": [dataclasses.asdict(count) for count in counts],
+                   "kinds": {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS},
+                   "problems": [dataclasses.asdict(problem) for problem in problems]}
+        try:  # names of files may hold bytes that are no text
+            Path(file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
+        except OSError as error:
+            raise InputError(file, "--json", f"cannot be written ({error.strerror})",
+                             "give a file in a folder that exists") from error
+    print(table(counts))
+    for problem in sorted(problems, key=lambda problem: KINDS.index(problem.kind))[:10]:
+        line = f"  {problem.dataset} {problem.split}, {problem.id} [{problem.field}]: {problem.problem}"
+        print(line.encode("utf-8", "backslashreplace").decode())
+    if problems[10:]:
+        print(f"  and {len(problems) - 10} more; --json FILE lists them")
 
 
 def run(argv: Sequence[str]) -> None:
     """Print the table, and write the report when asked to."""
-    arguments = parse_arguments(argv)
-    names = [name for name in arguments.datasets.split(",") if name]
-    counts, problems = status(arguments.root, names, lambda line: print(line, file=sys.stderr, flush=True))
-    if arguments.json:
-        report = {"counts": [dataclasses.asdict(count) for count in counts],
-                  "problems": [dataclasses.asdict(problem) for problem in problems]}
-        try:
-            Path(arguments.json).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-        except OSError as error:
-            raise InputError(arguments.json, "--json", f"cannot be written ({error.strerror})",
-                             "give a file in a folder that exists") from error
-    print(table(counts))
-    for problem in problems[:10]:
-        print(f"  {problem.dataset} {problem.split}, {problem.id} [{problem.field}]: {problem.problem}")
-    if problems[10:]:
-        print(f"  and {len(problems) - 10} more; --json FILE lists them")
+    arguments = command_line(__doc__, "python -m data_pipelines status").parse_args(argv)
+    counts, problems = status(arguments.root, arguments.datasets, show)
+    report(counts, problems, arguments.json)
 
 
 def main(argv: Sequence[str]) -> None:

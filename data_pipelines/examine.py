@@ -1,0 +1,111 @@
+"""What decoding a media file shows: the facts about one file, whole, whatever it is used for.
+
+`examine` runs in processes that may crash on a file (workers.py), so this module imports nothing but decoders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+
+from crab_jax.errors import InputError
+from data_pipelines import media
+from data_pipelines.status import CORRUPT, WARNING, damage
+
+SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
+STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
+LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
+LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
+USES = ("video", "audio", "picture", "binary", "semantic")  # the last two are kinds of masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a file holds.
+
+    problems: (use, text) pairs, each text starting with its kind, as in `Problem`. seconds: of a video's pictures, 0 if
+    not looked at. samples: of its sound at 16 kHz. size: (width, height) of its pictures, upright.
+    """
+
+    problems: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+    samples: int = 0
+    size: tuple[int, int] | None = None
+
+
+def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
+    """Facts of (data root, path, uses of the file). Nothing that is wrong with the file raises."""
+    root, path, uses = task
+    if damaged := damage(root, path):
+        return Facts(tuple((use, f"{CORRUPT}: {damaged}") for use in uses))
+    facts = Facts()
+    for use in uses:
+        try:
+            found = _LOOK[use](os.path.join(root, path))
+        except InputError as error:
+            found = Facts(((use, f"{CORRUPT}: {error.problem}"),))
+        except Exception as error:  # of a decoder, which no loader expects either
+            found = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
+        facts = Facts(facts.problems + found.problems, facts.seconds or found.seconds, facts.samples or found.samples,
+                      facts.size or found.size)
+    return facts
+
+
+def _video(path: str) -> Facts:
+    av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture() as said:
+        shown = media.watch(path)
+    problems = []
+    if shown.damaged:
+        problems.append(f"{CORRUPT}: {shown.damaged} of {shown.frames} frames are damaged")
+    elif said:
+        problems.append(f"{WARNING}: the decoder says {said[0][2].strip()!r:.100}")
+    return Facts(tuple(("video", problem) for problem in problems), shown.seconds, size=shown.size)
+
+
+def _audio(path: str) -> Facts:
+    sound = media.read_audio(path)
+    problems = []
+    if (peak := float(np.abs(sound).max())) < SILENT:
+        problems.append(f"{CORRUPT}: is silent (the loudest sample is {peak:.1g} of full scale)")
+    if Path(path).suffix.lower() == ".mp3":
+        # libsndfile guesses the length of an MP3 without an index, and stops there.
+        stated, read = media.stated_seconds(path), len(sound) / media.SAMPLE_RATE
+        if mismatch(stated, read):
+            problems.append(f"{CORRUPT}: {read:.2f} s of {stated:.2f} s are read; export it as WAV")
+    return Facts(tuple(("audio", problem) for problem in problems), samples=len(sound))
+
+
+def _picture(path: str) -> Facts:
+    media.read_image(path, 8)
+    return Facts(size=media.image_size(path))
+
+
+def _binary(path: str) -> Facts:
+    mask, alpha = media.read_mask(path, None, "binary"), media.alpha(path)
+    problems: tuple[tuple[str, str], ...] = ()
+    if alpha is not None and alpha.min(initial=255) < 255 and ((alpha > 0) != mask).any():
+        problems = (("binary", f"{CORRUPT}: what is opaque is not what is above black, which is what is read"),)
+    return Facts(problems, size=(mask.shape[1], mask.shape[0]))
+
+
+def _semantic(path: str) -> Facts:
+    classes = media.read_mask(path, None, "semantic", unknown=-1)
+    problems: tuple[tuple[str, str], ...] = ()
+    if stray := int((classes < 0).sum()):
+        kind = WARNING if stray <= STRAY * classes.size else CORRUPT
+        problems = (("semantic", f"{kind}: {stray} of {classes.size} pixels have a colour of no class; they are read "
+                                 "as background"),)
+    return Facts(problems, size=(classes.shape[1], classes.shape[0]))
+
+
+def mismatch(one: float, other: float) -> bool:
+    """Whether two lengths, in seconds, are too different to be of one clip."""
+    return abs(one - other) > max(LATE_SECONDS, LATE * max(one, other))
+
+
+_LOOK = dict(zip(USES, (_video, _audio, _picture, _binary, _semantic), strict=True))

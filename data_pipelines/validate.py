@@ -1,0 +1,189 @@
+"""Decodes every file of every dataset, and names what training would stumble over or silently read wrong.
+
+    python -m data_pipelines validate --root R --datasets ave,avqa --json runs/validate.json --workers 8
+
+Exits 0 when all is well and 3 when anything is bad: a file that is damaged, silent, too short or of another length or
+size than what belongs to it, a malformed row, a clip in two splits, and a missing file unless --allow-missing is given.
+docs/datasets.md lists the checks. A file is decoded once, whatever uses it, and one that crashes or hangs its decoder
+is a problem like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from crab_jax.errors import InputError, run_verb
+from data_pipelines import fbank, media
+from data_pipelines.batching import check_sources
+from data_pipelines.datasets import DATASETS, media_of, records, selection
+from data_pipelines.examine import Facts, examine, mismatch
+from data_pipelines.examples import Example, seg_source
+from data_pipelines.status import (
+    CORRUPT,
+    LEAK,
+    MALFORMED,
+    MISSING,
+    WARNING,
+    Count,
+    Pace,
+    Problem,
+    command_line,
+    report,
+    show,
+    status,
+)
+from data_pipelines.workers import results
+
+BAD = 3  # the exit code
+SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # that a file may take, and more for a large one
+Task = tuple[str, str, tuple[str, ...]]  # what `examine` takes
+
+
+def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
+             progress: Callable[[str], None] | None = None, seconds: float = SECONDS
+             ) -> tuple[list[Count], list[Problem]]:
+    """Counts and problems as of `status`, by decoding with `workers` processes (0: one per core).
+
+    Memory grows by the names of the files, not by what they hold; a process decodes one file at a time. Raises
+    InputError only for a root that is no folder and an unknown name.
+    """
+    found: dict[str, Facts] = {}
+    known: dict[Facts, Facts] = {}  # most pictures have the same
+    tasks = files(root, names, Pace(progress))
+    pace = Pace(progress)
+
+    def limit(task: Task) -> float:
+        return seconds + os.path.getsize(Path(task[0]) / task[1]) / BYTES_PER_SECOND
+
+    def line(passed: float) -> str:
+        rate = len(found) / passed
+        return f"{len(found):,} of {len(tasks):,} files, {rate:.1f}/s, {(len(tasks) - len(found)) / rate:.0f} s left"
+
+    for task, facts in results(examine, tasks, workers or os.cpu_count() or 1, limit):
+        if isinstance(facts, Exception):
+            facts = Facts(tuple((use, f"{CORRUPT}: {facts}") for use in task[2]))
+        found[task[1]] = known.setdefault(facts, facts)
+        pace(line)
+    return status(root, names, progress, Look(root, found))
+
+
+def files(root: str | Path, names: Sequence[str], pace: Pace) -> list[Task]:
+    """Every file that an Example needs, once, with all that it is used for."""
+    uses: dict[str, tuple[str, ...]] = {}
+    for name, split in selection(root, names):
+        try:
+            for example in records(root, name, split):
+                for _, path, use in uses_of(example) if isinstance(example, Example) else ():
+                    if use not in (have := uses.get(path, ())):
+                        uses[path] = tuple(sorted((*have, use)))
+                pace(lambda seconds: f"{len(uses):,} files so far; reading the annotations")
+        except InputError:
+            continue  # an annotation file as a whole; `status` reports it
+    return [(str(root), path, uses[path]) for path in uses]
+
+
+def uses_of(example: Example) -> Iterator[tuple[str, str, str]]:
+    """(field, path, use as in `examine`) of every file of an Example; a video's own sound is a use of its own."""
+    for field, path in media_of(example):
+        if field == "mask":
+            yield field, path, "semantic" if example.mask_kind == "semantic" else "binary"
+        else:
+            yield field, path, field if field in ("video", "audio") else "picture"
+    if example.video and not example.audio and example.windows != "none":
+        yield "audio", example.video, "audio"
+
+
+class Look:
+    """What is wrong with an Example, given the facts of its files (a `status.Look`); the clips seen are remembered."""
+
+    def __init__(self, root: str | Path, facts: Mapping[str, Facts]):
+        self.root, self.facts = Path(root), facts
+        self.dataset = ""
+        self.clips: dict[str, str] = {}  # clip -> the last split of the dataset that has it
+
+    def __call__(self, dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
+        uses = list(uses_of(example))
+        yield from self._files(uses)
+        for check in (check_sources, self._windows, self._mask):
+            try:
+                check(example)
+            except InputError as error:
+                where = next((path for field, path, _ in uses if field == error.field), "")
+                yield error.field, where, f"{CORRUPT if where else MALFORMED}: {error.problem}"
+        yield from self._lengths(example)
+        yield from self._leak(dataset, split, example, uses[0][1] if uses else "")
+
+    def _of(self, path: str) -> Facts:
+        return self.facts.get(path) or Facts()  # it has come since the annotations were read
+
+    def _files(self, uses: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+        for field, path, use in uses:
+            for of, problem in self._of(path).problems:
+                if of == use:
+                    yield field, path, problem
+
+    def _sound(self, example: Example) -> int:
+        """Samples of an Example's sound, 0 where there is none or it cannot be read."""
+        path = example.audio or example.video
+        return self._of(path).samples if path and example.windows != "none" else 0
+
+    def _windows(self, example: Example) -> None:
+        if samples := self._sound(example):
+            fbank.check_windows(samples, example.windows, example.second, "", pad_short=False)
+
+    def _mask(self, example: Example) -> None:
+        source = seg_source(example)
+        size = self._of(source[1]).size if source else None
+        if example.mask_kind == "none" or not example.mask:
+            return
+        if source is None:
+            raise InputError("", "second", f"is {example.second}, which is no frame: what is to be segmented?", "")
+        if example.mask.startswith(media.INLINE_MASK):
+            media.read_mask(self.root / example.mask, None, "binary", size)
+        elif size and (own := self._of(example.mask).size):
+            media.check_size(own, size, "")
+
+    def _lengths(self, example: Example) -> Iterator[tuple[str, str, str]]:
+        shown = self._of(example.video).seconds if example.video else 0.0
+        heard = self._sound(example) / media.SAMPLE_RATE
+        if shown and heard and mismatch(shown, heard):
+            yield ("audio" if example.audio else "video", example.audio or example.video or "",
+                   f"{CORRUPT}: {heard:.2f} s of sound for {shown:.2f} s of video")
+
+    def _leak(self, dataset: str, split: str, example: Example, path: str) -> Iterator[tuple[str, str, str]]:
+        """The clip in an earlier split of the same dataset, once per clip: a warning where the release itself has such
+        clips. The clip is meta's `video`, or the first file."""
+        if dataset != self.dataset:
+            self.dataset, self.clips = dataset, {}
+        named = example.meta.get("video")
+        clip = f"{example.meta.get('dataset')} {named}" if isinstance(named, str) else path
+        first = self.clips.setdefault(clip, split)
+        if first != split:
+            self.clips[clip] = split
+            of = str(example.meta.get("dataset", dataset))
+            shared = of in DATASETS and DATASETS[of].shared
+            yield "id", path, f"{WARNING if shared else LEAK}: its clip is in {first} too"
+
+
+def run(argv: Sequence[str]) -> bool:
+    """Print the table, write the report when asked to; whether anything is bad."""
+    parser = command_line(__doc__, "python -m data_pipelines validate")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: one per core)")
+    parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 0:
+        raise InputError("command line", "--workers", f"is {arguments.workers}", "give a number of processes")
+    if arguments.json and not Path(arguments.json).parent.is_dir():  # said before the work, not after it
+        raise InputError(arguments.json, "--json", "cannot be written (no such folder)", "make the folder")
+    counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, show)
+    report(counts, problems, arguments.json)
+    fine = {WARNING, MISSING} if arguments.allow_missing else {WARNING}
+    return any(problem.kind not in fine for problem in problems)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of `python -m data_pipelines validate`."""
+    run_verb(lambda: sys.exit(BAD) if run(argv) else None, "--debug" in argv)
