@@ -159,7 +159,7 @@ def serve_program(config: ConfigDict, mesh: Mesh, bucket: Bucket, stage: str, ro
     bucket = bucket._replace(masks=0)
 
     def at(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-        return sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, "tensor"))
+        return sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, "tensor"))
 
     def shapes(mesh: Mesh, rows: int) -> tuple[Any, ...]:
         where, kv = at(mesh)

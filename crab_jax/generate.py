@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax.errors import InputError
-from crab_jax.models.llama import KVCache, init_cache
+from crab_jax.models.llama import KVCache, grow_cache, init_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +85,14 @@ def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p:
 
 
 def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, rng: jax.Array | None = None,
-             forced: jax.Array | None = None) -> Generation:
+             forced: jax.Array | None = None, features: jax.Array | None = None) -> Generation:
     """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stops when all rows have ended.
 
     `model` has `cfg.llama` and the methods `prefill(batch, cache)`, `decode(token, positions, cache)` and
     `logits(hidden)`. `batch` holds right-padded prompts: `text_mask` bool[B,L] and `index` int32[B] (rows of index -1
     are filler and generate nothing). `rng` is needed when sampling: a row's draws come from (rng, its index, step).
-    `forced` int32[B,N] dictates tokens where it is >= 0. To compile, jit with `model` and `options` static.
+    `forced` int32[B,N] dictates tokens where it is >= 0. `features` [B,R,D] are what the prefill would make of the
+    batch's media. To compile, jit with `model` and `options` static.
     """
     if options.temperature > 0 and rng is None:
         raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
@@ -128,12 +129,12 @@ def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions
     def unfinished(state: _State) -> jax.Array:
         return (state.step < options.max_new_tokens) & ~state.done.all()
 
-    cache = init_cache(model.cfg.llama, rows, width + options.max_new_tokens)
-    hidden, cache = apply(batch, cache, method="prefill")
+    media = () if features is None else (features,)
+    hidden, cache = apply(batch, init_cache(model.cfg.llama, rows, width), *media, method="prefill")
     last = jnp.take_along_axis(hidden, jnp.maximum(prompt_lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     state = _State(
         step=jnp.int32(0),
-        cache=cache,
+        cache=grow_cache(cache, options.max_new_tokens),
         tokens=jnp.full((rows, options.max_new_tokens), options.pad_id, jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
         mask_states=jnp.zeros((rows, len(options.mask_ids), last.shape[-1]), last.dtype),

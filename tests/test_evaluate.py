@@ -41,7 +41,11 @@ class Scripted(nn.Module):
     cfg: ScriptConfig
 
     @nn.compact
-    def prefill(self, batch, cache):
+    def features(self, frames, fbank):
+        return jnp.zeros((len(frames), 1, 2))
+
+    @nn.compact
+    def prefill(self, batch, cache, features):
         width = batch.text_mask.shape[1]
         fill = jnp.broadcast_to(batch.index[:, None, None, None].astype(jnp.float32), cache.k.shape[1:])[None]
         start = jnp.broadcast_to(batch.text_mask.sum(-1)[:, None, None, None].astype(jnp.float32), cache.v.shape[1:])

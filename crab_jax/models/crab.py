@@ -83,6 +83,15 @@ class Crab(nn.Module):
         encoded = _rows(self.beats(_rows(rearrange(fbank, "b s f m -> (b s) f m"))))
         return _rows(rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch))
 
+    def features(self, frames: jax.Array, fbank: jax.Array) -> jax.Array:
+        """Frames uint8[B,T,H,W,3] and fbank [B,S,F,128] -> the rows [B,R,D] that slots point at, R = T*Qv + S*Qa."""
+        rows = [jnp.zeros((len(frames), 0, self.cfg.llama.hidden), self.cfg.llama.dtype)]
+        if frames.shape[1]:
+            rows.append(self.visual_rows(self.encode_images(frames)[-1]))
+        if fbank.shape[1]:
+            rows.append(self.audio_rows(fbank))
+        return jnp.concatenate(rows, axis=1)
+
     def splice(self, batch: Any, rows: list[jax.Array]) -> jax.Array:
         """Text embeddings with feature rows gathered into their slots: [B,L,D]. One gather, no loop over samples."""
         text = _rows(self.llama.embed(batch.tokens))
@@ -122,10 +131,12 @@ class Crab(nn.Module):
             binary, semantic = jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), logits)
         return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
 
-    def prefill(self, batch: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Prompt pass that fills the cache: (hidden [B,L,D], cache)."""
-        frames_only = batch.replace(seg_frame=batch.seg_frame[:, :0])
-        x, _ = self.inputs(frames_only)
+    def prefill(self, batch: Any, cache: KVCache, features: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+        """Prompt pass that fills the cache: (hidden [B,L,D], cache). With `features` [B,R,D] the batch needs no media.
+        """
+        if features is None:
+            features = self.features(batch.frames, batch.fbank)
+        x = self.splice(batch, [features] if features.shape[1] else [])
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         return self.llama(x, positions, cache=cache)
 

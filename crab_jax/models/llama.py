@@ -54,7 +54,11 @@ class LlamaConfig:
 
 @flax.struct.dataclass
 class KVCache:
-    """Rotated keys and values [layers, B, slots, kv_heads, head_dim]; the slot of a token is its position."""
+    """Rotated keys [layers, B, kv_heads, head_dim, slots] and values [layers, B, kv_heads, slots, head_dim].
+
+    The slot of a token is its position. Both are laid out as the products with them want their operands, so that a
+    decode step reads them as they are.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -62,8 +66,15 @@ class KVCache:
 
 def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
     """Empty cache for `batch` rows of up to `length` positions, in `dtype` (the compute dtype by default)."""
-    shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_dim)
-    return KVCache(jnp.zeros(shape, dtype or cfg.dtype), jnp.zeros(shape, dtype or cfg.dtype))
+    rows = (cfg.layers, batch, cfg.kv_heads)
+    return KVCache(jnp.zeros((*rows, cfg.head_dim, length), dtype or cfg.dtype),
+                   jnp.zeros((*rows, length, cfg.head_dim), dtype or cfg.dtype))
+
+
+def grow_cache(cache: KVCache, length: int) -> KVCache:
+    """The same cache with `length` more slots, all empty."""
+    return KVCache(jnp.pad(cache.k, [(0, 0)] * 4 + [(0, length)]),
+                   jnp.pad(cache.v, [(0, 0)] * 3 + [(0, length), (0, 0)]))
 
 
 def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -89,6 +100,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     scores = jnp.einsum("blkgd,bnkd->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
     return jnp.einsum("bkgln,bnkd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
+
+
+def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` to one layer of a cache: q [B,L,H,hd], k [B,KH,hd,N], v [B,KH,N,hd], mask bool [B,L,N] -> [B,L,H*hd]."""
+    b, length, heads, width = q.shape
+    grouped = q.reshape(b, length, k.shape[1], -1, width)
+    scores = jnp.einsum("blkgd,bkdn->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
+    return jnp.einsum("bkgln,bknd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
 
 
 class RMSNorm(nn.Module):
@@ -124,12 +144,13 @@ class Attention(nn.Module):
         k = heads("k_proj", cfg.kv_heads, "kv")
         v = heads("v_proj", cfg.kv_heads, "kv")
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
+        if cache is None:
+            out = attend(q, k, v, mask)
+        else:
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = KVCache(cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype)),
-                            cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype)))
-            k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
-        out = attend(q, k, v, mask)
+            cache = KVCache(cache.k.at[layer, rows, :, :, positions].set(k.astype(cache.k.dtype)),
+                            cache.v.at[layer, rows, :, positions].set(v.astype(cache.v.dtype)))
+            out = attend_cache(q, cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype), mask)
         return dense(cfg.hidden, axes=("heads", "embed"), name="o_proj")(out, deterministic), cache
 
 
@@ -230,7 +251,7 @@ class Llama(nn.Module):
             if key_mask is not None:
                 mask = mask & key_mask[:, None, :]
         elif key_mask is None:
-            mask = jnp.arange(cache.k.shape[2]) <= positions[..., None]
+            mask = jnp.arange(cache.k.shape[-1]) <= positions[..., None]
         else:
             raise ValueError("key_mask cannot be combined with a cache: cache slots are positions, which need no mask")
         rotation = rope(positions, cfg.head_dim, cfg.rope_theta)
