@@ -94,6 +94,11 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
             for split in DATASETS[name].sizes if split not in parts]
 
 
+def is_there(root: str | Path, name: str) -> bool:
+    """Whether a data root holds anything of a dataset."""
+    return (Path(root) / DATASETS[name].folder).is_dir()
+
+
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
     """The datasets `names`, or without any those of the joint stage whose folder is in `root` and which have `split`.
 

@@ -6,21 +6,17 @@ saved as a file, that is what `verify --accept` and `verify --reject` read.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import html
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from crab_jax.errors import InputError
 from crab_jax.overlay import TRUTH, overlay_boxes, overlay_mask
-from crab_jax.page import document
+from crab_jax.page import document, jpeg
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import media
 from data_pipelines.av_uie.labels import BOX_SPACE, reasoning_of
@@ -116,6 +112,4 @@ def _picture(example: Example, root: str | Path | None) -> str:
             picture = overlay_boxes(picture, [(example.meta["box"], TRUTH, "")])
     except (InputError, IndexError, TypeError, ValueError):  # shown without: bad labels and files are what is reviewed
         return ""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return jpeg(picture, "")
