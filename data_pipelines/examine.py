@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -82,7 +83,18 @@ def _audio(path: str) -> Facts:
 
 def _picture(path: str) -> Facts:
     media.read_image(path, 8)
-    return Facts(size=media.image_size(path))
+    ends = Path(path).suffix.lower() in (".jpg", ".jpeg") and _ends_early(path)
+    problems = (("picture", f"{CORRUPT}: its data end before the picture does; the rest is grey"),) if ends else ()
+    return Facts(problems, size=media.image_size(path))
+
+
+def _ends_early(path: str) -> bool:
+    """Whether a JPEG holds less data than its picture needs: libjpeg fills up with grey and keeps quiet, libav says."""
+    av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture() as said, contextlib.suppress(av.FFmpegError, OSError), av.open(path) as container:
+        for _ in container.decode(video=0):
+            pass
+    return any(message.startswith(("overread", "error y=")) for _, _, message in said)
 
 
 def _binary(path: str) -> Facts:

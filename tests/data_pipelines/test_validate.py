@@ -1,0 +1,252 @@
+"""`python -m data_pipelines validate`: everything decoded, and every malformed input of the corpus named."""
+
+import json
+import re
+
+import malformed
+import numpy as np
+import pytest
+import releases
+from malformed import ANNOTATIONS, SIZE
+from media_files import tone, write_audio
+from test_status import cut
+
+from crab_jax.errors import InputError
+from data_pipelines import media
+from data_pipelines import validate as verb
+from data_pipelines.batching import DataConfig, load
+from data_pipelines.datasets import records
+from data_pipelines.examine import examine
+from data_pipelines.examples import Example
+from data_pipelines.status import status
+from data_pipelines.validate import files, main, validate
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(root, the cases of own/test.jsonl)."""
+    root = tmp_path_factory.mktemp("corpus")
+    return root, malformed.write(root)
+
+
+@pytest.fixture(scope="module")
+def problems(corpus):
+    return validate(corpus[0], workers=1)[1]
+
+
+# The corpus of malformed inputs.
+
+def test_every_malformed_input_is_named_and_nothing_else(corpus, problems):
+    cases = corpus[1]
+    assert sum(bool(case.problem) for case in cases) + len(ANNOTATIONS) >= 100
+    wrong = []
+    for number, case in enumerate(cases, 1):
+        found = [p for p in problems if p.dataset == "own" and p.split == "test"
+                 and p.id == (f"own/test.jsonl:{number}" if case.id == "twice" else p.id)
+                 and p.id in (case.id, f"own/test.jsonl:{number}")]
+        said = len(found) == 1 and re.search(case.problem, found[0].problem) and found[0].field == case.field
+        if not (said if case.problem else not found):
+            wrong.append((case, found))
+    assert not wrong
+    assert not [p for p in problems if p.dataset == "own" and p.split == "train"]  # a byte order mark, CRLF
+
+
+def test_every_malformed_annotation_file_is_named(problems):
+    for file, dataset, split, _, text in ANNOTATIONS:
+        found = [p.problem for p in problems if (p.dataset, p.split) == (dataset, split)]
+        assert any(re.search(text, problem) for problem in found), (file, found)
+
+
+def test_the_loader_refuses_what_is_named_and_takes_the_rest(corpus, tokenizer):
+    root, cases = corpus
+    config = DataConfig(image_size=16, video_frames=4, visual_queries=1, audio_queries=1, lengths=(192,))
+    # What can be loaded, though it should not be trained on: only all of the file, or of a mask at full size, shows it.
+    usable = {"silent.wav", "nearly-silent.wav", "no-index.mp3", "short-sound.mp4", "see-through.png", "id-71.png",
+              "stray-colour.png", "strange-colours.png", "cut-and-closed.jpg", "moov-cut-behind.mp4",
+              "mdat-cut-late.mp4"}
+    problem_of = {case.id: case.problem for case in cases} | {"twice": ""}
+    for example in records(root, "own", "test"):
+        if isinstance(example, Example):
+            try:
+                load(example, root, tokenizer, config)
+                assert not problem_of[example.id] or example.id in usable, example.id
+            except InputError:
+                assert problem_of[example.id], example.id
+
+
+# What only looks odd is read right.
+
+def at(corpus, name):
+    return corpus[0] / "own/media" / name
+
+
+def test_frames_of_a_varying_rate_are_counted_not_timed(corpus):
+    frames = media.read_video(at(corpus, "varying-rate.mp4"), 4, 16)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), [0, 24, 48, 72], atol=3)  # 0, 3, 6, 9 of 12, as decord does
+    assert abs(media.watch(at(corpus, "varying-rate.mp4")).seconds - 5) < 0.2
+
+
+@pytest.mark.parametrize(("degrees", "bright"), [(90, np.s_[:, 8:]), (180, np.s_[8:, :]), (270, np.s_[:, :8])])
+def test_rotated_videos_come_out_upright(corpus, degrees, bright):
+    """White above, turned to the right by so many degrees when shown."""
+    path = at(corpus, f"rotated-{degrees}.mp4")
+    frame = media.read_video(path, 1, 16)[0].astype(int)
+    wanted = np.zeros((16, 16, 3), int)
+    wanted[bright] = 255
+    assert np.abs(frame - wanted).mean() < 10
+    size = SIZE if degrees == 180 else SIZE[::-1]
+    assert media.video_size(path) == media.watch(path).size == size
+
+
+def test_a_picture_taken_sideways_comes_out_upright(corpus):
+    picture = media.read_image(at(corpus, "exif.jpg"), 16).astype(int)
+    assert picture[:, 9:].min() > 245 and picture[:, :7].max() < 10  # what was above is to the right
+    assert media.image_size(at(corpus, "exif.jpg")) == SIZE[::-1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4097, 2)])
+def test_odd_sizes(corpus, size):
+    path = at(corpus, f"{size[0]}x{size[1]}.mp4")
+    frames = media.read_video(path, 3, 16)
+    assert frames.shape == (3, 16, 16, 3) and media.video_size(path) == size
+    original = np.stack(malformed.noise(3, size))
+    if size == (1, 1):  # the colours, within what JPEG keeps
+        np.testing.assert_allclose(frames.mean((1, 2)), original[:, 0, 0], atol=12)
+    assert media.read_image(at(corpus, "one.png"), 4).tolist() == [[[9, 9, 9]] * 4] * 4
+
+
+@pytest.mark.parametrize(("name", "scale", "seconds"), [
+    ("mono.wav", 1, 2), ("stereo.wav", 0.5, 2), ("surround.wav", 1, 2), ("8-khz.wav", 1, 2), ("96-khz.wav", 1, 2),
+    ("PCM_24.wav", 1, 2), ("PCM_32.wav", 1, 2), ("PCM_U8.wav", 1, 2), ("FLOAT.wav", 1, 2), ("DOUBLE.wav", 1, 2),
+    ("riff-unknown.wav", 1, 2), ("trailing.wav", 1, 2), ("whole.flac", 1, 2), ("cover.mp3", 1, 2)])
+def test_every_kind_of_sound_is_the_same_tone(corpus, name, scale, seconds):
+    sound = media.read_audio(at(corpus, name))
+    assert abs(len(sound) - seconds * 16000) < 8
+    middle = slice(4000, 28000)  # resampling rings at the ends
+    np.testing.assert_allclose(sound[middle], scale * tone(2.0)[middle], atol=0.05 if name == "cover.mp3" else 0.01)
+
+
+def test_depths_and_modes_of_pictures(corpus):
+    def read(name):
+        return media.read_image(at(corpus, name), 48).astype(int)
+
+    pixels = malformed.noise(1)[0]
+    plain = read("picture.png")
+    np.testing.assert_array_equal(read("alpha.png"), plain)  # as the reference reads it
+    ramp = media.read_image(at(corpus, "16-bit.png"), 48)[:, 0, 0]
+    assert (np.diff(ramp.astype(int)) >= 0).all() and ramp[0] < 10 and ramp[-1] > 225  # scaled, not cut off
+    grey = np.array(malformed.Image.fromarray(pixels[..., 0]).convert("RGB").resize((48, 48), 3))
+    np.testing.assert_array_equal(read("interlaced.png"), grey)
+    assert np.abs(read("palette.png") - plain).mean() < 40
+    np.testing.assert_allclose(read("cmyk.jpg").mean((0, 1)), (200, 40, 40), atol=6)
+
+
+def test_masks_say_the_same_in_every_form(corpus):
+    wanted = np.zeros((32, 48), int)
+    wanted[:16] = 9
+    for name in ("ids.png", "colours.png", "ids-with-palette.png", "ids-with-greys.png"):
+        np.testing.assert_array_equal(media.read_mask(at(corpus, name), None, "semantic"), wanted)
+    for name in ("binary.png", "binary-16-bit.png"):
+        np.testing.assert_array_equal(media.read_mask(at(corpus, name), None, "binary"), wanted > 0)
+
+
+def test_unicode_and_marks_are_kept(corpus):
+    example, = records(corpus[0], "own", "train")
+    assert (example.id, example.image) == ("\u526a", "own/media/\u526a.png")
+    ids = {e.id: e for e in records(corpus[0], "own", "test") if isinstance(e, Example)}
+    assert ids["\u526a\u8f91 \U0001f3bb"].video.endswith("\u526a\u8f91 \u00e9 1.mp4")
+    assert ids["whole character"].target == "\U0001f3bb"
+
+
+# Whole and partial copies.
+
+def test_a_complete_copy_is_good(copied, capsys):
+    """What the releases themselves have (shared clips, a stray colour) are warnings."""
+    root = copied("ave", "music_avqa", "valor", "own")
+    code, report = run(root, "--workers", "1")
+    assert code == 0 and {p["problem"].split(":")[0] for p in report["problems"]} == {"warning"}
+    shared = {(p["dataset"], p["split"], p["id"]) for p in report["problems"]}
+    assert ("ave", "test", "ave-0f_iTO5t3hU-9") in shared and {d for d, *_ in shared} == {
+        "ave", "avqa", "avqa_original"}
+    assert report["kinds"] == {"missing": 0, "corrupt": 0, "malformed": 0, "leak": 0, "warning": len(shared)}
+    assert [c["have"] for c in report["counts"]] == [c.have for c in status(root)[0]]
+
+
+def run(root, *options):
+    """(exit code, report) of the command."""
+    out = root / "report.json"
+    with pytest.raises(SystemExit) as done:
+        main(["--root", str(root), "--json", str(out), *options])
+    return done.value.code, json.loads(out.read_text())
+
+
+def test_a_partial_copy_is_bad_unless_that_is_allowed(copied, capsys):
+    root = copied("ave")
+    (root / "ave/AVE/RUhOCu3LNXM.mp4").unlink()
+    code, report = run(root, "--workers", "1")
+    assert code == 3 and report["kinds"]["missing"] == 1
+    missing = next(p for p in report["problems"] if p["problem"].startswith("missing"))
+    assert set(missing) == {"dataset", "split", "id", "path", "field", "problem"}
+    assert "RUhOCu3LNXM.mp4" in missing["problem"] and (missing["dataset"], missing["field"]) == ("ave", "video")
+    assert run(root, "--workers", "1", "--allow-missing")[0] == 0
+    cut(root / "ave/AVE/0f_iTO5t3hU.mp4", 0.5)
+    capsys.readouterr()
+    code, report = run(root, "--workers", "1", "--allow-missing")
+    assert code == 3
+    ids = {p["id"] for p in report["problems"] if p["problem"].startswith("corrupt")}
+    assert ids == {"ave-0f_iTO5t3hU-27", "ave-0f_iTO5t3hU-17", "ave-0f_iTO5t3hU-9"}  # all that the file belongs to
+    text = capsys.readouterr().out
+    assert text.index("corrupt: ends inside") < text.index("warning: ")  # the worst first
+
+
+def test_every_file_is_decoded_once(releases_root):
+    tasks = files(releases_root, (), verb.Pace(None))
+    assert len({path for _, path, _ in tasks}) == len(tasks)
+    uses = {path: uses for _, path, uses in tasks}
+    assert uses["ave/AVE/0f_iTO5t3hU.mp4"] == ("audio", "video")  # of three rows
+    assert uses["valor/video_data/eeeeeeeeeee_0.000_10.000.mp4"] == ("audio", "video")
+    assert uses["avsbench_semantic/v1s/HxMoMMrA6Eo_0_5000/labels_semantic/0.png"] == ("binary",)
+    assert uses["avsbench_semantic/v2/ccccccccccc_3000_13000/labels_rgb/0.png"] == ("semantic",)
+
+
+def test_prepared_roots_and_clips_in_two_splits(tmp_path, capsys):
+    (tmp_path / "media").mkdir()
+    for name in ("a", "b", "c"):
+        write_audio(tmp_path / f"media/{name}.wav", 2.0)
+    sound = {**malformed.HEAR, "task": "avcap"}
+    for split, names in (("train", "ab"), ("test", "bc")):
+        rows = [{"id": name, **sound, "audio": f"media/{name}.wav"} for name in names]
+        releases.text(tmp_path / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    code, report = run(tmp_path, "--workers", "1")
+    assert code == 3 and [(c["dataset"], c["split"], c["have"]) for c in report["counts"]] == [
+        ("prepared", "train", 2), ("prepared", "test", 2)]
+    problem, = report["problems"]
+    assert (problem["id"], problem["path"], problem["problem"]) == (
+        "b", "media/b.wav", "leak: its clip is in train too")
+
+
+def test_a_file_that_ends_its_decoder_is_a_problem_of_that_file(copied, monkeypatch):
+    root = copied("ave")
+
+    def failing(function, tasks, workers, seconds):
+        for task in tasks:
+            yield task, ChildProcessError("ended the process that decoded it (SIGSEGV)") if (
+                "RUhOCu3LNXM" in task[1]) else examine(task)
+
+    monkeypatch.setattr(verb, "results", failing)
+    bad = [p for p in validate(root, ["ave"])[1] if p.kind != "warning"]
+    assert {(p.id, p.field, p.problem) for p in bad} == {
+        ("ave-RUhOCu3LNXM-0", field, "corrupt: ended the process that decoded it (SIGSEGV)")
+        for field in ("video", "audio")}
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--root", "/no/such/folder"], "--root.*is no folder"), (["--root", ".", "--workers", "-1"], "--workers"),
+    (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
+    (["--root", ".", "--datasets", "lvis", "--json", "/no/such/folder/x.json"], "--json.*cannot be written")])
+def test_bad_command_lines_end_in_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(argv)
+    assert done.value.code == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and re.search(message, error)
