@@ -31,8 +31,8 @@ from crab_jax.inference import Prediction, predict_examples, read_answer
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.datasets import VARIANTS
+from data_pipelines.decoded import read_mask
 from data_pipelines.examples import Example, digest, select
-from data_pipelines.media import read_mask
 
 DESCRIPTION = "evaluation.json"
 PATIENCE = 1800  # seconds without a new answer after which process 0 no longer waits for the others
@@ -230,7 +230,7 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
     judged = []
     for found in read_predictions(folder, rows, examples):
         example, side = found.example, usual if found.mask is None else len(found.mask)
-        truth = read_mask(root / example.mask, side, example.mask_kind) if example.mask else None
+        truth = read_mask(root, example.mask, example.mask_kind, side) if example.mask else None
         judged.append(scoring.judge(example, scoring.Answer(example.id, found.text, found.mask), truth))
     return judged
 

@@ -26,8 +26,11 @@ from crab_jax.inspect import Routing, answered_batches, router_weights, routing_
 from crab_jax.page import Picture, Section, escape, figure, score, table
 from crab_jax.scoring import COUNTS
 from crab_jax.tasks import TASKS
-from data_pipelines import media
+from data_pipelines import media, shards
+from data_pipelines.decoded import read_mask
 from data_pipelines.examples import Example
+from data_pipelines.fbank import envelope
+from data_pipelines.shards import all_windows
 
 SECTIONS = {
     "run": "What was run", "loss": "Losses", "scores": "Scores", "masks": "Masks", "boxes": "Boxes",
@@ -55,8 +58,12 @@ class ReportData:
 # What the examples look like.
 
 def picture_of(example: Example, root: Path) -> np.ndarray:
-    """uint8[H,W,3]: the picture that an Example asks about, at its own size."""
+    """uint8[H,W,3]: the picture that an Example asks about, at its own size (enlarged, where the root is prepared)."""
     path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
+    if prepared := shards.opened(root):
+        small = prepared.picture(path, "image") if path else prepared.video(str(example.video))[example.second or 0]
+        size = prepared.picture_size(path, "image") if path else prepared.video_size(str(example.video))
+        return np.array(Image.fromarray(small).resize(size))
     if path is None:
         size = media.video_size(root / str(example.video))
         frame = media.read_video(root / str(example.video), 10, max(size))[example.second or 0]
@@ -69,7 +76,7 @@ def mask_picture(example: Example, prediction: Prediction, root: Path) -> Pictur
     """Picture, true mask and predicted mask side by side."""
     picture = picture_of(example, root)
     size = picture.shape[1], picture.shape[0]
-    truth = overlay.resize_mask(media.read_mask(root / str(example.mask), max(size), example.mask_kind), size)
+    truth = overlay.resize_mask(read_mask(root, str(example.mask), example.mask_kind, max(size)), size)
     truth = truth.astype(bool) if example.mask_kind == "binary" else truth
     drawn = [(picture, "picture"), (overlay.overlay_mask(picture, truth, overlay.TRUTH), "truth")]
     if prediction.mask is not None:
@@ -90,15 +97,30 @@ def box_picture(example: Example, prediction: Prediction, root: Path) -> Picture
     return Picture(overlay.png(overlay.side_by_side([(drawn, "")], 300)), f"{example.id}: {said}.")
 
 
+def _clip(example: Example, root: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """The sound of a clip, float[N], frames of it, uint8[T,h,w,3], and its length in seconds.
+
+    A prepared root has no sound, only filter banks: what is drawn then is as loud as they are.
+    """
+    path, frames = str(example.audio or example.video), np.zeros((0, 1, 1, 3), np.uint8)
+    if prepared := shards.opened(root):
+        bands = prepared.sound(path, all_windows(example.windows), None)
+        return (envelope(bands), prepared.video(example.video) if example.video else frames,
+                prepared.seconds(path, example.windows))
+    sound = media.read_audio(root / path)
+    if example.video:
+        frames = media.read_video(root / example.video, overlay.PARTS, 96)
+    return sound, frames, len(sound) / media.SAMPLE_RATE
+
+
 def time_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
     """True events over predicted ones on the time line of the clip."""
     tracks = [track._replace(label=f"{source}: {track.label}")
               for source, label, colour in (("truth", example.meta, overlay.TRUTH),
                                             ("answer", prediction.parsed, overlay.PREDICTION))
               for track in overlay.event_tracks(example.task, label, colour)]
-    sound = media.read_audio(root / str(example.audio or example.video))
-    frames = media.read_video(root / str(example.video), overlay.PARTS, 96) if example.video else np.zeros((0, 1, 1, 3))
-    data = overlay.timeline(sound, frames, tracks, len(sound) / media.SAMPLE_RATE)
+    sound, frames, seconds = _clip(example, root)
+    data = overlay.timeline(sound, frames, tracks, seconds)
     said = "each answer bar should cover the truth bar of the same event" if prediction.parsed else \
         "no event could be read in the answer"
     return Picture(data, f"{example.task} {example.id}: {said}.")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from crab_jax.errors import InputError
-from data_pipelines import fbank, media
+from data_pipelines import decoded, fbank, media
 from data_pipelines.examples import TASK_NAMES, Example, seg_source
-from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Expanded, Tokenizer
+from data_pipelines.shards import Decoding, Shards
+from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Tokenizer
 
 SEG_KINDS = {"none": 0, "binary": 1, "semantic": 2}
+Source = decoded.Files | Shards
+Encoded = tuple[np.ndarray, np.ndarray]  # what Tokenizer.encode gives
 Array = Any  # numpy on the host, jax.Array on a device
 
 
@@ -84,6 +82,11 @@ class DataConfig:
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise InputError("config", "lengths", f"is {self.lengths}", "give increasing lengths")
 
+    @property
+    def decoding(self) -> Decoding:
+        """The part of it that decides the arrays of a medium, and that prepared shards must agree with."""
+        return Decoding(self.image_size, self.video_frames, self.pad_short_audio)
+
 
 def _is_pair(example: Example) -> bool:
     """Whether the example shows a clip and a picture apart (the Ref-AVS test prompt)."""
@@ -125,23 +128,23 @@ def _most_frames(example: Example, config: DataConfig) -> int:
     return clip + bool(example.image)
 
 
-def _expand(example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int) -> Expanded:
-    """The sequence of an Example with `frames` frames."""
-    ids, is_target = tokenizer.encode(example.instruction, None if config.prompt_only else example.target)
-    return tokenizer.expand(ids, is_target, _rows(example, bucket, frames, config))
+def _encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Encoded:
+    return tokenizer.encode(example.instruction, None if config.prompt_only else example.target)
 
 
-def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Bucket:
+def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: Encoded | None = None) -> Bucket:
     """The smallest bucket that holds an Example; a pure function of it that opens no media file.
 
     To keep the buckets few, a video or a list of frames always takes `video_frames` frames (one more with a picture
-    beside it), audio 10 windows (1 for windows `one`), and an absent modality one masked frame or window. Raises
-    InputError naming the example when no length fits, or when its placeholders and its media do not agree.
+    beside it), audio 10 windows (1 for windows `one`), and an absent modality one masked frame or window. `encoded`:
+    its ids, where they are at hand. Raises InputError naming the example when no length fits, or when its placeholders
+    and its media do not agree.
     """
-    return place(example, tokenizer, config)[0]
+    return place(example, tokenizer, config, encoded)[0]
 
 
-def place(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[Bucket, Fill]:
+def place(example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: Encoded | None = None
+          ) -> tuple[Bucket, Fill]:
     """The bucket of an Example (see `bucket_for`), and how much of it is filled by the longest video it can have."""
     bucket = Bucket(
         length=config.lengths[-1],
@@ -151,7 +154,8 @@ def place(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[B
         masks=int(example.mask_kind != "none"),
     )
     frames = _most_frames(example, config)
-    needed = len(_expand(example, tokenizer, config, bucket, frames).tokens)
+    rows = _rows(example, bucket, frames, config)
+    needed = len(tokenizer.expand(*(encoded or _encode(example, tokenizer, config)), rows).tokens)
     fitting = [length for length in config.lengths if length >= needed]
     if not fitting:
         problem = f"needs {needed} positions, but the longest bucket has {config.lengths[-1]}"
@@ -160,91 +164,49 @@ def place(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[B
     return bucket._replace(length=fitting[0]), Fill(needed, frames, fbank.WINDOW_COUNT[example.windows])
 
 
-def _cached(config: DataConfig, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
-    """`decode()`, kept as a file under the cache directory; files appear there whole or not at all.
-
-    Safetensors rather than .npy: NumPy parses .npy headers with `ast`, which is not safe in threads on Python 3.11
-    (it fails now and then with "AST constructor recursion depth mismatch").
-    """
-    if not config.cache_dir or not path.is_file():
-        return decode()
-    stamp = path.stat()
-    key = "|".join(map(str, (path.resolve(), stamp.st_mtime_ns, stamp.st_size, *settings)))
-    folder = Path(config.cache_dir)
-    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    try:
-        return safetensors.numpy.load_file(kept)["value"]
-    except (FileNotFoundError, safetensors.SafetensorError):
-        pass
-    value = decode()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{uuid.uuid4().hex}.tmp"
-    safetensors.numpy.save_file({"value": np.ascontiguousarray(value)}, partial)
-    os.replace(partial, kept)
-    return value
-
-
-def _load_image(path: Path, field: str, config: DataConfig) -> np.ndarray:
-    size = config.image_size
-    return _cached(config, path, ("image", size), lambda: media.read_image(path, size, field))
-
-
-def _load_frames(example: Example, root: Path, config: DataConfig) -> np.ndarray:
+def _load_frames(example: Example, source: Source, config: DataConfig) -> np.ndarray:
     """uint8[n, H, W, 3]: the frames of the clip, then the picture; n = 0 without a visual source."""
-    size, count = config.image_size, config.video_frames
-    taken, names = min(count, len(example.frames)), example.frames
-    frames = np.zeros((0, size, size, 3), np.uint8)
+    names = example.frames
+    frames = np.zeros((0, config.image_size, config.image_size, 3), np.uint8)
     if example.video:
-        path = root / example.video
-        frames = _cached(config, path, ("video", count, size), lambda: media.read_video(path, count, size))
-    elif taken:
-        paths = [root / names[i * len(names) // taken] for i in range(taken)]
-        frames = np.stack([_load_image(path, "frames", config) for path in paths])
+        frames = source.video(example.video)
+    elif names:
+        chosen = media.frame_numbers(len(names), config.video_frames)
+        frames = np.stack([source.picture(names[number], "frames") for number in chosen])
     if example.image:
-        frames = np.concatenate([frames, _load_image(root / example.image, "image", config)[None]])
+        frames = np.concatenate([frames, source.picture(example.image, "image")[None]])
     return frames
 
 
-def _load_fbank(example: Example, root: Path, config: DataConfig) -> np.ndarray:
+def _load_fbank(example: Example, source: Source) -> np.ndarray:
     """float32[S, F, 128]: the filter banks of the audio windows."""
     if example.windows == "none":
         return np.zeros((0, fbank.WINDOW_FRAMES["none"], fbank.MEL_BINS), np.float32)
-    path = root / (example.audio or example.video or "")
-    second = example.second if example.windows in fbank.SINGLE else ""
-    settings = ("fbank", example.windows, second, config.pad_short_audio)
-
-    def decode() -> np.ndarray:
-        waveform = media.read_audio(path)
-        return fbank.fbank(
-            fbank.cut_windows(waveform, example.windows, example.second, str(path), config.pad_short_audio)
-        )
-
-    return _cached(config, path, settings, decode)
+    return source.sound(example.audio or example.video or "", example.windows, example.second)
 
 
-def _seg_picture(
-    example: Example, root: Path, frames: np.ndarray, config: DataConfig
-) -> tuple[np.ndarray, tuple[int, int]]:
+def _seg_picture(example: Example, source: Source, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """The picture to segment, uint8[H, W, 3], and the (width, height) of its file."""
     field, path = seg_source(example) or ("", "")
     if field == "video" and example.second is not None and example.second < len(frames):
-        return frames[example.second], media.video_size(root / path)
+        return frames[example.second], source.video_size(path)
     if field in ("", "video"):
         problem = f"is {example.second}, which is no frame of the example, so the picture to segment is unknown"
         fix = "give the number of a frame, or the picture in 'seg_image'"
         raise InputError(f"example {example.id}", "second", problem, fix)
-    return _load_image(root / path, field, config), media.image_size(root / path, field)
+    return source.picture(path, field), source.picture_size(path, field)
 
 
-def _load_segmentation(example: Example, root: Path, frames: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
+def _load_segmentation(example: Example, source: Source, frames: np.ndarray, config: DataConfig
+                       ) -> dict[str, np.ndarray]:
     """seg_frame, seg_target and seg_kind of one Example; the leading axis is M, 1 with a mask_kind and 0 without."""
     size = config.image_size
     if example.mask_kind == "none":
         picture, target, kind = np.zeros((0, size, size, 3), np.uint8), np.zeros((0, size, size), np.int32), []
     else:
-        picture, picture_size = _seg_picture(example, root, frames, config)
+        picture, picture_size = _seg_picture(example, source, frames)
         if example.mask:
-            target = media.read_mask(root / example.mask, size, example.mask_kind, picture_size)
+            target = source.mask(example.mask, example.mask_kind, size, picture_size)
         elif config.prompt_only:
             target = np.zeros((size, size), np.int32)
         else:
@@ -266,14 +228,17 @@ def _pad(values: np.ndarray, length: int, fill: Any = 0) -> np.ndarray:
 
 
 def text_arrays(
-    example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int | None = None
+    example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int | None = None,
+    encoded: Encoded | None = None,
 ) -> dict[str, np.ndarray]:
     """tokens, slots, text_mask, loss_mask [L] and mask_positions [M,6] of an Example, padded to its bucket.
 
-    `frames`: how many frames its visual source has; None stands for as many as it can have. No media file is opened.
+    `frames`: how many frames its visual source has; None stands for as many as it can have. `encoded`: its
+    ids, where they are at hand. No media file is opened.
     """
     frames = _most_frames(example, config) if frames is None else frames
-    expanded = _expand(example, tokenizer, config, bucket, frames)
+    rows = _rows(example, bucket, frames, config)
+    expanded = tokenizer.expand(*(encoded or _encode(example, tokenizer, config)), rows)
     if bucket.masks and not config.prompt_only and expanded.mask_positions.min() < 0:
         problem = f"has mask_kind {example.mask_kind!r} but not all of <mask_0> to <mask_5>"
         raise InputError(f"example {example.id}", "target", problem, "write the six mask tokens into the target")
@@ -294,17 +259,18 @@ def load(
 
     `index` is the position of the example in its list. Raises InputError for anything that is wrong with it.
     """
-    root = Path(root)
-    bucket = bucket_for(example, tokenizer, config)
-    frames = _load_frames(example, root, config)
-    sound = _load_fbank(example, root, config)
+    source = decoded.source(root, config.decoding, config.cache_dir)
+    encoded = _encode(example, tokenizer, config)
+    bucket = bucket_for(example, tokenizer, config, encoded)
+    frames = _load_frames(example, source, config)
+    sound = _load_fbank(example, source)
     return {
-        **text_arrays(example, tokenizer, config, bucket, len(frames)),
+        **text_arrays(example, tokenizer, config, bucket, len(frames), encoded),
         "frames": _pad(np.zeros_like(frames) if config.blank_video else frames, bucket.frames),
         "frame_mask": np.arange(bucket.frames) < len(frames),
         "fbank": _pad(np.full_like(sound, fbank.SILENCE) if config.mute_audio else sound, bucket.windows),
         "audio_mask": np.arange(bucket.windows) < len(sound),
-        **_load_segmentation(example, root, frames, config),
+        **_load_segmentation(example, source, frames, config),
         "task": np.array(TASK_NAMES.index(example.task), np.int32),
         "index": np.array(index, np.int32),
     }

@@ -1,7 +1,7 @@
 """Every dataset by name, and the Examples of a data root, whatever it holds.
 
-A data root is either prepared Examples, `<split>.jsonl`, or a raw root: original releases in folders of their names
-(`DATASETS[name].folder`), any part of them. docs/datasets.md shows the trees.
+A data root holds a list of Examples, `<split>.jsonl`, or it is a raw root: original releases in folders of their names
+(`DATASETS[name].folder`), any part of them. Either may be prepared (shards.py). docs/datasets.md shows the trees.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from crab_jax.errors import InputError
+from data_pipelines import shards
 from data_pipelines.examples import Example, choice
 from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources import arig, audiocaps, ave, avqa, avsbench, avvp, lvis, own, ref_avs, valor, video_llava
@@ -96,7 +97,8 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
 
 def is_there(root: str | Path, name: str) -> bool:
     """Whether a data root holds anything of a dataset."""
-    return (Path(root) / DATASETS[name].folder).is_dir()
+    prepared = shards.opened(root)
+    return prepared.has(name) if prepared else (Path(root) / DATASETS[name].folder).is_dir()
 
 
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
@@ -109,7 +111,7 @@ def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None
     found = [name for name in names or DATASETS if split is None or split in DATASETS[name].sizes]
     if not names:
         found = [name for name in found
-                 if DATASETS[name].stage == "joint" and (Path(root) / DATASETS[name].folder).is_dir()]
+                 if DATASETS[name].stage == "joint" and is_there(root, name)]
     if not found:
         folders = ", ".join(dict.fromkeys(d.folder for d in DATASETS.values() if d.stage == "joint"))
         problem = f"no dataset has a split {split!r}" if names else f"holds no dataset with a split {split!r}"
@@ -138,6 +140,9 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
     if split not in dataset.sizes:
         fix = f"use one of {', '.join(dataset.sizes)}"
         raise InputError(f"dataset {name}", "split", f"has no split {split!r}", fix)
+    if prepared := shards.opened(root):
+        yield from prepared.records(name, split, variant)
+        return
     release, seen = Release(root, dataset.folder), set()
     for found in dataset.read(release, split, variant):
         if isinstance(found, InputError):
@@ -205,7 +210,7 @@ def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), va
         raise InputError("datasets", "frames", f"unknown value {frames!r}", "use one or all")
     if (Path(root) / f"{split}.jsonl").is_file():
         return read_jsonl(root, split)
-    if not any((Path(root) / dataset.folder).is_dir() for dataset in DATASETS.values()):
+    if not any(is_there(root, name) for name in DATASETS):
         raise InputError(str(Path(root) / f"{split}.jsonl"), "", "no such file, and the folder holds no dataset either",
                          "check --data and the split name")
     examples: list[Example] = []

@@ -51,6 +51,18 @@ def mel_banks() -> np.ndarray:
 
 
 @functools.cache
+def _mel_blocks() -> list[tuple[slice, np.ndarray]]:
+    """(FFT bins, their weights float32[bins, 16]) of each 16 neighbouring triangles: the others weigh nothing."""
+    blocks = []
+    for first in range(0, MEL_BINS, 16):
+        weights = mel_banks()[:, first : first + 16]
+        used = np.flatnonzero(weights.any(axis=1))
+        bins = slice(int(used[0]), int(used[-1]) + 1)
+        blocks.append((bins, weights[bins]))
+    return blocks
+
+
+@functools.cache
 def povey_window() -> np.ndarray:
     """float32[400]: a Hann window to the power 0.85."""
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / (FRAME - 1))
@@ -69,12 +81,19 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
     spectrum = np.fft.rfft((frames - np.float32(0.97) * before) * povey_window(), FFT)
     power = spectrum.real**2 + spectrum.imag**2
     # einsum stays on this thread: BLAS threads of several loaders fight for the cores and are 30 times slower.
-    return np.log(np.maximum(np.einsum("...k,km->...m", power, mel_banks()), FLOOR))
+    energies = [np.einsum("...k,km->...m", power[..., bins], weights) for bins, weights in _mel_blocks()]
+    return np.log(np.maximum(np.concatenate(energies, axis=-1), FLOOR))
 
 
 def fbank(waveform: np.ndarray) -> np.ndarray:
     """BEATs input: float[..., N] in [-1, 1] at 16 kHz -> float32[..., frames, 128], normalised log-mel energies."""
     return ((log_mel(waveform) - MEAN) / (2 * STD)).astype(np.float32)
+
+
+def envelope(bands: np.ndarray) -> np.ndarray:
+    """float32[2 * S * F]: a waveform to look at, as loud every 10 ms as filter banks float32[S, F, 128] are."""
+    loudness = np.sqrt(np.exp(bands * (2 * STD) + MEAN).mean(axis=-1)).reshape(-1)
+    return np.stack([loudness, -loudness], axis=-1).reshape(-1).astype(np.float32)
 
 
 def check_windows(samples: int, policy: str, second: int | None, where: str, pad_short: bool = False) -> None:

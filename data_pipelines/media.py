@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import itertools
 import math
 import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ INLINE_MASK = "rle:"
 EMPTY_MASK = f"{INLINE_MASK}empty"
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _DEEP = ("I", "I;16", "I;16L", "I;16B")  # modes of one channel of more than 8 bits
+_AUDIO_BLOCK = 1 << 16  # samples
 
 
 def _require(path: str | Path, field: str) -> str:
@@ -74,38 +77,129 @@ def video_size(path: str | Path) -> tuple[int, int]:
         return (stream.height, stream.width) if sideways else (stream.width, stream.height)
 
 
-def _decode_frames(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
-    """The wanted frames, resized, and the number of frames decoded in all."""
+class _Packet(NamedTuple):
+    """A coded frame of a video, in the order of the file: when it is shown, and whether decoding can start with it."""
+
+    time: int | None
+    key: bool
+
+
+def _packets(path: str | Path) -> tuple[list[_Packet], int, int]:
+    """The coded frames that will be shown; how many there are with hidden ones; how many the container declares."""
+    shown, count = [], 0
+    with _opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        for packet in container.demux(stream):
+            if packet.size:
+                count += 1
+                if not packet.is_discard:
+                    shown.append(_Packet(packet.pts, packet.is_keyframe))
+        return shown, count, stream.frames
+
+
+def _needed(packets: Sequence[_Packet], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
+    """Which packets must be decoded for the frames `numbers` (in the order of showing), and time -> number of those.
+
+    From every group of frames that starts with a key frame and refers to no other group, those up to the last wanted
+    one. None when the times do not tell.
+    """
+    times = [packet.time for packet in packets if packet.time is not None]
+    if len(set(times)) < len(packets):
+        return None
+    order = sorted(times)
+    wanted = {order[number]: number for number in numbers}
+    starts, latest = [0], times[0]
+    for place in range(1, len(packets)):
+        # A group starts where all before it are shown earlier.
+        if packets[place].key and latest < times[place]:
+            starts.append(place)
+        latest = max(latest, times[place])
+    groups = [range(start, end) for start, end in itertools.pairwise([*starts, len(packets)])]
+    merged: list[range] = []
+    for group in groups:
+        if merged and min(times[place] for place in group) < times[group.start]:
+            merged[-1] = range(merged[-1].start, group.stop)  # shows frames before its key frame: refers back
+        else:
+            merged.append(group)
+    decoded: set[int] = set()
+    for group in merged:
+        if places := [place for place in group if times[place] in wanted]:
+            decoded.update(range(group.start, places[-1] + 1))
+    return decoded, wanted
+
+
+def _small(frame: av.VideoFrame, size: int) -> np.ndarray:
+    # Bilinear, because it is what decord's VideoReader(width=, height=) does.
+    small = frame.reformat(width=size, height=size, format="rgb24", interpolation="BILINEAR").to_ndarray()
+    return np.rot90(small, _quarter_turns(frame))
+
+
+def _decode_needed(path: str | Path, decoded: set[int], wanted: Mapping[int, int], size: int) -> dict[int, np.ndarray]:
+    """Number -> frame, resized, of those of the `wanted` times that decoding the packets `decoded` gives."""
+    picked: dict[int, np.ndarray] = {}
+
+    def take(frames: Sequence[av.VideoFrame]) -> None:
+        picked.update((wanted[f.pts], _small(f, size)) for f in frames if f.pts is not None and f.pts in wanted)
+
+    with _opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        context, running = stream.codec_context, False
+        shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        for place, packet in enumerate(shown):
+            if place in decoded:
+                take(context.decode(packet))
+                running = True
+            elif running:
+                take(context.decode(None))
+                context.flush_buffers()
+                running = False
+            if len(picked) == len(wanted):
+                return picked
+        take(context.decode(None))
+    return picked
+
+
+def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
+    """The wanted frames, resized, by their place among all that are decoded, and how many those are."""
     picked, number = {}, 0
     with _opened(path, "video") as container:
         for frame in container.decode(_video_stream(container, path)):
             if number in wanted:
-                # Bilinear, because it is what decord's VideoReader(width=, height=) does.
-                small = frame.reformat(width=size, height=size, format="rgb24", interpolation="BILINEAR")
-                picked[number] = np.rot90(small.to_ndarray(), _quarter_turns(frame))
+                picked[number] = _small(frame, size)
             number += 1
     return picked, number
+
+
+def frame_numbers(total: int, count: int) -> list[int]:
+    """The numbers of the frames that are taken of a video of `total`: i * total // n for each of n = min(count, total).
+
+    The reference's `np.arange(0, total, total / n).astype(int)` is the same for every length below 4,000.
+    """
+    taken = min(count, total)
+    return [i * total // taken for i in range(taken)]
 
 
 def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
     """uint8[min(count, n), size, size, 3]: RGB frames i * n / count of the n frames of a video, aspect ratio ignored.
 
-    Source: dataset/video_processor.py (decord, which resizes while decoding). On an H.264 clip of 450x360 to 56x56 the
-    pixels differ from decord's by 0.08 on average and 5 at most. Raises InputError for a missing, damaged or truncated
-    file, one without a video stream, and one without frames.
+    Only what those frames need is decoded; `watch` finds damage anywhere. Source: dataset/video_processor.py (decord,
+    which resizes while decoding); docs/datasets.md has the tolerance. Raises InputError for a missing, damaged or
+    truncated file, one without a video stream, and one without frames.
     """
-    with _opened(path, "video") as container:
-        stream = _video_stream(container, path)
-        declared = stream.frames
-        total = declared or sum(1 for packet in container.demux(stream) if packet.size)
-    while True:
-        taken = min(count, total)
-        indices = np.arange(taken) * total // max(taken, 1)
-        picked, decoded = _decode_frames(path, set(indices.tolist()), size)
+    packets, stored, declared = _packets(path)
+    total = len(packets)
+    numbers = frame_numbers(total, count)
+    if stored >= 0.9 * declared and (needed := _needed(packets, numbers)):
+        picked = _decode_needed(path, *needed, size)
+        if numbers and len(picked) == len(numbers):
+            return np.stack([picked[number] for number in numbers])
+    while True:  # what the container says is off: decode everything, and choose again from what there is
+        numbers = frame_numbers(total, count)
+        picked, decoded = _decode_all(path, set(numbers), size)
         _check_frames(decoded, declared, path)
         if decoded == total:
-            return np.stack([picked[i] for i in indices.tolist()])
-        total = decoded  # the container's frame count was off: choose again from the real one
+            return np.stack([picked[number] for number in numbers])
+        total = decoded
 
 
 def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
@@ -146,11 +240,11 @@ def watch(path: str | Path) -> Watched:
 
 
 @contextlib.contextmanager
-def _picture(path: str | Path, field: str) -> Iterator[Image.Image]:
-    """An open picture, upright; errors of the decoder while it is in use become InputErrors."""
-    path = _require(path, field)
+def _picture(path: str | Path, field: str, content: bytes | None = None) -> Iterator[Image.Image]:
+    """An open picture, upright, from its bytes where they are at hand; errors of the decoder become InputErrors."""
+    path = str(path) if content is not None else _require(path, field)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if content is None else io.BytesIO(content)) as picture:
             # Looking for the tag in a PNG that has none in front would decode all of it.
             if picture.format != "PNG" or "exif" in picture.info:
                 ImageOps.exif_transpose(picture, in_place=True)
@@ -250,10 +344,19 @@ def _read_track(path: str | Path) -> tuple[np.ndarray, int]:
             raise InputError(str(path), "audio", "has no audio track", fix)
         stream = container.streams.audio[0]
         stream.codec_context.thread_count = 1
-        to_float = av.AudioResampler(format="fltp")
-        decoded = (out for frame in container.decode(stream) for out in to_float.resample(frame))
-        mono = [frame.to_ndarray().mean(axis=0) for frame in decoded]
-        return np.concatenate([np.zeros(0, np.float32), *mono]), stream.rate
+        to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
+
+        def take(frame: av.AudioFrame | None) -> None:
+            if frame is not None:
+                mono.append(frame.to_ndarray().mean(axis=0))
+
+        for frame in (out for decoded in container.decode(stream) for out in to_float.resample(decoded)):
+            frame.pts = None  # gaps in time are not filled
+            waiting.write(frame)
+            if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
+                take(waiting.read())
+        take(waiting.read())
+        return np.concatenate(mono), stream.rate
 
 
 def stated_seconds(path: str | Path) -> float:
@@ -346,19 +449,19 @@ def _check_palette(mask: Image.Image, where: str) -> None:
 
 
 def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int, int] | None = None,
-              unknown: int = 0) -> np.ndarray:
+              unknown: int = 0, content: bytes | None = None) -> np.ndarray:
     """int32[size, size]: a ground-truth mask, nearest neighbour; int32[H, W] of its own size with None.
 
     `binary`: 1 where the grey value is above 0. `semantic`: class ids 0..70, from the indices of a palette or grey PNG
     or from the exact AVSBench colours of an RGB one; another colour is `unknown`, background as in the reference.
     `picture` is the (width, height) of the picture that the mask belongs to. Raises InputError for a damaged file,
     another size than `picture`, an id > 70, or a palette that contradicts the ids.
-    A `path` that starts with INLINE_MASK is a binary mask itself.
+    A `path` that starts with INLINE_MASK is a binary mask itself. `content`: the bytes of the file, read already.
     """
     if (code := Path(path).name).startswith(INLINE_MASK):
         grey = np.zeros((1, 1)) if code == EMPTY_MASK else _decode_inline(code)
         return _binary(grey, size, str(path), None if code == EMPTY_MASK else picture)
-    with _picture(path, "mask") as mask:
+    with _picture(path, "mask", content) as mask:
         if kind == "binary":
             grey = np.array(mask if mask.mode in _DEEP else mask.convert("L"))
             return _binary(grey, size, str(path), picture)

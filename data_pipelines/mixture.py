@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from crab_jax.errors import InputError
+from data_pipelines import decoded
 from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
 from data_pipelines.examples import Example, choice
 from data_pipelines.padding import Padding, padding
@@ -77,6 +78,7 @@ class BatchLoader:
         self.examples, self.root, self.tokenizer, self.config = examples, root, tokenizer, config
         self.rows, self.skipped = rows, skipped
         self.bad: dict[int, str] = {}
+        decoded.source(root, config.decoding)  # settings that prepared shards lack are no fault of an example
         rings = [(group, [*group[1:], group[0]]) for group in map(list, groups.values())]
         self.following = {index: after for group, shifted in rings for index, after in zip(group, shifted, strict=True)}
 

@@ -1,0 +1,101 @@
+"""What batches need of the media of a data root, decoded: from the files themselves, or from prepared shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from data_pipelines import fbank, media, shards
+from data_pipelines.shards import Decoding, Shards
+
+
+class Files:
+    """The media files of a data root; `Shards` has the same methods. Paths are relative to the root, or absolute.
+
+    Pictures are kept as long as the object, so that a frame of a clip that is segmented as well is decoded once.
+    `cache_dir`: folder of decoded media, "" = decode every time. All methods raise InputError.
+    """
+
+    def __init__(self, root: str | Path, decoding: Decoding, cache_dir: str = ""):
+        self.root, self.decoding, self.cache_dir = Path(root), decoding, cache_dir
+        self._pictures: dict[str, np.ndarray] = {}
+
+    def video(self, path: str) -> np.ndarray:
+        """uint8[n, S, S, 3]: evenly spaced frames of a video."""
+        size, count = self.decoding.image_size, self.decoding.video_frames
+        full = self.root / path
+        return self._cached(full, ("video", count, size), lambda: media.read_video(full, count, size))
+
+    def video_size(self, path: str) -> tuple[int, int]:
+        """(width, height) of the video itself."""
+        return media.video_size(self.root / path)
+
+    def picture(self, path: str, field: str) -> np.ndarray:
+        """uint8[S, S, 3]."""
+        if path not in self._pictures:
+            size, full = self.decoding.image_size, self.root / path
+            self._pictures[path] = self._cached(full, ("image", size), lambda: media.read_image(full, size, field))
+        return self._pictures[path]
+
+    def picture_size(self, path: str, field: str) -> tuple[int, int]:
+        """(width, height) of the picture itself."""
+        return media.image_size(self.root / path, field)
+
+    def sound(self, path: str, windows: str, second: int | None) -> np.ndarray:
+        """float32[windows, frames, 128]: the filter banks of the audio windows of a clip."""
+        full, short = self.root / path, self.decoding.pad_short_audio
+
+        def decode() -> np.ndarray:
+            return fbank.fbank(fbank.cut_windows(media.read_audio(full), windows, second, str(full), short))
+
+        return self._cached(full, ("fbank", windows, second if windows in fbank.SINGLE else "", short), decode)
+
+    def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
+        """int32[size, size]: a ground-truth mask, at any size; `picture` is the (width, height) it must have."""
+        return media.read_mask(self.root / path, size, kind, picture)
+
+    def _cached(self, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """`decode()`, kept as a file under the cache directory; files appear there whole or not at all.
+
+        Safetensors rather than .npy: NumPy parses .npy headers with `ast`, which is not safe in threads on Python 3.11
+        (it fails now and then with "AST constructor recursion depth mismatch").
+        """
+        if not self.cache_dir or not path.is_file():
+            return decode()
+        stamp = path.stat()
+        key = "|".join(map(str, (path.resolve(), stamp.st_mtime_ns, stamp.st_size, *settings)))
+        folder = Path(self.cache_dir)
+        kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        try:
+            return safetensors.numpy.load_file(kept)["value"]
+        except (FileNotFoundError, safetensors.SafetensorError):
+            pass
+        value = decode()
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{uuid.uuid4().hex}.tmp"
+        safetensors.numpy.save_file({"value": np.ascontiguousarray(value)}, partial)
+        os.replace(partial, kept)
+        return value
+
+
+def source(root: str | Path, decoding: Decoding, cache_dir: str = "") -> Files | Shards:
+    """The media of a data root. Raises InputError for a prepared root that was made with another `decoding`."""
+    prepared = shards.opened(root)
+    if prepared is None:
+        return Files(root, decoding, cache_dir)
+    prepared.check(decoding)
+    return prepared
+
+
+def read_mask(root: str | Path, path: str, kind: str, size: int) -> np.ndarray:
+    """int32[size, size]: the mask of an Example of any data root."""
+    prepared = shards.opened(root)
+    return prepared.mask(path, kind, size) if prepared else media.read_mask(Path(root) / path, size, kind)

@@ -1,0 +1,322 @@
+"""A prepared root: the Examples of a data root as text, their media decoded in ArrayRecord shards. `prepare` writes it.
+
+    prepared.json                                   settings, shards with checksums, versions; written last
+    index.bin                                       where every medium is, sorted by the hash of its key
+    examples/<dataset>-<split>-<variant>.jsonl      what `datasets.records` gives, errors included; of a root of
+                                                    <split>.jsonl, those files
+    {frames,sounds,masks}/                          each a TFDS dataset: features.json, dataset_info.json,
+        <kind>-<list>.array_record-0000i-of-0000n   one record a medium, in the splits of TFDS; <record>.json beside
+                                                    each shard says what it was made from
+
+A record is a tf.train.Example, so that TFDS and Grain read the shards too; here it is taken apart without a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python import array_record_module
+
+from crab_jax.errors import InputError
+from data_pipelines import fbank, media
+from data_pipelines.examples import Example, from_json, json_line, seg_source, to_json
+from data_pipelines.sources.release import Found, MissingFile
+
+FORMAT = 1
+MANIFEST, PLAN, INDEX = "prepared.json", "plan.json", "index.bin"
+KINDS = ("frames", "sounds", "masks")
+PLACE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("row", "<u4")])
+READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
+
+
+class Decoding(NamedTuple):
+    """What decides the arrays of a medium. image_size: pixels of a side. video_frames: frames taken of a video.
+    pad_short_audio: accept audio windows shorter than 175 ms."""
+
+    image_size: int
+    video_frames: int
+    pad_short_audio: bool
+
+
+class Medium(NamedTuple):
+    """One thing that is decoded once. detail: video or picture; the windows of a sound; the mask_kind of a mask."""
+
+    kind: str
+    path: str
+    detail: str
+
+    def key(self) -> int:
+        """A hash of 64 bits."""
+        return int.from_bytes(hashlib.blake2b("\0".join(self).encode(), digest_size=8).digest(), "little")
+
+
+def all_windows(windows: str) -> str:
+    """The policy that has the window of a single-window policy among its own."""
+    return {"one": "ten", "one_of_five": "five"}.get(windows, windows)
+
+
+# Records: tf.train.Example by hand, which is protobuf of four nested messages.
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _message(number: int, *parts: bytes) -> list[bytes]:
+    """Field `number` that holds the bytes of `parts`."""
+    return [_varint(number << 3 | 2), _varint(sum(map(len, parts))), *parts]
+
+
+def encode(record: Mapping[str, str | bytes | int]) -> bytes:
+    """The tf.train.Example of a record: text and bytes as bytes_list, whole numbers (not negative) as int64_list."""
+    features: list[bytes] = []
+    for name, value in record.items():
+        if isinstance(value, int):
+            feature = _message(3, *_message(1, _varint(value)))
+        else:
+            feature = _message(1, *_message(1, value.encode() if isinstance(value, str) else value))
+        features += _message(1, *_message(1, name.encode()), *_message(2, *feature))
+    return b"".join(_message(1, *features))
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(number, content) of the fields of a message of which all have a length."""
+    at = 0
+    while at < len(data):
+        tag, at = _read_varint(data, at)
+        length, at = _read_varint(data, at)
+        if tag & 7 != 2 or at + length > len(data):
+            raise ValueError("not a record")
+        yield tag >> 3, data[at : at + length]
+        at += length
+
+
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """name -> int, or a memoryview into `data`: the inverse of `encode`. Raises ValueError, IndexError, KeyError."""
+    record: dict[str, Any] = {}
+    ((_, features),) = _fields(memoryview(data))
+    for _, entry in _fields(features):
+        parts = dict(_fields(entry))
+        ((kind, values),) = _fields(parts[2])
+        ((_, value),) = _fields(values)
+        record[str(parts[1], "utf-8")] = _read_varint(value, 0)[0] if kind == 3 else value
+    return record
+
+
+# Errors as text.
+
+def error_json(error: InputError) -> dict[str, Any]:
+    """An InputError as a JSON object."""
+    return {"where": error.where, "field": error.field, "problem": error.problem, "fix": error.fix,
+            "missing": isinstance(error, MissingFile)}
+
+
+def _error_of(record: Mapping[str, Any], field: str | None = None) -> InputError:
+    kind = MissingFile if record["missing"] else InputError
+    return kind(record["where"], field or record["field"], record["problem"], record["fix"])
+
+
+def found_json(found: Found, whole: bool = False) -> str:
+    """One line of a list of Examples. `whole`: the error is of the annotations as a whole."""
+    record = {"error": error_json(found), "whole": whole} if isinstance(found, InputError) else to_json(found)
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+# Reading.
+
+class Shards:
+    """A prepared root, open for reading; the methods up to `mask` are those of `decoded.Files`.
+
+    Shards are opened when first read and stay open. Threads may share the object.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.manifest = _json(self.root / MANIFEST)
+        if self.manifest.get("format") != FORMAT:
+            raise InputError(str(self.root / MANIFEST), "format", f"is {self.manifest.get('format')!r}, not {FORMAT}",
+                             "prepare the data again with this version")
+        self.decoding = Decoding(**self.manifest["decoding"])
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        for shard in self.shards:
+            _check_size(self.root / shard["file"], shard["bytes"])
+        places = self.manifest["records"]
+        _check_size(self.root / INDEX, places * PLACE.itemsize)
+        self._places = np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE)
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def check(self, decoding: Decoding) -> None:
+        """Raise InputError naming the first setting in which `decoding` differs from that of the shards."""
+        for field, ours, asked in zip(Decoding._fields, self.decoding, decoding, strict=True):
+            if ours != asked:
+                raise InputError(str(self.root), field, f"was prepared with {ours}, but {asked} is asked for",
+                                 f"prepare it anew with --{field.replace('_', '-')}, or read the raw data")
+
+    def video(self, path: str) -> np.ndarray:
+        return self._pixels(self._record(Medium("frames", path, "video"), "video"))
+
+    def video_size(self, path: str) -> tuple[int, int]:
+        return _size(self._record(Medium("frames", path, "video"), "video"))
+
+    def picture(self, path: str, field: str) -> np.ndarray:
+        return self._pixels(self._record(Medium("frames", path, "picture"), field))[0]
+
+    def picture_size(self, path: str, field: str) -> tuple[int, int]:
+        return _size(self._record(Medium("frames", path, "picture"), field))
+
+    def sound(self, path: str, windows: str, second: int | None) -> np.ndarray:
+        policy, short = all_windows(windows), self.decoding.pad_short_audio
+        record = self._record(Medium("sounds", path, policy), "audio")
+        fbank.check_windows(record["samples"], windows, second, str(self.root / path), short)
+        bands = np.frombuffer(record["fbank"], np.float32)
+        bands = bands.reshape(fbank.WINDOW_COUNT[policy], fbank.WINDOW_FRAMES[policy], fbank.MEL_BINS)
+        return bands if policy == windows or second is None else bands[second : second + 1]
+
+    def seconds(self, path: str, windows: str) -> float:
+        """The length of a sound."""
+        return self._record(Medium("sounds", path, all_windows(windows)), "audio")["samples"] / fbank.SAMPLE_RATE
+
+    def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
+        if path.startswith(media.INLINE_MASK):
+            return media.read_mask(path, size, kind, picture)
+        record = self._record(Medium("masks", path, kind), "mask")
+        media.check_size(_size(record), picture, str(self.root / path))
+        if size == self.decoding.image_size:
+            return np.frombuffer(record["labels"], np.uint8).reshape(size, size).astype(np.int32)
+        return media.read_mask(path, size, kind, picture, content=bytes(record["content"]))
+
+    def has(self, name: str, split: str | None = None) -> bool:
+        """Whether a dataset (or its split) is here."""
+        splits = self.manifest["datasets"].get(name, {})
+        return bool(splits) if split is None else split in splits
+
+    def records(self, name: str, split: str, variant: str) -> Iterator[Found]:
+        """What `datasets.records` gives for the root that this one was made from."""
+        if not self.has(name, split) or variant not in self.manifest["variants"]:
+            field, value = ("variant", variant) if self.has(name, split) else ("datasets", f"{name} {split}")
+            fix = f"run prepare with it into {self.root}, or read the raw data"
+            raise InputError(str(self.root), field, f"was prepared without {value}", fix)
+        path = self.root / examples_file(name, split, variant)
+        if not path.is_file():
+            raise InputError(str(path), "", "no such file", "run prepare again")
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                record = json_line(line, f"{path}:{number}")
+                if "error" not in record:
+                    yield from_json(record, f"{path}:{number}")
+                elif record["whole"]:
+                    raise _error_of(record["error"])
+                else:
+                    yield _error_of(record["error"])
+
+    def _pixels(self, record: Mapping[str, Any]) -> np.ndarray:
+        size = self.decoding.image_size
+        return np.frombuffer(record["pixels"], np.uint8).reshape(-1, size, size, 3)
+
+    def _record(self, medium: Medium, field: str) -> dict[str, Any]:
+        """The record of a medium. Raises the InputError that decoding it gave, or one that names a damaged shard."""
+        key = np.uint64(medium.key())
+        place = np.searchsorted(self._places["key"], key)
+        if place == len(self._places) or self._places[place]["key"] != key:
+            raise InputError(str(self.root), field, f"{medium.path} ({medium.detail}) is not among what was prepared",
+                             "run prepare again with the same options; it adds what is new")
+        number, row = int(self._places[place]["shard"]), int(self._places[place]["row"])
+        try:
+            record = decode(self._reader(number).read([row])[0])
+            if str(record["path"], "utf-8") != medium.path:
+                raise ValueError
+        except (ValueError, IndexError, KeyError, RuntimeError) as error:
+            raise _damaged(self.root / self.shards[number]["file"], f"record {row} cannot be read") from error
+        if len(record["error"]):
+            raise _error_of(json.loads(bytes(record["error"])), field)
+        return record
+
+    def _reader(self, number: int) -> Any:
+        with self._lock:
+            if number not in self._readers:
+                path = str(self.root / self.shards[number]["file"])
+                self._readers[number] = array_record_module.ArrayRecordReader(path, READER_OPTIONS)
+            return self._readers[number]
+
+
+def _size(record: Mapping[str, Any]) -> tuple[int, int]:
+    return record["width"], record["height"]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), "", f"cannot be read ({type(error).__name__})", "run prepare again") from None
+
+
+def _damaged(path: Path, problem: str) -> InputError:
+    return InputError(str(path), "", f"{problem}; the shard is damaged",
+                      "run prepare again with the same options: it makes damaged shards anew")
+
+
+def _check_size(path: Path, size: int) -> None:
+    there = path.stat().st_size if path.is_file() else None
+    if there != size:
+        raise _damaged(path, "is missing" if there is None else f"holds {there} of {size} bytes")
+
+
+def examples_file(name: str, split: str, variant: str) -> str:
+    """The list of Examples of one split of a dataset, relative to the prepared root."""
+    return f"examples/{name}-{split}-{variant}.jsonl"
+
+
+def opened(root: str | Path) -> Shards | None:
+    """The prepared root `root`; None when it is none. Raises InputError for one that is unfinished or damaged."""
+    path = Path(root)
+    try:
+        stamp = (path / MANIFEST).stat().st_mtime_ns
+    except OSError:
+        if (path / PLAN).is_file():
+            raise InputError(str(path), "", "is not prepared to the end", "run prepare again with the same options; "
+                             "it goes on where it stopped") from None
+        return None
+    return _opened(str(path.absolute()), stamp)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(root: str, stamp: int) -> Shards:
+    return Shards(root)
+
+
+def media_of(example: Example, decoding: Decoding) -> Iterator[Medium]:
+    """What `batching.load` and the metrics read for an Example, in the order of reading."""
+    names, taken = example.frames, min(decoding.video_frames, len(example.frames))
+    if example.video:
+        yield Medium("frames", example.video, "video")
+    for number in media.frame_numbers(len(names), taken):
+        yield Medium("frames", names[number], "picture")
+    if example.image:
+        yield Medium("frames", example.image, "picture")
+    if example.mask_kind != "none" and (found := seg_source(example)) and found[0] != "video":
+        yield Medium("frames", found[1], "picture")
+    if example.windows != "none" and (sound := example.audio or example.video):
+        yield Medium("sounds", sound, all_windows(example.windows))
+    if example.mask and not example.mask.startswith(media.INLINE_MASK):
+        yield Medium("masks", example.mask, example.mask_kind)
