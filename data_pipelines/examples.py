@@ -141,7 +141,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     if not path.is_file():
         raise InputError(str(path), "", "no such file", "check --data and the split name")
     examples, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -17,20 +17,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from crab_jax.errors import CommandLine, InputError, run_verb
+from data_pipelines import media
 from data_pipelines.datasets import DATASETS, dataset_of, media_of, records, selection
 from data_pipelines.examples import Example
-from data_pipelines.media import riff_damage
 from data_pipelines.sources.release import MissingFile
 
 # How the text of a Problem begins.
 MISSING, CORRUPT, MALFORMED, LEAK, WARNING = "missing", "corrupt", "malformed", "leak", "warning"
 KINDS = (MISSING, CORRUPT, MALFORMED, LEAK, WARNING)
 Look = Callable[[str, str, Example], Iterable[tuple[str, str, str]]]  # (dataset, split, Example) -> (field, path, text)
-_MP4 = (".mp4", ".m4a", ".m4v", ".mov")
-_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx", b"uuid", b"pnot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +152,13 @@ def damage(root: str | Path, path: str) -> str:
             head = file.read(16)
             file.seek(max(0, size - 4096))
             tail = file.read()
-            suffix = full.suffix.lower()
-            if suffix in _MP4:
-                return _mp4_damage(file, size)
+        if film := media.mp4_damage(full):
+            return film
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    suffix = full.suffix.lower()
     if suffix == ".wav":
-        return riff_damage(full) if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE" else "is no WAV file"
+        return media.riff_damage(full) if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE" else "is no WAV file"
     if suffix == ".png":
         return ("is no PNG file" if head[:8] != b"\x89PNG\r\n\x1a\n" else "ends before the picture does"
                 if b"IEND\xaeB`\x82" not in tail else "")
@@ -169,25 +166,6 @@ def damage(root: str | Path, path: str) -> str:
         return ("is no JPEG file" if head[:2] != b"\xff\xd8" else "ends before the picture does"
                 if b"\xff\xd9" not in tail else "")
     return ""
-
-
-def _mp4_damage(file: Any, size: int) -> str:
-    """Walk the boxes of the outermost level: their sizes must add up to the file, and the index must be among them."""
-    at, kinds = 0, set()
-    while at < size:
-        file.seek(at)
-        header = file.read(16)
-        length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-        if not at and kind not in _MP4_BOXES:
-            return "is no MP4 file"
-        length = int.from_bytes(header[8:16], "big") if length == 1 else length or size - at
-        if at + length > size:
-            return f"ends inside of its {kind.decode('latin-1')!r} box, {at + length - size} bytes short"
-        if length < 8:
-            return "" if b"moov" in kinds else f"has a broken box at byte {at}"
-        kinds.add(kind)
-        at += length
-    return "" if b"moov" in kinds else "has no index (moov); the copy stopped early"
 
 
 def table(counts: Sequence[Count]) -> str:

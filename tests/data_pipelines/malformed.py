@@ -188,10 +188,13 @@ def videos(corpus: Corpus) -> None:
     for size in ((1, 1), (3, 5), (4097, 2)):
         add(f"{size[0]}x{size[1]}.mp4", film(media / "x.mp4", noise(3, size), "mjpeg", "yuvj444p"))
     add("CAPITALS.MP4", clip)
+    film(media / "x.mkv", greys(4))
+    add("matroska.mp4", (media / "x.mkv").read_bytes())
+    add("junk-behind.mp4", clip + b"\xff" * 100)
     add("mute.mp4", upright, "no audio track", "video", BOTH)
     corpus.cases[-1] = dataclasses.replace(corpus.cases[-1], field="audio")
     add("short-sound.mp4", film(media / "x.mp4", greys(40), seconds=2.0), "2.* s of sound for 4.00 s", "video", BOTH)
-    for name in ("x.mp4", "x.wav"):
+    for name in ("x.mp4", "x.mkv", "x.wav"):
         (media / name).unlink()
 
 
