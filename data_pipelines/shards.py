@@ -131,7 +131,8 @@ def error_json(error: InputError) -> dict[str, Any]:
             "missing": isinstance(error, MissingFile)}
 
 
-def _error_of(record: Mapping[str, Any], field: str | None = None) -> InputError:
+def error_of(record: Mapping[str, Any], field: str | None = None) -> InputError:
+    """The InputError of a JSON object; `field` stands for the field that is being read now."""
     kind = MissingFile if record["missing"] else InputError
     return kind(record["where"], field or record["field"], record["problem"], record["fix"])
 
@@ -226,9 +227,9 @@ class Shards:
                 if "error" not in record:
                     yield from_json(record, f"{path}:{number}")
                 elif record["whole"]:
-                    raise _error_of(record["error"])
+                    raise error_of(record["error"])
                 else:
-                    yield _error_of(record["error"])
+                    yield error_of(record["error"])
 
     def _pixels(self, record: Mapping[str, Any]) -> np.ndarray:
         size = self.decoding.image_size
@@ -249,7 +250,7 @@ class Shards:
         except (ValueError, IndexError, KeyError, RuntimeError) as error:
             raise _damaged(self.root / self.shards[number]["file"], f"record {row} cannot be read") from error
         if len(record["error"]):
-            raise _error_of(json.loads(bytes(record["error"])), field)
+            raise error_of(json.loads(bytes(record["error"])), field)
         return record
 
     def _reader(self, number: int) -> Any:

@@ -1,0 +1,450 @@
+"""Decode a data root once: write its media as shards that train and evaluate read instead of the files.
+
+    python -m data_pipelines prepare --root DATA --out PREPARED --datasets ave,avqa --workers 8
+
+PREPARED then stands wherever DATA stood (`--data`, `data.root`) and gives the same batches, many times faster: any
+tokenizer, any prompt variant, muted and blanked inputs. Whatever is shown many times is stored once. A stopped run goes
+on where it stopped when it is started again; more --datasets and --splits may be added later. What cannot be decoded is
+listed at the end, and is the same error when it is read. The shards are TFDS datasets as well; see docs/datasets.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from array_record.python import array_record_module
+
+from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_folder, write_whole
+from data_pipelines import datasets, fbank, media, shards
+from data_pipelines.decoded import Files
+from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
+from data_pipelines.sources.release import Found
+
+LIBRARIES = ("av", "soundfile", "soxr", "pillow", "numpy", "array_record", "crab_jax")
+# Sound is noise to a compressor (2 % smaller, four times slower to read); pixels and masks are not.
+COMPRESSION = {"frames": "zstd:1", "sounds": "uncompressed", "masks": "zstd:1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What makes a prepared root what it is. A root that exists may not be given others."""
+
+    root: str
+    decoding: Decoding
+    variants: tuple[str, ...]
+    shard_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as they stand in plan.json."""
+        return {"root": self.root, **self.decoding._asdict(), "variants": list(self.variants),
+                "shard_bytes": self.shard_bytes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard to write. file: relative to the root; stamps: (size, time in ns) of the file behind each medium."""
+
+    file: str
+    media: tuple[Medium, ...]
+    stamps: tuple[tuple[int, int], ...]
+
+    def digest(self, settings: Settings) -> str:
+        """A hash of all that decides the shard's content."""
+        said = json.dumps([shards.FORMAT, settings.decoding, self.media, self.stamps])
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+# What there is to do.
+
+def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tuple[str, str]]:
+    """(dataset, split) of every list of Examples that is asked for; the dataset is "" for a `<split>.jsonl`."""
+    found: list[tuple[str, str]] = []
+    for split in splits:
+        if (root / f"{split}.jsonl").is_file():
+            found.append(("", split))
+    if found and names:
+        raise InputError(str(root), "--datasets", f"the root has {found[0][1]}.jsonl, which then is all that is read",
+                         "leave --datasets out")
+    if not found:
+        found = [(name, split) for name in datasets.choose(root, names) for split in splits
+                 if split in datasets.DATASETS[name].sizes]
+    if not found:
+        raise InputError(str(root), "--splits", f"holds none of {', '.join(splits)}", "check --root and --splits")
+    return found
+
+
+def read_list(settings: Settings, out: Path, name: str, split: str) -> tuple[int, dict[Medium, None]]:
+    """Write one list of Examples into `out`; how many there are, and the media that they need."""
+    needed: dict[Medium, None] = {}
+    if not name:
+        examples = datasets.read_jsonl(settings.root, split)
+        write_jsonl(out / f"{split}.jsonl", examples)
+        for example in examples:
+            needed.update(dict.fromkeys(shards.media_of(example, settings.decoding)))
+        return len(examples), needed
+    count = 0
+    for variant in settings.variants:
+        lines = []
+        for found, whole in _found(settings.root, name, split, variant):
+            lines.append(shards.found_json(found, whole))
+            if isinstance(found, Example):
+                count += variant == settings.variants[0]
+                needed.update(dict.fromkeys(shards.media_of(found, settings.decoding)))
+        write_whole(out / shards.examples_file(name, split, variant), "".join(lines))
+    return count, needed
+
+
+def _found(root: str, name: str, split: str, variant: str) -> Iterator[tuple[Found, bool]]:
+    """What `datasets.records` gives, with the error of the annotations as a whole as the last of it."""
+    try:
+        for found in datasets.records(root, name, split, variant):
+            yield found, False
+    except InputError as error:
+        yield error, True
+
+
+def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> list[Shard]:
+    """The shards of one kind of one list: as many media each as fill `shard_bytes`, whatever they compress to."""
+    groups: list[list[Medium]] = []
+    room = 0
+    for medium in needed:
+        size = _bytes_of(medium, settings.decoding)
+        if room < size:
+            groups.append([])
+            room = settings.shard_bytes
+        groups[-1].append(medium)
+        room -= size
+    stem = f"{kind}/{kind}-{name}.array_record"
+    return [Shard(f"{stem}-{number:05d}-of-{len(groups):05d}", tuple(group),
+                  tuple(_stamp(Path(settings.root) / medium.path) for medium in group))
+            for number, group in enumerate(groups)]
+
+
+def _bytes_of(medium: Medium, decoding: Decoding) -> int:
+    """The size of a record before compression, roughly."""
+    square = decoding.image_size**2
+    if medium.kind == "frames":
+        return 3 * square * (decoding.video_frames if medium.detail == "video" else 1)
+    if medium.kind == "masks":
+        return square
+    return 4 * fbank.MEL_BINS * fbank.WINDOW_COUNT[medium.detail] * fbank.WINDOW_FRAMES[medium.detail]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+# Decoding.
+
+def record_of(medium: Medium, stamp: tuple[int, int], files: Files) -> dict[str, str | bytes | int]:
+    """The record of a medium; of one that cannot be decoded, its error and no arrays."""
+    record: dict[str, str | bytes | int] = {
+        "path": medium.path, "detail": medium.detail, "error": "", "bytes": stamp[0], "mtime_ns": stamp[1]}
+    try:
+        return record | _DECODERS[medium.kind](medium.path, medium.detail, files)
+    except InputError as error:
+        numbers, arrays = _FIELDS[medium.kind]
+        record["error"] = json.dumps(shards.error_json(error))
+        return record | dict.fromkeys(numbers, 0) | dict.fromkeys(arrays, b"")
+
+
+def _frames(path: str, detail: str, files: Files) -> dict[str, str | bytes | int]:
+    if detail == "video":
+        pixels, (width, height) = files.video(path), files.video_size(path)
+    else:
+        pixels, (width, height) = files.picture(path, "image"), files.picture_size(path, "image")
+    return {"pixels": pixels.tobytes(), "width": width, "height": height}
+
+
+def _sound(path: str, windows: str, files: Files) -> dict[str, str | bytes | int]:
+    """Too short a sound has no arrays and no error either: reading it finds it too short for what is asked."""
+    waveform = media.read_audio(files.root / path)
+    try:
+        bands = fbank.fbank(fbank.cut_windows(waveform, windows, pad_short=files.decoding.pad_short_audio)).tobytes()
+    except InputError:
+        bands = b""
+    return {"samples": len(waveform), "fbank": bands}
+
+
+def _mask(path: str, kind: str, files: Files) -> dict[str, str | bytes | int]:
+    """The class ids at the size of the model, and the file itself for the metrics at any other size."""
+    labels = files.mask(path, kind, files.decoding.image_size).astype(np.uint8)
+    width, height = media.image_size(files.root / path, "mask")
+    return {"labels": labels.tobytes(), "content": (files.root / path).read_bytes(), "width": width, "height": height}
+
+
+_DECODERS: dict[str, Callable[[str, str, Files], dict[str, str | bytes | int]]] = {
+    "frames": _frames, "sounds": _sound, "masks": _mask}
+# What a record holds besides path, detail, error, bytes and mtime_ns of the source: numbers, and arrays with their
+# shape and dtype; S is image_size.
+_FIELDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[int | str | None, ...], type]]]] = {
+    "frames": (("width", "height"), {"pixels": ((None, "S", "S", 3), np.uint8)}),
+    "sounds": (("samples",), {"fbank": ((None, fbank.MEL_BINS), np.float32)}),
+    "masks": (("width", "height"), {"labels": ((None, "S", "S"), np.uint8), "content": ((None,), np.uint8)}),
+}
+_counter: Any = None  # of the media that all processes have decoded
+
+
+def _share_counter(counter: Any) -> None:
+    global _counter
+    _counter = counter
+
+
+def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
+    """Write one shard, so that it is there whole or not at all, and its note; the note."""
+    path, files = out / shard.file, Files(settings.root, settings.decoding)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    writer = array_record_module.ArrayRecordWriter(str(partial), f"group_size:1,{COMPRESSION[shard.media[0].kind]}")
+    failed, size = [], 0
+    try:
+        for medium, stamp in zip(shard.media, shard.stamps, strict=True):
+            record = record_of(medium, stamp, Files(files.root, files.decoding))
+            if record["error"]:
+                failed.append(str(shards.error_of(json.loads(str(record["error"])))))
+            data = shards.encode(record)
+            size += len(data)
+            writer.write(data)
+            if _counter is not None:
+                with _counter.get_lock():
+                    _counter.value += 1
+    finally:
+        writer.close()
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    note = {"file": shard.file, "records": len(shard.media), "bytes": partial.stat().st_size, "record_bytes": size,
+            "sha256": _sha256(partial), "of": shard.digest(settings), "failed": failed}
+    partial.replace(path)
+    write_whole(_note(path), json.dumps(note))
+    return note
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished(settings: Settings, out: Path, shard: Shard) -> dict[str, Any] | None:
+    """The note of a shard that is there, whole, and made from what is there now; None for any other."""
+    path = out / shard.file
+    try:
+        note = json.loads(_note(path).read_text())
+        whole = note["of"] == shard.digest(settings) and path.stat().st_size == note["bytes"]
+        return note if whole and _sha256(path) == note["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# The whole.
+
+def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The lists of an `out` that exists, then the new ones of `wanted`; noted in plan.json. Raises InputError when
+    `out` was made with other settings, or holds something else."""
+    plan = out / PLAN
+    known: list[tuple[str, str]] = []
+    if plan.is_file():
+        try:
+            old = json.loads(plan.read_text())
+            known = [(name, split) for name, split in old.pop("lists")]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(str(plan), "", "is damaged", "give an empty --out") from None
+        ours = settings.as_json()
+        for field, value in old.items():
+            if ours.get(field) != value:
+                raise InputError(str(out), field, f"was prepared with {value!r}, not {ours.get(field)!r}",
+                                 "use the same options, or another --out")
+    elif any(out.iterdir()):
+        raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")
+    lists = [*known, *(one for one in wanted if one not in known)]
+    write_whole(plan, json.dumps({**settings.as_json(), "lists": lists}, indent=1))
+    return lists
+
+
+def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], workers: int,
+            progress: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Write or complete the prepared root `out`; what could not be decoded. See the module's docstring."""
+    lists = claim(out, settings, wanted)
+    counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
+    seen: dict[Medium, None] = {}
+    todo: list[Shard] = []
+    for name, split in lists:
+        counts[name][split], needed = read_list(settings, out, name, split)
+        new = [medium for medium in needed if medium not in seen]
+        seen.update(needed)
+        title = f"{name}_{split}" if name else split
+        for kind in KINDS:
+            todo += cut(kind, title, [medium for medium in new if medium.kind == kind], settings)
+        progress(f"{title}: {counts[name][split]} examples, {len(new)} media of their own")
+    notes = {shard.file: note for shard in todo if (note := finished(settings, out, shard))}
+    if notes:
+        progress(f"{len(notes)} of {len(todo)} shards are there already")
+    left = [shard for shard in todo if shard.file not in notes]
+    for note in _write_all(settings, out, left, workers, progress):
+        notes[note["file"]] = note
+    _finish(settings, out, counts, todo, [notes[shard.file] for shard in todo])
+    return [line for note in notes.values() for line in note["failed"]]
+
+
+def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None]
+               ) -> Iterator[dict[str, Any]]:
+    """The notes of all shards of `todo`, as they get finished; with no workers they are written in this process."""
+    total, began = sum(len(shard.media) for shard in todo), time.monotonic()
+
+    def say(done: int) -> None:
+        if done:
+            rate = done / (time.monotonic() - began)
+            progress(f"{done} of {total} media, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+
+    if not workers:
+        done = 0
+        for shard in todo:
+            yield write_shard(settings, out, shard)
+            say(done := done + len(shard.media))
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _share_counter, (counter,))
+    try:
+        waiting = {pool.submit(write_shard, settings, out, shard) for shard in todo}
+        while waiting:
+            ready, waiting = concurrent.futures.wait(waiting, 3, concurrent.futures.FIRST_COMPLETED)
+            yield from (future.result() for future in ready)
+            say(counter.value)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise InputError(str(out), "--workers", "a decoding process was killed or crashed",
+                         "run validate to find the file, or use fewer workers if memory ran out") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finish(settings: Settings, out: Path, counts: dict[str, dict[str, int]], todo: Sequence[Shard],
+            notes: Sequence[dict[str, Any]]) -> None:
+    """Write the index, what TFDS needs, and last the manifest; then remove shards of an older plan."""
+    places = np.array([(medium.key(), number, row) for number, shard in enumerate(todo)
+                       for row, medium in enumerate(shard.media)], PLACE)
+    places.sort(order="key")
+    if len(places) and (places["key"][1:] == places["key"][:-1]).any():
+        raise RuntimeError("two media have the same key")
+    write_whole(out / shards.INDEX, places.tobytes())
+    for kind in KINDS:
+        describe(out / kind, kind, settings.decoding, [note for note in notes if note["file"].startswith(f"{kind}/")])
+    kept = ("file", "records", "bytes", "sha256")
+    manifest = {
+        "format": shards.FORMAT, "root": settings.root, "decoding": settings.decoding._asdict(),
+        "variants": list(settings.variants), "records": len(places),
+        "lists": {split: count for split, count in counts.get("", {}).items()},
+        "datasets": {name: splits for name, splits in counts.items() if name},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {
+            "python": sys.version.split()[0], **{k: ".".join(map(str, v)) for k, v in av.library_versions.items()}},
+        "shards": [{key: note[key] for key in kept} for note in notes],
+    }
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1))
+    ours = {shard.file for shard in todo}
+    for path in (path for kind in KINDS for path in (out / kind).glob("*.array_record-*-of-?????")):
+        if str(path.relative_to(out)) not in ours:
+            _note(path).unlink(missing_ok=True)
+            path.unlink()
+    for path in (path for kind in KINDS for path in (out / kind).glob(".*.partial")):
+        path.unlink()
+
+
+def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[str, Any]]) -> None:
+    """features.json and dataset_info.json, with which TFDS reads a kind of shards; nothing for no shards."""
+    import tensorflow_datasets as tfds  # seconds to import, and needed here only
+
+    if not notes:
+        return
+    numbers, arrays = _FIELDS[kind]
+    features = tfds.features.FeaturesDict({
+        **{name: tfds.features.Text() for name in ("path", "detail", "error")},
+        **{name: tfds.features.Scalar(np.int64) for name in ("bytes", "mtime_ns", *numbers)},
+        **{name: tfds.features.Tensor(shape=tuple(decoding.image_size if n == "S" else n for n in shape), dtype=dtype,
+                                      encoding="bytes") for name, (shape, dtype) in arrays.items()}})
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for note in notes:
+        title = note["file"].split("/")[1].removeprefix(f"{kind}-").split(".")[0]
+        splits.setdefault(title, []).append(note)
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder), features=features, check_data=False,
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        split_infos=[tfds.core.SplitInfo(name=title, shard_lengths=[note["records"] for note in parts],
+                                         num_bytes=sum(note["record_bytes"] for note in parts))
+                     for title, parts in splits.items()])
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of the verb."""
+    parser = CommandLine(__doc__, "python -m data_pipelines prepare")
+    parser.add_argument("--root", required=True, help="data root: releases in folders of their names, or <split>.jsonl")
+    parser.add_argument("--out", required=True, help="the prepared root: an empty folder, or one to complete")
+    parser.add_argument("--datasets", default="", metavar="A,B",
+                        help=f"of {','.join(datasets.DATASETS)} (default: those of the joint stage that are there)")
+    parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
+    parser.add_argument("--variants", default=",".join(datasets.VARIANTS), help="of prompts; default %(default)s")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels of a side, of the model that will read it")
+    parser.add_argument("--video-frames", type=int, default=10, help="data.video_frames of the runs that will read it")
+    parser.add_argument("--pad-short-audio", action="store_true", help="data.pad_short_audio of those runs")
+    parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard before compression, in MB")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 = this one only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+    for name, low in (("image_size", 1), ("video_frames", 1), ("shard_mb", 1), ("workers", 0)):
+        if getattr(arguments, name) < low:
+            raise InputError("command line", f"--{name.replace('_', '-')}", f"is {getattr(arguments, name)}",
+                             f"must be at least {low}")
+    if unknown := [v for v in arguments.variants.split(",") if v not in datasets.VARIANTS]:
+        raise InputError("command line", "--variants", f"unknown variant {unknown[0]!r}",
+                         f"use some of {','.join(datasets.VARIANTS)}")
+    return arguments
+
+
+def run(argv: Sequence[str]) -> None:
+    """Prepare what the command line asks for, and list what could not be decoded."""
+    arguments = parse_arguments(argv)
+    root, out = Path(arguments.root), out_folder(arguments.out)
+    if not root.is_dir():
+        raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
+    if shards.opened(root):
+        raise InputError(str(root), "--root", "is prepared already", "give the root that it was prepared from")
+    decoding = Decoding(arguments.image_size, arguments.video_frames, arguments.pad_short_audio)
+    settings = Settings(str(root.absolute()), decoding, tuple(arguments.variants.split(",")),
+                        arguments.shard_mb * 1_000_000)
+    wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
+    failed = prepare(settings, out, wanted, arguments.workers, lambda line: print(line, file=sys.stderr, flush=True))
+    for line in failed[:10]:
+        print(f"cannot be decoded: {line}")
+    if failed[10:]:
+        print(f"and {len(failed) - 10} more")
+    manifest = json.loads((out / MANIFEST).read_text())
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    print(f"{out}: {manifest['records']} media, {size / 1e9:.2f} GB in {len(manifest['shards'])} shards")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of `python -m data_pipelines prepare`."""
+    run_verb(lambda: run(argv), "--debug" in argv)
