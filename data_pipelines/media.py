@@ -56,7 +56,9 @@ def _opened(path: str | Path, field: str) -> Iterator[av.container.InputContaine
             if not container.streams:
                 raise EOFError  # an mp4 that ends before its index opens all the same
             yield container
-    except (av.FFmpegError, OSError, EOFError) as error:
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, EOFError, ValueError, MemoryError) as error:
         problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or incomplete"
         raise InputError(path, field, problem, "copy or download the file again") from None
 
@@ -94,8 +96,15 @@ def _video_stream(container: av.container.InputContainer, path: str | Path) -> a
     if not container.streams.video:
         raise InputError(str(path), "video", "has no video stream", "give a video file, or leave the field out")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # the data loader already runs one decoder per core
+    _decode_alone(stream)
     return stream
+
+
+def _decode_alone(stream: Any) -> None:
+    """Decode in this thread: the data loader already runs one decoder per core."""
+    if stream.codec_context is None:
+        raise ValueError("unknown codec")
+    stream.codec_context.thread_count = 1
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
@@ -359,8 +368,6 @@ def _read_soundfile(path: str | Path) -> tuple[np.ndarray, int]:
             raise InputError(path, "audio", damaged, again)
         with soundfile.SoundFile(path) as file:
             rate, stated = file.samplerate, file.frames
-            if rate < _LOWEST_RATE:
-                raise InputError(path, "audio", f"has a sample rate of {rate} Hz", "export the audio again")
             samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
         problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or not audio"
@@ -378,7 +385,7 @@ def _read_track(path: str | Path) -> tuple[np.ndarray, int]:
             fix = "give an audio file in the 'audio' field, or set windows to 'none'"
             raise InputError(str(path), "audio", "has no audio track", fix)
         stream = container.streams.audio[0]
-        stream.codec_context.thread_count = 1
+        _decode_alone(stream)
         to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
 
         def take(frame: av.AudioFrame | None) -> None:
@@ -409,6 +416,8 @@ def read_audio(path: str | Path) -> np.ndarray:
     """
     is_sound = Path(path).suffix.lower() in SOUNDFILE_SUFFIXES
     mono, rate = _read_soundfile(path) if is_sound else _read_track(path)
+    if rate < _LOWEST_RATE:
+        raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     if not len(mono):
         raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     if not np.isfinite(mono).all():

@@ -1,0 +1,69 @@
+"""Any damage to a media file is an InputError or is not seen by its decoder; never another exception."""
+
+import malformed
+import numpy as np
+import pytest
+from malformed import encoded, film, noise, wave
+from media_files import tone
+
+from crab_jax.errors import InputError
+from data_pipelines import media
+from data_pipelines.status import damage
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Ending -> the bytes of a sound file of that kind."""
+    at = tmp_path_factory.mktemp("whole") / "x.mp4"
+    grey = noise(1)[0][..., 0]
+    return {
+        "mp4": film(at, noise(8), seconds=1.0, options={"movflags": "faststart"}),
+        "h264.mp4": film(at, noise(8), "libx264", seconds=1.0),
+        "wav": wave(tone(0.5)), "flac": wave(tone(0.5), subtype="PCM_16", kind="FLAC"),
+        "mp3": wave(tone(0.5), subtype="MPEG_LAYER_III", kind="MP3"),
+        "ogg": wave(tone(0.5), subtype="VORBIS", kind="OGG"), "png": encoded(grey), "jpg": encoded(grey, "JPEG"),
+        "webp": encoded(grey, "WEBP"), "gif": encoded(malformed.Image.fromarray(grey).quantize(8), "GIF")}
+
+
+READERS = {  # by the ending
+    ("mp4", "h264.mp4"): (lambda path: media.read_video(path, 4, 16), media.watch, media.video_size, media.read_audio),
+    ("wav", "flac", "mp3", "ogg"): (media.read_audio,),
+    ("png", "jpg", "webp", "gif"): (lambda path: media.read_image(path, 16), media.image_size, media.alpha,
+                                    lambda path: media.read_mask(path, None, "binary"),
+                                    lambda path: media.read_mask(path, 16, "semantic"))}
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """The content cut, with bytes changed, taken out or put in; its head, where sizes and offsets are, more often."""
+    changed = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at = int(len(changed) * rng.random() ** rng.choice([1, 4]))
+        some = rng.bytes(int(rng.integers(1, 9)))
+        how = rng.integers(5)
+        if how == 0:
+            del changed[at:]
+        elif how == 1:
+            changed[at : at + len(some)] = some
+        elif how == 2:
+            changed[at:at] = some
+        elif how == 3:
+            changed[at : at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"])
+        else:
+            del changed[at : at + int(rng.integers(1, 200))]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("count", [15, pytest.param(1500, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("ending", [ending for endings in READERS for ending in endings])
+def test_a_damaged_file_is_read_or_refused(whole, tmp_path, ending, count):
+    rng = np.random.default_rng(count)
+    path = tmp_path / f"x.{ending}"
+    readers = next(readers for endings, readers in READERS.items() if ending in endings)
+    for _ in range(count):
+        path.write_bytes(damaged(whole[ending], rng))
+        assert isinstance(damage(tmp_path, path.name), str)
+        for read in readers:
+            try:
+                read(path)
+            except InputError as error:
+                assert error.where == str(path)
