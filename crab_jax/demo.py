@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from crab_jax import runs, scoring
 from crab_jax.checkpoints import save_packed
 from crab_jax.config import model_config
 from crab_jax.errors import CommandLine, run_verb
+from crab_jax.files import write_whole
 from crab_jax.models.crab import Crab
 from crab_jax.recipe import command, recipe
 from data_pipelines.media import read_mask
 
 SEED = 1  # of the demo's scenes; the recipe's are others
-TRAIN_SCENES, TEST_SCENES, STEPS = 400, 60, 300
+TRAIN_SCENES, TEST_SCENES, STEPS = 400, 150, 200
 WARM_START = Path("warm_start")
 
 
@@ -52,31 +56,41 @@ def collect_results(out: Path, scenes: Path, image_size: int) -> None:
 
 
 def demo(out: Path, from_scratch: bool) -> None:
-    """Everything, in order."""
+    """Everything, in order; the seconds of each part go to seconds.json."""
     scenes, run = out / "scenes", out / ("train_from_scratch" if from_scratch else "train")
-    command("data_pipelines.sources.scenes", "--out", scenes, "--train", TRAIN_SCENES, "--val", 8, "--test",
-            TEST_SCENES, "--seed", SEED, "--workers", 2)
+    seconds: dict[str, float] = {}
+
+    def part(name: str, work: Callable[..., Any], *arguments: Any) -> None:
+        began = time.monotonic()
+        work(*arguments)
+        seconds[name] = time.monotonic() - began
+
+    part("scenes", command, "data_pipelines.sources.scenes", "--out", scenes, "--train", TRAIN_SCENES, "--val", 8,
+         "--test", TEST_SCENES, "--seed", SEED, "--workers", 2)
     start = WARM_START
     if from_scratch:
         start = out / "recipe" / "warm_start"
-        recipe(out / "recipe", start, scale=0.1)
-    command("crab_jax.train", "--config=configs/tiny.py", f"--config.init_from={start}",
-            f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}",
-            f"--config.steps={STEPS}", f"--workdir={run}")
-    save_untrained(run, out / "untrained_model")
+        part("recipe", recipe, out / "recipe", start, 0.1)
+    part("train", command, "crab_jax.train", "--config=configs/tiny.py", f"--config.init_from={start}",
+         f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}", f"--config.steps={STEPS}",
+         f"--workdir={run}")
+    untrained = out / "untrained_model"
+    part("untrained model", save_untrained, run, untrained)
     for name, checkpoint, flags in (("trained", run, ()), ("audio_muted", run, ("--mute-audio",)),
-                                    ("video_blanked", run, ("--blank-video",)),
-                                    ("untrained", out / "untrained_model", ())):
-        command("crab_jax.evaluate", "--checkpoint", checkpoint, "--data", scenes, "--batch-size", 32,
-                "--max-new-tokens", 160, *flags, "--out", out / name)
-    collect_results(out, scenes, runs.load_model(run)[0].cfg.clip.image_size)
+                                    ("video_blanked", run, ("--blank-video",)), ("untrained", untrained, ())):
+        part(f"evaluate {name}", command, "crab_jax.evaluate", "--checkpoint", checkpoint, "--data", scenes,
+             "--batch-size", 32, "--max-new-tokens", 160, *flags, "--out", out / name)
+    part("baselines", collect_results, out, scenes, runs.load_model(run)[0].cfg.clip.image_size)
     clip = scenes / "test" / "000000" / "clip.mp4"
-    command("crab_jax.predict", "--checkpoint", run, "--task", "avqa", "--video", clip, "--question",
-            "How many instruments are sounding in the video?", "--out", out / "predict")
-    command("crab_jax.predict", "--checkpoint", run, "--task", "ms3", "--video", clip, "--second", 4, "--out",
-            out / "predict_mask")
-    command("crab_jax.report", "--run", run, "--results", out / "results.json", "--data", scenes, "--out",
-            out / "report.html")
+    part("predict", command, "crab_jax.predict", "--checkpoint", run, "--task", "avqa", "--video", clip, "--question",
+         "How many instruments are sounding in the video?", "--out", out / "predict")
+    part("predict a mask", command, "crab_jax.predict", "--checkpoint", run, "--task", "ms3", "--video", clip,
+         "--second", 4, "--out", out / "predict_mask")
+    part("report", command, "crab_jax.report", "--run", run, "--results", out / "results.json", "--data", scenes,
+         "--out", out / "report.html")
+    seconds = {name: round(value, 1) for name, value in seconds.items()}
+    write_whole(out / "seconds.json", json.dumps(seconds, indent=1))
+    print("\n" + "\n".join(f"{name:<24}{value:>8} s" for name, value in seconds.items()))
     print(f"\nreport: {out / 'report.html'}")
 
 

@@ -1,0 +1,27 @@
+"""The demo: which commands it runs, and what it says about their times."""
+
+import json
+import types
+
+from crab_jax import demo, evaluate, report
+
+
+def test_the_demo_says_how_long_each_part_took(tmp_path, monkeypatch):
+    ran = []
+    model = types.SimpleNamespace(cfg=types.SimpleNamespace(clip=types.SimpleNamespace(image_size=64)))
+    monkeypatch.setattr(demo, "command", lambda verb, *words: ran.append((verb, [str(word) for word in words])))
+    monkeypatch.setattr(demo, "save_untrained", lambda run, out: None)
+    monkeypatch.setattr(demo, "collect_results", lambda out, scenes, size: None)
+    monkeypatch.setattr(demo.runs, "load_model", lambda run: (model,))
+
+    demo.demo(tmp_path, from_scratch=False)
+
+    evaluations = [evaluate.parse_arguments(words) for verb, words in ran if verb == "crab_jax.evaluate"]
+    assert [(one.mute_audio, one.blank_video) for one in evaluations] == [
+        (False, False), (True, False), (False, True), (False, False)]
+    assert len({(one.data, one.batch_size, one.max_new_tokens, one.tasks, one.limit) for one in evaluations}) == 1
+    assert report.parse_arguments(ran[-1][1]).results == str(tmp_path / "results.json")
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
+    assert list(seconds) == ["scenes", "train", "untrained model", "evaluate trained", "evaluate audio_muted",
+                             "evaluate video_blanked", "evaluate untrained", "baselines", "predict", "predict a mask",
+                             "report"]
