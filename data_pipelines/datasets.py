@@ -88,17 +88,17 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
     which then is all that is read, or each split of each dataset. Raises InputError."""
     if not Path(root).is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
-    if prepared := [split for split in SPLITS if (Path(root) / f"{split}.jsonl").is_file()]:
-        return [(PREPARED, split) for split in prepared]
-    parts = ("test_s", "test_u", "test_n")  # of test
+    if lists := [split for split in SPLITS if (Path(root) / f"{split}.jsonl").is_file()]:
+        return [(PREPARED, split) for split in lists]
+    parts, prepared = ("test_s", "test_u", "test_n"), shards.opened(root)  # parts of test
     return [(name, split) for name in (choose(root, names) if names else DATASETS)
-            for split in DATASETS[name].sizes if split not in parts]
+            for split in DATASETS[name].sizes if split not in parts and (not prepared or prepared.has(name, split))]
 
 
 def is_there(root: str | Path, name: str) -> bool:
     """Whether a data root holds anything of a dataset."""
     prepared = shards.opened(root)
-    return prepared.has(name) if prepared else (Path(root) / DATASETS[name].folder).is_dir()
+    return prepared.has(name) if prepared and name != PREPARED else (Path(root) / dataset_of(name).folder).is_dir()
 
 
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
@@ -140,7 +140,8 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
     if split not in dataset.sizes:
         fix = f"use one of {', '.join(dataset.sizes)}"
         raise InputError(f"dataset {name}", "split", f"has no split {split!r}", fix)
-    if prepared := shards.opened(root):
+    prepared = shards.opened(root)
+    if prepared and name != PREPARED:
         yield from prepared.records(name, split, variant)
         return
     release, seen = Release(root, dataset.folder), set()
@@ -153,7 +154,7 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
             if found.id in seen:
                 raise InputError(where, "id", f"duplicate id {found.id!r}", "keep one of the rows")
             seen.add(found.id)
-            for field, path in media_of(found):
+            for field, path in media_of(found) if not prepared else ():
                 release.check(path, where, field)
         except InputError as error:
             yield error

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from crab_jax.errors import CommandLine, InputError, run_verb
-from data_pipelines import media
-from data_pipelines.datasets import DATASETS, dataset_of, media_of, records, selection
+from data_pipelines import media, shards
+from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, records, selection
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import MissingFile
 
@@ -67,16 +67,17 @@ def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str]
            look: Look | None = None) -> tuple[list[Count], list[Problem]]:
     """Counts of every split of the datasets `names` (all when empty), and every problem.
 
-    look: what is wrong with an Example whose files are there; None looks at the outline of each. Raises InputError only
-    for a root that is no folder and an unknown name.
+    look: what is wrong with an Example whose files are there; None looks at the outline of each (of a prepared root,
+    that its shards are there and whole is seen when it is opened). Raises InputError only for a root that is no folder,
+    a prepared one that is unfinished or damaged, and an unknown name.
     """
-    look = look or outlines(root)
+    look = look or ((lambda *example: ()) if shards.opened(root) else outlines(root))
     counts: list[Count] = []
     problems: list[Problem] = []
     for name, split in selection(root, names):
         count = Count(name, split, dataset_of(name).sizes[split])
         counts.append(count)
-        if not (Path(root) / dataset_of(name).folder).is_dir():
+        if not is_there(root, name):
             count.note = f"no folder {dataset_of(name).folder}/"
             continue
         try:

@@ -10,17 +10,20 @@ is a problem like any other.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from crab_jax.errors import InputError, run_verb
-from data_pipelines import fbank, media
+from data_pipelines import fbank, media, shards
 from data_pipelines.batching import check_sources
-from data_pipelines.datasets import DATASETS, media_of, records, selection
+from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, records, selection
 from data_pipelines.examine import Facts, examine, mismatch
 from data_pipelines.examples import Example, seg_source
+from data_pipelines.shards import Shards
 from data_pipelines.status import (
     CORRUPT,
     LEAK,
@@ -47,9 +50,17 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
              ) -> tuple[list[Count], list[Problem]]:
     """Counts and problems as of `status`, by decoding with `workers` processes (0: one per core).
 
-    Memory grows by the names of the files, not by what they hold; a process decodes one file at a time. Raises
-    InputError only for a root that is no folder and an unknown name.
+    Memory grows by the names of the files, not by what they hold; a process decodes one file at a time. Of a prepared
+    root the shards' checksums are taken and their records read. Raises InputError as `status`, and for a root that
+    holds nothing.
     """
+    if not any(is_there(root, name) for name, _ in selection(root, names)):
+        raise InputError(str(root), "--root", "holds nothing of what is asked for",
+                         "give the folder that holds the datasets; docs/datasets.md shows the trees")
+    if prepared := shards.opened(root):
+        wrong = list(_checksums(prepared, Pace(progress)))
+        counts, problems = status(root, names, progress, PreparedLook(prepared))
+        return counts, wrong + problems
     found: dict[str, Facts] = {}
     known: dict[Facts, Facts] = {}  # most pictures have the same
     tasks = files(root, names, Pace(progress))
@@ -68,6 +79,17 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
         found[task[1]] = known.setdefault(facts, facts)
         pace(line)
     return status(root, names, progress, Look(root, found))
+
+
+def _checksums(prepared: Shards, pace: Pace) -> Iterator[Problem]:
+    """The shards whose content is not what was written."""
+    for number, shard in enumerate(prepared.shards):
+        with open(prepared.root / shard["file"], "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                yield Problem(PREPARED, "", "", shard["file"], "", f"{CORRUPT}: the checksum is another one")
+        left = len(prepared.shards) - number - 1
+        pace(lambda seconds, done=number + 1, left=left:
+             f"checksums: {done} of {done + left} shards, {seconds * left / done:.0f} s left")
 
 
 def files(root: str | Path, names: Sequence[str], pace: Pace) -> list[Task]:
@@ -106,7 +128,7 @@ class Look:
 
     def __call__(self, dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
         uses = list(uses_of(example))
-        yield from self._files(uses)
+        yield from self._files(example)
         for check in (check_sources, self._windows, self._mask):
             try:
                 check(example)
@@ -119,8 +141,8 @@ class Look:
     def _of(self, path: str) -> Facts:
         return self.facts.get(path) or Facts()  # it has come since the annotations were read
 
-    def _files(self, uses: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
-        for field, path, use in uses:
+    def _files(self, example: Example) -> Iterator[tuple[str, str, str]]:
+        for field, path, use in uses_of(example):
             for of, problem in self._of(path).problems:
                 if of == use:
                     yield field, path, problem
@@ -166,6 +188,37 @@ class Look:
             of = str(example.meta.get("dataset", dataset))
             shared = of in DATASETS and DATASETS[of].shared
             yield "id", path, f"{WARNING if shared else LEAK}: its clip is in {first} too"
+
+
+class PreparedLook(Look):
+    """The same for a prepared root: each record is read, as training reads it. What was checked at decoding (the size
+    of masks, the length of sound) is an error in its place."""
+
+    def __init__(self, prepared: Shards):
+        super().__init__(prepared.root, {})
+        self.prepared = prepared
+        self.problem_of = functools.lru_cache(1 << 16)(self._problem_of)
+
+    def _files(self, example: Example) -> Iterator[tuple[str, str, str]]:
+        fields = {path: field for field, path in media_of(example)}
+        for medium in shards.media_of(example, self.prepared.decoding):
+            if problem := self.problem_of(medium):
+                yield "audio" if medium.kind == "sounds" else fields[medium.path], medium.path, f"{CORRUPT}: {problem}"
+
+    def _problem_of(self, medium: shards.Medium) -> str:
+        kind, path, detail = medium
+        try:
+            if kind == "sounds":
+                self.prepared.sound(path, detail, None)
+            elif kind == "masks":
+                self.prepared.mask(path, detail, self.prepared.decoding.image_size)
+            elif detail == "video":
+                self.prepared.video(path)
+            else:
+                self.prepared.picture(path, "")
+        except InputError as error:
+            return error.problem
+        return ""
 
 
 def run(argv: Sequence[str]) -> bool:

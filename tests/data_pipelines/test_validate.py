@@ -12,7 +12,7 @@ from media_files import tone, write_audio
 from test_status import cut
 
 from crab_jax.errors import InputError
-from data_pipelines import media
+from data_pipelines import media, prepare
 from data_pipelines import validate as verb
 from data_pipelines.batching import DataConfig, load
 from data_pipelines.datasets import records
@@ -224,6 +224,26 @@ def test_prepared_roots_and_clips_in_two_splits(tmp_path, capsys):
         "b", "media/b.wav", "leak: its clip is in train too")
 
 
+def test_shards_are_checked_like_files(copied, tmp_path, capsys):
+    root, out = copied("ave"), tmp_path / "shards"
+    cut(root / "ave/AVE/RUhOCu3LNXM.mp4", 0.5)
+    (root / "ave/AVE/-67UNKFmRLk.mp4").unlink()
+    prepare.run(["--root", str(root), "--out", str(out), "--datasets", "ave", "--image-size", "16", "--video-frames",
+                 "4", "--workers", "0"])
+    assert {(c.split, c.missing) for c in status(out)[0]} == {("train", 1), ("val", 0), ("test", 0)}
+    code, report = run(out)
+    found = {(p["id"], p["field"], p["problem"].split(":")[0]) for p in report["problems"]}
+    assert code == 3 and {f for f in found if f[2] == "corrupt"} == {
+        ("ave-RUhOCu3LNXM-0", field, "corrupt") for field in ("video", "audio")}
+    assert report["kinds"] == {"missing": 1, "corrupt": 2, "malformed": 0, "leak": 0, "warning": 1}
+    shard = next(out.glob("sounds/*val*-of-*1"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    wrong = [p for p in run(out)[1]["problems"] if "checksum" in p["problem"]]
+    assert [p["path"] for p in wrong] == [str(shard.relative_to(out))]
+
+
 def test_a_file_that_ends_its_decoder_is_a_problem_of_that_file(copied, monkeypatch):
     root = copied("ave")
 
@@ -240,7 +260,8 @@ def test_a_file_that_ends_its_decoder_is_a_problem_of_that_file(copied, monkeypa
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--root", "/no/such/folder"], "--root.*is no folder"), (["--root", ".", "--workers", "-1"], "--workers"),
+    (["--root", "/no/such/folder"], "--root.*is no folder"), (["--root", "docs"], "--root.*holds nothing"),
+    (["--root", ".", "--workers", "-1"], "--workers"),
     (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
     (["--root", ".", "--datasets", "lvis", "--json", "/no/such/folder/x.json"], "--json.*cannot be written")])
 def test_bad_command_lines_end_in_one_line(argv, message, capsys):
