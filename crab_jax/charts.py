@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from crab_jax.overlay import figure_png
 from crab_jax.tasks import TASKS
@@ -26,8 +27,9 @@ def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) ->
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=name, linewidth=1.4)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel("loss (log scale)")
     _plain(axes)
@@ -130,9 +132,11 @@ def table_heatmap(rows: Mapping[str, Mapping[str, float]], label: str) -> bytes:
     axes = figure.subplots()
     # One row of large numbers must not bleach the others: the colour is of the share of the row's largest.
     largest = np.abs(values).max(axis=1, keepdims=True)
-    axes.imshow(values / np.where(largest > 0, largest, 1), cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
+    shares = values / np.where(largest > 0, largest, 1)
+    axes.imshow(shares, cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, f"{value:+.3g}", ha="center", va="center", fontsize=8)
+        colour = "white" if abs(shares[row, column]) > 0.7 else "black"
+        axes.text(column, row, f"{value:+.3g}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_title(label, fontsize=10, loc="left")

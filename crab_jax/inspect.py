@@ -201,7 +201,8 @@ def ablation_pictures(effects: Mapping[str, Mapping[str, Mapping[str, float]]]) 
     return {f"ablation_{loss}": page.Picture(
         charts.table_heatmap(rows, f"increase of loss: {LOSSES[loss]}"),
         f"How much worse a model predicts {LOSSES[loss]}, when a head is taken out: a task leans on the heads whose "
-        "columns stand out; near zero, the others make up for it.") for loss, rows in found.items() if rows}
+        "columns stand out; near zero, the others make up for it; below zero, it does better "
+        "without.") for loss, rows in found.items() if rows}
 
 
 def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[str, Any]:

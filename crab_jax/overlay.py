@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from crab_jax.tasks.avs import CLASSES
 from data_pipelines.media import avss_palette
 
 Colour = tuple[int, int, int]
@@ -113,18 +114,53 @@ def overlay_boxes(picture: np.ndarray, boxes: Iterable[tuple[Sequence[float], Co
     draw, size = ImageDraw.Draw(image), image.size
     width = max(1, max(size) // 160)
     font = ImageFont.load_default(max(10, max(size) // 32))
+    labels: list[tuple[int, int, int, int]] = []
     for box, colour, label in boxes:
         left, top, right, bottom = scale_box(box, size)
         if right <= left or bottom <= top:
             continue
         draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=min(width, right - left, bottom - top))
         if label:
-            text = draw.textbbox((0, 0), label, font=font)
-            x = min(left, max(0, size[0] - text[2] - 4))
-            y = max(0, top - text[3] - 4)  # above the box where there is room
-            draw.rectangle((x, y, x + text[2] + 4, y + text[3] + 4), fill=colour)
-            draw.text((x + 2, y + 2), label, font=font, fill=(255, 255, 255))
+            _, _, wide, high = map(round, draw.textbbox((0, 0), label, font=font))
+            labels.append(_label_place((left, top, right, bottom), (wide + 4, high + 4), size, labels))
+            draw.rectangle(labels[-1], fill=colour)
+            draw.text((labels[-1][0] + 2, labels[-1][1] + 2), label, font=font, fill=(255, 255, 255))
     return np.array(image)
+
+
+def _label_place(box: tuple[int, int, int, int], label: tuple[int, int], size: tuple[int, int],
+                 taken: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
+    """Where a label of `label` (width, height) goes: above its box, else below or inside it, off the `taken` places."""
+    (left, top, _, bottom), (wide, high) = box, label
+    x = max(0, min(left, size[0] - wide))
+    inside = [y for y in (top - high, bottom, top, bottom - high) if 0 <= y <= size[1] - high]
+    places = [(x, y, x + wide, y + high) for y in inside or [0]]
+    free = [a for a in places if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken)]
+    return (free or places)[0]
+
+
+def legend(picture: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
+    """uint8[H,W+w,3]: a picture with the meaning of its colours on its right, one line per name.
+
+    Names that do not fit above each other in the height of the picture make it higher.
+    """
+    high = max(16, picture.shape[0] // 16)
+    font = ImageFont.load_default(round(0.75 * high))
+    wide = round(max((font.getlength(name) for name in names), default=0)) + 3 * high
+    total = Image.new("RGB", (picture.shape[1] + wide, max(picture.shape[0], (len(names) + 1) * high)), "white")
+    total.paste(Image.fromarray(picture), (0, 0))
+    draw, x = ImageDraw.Draw(total), picture.shape[1] + high // 2
+    for row, (name, colour) in enumerate(names.items()):
+        y = high // 2 + row * high
+        draw.rectangle((x, y + high // 6, x + 2 * high // 3, y + 5 * high // 6), fill=colour)
+        draw.text((x + high, y + high // 2), name, font=font, fill=(40, 40, 40), anchor="lm")
+    return np.array(total)
+
+
+def class_colours(*masks: np.ndarray) -> dict[str, Colour]:
+    """The colours of the classes, background apart, that int[H,W] class ids show, by name in the order of the ids."""
+    ids = sorted({int(i) for mask in masks for i in np.unique(mask)} - {0})
+    return {CLASSES[i]: tuple(map(int, avss_palette()[i])) for i in ids}  # type: ignore[misc]
 
 
 def event_tracks(task: str, label: Mapping[str, Any] | None, colour: Colour = PREDICTION) -> list[Track]:

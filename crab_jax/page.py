@@ -18,7 +18,8 @@ _STYLE = """
 :root{color-scheme:light} body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;
 max-width:60rem;padding:1rem} h1{font-size:1.6rem} h2{font-size:1.25rem;border-bottom:1px solid #ddd;margin-top:2.2rem}
 figure{margin:1.2rem 0;break-inside:avoid} img{max-width:100%;height:auto}
-figcaption{font-size:.9rem;color:#555} .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.85rem}
+figcaption{font-size:.9rem;color:#555} .grid{display:flex;flex-wrap:wrap;gap:1.2rem} .grid figure{margin:0;width:17rem}
+.grid img{width:100%} .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.85rem}
 th,td{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid #e4e4e4;vertical-align:top}
 th{font-weight:600} .ci{color:#666;white-space:nowrap} pre{white-space:pre-wrap;font-size:.8rem}
 nav a{margin-right:.9rem;white-space:nowrap} @media print{nav{display:none} body{font-size:11pt;max-width:none}

@@ -24,8 +24,9 @@ from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
 from crab_jax.page import Picture, Section, escape, figure, score, table
-from crab_jax.scoring import COUNTS
+from crab_jax.scoring import PARSED
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.text import normalise
 from data_pipelines import media, shards
 from data_pipelines.decoded import read_mask
 from data_pipelines.examples import Example
@@ -72,19 +73,28 @@ def picture_of(example: Example, root: Path) -> np.ndarray:
         return np.array(picture.convert("RGB"))
 
 
+def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
+    """A picture at `height`, aspect kept: what is drawn over it is then as sharp as the page shows it."""
+    width = round(picture.shape[1] * height / picture.shape[0])
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def mask_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
-    """Picture, true mask and predicted mask side by side."""
-    picture = picture_of(example, root)
+    """Picture, true mask and predicted mask side by side; for class maps with the names of the colours."""
+    picture = enlarged(picture_of(example, root))
     size = picture.shape[1], picture.shape[0]
     truth = overlay.resize_mask(read_mask(root, str(example.mask), example.mask_kind, max(size)), size)
     truth = truth.astype(bool) if example.mask_kind == "binary" else truth
-    drawn = [(picture, "picture"), (overlay.overlay_mask(picture, truth, overlay.TRUTH), "truth")]
+    drawn, masks = [(picture, "picture"), (overlay.overlay_mask(picture, truth, overlay.TRUTH), "truth")], [truth]
     if prediction.mask is not None:
-        mask = overlay.resize_mask(prediction.mask, size)
-        drawn.append((overlay.overlay_mask(picture, mask), "prediction"))
+        masks.append(overlay.resize_mask(prediction.mask, size))
+        drawn.append((overlay.overlay_mask(picture, masks[1]), "prediction"))
+    row = overlay.side_by_side(drawn)
+    if example.mask_kind == "semantic":
+        row = overlay.legend(row, overlay.class_colours(*masks))
     asked = example.meta.get("expression") or ", ".join(map(str, example.meta.get("objects", ()))) or "nothing sounds"
     said = "; ".join(prediction.warnings) or "compare the outline of the prediction with the truth"
-    return Picture(overlay.png(overlay.side_by_side(drawn)), f"{example.task} {example.id} ({asked}): {said}.")
+    return Picture(overlay.png(row), f"{example.task} {example.id} ({asked}): {said}.")
 
 
 def box_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
@@ -92,9 +102,9 @@ def box_picture(example: Example, prediction: Prediction, root: Path) -> Picture
     boxes = [(example.meta["box"], overlay.TRUTH, f"truth: {example.meta['object']}")]
     if prediction.parsed:
         boxes.append((prediction.parsed, overlay.PREDICTION, "answer"))
-    drawn = overlay.overlay_boxes(picture_of(example, root), boxes)
+    drawn = overlay.overlay_boxes(enlarged(picture_of(example, root), 300), boxes)
     said = "the two boxes should coincide" if prediction.parsed else "no box could be read in the answer"
-    return Picture(overlay.png(overlay.side_by_side([(drawn, "")], 300)), f"{example.id}: {said}.")
+    return Picture(overlay.png(drawn), f"{example.task} {example.id}: {said}.")
 
 
 def _clip(example: Example, root: Path) -> tuple[np.ndarray, np.ndarray, float]:
@@ -114,11 +124,13 @@ def _clip(example: Example, root: Path) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def time_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
-    """True events over predicted ones on the time line of the clip."""
-    tracks = [track._replace(label=f"{source}: {track.label}")
-              for source, label, colour in (("truth", example.meta, overlay.TRUTH),
-                                            ("answer", prediction.parsed, overlay.PREDICTION))
-              for track in overlay.event_tracks(example.task, label, colour)]
+    """Each true event over the predicted one of the same name, on the time line of the clip."""
+    found = [(track, source) for source, label, colour in (("truth", example.meta, overlay.TRUTH),
+                                                           ("answer", prediction.parsed, overlay.PREDICTION))
+             for track in overlay.event_tracks(example.task, label, colour)]
+    order = list(dict.fromkeys(normalise(track.label) for track, _ in found))
+    tracks = [track._replace(label=f"{track.label}, {source}")
+              for track, source in sorted(found, key=lambda one: order.index(normalise(one[0].label)))]
     sound, frames, seconds = _clip(example, root)
     data = overlay.timeline(sound, frames, tracks, seconds)
     said = "each answer bar should cover the truth bar of the same event" if prediction.parsed else \
@@ -166,6 +178,18 @@ def _loss_section(data: ReportData) -> str:
             + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others.")))
 
 
+def every_metric(tasks: Mapping[str, Any]) -> str:
+    """Each metric with what it is, over all samples and over the answered ones, and the counts."""
+    parts = []
+    for name, row in tasks.items():
+        rows = [(f"<b>{escape(m)}</b>" if m == TASKS[name].headline else escape(m), escape(what), score(row, m),
+                 score(row, m + PARSED)) for m, what in TASKS[name].metrics.items() if m in row]
+        counts = (f"<p>N {row['n']}, unreadable text {row['n_unparsed']}"
+                  + (f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else "") + "</p>")
+        parts.append(f"<h3>{escape(name)}</h3>{counts}" + table(("metric", "what it is", "all", "answered"), rows))
+    return "".join(parts)
+
+
 def _scores_section(data: ReportData) -> str:
     tasks = data.results.get("tasks", {})
     if not tasks:
@@ -175,15 +199,13 @@ def _scores_section(data: ReportData) -> str:
     rows = [(escape(task), escape(TASKS[task].headline), str(scores["n"]),
              *(score(column.get(task, {}), TASKS[task].headline) for column in columns.values()))
             for task, scores in tasks.items()]
-    every = [(escape(task), escape(metric), score(scores, metric))
-             for task, scores in tasks.items() for metric in scores if metric not in COUNTS]
     unread = [(escape(task), str(s["n"]), str(s.get("n_unparsed", 0)), str(s.get("n_no_mask", 0)))
               for task, s in tasks.items()]
     chart = Picture(charts.score_bars(columns), "Headline metric of each task with its interval: the top bar, the "
                     "trained model, should end right of every baseline, with intervals apart.")
     note = "<p>Headline metric of each task, with 95 % bootstrap intervals over the examples.</p>"
     return (note + table(heads, rows) + figure(chart)
-            + "<h3>Every metric of the trained model</h3>" + table(("task", "metric", "value"), every)
+            + f"<details><summary>Every metric of the trained model</summary>{every_metric(tasks)}</details>"
             + "<h3>Answers that could not be used</h3>" + table(("task", "n", "unreadable text", "no mask"), unread))
 
 

@@ -38,18 +38,6 @@ def _tables(tasks: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _every_metric(tasks: Mapping[str, Any]) -> str:
-    """Each metric with what it is, over all samples and over the answered ones, and the counts."""
-    parts = []
-    for name, row in tasks.items():
-        rows = [(f"<b>{escape(m)}</b>" if m == TASKS[name].headline else escape(m), escape(what), score(row, m),
-                 score(row, m + PARSED)) for m, what in TASKS[name].metrics.items() if m in row]
-        counts = (f"<p>N {row['n']}, unreadable text {row['n_unparsed']}"
-                  + (f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else "") + "</p>")
-        parts.append(f"<h3>{escape(name)}</h3>{counts}" + table(("metric", "what it is", "all", "answered"), rows))
-    return "".join(parts)
-
-
 def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> str:
     """One bar chart per task."""
     return "".join(figure(Picture(
@@ -105,6 +93,6 @@ def write(path: Path, title: str, results: Mapping[str, Any], breakdowns: Mappin
     shown = "".join(f"<h3>{escape(heading)}</h3>{body}" for heading, body in examples)
     page.write(path, title, INTRO + page.LEGEND, [
         Section("published", "Beside published numbers", _tables(tasks)),
-        Section("metrics", "Every metric", _every_metric(tasks)),
+        Section("metrics", "Every metric", report.every_metric(tasks)),
         Section("classes", "Classes and question types", _breakdowns(breakdowns)),
         Section("examples", "Worst and best examples", shown)])

@@ -1,6 +1,7 @@
-"""The predict verb: what it asks, what it refuses, and the files it leaves."""
+"""The predict verb: what it asks, what it refuses and mends, and the files it leaves."""
 
 import json
+import re
 from fractions import Fraction
 
 import av
@@ -19,6 +20,7 @@ from crab_jax.config import model_config
 from crab_jax.inference import read_answer
 from crab_jax.models.crab import Crab
 from crab_jax.tasks import TASKS
+from data_pipelines.media import avss_palette, read_audio
 from data_pipelines.tokens import Tokenizer
 
 RATE = 16000
@@ -46,14 +48,20 @@ def write_video(path, seconds=2, sound=None):
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    """clip.mp4 with its own track, mute.mp4 without one, tone.wav, silent.wav, short.wav, broken.mp4, picture.png."""
+    """Videos: clip.mp4 of 2 s with its own track, mute.mp4 without one, blink.mp4 of 1 s, broken.mp4. Sounds: tone.wav
+    and silent.wav of 2 s, short.wav of 1 s, moment.wav of 0.3 s, long.wav of 4 s, late.wav of 10 s with a tone in its
+    eighth. picture.png."""
     folder = tmp_path_factory.mktemp("media")
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)
     write_video(folder / "clip.mp4", sound=tone)
     write_video(folder / "mute.mp4")
     soundfile.write(folder / "tone.wav", tone, RATE)
     soundfile.write(folder / "silent.wav", np.zeros(2 * RATE), RATE)
-    soundfile.write(folder / "short.wav", tone[:RATE], RATE)
+    for name, length in (("short", RATE), ("moment", 3 * RATE // 10)):
+        soundfile.write(folder / f"{name}.wav", tone[:length], RATE)
+    soundfile.write(folder / "long.wav", np.tile(tone, 2), RATE)
+    soundfile.write(folder / "late.wav", np.pad(tone[:RATE], (7 * RATE, 2 * RATE)), RATE)
+    write_video(folder / "blink.mp4", seconds=1, sound=tone[:RATE])
     (folder / "broken.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:900])
     Image.new("RGB", SIZE, (90, 120, 150)).save(folder / "picture.png")
     return folder
@@ -81,7 +89,7 @@ def refused(capsys, *argv):
     (["--task", "ave"], "exactly one is needed"),
     (["--task", "ave", "--video", "none.mp4"], "none.mp4"),
     (["--task", "ave", "--video", "broken.mp4"], "broken.mp4"),
-    (["--task", "ave", "--video", "mute.mp4"], "has no audio track"),
+    (["--task", "s4", "--image", "broken.mp4", "--audio", "tone.wav"], "broken.mp4"),
     (["--task", "avqa", "--video", "clip.mp4"], "[question]: is missing"),
     (["--task", "avqa", "--video", "clip.mp4", "--question", " "], "[question]: is missing"),
     (["--task", "ref-avs", "--video", "clip.mp4"], "[expression]: is missing"),
@@ -92,7 +100,11 @@ def refused(capsys, *argv):
     (["--task", "ave", "--video", "clip.mp4", "--second", "soon"], "see --help"),
     (["--task", "ave", "--video", "clip.mp4", "--mask", "picture.png"], "ave has no mask"),
     (["--samples", "none.json"], "no such file"),
+    (["--task", "s4", "--image", "picture.png", "--audio", "tone.wav", "--second", "5"], "the clip has 5 parts"),
     (["--samples", "clip.mp4", "--task", "ave"], "cannot be combined"),
+    (["--all-tasks", "--video", "clip.mp4", "--task", "ave"], "[--task]: cannot be combined with --all-tasks"),
+    (["--all-tasks", "--video", "clip.mp4", "--mask", "picture.png"], "[--mask]: cannot be combined"),
+    (["--all-tasks", "--image", "picture.png"], "a picture has no sound"),
 ])
 def test_a_wrong_command_says_what_to_fix(media, tmp_path, capsys, arguments, said):
     files = {path.name: str(path) for path in media.iterdir()}
@@ -135,6 +147,15 @@ def test_a_question_about_a_video_uses_its_own_sound(media, tmp_path):
     assert asked.picture is None and asked.warnings == ()
 
 
+def test_a_question_without_a_task_is_put_as_it_stands_and_any_text_answers_it(media, tmp_path):
+    asked = ask(media, tmp_path, video_path="clip.mp4", question="Who shouts, and when?")
+    assert asked.task == "question" and asked.example.instruction.endswith("<audio_end>\nWho shouts, and when?")
+    answer = read_answer(asked.example, "Nobody does.", None)
+    assert answer.parsed == "Nobody does." and not answer.warnings and verb.draw(asked, answer, tmp_path) == {}
+    about_picture = ask(media, tmp_path, image_path="picture.png", audio_path="tone.wav", question="What is it?")
+    assert "<image>" in about_picture.example.instruction and about_picture.example.windows == "one"
+
+
 def test_a_picture_is_asked_about_with_the_quick_prompt_and_one_window(media, tmp_path):
     example = ask(media, tmp_path, task="s4", image_path="picture.png", audio_path="tone.wav", second=1).example
     assert example.instruction == TASKS["s4"].instruction(variant="quick")
@@ -154,11 +175,47 @@ def test_arig_on_a_video_asks_about_its_frame(media, tmp_path):
     assert example.video is None and example.image.endswith("000_picture.png") and "<image>" in example.instruction
 
 
-def test_silent_and_short_sound_is_pointed_out(media, tmp_path):
+def sound_of(asked):
+    return read_audio(asked.example.audio)
+
+
+def test_a_video_without_sound_is_taken_as_silent(media, tmp_path):
+    asked = ask(media, tmp_path, task="ave", video_path="mute.mp4")
+    assert asked.warnings == ("the video has no sound track; it is taken as silent",)
+    assert len(sound_of(asked)) == 2 * RATE and not sound_of(asked).any()
+
+
+def test_sound_of_another_length_is_put_in_step_with_the_video(media, tmp_path):
+    short = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="short.wav")
+    assert short.warnings == ("the audio lasts 1.0 s, but the video 2.0 s: the rest is filled with silence",)
+    sound, (own, _) = sound_of(short), soundfile.read(media / "short.wav", dtype="float32")
+    np.testing.assert_array_equal(sound[:RATE], own)
+    assert len(sound) == 2 * RATE and not sound[RATE:].any()
+    long = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="long.wav")
+    assert long.warnings == ("the audio lasts 4.0 s, but the video 2.0 s: what is longer is cut off",)
+    assert len(sound_of(long)) == 2 * RATE
+
+
+def test_silence_and_clips_shorter_than_their_windows_are_pointed_out(media, tmp_path):
     silent = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="silent.wav")
-    short = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="short.wav", windows="five")
-    assert silent.warnings == ("the audio is silent",)
-    assert len(short.warnings) == 1 and "1.0 s" in short.warnings[0]
+    assert silent.warnings == ("the audio is silent: the answer can rest on the pictures only",)
+    assert silent.example.audio == str(media / "silent.wav")
+    blink = ask(media, tmp_path, task="ave", video_path="blink.mp4", audio_path="short.wav")
+    assert blink.warnings == ("the clip lasts 1.0 s; its windows of sound are filled with silence",)
+
+
+def test_a_moment_of_sound_is_the_sound_of_its_picture(media, tmp_path):
+    asked = ask(media, tmp_path, task="s4", image_path="picture.png", audio_path="moment.wav", second=2)
+    assert asked.warnings == ("the audio lasts 0.3 s; it is used as the sound of the picture",)
+    assert asked.example.windows == "one_of_five" and len(sound_of(asked)) == 5 * RATE
+    assert np.flatnonzero(sound_of(asked))[[0, -1]] == pytest.approx([2 * RATE, 2.3 * RATE], abs=40)
+
+
+def test_the_loudest_second_is_asked_about_unless_another_one_is_given(media, tmp_path):
+    late = ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="late.wav").example
+    assert (late.windows, late.second) == ("one", 7)
+    assert ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="late.wav",
+               second=0).example.second == 0
 
 
 def test_masks_and_boxes_are_drawn_at_the_size_of_the_picture(media, tmp_path):
@@ -175,6 +232,51 @@ def test_masks_and_boxes_are_drawn_at_the_size_of_the_picture(media, tmp_path):
     names = verb.draw(asked, read_answer(asked.example, "(112,0) and (224,224)", None), tmp_path)
     drawn = np.array(Image.open(tmp_path / names["overlay"]))
     assert list(names) == ["overlay"] and drawn.shape == (*SIZE[::-1], 3) and (drawn[31, 24:] == (213, 94, 0)).all()
+
+
+def test_class_maps_have_the_names_of_their_colours_beside_them(media, tmp_path):
+    asked = ask(media, tmp_path, task="avss", image_path="picture.png", audio_path="tone.wav")
+    names = verb.draw(asked, read_answer(asked.example, "", np.full((8, 8), 23, np.int32)), tmp_path)
+    overlay = Image.open(tmp_path / names["overlay"])
+    assert overlay.width > SIZE[0] + 40 and Image.open(tmp_path / names["mask"]).size == SIZE
+    beside = np.array(overlay)[:, SIZE[0]:].reshape(-1, 3).tolist()
+    assert avss_palette()[23].tolist() in beside and avss_palette()[1].tolist() not in beside
+
+
+ANSWERS = {
+    "avqa": {"answer": "two"}, "ave": {"event": "Church bell", "start": 2, "end": 5},
+    "avvp": {"audio": [["Dog", 0, 3]], "visual": []}, "arig": {"object": "dog", "box": [9, 9, 99, 99]},
+    "ref-avs": {"expression": "it", "object": "tuba"}, "avcap": {"caption": "A bell rings over a dog."},
+    **{name: {"objects": ["dog"]} for name in ("s4", "ms3", "avss")}}
+
+
+def scripted(examples):
+    """The answers of ANSWERS, the last picture task without its mask."""
+    for example in examples:
+        mask = {"binary": np.ones((8, 8), np.float32), "semantic": np.ones((8, 8), np.int32)}.get(example.mask_kind)
+        text = TASKS[example.task].target(**ANSWERS[example.task])
+        yield read_answer(example, text, None if example.task == "ref-avs" else mask)
+
+
+@pytest.mark.parametrize(("flags", "asked"), [
+    (["--video", "mute.mp4"], ["avqa", "avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap"]),
+    (["--image", "picture.png", "--audio", "tone.wav"], ["arig", "s4", "ms3", "avss", "ref-avs"]),
+])
+def test_all_tasks_make_one_page(media, tmp_path, monkeypatch, capsys, flags, asked):
+    monkeypatch.setattr(verb, "load_model", lambda path: (None, None, None, None))
+    monkeypatch.setattr(verb, "predict_examples", lambda *arguments, **changes: scripted(arguments[4][::-1]))
+    flags = [str(media / flag) if "." in flag else flag for flag in flags]
+    verb.predict(verb.parse_arguments(["--checkpoint", "x", "--out", str(tmp_path), "--all-tasks", *flags]))
+    lines = {line["id"]: line for line in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())}
+    assert [lines[name]["task"] for name in sorted(lines)] == asked
+    page = (tmp_path / "page.html").read_text()
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|<script|<link|url\(", text)
+    assert "the pixels of the sounding object: dog" in text and "No picture: fewer than six mask tokens" in text
+    is_video = "--video" in flags
+    assert ("What happens when" in text, "A bell rings over a dog." in text, "<video controls" in text,
+            "taken as silent" in text) == (is_video,) * 4
+    assert text.count("<figure>") == (6 if is_video else 5) and str(tmp_path / "page.html") in capsys.readouterr().out
 
 
 def test_an_answer_without_mask_tokens_has_a_warning_and_no_mask(media, tmp_path):

@@ -1,0 +1,90 @@
+"""The page of one clip: everything that a model says about it, in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from crab_jax import overlay, page
+from crab_jax.inference import Prediction
+from crab_jax.page import Picture, Section, escape, figure, table
+from crab_jax.tasks.placeholders import MASK
+
+PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg",
+          ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
+LARGEST = 8_000_000  # bytes of a file that the page holds, so that it can be played there
+TITLES = {  # what the picture of a task shows
+    "arig": "arig, a box around the sounding object", "s4": "s4, the pixels of the sounding object",
+    "ms3": "ms3, the pixels of all sounding objects", "avss": "avss, the classes of the sounding pixels",
+    "ref-avs": "ref-avs, the pixels of what is asked for"}
+
+
+class Answered(NamedTuple):
+    """One answer: the prediction, its picture as PNG (None without one), and what is odd about it."""
+
+    prediction: Prediction
+    picture: bytes | None
+    warnings: tuple[str, ...]
+
+
+def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
+    """The events of the AVE and AVVP answers as lines of one time line."""
+    kinds = {"ave": "{} (heard and seen)", "avvp": "{}"}
+    return [track._replace(label=kinds[task].format(track.label)) for task in kinds for one in answers
+            if one.prediction.example.task == task for track in overlay.event_tracks(task, one.prediction.parsed)]
+
+
+def player(path: str) -> str:
+    """HTML that shows or plays a media file from within the page; its name alone when it is large or of another kind.
+    """
+    file = Path(path)
+    kind = PLAYED.get(file.suffix.lower(), "")
+    if not kind or file.stat().st_size > LARGEST:
+        return f"<p>{escape(file.name)}</p>"
+    source = f'src="data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"'
+    if kind.startswith("image"):
+        return f'<p><img alt="{escape(file.name)}" {source}></p>'
+    return f'<p><{kind[:5]} controls {"height=240" if kind[:5] == "video" else ""} {source}></{kind[:5]}></p>'
+
+
+def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_line: bytes | None) -> None:
+    """Write the page of a clip from its media files, the answers about it and the time line of its events (None for a
+    picture)."""
+    warnings = list(dict.fromkeys(warning for one in answers for warning in one.warnings))
+    noted = "".join(f"<p><b>Note:</b> {escape(warning)}.</p>" for warning in warnings)
+    times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else ""
+    said = [(escape(_question(one)), escape(_short(one))) for one in answers if one.prediction.example.task in
+            ("avqa", "avcap")]
+    places = "".join(_place(one) for one in answers if one.prediction.example.task in TITLES)
+    whole = [(escape(one.prediction.example.task), escape(_question(one)), escape(one.prediction.text),
+              escape("; ".join(one.warnings))) for one in answers]
+    sections = [Section("clip", "The clip", "".join(map(player, media)) + noted),
+                Section("times", "What happens when", times),
+                Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else ""),
+                Section("places", "Where it is", f'<div class="grid">{places}</div>' if places else ""),
+                Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole))]
+    page.write(path, f"What is in {Path(media[0]).name}", "", [section for section in sections if section.body])
+
+
+def _question(one: Answered) -> str:
+    """The last line of a prompt, which is what is asked."""
+    return one.prediction.example.instruction.rpartition("\n")[2].removeprefix("Please answer this question: ")
+
+
+def _short(one: Answered) -> str:
+    """The answer itself without the reasoning before it; the whole text when it cannot be read."""
+    parsed, text = one.prediction.parsed, one.prediction.text.replace(MASK, "(mask)")
+    if isinstance(parsed, dict) and "objects" in parsed:
+        return ", ".join(parsed["objects"]) or "nothing"
+    return parsed if isinstance(parsed, str) else text
+
+
+def _place(one: Answered) -> str:
+    """The picture of an answer, or why there is none."""
+    said = f"{TITLES[one.prediction.example.task]}: {_short(one)}"
+    if one.picture is None:
+        why = "; ".join(one.prediction.warnings) or "nothing was drawn"
+        return f"<figure><p>No picture: {escape(why)}.</p><figcaption>{escape(said)}</figcaption></figure>"
+    return figure(Picture(one.picture, said))
