@@ -4,16 +4,13 @@ import collections
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from configs import tiny
 from crab_jax import runs
-from crab_jax.errors import InputError, find_input_error
+from crab_jax.errors import InputError, find_input_error, report
 from data_pipelines import mixture
 from data_pipelines.batching import bucket_of
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
@@ -232,60 +229,25 @@ def test_eval_with_bad_files(damaged, root, tokenizer, config):
     assert sorted(drawn) == [-1, -1, -1, -1, 0, 1, 4, 5]
 
 
-SCRIPT = """
-import itertools, sys
-from data_pipelines.batching import DataConfig
-from data_pipelines.examples import read_jsonl
-from data_pipelines.mixture import train_dataset, train_order
-from data_pipelines.tokens import Tokenizer
-from crab_jax.errors import run_verb
-
-def main():
-    root, folder = sys.argv[1:]
-    config = DataConfig(image_size=16, video_frames=4, visual_queries=3, audio_queries=2, lengths=(128, 192, 320))
-    tokenizer = Tokenizer.load(folder)
-    order = train_order(read_jsonl(f"{folder}/train.jsonl"), tokenizer, config, 2)
-    dataset = train_dataset(order, root, tokenizer, config, workers=2)
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches_and_resume(mixed, root, tokenizer, config):
+    dataset = train_dataset(mixed, root, tokenizer, config, 2, workers=2)
     iterator = iter(dataset)
-    first = [next(iterator).index.tolist() for _ in range(3)]
+    first = indices(take(iterator, 3))
     state = iterator.get_state()
-    rest = [next(iterator).index.tolist() for _ in range(3)]
+    rest = indices(take(iterator, 3))
+    assert first + rest == indices(take(train_dataset(mixed, root, tokenizer, config, 2), 6))
     restored = iter(dataset)
     restored.set_state(state)
-    assert [next(restored).index.tolist() for _ in range(3)] == rest
-    print(first + rest)
-
-if __name__ == "__main__":
-    run_verb(main)
-"""
-
-
-@pytest.fixture
-def run_workers(root, tokenizer, tmp_path):
-    def run(examples):
-        write_jsonl(tmp_path / "train.jsonl", examples)
-        tokenizer.save(tmp_path)
-        (tmp_path / "script.py").write_text(SCRIPT)
-        command = [sys.executable, str(tmp_path / "script.py"), str(root), str(tmp_path)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-
-    return run
+    assert indices(take(restored, 3)) == rest
 
 
 @pytest.mark.slow
-def test_worker_processes_give_the_same_batches_and_resume(mixed, root, tokenizer, config, run_workers):
-    done = run_workers(mixed)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(indices(take(train_dataset(mixed, root, tokenizer, config, 2), 6)))
-
-
-@pytest.mark.slow
-def test_an_error_in_a_worker_process_is_reported_as_an_input_error(damaged, run_workers):
-    done = run_workers(damaged)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "bad.png [image]" in line
+def test_an_error_in_a_worker_process_is_reported_as_an_input_error(damaged, root, tokenizer, config):
+    with pytest.raises(Exception) as raised:
+        take(train_dataset(damaged, root, tokenizer, config, 2, workers=1), 3)
+    assert "bad.png [image]" in str(find_input_error(raised.value))
+    assert report(raised.value) == 2
 
 
 def test_input_errors_are_found_behind_other_errors():

@@ -94,6 +94,7 @@ def test_music_avqa_fills_slots_from_left_to_right(releases_root):
     assert saxophone.meta["question"] == "What is the left instrument of the first sounding instrument?"
     assert saxophone.meta["type"] == ["Audio-Visual", "Location"] and saxophone.windows == "music_avqa"
     assert test["avqa-43702"].video == "music_avqa/videos/esa00000500.mp4"
+    assert test["avqa-47300"].video == train["avqa-12"].video  # splits are of questions, and share videos
 
 
 def test_music_avqa_has_two_sets_of_annotations(releases_root):
