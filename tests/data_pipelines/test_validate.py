@@ -198,6 +198,16 @@ def test_a_partial_copy_is_bad_unless_that_is_allowed(copied, capsys):
     assert text.index("corrupt: ends inside") < text.index("warning: ")  # the worst first
 
 
+def test_nobody_must_have_another_release_of_the_same_clips(copied):
+    root = copied("music_avqa", "own")
+    for split in ("train", "val", "test"):
+        (root / f"music_avqa/data/json/avqa-{split}.json").unlink()
+    (root / "own/val.jsonl").unlink()
+    assert run(root, "--workers", "1")[0] == 0
+    code, report = run(root, "--datasets", "avqa_original", "--workers", "1")
+    assert code == 3 and report["kinds"]["missing"] == 3
+
+
 def test_every_file_is_decoded_once(releases_root):
     tasks = files(releases_root, (), verb.Pace(None))
     assert len({path for _, path, _ in tasks}) == len(tasks)
