@@ -41,6 +41,11 @@ def results(function: Callable[[T], Any], tasks: Iterable[T], count: int, second
         process = context.Process(target=_serve, args=(function, theirs), daemon=True)
         process.start()
         theirs.close()  # so that its end is seen on ours
+        try:
+            ours.recv()  # it has started: what ends it from now on is a task's doing
+        except EOFError:
+            raise RuntimeError("a process ended before it had a task; a script needs `if __name__ == '__main__':` "
+                               "around what starts processes") from None
         return _Worker(process, ours)
 
     idle: list[_Worker] = []
@@ -101,6 +106,7 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+    pipe.send("started")
     while True:
         try:
             task = pipe.recv()
