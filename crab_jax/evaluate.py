@@ -28,6 +28,7 @@ from crab_jax import compile_cache, distributed, predictions, results_page, runs
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
+from crab_jax.models.fused import KINDS
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.datasets import VARIANTS
@@ -148,7 +149,7 @@ def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example
 
 def from_model(arguments: argparse.Namespace) -> Source:
     """Answers of --checkpoint."""
-    model, params, config, tokenizer = runs.load_model(arguments.checkpoint)
+    model, params, config, tokenizer = runs.load_model(arguments.checkpoint, arguments.weights)
     if not (arguments.data or config.data.root):
         raise InputError("--data", "", "is not given, and the checkpoint was trained without one", "give --data=DIR")
     root = Path(arguments.data or config.data.root)
@@ -294,6 +295,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_positive, help="at most this many examples of each task")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--max-new-tokens", type=_positive, default=256)
+    parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
+                        "trained, or integers, smaller and less exact (docs/generation.md)")
     parser.add_argument("--mute-audio", action="store_true", help="replace all sound by silence")
     parser.add_argument("--blank-video", action="store_true",
                         help="replace every picture by black, the one to segment included")

@@ -3,6 +3,8 @@
 Rows are independent: a row's tokens depend on its own prompt (and, when sampling, on its `index`), never on its
 neighbours, their order, or the padding. The released scripts attend to left pads instead (models/unified_llama.py:
 `generate`, `generate_avs`), so their text depends on the batch.
+
+`generate` is one program. `stream` runs the same steps a few tokens at a time and tells a callback what came.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crab_jax.errors import InputError
 from crab_jax.models.llama import KVCache, grow_cache, init_cache
@@ -23,8 +26,9 @@ from crab_jax.models.llama import KVCache, grow_cache, init_cache
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """How to decode. `mask_ids` are the ids of `<mask_0>` ... `<mask_5>`; temperature 0 is greedy; `top_p` keeps the
-    fewest tokens whose probability reaches it. Raises InputError on values outside their range."""
+    """How to decode. `mask_ids` are the ids of `<mask_0>` ... `<mask_5>`, and `mask_groups` is how many groups of them
+    are kept of an answer; `force_masks` appends what lacks of one to an answer without any. Temperature 0 is greedy;
+    `top_p` keeps the fewest tokens whose probability reaches it. Raises InputError on values outside their range."""
 
     eos_id: int
     pad_id: int
@@ -32,40 +36,62 @@ class GenerateOptions:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    mask_groups: int = 1
+    force_masks: bool = False
 
     def __post_init__(self) -> None:
+        least = len(self.mask_ids) + 1 if self.force_masks else 1
         for field, valid, fix in (
-                ("max_new_tokens", self.max_new_tokens >= 1, "give a number of tokens of at least 1"),
+                ("max_new_tokens", self.max_new_tokens >= least, f"give a number of tokens of at least {least}"),
                 ("temperature", self.temperature >= 0, "give 0 for greedy decoding or a positive temperature"),
-                ("top_p", 0 < self.top_p <= 1, "give a probability above 0 and up to 1")):
+                ("top_p", 0 < self.top_p <= 1, "give a probability above 0 and up to 1"),
+                ("mask_groups", self.mask_groups >= 1, "give at least 1")):
             if not valid:
                 raise InputError("generation options", field, f"{getattr(self, field)} is out of range", fix)
 
 
 @flax.struct.dataclass
 class Generation:
-    """What was generated for B rows, N = max_new_tokens.
+    """What was generated for B rows, N = max_new_tokens, G = mask_groups.
 
     tokens int32[B,N]: new tokens, `pad_id` after the end. lengths int32[B]: how many, `</s>` included.
-    mask_states [B,6,D]: hidden states that PREDICTED the (last) six mask tokens, in the order of generation.
-    has_mask bool[B]: whether there were six; if not, `mask_states` is not meaningful.
+    mask_states [B,G,6,D]: hidden states that PREDICTED the mask tokens of the last G groups, in the order of
+    generation. A group ends with its `<mask_5>` and takes the last six mask tokens; if none ended, six mask tokens in
+    whatever order are one. has_mask bool[B,G]: whether there is such a group; the first ones are filled.
+    forced bool[B]: whether the mask tokens were appended by `force_masks`.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     mask_states: jax.Array
     has_mask: jax.Array
+    forced: jax.Array
 
 
 @flax.struct.dataclass
-class _State:
+class _Masks:
+    """Mask-token states so far."""
+
+    window: jax.Array  # [B,6,D] states of the last six mask tokens
+    since: jax.Array  # int32[B] mask tokens since the last group ended
+    states: jax.Array  # [B,G,6,D] the last G groups, the latest last
+    groups: jax.Array  # int32[B] groups that ended
+    forced: jax.Array  # int32[B] which mask token was appended last, from 1; 7 is the end token, 0 none
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that a decode step reads and writes."""
+
     step: jax.Array  # number of tokens chosen so far
     cache: KVCache
     tokens: jax.Array
     lengths: jax.Array
-    mask_states: jax.Array
-    mask_count: jax.Array
+    masks: _Masks
     done: jax.Array
+    prompt_lengths: jax.Array
+    row_keys: jax.Array | None
+    dictated: jax.Array | None
 
 
 def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p: float) -> jax.Array:
@@ -84,61 +110,134 @@ def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array,
+             options: GenerateOptions) -> _Masks:
+    """`masks` after the tokens [B] that the states `hidden` [B,D] predicted."""
+    six = len(options.mask_ids)
+    is_mask = (token[:, None] == jnp.asarray(options.mask_ids)).any(axis=-1) & ~done
+    shifted = jnp.concatenate([masks.window[:, 1:], hidden[:, None]], axis=1)
+    window = jnp.where(is_mask[:, None, None], shifted, masks.window)
+    since = masks.since + is_mask
+    ended = is_mask & (token == options.mask_ids[-1]) & (since >= six)
+    states = jnp.concatenate([masks.states[:, 1:], window[:, None]], axis=1)
+    return masks.replace(window=window, since=jnp.where(ended, 0, since), groups=masks.groups + ended,
+                         states=jnp.where(ended[:, None, None, None], states, masks.states))
+
+
+def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptions) -> tuple[jax.Array, jax.Array]:
+    """(tokens [B], `masks.forced`) when rows that end without a mask must have one."""
+    six = len(options.mask_ids)
+    lacks = (masks.groups == 0) & (masks.since < six) & (masks.forced == 0) & ~state.done
+    last_chance = state.step >= options.max_new_tokens - 1 - (six - masks.since)
+    starts = lacks & ((token == options.eos_id) | last_chance)
+    forced = jnp.where(masks.forced > 0, masks.forced + 1, jnp.where(starts, masks.since + 1, 0))
+    appended = jnp.asarray((*options.mask_ids, options.eos_id), jnp.int32)[jnp.clip(forced - 1, 0, six)]
+    return jnp.where(forced > 0, appended, token), forced
+
+
+def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options: GenerateOptions) -> State:
+    """Take the next token of every row from the hidden states [B,D] that predict it."""
+    keys = None if state.row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(state.row_keys, state.step)
+    token = sample(apply(hidden, method="logits"), keys, options.temperature, options.top_p)
+    if state.dictated is not None:
+        dictated = state.dictated[:, state.step]
+        token = jnp.where(dictated >= 0, dictated, token)
+    masks = state.masks
+    if options.force_masks:
+        token, forced = _force(masks, token, state, options)
+        masks = masks.replace(forced=forced)
+    token = jnp.where(state.done, options.pad_id, token)
+    return state.replace(
+        step=state.step + 1,
+        tokens=state.tokens.at[:, state.step].set(token),
+        lengths=state.lengths + ~state.done,
+        masks=_collect(masks, token, hidden, state.done, options),
+        done=state.done | (token == options.eos_id))
+
+
+def start(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, rng: jax.Array | None = None,
+          dictated: jax.Array | None = None, features: jax.Array | None = None) -> State:
+    """Prefill, and the first token; arguments as of `generate`."""
+    if options.temperature > 0 and rng is None:
+        raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
+    apply: Callable[..., Any] = partial(model.apply, {"params": params})
+    rows, width = batch.text_mask.shape
+    lengths = batch.text_mask.sum(axis=-1, dtype=jnp.int32)
+    media = () if features is None else (features,)
+    hidden, cache = apply(batch, init_cache(model.cfg.llama, rows, width), *media, method="prefill")
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    none = jnp.zeros(rows, jnp.int32)
+    group = jnp.zeros((rows, len(options.mask_ids), last.shape[-1]), last.dtype)
+    state = State(
+        step=jnp.int32(0),
+        cache=grow_cache(cache, options.max_new_tokens),
+        tokens=jnp.full((rows, options.max_new_tokens), options.pad_id, jnp.int32),
+        lengths=none,
+        masks=_Masks(group, none, jnp.repeat(group[:, None], options.mask_groups, axis=1), none, none),
+        done=batch.index < 0,
+        prompt_lengths=lengths,
+        row_keys=None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, batch.index.astype(jnp.uint32)),
+        dictated=dictated)
+    return _choose(apply, state, last, options)
+
+
+def advance(model: nn.Module, params: Any, state: State, options: GenerateOptions,
+            until: int | jax.Array | None = None) -> State:
+    """Decode until `until` tokens have been chosen (by default `max_new_tokens`) or all rows have ended."""
+    apply: Callable[..., Any] = partial(model.apply, {"params": params})
+    limit = options.max_new_tokens if until is None else jnp.minimum(until, options.max_new_tokens)
+
+    def step(state: State) -> State:
+        # The last token stands right after the prompt and the tokens before it.
+        positions = (state.prompt_lengths + state.step - 1)[:, None]
+        token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        hidden, cache = apply(token, positions, state.cache, method="decode")
+        return _choose(apply, state.replace(cache=cache), hidden[:, 0], options)
+
+    return jax.lax.while_loop(lambda state: (state.step < limit) & ~state.done.all(), step, state)
+
+
+def finish(state: State, options: GenerateOptions) -> Generation:
+    """What a state has come to."""
+    masks, kept = state.masks, options.mask_groups
+    loose = (masks.groups == 0) & (masks.since >= len(options.mask_ids))  # six mask tokens, but not in their order
+    states = jnp.where(loose[:, None, None, None], masks.states.at[:, -1].set(masks.window), masks.states)
+    count = jnp.minimum(masks.groups + loose, kept)
+    states = jax.vmap(lambda rows, shift: jnp.roll(rows, shift, axis=0))(states, count - kept)
+    has_mask = jnp.arange(kept) < count[:, None]
+    return Generation(state.tokens, state.lengths, states, has_mask, masks.forced > 0)
+
+
 def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, rng: jax.Array | None = None,
-             forced: jax.Array | None = None, features: jax.Array | None = None) -> Generation:
+             dictated: jax.Array | None = None, features: jax.Array | None = None) -> Generation:
     """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stops when all rows have ended.
 
     `model` has `cfg.llama` and the methods `prefill(batch, cache)`, `decode(token, positions, cache)` and
     `logits(hidden)`. `batch` holds right-padded prompts: `text_mask` bool[B,L] and `index` int32[B] (rows of index -1
     are filler and generate nothing). `rng` is needed when sampling: a row's draws come from (rng, its index, step).
-    `forced` int32[B,N] dictates tokens where it is >= 0. `features` [B,R,D] are what the prefill would make of the
-    batch's media. To compile, jit with `model` and `options` static.
+    `dictated` int32[B,N] are tokens to take where it is >= 0. `features` [B,R,D] are what the prefill would make of
+    the batch's media. To compile, jit with `model` and `options` static.
     """
-    if options.temperature > 0 and rng is None:
-        raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
-    apply: Callable[..., Any] = partial(model.apply, {"params": params})
-    rows, width = batch.text_mask.shape
-    prompt_lengths = batch.text_mask.sum(axis=-1, dtype=jnp.int32)
-    mask_ids = jnp.asarray(options.mask_ids, jnp.int32)
-    row_keys = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, batch.index.astype(jnp.uint32))
+    state = start(model, params, batch, options, rng, dictated, features)
+    return finish(advance(model, params, state, options), options)
 
-    def choose(state: _State, hidden: jax.Array) -> _State:
-        """Take the next token of every row from the hidden states [B,D] that predict it."""
-        keys = None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
-        token = sample(apply(hidden, method="logits"), keys, options.temperature, options.top_p)
-        if forced is not None:
-            token = jnp.where(forced[:, state.step] >= 0, forced[:, state.step], token)
-        token = jnp.where(state.done, options.pad_id, token)
-        is_mask = (token[:, None] == mask_ids).any(axis=-1) & ~state.done
-        shifted = jnp.concatenate([state.mask_states[:, 1:], hidden[:, None]], axis=1)
-        return state.replace(
-            step=state.step + 1,
-            tokens=state.tokens.at[:, state.step].set(token),
-            lengths=state.lengths + ~state.done,
-            mask_states=jnp.where(is_mask[:, None, None], shifted, state.mask_states),
-            mask_count=state.mask_count + is_mask,
-            done=state.done | (token == options.eos_id))
 
-    def advance(state: _State) -> _State:
-        """Feed the last token, which stands right after the prompt and the tokens before it."""
-        positions = (prompt_lengths + state.step - 1)[:, None]
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        hidden, cache = apply(token, positions, state.cache, method="decode")
-        return choose(state.replace(cache=cache), hidden[:, 0])
+_start = jax.jit(start, static_argnums=(0, 3))
+_advance = jax.jit(advance, static_argnums=(0, 3), donate_argnums=2)
 
-    def unfinished(state: _State) -> jax.Array:
-        return (state.step < options.max_new_tokens) & ~state.done.all()
 
-    media = () if features is None else (features,)
-    hidden, cache = apply(batch, init_cache(model.cfg.llama, rows, width), *media, method="prefill")
-    last = jnp.take_along_axis(hidden, jnp.maximum(prompt_lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    state = _State(
-        step=jnp.int32(0),
-        cache=grow_cache(cache, options.max_new_tokens),
-        tokens=jnp.full((rows, options.max_new_tokens), options.pad_id, jnp.int32),
-        lengths=jnp.zeros(rows, jnp.int32),
-        mask_states=jnp.zeros((rows, len(options.mask_ids), last.shape[-1]), last.dtype),
-        mask_count=jnp.zeros(rows, jnp.int32),
-        done=batch.index < 0)
-    state = jax.lax.while_loop(unfinished, advance, choose(state, last))
-    return Generation(state.tokens, state.lengths, state.mask_states, state.mask_count >= len(options.mask_ids))
+def stream(model: nn.Module, params: Any, batch: Any, options: GenerateOptions,
+           on_tokens: Callable[[np.ndarray, np.ndarray], None], every: int = 4, rng: jax.Array | None = None,
+           dictated: jax.Array | None = None, features: jax.Array | None = None) -> Generation:
+    """`generate`, telling `on_tokens` (tokens int32[B,N], lengths int32[B]) so far after every `every` tokens.
+
+    Compiled once per shape, whatever the callback; the cache is donated from call to call.
+    """
+    state, step = _start(model, params, batch, options, rng, dictated, features), 1
+    while True:
+        tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
+        on_tokens(tokens, lengths)
+        if done.all() or step >= options.max_new_tokens:
+            return finish(state, options)
+        step += every
+        state = _advance(model, params, state, options, step)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crab_jax.generate import GenerateOptions, Generation, generate
+from crab_jax.generate import GenerateOptions, Generation, generate, stream
 from crab_jax.models.crab import Crab
 from crab_jax.runs import eval_batches
 from crab_jax.tasks import TASKS
@@ -38,7 +39,8 @@ class Prediction:
 
     text: decoded up to `</s>`, without special tokens. parsed: what the task's parser read in it, or None.
     mask: at the model's picture size, None when the task has none or too few mask tokens were written: float32[H,W]
-    probabilities (binary tasks) or int32[H,W] class ids (semantic). warnings: why a part is missing.
+    probabilities (binary tasks) or int32[H,W] class ids (semantic). warnings: why a part is missing or forced.
+    further_masks: those of the mask groups after the first, where several were asked for.
     """
 
     example: Example
@@ -46,6 +48,7 @@ class Prediction:
     parsed: Any
     mask: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
+    further_masks: tuple[np.ndarray, ...] = ()
 
 
 @partial(jax.jit, static_argnames="model")
@@ -54,8 +57,9 @@ def _encode(model: Crab, params: Any, frames: jax.Array, fbank: jax.Array) -> ja
 
 
 @partial(jax.jit, static_argnames=("model", "options"))
-def _answer(model: Crab, params: Any, prompts: Batch, options: GenerateOptions, features: jax.Array) -> Generation:
-    return generate(model, params, prompts, options, features=features)
+def _answer(model: Crab, params: Any, prompts: Batch, options: GenerateOptions, rng: jax.Array | None,
+            features: jax.Array) -> Generation:
+    return generate(model, params, prompts, options, rng, features=features)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -101,39 +105,76 @@ def _digest(*arrays: np.ndarray) -> bytes:
 
 
 def predict_examples(model: Crab, params: Any, config: ConfigDict, tokenizer: Tokenizer, examples: Sequence[Example],
-                     root: str | Path, batch_size: int, max_new_tokens: int = 256,
+                     root: str | Path, batch_size: int, max_new_tokens: int = 256, seed: int = 0,
+                     decoding: Mapping[str, Any] | None = None, on_text: Callable[[Example, str], None] | None = None,
                      **data_changes: Any) -> Iterator[Prediction]:
-    """Greedy predictions, one per Example, in the order of the batches: bucket by bucket, and task by task within one,
-    because the answers of a task are about equally long.
+    """Predictions, one per Example, in the order of the batches: bucket by bucket, and task by task within one, because
+    the answers of a task are about equally long.
 
-    `data_changes` replace fields of the DataConfig that the model was trained with. Raises InputError on bad media.
+    Decoding is greedy unless `decoding` (fields of GenerateOptions) says otherwise; draws depend on `seed` and the
+    example's id. `on_text` hears of every piece of text as it comes. `data_changes` replace fields of the DataConfig
+    that the model was trained with. Raises InputError on bad media.
     """
-    options = GenerateOptions(tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), max_new_tokens)
+    options = GenerateOptions(tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), max_new_tokens,
+                              **(decoding or {}))
     order = {name: number for number, name in enumerate(TASKS)}
     examples = sorted(examples, key=lambda example: order[example.task])
+    rng = jax.random.key(seed) if options.temperature else None
     encode = Encoder(model, params)
     for _, batch in eval_batches(examples, root, config, tokenizer, batch_size, **data_changes):
+        rows, features = np.asarray(batch.index), encode(batch)
         prompts = Batch(**{name: getattr(batch, name) if name in PROMPT_FIELDS else None for name in BATCH_FIELDS})
-        generation = _answer(model, params, prompts, options, encode(batch))
-        rows, has_mask = np.asarray(batch.index), np.asarray(generation.has_mask)
-        masks: dict[str, Any] = {}
-        if batch.seg_frame.shape[1] and has_mask.any():
-            masks = jax.device_get(_draw(model, params, generation.mask_states, batch.seg_frame[:, 0]))
+        if rng is not None:
+            prompts = prompts.replace(index=np.array(
+                [-1 if row < 0 else zlib.crc32(examples[row].id.encode()) >> 1 for row in rows], np.int32))
+        chosen = dataclasses.replace(options, force_masks=options.force_masks and batch.seg_frame.shape[1] > 0)
+        if on_text is None:
+            generation = _answer(model, params, prompts, chosen, rng, features)
+        else:
+            tell = _teller(tokenizer, [examples[row] if row >= 0 else None for row in rows], on_text)
+            generation = stream(model, params, prompts, chosen, tell, rng=rng, features=features)
+        has_mask = np.asarray(generation.has_mask)
+        drawn: list[Any] = []  # one entry per mask group
+        if batch.seg_frame.shape[1]:
+            drawn = [jax.device_get(_draw(model, params, generation.mask_states[:, group], batch.seg_frame[:, 0]))
+                     for group in range(has_mask.shape[1]) if has_mask[:, group].any()]
         generation = jax.device_get(generation)
         for row in np.flatnonzero(rows >= 0):
             example = examples[rows[row]]
             text = tokenizer.decode(generation.tokens[row, :generation.lengths[row]])
-            mask = masks[example.mask_kind][row] if example.mask_kind in masks and has_mask[row] else None
-            yield read_answer(example, text, mask, ended=tokenizer.eos_id in generation.tokens[row])
+            masks = [masks[example.mask_kind][row] for group, masks in enumerate(drawn)
+                     if example.mask_kind in masks and has_mask[row, group]]
+            answer = read_answer(example, text, masks[0] if masks else None,
+                                 tokenizer.eos_id in generation.tokens[row], bool(generation.forced[row]))
+            yield dataclasses.replace(answer, further_masks=tuple(masks[1:]))
 
 
-def read_answer(example: Example, text: str, mask: np.ndarray | None, ended: bool = True) -> Prediction:
-    """Parse one answer and say what is wrong with it; `ended` is whether the model closed it with `</s>`."""
+def _teller(tokenizer: Tokenizer, examples: Sequence[Example | None], on_text: Callable[[Example, str], None]
+            ) -> Callable[[np.ndarray, np.ndarray], None]:
+    """A callback for `stream` that passes on what each row's text has grown by. A character whose bytes have not all
+    come is held back."""
+    told = [""] * len(examples)
+
+    def tell(tokens: np.ndarray, lengths: np.ndarray) -> None:
+        for row, example in enumerate(examples):
+            text = tokenizer.decode(tokens[row, :lengths[row]]).removesuffix("\ufffd")
+            if example is not None and len(text) > len(told[row]):
+                on_text(example, text[len(told[row]):])
+                told[row] = text
+
+    return tell
+
+
+def read_answer(example: Example, text: str, mask: np.ndarray | None, ended: bool = True,
+                forced: bool = False) -> Prediction:
+    """Parse one answer and say what is wrong with it; `ended` is whether the model closed it with `</s>`, `forced`
+    whether mask tokens were appended to it."""
     task = TASKS[example.task]
     parsed = task.parse(text)
     problems = {
         "the answer did not end within the allowed number of tokens": not ended,
         f"the text cannot be read as an answer to {example.task}": parsed is None,
         "fewer than six mask tokens were written, so there is no mask": example.mask_kind != "none" and mask is None,
+        "the model wrote no mask tokens; they were appended to its answer": forced,
     }
     return Prediction(example, text, parsed, mask, tuple(problem for problem, found in problems.items() if found))

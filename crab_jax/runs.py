@@ -23,7 +23,7 @@ from crab_jax import optim, sharding
 from crab_jax.checkpoints import check_match, load_params, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
-from crab_jax.models.crab import Crab, init_params
+from crab_jax.models.crab import Crab, fuse_model, init_params
 from data_pipelines import datasets, mixture
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.examples import Example
@@ -201,13 +201,19 @@ def load_config(path: str | Path) -> ConfigDict:
         raise InputError(str(file), "", f"not valid JSON ({error.msg})", "copy the file again") from error
 
 
-def load_model(path: str | Path) -> tuple[Crab, Any, ConfigDict, Tokenizer]:
-    """(model, parameters, config, tokenizer) of a run or a packed model. Raises InputError if they disagree."""
+def load_model(path: str | Path, weights: str = "") -> tuple[Crab, Any, ConfigDict, Tokenizer]:
+    """(model, parameters, config, tokenizer) of a run or a packed model. Raises InputError if they disagree.
+
+    With `weights` (one of `fused.KINDS`) the model is laid out for generation and does nothing else.
+    """
     config = load_config(path)
     model = Crab(model_config(config))
     params = load_params(path)
     check_match(nn.unbox(abstract_params(model)), params, str(path))
-    return model, jax.tree.map(jnp.asarray, params), config, Tokenizer.load(path)
+    params = jax.tree.map(jnp.asarray, params)
+    if weights:
+        model, params = fuse_model(model, params, weights)
+    return model, params, config, Tokenizer.load(path)
 
 
 def eval_batches(examples: list[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer, batch_size: int,

@@ -131,7 +131,7 @@ def run(root, monkeypatch, model, tokenizer, *flags):
     for example in EXAMPLES[2:]:
         Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(root / example.mask)
     config = ConfigDict({"data": {"root": str(root)}})
-    monkeypatch.setattr(runs, "load_model", lambda path: (model, {}, config, tokenizer))
+    monkeypatch.setattr(runs, "load_model", lambda path, weights: (model, {}, config, tokenizer))
 
     def eval_batches(examples, root, config, tokenizer, batch_size, **changes):
         asked.update(changes)
@@ -174,7 +174,7 @@ def answering(tmp_path, monkeypatch):
             asked.append([example.id for example in todo])
             return answered(todo, rng, deaths)
 
-        monkeypatch.setattr(runs, "load_model", lambda path: (None, {"w": np.full(3, params)}, ConfigDict(
+        monkeypatch.setattr(runs, "load_model", lambda path, weights: (None, {"w": np.full(3, params)}, ConfigDict(
             {"data": {"root": str(tmp_path)}}), None))
         monkeypatch.setattr(verb, "predict_examples", predict_examples)
         arguments = ["--out", str(tmp_path / out), "--examples", "0", *flags]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crab_jax.errors import InputError
-from crab_jax.generate import GenerateOptions, generate, sample
+from crab_jax.generate import GenerateOptions, _advance, _start, generate, sample, stream
 from crab_jax.models.llama import Llama, LlamaConfig
 
 EOS, PAD = 2, 0
@@ -129,7 +129,7 @@ def test_a_batch_equals_single_rows(params):
     for i, row in enumerate(ROWS):
         single = compiled(MODEL, params, prompts([row], 7), OPTIONS)
         np.testing.assert_array_equal(single.tokens[0], batch.tokens[i])
-        np.testing.assert_allclose(single.mask_states[0], batch.mask_states[i], atol=1e-4)
+        np.testing.assert_allclose(single.mask_states[0], batch.mask_states[i], atol=1e-5)
 
 
 def test_stops_at_the_end_token_and_keeps_others_going(params, endless):
@@ -161,14 +161,57 @@ def test_mask_states_are_the_states_that_predicted_the_mask_tokens(params):
     forced = forced.at[1, :9].set(jnp.array([11, 12, 13, *MASKS])).at[1, 9].set(EOS)  # nine: the last six count
     forced = forced.at[2, :6].set(jnp.array([*MASKS[:5], EOS]))  # five: no mask
     out = compiled(MODEL, params, prompts(ROWS[:3]), OPTIONS, None, forced)
-    assert out.has_mask.tolist() == [True, True, False]
+    assert out.has_mask.tolist() == [[True], [True], [False]]
     assert out.lengths.tolist() == [10, 10, 6]
     for row in (0, 1):
         new = out.tokens[row].tolist()
         hidden, _ = full(params, jnp.array([ROWS[row] + new]))
         first = len(ROWS[row]) + 3 - 1  # in both rows the six that count start at new token 3
         assert new[3:9] == list(MASKS)
-        np.testing.assert_allclose(out.mask_states[row], hidden[0, first:first + 6], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(out.mask_states[row, 0], hidden[0, first:first + 6], rtol=1e-4, atol=1e-4)
+
+
+def test_several_mask_groups_are_kept_in_their_order(params):
+    """Two groups with text between; three of which two are kept; one; six mask tokens that are no ordered group."""
+    longer = dataclasses.replace(OPTIONS, max_new_tokens=20, mask_groups=2)
+    rows = [[21, *MASKS, 22, *MASKS, EOS], [*MASKS, *MASKS, *MASKS, EOS], [*MASKS, 21, MASKS[0], EOS],
+            [*MASKS[1:], MASKS[0], EOS]]
+    forced = jnp.array([row + [-1] * (20 - len(row)) for row in rows])
+    out = compiled(MODEL, params, prompts(ROWS[:4]), longer, None, forced)
+    assert out.has_mask.tolist() == [[True, True], [True, True], [True, False], [True, False]]
+    for row, starts in enumerate([(1, 8), (6, 12), (0,), (0,)]):
+        new = out.tokens[row, :out.lengths[row]].tolist()
+        hidden, _ = full(params, jnp.array([(ROWS[row] + new + [PAD] * 24)[:28]]))
+        for group, start in enumerate(starts):
+            first = len(ROWS[row]) + start - 1
+            np.testing.assert_allclose(out.mask_states[row, group], hidden[0, first:first + 6], rtol=1e-4, atol=1e-4)
+
+
+def test_mask_tokens_are_appended_to_an_answer_without_any(params, endless):
+    """At the end token; before the room ends; not where there is a mask already."""
+    options = dataclasses.replace(OPTIONS, force_masks=True)
+    forced = jnp.full((3, 12), -1).at[0, :3].set(jnp.array([5, 6, EOS])).at[1, :5].set(8)
+    forced = forced.at[2, :7].set(jnp.array([*MASKS, EOS]))
+    out = compiled(MODEL, params, prompts(ROWS[:3]), options, None, forced)
+    assert [generated(out, row) for row in range(3)] == [
+        [5, 6, *MASKS, EOS], [8, 8, 8, 8, 8, *MASKS, EOS], [*MASKS, EOS]]
+    assert out.forced.tolist() == [True, True, False] and out.has_mask.all()
+    hidden, _ = full(params, jnp.array([ROWS[0] + generated(out, 0)]))
+    np.testing.assert_allclose(out.mask_states[0, 0], hidden[0, 5:11], rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="max_new_tokens"):
+        dataclasses.replace(options, max_new_tokens=6)
+
+
+def test_a_stream_is_the_generation_as_it_comes(params):
+    whole, heard = compiled(MODEL, params, prompts(ROWS), OPTIONS), []
+    before = (_start._cache_size(), _advance._cache_size())
+    for every in (4, 5):
+        out = stream(MODEL, params, prompts(ROWS), OPTIONS, lambda tokens, lengths: heard.append(
+            [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]), every)
+        assert heard[-1] == [generated(whole, row) for row in range(len(ROWS))]
+        jax.tree.map(np.testing.assert_array_equal, (out.tokens, out.has_mask), (whole.tokens, whole.has_mask))
+    assert [len(row[0]) for row in heard[:3]] == [1, 5, 9] and heard[0][0] == heard[2][0][:1]
+    assert (_start._cache_size(), _advance._cache_size()) == (before[0] + 1, before[1] + 1), "compiled once"
 
 
 def test_filler_rows_generate_nothing(params, expected):

@@ -19,6 +19,7 @@ from crab_jax.convert.importing import Files, describe, import_weights, load_run
 from crab_jax.convert.released import COMPONENTS, Choices, read_json
 from crab_jax.convert.verify import verify
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.models.fused import KINDS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--outputs", type=Path, required=True, help=".npz with input_ids and logits")
     check.add_argument("--prefix", default="", help="what precedes 'logits' in its array's name")
     check.add_argument("--max-kl", type=float, default=1e-2, help="nats per token (default 0.01)")
+    check.add_argument("--weights", default="float", choices=KINDS, help="what integers would cost (default float)")
     for verb in (new, old, check):
         verb.add_argument("--debug", action="store_true", help="show tracebacks")
     return top
@@ -68,7 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
     if a.verb == "export":
         print("\n".join(map(str, export(a.checkpoint, a.format, a.out))))
     elif a.verb == "verify":
-        found = verify(a.checkpoint, a.outputs, a.prefix, a.max_kl)
+        found = verify(a.checkpoint, a.outputs, a.prefix, a.max_kl, a.weights)
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     else:
         heads = read_json(a.bert).get("num_attention_heads") if a.bert else 12

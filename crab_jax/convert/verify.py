@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crab_jax import runs
+from crab_jax import quantize, runs
 from crab_jax.convert.importing import read_arrays
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
@@ -34,9 +34,11 @@ def compare(ours: np.ndarray, reference: np.ndarray, k: int = 5) -> dict[str, fl
             "max_abs": float(np.abs(ours - reference).max())}
 
 
-def verify(checkpoint: Path, outputs: Path, prefix: str = "", max_kl: float = 1e-2) -> dict[str, float]:
+def verify(checkpoint: Path, outputs: Path, prefix: str = "", max_kl: float = 1e-2,
+           weights: str = "float") -> dict[str, float]:
     """Compare with a file of `input_ids` int[B,L], `<prefix>logits` float[B,L,V], and optionally `attention_mask` and
-    `position_ids`. Raises InputError when the mean KL exceeds `max_kl`, or the file does not fit."""
+    `position_ids`. `weights` rounds the language model's matrices to integers first, as generation would.
+    Raises InputError when the mean KL exceeds `max_kl`, or the file does not fit."""
     arrays: Any = read_arrays(outputs)
     for name in ("input_ids", f"{prefix}logits"):
         if name not in arrays:
@@ -52,6 +54,7 @@ def verify(checkpoint: Path, outputs: Path, prefix: str = "", max_kl: float = 1e
     if reference.shape[2] > model.cfg.llama.vocab_size or tokens.max() >= model.cfg.llama.vocab_size:
         raise InputError(str(outputs), f"{prefix}logits", f"is about {reference.shape[2]} tokens, the model has "
                          f"{model.cfg.llama.vocab_size}", "give outputs of the same model")
+    params = {**params, "llama": quantize.rounded(params["llama"], weights)}
     ours = jax.jit(lambda p, *x: model.apply({"params": p}, *x, method=text_logits))(
         params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(mask))
     found = compare(np.asarray(ours)[mask][:, :reference.shape[2]], reference[mask])

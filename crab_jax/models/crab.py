@@ -16,6 +16,7 @@ from einops import rearrange
 
 from crab_jax.models.beats import Beats, BeatsConfig
 from crab_jax.models.clip import Clip, ClipConfig, normalize
+from crab_jax.models.fused import FusedLlama, fuse
 from crab_jax.models.llama import KVCache, Llama, LlamaConfig
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig, SegModule
@@ -52,9 +53,13 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 class Crab(nn.Module):
-    """The whole model. A `batch` is a data_pipelines.batching.Batch (or anything with its fields)."""
+    """The whole model. A `batch` is a data_pipelines.batching.Batch (or anything with its fields).
+
+    With `weights` (one of `fused.KINDS`) it can only generate, on the parameters that `fuse_model` makes.
+    """
 
     cfg: CrabConfig
+    weights: str = ""
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -62,7 +67,8 @@ class Crab(nn.Module):
         self.beats = Beats(cfg.beats)
         self.vl_projector = QFormer(cfg.visual)
         self.al_projector = QFormer(cfg.audio)
-        self.llama = Llama(cfg.llama, cfg.lora)
+        self.llama: Any = (FusedLlama(cfg.llama, cfg.lora, self.weights) if self.weights else
+                           Llama(cfg.llama, cfg.lora))
         self.seg_module = SegModule(cfg.seg)
 
     def encode_images(self, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -142,7 +148,7 @@ class Crab(nn.Module):
 
     def decode(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One more token per row: tokens, positions int32[B,1] -> (hidden [B,1,D], cache)."""
-        return self.llama(self.llama.embed(tokens), positions, cache=cache)
+        return self.llama(self.llama.embed(tokens), positions, cache=cache)  # type: ignore[no-any-return]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [...,D] -> float32 [...,V]."""
@@ -153,6 +159,12 @@ class Crab(nn.Module):
         taps = self.encode_images(seg_frame[:, None])
         logits: Any = self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))  # both kinds
         return logits
+
+
+def fuse_model(model: Crab, params: Any, weights: str = "float") -> tuple[Crab, Any]:
+    """The same model laid out for generation (crab_jax/models/fused.py) and its parameters, made once."""
+    llama = fuse(params["llama"], model.cfg.llama, model.cfg.lora, weights)
+    return Crab(model.cfg, weights), {**params, "llama": llama}
 
 
 def init_params(model: Crab, rng: jax.Array, batch: Any) -> Any:

@@ -57,11 +57,11 @@ class KVCache:
     """Rotated keys [layers, B, kv_heads, head_dim, slots] and values [layers, B, kv_heads, slots, head_dim].
 
     The slot of a token is its position. Both are laid out as the products with them want their operands, so that a
-    decode step reads them as they are.
+    decode step reads them as they are. `fused.FusedLlama` keeps tuples of layers, so that none is copied out.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any
 
 
 def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
@@ -73,8 +73,10 @@ def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = No
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
     """The same cache with `length` more slots, all empty."""
-    return KVCache(jnp.pad(cache.k, [(0, 0)] * 4 + [(0, length)]),
-                   jnp.pad(cache.v, [(0, 0)] * 3 + [(0, length), (0, 0)]))
+    def padded(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, length if number == x.ndim + axis else 0) for number in range(x.ndim)])
+
+    return KVCache(jax.tree.map(lambda k: padded(k, -1), cache.k), jax.tree.map(lambda v: padded(v, -2), cache.v))
 
 
 def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -109,6 +111,11 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> j
     scores = jnp.einsum("blkgd,bkdn->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
     return jnp.einsum("bkgln,bknd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
+
+
+def mask_pads(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits [..., padded_vocab] with those past `vocab_size` at -1e30."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, _MASKED)
 
 
 class RMSNorm(nn.Module):
@@ -261,6 +268,5 @@ class Llama(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
-        real = jnp.arange(self.cfg.padded_vocab) < self.cfg.vocab_size
-        logits = jnp.where(real, self.lm_head(hidden), _MASKED)
+        logits = mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
         return nn.with_logical_constraint(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))

@@ -77,12 +77,12 @@ def test_mask_tokens_and_masks(mask_case, data, load, sample, tokenizer):
         np.testing.assert_array_equal(expected, z["forced_tokens"][:len(expected)])
     found = _generate(model, params, batch, options(tokenizer, len(expected)), None, forced)
     np.testing.assert_array_equal(found.tokens[0], expected)
-    assert found.has_mask[0] == record["has_pred_masks"]
+    assert found.has_mask[0, 0] == record["has_pred_masks"]
     if not record["has_pred_masks"]:
         return
-    data.close(found.mask_states, z["pred_embeddings"], "llama")
+    data.close(found.mask_states[:, 0], z["pred_embeddings"], "llama")
 
-    binary, semantic = _masks(model, params, found.mask_states, batch.seg_frame[:, 0])
+    binary, semantic = _masks(model, params, found.mask_states[:, 0], batch.seg_frame[:, 0])
     if "pred_masks" in z:
         data.close(binary, z["pred_masks"], "seg")
         np.testing.assert_array_equal(binary > 0, z["pred_masks"] > 0)

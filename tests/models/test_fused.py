@@ -1,0 +1,79 @@
+"""The layout of generation computes what the layout of training does; integers cost what their scales say."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crab_jax import quantize
+from crab_jax.models.fused import KINDS, FusedLlama, fuse
+from crab_jax.models.llama import Llama, LlamaConfig, init_cache
+from crab_jax.models.lora import LoraConfig
+
+TINY = LlamaConfig(vocab_size=50, hidden=32, layers=2, heads=4, kv_heads=2, mlp_dim=48, qkv_bias=True, remat="none",
+                   dtype="float32")
+LORA = LoraConfig(rank=4, alpha=10.0, heads=3)
+LENGTHS, WIDTH, STEPS = np.array([7, 4, 1]), 8, 3
+TOKENS = jax.random.randint(jax.random.key(2), (3, WIDTH + STEPS), 0, TINY.vocab_size)
+
+
+def forward(model, tokens, positions, cache):
+    hidden, cache = model(model.embed(tokens), positions, cache=cache)
+    return hidden, model.logits(hidden), cache
+
+
+def random_params(model):
+    shapes = jax.eval_shape(lambda: model.init(
+        jax.random.key(0), TOKENS[:, :1], jnp.zeros((3, 1), jnp.int32), init_cache(TINY, 3, 1), method=forward))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32),
+                        nn.unbox(shapes["params"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rollout(model, params):
+    """(hidden, logits) at the end of right-padded prompts and of each of the tokens fed after them."""
+    at = jnp.broadcast_to(jnp.arange(WIDTH), (3, WIDTH))
+    found, cache = [], init_cache(TINY, 3, WIDTH + STEPS)
+    hidden, logits, cache = model.apply({"params": params}, TOKENS[:, :WIDTH], at, cache, method=forward)
+    rows = np.arange(3)
+    found.append((hidden[rows, LENGTHS - 1], logits[rows, LENGTHS - 1]))
+    for step in range(STEPS):
+        at = jnp.asarray(LENGTHS + step)[:, None]
+        hidden, logits, cache = model.apply({"params": params}, TOKENS[rows, at[:, 0]][:, None], at, cache,
+                                            method=forward)
+        found.append((hidden[:, 0], logits[:, 0]))
+    return [jnp.stack(x) for x in zip(*found, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(Llama(TINY, LORA))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_layout_of_training(params, kind):
+    hidden, logits = rollout(Llama(TINY, LORA), quantize.rounded(params, kind))
+    fused = fuse(params, TINY, LORA, kind)
+    found, found_logits = rollout(FusedLlama(TINY, LORA, kind), fused)
+    scale = float(jnp.abs(logits[..., :TINY.vocab_size]).max())
+    np.testing.assert_allclose(found, hidden, atol=1e-5)
+    np.testing.assert_allclose(found_logits, logits, atol=1e-5 * scale)
+    np.testing.assert_array_equal(found_logits.argmax(-1), logits.argmax(-1))
+    kernel = fused["layers_0"]["down"]["kernel"]
+    assert kernel.dtype == ("float32" if kind == "float" else kind)
+
+
+@pytest.mark.parametrize("kind, most", [("int8", 127), ("int4", 7)])
+def test_an_integer_is_at_most_half_a_step_off(kind, most):
+    kernel = jax.random.normal(jax.random.key(0), (2 * quantize.GROUP, 5)).at[:, 2].set(0)
+    made = quantize.quantize(kernel, kind)
+    scale = jnp.repeat(made["scale"], len(kernel) // len(made["scale"]), axis=0)
+    assert len(made["scale"]) == (1 if kind == "int8" else 2) and made["kernel"].dtype == kind
+    assert (jnp.abs(quantize.dequantize(**made) - kernel) <= 0.5001 * scale).all()
+    assert int(jnp.abs(made["kernel"].astype(jnp.int32)).max()) == most
+    x = jax.random.normal(jax.random.key(1), (3, len(kernel)))
+    np.testing.assert_allclose(quantize.product(x, **made), x @ quantize.dequantize(**made), atol=1e-4)
