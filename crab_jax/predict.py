@@ -29,6 +29,7 @@ from crab_jax import clip_page, compile_cache, overlay
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
 from crab_jax.inference import Prediction, predict_examples
+from crab_jax.models.fused import KINDS
 from crab_jax.request import (
     FREE,
     KEYS,
@@ -98,10 +99,17 @@ def predict(arguments: argparse.Namespace) -> None:
         name = f"{number:03d}_{record.get('task', FREE)}"
         asked[name] = request(record, where, name, out)
 
-    model, params, config, tokenizer = load_model(arguments.checkpoint)
+    model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights)
     examples = [one.example for one in asked.values()]
+    decoding = {"temperature": arguments.temperature, "top_p": arguments.top_p, "force_masks": arguments.force_masks}
+
+    def tell(example: Example, text: str) -> None:
+        several = arguments.batch_size > 1  # then pieces of different answers take turns, a line each
+        print(f"  {example.id} ... {text}" if several else text, end="\n" if several else "", flush=True)
+
     answers = predict_examples(model, params, config, tokenizer, examples, "/", arguments.batch_size,
-                               arguments.max_new_tokens, on_error="raise", pad_short_audio=True)
+                               arguments.max_new_tokens, seed=arguments.seed, decoding=decoding,
+                               on_text=tell if arguments.stream else None, on_error="raise", pad_short_audio=True)
     answered: dict[str, clip_page.Answered] = {}
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         for prediction in answers:
@@ -112,6 +120,8 @@ def predict(arguments: argparse.Namespace) -> None:
                     "parsed": prediction.parsed, "mask": files.get("mask"), "overlay": files.get("overlay"),
                     "warnings": warnings}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if arguments.stream:
+                print()
             print(f"{example.id}: {prediction.text}")
             for warning in warnings:
                 print(f"  warning: {warning}")
@@ -150,6 +160,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", help=f"cuts of the sound: {', '.join(WINDOWS[:-1])} (default: by task and length)")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
+                        "trained, or integers, smaller and less exact (docs/generation.md)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--stream", action="store_true", help="show the text as it is written")
+    parser.add_argument("--force-masks", action="store_true",
+                        help="append the mask tokens where the model wrote none, so that there is a mask")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     single = [key for key in KEYS if getattr(arguments, key) is not None]
