@@ -310,8 +310,8 @@ def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
 def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
     """uint8[size, size, 3]: an RGB picture, bicubic, aspect ratio ignored, what is transparent by its hidden colour.
 
-    It is upright: a picture that was taken sideways and says so (EXIF) is turned. The reference reads it as it is
-    stored, but no picture of the public datasets says so. Raises InputError.
+    It is upright: a picture that was taken sideways and says so (EXIF) is turned, as viewers do; the reference reads it
+    as it is stored. Raises InputError.
     """
     with _picture(path, field) as picture:
         return np.array(_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))

@@ -214,7 +214,7 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
     print(table(counts))
     for problem in sorted(problems, key=lambda problem: KINDS.index(problem.kind))[:10]:
         line = f"  {problem.dataset} {problem.split}, {problem.id} [{problem.field}]: {problem.problem}"
-        print(line.encode("utf-8", "backslashreplace").decode())
+        print(line[:300].encode("utf-8", "backslashreplace").decode())  # names may be long, or no text
     if problems[10:]:
         print(f"  and {len(problems) - 10} more; --json FILE lists them")
 

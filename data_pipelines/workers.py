@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -103,9 +104,10 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     """Do what comes through the pipe until its other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print about a file is no news
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+    with contextlib.suppress(OSError, ValueError):  # Linux only, and not above a limit that is set already
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     pipe.send("started")
     while True:
         try:
