@@ -101,24 +101,19 @@ def router_weights(model: Crab, params: Any, batches: Iterable[Batch]) -> dict[s
     return found
 
 
-def without_head(params: Any, head: int | None) -> Any:
-    """Parameters whose LoRA head `head`, or every head (None), adds nothing: its output matrices are zero.
+def keep_heads(params: Any, keep: np.ndarray | jax.Array) -> Any:
+    """Parameters whose LoRA head i adds `keep[i]` times what it added: with 0 it is taken out.
 
-    The weights of the other heads stay what they are, so the difference is what the head contributes.
+    keep: float[heads]. Router weights stay what they are, so the difference is what the head contributes.
     """
-    def cut(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
-        if path[-1] != "lora_B":
-            return leaf
-        return jnp.zeros_like(leaf) if head is None else jnp.asarray(leaf).at[..., head, :, :].set(0)
-
-    return traverse_util.unflatten_dict({path: cut(path, leaf)
+    return traverse_util.unflatten_dict({path: leaf * keep[:, None, None] if path[-1] == "lora_B" else leaf
                                          for path, leaf in traverse_util.flatten_dict(params).items()})
 
 
 @partial(jax.jit, static_argnames="model")
-def _answer_losses(model: Crab, params: Any, batch: Batch) -> dict[str, losses.Term]:
-    """Rows of the text loss and, for a batch with masks, of the mask losses (see losses.py)."""
-    output: Any = model.apply({"params": params}, batch)
+def _answer_losses(model: Crab, params: Any, batch: Batch, keep: jax.Array) -> dict[str, losses.Term]:
+    """Rows of the text loss and, for a batch with masks, of the mask losses (see losses.py), with `keep_heads`."""
+    output: Any = model.apply({"params": keep_heads(params, keep)}, batch)
     return loss_rows(output, batch)
 
 
@@ -128,14 +123,15 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
     text is in nats per token of the true answer; bce, dice and ce are means over the samples with such a mask.
     """
     heads = model.cfg.lora.heads
-    variants = {INTACT: params, **{f"without head {head + 1}": without_head(params, head) for head in range(heads)},
-                WITHOUT_ALL: without_head(params, None)}
+    every = np.ones(heads, np.float32)
+    variants = {INTACT: every, **{f"without head {head + 1}": every - np.eye(heads, dtype=np.float32)[head]
+                                  for head in range(heads)}, WITHOUT_ALL: 0 * every}
     names = list(TASKS)
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for variant, changed in variants.items():
+    for variant, keep in variants.items():
         sums: dict[tuple[str, str], np.ndarray] = {}
         for batch in batches:
-            terms = jax.device_get(_answer_losses(model, changed, jax.tree.map(jnp.asarray, batch)))
+            terms = jax.device_get(_answer_losses(model, params, jax.tree.map(jnp.asarray, batch), keep))
             for loss, rows in terms.items():
                 for task, total, number in zip(np.asarray(batch.task), rows.sum, rows.number, strict=True):
                     if number:

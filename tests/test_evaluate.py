@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from crab_jax import charts, inference, runs, scoring
 from crab_jax import evaluate as verb
-from crab_jax import inference, runs
 from crab_jax.errors import InputError
 from crab_jax.evaluate import check_labels, parse_arguments, select
 from crab_jax.models.clip import ClipConfig
@@ -141,6 +141,14 @@ def run(root, monkeypatch, model, tokenizer, *flags):
     verb.evaluate(parse_arguments(["--checkpoint", "x", "--out", str(root / "out"), "--max-new-tokens", str(STEPS),
                                    "--examples", "0", *flags]))
     return asked
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """Few resamples and no bar charts: most of the time of a small evaluation, and tested elsewhere."""
+    monkeypatch.setattr(scoring.summarise, "__defaults__", (20, 0))
+    if "page" not in request.node.name:
+        monkeypatch.setattr(charts, "breakdown_bars", lambda *arguments: b"")
 
 
 class Killed(BaseException):

@@ -19,6 +19,7 @@ from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, write_jsonl
 
 NAMES = list(TASKS)
+WITHOUT_2, ONLY_3 = np.array([1, 0, 1], np.float32), np.array([0, 0, 1], np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,14 @@ def small():
     return model, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 
 
-def batch_of(model, masks=0):
-    """ave with 9 positions (2 visual, 3 audio, 3 prompt, 1 answer), s4 with 12 of text, and a filler row."""
-    rng = np.random.default_rng(1)
-    batch = empty_batch(Bucket(length=12, frames=1, windows=2, fbank_frames=98, masks=masks), 3, 64)
+@pytest.fixture(scope="module")
+def batch(small):
+    """ave with 9 positions (2 visual, 3 audio, 3 prompt, 1 answer), s4 with 12 of text, and a filler row.
+
+    All tests use this one shape, so that each function is compiled once.
+    """
+    model, rng = small[0], np.random.default_rng(1)
+    batch = empty_batch(Bucket(length=12, frames=1, windows=2, fbank_frames=98, masks=1), 3, 64)
     slots, visual = np.full((3, 12), -1, np.int32), model.cfg.visual.queries
     slots[0, 1:6] = [0, 1, visual, visual + 1, visual + 2]
     loss_mask = np.zeros((3, 12), bool)
@@ -43,13 +48,13 @@ def batch_of(model, masks=0):
     return batch.replace(
         tokens=rng.integers(4, 600, batch.tokens.shape).astype(np.int32), slots=slots, loss_mask=loss_mask,
         text_mask=np.arange(12) < np.array([[9], [12], [12]]), index=np.array([0, 1, -1], np.int32),
-        seg_kind=np.array([[0], [1], [1]], np.int32)[:, :masks],
+        seg_kind=np.array([[0], [1], [1]], np.int32),
         task=np.array([NAMES.index("ave"), NAMES.index("s4"), 0], np.int32))
 
 
-def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(small):
+def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(small, batch):
     model, params = small
-    batch, heads = batch_of(model), model.cfg.lora.heads
+    heads = model.cfg.lora.heads
     found = verb.router_weights(model, params, [batch])
     assert list(found) == ["ave", "s4"]
     assert found["ave"].tokens.tolist() == [2, 3, 3, 1] and found["s4"].tokens.tolist() == [0, 0, 9, 3]
@@ -73,7 +78,7 @@ def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(
 def test_a_head_that_is_taken_out_adds_nothing(small):
     _, params = small
     old, cut, none = (traverse_util.flatten_dict(tree) for tree in
-                      (params, verb.without_head(params, 1), verb.without_head(params, None)))
+                      (params, verb.keep_heads(params, WITHOUT_2), verb.keep_heads(params, np.zeros(3))))
     heads = [path for path in old if path[-1] == "lora_B"]
     assert heads and {path for path in old if not np.array_equal(old[path], cut[path])} == set(heads)
     for path in heads:
@@ -81,28 +86,26 @@ def test_a_head_that_is_taken_out_adds_nothing(small):
         np.testing.assert_array_equal(np.asarray(cut[path])[..., 0, :, :], old[path][..., 0, :, :])
 
 
-def test_ablation_tells_what_each_head_does_to_text_and_masks(small):
+def test_ablation_tells_what_each_head_does_to_text_and_masks(small, batch):
     model, params = small
-    batch = batch_of(model, masks=1)
     # Head 2 is empty already: without it nothing changes, and without head 1 all that is left is head 3.
-    params = verb.without_head(params, 1)
+    params = verb.keep_heads(params, WITHOUT_2)
     effects = verb.ablation(model, params, [batch, batch])
     assert list(effects) == ["ave", "s4"] and list(effects["s4"])[0] == verb.INTACT
     assert set(effects["ave"][verb.INTACT]) == {"text"} and set(effects["s4"][verb.INTACT]) == {"text", "bce", "dice"}
-    increase = verb.increases(effects, "text")
+    increase, rest = verb.increases(effects, "text"), verb.ablation(model, verb.keep_heads(params, ONLY_3), [batch])
     for task in effects:
         assert increase[task]["without head 2"] == pytest.approx(0, abs=1e-6)
         assert abs(increase[task]["without head 1"]) > 1e-4
-        both = verb.ablation(model, verb.without_head(params, 0), [batch])[task]
-        assert both["without head 3"]["text"] == pytest.approx(effects[task][verb.WITHOUT_ALL]["text"], rel=1e-5)
+        assert rest[task]["without head 3"]["text"] == pytest.approx(effects[task][verb.WITHOUT_ALL]["text"], rel=1e-5)
     assert list(verb.increases(effects, "bce")) == ["s4"]
 
 
-def test_the_verb_writes_json_and_plots(small, tmp_path, monkeypatch, capsys):
+def test_the_verb_writes_json_and_plots(small, batch, tmp_path, monkeypatch, capsys):
     model, params = small
     write_jsonl(tmp_path / "test.jsonl", [Example(id="a", task="ave", instruction="?", target="!")])
     monkeypatch.setattr(runs, "load_model", lambda path: (model, params, None, None))
-    monkeypatch.setattr(verb, "answered_batches", lambda examples, *rest: [batch_of(model, masks=1)])
+    monkeypatch.setattr(verb, "answered_batches", lambda examples, *rest: [batch])
     verb.router(verb.parse_arguments(["router", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--data",
                                       str(tmp_path)]))
     found = json.loads((tmp_path / "o" / "router.json").read_text())
