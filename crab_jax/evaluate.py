@@ -256,14 +256,13 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
                   for name, ours in scoring.by_task(judged).items()}
     results["breakdown"] = {name: {key: {"value": value, "n": n} for key, (value, n) in found.items()}
                             for name, found in breakdowns.items() if found}
-    table = scoring.markdown(results)
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
-    write_whole(out / "results.md", table.encode())
+    write_whole(out / "results.md", scoring.markdown(results))
     shown = shown_examples(judged, out, examples, root, arguments.examples)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
     results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
-    print(table)
-    print(f"page: {out / 'results.html'}")
+    print(scoring.headlines(results))
+    print(f"every metric: {out / 'results.md'}\npage: {out / 'results.html'}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

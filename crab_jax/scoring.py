@@ -191,18 +191,26 @@ def baseline_results(examples: Sequence[Example], kind: str, read_mask: ReadMask
     return {"tasks": results}
 
 
-def markdown(results: Results) -> str:
-    """Two tables: the headline metric of each task, then every metric; with 95 % intervals."""
-    def shown(row: dict[str, Any], metric: str) -> str:
-        if metric not in row:
-            return "- | -"
-        low, high = row["intervals"].get(metric, (float("nan"),) * 2)
-        return f"{row[metric]:.4f} | {low:.4f} .. {high:.4f}"
+def _shown(row: dict[str, Any], metric: str) -> str:
+    """Two cells of a table: a metric and its interval."""
+    if metric not in row:
+        return "- | -"
+    low, high = row["intervals"].get(metric, (float("nan"),) * 2)
+    return f"{row[metric]:.4f} | {low:.4f} .. {high:.4f}"
 
+
+def headlines(results: Results) -> str:
+    """A Markdown table of the headline metric of each task, with its 95 % interval."""
     lines = ["| task | n | metric | value | 95 % interval | unreadable | no mask |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {name} | {row['n']} | {TASKS[name].headline} | {shown(row, TASKS[name].headline)} "
+    lines += [f"| {name} | {row['n']} | {TASKS[name].headline} | {_shown(row, TASKS[name].headline)} "
               f"| {row['n_unparsed']} | {row['n_no_mask']} |" for name, row in results["tasks"].items()]
-    lines += ["", "| task | metric | value | 95 % interval |", "|---|---|---|---|"]
-    lines += [f"| {name} | {metric} | {shown(row, metric)} |" for name, row in results["tasks"].items()
-              for metric in row if metric not in COUNTS]
     return "\n".join(lines) + "\n"
+
+
+def markdown(results: Results) -> str:
+    """The headlines, and a table of every metric over all samples and over the answered ones."""
+    lines = ["| task | metric | all | 95 % interval | answered | 95 % interval |", "|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {metric} | {_shown(row, metric)} | {_shown(row, metric + PARSED)} |"
+              for name, row in results["tasks"].items() for metric in row
+              if metric not in COUNTS and not metric.endswith(PARSED)]
+    return f"{headlines(results)}\n" + "\n".join(lines) + "\n"

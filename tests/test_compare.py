@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crab_jax import compare as verb
-from crab_jax import evaluate, predictions, scoring
+from crab_jax import evaluate, predictions
 from crab_jax.errors import InputError
 from crab_jax.inference import read_answer
 from crab_jax.scoring import Answer, judge
@@ -58,7 +58,7 @@ def code(*arguments):
 
 
 def test_the_verb_compares_what_both_have_and_gates(folders, monkeypatch, capsys):
-    monkeypatch.setattr(scoring, "RESAMPLES", 50)
+    monkeypatch.setattr(verb.paired, "__defaults__", (50, 0))
     a, b, out = folders / "a", folders / "b", folders / "difference.json"
     assert code(a, b, "--out", out) == 0 and code(a, b, "--gate") == 3 and code(b, a, "--gate") == 0
     shown = capsys.readouterr().out

@@ -298,6 +298,7 @@ def save_small_model(folder):
     Tokenizer.load(config.tokenizer).save(folder)
 
 
+@pytest.mark.exhaustive  # test_readme.py runs the verb with the committed model
 def test_a_model_answers_a_clip(media, tmp_path, capsys):
     save_small_model(tmp_path / "model")
     out = tmp_path / "out"

@@ -108,11 +108,14 @@ def _binary_task_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, 
     return {**binary_stats(mask, gt_mask), "video": meta["video"], "named": names_match(parsed, meta["objects"])}
 
 
-def _video_f(samples: Sequence[Stats]) -> float:
-    """Mean over videos of the official F-measure: the maximum of a video's mean curve, frames without object apart."""
+def video_f(samples: Sequence[Stats]) -> float:
+    """Mean over videos of the official F-measure: the maximum of a video's mean curve, frames without object apart.
+
+    Samples of one video have the same "video"; one with None there stands alone.
+    """
     videos = defaultdict(list)
-    for sample in samples:
-        videos[sample["video"]].append(sample)
+    for place, sample in enumerate(samples):
+        videos[place if sample["video"] is None else ("video", sample["video"])].append(sample)
     return float(np.mean([segmentation.f_measure([s["curve"] for s in frames if s["has_object"]])
                           for frames in videos.values()]))
 
@@ -122,7 +125,7 @@ def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
     if not samples:
         return {}
     keys = {"miou": "iou", "f_score": "f", "object_accuracy": "named", "mask_rate": "has_mask"}
-    return mean_scores(samples, keys) | {"f_score_video": _video_f(samples)}
+    return mean_scores(samples, keys) | {"f_score_video": video_f(samples)}
 
 
 def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:

@@ -1,7 +1,8 @@
 """Ref-AVS: segment the object an expression refers to, at one second of a clip; some expressions refer to nothing.
 
 Prompts and targets: dataset/unified_dataset.py and dataset/quick_start_dataset.py; metrics: utils/avss_utils.py.
-meta: {"expression": text, "object": name ("" when null), "split": "seen" | "unseen" | "null"}.
+meta: {"expression": text, "object": name ("" when null), "split": "seen" | "unseen" | "null"}, and where several frames
+are asked about with one expression "one_of", which they share.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks import segmentation
-from crab_jax.tasks.avs import binary_stats, mean_scores, names_match, ordinal
+from crab_jax.tasks.avs import binary_stats, mean_scores, names_match, ordinal, video_f
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
 from crab_jax.tasks.task import Stats, Task, by_group
 
@@ -25,6 +26,8 @@ METRICS = {
     **{f"j_04{split}": f"mean IoU (J), threshold 0.4 (Ref-AVS release), {what}" for split, what in _SPLITS.items()},
     **{f"f{split}": f"mean over frames of the largest F over 255 thresholds (released Crab code), {what}"
        for split, what in _SPLITS.items()},
+    **{f"f_video{split}": "mean over expressions of the largest F of the mean curve of the frames, without empty ones "
+       f"(Ref-AVS release), {what}" for split, what in _SPLITS.items()},
     "s_null": "null expressions: square root of the share of pixels above 0.5, lower is better",
     "s_null_04": "the same above 0.4",
     "object_accuracy": "answers that name the object, or say that there is none",
@@ -69,18 +72,20 @@ def stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask
     scores = empty if mask is None else mask
     names = [meta["object"]] if meta["object"] else []
     return {"split": meta["split"], "has_mask": sample["has_mask"], "f": sample["f"],
-            "named": names_match(parsed, names),
+            "named": names_match(parsed, names), "curve": sample["curve"], "has_object": sample["has_object"],
+            "video": meta.get("one_of"),
             **{f"j{name}": segmentation.mask_iou(scores, gt_mask, at) for name, at in J_THRESHOLDS.items()},
             **{f"s{name}": segmentation.null_s(scores, at) for name, at in J_THRESHOLDS.items()}}
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """The metrics of METRICS, of the splits that there are; j, j_04 and f are NaN when every sample is null."""
+    """The metrics of METRICS, of the splits that there are; those of all are NaN when every sample is null."""
     groups = {"": [s for s in samples if s["split"] != "null"]}
     groups |= {f"_{split}": [s for s in samples if s["split"] == split] for split in ("seen", "unseen")}
-    metrics = dict.fromkeys(("j", "j_04", "f"), float("nan")) if samples else {}
+    metrics = dict.fromkeys(("j", "j_04", "f", "f_video"), float("nan")) if samples else {}
     for suffix, group in groups.items():
         metrics |= mean_scores(group, {f"{name}{suffix}": name for name in ("j", "j_04", "f")})
+        metrics |= {f"f_video{suffix}": video_f(group)} if group else {}
     metrics |= mean_scores([s for s in samples if s["split"] == "null"], {"s_null": "s", "s_null_04": "s_04"})
     return metrics | mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
 

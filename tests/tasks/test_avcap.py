@@ -65,3 +65,24 @@ def test_reduce_ignores_order():
 def test_the_most_frequent_caption_is_a_constant_answer():
     metas = [{"captions": ["a dog"]}, {"captions": ["a dog"]}, {"captions": ["a red cat runs"]}]
     assert constants(metas, [None] * 3)[0] == ("a dog", None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_scores_are_those_of_the_coco_caption_package():
+    """The package is no dependency (docs/evaluation.md says why); where it is installed, a thousand corpora agree."""
+    bleu_of = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
+    cider_of = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
+    rouge_of = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
+    rng = np.random.default_rng(4)
+    for _ in range(1000):
+        truth = [captions(rng, int(rng.integers(1, 3))) for _ in range(int(rng.integers(2, 5)))]
+        answers = [refs[0] if rng.random() < 0.6 else captions(rng, 1)[0] for refs in truth]
+        metrics = reduce([stats(a, None, {"captions": refs}, None) for a, refs in zip(answers, truth, strict=True)])
+        wanted, said = dict(enumerate(truth)), {k: [a] for k, a in enumerate(answers)}
+        assert metrics["cider_d"] == pytest.approx(cider_of.compute_score(wanted, said)[0], abs=1e-6)
+        assert metrics["rouge_l"] == pytest.approx(rouge_of.compute_score(wanted, said)[0], abs=1e-6)
+        theirs = bleu_of.compute_score(wanted, said, verbose=0)[0][3]
+        if metrics["bleu4"]:  # it smooths orders without a match, which give 0 here
+            assert metrics["bleu4"] == pytest.approx(theirs, abs=1e-6)
+        else:
+            assert theirs < 0.1

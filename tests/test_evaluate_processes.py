@@ -1,0 +1,64 @@
+"""Evaluation by real programs on the committed model: killed with SIGKILL, and two at a time in one folder."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def start(root, out, *flags):
+    """One program that evaluates a few tasks of a few scenes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "crab_jax.evaluate", "--checkpoint", "warm_start", "--data", root, "--tasks",
+         "ave,avqa,s4", "--limit", "6", "--batch-size", "2", "--max-new-tokens", "120", "--out", out, *flags],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file()}
+
+
+def finish(program):
+    said, _ = program.communicate()
+    assert program.returncode == 0, said[-3000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def whole(scenes_root, tmp_path_factory):
+    """(files of an evaluation that nothing stopped, seconds that it took)."""
+    out, began = tmp_path_factory.mktemp("whole"), time.monotonic()
+    finish(start(scenes_root, out))
+    return files(out), time.monotonic() - began
+
+
+@pytest.mark.exhaustive
+def test_killed_five_times_at_random_the_files_are_the_same(scenes_root, whole, tmp_path):
+    expected, seconds = whole
+    draw, answered = random.Random(3), []
+    for _ in range(5):
+        program = start(scenes_root, tmp_path)
+        time.sleep(draw.uniform(0.1, 1.0) * seconds)
+        program.kill()
+        program.communicate()
+        lines = tmp_path / "predictions.jsonl"
+        answered.append(len(lines.read_bytes().splitlines()) if lines.is_file() else 0)
+    finish(start(scenes_root, tmp_path))
+    print(f"answers on disk at each kill: {answered}")
+    assert files(tmp_path) == expected
+
+
+@pytest.mark.exhaustive
+def test_two_programs_at_once_leave_the_files_of_one(scenes_root, whole, tmp_path):
+    programs = [start(scenes_root, tmp_path, "--process", f"{index}/2") for index in (0, 1)]
+    said = [finish(program) for program in programs]
+    assert files(tmp_path) == whole[0]
+    ids = [json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) > 10 and "process 1 has answered" in said[1]
