@@ -307,9 +307,3 @@ def bucket_of(batch: Batch) -> Bucket:
     """The bucket of a batch, read from its shapes."""
     windows, fbank_frames = batch.fbank.shape[1:3]
     return Bucket(batch.tokens.shape[1], batch.frames.shape[1], windows, fbank_frames, batch.seg_kind.shape[1])
-
-
-def padding_share(batch: Batch) -> float:
-    """Share of the positions of the real rows that hold padding, in [0, 1]."""
-    real = np.asarray(batch.index) >= 0
-    return 1.0 - float(np.asarray(batch.text_mask)[real].mean()) if real.any() else 0.0

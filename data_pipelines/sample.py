@@ -30,7 +30,7 @@ from crab_jax.files import out_folder
 from crab_jax.overlay import TRUTH, event_tracks, figure_png, overlay_boxes, overlay_mask, side_by_side
 from crab_jax.page import Section, escape, image, jpeg, table, write
 from crab_jax.tasks.avs import CLASSES
-from data_pipelines import datasets, padding
+from data_pipelines import datasets, padding, shards
 from data_pipelines.batching import SEG_KINDS, Bucket, DataConfig, bucket_for, load
 from data_pipelines.examples import Example
 from data_pipelines.media import avss_palette
@@ -186,7 +186,8 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> str:
     if not tracks:
         events.axis("off")
         banks.tick_params(labelbottom=True)
-    bottom.set_xticks(np.arange(len(windows)) + (0.0 if tracks else 0.5), range(len(windows)))
+    numbers = range(len(windows) + bool(tracks))
+    bottom.set_xticks(np.array(numbers) + (0.0 if tracks else 0.5), numbers)
     bottom.set_xlabel("seconds of a clip of ten (tenths of any other)" if tracks else "audio window")
     return image(figure_png(figure), f"filter banks of {len(windows)} audio windows, {example.windows}")
 
@@ -383,7 +384,9 @@ def run(argv: Sequence[str]) -> None:
     if not chosen:
         raise InputError(arguments.root, "--root", f"holds no readable record of {arguments.split!r}",
                          "see what `python -m data_pipelines status` says")
-    shown = page(file, chosen, bad, arguments.n, arguments.split, arguments.root, tokenizer, DataConfig(), say)
+    prepared = shards.opened(arguments.root)
+    config = DataConfig(**prepared.decoding._asdict()) if prepared else DataConfig()
+    shown = page(file, chosen, bad, arguments.n, arguments.split, arguments.root, tokenizer, config, say)
     print(f"{shown} records in {file}")
 
 

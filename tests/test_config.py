@@ -9,6 +9,7 @@ import pytest
 from configs import common
 from crab_jax import runs
 from crab_jax.config import MODELS, check_config, model_config
+from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.optim import split
 
@@ -68,3 +69,11 @@ def test_sizes_override_the_named_model_and_presets_set_the_quirks():
     assert cfg.seg_taps == (0, 1) and not cfg.seg.chain_queries and cfg.lora.dropout_per_head
     config.compat = "paper"
     assert model_config(config).seg_taps == (0, 2) and model_config(config).seg.chain_queries
+
+
+@pytest.mark.parametrize("field", ["caps", "curriculum"])
+def test_caps_and_steps_of_a_mixture_are_not_negative(field):
+    config = common.base()
+    config.data[field].avqa = -1
+    with pytest.raises(InputError, match=f"data.{field}.avqa.*negative"):
+        check_config(config)
