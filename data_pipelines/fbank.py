@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import scipy.fft
 
 from crab_jax.errors import InputError
 
@@ -78,7 +79,7 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME, axis=-1)[..., ::SHIFT, :]
     frames = frames - frames.mean(-1, keepdims=True)
     before = np.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    spectrum = np.fft.rfft((frames - np.float32(0.97) * before) * povey_window(), FFT)
+    spectrum = scipy.fft.rfft((frames - np.float32(0.97) * before) * povey_window(), FFT)
     power = spectrum.real**2 + spectrum.imag**2
     # einsum stays on this thread: BLAS threads of several loaders fight for the cores and are 30 times slower.
     energies = [np.einsum("...k,km->...m", power[..., bins], weights) for bins, weights in _mel_blocks()]

@@ -19,6 +19,7 @@ import av
 import numpy as np
 import soundfile
 import soxr
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
@@ -172,18 +173,21 @@ def _needed(packets: Sequence[_Packet], numbers: Sequence[int]) -> tuple[set[int
     return decoded, wanted
 
 
-def _small(frame: av.VideoFrame, size: int) -> np.ndarray:
+def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
+    """uint8[size, size, 3]: a frame, upright. Frames of a video share a `scaler`, which is slow to set up."""
     # Bilinear, because it is what decord's VideoReader(width=, height=) does.
-    small = frame.reformat(width=size, height=size, format="rgb24", interpolation="BILINEAR").to_ndarray()
+    small = scaler.reformat(frame, size, size, "rgb24", interpolation="BILINEAR").to_ndarray()
     return np.rot90(small, _quarter_turns(frame))
 
 
 def _decode_needed(path: str | Path, decoded: set[int], wanted: Mapping[int, int], size: int) -> dict[int, np.ndarray]:
     """Number -> frame, resized, of those of the `wanted` times that decoding the packets `decoded` gives."""
     picked: dict[int, np.ndarray] = {}
+    scaler = VideoReformatter()
 
     def take(frames: Sequence[av.VideoFrame]) -> None:
-        picked.update((wanted[f.pts], _small(f, size)) for f in frames if f.pts is not None and f.pts in wanted)
+        picked.update((wanted[f.pts], _small(f, size, scaler))
+                      for f in frames if f.pts is not None and f.pts in wanted)
 
     with _opened(path, "video") as container:
         stream = _video_stream(container, path)
@@ -205,11 +209,11 @@ def _decode_needed(path: str | Path, decoded: set[int], wanted: Mapping[int, int
 
 def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
     """The wanted frames, resized, by their place among all that are decoded, and how many those are."""
-    picked, number = {}, 0
+    picked, number, scaler = {}, 0, VideoReformatter()
     with _opened(path, "video") as container:
         for frame in container.decode(_video_stream(container, path)):
             if number in wanted:
-                picked[number] = _small(frame, size)
+                picked[number] = _small(frame, size, scaler)
             number += 1
     return picked, number
 
