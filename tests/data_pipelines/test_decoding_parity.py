@@ -64,10 +64,10 @@ def test_windows_of_sound(files, arrays, name, file, policy):
     if f"{name}.samples_per_unit" in arrays:
         assert unit == arrays[f"{name}.samples_per_unit"]
     expected = arrays[f"{name}.seg0.wave"]
-    np.testing.assert_allclose(wave[: len(expected)], expected, atol=1e-5)
+    np.testing.assert_allclose(wave[: len(expected)], expected, atol=1e-6)
     bands = fbank.fbank(fbank.cut_windows(wave, policy))
     for window in (w for w in (0, 5) if f"{name}.seg{w}.fbank" in arrays):
-        np.testing.assert_allclose(bands[window], arrays[f"{name}.seg{window}.fbank"], atol=2e-3)
+        np.testing.assert_allclose(bands[window], arrays[f"{name}.seg{window}.fbank"], atol=1e-3)
 
 
 def test_pictures_and_masks_are_exact(files, arrays):
