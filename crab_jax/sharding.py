@@ -23,10 +23,11 @@ from crab_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that batch rows are spread over
 
-# logical axis -> mesh axis. "batch" is of activations only, "embed" of parameters only, the rest of both. LoRA's rank
-# and heads carry no name, so they stay replicated, like everything outside the language model.
-RULES = (("batch", ROWS), ("embed", "fsdp"), ("vocab", "tensor"), ("heads", "tensor"), ("kv", "tensor"),
-         ("mlp", "tensor"), ("layers", None))
+# logical axis -> mesh axis. "batch" and "group" (rows that an fsdp group shares) are of activations only, "embed" of
+# parameters and looked-up embeddings, the rest of both. LoRA's rank and heads carry no name, so they stay replicated,
+# like everything outside the language model.
+RULES = (("batch", ROWS), ("group", "data"), ("embed", "fsdp"), ("vocab", "tensor"), ("heads", "tensor"),
+         ("kv", "tensor"), ("mlp", "tensor"), ("layers", None))
 
 # Parameters and optimizer state may take this share of a chip; the rest is for activations.
 STATE_SHARE = 0.25

@@ -5,6 +5,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from configs import finetune
-from crab_jax import chips, layout, runs, sharding
+from crab_jax import chips, distributed, layout, runs, sharding
 from crab_jax.config import crab_7b, model_config
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
+from tests import same_step
 
 GOLDEN = Path(__file__).parent / "crab_7b_shardings.json"
 HERE = Path(__file__).parent
@@ -111,18 +113,53 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
     assert out.step.spec == PartitionSpec()
 
 
-@pytest.mark.exhaustive
+def differences(*words: str, processes: int = 1) -> dict[str, dict[str, float]]:
+    """What `python -m tests.same_step WORDS` prints, with eight virtual devices over `processes` processes."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={8 // processes}"
+    command, environ = [sys.executable, "-m", "tests.same_step", *words], {**os.environ, "XLA_FLAGS": flags}
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    started = []
+    for index in range(processes):
+        told = zip(distributed.EXPLICIT, (address, str(processes), str(index)), strict=True) if processes > 1 else ()
+        started.append(subprocess.Popen(command, env={**environ, **dict(told)}, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, cwd=HERE.parent))
+    outputs = [process.communicate() for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors[-2000:]
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def check_the_same(found: dict[str, dict[str, float]]) -> None:
+    """Everything agrees to 1e-5, except where the batch is not the same."""
+    for name, worst in found.items():
+        compared = {key: value for key, value in worst.items() if key != "moved"}
+        assert worst["moved"] > 1e-5, "the step must move every parameter of LoRA for this to test anything"
+        if name == same_step.WRONG:
+            assert all(value > 1e-4 for value in compared.values()), compared
+        else:
+            assert all(value < 1e-5 for value in compared.values()), (name, compared)
+
+
+@pytest.mark.slow
 def test_no_mesh_no_micro_batches_and_no_remat_change_a_step():
-    """One device against eight virtual ones: loss, gradient norm and updated parameters, in float32."""
-    env = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-m", "tests.same_step"], env=env, capture_output=True, text=True,
-                          cwd=HERE.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-    differences = json.loads(done.stdout.splitlines()[-1])
-    assert len(differences) == 7
-    for name, worst in differences.items():
-        assert worst["moved"] > 1e-4, "the step must move the parameters for this to test anything"
-        assert worst["loss"] < 1e-5 and worst["grad_norm"] < 1e-5 and worst["parameters"] < 1e-5, (name, worst)
+    """One device against eight virtual ones, split in every way at once: loss, gradients and updated parameters."""
+    check_the_same(differences("mixed, 2 micro-batches, remat"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("words", [(), ("masks", "mixed, 2 micro-batches, remat")], ids=["all", "masks"])
+def test_no_way_to_split_a_step_changes_it(words):
+    """Every mesh alone, with and without micro-batches and remat; and that one target less is seen."""
+    found = differences(*words)
+    assert words or (set(found) == set(same_step.CASES))
+    check_the_same(found)
+
+
+@pytest.mark.exhaustive
+def test_two_processes_take_the_step_of_one_device():
+    check_the_same(differences("mixed, 2 micro-batches, remat", "data", processes=2))
 
 
 if __name__ == "__main__":

@@ -240,8 +240,13 @@ class Llama(nn.Module):
             dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32[...] -> [..., D]."""
-        return self.embed_tokens(tokens)
+        """int32[B,...] -> [B,...,D]. A device looks up its features for the rows of its whole fsdp group, then features
+        are exchanged for rows: tokens and results travel, the table does not.
+        """
+        inner = (None,) * (tokens.ndim - 1)
+        found = self.embed_tokens(nn.with_logical_constraint(tokens, ("group", *inner)))
+        found = nn.with_logical_constraint(found, ("group", *inner, "embed"))
+        return nn.with_logical_constraint(found, ("batch", *inner, None))
 
     def __call__(self, x: jax.Array, positions: jax.Array, key_mask: jax.Array | None = None,
                  cache: KVCache | None = None, deterministic: bool = True) -> tuple[jax.Array, Any]:
