@@ -6,10 +6,10 @@ device's.
 Prints {case: relative differences} as JSON on the last line.
 
 What is compared after two steps, of which the first has a learning rate of 0: loss and gradient norm, Adam's first
-moments (which are the clipped gradients) and the parameters. Adam divides every gradient by its own size, so an
-element whose gradient is nothing but rounding (the key biases, which a softmax cancels) moves by the learning rate times a sign
-that is noise, on any two devices. EPS lies well above that noise, which is below 1e-9 here, and below most gradients,
-so such elements stay and the others move.
+moments (which are the clipped gradients) and the parameters. Adam divides every gradient by its own size. So an element
+whose gradient is nothing but rounding (the key biases, which a softmax cancels) moves by the learning rate times a
+sign that is noise, on any two devices. EPS lies well above that noise, which is below 1e-9 here, and below most
+gradients: such elements stay and the others move.
 """
 
 import json
