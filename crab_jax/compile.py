@@ -270,9 +270,10 @@ def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucke
 
 def findings(config: ConfigDict, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
     """What a sharded step must not do: gather logits or a whole stack of frozen matrices, or keep a frozen matrix in
-    float32. Fused conversions are no copies. Encoders are looked at as stacks only: their matrices have common sizes.
+    float32. Fused conversions are no copies. Encoders are looked at as stacks only: their matrices have common sizes. A
+    float32 matrix of a trainable's size is one of the language model's only where it runs as often as its layers do.
     """
-    _, frozen = abstract_params(config, mesh)
+    trainable, frozen = abstract_params(config, mesh)
     vocab, layers = model_config(config).llama.padded_vocab, model_config(config).llama.layers
     matrices: dict[tuple[int, ...], str] = {}  # sorted sizes, axes of one left out -> parameter
     stacks: dict[tuple[int, ...], str] = {}
@@ -285,12 +286,13 @@ def findings(config: ConfigDict, mesh: Mesh, program: list[hlo.Op]) -> list[str]
         if not name.endswith(("kernel", "embedding")) or leaf.ndim < 2:
             continue
         stacked = "/layers/" in name and leaf.ndim > 2
-        if stacked:
+        if stacked and leaf.shape[0] > 1:
             stacks[key(leaf.shape)] = name
             matrices[key(leaf.shape)] = matrices[key(leaf.sharding.shard_shape(leaf.shape))] = name
         if name.startswith("llama/"):
             matrices[key(leaf.shape[stacked:])] = name
-    out = set()
+    shapes = [shape for leaf in jax.tree.leaves(trainable) for shape in (leaf.shape, leaf.shape[1:])]
+    ours, out = {key(shape) for shape in shapes}, set()
     for op in program:
         if op.fused or op.opcode in ("parameter", "tuple", "get-tuple-element", "bitcast", "while"):
             continue
@@ -300,7 +302,7 @@ def findings(config: ConfigDict, mesh: Mesh, program: list[hlo.Op]) -> list[str]
                 out.add(f"gathers all layers of {stacks[found]} {array.shape}")
             if gathers and array.dtype == "f32" and vocab in array.shape:
                 out.add(f"gathers logits {array.shape}")
-            if array.dtype == "f32" and found in matrices:
+            if array.dtype == "f32" and found in matrices and (found not in ours or op.times >= layers):
                 out.add(f"keeps {matrices[found]} {array.shape} in float32 ({op.opcode})")
     return sorted(out)
 

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common, finetune
 from crab_jax import compile as verb
@@ -16,6 +18,7 @@ from crab_jax import hlo, layout, losses, optim, sharding, train
 from crab_jax.config import loss_config, model_config
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
+from crab_jax.models.llama import Llama, LlamaConfig
 from data_pipelines.batching import Bucket
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
@@ -74,6 +77,31 @@ def test_frozen_matrices_are_gathered_layer_by_layer_and_never_kept_in_float32(s
     assert report["findings"] == []
     gathers = [op for op in hlo.ops(compiled.as_text()) if op.opcode.startswith("all-gather") and op.times >= LAYERS]
     assert gathers, "the frozen layers are split, so each must be gathered inside the loop over layers"
+
+
+@needs_libtpu
+def test_the_embedding_table_stays_where_it_is_on_a_mesh_of_all_three_axes():
+    """Tokens and looked-up rows travel. Left to itself the compiler gathers the table over fsdp for every batch."""
+    mesh = sharding.make_mesh(2, 2, 2, verb.topology_devices("v5e:2x4"))
+    model = Llama(LlamaConfig(layers=1))
+    where = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+    table = jax.ShapeDtypeStruct((model.cfg.padded_vocab, model.cfg.hidden), jnp.bfloat16, sharding=where)
+    tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+    def gathered(lookup) -> int:
+        """Bytes of the largest all-gather."""
+        def traced(table, tokens):
+            with sharding.constrained(mesh):
+                return nn.with_logical_constraint(lookup(table, tokens), ("batch", None, None))
+
+        program = hlo.ops(jax.jit(traced).lower(table, tokens).compile().as_text())
+        return max(op.results[-1].bytes for op in program if op.opcode.startswith("all-gather"))
+
+    def ours(table, tokens):
+        return model.apply({"params": {"embed_tokens": {"embedding": table}}}, tokens, method="embed")
+
+    assert gathered(ours) <= tokens.size * 4
+    assert gathered(lambda table, tokens: jnp.take(table, tokens, axis=0)) > table.size // 2
 
 
 def test_findings_name_what_is_gathered_and_widened():
