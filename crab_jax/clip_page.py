@@ -78,7 +78,7 @@ def _short(one: Answered) -> str:
     parsed, text = one.prediction.parsed, one.prediction.text.replace(MASK, "(mask)")
     if isinstance(parsed, dict) and "objects" in parsed:
         return ", ".join(parsed["objects"]) or "nothing"
-    return parsed if isinstance(parsed, str) else text
+    return parsed if isinstance(parsed, str) else text[max(text.rfind("The sounding object"), 0):]
 
 
 def _place(one: Answered) -> str:
