@@ -68,4 +68,4 @@ def test_two_programs_at_once_leave_the_files_of_one(scenes_root, whole, tmp_pat
         levels = [np.array(Image.open(io.BytesIO(of[name]))).astype(int) for of in (found, expected)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
     ids = [json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert len(ids) == len(set(ids)) > 10 and "process 1 has answered" in said[1]
+    assert len(ids) == len(set(ids)) >= 10 and "process 1 has answered" in said[1]
