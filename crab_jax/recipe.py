@@ -46,8 +46,8 @@ def pack(run: Path, out: Path) -> None:
 
 
 def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
-    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe); with `start` the
-    warm-up goes on from that packed model."""
+    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). With `start` the
+    warm-up goes on from that packed model, which is aligned already."""
     def scaled(n: int) -> int:
         return max(4, int(n * scale))
 
@@ -59,11 +59,12 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
         seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale,
                                     *(("--start", start) if start else ()))
     shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")
-    seconds["pretrain"] = command(
-        "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
-        f"--config.steps={scaled(600)}", f"--workdir={pretrain}")
+    if not start:
+        seconds["pretrain"] = command(
+            "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
+            f"--config.steps={scaled(600)}", f"--workdir={pretrain}")
     seconds["joint"] = command(
-        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
+        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={warmup if start else pretrain}",
         f"--config.steps={scaled(1200)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
     pack(joint, packed)
     seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,

@@ -3,12 +3,14 @@
     python -m crab_jax.warmup --data runs/scenes --out runs/warmup
 
 Four short trainings on the train split of the generated scenes, never on others:
-1. CLIP learns which instrument covers each patch of a frame;  2. BEATs learns which instruments sound in a window;
+1. CLIP learns which instrument covers each patch of a frame, and the box of that instrument;
+2. BEATs learns which instruments sound in a window, and how loud;
 3. LLaMA, whole, learns every task's language with the feature rows replaced by embedded rows of the scene table
    (what is visible where, what sounds how loud): it reads about scenes that it can neither see nor hear;
 4. the Q-Formers learn to give those rows from pictures and sound (the stand-in for language-aligned encoders).
 The result is a packed model that the paper's stages start from. LoRA and mask decoder are left as initialised.
-With --start, CLIP and BEATs are taken from an earlier warm start, LLaMA and the Q-Formers go on from it.
+With --start only sight goes on, from an earlier warm start: CLIP learns the boxes, the visual Q-Former to say with it
+what the earlier one said on average; the rest is taken over.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from crab_jax.tasks import TASKS
 from data_pipelines import batching
 from data_pipelines.examples import Example
 from data_pipelines.fbank import SINGLE
-from data_pipelines.sources import scene_graph, scene_media
+from data_pipelines.sources import scene_graph, scene_media, scenes
 from data_pipelines.tokens import Tokenizer
 
 KINDS = len(scene_graph.KINDS)
@@ -49,9 +51,9 @@ SLOTS = len(scene_graph.SLOTS)  # visual rows per frame
 AUDIO_ROWS = 2  # audio rows per window
 BUMP = 8.0  # width of the Reader's position features, in BOX_SPACE
 GRID = 8  # side of the coarse map that the states of mask tokens tell of
-BOXES = 4  # times that a sample with box coordinates is read: digits are learned slowest
+BOXES = 5  # seconds of a scene of which a box is asked: digits are learned slowest
 NOISE = 0.1  # of the rows' size, so that LLaMA reads rows that are only nearly right
-STEPS = {"clip": 800, "beats": 800, "llama": 5000, "visual": 2000, "audio": 1000}
+STEPS = {"clip": 2000, "beats": 800, "reader": 1000, "llama": 5000, "visual": 5000, "audio": 2000}
 CLIPS = 1500  # scenes whose media are decoded for the encoders and Q-Formers
 LORA_OR_NOT = ((r".*/lora_.*",), (r"(?!.*/lora_).*",))  # patterns of LLaMA's parameters
 Arrays = dict[str, np.ndarray]
@@ -131,7 +133,8 @@ def table_of(scene: scene_graph.Scene) -> Arrays:
 
 
 def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokenizer: Any) -> Arrays:
-    """Frames uint8[N,10,H,W,3], fbank f32[N,10,98,128], instrument per pixel uint8[N,10,H,W] and tables of N scenes."""
+    """Frames uint8[N,10,H,W,3], fbank f32[N,10,98,128], instrument per pixel uint8[N,10,H,W], box of each instrument
+    f32[N,10,KINDS,4] as shares of the picture, and tables of N scenes."""
     rows: list[Arrays] = []
     began = time.monotonic()
     prompt = TASKS["ave"].instruction()
@@ -141,7 +144,9 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
         scene = scene_graph.load(root / folder / "scene.json")
         kinds = np.stack([np.asarray(Image.fromarray(k.astype(np.uint8)).resize((cfg.image_size,) * 2, Image.NEAREST))
                           for k in scene_media.occupancy(root, scene)])
-        rows.append({"frames": arrays["frames"], "fbank": arrays["fbank"], "kinds": kinds, **table_of(scene)})
+        box = scene_graph.scene_table(scene)["box"] / scene_graph.BOX_SPACE
+        rows.append({"frames": arrays["frames"], "fbank": arrays["fbank"], "kinds": kinds, "box": box,
+                     **table_of(scene)})
         if number % 200 == 0 or number == len(folders):
             rate = number / (time.monotonic() - began)
             eta = (len(folders) - number) / rate
@@ -149,24 +154,37 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator) -> Any:
-    """CLIP parameters after learning the share of each instrument in each patch."""
-    clip, head = Clip(cfg.clip), nn.Dense(KINDS + 1)
+def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator, start: Any = None) -> Any:
+    """CLIP parameters after learning the share of each instrument in each patch, and the box of what covers it.
+
+    Without the boxes the last layers forget where a patch is, and nothing after them can tell. With `start`, to learn
+    the boxes while the hidden states stay near those that it gives, so that whatever reads them can go on.
+    """
+    clip, head = Clip(cfg.clip), nn.Dense(KINDS + 1 + 4)
     grid, patch = cfg.clip.image_size // cfg.clip.patch_size, cfg.clip.patch_size
     frames = data["frames"].reshape(-1, *data["frames"].shape[2:])
     kinds = data["kinds"].reshape(-1, grid, patch, grid, patch)
+    boxes = data["box"].reshape(-1, KINDS, 4)
 
-    def pick(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def pick(index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         one_hot = kinds[index][..., None] == np.arange(KINDS + 1)
-        return frames[index], one_hot.mean((2, 4), dtype=np.float32).reshape(len(index), grid * grid, KINDS + 1)
+        share = one_hot.mean((2, 4), dtype=np.float32).reshape(len(index), grid * grid, KINDS + 1)
+        return frames[index], share, boxes[index]
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        taps: Any = clip.apply({"params": params["clip"]}, normalize(batch[0]))
-        logits: Any = head.apply({"params": params["head"]}, taps[-1])
-        return optax.softmax_cross_entropy(logits, batch[1]).mean()
+        pictures, share, boxes = batch
+        taps: Any = clip.apply({"params": params["clip"]}, normalize(pictures))
+        told: Any = head.apply({"params": params["head"]}, taps[-1])
+        things = share[..., 1:]  # every thing in a patch pulls at the box as much as it covers
+        off = jnp.abs(told[..., None, KINDS + 1:] - boxes[:, None]).sum(-1)
+        boxing = (off * things).sum() / jnp.maximum(things.sum(), 1)
+        if not start:
+            return boxing + optax.softmax_cross_entropy(told[..., :KINDS + 1], share).mean()
+        before: Any = clip.apply({"params": start}, normalize(pictures))
+        return boxing + sum(jnp.mean((tap - old) ** 2) / jnp.var(old) for tap, old in zip(taps, before, strict=True))
 
     keys = jax.random.split(jax.random.key(1))
-    params = {"clip": nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
+    params = {"clip": start or nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
               "head": head.init(keys[1], jnp.zeros((1, cfg.clip.width)))["params"]}
     return fit("clip", params, loss, draw(rng, len(frames), 32, pick), steps, 1e-3)["clip"]
 
@@ -246,8 +264,23 @@ def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.rand
                "loudness": shown(tables["loudness"], seconds[:, 1]), "seed": np.array(rng.integers(2**31))}
 
 
-def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator,
-               start: Any = None) -> Any:
+def warm_reader(cfg: CrabConfig, tables: Arrays, rows: np.ndarray, steps: int, rng: np.random.Generator) -> Any:
+    """Parameters of a Reader that says of `tables` [N,...] what an earlier visual Q-Former said on average of their
+    frames, `rows` [N,Q,D]: where it confused left and right, the Reader does not."""
+    reader = Reader(cfg.llama.hidden)
+
+    def pick(index: np.ndarray) -> tuple[Arrays, np.ndarray]:
+        return {name: values[index] for name, values in tables.items()}, rows[index]
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        visual, _ = reader.apply({"params": params}, batch[0])  # type: ignore[misc]
+        return jnp.mean((visual - batch[1]) ** 2)
+
+    params = reader.init(jax.random.key(5), pick(np.arange(1))[0])["params"]
+    return fit("reader", params, loss, draw(rng, len(rows), 256, pick), steps, 3e-3)
+
+
+def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator) -> Any:
     """{"llama", "reader"} parameters after learning every task's answers from tables and prompts.
 
     The states that predict mask tokens also learn to tell, through a linear map that is then dropped, what they point
@@ -282,23 +315,29 @@ def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int
     first, keys = next(batches), jax.random.split(jax.random.key(3), 3)
     rows = jnp.zeros((len(first["tokens"]), int(first["slots"].max()) + 1, cfg.llama.hidden))
     params = {"reader": reader.init(keys[0], first)["params"],
-              "llama": start or nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
+              "llama": nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
               "teller": teller.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"]}
-    return fit("llama", params, loss, batches, steps, 1e-3 if start else 2e-3)
+    return fit("llama", params, loss, batches, steps, 2e-3)
 
 
-def warm_bridge(name: str, cfg: QFormerConfig, encode: Callable[[Any], Any], inputs: np.ndarray,
-                rows: np.ndarray, steps: int, rng: np.random.Generator, start: Any = None) -> Any:
-    """Q-Former parameters after regressing the Reader's rows [N,Q,D] from encoded inputs [N,...]."""
+def encoded(encode: Callable[[jax.Array], Any], inputs: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+    """`encode` of every input [N,...], some at a time."""
+    step = jax.jit(encode)
+    return np.concatenate([np.asarray(step(inputs[at:at + 256]), dtype) for at in range(0, len(inputs), 256)])
+
+
+def warm_bridge(name: str, cfg: QFormerConfig, features: np.ndarray, rows: np.ndarray, steps: int,
+                rng: np.random.Generator, start: Any = None) -> Any:
+    """Q-Former parameters after regressing the Reader's rows [N,Q,D] from an encoder's features [N,T,C]."""
     qformer = QFormer(cfg)
     spread = rows.std()
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        out = qformer.apply({"params": params}, encode(batch[0]), False, rngs={"dropout": jax.random.key(0)})
+        out: Any = qformer.apply({"params": params}, batch[0].astype(jnp.float32))
         return jnp.mean(((out - batch[1]) / spread) ** 2)
 
-    params = start or nn.unbox(qformer.init(jax.random.key(4), encode(inputs[:1]))["params"])
-    return fit(name, params, loss, draw(rng, len(inputs), 64, lambda index: (inputs[index], rows[index])), steps, 2e-3)
+    params = start or nn.unbox(qformer.init(jax.random.key(4), features[:1].astype(np.float32))["params"])
+    return fit(name, params, loss, draw(rng, len(rows), 64, lambda index: (features[index], rows[index])), steps, 2e-3)
 
 
 def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
@@ -310,14 +349,15 @@ def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
 
 
 def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None) -> None:
-    """All four trainings on `root`'s train split, or the last two from the packed model `start`; writes a packed model
-    to `out`."""
+    """All four trainings on `root`'s train split, or those of sight from the packed model `start`; writes a packed
+    model to `out`."""
     cfg, parts = model_config(config), out / "parts"
     tokenizer, decode = runs.tokenizer_of(config), data_config(config, cache_dir=str(out.parent / "cache"))
-    examples = runs.read_examples(root, "train")
+    boxes = scenes.examples(root, "train", tasks=["arig"], per_scene={"arig": BOXES})
+    examples = [example for example in runs.read_examples(root, "train") if example.task != "arig"] + boxes
     folders = sorted({example.meta["scene"] for example in examples})
     steps = {name: max(4, int(n * scale)) for name, n in STEPS.items()}
-    before = load_params(start) if start else {}
+    before = jax.tree.map(lambda x: np.asarray(x, np.float32), load_params(start)) if start else {}
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([config.seed, number])
@@ -325,29 +365,36 @@ def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None
     def read() -> Any:
         tables = [table_of(scene_graph.load(root / folder / "scene.json")) for folder in folders]
         stacked = {key: np.stack([table[key] for table in tables]) for key in tables[0]}
-        boxes = [example for example in examples if example.task == "arig"] * (BOXES - 1)
-        groups = text_arrays(examples + boxes, {folder: i for i, folder in enumerate(folders)}, stacked, tokenizer,
-                             decode)
-        llama = optim.split(before["llama"], *LORA_OR_NOT)[1] if start else None
-        return warm_llama(cfg, groups, stacked, steps["llama"] // (2 if start else 1), rng(0), llama)
+        groups = text_arrays(examples, {folder: i for i, folder in enumerate(folders)}, stacked, tokenizer, decode)
+        return warm_llama(cfg, groups, stacked, steps["llama"], rng(0))
 
-    reading = kept(parts, "llama", read)
     data = load_clips(root, folders[:CLIPS], decode, tokenizer)
-    clip = before["clip"] if start else kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
-    beats = before["beats"] if start else kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
-    table = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
-    visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, table))
     frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
-    vl_projector = kept(parts, "vl_projector", lambda: warm_bridge(
-        "visual q-former", cfg.visual, lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames,
-        visual, steps["visual"], rng(3), before.get("vl_projector")))
-    al_projector = kept(parts, "al_projector", lambda: warm_bridge(
-        "audio q-former", cfg.audio, lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, audio,
-        steps["audio"], rng(4), before.get("al_projector")))
+    shown = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
 
-    params = runs.initial_params(config, Crab(cfg))
-    learned = {"clip": clip, "beats": beats, "vl_projector": vl_projector, "al_projector": al_projector,
-               "llama": optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])}
+    def see(clip: Any) -> Any:
+        return encoded(lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames, np.float16)
+
+    clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1), before.get("clip")))
+    learned = {"clip": clip}
+    if start:
+        params, speak = before, QFormer(cfg.visual)
+        said = encoded(lambda x: speak.apply({"params": before["vl_projector"]}, x.astype(jnp.float32)),
+                       see(before["clip"]))
+        reader = kept(parts, "reader", lambda: warm_reader(cfg, shown, said, steps["reader"], rng(5)))
+    else:
+        params, reading = runs.initial_params(config, Crab(cfg)), kept(parts, "llama", read)
+        reader = reading["reader"]
+        learned["llama"] = optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])
+    visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reader}, shown))
+    learned["vl_projector"] = kept(parts, "vl_projector", lambda: warm_bridge(
+        "visual q-former", cfg.visual, see(clip), visual, steps["visual"], rng(3), before.get("vl_projector")))
+    if not start:
+        beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
+        sounds = encoded(lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, np.float16)
+        learned["beats"] = beats
+        learned["al_projector"] = kept(parts, "al_projector", lambda: warm_bridge(
+            "audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4)))
     save_packed(out, params | learned, config.to_dict())
     tokenizer.save(out)
 
