@@ -1,4 +1,4 @@
-"""Peak resident memory of importing a sharded LLaMA directory of about 2 GB.
+"""Peak resident memory of importing a sharded LLaMA directory of about 2 GB, and of exporting it again.
 
     python benchmarks/import_memory.py [--gigabytes 2] [--dir DIR]
 
@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from crab_jax import runs
+from crab_jax.checkpoints import StoredParams
 from crab_jax.config import tiny
 from crab_jax.convert.exporting import write_crab, write_hugging_face
 from crab_jax.models.crab import Crab, CrabConfig
@@ -47,7 +48,9 @@ def write(folder: Path, gigabytes: float) -> list[str]:
     tokenizer = Tokenizer.load("data_pipelines/tiny_tokenizer.json")
     cfg = config(gigabytes, tokenizer.vocab_size)
     shapes = nn.unbox(runs.abstract_params(Crab(cfg)))
-    params = jax.tree.map(lambda leaf: np.broadcast_to(np.float16(0.5), leaf.shape), shapes)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float16), shapes)
+    params = StoredParams(shapes, lambda wanted: jax.tree.map(
+        lambda leaf: np.broadcast_to(np.float16(0.5), leaf.shape), wanted))
     write_hugging_face(cfg, params, folder, shard_bytes=5 * 10**8)
     write_crab(cfg, params, folder)
     tokenizer.save(folder / "llama")
@@ -79,9 +82,12 @@ def main() -> None:
         options = write(Path(folder), arguments.gigabytes)
         source = sum(path.stat().st_size for path in (Path(folder) / "llama").glob("*.safetensors"))
         idle, _ = measure("import", "--help")
-        peak, seconds = measure("import", *options)
-    print(json.dumps({"llama_gb": round(source / 1e9, 3), "peak_rss_gb": round(peak, 3),
-                      "program_alone_gb": round(idle, 3), "seconds": round(seconds, 1)}))
+        verbs = {"import": options, "export": [str(Path(folder) / "imported"), "--format", "hf", "--out",
+                                               str(Path(folder) / "exported")]}
+        needed = {verb: measure(verb, *options) for verb, options in verbs.items()}
+    print(json.dumps({"llama_gb": round(source / 1e9, 3), "program_alone_gb": round(idle, 3)} | {
+        verb: {"peak_rss_gb": round(peak, 3), "seconds": round(seconds, 1)}
+        for verb, (peak, seconds) in needed.items()}))
 
 
 if __name__ == "__main__":

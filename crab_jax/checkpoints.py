@@ -296,6 +296,12 @@ class StoredParams:
     shapes: Any
     load: Callable[[Any], Any]
 
+    def some(self, paths: Iterable[str]) -> dict[str, Any]:
+        """The leaves of these '/'-joined paths, in the stored dtypes, on this host."""
+        flat = traverse_util.flatten_dict(self.shapes, sep="/")
+        wanted = _on_host(traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/"))
+        return traverse_util.flatten_dict(self.load(wanted), sep="/")
+
 
 def _packed(file: Path) -> StoredParams:
     flat = read_safetensors(file)

@@ -3,19 +3,25 @@
 `crab` writes Crab's own files, `hf` the frozen models and the multi-head LoRA as an adapter. The adapter's update
 depends on the token, so it is never merged into the weights; its type is one that stock PEFT refuses to load, since
 PEFT knows one B per A. Together the two formats import again to the same checkpoint, bit for bit.
+
+The checkpoint is read a few leaves at a time and written tensor by tensor, all layers of a leaf after one another.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from crab_jax.checkpoints import load_params
+import numpy as np
+from flax import traverse_util
+
+from crab_jax.checkpoints import StoredParams, stored_params
 from crab_jax.config import model_config
 from crab_jax.convert import torch_writer
-from crab_jax.convert.keymap import Rule, torch_tensor
+from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
 from crab_jax.convert.released import base_rules, buffer_rules, crab_rules
 from crab_jax.convert.torch_writer import Tensor
@@ -29,6 +35,7 @@ from crab_jax.runs import load_config
 from data_pipelines.tokens import MASK_TOKENS, SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("crab", "hf")
+AT_ONCE = 2**30  # bytes of leaves to read from the checkpoint together, except that a larger leaf comes alone
 
 
 def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
@@ -36,7 +43,7 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
     if form not in FORMATS:
         raise InputError("--format", form, "is unknown", f"use one of {', '.join(FORMATS)}")
     cfg = model_config(load_config(checkpoint))
-    params = load_params(checkpoint)
+    params = stored_params(checkpoint)
     before = set(out.rglob("*")) if out.exists() else set()
     (write_crab if form == "crab" else write_hugging_face)(cfg, params, out)
     if form == "hf":
@@ -44,18 +51,54 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
     return sorted(path for path in set(out.rglob("*")) - before if path.is_file())
 
 
-def tensors_of(rules: Iterable[Rule], params: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
-    """Tensors under PyTorch's names; of embedding and output matrix only the first `rows` tokens."""
-    vocabulary = {rule.target: rule.layout for rule in vocab_rules(at="llama/")}
+class _Reader:
+    """Leaves of a checkpoint by path; those of `paths` that follow the wanted one are read with it."""
+
+    def __init__(self, params: StoredParams, paths: Iterable[str]):
+        self._params, self._paths = params, list(dict.fromkeys(paths))
+        self._shapes = traverse_util.flatten_dict(params.shapes, sep="/")
+        self._held: dict[str, np.ndarray] = {}
+
+    def stand_in(self, path: str) -> np.ndarray:
+        """An array of the leaf's shape and dtype that takes no memory."""
+        return np.broadcast_to(np.zeros((), self._shapes[path].dtype), self._shapes[path].shape)
+
+    def read(self, path: str) -> np.ndarray:
+        if path not in self._held:
+            self._held = {}
+            wanted: list[str] = []
+            size = 0
+            for name in self._paths[self._paths.index(path):]:
+                leaf = self._shapes[name]
+                size += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+                if wanted and size > AT_ONCE:
+                    break
+                wanted.append(name)
+            self._held = {name: np.asarray(leaf) for name, leaf in self._params.some(wanted).items()}
+        return self._held[path]
+
+
+def tensors_of(rules: Iterable[Rule], params: StoredParams, rows: int) -> dict[str, Tensor]:
+    """Tensors under PyTorch's names, leaf by leaf; of embedding and output matrix only the first `rows` tokens."""
+    vocabulary = {rule.target for rule in vocab_rules(at="llama/")}
+    rules = sorted(rules, key=lambda rule: split_target(rule.target)[0])
+    reader = _Reader(params, (split_target(rule.target)[0] for rule in rules))
+
+    def tensor(rule: Rule, leaf: np.ndarray) -> np.ndarray:
+        value = permute(leaf[split_target(rule.target)[1]], rule.layout, inverse=True)
+        return value[:rows] if rule.target in vocabulary else value
+
+    def load(rule: Rule) -> np.ndarray:
+        return tensor(rule, reader.read(split_target(rule.target)[0]))
+
     out = {}
     for rule in rules:
-        value = torch_tensor(rule, params)
-        value = value[:rows] if rule.target in vocabulary else value
-        out[rule.source] = Tensor(value.shape, value.dtype, lambda value=value: value)
+        value = tensor(rule, reader.stand_in(split_target(rule.target)[0]))
+        out[rule.source] = Tensor(value.shape, value.dtype, lambda rule=rule: load(rule))
     return out
 
 
-def write_crab(cfg: CrabConfig, params: Mapping[str, Any], out: Path) -> None:
+def write_crab(cfg: CrabConfig, params: StoredParams, out: Path) -> None:
     """finetune_weights.bin, avs_finetune_weights.bin with the position matrices, and the three pre-training files."""
     rules = crab_rules(cfg)
     rows = cfg.llama.vocab_size
@@ -72,7 +115,7 @@ def write_crab(cfg: CrabConfig, params: Mapping[str, Any], out: Path) -> None:
         torch_writer.save(out / f"{name}_pretrain.bin", bare)
 
 
-def write_hugging_face(cfg: CrabConfig, params: Mapping[str, Any], out: Path, shard_bytes: int = 5 * 10**9) -> None:
+def write_hugging_face(cfg: CrabConfig, params: StoredParams, out: Path, shard_bytes: int = 5 * 10**9) -> None:
     """clip/ and llama/ as model directories, beats/BEATs.pt, adapter/ with the LoRA."""
     rules = base_rules(cfg)
     base = cfg.llama.vocab_size - len(SPECIAL_TOKENS) - len(MASK_TOKENS)

@@ -94,20 +94,15 @@ def to_params(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], where: s
     return nested
 
 
-def torch_tensor(rule: Rule, params: Mapping[str, Any]) -> np.ndarray:
-    """The tensor that a rule reads out of a nested parameter dict, in PyTorch's layout."""
-    path, index = split_target(rule.target)
-    leaf: Any = params
-    for part in path.split("/"):
-        leaf = leaf[part]
-    return permute(np.asarray(leaf)[index], rule.layout, inverse=True)
-
-
 def from_params(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """PyTorch-named tensors from a nested parameter dict: the inverse of `to_params`."""
     tensors = {}
     for rule in rules:
-        tensors[rule.source] = np.asarray(torch_tensor(rule, params), order="C")
+        path, index = split_target(rule.target)
+        leaf: Any = params
+        for part in path.split("/"):
+            leaf = leaf[part]
+        tensors[rule.source] = np.asarray(permute(np.asarray(leaf)[index], rule.layout, inverse=True), order="C")
     return tensors
 
 

@@ -1,10 +1,12 @@
 """Whole models of each weight state, imported from the golden directory as a user would, and its arrays."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from crab_jax.convert.llama import PEFT
 from crab_jax.convert.released import Choices
 from crab_jax.models.clip import MEAN, STD, normalize
 from crab_jax.models.crab import Crab
+from crab_jax.models.mask_decoder import SegModule
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Batch
 from data_pipelines.tokens import Tokenizer
@@ -148,17 +151,47 @@ def load(checkpoint):
 
 
 @pytest.fixture(scope="session")
+def seg_masks(data, load):
+    """state -> (binary, semantic) logits of the mask branch on the states and features of seg.npz."""
+    apply = jax.jit(lambda module, params, states, features: module.apply({"params": params}, states, features),
+                    static_argnums=0)
+    z = data.arrays("seg.npz")
+
+    @functools.cache
+    def get(state: str):
+        model, params = load(state)
+        return apply(SegModule(model.cfg.seg), params["seg_module"], z["pred_embeddings"],
+                     (z["image_features.0"], z["image_features.1"]))
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def tokenizer(data) -> Tokenizer:
     return Tokenizer.load(data.folder / "weights/llama")
 
 
 @pytest.fixture(scope="session")
-def sample(data, tokenizer, load):
-    """(name, masks=..., prompt=..., length=..., pads=...) -> Batch of one row from samples.npz."""
+def longest(data) -> int:
+    """Positions of the longest sample; all are padded to it, which saves compilations."""
+    config, shapes = data.manifest["config"], data.manifest["arrays"]["samples.npz"]
+
+    def positions(name: str) -> int:
+        (text,), audio = shapes[f"{name}.input_ids"][0], shapes[f"{name}.audio"][0]
+        frames = next(shapes[key][0][0] for kind in ("video", "image") if (key := f"{name}.{kind}") in shapes)
+        windows = audio[0] if len(audio) == 3 else 1
+        return (text - 2 + frames * config["visual_query_token_nums"] + windows * config["audio_query_token_nums"])
+
+    return max(map(positions, data.json("samples.json")))
+
+
+@pytest.fixture(scope="session")
+def sample(data, tokenizer, longest):
+    """(name, masks=..., prompt=..., pads=...) -> Batch of one row from samples.npz, `longest` positions wide."""
     config = data.manifest["config"]
     side = config["image_size"]
 
-    def make(name: str, masks: bool = False, prompt: bool = False, length: int = 0, pads: int = 0) -> Batch:
+    def make(name: str, masks: bool = False, prompt: bool = False, pads: int = 0) -> Batch:
         z = data.arrays("samples.npz", f"{name}.")
         ids = z["prompt_ids"] if prompt else z["input_ids"]
         target = np.zeros(len(ids), bool) if prompt else z["labels"] != -100
@@ -174,11 +207,10 @@ def sample(data, tokenizer, load):
         spliced = tokenizer.expand(ids.astype(np.int32), target.astype(bool),
                                    {f"<{visual}>": visual_rows, "<audio>": audio_rows})
         real = len(spliced.tokens)
-        length = max(length, real)
         groups = int(masks)
         task = data.task(name)
         kind = 1 if task in BINARY_TASKS else 2 if task in SEMANTIC_TASKS else 0
-        pad = lambda x, fill: np.concatenate([x, np.full(length - real, fill, x.dtype)])[None]  # noqa: E731
+        pad = lambda x, fill: np.concatenate([x, np.full(longest - real, fill, x.dtype)])[None]  # noqa: E731
         return Batch(
             tokens=pad(spliced.tokens, 0), slots=pad(spliced.slots, -1), text_mask=pad(np.ones(real, bool), False),
             loss_mask=pad(spliced.loss_mask, False),

@@ -5,11 +5,8 @@ import pytest
 
 from crab_jax import losses
 from crab_jax.losses import BINARY, SEMANTIC, LossConfig, Term
-from crab_jax.models.mask_decoder import SegModule
 from crab_jax.tasks import segmentation as seg
 from crab_jax.tasks.avvp import f_scores
-
-# Of metrics.npz, `bbox_overlaps_ciou*` has no counterpart: it is NaN for equal boxes and nothing released calls it.
 
 
 def sigmoid(x):
@@ -28,12 +25,10 @@ def test_single_terms(data):
 
 
 @pytest.mark.parametrize("state", ["avs", "avss"])
-def test_released_pooling_of_mask_losses(state, data, load):
+def test_released_pooling_of_mask_losses(state, data, seg_masks):
     """Sums over samples, scaled by the share of their kind; the masks come from the model on the reference's states."""
     z, expected = data.arrays("seg.npz"), data.arrays("losses.npz", f"{state}.mask_loss.")
-    model, params = load(state)
-    binary, semantic = SegModule(model.cfg.seg).apply({"params": params["seg_module"]}, z["pred_embeddings"],
-                                                      (z["image_features.0"], z["image_features.1"]))
+    binary, semantic = seg_masks(state)
     samples = {"s4": 0, "avss": 1, "ms3": 2, "avqa": 3}  # the rows of seg.npz, part of the layout
     kinds = {"s4": BINARY, "ms3": BINARY, "avss": SEMANTIC, "avqa": 0}
     for names, value in expected.items():
@@ -83,10 +78,27 @@ def test_box_metrics(data):
         assert seg.complete_iou(a, b) + correction == pytest.approx(released, abs=2e-5)
 
 
+def test_the_box_metric_that_nothing_released_calls(data):
+    """bbox_overlaps_ciou: its aspect term lacks a division by the area, its values are cut at 1, equal boxes give NaN.
+    """
+    z = data.arrays("metrics.npz")
+    for a, b, released, in_float32 in zip(z["box1"], z["box2"], z["bbox_overlaps_ciou"], z["bbox_overlaps_ciou_32"],
+                                          strict=True):
+        width, height = a[2] - a[0], a[3] - a[1]
+        tilt = np.arctan((b[2] - b[0]) / (b[3] - b[1])) - np.arctan(width / height)
+        aspect, slipped = 4 / np.pi**2 * tilt**2, -8 / np.pi**2 * tilt * width * height
+        rest = 1 - seg.box_iou(a, b) + aspect
+        expected = np.clip(seg.complete_iou(a, b) + aspect / rest * (aspect - slipped), -1, 1) if rest else np.nan
+        np.testing.assert_allclose(released, expected, rtol=1e-12)
+        np.testing.assert_allclose(in_float32, expected, rtol=0, atol=1e-5)
+
+
 def test_parsing_metrics(data):
     z = data.arrays("metrics.npz", "avvp.")
     for case in sorted({name.split(".")[0] for name in z}):
         answers = [z[f"{case}.{name}"].astype(bool) for name in ("SO_a", "SO_v", "GT_a", "GT_v")]
+        for kind, (heard, seen) in (("SO", answers[:2]), ("GT", answers[2:])):
+            np.testing.assert_array_equal(heard & seen, z[f"{case}.{kind}_av"])
         for level in ("segment", "event"):
             ours = f_scores(level, *answers)
             found = [ours[name] for name in ("audio", "visual", "event_av", "audio_visual")]

@@ -1,6 +1,7 @@
 """Every module of the imported model, module by module, on the inputs that the reference was given."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from crab_jax.convert.verify import text_logits
+from crab_jax.models import beats, qformer
 from crab_jax.models.beats import Beats, relative_bucket
 from crab_jax.models.clip import Clip
 from crab_jax.models.llama import Llama
@@ -29,6 +31,8 @@ def test_clip_taps_and_hidden_states(data, load):
     assert len(states) == sum(name.startswith("hidden_states.") for name in z)
     for i, state in enumerate(states):
         data.close(state, z[f"hidden_states.{i}"][:, 1:], "clip")
+    if "last_hidden_state" in z:
+        data.close(states[-1], z["last_hidden_state"][:, 1:], "clip")
     for tap in model.cfg.clip.taps:
         data.close(states[tap], z[f"tap.{tap}"].reshape(states[tap].shape), f"clip.tap.{tap}")
 
@@ -48,6 +52,53 @@ def test_beats_at_every_length(data, load):
         for window in z["4d.out"].reshape(-1, *outs["2s"].shape[1:]):
             nearest = min(outs["2s"], key=lambda row: float(np.abs(row - window).max()))
             data.close(nearest, window, "beats.2s")
+
+
+def inside(module, params, *args, **static):
+    """What every submodule gave: {name: {"__call__": (output of each call)}}, nested."""
+    return jax.jit(lambda params, *args: module.apply({"params": params}, *args, **static, capture_intermediates=True,
+                                                      mutable=["intermediates"]))(params, *args)[1]["intermediates"]
+
+
+def layer_by_layer(layer, params, x, *args):
+    """The output of every layer of a stack of `layer` modules."""
+    apply = jax.jit(lambda params, x: layer.apply({"params": params}, x, *args)[0])
+    for i in range(layer.cfg.layers):
+        x = apply(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
+        yield x
+
+
+def test_beats_inside(data, load):
+    """Patches, the input of the encoder, the position bias and every layer, where the directory stores them."""
+    model, params = load("ntp")
+    z, params, cfg = data.arrays("beats.npz"), params["beats"], model.cfg.beats
+    pos_conv = params["pos_conv"]
+    kernel = pos_conv["weight_v"] * (pos_conv["weight_g"] / jnp.linalg.norm(pos_conv["weight_v"], axis=(1, 2),
+                                                                            keepdims=True))
+    data.close(kernel.transpose(2, 1, 0), z["pos_conv.effective_weight"], "beats")
+    for length in [name.removesuffix(".enc_in") for name in z if name.endswith(".enc_in")]:
+        seen = inside(Beats(cfg), params, z[f"{length}.fbank"])
+        seen = {name: calls["__call__"][0] for name, calls in seen.items() if name != "__call__"}
+        bias = seen["relative_attention_bias"].transpose(2, 0, 1)
+        data.close(seen["layer_norm"], z[f"{length}.patch_ln"], f"beats.{length}")
+        data.close(seen["encoder_layer_norm"], z[f"{length}.enc_in"], f"beats.{length}")
+        np.testing.assert_array_equal(bias, z[f"{length}.pos_bias"])
+        outs = layer_by_layer(beats.Layer(cfg), params["layers"], seen["encoder_layer_norm"], bias)
+        for i, out in enumerate(outs):
+            data.close(out, z[f"{length}.layer{i}"], f"beats.{length}")
+
+
+def test_q_former_inside(data, load):
+    """The queries after their LayerNorm, and after every layer."""
+    model, params = load("ntp")
+    z, params, cfg = data.arrays("qformer.npz", "visual_t1."), params["vl_projector"], model.cfg.visual
+    seen = inside(QFormer(cfg), params, z["in"])
+    seen = {name: seen[name]["__call__"][0] for name in ("ln", "embeddings_norm")}
+    states = [seen["embeddings_norm"], *layer_by_layer(qformer.Layer(cfg), params["layers"], seen["embeddings_norm"],
+                                                       seen["ln"], True)]
+    assert len(states) == sum(name.startswith("bert_hidden.") for name in z)
+    for i, state in enumerate(states):
+        data.close(state, z[f"bert_hidden.{i}"], "qformer.visual_t1")
 
 
 def test_q_formers(qformer_case, data, load):
@@ -118,14 +169,11 @@ def test_llama_logits_and_hidden_states(prefix, data, load):
 
 
 @pytest.mark.parametrize("state", ["avs", "avss"])
-def test_masks_of_both_kinds(state, data, load):
+def test_masks_of_both_kinds(state, data, seg_masks):
     """Of a semantic sample every tenth class and the best one are stored."""
-    z = data.arrays("seg.npz")
     expected = data.arrays("seg.npz", f"{state}.pred_masks.")
-    model, params = load(state)
-    binary, semantic = run(SegModule(model.cfg.seg), params["seg_module"], z["pred_embeddings"],
-                           (z["image_features.0"], z["image_features.1"]))
-    assert {int(name.split(".")[0]) for name in expected} == set(range(len(z["pred_embeddings"])))
+    binary, semantic = seg_masks(state)
+    assert {int(name.split(".")[0]) for name in expected} == set(range(len(binary)))
     for name, value in expected.items():
         i, _, part = name.partition(".")
         if part == "argmax":
@@ -135,6 +183,27 @@ def test_masks_of_both_kinds(state, data, load):
         else:
             data.close(binary[int(i)], value[0], "seg")
             np.testing.assert_array_equal(binary[int(i)] > 0, value[0] > 0)
+
+
+def test_the_mask_branch_inside(data, load):
+    """Everything between the states of the first sample and its masks; the decoder works at two levels."""
+    model, params = load("avs")
+    z = data.arrays("seg.npz")
+    states, *features = (z[name][:1] for name in ("pred_embeddings", "image_features.0", "image_features.1"))
+    outer = inside(SegModule(model.cfg.seg), params["seg_module"], states, tuple(features), kinds=("binary",))
+    inner = outer["mask_decoder"]
+    data.close(outer["text_hidden_fcs"]["__call__"][0][0], z["sample0.text_hidden"], "seg")
+    data.close(outer["image_feature_neck"]["__call__"][0].transpose(0, 3, 1, 2), z["sample0.neck"], "seg")
+    compared = 2
+    for name, expected in z.items():
+        found = re.fullmatch(r"sample0\.(?:mask_decoder\.)?(?:(.+)\.)?level(\d)", name)
+        if found:
+            module, level = found[1] or "ms3_s4_classifier", int(found[2])
+            calls = inner[module]["__call__"]
+            value = calls[level if len(calls) > 1 else 0]  # the input is upsampled for the second level only
+            data.close(value if value.ndim == 3 else value.transpose(0, 3, 1, 2), expected, "seg")
+            compared += 1
+    assert compared == sum(name.startswith("sample0.") for name in z)
 
 
 def test_position_features(data, load):
@@ -159,5 +228,8 @@ def test_filter_banks(data):
             np.testing.assert_allclose(fbank.fbank(waveform), z[name], rtol=0, atol=atol, err_msg=name)
     np.testing.assert_allclose(fbank.povey_window(), z["povey_window"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(fbank.mel_banks()[:-1].T, z["mel_banks"], rtol=0, atol=1e-4)
+    # The window that the reference pads is float64 there, so that is its number; its float32 one is no further away.
+    data.close(fbank.fbank(z["pad_front.waveform"]), z["pad_front.norm_if_float32"], "fbank") \
+        if "pad_front.norm_if_float32" in z else None
     silent = fbank.fbank(np.zeros(fbank.samples_of(len(z["silence.norm"]))))
     data.close(silent, z["silence.norm"], "fbank")
