@@ -253,9 +253,8 @@ def main() -> None:
         prepare.run(["--root", str(raw), "--out", str(prepared), "--splits", "train", "--workers", "0"])
         report: dict[str, Any] = {}
         if arguments.soak:
-            everything = [example for group in found.values() for example in group]
             for name, root in (("prepared", prepared), ("raw", raw)):
-                report[name] = soak(arguments.soak, everything, root, tokenizer, config)
+                report[name] = soak(arguments.soak, found["scene clips"], root, tokenizer, config)
                 print(f"{name}: {report[name]}")
         else:
             reference = Reference(arguments.reference_python) if arguments.reference_python else None
