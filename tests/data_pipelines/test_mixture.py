@@ -50,6 +50,12 @@ def take(dataset, count):
     return list(itertools.islice(iter(dataset), count))
 
 
+def orders(examples, tokenizer, config, count, **options):
+    """Positions in each of the first batches."""
+    batches = mixture.train_order(examples, tokenizer, config, 2, **options).batches
+    return [batches[number].tolist() for number in range(count)]
+
+
 def test_each_example_of_a_bucket_comes_once_per_epoch_in_a_new_order(root, tokenizer, config):
     examples = pictures(9)
     seen = sum(indices(take(train_dataset(examples, root, tokenizer, config, 3), 9)), [])
@@ -67,24 +73,23 @@ def test_a_batch_has_one_bucket_and_examples_are_drawn_equally_often(mixed, root
     assert set(collections.Counter(sum(indices(batches), [])).values()) == {5}
 
 
-def test_weights_are_shares_of_the_tasks(mixed, root, tokenizer, config):
+def test_weights_are_shares_of_the_tasks(mixed, tokenizer, config):
     weights = {"s4": 1.0, "avss": 3.0, "avqa": 4.0}
-    drawn = sum(indices(take(train_dataset(mixed, root, tokenizer, config, 2, weights=weights), 80)), [])
+    drawn = sum(orders(mixed, tokenizer, config, 80, weights=weights), [])
     shares = collections.Counter(mixed[i].task for i in drawn)
     assert shares == pytest.approx({"s4": 20, "avss": 60, "avqa": 80}, abs=2)
     with pytest.raises(InputError, match="weights.*'avqa'"):
-        train_dataset(mixed, root, tokenizer, config, 2, weights={"s4": 1.0, "avss": 1.0})
+        orders(mixed, tokenizer, config, 1, weights={"s4": 1.0, "avss": 1.0})
 
 
-def test_weights_in_natural_proportion_are_no_weights(mixed, root, tokenizer, config):
+def test_weights_in_natural_proportion_are_no_weights(mixed, tokenizer, config):
     natural = {"s4": 0.7, "avss": 0.5, "avqa": 0.6}
-    plain = take(train_dataset(mixed, root, tokenizer, config, 2), 12)
-    assert indices(take(train_dataset(mixed, root, tokenizer, config, 2, weights=natural), 12)) == indices(plain)
+    assert orders(mixed, tokenizer, config, 12, weights=natural) == orders(mixed, tokenizer, config, 12)
 
 
-def test_the_seed_decides_the_order(mixed, root, tokenizer, config):
-    runs = [indices(take(train_dataset(mixed, root, tokenizer, config, 2, seed=s), 9)) for s in (0, 0, 1)]
-    assert runs[0] == runs[1] != runs[2]
+def test_the_seed_decides_the_order(mixed, tokenizer, config):
+    first, again, other = (orders(mixed, tokenizer, config, 9, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_a_restored_iterator_continues_exactly(mixed, root, tokenizer, config):
@@ -116,12 +121,6 @@ def test_the_order_continues_from_any_step_and_says_what_a_batch_holds(mixed, ro
     whole = indices(take(mixture.train_dataset(order, root, tokenizer, config), 12))
     assert whole == [order.batches[step].tolist() for step in range(12)]
     assert indices(take(mixture.train_dataset(order, root, tokenizer, config, start=5), 7)) == whole[5:]
-
-
-def orders(examples, tokenizer, config, count, **options):
-    """Positions in each of the first batches."""
-    batches = mixture.train_order(examples, tokenizer, config, 2, **options).batches
-    return [batches[number].tolist() for number in range(count)]
 
 
 def test_every_mixture_can_be_entered_at_any_batch_of_any_epoch(mixed, root, tokenizer, config):
