@@ -7,7 +7,7 @@ BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Versions that are known to pass, where there is such a list for this Python; else the newest ones.
+# Tested versions, where there is a list for this Python; else the newest ones.
 CONSTRAINTS := $(wildcard constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
 
 .PHONY: demo test test-all recipe lint clean
