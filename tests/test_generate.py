@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import flax.struct
@@ -245,3 +250,13 @@ def test_top_p_keeps_the_fewest_likely_tokens():
 def test_options_out_of_range_are_refused(field, value):
     with pytest.raises(InputError, match=field):
         dataclasses.replace(OPTIONS, **{field: value})
+
+
+def test_meshes_generate_what_one_device_does():
+    """Eight virtual devices along data, along fsdp, and mixed with tensor, in a process of its own."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-m", "tests.same_generation"], env={**os.environ, "XLA_FLAGS": flags},
+                          capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    for mesh, (same, furthest) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert same == 1.0 and furthest < 1e-5, mesh
