@@ -1,6 +1,7 @@
 """A tiny tokenizer and a tiny data root with one media file of each kind."""
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -62,3 +63,16 @@ def copied(releases_root, tmp_path):
         return tmp_path
 
     return copy
+
+
+@pytest.fixture
+def one_line_error(capsys):
+    """A function that runs main(argv) and checks that it ends with code 2 and one line, in which `message` is found."""
+    def check(main, argv, message) -> None:
+        with pytest.raises(SystemExit) as done:
+            main(argv)
+        assert done.value.code == 2
+        error, = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and re.search(message, error)
+
+    return check

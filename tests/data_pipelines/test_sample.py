@@ -95,9 +95,5 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
     (["--root", ".", "--out", "{tmp}", "--datasets", "avee"], "avee.*unknown dataset"),
     (["--root", "{tmp}", "--out", "{tmp}/x"], "no readable record of 'train'"),
     (["--root", ".", "--out", "{tmp}", "--tokenizer", "no.json"], "no.json.*no such file")])
-def test_bad_command_lines_end_in_one_line(argv, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as done:
-        sample.main([argument.format(tmp=tmp_path) for argument in argv])
-    assert done.value.code == 2
-    error, = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ") and re.search(message, error)
+def test_bad_command_lines_end_in_one_line(argv, message, tmp_path, one_line_error):
+    one_line_error(sample.main, [argument.format(tmp=tmp_path) for argument in argv], message)

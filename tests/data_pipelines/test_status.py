@@ -1,7 +1,6 @@
 """`python -m data_pipelines status`: what is there of every dataset, on whole and on partial copies."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -120,12 +119,8 @@ def test_the_command(copied, tmp_path, capsys):
     (["--root", "/no/such/folder"], "--root.*is no folder"), ([], "--root"),
     (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
     (["--root", ".", "--datasets", "lvis", "--json", "/no/such/folder/x.json"], "--json.*cannot be written")])
-def test_bad_command_lines_end_in_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as done:
-        main(argv)
-    assert done.value.code == 2
-    error, = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ") and re.search(message, error)
+def test_bad_command_lines_end_in_one_line(argv, message, one_line_error):
+    one_line_error(main, argv, message)
 
 
 def test_verbs(capsys):
