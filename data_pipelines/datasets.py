@@ -88,9 +88,6 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
     which then is all that is read, or each split of each dataset. Raises InputError."""
     if not Path(root).is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
-    if shards.opened(root):
-        raise InputError(str(root), "--root", "is prepared: its files are elsewhere",
-                         f"give the root that it was made from; {shards.MANIFEST} names it")
     if lists := [split for split in SPLITS if (Path(root) / f"{split}.jsonl").is_file()]:
         return [(PREPARED, split) for split in lists]
     parts, prepared = ("test_s", "test_u", "test_n"), shards.opened(root)  # parts of test

@@ -14,6 +14,12 @@ import jax  # noqa: E402  (the platform must be chosen first)
 jax.config.update("jax_default_matmul_precision", "float32")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that none of them is left to run alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Directory of golden arrays and weights; `CRAB_GOLDEN_DIR` points at another one of the same layout."""
