@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,9 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
 
     Raises InputError for a missing flag, an unknown or mistyped key, and a whole sub-dict replaced by one override.
     """
+    argv = [_bracketed(arg) for arg in argv]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "configs/<stage>.py", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "configs/<stage>.py", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of this run", flag_values=values)
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
@@ -153,10 +155,18 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
     return config, Path(values.workdir or "")
 
 
+def _bracketed(argument: str) -> str:
+    """`--config.data.weights.ref-avs=2` as the flags take it, with a key that has a hyphen in brackets."""
+    key, *value = argument.split("=", 1)
+    if not key.startswith("--config."):
+        return argument
+    return "=".join((re.sub(r"\.(\w+-[\w-]+)", r"['\1']", key), *value))
+
+
 def _fresh(argv: list[str]) -> ConfigDict:
     """The config of the command line's config file without any override."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
     file = next(arg for number, arg in enumerate(argv) if arg.startswith("--config=") or
                 (number and argv[number - 1] == "--config"))
     values(["fresh", file if file.startswith("--config=") else f"--config={file}"])

@@ -28,7 +28,7 @@ def padding(groups: Mapping[Bucket, Mapping[int, Fill]], rate_of: Mapping[int, f
         drawn = [(rates[index], fill) for index, fill in group.items() if index in rates]
         share = sum(rate for rate, _ in drawn)
         filled = (sum(rate * fill[axis] for rate, fill in drawn) for axis in range(3))
-        empty = (1 - full / (share * of) for full, of in zip(filled, _size(bucket), strict=True))
+        empty = (max(0.0, 1 - full / (share * of)) for full, of in zip(filled, _size(bucket), strict=True))
         rows.append(Padding(bucket, len(drawn), share / drawn_in_all, *empty))
     return rows
 

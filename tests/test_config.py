@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from crab_jax import runs
-from crab_jax.config import MODELS, check_config, model_config
+from crab_jax.config import MODELS, check_config, model_config, parse_flags
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.optim import split
@@ -77,3 +77,11 @@ def test_caps_and_steps_of_a_mixture_are_not_negative(field):
     config.data[field].avqa = -1
     with pytest.raises(InputError, match=f"data.{field}.avqa.*negative"):
         check_config(config)
+
+
+def test_a_key_with_a_hyphen_is_overridden_like_any_other():
+    words = ["train", "--config=configs/tiny.py", "--config.data.weights.ref-avs=2.5", "--config.init_from=a-b.c-d=3"]
+    config, _ = parse_flags(words, None, workdir=False)
+    assert config.data.weights["ref-avs"] == 2.5 and config.init_from == "a-b.c-d=3"
+    with pytest.raises(InputError, match="ref-av"):
+        parse_flags([*words, "--config.data.weights.ref-av=2.5"], None, workdir=False)
