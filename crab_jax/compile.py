@@ -41,6 +41,7 @@ from data_pipelines.batching import Batch, Bucket, empty_batch
 
 HEADROOM = 0.15
 NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
+SMALL = 2**16  # elements of a matrix whose copy does no harm
 ROWS = 8  # rows per data-parallel group in prefill and decode
 
 Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
@@ -270,40 +271,29 @@ def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucke
 
 def findings(config: ConfigDict, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
     """What a sharded step must not do: gather logits or a whole stack of frozen matrices, or keep a frozen matrix in
-    float32. Fused conversions are no copies. Encoders are looked at as stacks only: their matrices have common sizes. A
-    float32 matrix of a trainable's size is one of the language model's only where it runs as often as its layers do.
+    float32. Fused conversions are no copies; matrices of less than SMALL elements do not matter.
     """
-    trainable, frozen = abstract_params(config, mesh)
-    vocab, layers = model_config(config).llama.padded_vocab, model_config(config).llama.layers
-    matrices: dict[tuple[int, ...], str] = {}  # sorted sizes, axes of one left out -> parameter
-    stacks: dict[tuple[int, ...], str] = {}
-
-    def key(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(n for n in shape if n > 1))
-
+    _, frozen = abstract_params(config, mesh)
+    vocab = model_config(config).llama.padded_vocab
+    matrices: dict[str, Any] = {}  # as JAX names the arguments of the step
     for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
-        name = "/".join(str(part.key) for part in path)
-        if not name.endswith(("kernel", "embedding")) or leaf.ndim < 2:
-            continue
-        stacked = "/layers/" in name and leaf.ndim > 2
-        if stacked and leaf.shape[0] > 1:
-            stacks[key(leaf.shape)] = name
-            matrices[key(leaf.shape)] = matrices[key(leaf.sharding.shard_shape(leaf.shape))] = name
-        if name.startswith("llama/"):
-            matrices[key(leaf.shape[stacked:])] = name
-    shapes = [shape for leaf in jax.tree.leaves(trainable) for shape in (leaf.shape, leaf.shape[1:])]
-    ours, out = {key(shape) for shape in shapes}, set()
+        if str(path[-1].key).endswith(("kernel", "embedding")) and leaf.size >= SMALL:
+            matrices["frozen" + jax.tree_util.keystr(path)] = leaf
+    out = set()
     for op in program:
-        if op.fused or op.opcode in ("parameter", "tuple", "get-tuple-element", "bitcast", "while"):
+        if op.opcode in ("parameter", "tuple", "get-tuple-element", "bitcast", "while"):
             continue
+        leaf, gathers = matrices.get(op.source), op.opcode.startswith("all-gather")
         for array in op.results:
-            gathers, found = op.opcode.startswith("all-gather"), key(array.shape)
-            if gathers and found in stacks and layers > 1:
-                out.add(f"gathers all layers of {stacks[found]} {array.shape}")
             if gathers and array.dtype == "f32" and vocab in array.shape:
                 out.add(f"gathers logits {array.shape}")
-            if array.dtype == "f32" and found in matrices and (found not in ours or op.times >= layers):
-                out.add(f"keeps {matrices[found]} {array.shape} in float32 ({op.opcode})")
+            if leaf is None:
+                continue
+            size = math.prod(array.shape)
+            if gathers and "['layers']" in op.source and leaf.shape[0] > 1 and size == leaf.size:
+                out.add(f"gathers all layers of {op.source} {array.shape}")
+            if array.dtype == "f32" and not op.fused and size >= SMALL:
+                out.add(f"keeps {op.source} {array.shape} in float32 ({op.opcode})")
     return sorted(out)
 
 

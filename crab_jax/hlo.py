@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
                "ragged-all-to-all")
@@ -22,7 +22,16 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_INDEX = re.compile(r"index=(\d+)")
+_NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+
+# What gives its first operand, or a part of it, in another place, type or form.
+_MOVES = {"all-gather", "all-gather-start", "all-gather-done", "async-done", "async-update", "bitcast", "convert",
+          "copy", "copy-start", "copy-done", "dynamic-slice", "opt-barrier", "reshape", "slice", "transpose", "while"}
+Source = Any  # str, or a tuple of Source: recursive
 
 
 class Array(NamedTuple):
@@ -38,13 +47,19 @@ class Array(NamedTuple):
 
 
 class Op(NamedTuple):
-    """One instruction. `times`: runs per program run. `fused`: inside a fusion, so its result is no buffer."""
+    """One instruction. `times`: runs per program run. `fused`: inside a fusion, so its result is no buffer.
+
+    `source`: the argument of the program, as JAX names it, that the result is a moved or converted copy of, or "".
+    `channel`: what the steps of one collective share, or "".
+    """
 
     name: str
     opcode: str
     results: tuple[Array, ...]
     times: int
     fused: bool
+    source: str = ""
+    channel: str = ""
 
 
 def _split(definition: str) -> tuple[str, str, str]:
@@ -83,40 +98,81 @@ def trip_count(condition: list[tuple[str, str, str, str]], rest: str) -> int:
 
 
 def ops(text: str) -> list[Op]:
-    """Every instruction of a program that runs, with how often it does."""
+    """Every instruction of a program that runs, with how often it does and what it copies."""
     found, entry = _computations(text)
     out: list[Op] = []
 
-    def visit(computation: str, times: int, fused: bool) -> None:
+    def visit(computation: str, times: int, fused: bool, given: list[Source]) -> Source:
+        """The source of the root (the last instruction), from those of the parameters."""
+        sources: dict[str, Source] = {}
+        last: Source = ""
         for name, type_text, opcode, rest in found.get(computation, ()):
             arrays = tuple(Array(kind, tuple(int(n) for n in dims.split(",") if n))
                            for kind, dims in _ARRAY.findall(type_text))
-            out.append(Op(name, opcode, arrays, times, fused))
-            called = set(_CALLED.findall(rest))
+            called = _CALLED.findall(rest)
             for names in _CALLED_LISTS.findall(rest):
-                called |= {part.strip().lstrip("%") for part in names.split(",")}
+                called += [part.strip().lstrip("%") for part in names.split(",")]
             within = times
             if opcode == "while":
                 condition = re.search(r"condition=%?([\w.\-]+)", rest)
                 within *= trip_count(found.get(condition[1], []) if condition else [], rest)
-            for inner in called:
-                visit(inner, within, fused or opcode not in ("while", "conditional", "call", "async-start"))
+            operands = [sources.get(operand, "") for operand in _OPERAND.findall(rest.partition(")")[0])]
+            inner = [visit(each, within, fused or opcode not in ("while", "conditional", "call", "async-start"),
+                           operands) for each in dict.fromkeys(called)]
+            last = _source(opcode, rest, operands, inner, given, computation == entry)
+            sources[name] = last
+            channel = _CHANNEL.search(rest)
+            out.append(Op(name, opcode, arrays, times, fused, last if isinstance(last, str) else "",
+                          channel[1] if channel else ""))
+        return last
 
-    visit(entry, 1, False)
+    visit(entry, 1, False, [])
     return out
+
+
+def _source(opcode: str, rest: str, operands: list[Source], called: list[Source], given: list[Source], entry: bool
+            ) -> Source:
+    """What an instruction's result copies: a name, "", or one of them for every element of a tuple.
+
+    operands: what its operands copy; called: the results of the computations it calls; given: what the parameters of
+    its own computation copy. A loop is taken to hand on what it was given.
+    """
+    if opcode == "parameter":
+        number = int(rest.partition(")")[0])
+        named = _NAMED.search(rest)
+        if entry:
+            return named[1].replace("\\", "") if named else ""
+        return given[number] if number < len(given) else ""
+    first = operands[0] if operands else ""
+    if opcode == "tuple":
+        return tuple(operands)
+    if opcode == "get-tuple-element":
+        index = _INDEX.search(rest)
+        return first[int(index[1])] if isinstance(first, tuple) and index and int(index[1]) < len(first) else (
+            first if isinstance(first, str) else "")
+    if opcode == "custom-call":
+        return next((each for each in operands if isinstance(each, str) and each), "") if "AsyncCollective" in rest \
+            else ""
+    if opcode in ("fusion", "call", "async-start") and called:
+        return called[-1]
+    return first if opcode in _MOVES else ""
 
 
 def collectives(program: list[Op]) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} per chip and program run. Bytes are those of the results (all-gather: gathered).
 
-    A reduce-scatter that the TPU compiler writes as an all-reduce inside a fusion counts as an all-reduce.
+    The TPU compiler writes a collective that runs beside other work into the fusions of that work, once into each, all
+    with one channel: it counts once. A reduce-scatter that it writes as an all-reduce inside a fusion counts as an
+    all-reduce.
     """
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
+    seen: set[tuple[str, str]] = set()
     for op in program:
         kind = op.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES or not op.results:
+        if kind not in COLLECTIVES or not op.results or (op.channel and (kind, op.channel) in seen):
             continue
+        seen.add((kind, op.channel))
         results = op.results
         if op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): results are the larger half
             results = (max(results, key=lambda array: array.bytes),)

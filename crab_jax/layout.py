@@ -15,9 +15,8 @@ from crab_jax.models.crab import Crab, CrabConfig
 
 # The temporaries of a micro-batch may take this share of a device's memory, as `row_bytes` estimates them.
 ACTIVATION_SHARE = 0.35
-# What the compiler allocates for a row over what `row_bytes` adds up by hand (crab_7b, 1024 positions, 2 rows on v5e:
-# 11.4 GiB, weights gathered for a layer included).
-MEASURED = 4.5
+# What the compiler allocates for a row over what `row_bytes` adds up by hand.
+MEASURED = 1.5
 
 
 def state_bytes(config: ConfigDict) -> int:

@@ -75,7 +75,8 @@ def test_the_report_says_what_the_issue_asks_for(step):
 def test_frozen_matrices_are_gathered_layer_by_layer_and_never_kept_in_float32(step):
     config, report, compiled = step
     assert report["findings"] == []
-    gathers = [op for op in hlo.ops(compiled.as_text()) if op.opcode.startswith("all-gather") and op.times >= LAYERS]
+    gathers = [op for op in hlo.ops(compiled.as_text()) if op.opcode.startswith("all-gather") and op.times >= LAYERS
+               and op.source.startswith("frozen['llama']['layers']")]
     assert gathers, "the frozen layers are split, so each must be gathered inside the loop over layers"
 
 
@@ -107,13 +108,17 @@ def test_the_embedding_table_stays_where_it_is_on_a_mesh_of_all_three_axes():
 def test_findings_name_what_is_gathered_and_widened():
     config = small()
     mesh = sharding.make_mesh(1, 1, 1)
-    program = [hlo.Op("a", "all-gather", (hlo.Array("bf16", (LAYERS, 512, 1280)),), 1, False),
+    gate = "frozen['llama']['layers']['mlp']['gate_proj']['kernel']"
+    program = [hlo.Op("a", "all-gather", (hlo.Array("bf16", (LAYERS, 512, 1280)),), 1, True, gate),
                hlo.Op("b", "all-gather-start", (hlo.Array("f32", (4, 144, 768)),), 1, False),
-               hlo.Op("c", "fusion", (hlo.Array("f32", (1, 1280, 512)),), LAYERS, False),
-               hlo.Op("d", "convert", (hlo.Array("f32", (1280, 512)),), LAYERS, True)]
+               hlo.Op("c", "fusion", (hlo.Array("f32", (1, 1280, 512)),), LAYERS, False, gate),
+               hlo.Op("fused", "convert", (hlo.Array("f32", (1280, 512)),), LAYERS, True, gate),
+               hlo.Op("one layer", "all-gather", (hlo.Array("bf16", (512, 1280)),), LAYERS, False, gate),
+               hlo.Op("a gradient of that size", "fusion", (hlo.Array("f32", (512, 1280)),), LAYERS, False)]
     found = verb.findings(config, mesh, program)
     assert len(found) == 3
-    for wanted in ("gathers all layers of llama/", "gathers logits (4, 144, 768)", "(1, 1280, 512) in float32"):
+    for wanted in (f"gathers all layers of {gate}", "gathers logits (4, 144, 768)",
+                   f"{gate} (1, 1280, 512) in float32"):
         assert any(wanted in line for line in found), found
 
 

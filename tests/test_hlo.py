@@ -64,6 +64,55 @@ def test_what_is_computed_inside_a_fusion_is_no_buffer():
     assert {(op.opcode, op.fused, op.times) for op in wide} == {("convert", True, 32), ("fusion", False, 32)}
 
 
+COPIES = """HloModule jit_step, is_scheduled=true
+
+%widen (p: bf16[128,256], q: f32[]) -> f32[128,256] {
+  %p = bf16[128,256]{1,0} parameter(0)
+  %q = f32[] parameter(1)
+  ROOT %wide = f32[128,256]{1,0} convert(%p)
+}
+
+%scale (p: bf16[128,256], q: f32[]) -> f32[128,256] {
+  %p = bf16[128,256]{1,0} parameter(0)
+  %wide = f32[128,256]{1,0} convert(%p)
+  ROOT %product = f32[128,256]{1,0} multiply(%wide, %wide)
+}
+
+%body (s: (s32[], bf16[4,32,256])) -> (s32[], bf16[4,32,256]) {
+  %s = (s32[], bf16[4,32,256]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %stack = bf16[4,32,256]{2,1,0} get-tuple-element(%s), index=1
+  %layer = bf16[32,256]{1,0} dynamic-slice(%stack, %i), dynamic_slice_sizes={1,32,256}
+  %gathered = bf16[128,256]{1,0} all-gather(%layer), channel_id=7, dimensions={0}
+  %again = bf16[128,256]{1,0} all-gather(%layer), channel_id=7, dimensions={0}
+  %copy = f32[128,256]{1,0} fusion(%gathered, %i), kind=kLoop, calls=%widen
+  %other = f32[128,256]{1,0} fusion(%gathered, %i), kind=kLoop, calls=%scale
+  ROOT %t = (s32[], bf16[4,32,256]{2,1,0}) tuple(%i, %stack)
+}
+
+%condition (s: (s32[], bf16[4,32,256])) -> pred[] {
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (w: bf16[4,32,256]) -> (s32[], bf16[4,32,256]) {
+  %w = bf16[4,32,256]{2,1,0} parameter(0), metadata={op_name="frozen[\\'w\\']"}
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[4,32,256]{2,1,0}) tuple(%zero, %w)
+  ROOT %out = (s32[], bf16[4,32,256]{2,1,0}) while(%start), condition=%condition, body=%body, KNOWN
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"4"}}')
+
+
+def test_copies_of_an_argument_are_known_through_loops_gathers_and_conversions():
+    source = {op.name: op.source for op in hlo.ops(COPIES)}
+    assert source["w"] == source["stack"] == source["gathered"] == source["copy"] == "frozen['w']"
+    assert source["other"] == source["zero"] == "", "a product is no copy"
+
+
+def test_steps_of_one_collective_count_once():
+    assert hlo.collectives(hlo.ops(COPIES)) == {"all-gather": {"count": 4, "bytes": 4 * 128 * 256 * 2}}
+
+
 def test_the_trip_count_of_a_compiled_scan_is_found():
     def layers(x, weights):
         return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x, weights)[0]

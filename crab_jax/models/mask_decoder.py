@@ -87,6 +87,14 @@ def resize(x: jax.Array, size: int) -> jax.Array:
     return jax.image.resize(x, (x.shape[0], size, size, x.shape[-1]), "bilinear", antialias=False)
 
 
+def _fold(parts: list[jax.Array]) -> jax.Array:
+    """k arrays [B,...] -> [B*k,...], the parts of a sample side by side. Unlike a concatenation this keeps rows that
+    are spread over devices where they are (within `sharding.constrained`).
+    """
+    x = jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+
+
 class Mlp(nn.Module):
     """Linear layers with ReLU between them: [..., in] -> [..., sizes[-1]]. `pointwise` stores 1x1 convolutions."""
 
@@ -271,12 +279,13 @@ class MaskDecoder(nn.Module):
         pixels = self._embed_pixels(0, prompts[:, 0], neck[:, 0] + no_mask, image_pe)
         coarse = [classifiers[kind](pixels) for kind in kinds]
         # The fine level looks where the coarse level of the same kind found something: the kinds part here and run as
-        # one batch, kind after kind.
-        attention = jnp.concatenate([nn.sigmoid(x.astype(jnp.float32).mean(-1, keepdims=True)) + 1 for x in coarse])
-        repeat = lambda x: jnp.concatenate([x] * len(kinds))  # noqa: E731
+        # one batch, the kinds of a sample side by side, so that a batch spread over devices stays where it is.
+        attention = _fold([nn.sigmoid(x.astype(jnp.float32).mean(-1, keepdims=True)) + 1 for x in coarse])
+        repeat = lambda x: _fold([x] * len(kinds))  # noqa: E731
         image = attention.astype(neck.dtype) * repeat(self.upsample_2x(neck[:, 1])) + no_mask
         pixels = self._embed_pixels(1, repeat(prompts[:, 1]), image, self.pe1(2 * self.cfg.grid))
-        fine = [classifiers[kind](x) for kind, x in zip(kinds, jnp.split(pixels, len(kinds)), strict=True)]
+        pixels = pixels.reshape(-1, len(kinds), *pixels.shape[1:])
+        fine = [classifiers[kind](pixels[:, number]) for number, kind in enumerate(kinds)]
         return {kind: list(levels) for kind, *levels in zip(kinds, coarse, fine, strict=True)}
 
 
