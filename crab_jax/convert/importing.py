@@ -153,10 +153,11 @@ def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConf
             wanted += [(given.get(rule.source), rule) for rule in rules]
     parts = []
     used: dict[str, set[str]] = {source.where: set() for source in [*base.values(), *given.values()]}
-    missing = []
+    missing: list[tuple[str, str]] = []  # (file, key)
+    from_crab = ", ".join(sorted({source.where for source in given.values()})) or "--crab"
     for source, rule in wanted:
         if source is None or rule.source not in source.tensors:
-            missing.append(rule.source)
+            missing.append((source.where if source else from_crab, rule.source))
             continue
         path, index = split_target(rule.target)
         part = Part(path, index, source, rule)
@@ -172,7 +173,7 @@ def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConf
             used[given[key].where].add(key)
     for rule in vocab_rules():
         if rule.source not in base["llama"].tensors:
-            missing.append(rule.source)
+            missing.append((base["llama"].where, rule.source))
         used[base["llama"].where].add(rule.source)
     if missing:
         spare = [key for source in {s.where: s for s in [*base.values(), *given.values()]}.values()
@@ -182,17 +183,11 @@ def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConf
         fix = f"give the files that hold {', '.join(absent)}, or --fresh {' '.join(absent)}" if absent else \
             "give the files that hold them"
         told = f"; {len(spare)} keys of the files have no use: {spare[:3]}" if spare else ""
-        where = ", ".join(source.where for source in base.values()) if not given else ", ".join(
-            sorted({source.where for source in given.values()} | _owners(missing, base)))
-        raise InputError(where, missing[0], f"{len(missing)} tensors are missing: {missing[:3]}{told}", fix)
+        keys = [key for _, key in missing]
+        raise InputError(", ".join(dict.fromkeys(where for where, _ in missing)), keys[0],
+                         f"{len(keys)} tensors are missing: {keys[:3]}{told}", fix)
     _check_stacks(parts)
     return parts, used
-
-
-def _owners(missing: Sequence[str], base: Mapping[str, Source]) -> set[str]:
-    """The frozen models whose keys are among the missing ones."""
-    stems = {"clip": "vision_model.", "beats": "model.encoder.", "llama": "model.layers."}
-    return {base[name].where for name, stem in stems.items() if any(key.startswith(stem) for key in missing)}
 
 
 def _check_stacks(parts: Sequence[Part]) -> None:
@@ -320,20 +315,20 @@ def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
         "llama": (Llama(cfg.llama, cfg.lora), (jax.ShapeDtypeStruct((1, 2), jnp.int32),)),
     }
     for number, (name, (module, inputs)) in enumerate(modules.items()):
-        wanted = sorted(path for path in paths if path.startswith(f"{name}/"))
-        if not wanted:
-            continue
-
-        def leaves(rng: jax.Array, name: str = name, module: nn.Module = module, inputs: tuple[Any, ...] = inputs,
-                   wanted: Sequence[str] = tuple(wanted)) -> dict[str, jax.Array]:
-            method = _whole_llama if name == "llama" else None
-            tree = nn.unbox(module.lazy_init(rng, *inputs, method=method)["params"])
-            flat = traverse_util.flatten_dict({name: tree}, sep="/")
-            return {path: flat[path] for path in wanted}
-
-        rng = jax.random.fold_in(jax.random.key(seed), number)
-        drawn |= {path: np.asarray(leaf) for path, leaf in jax.jit(leaves)(rng).items()}
+        wanted = tuple(sorted(path for path in paths if path.startswith(f"{name}/")))
+        if wanted:
+            rng = jax.random.fold_in(jax.random.key(seed), number)
+            drawn |= {path: np.asarray(leaf) for path, leaf in _init(rng, name, module, inputs, wanted).items()}
     return drawn
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _init(rng: jax.Array, name: str, module: nn.Module, inputs: tuple[Any, ...], wanted: tuple[str, ...]
+          ) -> dict[str, jax.Array]:
+    """The wanted leaves of one module, by their paths below `name`."""
+    tree = nn.unbox(module.lazy_init(rng, *inputs, method=_whole_llama if name == "llama" else None)["params"])
+    flat = traverse_util.flatten_dict({name: tree}, sep="/")
+    return {path: flat[path] for path in wanted}
 
 
 def _whole_llama(llama: Llama, tokens: jax.Array) -> jax.Array:

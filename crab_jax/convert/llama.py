@@ -81,7 +81,9 @@ def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides:
     if rope.get("rope_type", "default") != "default":
         unsupported["rope_parameters"] = rope
     for field, value in unsupported.items():
-        raise InputError(where, field, f"{value!r} is not supported", "give a model without it")
+        fix = "give a model whose lm_head has a matrix of its own, as LLaMA-2's has: Crab trains the two apart" \
+            if field == "tie_word_embeddings" else "give a model without it"
+        raise InputError(where, field, f"{value!r} is not supported", fix)
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "rms_norm_eps")
     for field in needed:

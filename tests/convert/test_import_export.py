@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import struct
 import zipfile
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from crab_jax import checkpoints, runs
+from crab_jax import checkpoints, evaluate, predict, runs, train
 from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.__main__ import main, parser
 from crab_jax.convert.exporting import export
@@ -17,6 +18,8 @@ from crab_jax.convert.importing import REPORT, Files, import_weights
 from crab_jax.convert.released import Choices
 from crab_jax.convert.torch_writer import Tensor
 from crab_jax.errors import InputError
+from crab_jax.tasks import TASKS
+from data_pipelines.examples import read_jsonl
 from data_pipelines.tokens import Tokenizer
 
 ROUTE = "base_model.model.model.layers.0.mlp.up_proj.lora_route.weight"
@@ -160,14 +163,15 @@ def test_a_mixed_pair_of_heads_is_refused(files, choices, tmp_path):
         import_weights(dataclasses.replace(files, crab=(*files.crab, other)), tmp_path, choices)
 
 
-def test_storage_dtypes_and_torch_shards_are_kept(files, choices, imported, tmp_path):
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_storage_dtypes_and_torch_shards_are_kept(dtype, files, choices, tmp_path):
     """A directory of .bin shards in half precision; the LoRA on top is float32."""
     llama = tmp_path / "llama"
     llama.mkdir()
-    tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in torch_file.read_model_dir(files.llama).items()}
+    tensors = {k: v.astype(dtype) for k, v in torch_file.read_model_dir(files.llama).items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)  # older directories hold it
     names = list(tensors)
-    shards = {"a.bin": names[:9], "b.bin": names[9:]}
+    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
     for shard, held in shards.items():
         torch_writer.save(llama / shard, {k: Tensor(tensors[k].shape, tensors[k].dtype, lambda k=k: tensors[k])
                                           for k in held})
@@ -177,13 +181,31 @@ def test_storage_dtypes_and_torch_shards_are_kept(files, choices, imported, tmp_
     report = import_weights(dataclasses.replace(files, llama=llama), tmp_path / "out", choices)
     params = checkpoints.load_params(tmp_path / "out")
     kernel = params["llama"]["layers"]["mlp"]["up_proj"]
-    assert kernel["kernel"].dtype == ml_dtypes.bfloat16 and kernel["lora_A"].dtype == np.float32
+    assert kernel["kernel"].dtype == dtype and kernel["lora_A"].dtype == np.float32
     np.testing.assert_array_equal(kernel["kernel"][1], tensors["model.layers.1.mlp.up_proj.weight"].T)
-    assert set(report["parameters"]["dtypes"]) == {"float32", "bfloat16"}
+    assert set(report["parameters"]["dtypes"]) == {"float32", np.dtype(dtype).name}
     export(tmp_path / "out", "hf", tmp_path / "hf")
     back = torch_file.read_model_dir(tmp_path / "hf/llama")
     for name in ("model.norm.weight", "model.layers.1.self_attn.o_proj.weight"):
         np.testing.assert_array_equal(back[name], tensors[name])
+
+    (llama / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(InputError, match="pytorch_model-00002-of-00002.bin"):
+        import_weights(dataclasses.replace(files, llama=llama), tmp_path / "again", choices)
+
+
+def test_a_tied_language_model_is_refused(files, choices, tmp_path):
+    """Its files lack the output matrix; Crab trains and saves embedding and output matrix apart."""
+    config = json.loads((files.llama / "config.json").read_text())
+    tensors = {k: v for k, v in torch_file.read_model_dir(files.llama).items() if k != "lm_head.weight"}
+    torch_writer.save_safetensors(tmp_path / "model.safetensors", {
+        k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in tensors.items()})
+    for tied, problem in ((True, "config.json .tie_word_embeddings.*a matrix of its own"),
+                          (False, r"\[lm_head.weight\]: 1 tensors are missing")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+        with pytest.raises(InputError, match=problem) as caught:
+            import_weights(dataclasses.replace(files, llama=tmp_path), tmp_path / "out", choices)
+        assert str(tmp_path) in str(caught.value)
 
 
 def test_what_was_never_saved_is_supplied_or_drawn_and_said(golden, files, choices, imported, tmp_path):
@@ -302,3 +324,37 @@ def test_the_command_line(golden, files, choices, tmp_path, capsys):
         main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz")]))
     main(parser().parse_args(["export", out, "--format", "hf", "--out", str(tmp_path / "back")]))
     assert "BEATs.pt" in capsys.readouterr().out
+
+
+def test_predict_evaluate_and_train_take_an_import(files, imported, scenes_root, tmp_path, monkeypatch, capsys):
+    """Each by its command line; what a step of training wrote is exported like an import."""
+    checkpoint = str(imported[0])
+
+    def ends_well(verb, *words):
+        with pytest.raises(SystemExit) as stop:
+            verb.main(words)
+        assert stop.value.code == 0, capsys.readouterr().err
+
+    example = next(e for e in read_jsonl(scenes_root / "test.jsonl") if e.task == "s4")
+    ends_well(predict, "--checkpoint", checkpoint, "--task", "s4", "--video", str(scenes_root / example.video),
+              "--second", "1", "--max-new-tokens", "7", "--force-masks", "--out", str(tmp_path / "asked"))
+    (answer,) = map(json.loads, (tmp_path / "asked/predictions.jsonl").read_text().splitlines())
+    assert isinstance(answer["text"], str) and list((tmp_path / "asked").rglob("*.png"))
+    ends_well(evaluate, "--checkpoint", checkpoint, "--data", str(scenes_root), "--tasks", "ave", "--limit", "1",
+              "--max-new-tokens", "2", "--out", str(tmp_path / "scored"))
+    assert "ave" in json.loads((tmp_path / "scored/results.json").read_text())["tasks"]
+
+    # The config that the import recorded: its sizes, and the preset of the weights; one task, so one compilation.
+    recorded = json.loads((imported[0] / "config.json").read_text())
+    recorded["data"]["weights"] = {task: float(task == "ave") for task in TASKS}
+    stage = tmp_path / "stage.py"
+    stage.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({recorded})\n")
+    monkeypatch.setattr("sys.argv", [
+        "train", f"--config={stage}", f"--workdir={tmp_path / 'run'}", f"--config.init_from={checkpoint}",
+        f"--config.tokenizer={checkpoint}", f"--config.data.root={scenes_root}", "--config.data.batch_size=1",
+        "--config.steps=1", "--config.log_every=1", "--config.mesh.fsdp=1", "--config.optim.accumulate=1"])
+    train.main()
+    assert re.search(r"^step 1/1  loss \d", capsys.readouterr().out, re.MULTILINE)
+    export(tmp_path / "run", "crab", tmp_path / "trained")
+    ours, released = (torch_file.read(file) for file in (tmp_path / "trained/finetune_weights.bin", files.crab[0]))
+    assert ROUTE in ours and all(ours[key].shape == released[key].shape for key in ours)

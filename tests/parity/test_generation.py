@@ -10,8 +10,6 @@ import pytest
 
 from crab_jax.generate import GenerateOptions, generate
 
-CHAIN = ("clip", "beats", "qformer", "llama")  # what scores and mask-token states went through; masks, "seg" as well
-
 
 def text_logits(model, batch, features):
     """Teacher-forced logits float32[B,L,V] with the media's rows `features` [B,R,D]."""
@@ -70,7 +68,7 @@ def test_greedy_text(text_case, data, load, sample, tokenizer, answer):
     text = record["text_skip"][0]  # the slow tokenizer doubles spaces around added tokens
     assert "".join(tokenizer.decode(expected).split()) == "".join(text.split())
     if "scores" in z:
-        data.close(logits[:, :z["scores"].shape[2]], z["scores"][0], *CHAIN)
+        data.close(logits[:, :z["scores"].shape[2]], z["scores"][0], "llama.scores")
 
 
 def test_left_padded_batch(batch_case, data, load, sample, tokenizer, answer):
@@ -87,7 +85,7 @@ def test_left_padded_batch(batch_case, data, load, sample, tokenizer, answer):
         length = int(found.lengths[0])
         np.testing.assert_array_equal(found.tokens[0, :length][:len(expected)], expected[:length])
         if "scores" in z:
-            data.close(logits[:length, :z["scores"].shape[2]], z["scores"][row][:length], *CHAIN)
+            data.close(logits[:length, :z["scores"].shape[2]], z["scores"][row][:length], "llama.scores")
 
 
 def test_mask_tokens_and_masks(mask_case, data, load, sample, tokenizer, answer):
@@ -102,12 +100,12 @@ def test_mask_tokens_and_masks(mask_case, data, load, sample, tokenizer, answer)
     assert found.has_mask[0, 0] == record["has_pred_masks"]
     if not record["has_pred_masks"]:
         return
-    data.close(found.mask_states[:, 0], z["pred_embeddings"], *CHAIN)
+    data.close(found.mask_states[:, 0], z["pred_embeddings"], "llama.hidden_states")
 
     binary, semantic = _masks(model, params, found.mask_states[:, 0], batch.seg_frame[:, 0])
     if "pred_masks" in z:
-        data.close(binary, z["pred_masks"], *CHAIN, "seg")
+        data.close(binary, z["pred_masks"], "seg.pred_masks")
         np.testing.assert_array_equal(binary > 0, z["pred_masks"] > 0)
     else:
-        data.close(semantic[0, ::10], z["pred_masks.ch::10"], *CHAIN, "seg")
+        data.close(semantic[0, ::10], z["pred_masks.ch::10"], "seg.pred_masks")
         np.testing.assert_array_equal(semantic[0].argmax(0), z["pred_masks.argmax"])

@@ -30,9 +30,9 @@ def test_clip_taps_and_hidden_states(data, load):
     states = run(Clip(cfg), params["clip"], z["pixel_values"].transpose(0, 2, 3, 1))
     assert len(states) == sum(name.startswith("hidden_states.") for name in z)
     for i, state in enumerate(states):
-        data.close(state, z[f"hidden_states.{i}"][:, 1:], "clip")
+        data.close(state, z[f"hidden_states.{i}"][:, 1:], "clip.hidden_states")
     if "last_hidden_state" in z:
-        data.close(states[-1], z["last_hidden_state"][:, 1:], "clip")
+        data.close(states[-1], z["last_hidden_state"][:, 1:], "clip.last_hidden_state")
     for tap in model.cfg.clip.taps:
         data.close(states[tap], z[f"tap.{tap}"].reshape(states[tap].shape), f"clip.tap.{tap}")
 
@@ -179,9 +179,9 @@ def test_masks_of_both_kinds(state, data, seg_masks):
         if part == "argmax":
             np.testing.assert_array_equal(semantic[int(i)].argmax(0), value)
         elif part == "ch::10":
-            data.close(semantic[int(i), ::10], value, "seg")
+            data.close(semantic[int(i), ::10], value, f"seg.pred_masks.{i}")
         else:
-            data.close(binary[int(i)], value[0], "seg")
+            data.close(binary[int(i)], value[0], f"seg.pred_masks.{i}")
             np.testing.assert_array_equal(binary[int(i)] > 0, value[0] > 0)
 
 
@@ -216,20 +216,20 @@ def test_position_features(data, load):
 
 
 def test_filter_banks(data):
+    """Log energies and normalised ones. Windows that the reference pads are float64 there, so those are its numbers;
+    what it would have got in float32 is stored too, and no further away."""
     z = data.arrays("fbank.npz")
-    raw = {name.removesuffix(".raw"): z[name] for name in z if name.endswith(".raw")}
-    assert raw
-    for name, expected in raw.items():
-        data.close(fbank.log_mel(z[f"{name}.waveform"]), expected, "fbank")
-    atol = data.tolerance(np.float32(1), "fbank") * max(np.abs(array).max() for array in raw.values()) / (2 * 6.55582)
-    for name in z:
-        if name.endswith(".norm") and name != "silence.norm":
-            waveform = z[name.replace(".norm", ".waveform")]
-            np.testing.assert_allclose(fbank.fbank(waveform), z[name], rtol=0, atol=atol, err_msg=name)
-    np.testing.assert_allclose(fbank.povey_window(), z["povey_window"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(fbank.mel_banks()[:-1].T, z["mel_banks"], rtol=0, atol=1e-4)
-    # The window that the reference pads is float64 there, so that is its number; its float32 one is no further away.
-    data.close(fbank.fbank(z["pad_front.waveform"]), z["pad_front.norm_if_float32"], "fbank") \
-        if "pad_front.norm_if_float32" in z else None
+    names = [name for name in z if name.endswith((".raw", ".norm", ".norm_if_float32")) and name != "silence.norm"]
+    assert any(name.endswith(".raw") for name in names)
+    for name in names:
+        window, kind = name.split(".")
+        waveform = z[f"{window}.waveform"]
+        if kind == "raw":
+            data.close(fbank.log_mel(waveform), z[name], f"fbank.{name}")
+        else:
+            data.close_fbank(fbank.fbank(waveform), z[name], window)
     silent = fbank.fbank(np.zeros(fbank.samples_of(len(z["silence.norm"]))))
-    data.close(silent, z["silence.norm"], "fbank")
+    data.close_fbank(silent, z["silence.norm"], "silence")
+    np.testing.assert_allclose(fbank.povey_window(), z["povey_window"], rtol=0, atol=1e-6)
+    # The reference's triangles, at most 1 high, are float32 differences of mels up to 2840.
+    np.testing.assert_allclose(fbank.mel_banks()[:-1].T, z["mel_banks"], rtol=0, atol=2e-5)
