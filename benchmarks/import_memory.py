@@ -1,9 +1,9 @@
 """Peak resident memory of importing a sharded LLaMA directory of about 2 GB, and of exporting it again.
 
-    python benchmarks/import_memory.py [--gigabytes 2] [--dir DIR]
+    python benchmarks/import_memory.py [--gigabytes 2] [--shards safetensors|bin] [--dir DIR]
 
-Writes synthetic released files (LLaMA of width 2048 in float16, safetensors shards of 0.5 GB, small encoders), imports
-them in a process of its own, and prints what that process needed next to one that only loads the program.
+Writes synthetic released files (LLaMA of width 2048 in float16, shards of 0.5 GB, small encoders), imports them in a
+process of its own, and prints what that process needed next to one that only loads the program.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from crab_jax import runs
 from crab_jax.checkpoints import StoredParams
 from crab_jax.config import tiny
+from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.exporting import write_crab, write_hugging_face
 from crab_jax.models.crab import Crab, CrabConfig
 from data_pipelines.tokens import Tokenizer
@@ -61,6 +62,21 @@ def write(folder: Path, gigabytes: float) -> list[str]:
             str(bert), "--taps", ",".join(map(str, cfg.clip.taps)), "--out", str(folder / "imported")]
 
 
+def as_bin(folder: Path) -> None:
+    """The shards of a directory as .bin files, one after another."""
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    renamed = {shard: f"pytorch_{Path(shard).stem}.bin" for shard in set(weight_map.values())}
+    for shard, name in renamed.items():
+        tensors = torch_file.read_safetensors(folder / shard)
+        torch_writer.save(folder / name, {key: torch_writer.Tensor(
+            tensors[key].shape, tensors[key].dtype, lambda key=key, tensors=tensors: tensors[key]) for key in tensors})
+        (folder / shard).unlink()
+    index.unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {key: renamed[shard] for key, shard in weight_map.items()}}))
+
+
 def measure(*arguments: str) -> tuple[float, float]:
     """(peak resident GB, seconds) of `python -m crab_jax.convert` with these arguments."""
     began = time.monotonic()
@@ -76,11 +92,14 @@ def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--shards", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--dir", help="where to write the synthetic files (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         options = write(Path(folder), arguments.gigabytes)
-        source = sum(path.stat().st_size for path in (Path(folder) / "llama").glob("*.safetensors"))
+        if arguments.shards == "bin":
+            as_bin(Path(folder) / "llama")
+        source = sum(path.stat().st_size for path in (Path(folder) / "llama").glob("*-of-*"))
         idle, _ = measure("import", "--help")
         verbs = {"import": options, "export": [str(Path(folder) / "imported"), "--format", "hf", "--out",
                                                str(Path(folder) / "exported")]}

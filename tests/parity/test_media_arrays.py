@@ -14,9 +14,20 @@ GREY_LEVEL = 1 / 255 / 0.26  # of normalised pixels
 CUTS = {"ave": "ten", "avss48k": "one", "s4": "one_of_five"}  # of the sounds that media.npz is about
 
 
+def exact_fbank(waveform: np.ndarray) -> np.ndarray:
+    """`fbank.fbank` of one window in float64."""
+    samples = np.float64(np.float32(waveform)) * 32768
+    frames = np.lib.stride_tricks.sliding_window_view(samples, fbank.FRAME)[::fbank.SHIFT]
+    frames = frames - frames.mean(-1, keepdims=True)
+    frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=-1)
+    power = np.abs(np.fft.rfft(frames * fbank.povey_window(), fbank.FFT)) ** 2
+    return (np.log(np.maximum(power @ fbank.mel_banks(), fbank.FLOOR)) - fbank.MEAN) / (2 * fbank.STD)
+
+
 def test_decoded_media(data):
     """Sounds sample by sample, masks pixel by pixel; resized pictures to a grey level, H.264 frames to five (decord's
-    colour conversion differs)."""
+    colour conversion differs). Filter banks to ten times the reference's error from float64, which depends on the sound
+    (quiet bands beside loud ones lose most) and is recorded of none of these."""
     folder = Path(os.environ.get("CRAB_MEDIA_DIR", data.folder.parent / "media"))
     if not (folder / "samples.json").is_file():
         pytest.skip(f"{folder} has no samples.json: set CRAB_MEDIA_DIR to the folder of the media of media.npz")
@@ -39,7 +50,8 @@ def test_decoded_media(data):
         windows = fbank.cut_windows(sound, policy, 0)
         for key in [key for key in z if key.startswith(f"{name}.seg") and key.endswith(".fbank")]:
             window = windows[int(key.split(".")[1].removeprefix("seg"))]
-            data.close_fbank(fbank.fbank(window), z[key], key)
+            atol = 10 * np.abs(z[key] - exact_fbank(window)).max()
+            np.testing.assert_allclose(fbank.fbank(window), z[key], rtol=0, atol=atol, err_msg=key)
 
     pixels = z["s4.image_pixel_values"][0].transpose(1, 2, 0)
     picture = media.read_image(samples["s4"]["image_path"], len(pixels))

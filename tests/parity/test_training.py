@@ -125,32 +125,29 @@ def test_gradients_element_by_element(step_case, step):
     assert compared
 
 
-def worst_errors(data) -> tuple[float, float]:
-    """Largest relative float32 errors that the reference records: of a group's gradient norm, of a gradient."""
-    steps = [record for record in data.json("train_step.json").values() if "fp64" in record]
-    norms = [abs(step["group_grad_norm"][group] - exact) / exact for step in steps
-             for group, exact in step["fp64"]["group_grad_norm"].items()]
-    return max(norms), max(e["max_abs_err"] / e["max_abs"] for step in steps
-                           for e in step["fp64"]["full_grad_err"].values())
+def worst_error(data) -> float:
+    """Largest relative float32 error of a gradient that the reference records."""
+    steps = [record["fp64"] for record in data.json("train_step.json").values() if "fp64" in record]
+    return max(e["max_abs_err"] / e["max_abs"] for step in steps for e in step["full_grad_err"].values())
 
 
 @pytest.mark.slow
 def test_the_adamw_trajectory(data, load, sample):
     """Clipped steps of the mask stage: losses, norms, and where the weights end.
 
-    No float64 trajectory is recorded; what moves it is gradients, so their recorded errors are its own: that of a norm
-    for losses and norms, that of a gradient for the weights, which Adam moves by each of its elements.
+    No float64 trajectory is recorded, so the tolerance is ten times what the recorded error of gradients does to ours:
+    Adam divides by their size, which makes much of an error in a small one.
     """
     record = data.json("train_step.json")["adamw_trajectory"]
     z = data.arrays("train_step.npz", "traj.")
     model, params = load("avs")
     batches = [sample(s, masks=data.has_mask(s)) for s in record["samples"]]
     flat = traverse_util.flatten_dict(params)
-    trained = {path: leaf for path, leaf in flat.items()
-               if set(path) & set(record["groups"]) and "positional" not in path[-1]}
+    start = {path: leaf for path, leaf in flat.items()
+             if set(path) & set(record["groups"]) and "positional" not in path[-1]}
     assert record["weight_decay"] == 0
     adam = optax.scale_by_adam(b1=record["betas"][0], b2=record["betas"][1], eps=record["eps"])
-    state = jax.jit(adam.init)(trained)
+    rng = np.random.default_rng(0)
 
     @jax.jit
     def advance(grads, state, trained, rate):
@@ -159,18 +156,24 @@ def test_the_adamw_trajectory(data, load, sample):
         updates, state = adam.update(jax.tree.map(lambda g: g * shrink, grads), state)
         return norm, state, jax.tree.map(lambda p, u: p - rate * u, trained, updates)
 
-    losses, norms = [], []
-    for rate in z["lr"]:
-        (loss, _), grads = mixed(model, traverse_util.unflatten_dict(flat | trained), batches)
-        grads = traverse_util.flatten_dict(grads)
-        norm, state, trained = advance({path: grads[path] for path in trained}, state, trained, rate)
-        losses.append(loss)
-        norms.append(norm)
-    rows = trained["llama", "embed_tokens", "embedding"][:model.cfg.llama.vocab_size]
-    of_norm, of_gradient = worst_errors(data)
-    for name, found, error in (
-            ("losses", losses, of_norm), ("grad_norm", norms, of_norm),
-            ("final.no_mask_embed", trained["seg_module", "no_mask_embed"], of_gradient),
-            ("final.embed_tokens.last17", rows[-len(z["final.embed_tokens.last17"]):], of_gradient)):
-        atol = max(10 * error, 1e-6) * np.abs(z[name]).max()
-        np.testing.assert_allclose(np.asarray(found), z[name], rtol=0, atol=atol, err_msg=name)
+    def disturbed(grad, error: float) -> np.ndarray:
+        return grad + np.float32(error * np.abs(grad).max()) * rng.uniform(-1, 1, grad.shape).astype(np.float32)
+
+    def steps(error: float) -> dict[str, np.ndarray]:
+        trained, state, losses, norms = start, jax.jit(adam.init)(start), [], []
+        for rate in z["lr"]:
+            (loss, _), grads = mixed(model, traverse_util.unflatten_dict(flat | trained), batches)
+            grads = traverse_util.flatten_dict(grads)
+            grads = {path: disturbed(np.asarray(grads[path]), error) for path in trained}
+            norm, state, trained = advance(grads, state, trained, rate)
+            losses.append(loss)
+            norms.append(norm)
+        rows = trained["llama", "embed_tokens", "embedding"][:model.cfg.llama.vocab_size]
+        found = {"losses": losses, "grad_norm": norms, "final.no_mask_embed": trained["seg_module", "no_mask_embed"],
+                 "final.embed_tokens.last17": rows[-len(z["final.embed_tokens.last17"]):]}
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    ours, moved = steps(0.0), steps(worst_error(data))
+    for name, found in ours.items():
+        noise = 10 * np.abs(moved[name] - found).max()
+        np.testing.assert_allclose(found, z[name], rtol=0, atol=max(noise, 1e-6 * np.abs(z[name]).max()), err_msg=name)
