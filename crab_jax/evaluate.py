@@ -159,10 +159,12 @@ def from_model(arguments: argparse.Namespace) -> Source:
         # A bad file stops the run: leaving examples out would change what the scores mean.
         return predict_examples(
             model, params, config, tokenizer, todo, root, arguments.batch_size, arguments.max_new_tokens,
-            on_error="raise", mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
+            decoding={"force_masks": arguments.force_masks}, on_error="raise", mute_audio=arguments.mute_audio,
+            blank_video=arguments.blank_video)
 
     identity = {"parameters": fingerprint(params), "max_new_tokens": arguments.max_new_tokens,
-                "mute_audio": arguments.mute_audio, "blank_video": arguments.blank_video}
+                "mute_audio": arguments.mute_audio, "blank_video": arguments.blank_video,
+                "force_masks": arguments.force_masks}
     description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, identity)
     return Source(root, split, examples, description, {example.id for example in examples}, answers)
 
@@ -299,6 +301,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mute-audio", action="store_true", help="replace all sound by silence")
     parser.add_argument("--blank-video", action="store_true",
                         help="replace every picture by black, the one to segment included")
+    parser.add_argument("--force-masks", action="store_true",
+                        help="append the mask tokens where the model wrote none, so that every picture gets a mask")
     parser.add_argument("--process", type=_process, metavar="I/N", help="answer the share of process I of N, from 0/N")
     parser.add_argument("--examples", type=int, default=2, metavar="K", help="worst and best examples to draw per task")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

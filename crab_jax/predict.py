@@ -48,7 +48,8 @@ from data_pipelines.examples import WINDOWS, Example
 
 
 def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
-    """Write the pictures of one answer; {"mask": name, "overlay": name} of those that there are."""
+    """Write the pictures of one answer; {"mask": name, "mask_2": name, ..., "overlay": name} of those that there are.
+    """
     example, parsed = asked.example, prediction.parsed
     files: dict[str, bytes] = {}
     if example.task in ("ave", "avvp"):
@@ -58,10 +59,10 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
             picture = np.array(opened.convert("RGB"))
         size = picture.shape[1], picture.shape[0]
         drawn, masks = picture, []
-        if prediction.mask is not None:
-            masks.append(overlay.resize_mask(prediction.mask, size))
-            files["mask"] = overlay.mask_png(masks[0])
-            drawn = overlay.overlay_mask(drawn, masks[0])
+        for mask in () if prediction.mask is None else (prediction.mask, *prediction.further_masks):
+            masks.append(overlay.resize_mask(mask, size))
+            files["mask" if len(masks) == 1 else f"mask_{len(masks)}"] = overlay.mask_png(masks[-1])
+            drawn = overlay.overlay_mask(drawn, masks[-1])
         if example.task == "arig" and parsed:
             drawn = overlay.overlay_boxes(drawn, [(parsed, overlay.PREDICTION, "answer")])
         if example.mask:
@@ -101,7 +102,8 @@ def predict(arguments: argparse.Namespace) -> None:
 
     model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights)
     examples = [one.example for one in asked.values()]
-    decoding = {"temperature": arguments.temperature, "top_p": arguments.top_p, "force_masks": arguments.force_masks}
+    decoding = {"temperature": arguments.temperature, "top_p": arguments.top_p, "force_masks": arguments.force_masks,
+                "mask_groups": arguments.mask_groups}
 
     def tell(example: Example, text: str) -> None:
         several = arguments.batch_size > 1  # then pieces of different answers take turns, a line each
@@ -118,6 +120,7 @@ def predict(arguments: argparse.Namespace) -> None:
             warnings = [*one.warnings, *prediction.warnings]
             line = {"id": example.id, "task": one.task, "prompt": example.instruction, "text": prediction.text,
                     "parsed": prediction.parsed, "mask": files.get("mask"), "overlay": files.get("overlay"),
+                    "further_masks": [name for kind, name in files.items() if kind.startswith("mask_")],
                     "warnings": warnings}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             if arguments.stream:
@@ -168,6 +171,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stream", action="store_true", help="show the text as it is written")
     parser.add_argument("--force-masks", action="store_true",
                         help="append the mask tokens where the model wrote none, so that there is a mask")
+    parser.add_argument("--mask-groups", type=int, default=1, metavar="G", help="draw a mask for each of the last G "
+                        "groups of mask tokens of an answer (default 1)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     single = [key for key in KEYS if getattr(arguments, key) is not None]

@@ -250,18 +250,19 @@ def report(arguments: argparse.Namespace) -> None:
     if not isinstance(results, dict) or "tasks" not in results:
         raise InputError(arguments.results, "tasks", "is missing", "give the results.json of evaluate")
     examples = runs.read_examples(root, arguments.split)
-    model, params, config, tokenizer = runs.load_model(run)
+    model, params, config, tokenizer = runs.load_model(run, "float")
     log = run / "metrics.jsonl"
     metrics = [json.loads(line) for line in log.read_text().splitlines() if line] if log.is_file() else []
 
     shown = spread(examples, arguments.samples)
-    predictions = predict_examples(model, params, config, tokenizer, shown, root, arguments.batch_size,
-                                   arguments.max_new_tokens, on_error="raise")
+    answered = collect(predict_examples(model, params, config, tokenizer, shown, root, arguments.batch_size,
+                                        arguments.max_new_tokens, on_error="raise"), root)
+    model, params, _, _ = runs.load_model(run)  # the layout of generation does not tell router weights
     routed = spread(examples, arguments.routing_samples)
     batches = answered_batches(routed, root, config, tokenizer, arguments.batch_size)
     write(arguments.out, ReportData(
         title=f"Report of {run.name}", config=runs.flat_config(config), metrics=metrics, results=results,
-        **collect(predictions, root), routing=router_weights(model, params, batches)))
+        **answered, routing=router_weights(model, params, batches)))
     print(f"report: {arguments.out} ({Path(arguments.out).stat().st_size / 1e6:.1f} MB)")
 
 

@@ -4,6 +4,7 @@ import json
 import types
 
 from crab_jax import demo, evaluate, report
+from data_pipelines.examples import Example
 
 
 def test_the_demo_says_how_long_each_part_took(tmp_path, monkeypatch):
@@ -25,3 +26,19 @@ def test_the_demo_says_how_long_each_part_took(tmp_path, monkeypatch):
     assert list(seconds) == ["scenes", "train", "untrained model", "evaluate trained", "evaluate audio_muted",
                              "evaluate video_blanked", "evaluate untrained", "baselines", "predict", "predict a mask",
                              "report"]
+
+
+def test_the_report_has_the_scores_that_evaluate_wrote(tmp_path, monkeypatch):
+    question = Example(id="q", task="avqa", instruction="?", meta={"answer": "two", "type": ["Audio", "Counting"]})
+    monkeypatch.setattr(demo.runs, "read_examples", lambda root, split: [question])
+    for number, name in enumerate(("trained", "untrained", "audio_muted", "video_blanked")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"tasks": {"avqa": {"accuracy": number}}}))
+
+    demo.collect_results(tmp_path, tmp_path, 64)
+
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["tasks"] == {"avqa": {"accuracy": 0}}
+    assert [found["baselines"][name]["avqa"]["accuracy"] for name in ("untrained", "audio_muted", "video_blanked")] == [
+        1, 2, 3]
+    assert {"empty", "constant"} <= found["baselines"].keys()

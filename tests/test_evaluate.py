@@ -175,11 +175,12 @@ def answering(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "test.jsonl", EXAMPLES)
     for example in EXAMPLES[2:]:
         Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(tmp_path / example.mask)
-    asked = []
+    asked, decoding = [], []
 
     def evaluate(*flags, out="out", params=1.0, rng=None, deaths=()):
         def predict_examples(model, params, config, tokenizer, todo, *rest, **changes):
             asked.append([example.id for example in todo])
+            decoding.append(changes["decoding"])
             return answered(todo, rng, deaths)
 
         monkeypatch.setattr(runs, "load_model", lambda path, weights: (None, {"w": np.full(3, params)}, ConfigDict(
@@ -190,7 +191,7 @@ def answering(tmp_path, monkeypatch):
             arguments += ["--checkpoint", "x"]
         verb.evaluate(parse_arguments(arguments))
 
-    evaluate.asked = asked
+    evaluate.asked, evaluate.decoding = asked, decoding
     return tmp_path, evaluate
 
 
@@ -249,6 +250,9 @@ def test_answers_of_another_model_are_set_aside_not_mixed(answering, capsys):
     assert len((root / "out" / "previous" / "predictions.jsonl").read_text().splitlines()) == 4
     evaluate("--tasks", "avqa", "--mute-audio", params=2.0)
     assert evaluate.asked[-1] == ["q/1", "q/2"]
+    evaluate("--tasks", "avqa", "--mute-audio", "--force-masks", params=2.0)
+    assert evaluate.asked[-1] == ["q/1", "q/2"]
+    assert [one["force_masks"] for one in evaluate.decoding[-2:]] == [False, True]
 
 
 def test_predictions_are_scored_without_a_model_as_with_one(answering):

@@ -67,5 +67,19 @@ def test_two_programs_at_once_leave_the_files_of_one(scenes_root, whole, tmp_pat
     for name in (name for name in found if name.endswith(".png")):  # rows were batched differently
         levels = [np.array(Image.open(io.BytesIO(of[name]))).astype(int) for of in (found, expected)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
+        np.testing.assert_array_equal(levels[0] > 127, levels[1] > 127)
     ids = [json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert len(ids) == len(set(ids)) >= 10 and "process 1 has answered" in said[1]
+
+
+@pytest.mark.exhaustive
+def test_evaluated_again_in_other_batches_the_scores_are_the_same(scenes_root, whole, tmp_path):
+    finish(start(scenes_root, tmp_path, "--batch-size", "5"))
+    again, expected = files(tmp_path), whole[0]
+    assert again["predictions.jsonl"] == expected["predictions.jsonl"]
+    tasks = json.loads(again["results.json"])["tasks"]
+    for task, scores in json.loads(expected["results.json"])["tasks"].items():
+        found = tasks[task]
+        assert found.pop("intervals") == {name: pytest.approx(pair, abs=1e-3) for name, pair in
+                                          scores.pop("intervals").items()}
+        assert found == pytest.approx(scores, abs=1e-3)

@@ -225,6 +225,14 @@ def test_filler_rows_generate_nothing(params, expected):
     assert out.lengths[1] == 0 and not out.has_mask[1]
 
 
+def test_another_batch_of_the_same_shape_compiles_nothing(params):
+    compiled(MODEL, params, prompts(ROWS), OPTIONS)
+    before = compiled._cache_size()
+    compiled(MODEL, params, prompts(ROWS[::-1], junk=3), OPTIONS)
+    compiled(MODEL, params, prompts([ROWS[1], [], [], [], []], 7, [1, -1, -1, -1, -1]), OPTIONS)
+    assert compiled._cache_size() == before
+
+
 def test_sampling_depends_on_the_seed_and_the_example_only(params):
     options = dataclasses.replace(OPTIONS, temperature=1.5, top_p=0.95)
     run = functools.partial(compiled, MODEL, params)

@@ -1,5 +1,6 @@
 """The predict verb: what it asks, what it refuses and mends, and the files it leaves."""
 
+import dataclasses
 import json
 import re
 from fractions import Fraction
@@ -227,6 +228,12 @@ def test_masks_and_boxes_are_drawn_at_the_size_of_the_picture(media, tmp_path):
     assert mask.shape == SIZE[::-1] and (mask[:, 24:] == 255).all() and (mask[:, :24] == 0).all()
     overlay = np.array(Image.open(tmp_path / names["overlay"]))
     assert (overlay[:, :24] == (90, 120, 150)).all() and (overlay[:, 24:] != (90, 120, 150)).any(-1).all()
+
+    both = dataclasses.replace(read_answer(asked.example, "", half), further_masks=(half[:, ::-1],))
+    names = verb.draw(asked, both, tmp_path)
+    assert list(names) == ["mask", "mask_2", "overlay"]
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / names["mask_2"])), 255 - mask)
+    assert (np.array(Image.open(tmp_path / names["overlay"])) != (90, 120, 150)).any(-1).all()
 
     asked = ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="tone.wav")
     names = verb.draw(asked, read_answer(asked.example, "(112,0) and (224,224)", None), tmp_path)

@@ -33,17 +33,17 @@ def random_params(model):
                         nn.unbox(shapes["params"]))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def rollout(model, params):
-    """(hidden, logits) at the end of right-padded prompts and of each of the tokens fed after them."""
-    at = jnp.broadcast_to(jnp.arange(WIDTH), (3, WIDTH))
-    found, cache = [], init_cache(TINY, 3, WIDTH + STEPS)
-    hidden, logits, cache = model.apply({"params": params}, TOKENS[:, :WIDTH], at, cache, method=forward)
-    rows = np.arange(3)
-    found.append((hidden[rows, LENGTHS - 1], logits[rows, LENGTHS - 1]))
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def rollout(model, params, tokens=TOKENS, lengths=LENGTHS, width=WIDTH):
+    """(hidden, logits) at the end of prompts, right-padded to `width`, and of each of the tokens fed after them."""
+    rows = np.arange(len(tokens))
+    at = jnp.broadcast_to(jnp.arange(width), (len(tokens), width))
+    found, cache = [], init_cache(TINY, len(tokens), WIDTH + STEPS)
+    hidden, logits, cache = model.apply({"params": params}, tokens[:, :width], at, cache, method=forward)
+    found.append((hidden[rows, lengths - 1], logits[rows, lengths - 1]))
     for step in range(STEPS):
-        at = jnp.asarray(LENGTHS + step)[:, None]
-        hidden, logits, cache = model.apply({"params": params}, TOKENS[rows, at[:, 0]][:, None], at, cache,
+        at = jnp.asarray(lengths + step)[:, None]
+        hidden, logits, cache = model.apply({"params": params}, tokens[rows, at[:, 0]][:, None], at, cache,
                                             method=forward)
         found.append((hidden[:, 0], logits[:, 0]))
     return [jnp.stack(x) for x in zip(*found, strict=True)]
@@ -54,10 +54,15 @@ def params():
     return random_params(Llama(TINY, LORA))
 
 
+@pytest.fixture(scope="module")
+def fused_params(params):
+    return functools.cache(lambda kind: fuse(params, TINY, LORA, kind))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_layout_of_training(params, kind):
+def test_equals_the_layout_of_training(params, fused_params, kind):
     hidden, logits = rollout(Llama(TINY, LORA), quantize.rounded(params, kind))
-    fused = fuse(params, TINY, LORA, kind)
+    fused = fused_params(kind)
     found, found_logits = rollout(FusedLlama(TINY, LORA, kind), fused)
     scale = float(jnp.abs(logits[..., :TINY.vocab_size]).max())
     np.testing.assert_allclose(found, hidden, atol=1e-5)
@@ -65,6 +70,21 @@ def test_equals_the_layout_of_training(params, kind):
     np.testing.assert_array_equal(found_logits.argmax(-1), logits.argmax(-1))
     kernel = fused["layers_0"]["down"]["kernel"]
     assert kernel.dtype == ("float32" if kind == "float" else kind)
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_a_row_is_the_same_alone_in_another_order_and_with_other_padding(fused_params, kind):
+    model, fused = FusedLlama(TINY, LORA, kind), fused_params(kind)
+    together = rollout(model, fused)
+    scale = float(jnp.abs(together[1][..., :TINY.vocab_size]).max())
+    backwards = rollout(model, fused, TOKENS[::-1], LENGTHS[::-1])
+    for row in range(3):
+        alone = rollout(model, fused, TOKENS[row:row + 1], LENGTHS[row:row + 1], WIDTH + STEPS)
+        for of, at in ((together, row), (backwards, 2 - row)):
+            found = [x[:, at:at + 1] for x in of]
+            np.testing.assert_allclose(alone[0], found[0], atol=1e-5)
+            np.testing.assert_allclose(alone[1], found[1], atol=1e-5 * scale)
+            np.testing.assert_array_equal(alone[1].argmax(-1), found[1].argmax(-1))
 
 
 @pytest.mark.parametrize("kind, most", [("int8", 127), ("int4", 7)])
