@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.media import avss_palette
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Colour = tuple[int, int, int]
 # Two colours of the Okabe-Ito set, which stay apart for colour-blind readers.
@@ -187,6 +189,8 @@ def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], 
 
     All share one axis of ten parts: seconds for a clip of ten seconds, else tenths of the clip.
     """
+    from matplotlib.figure import Figure  # takes a quarter of a second to import, and most answers need no figure
+
     rows = max(1, len(tracks))
     strip = 0.9 * 10 / max(1, len(frames)) if len(frames) else 0.0
     figure = Figure(figsize=(9, strip + 1.0 + 0.36 * rows + 0.6))
