@@ -108,7 +108,11 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> j
     """`attend` to one layer of a cache: q [B,L,H,hd], k [B,KH,hd,N], v [B,KH,N,hd], mask bool [B,L,N] -> [B,L,H*hd]."""
     b, length, heads, width = q.shape
     grouped = q.reshape(b, length, k.shape[1], -1, width)
-    scores = jnp.einsum("blkgd,bkdn->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    product = functools.partial(jnp.einsum, "blkgd,bkdn->bkgln", preferred_element_type=jnp.float32)
+    # XLA's CPU backend has no batched product of bfloat16 matrices that gives float32.
+    scores = jax.lax.platform_dependent(
+        grouped, k, cpu=lambda q, k: product(q.astype(jnp.float32), k.astype(jnp.float32)), default=product)
+    scores = scores * width**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
     return jnp.einsum("bkgln,bknd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
 

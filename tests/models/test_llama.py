@@ -22,7 +22,7 @@ from crab_jax.convert.llama import (
     trim_vocab,
 )
 from crab_jax.errors import InputError
-from crab_jax.models.llama import Attention, Llama, LlamaConfig, attend, init_cache, rope
+from crab_jax.models.llama import Attention, Llama, LlamaConfig, attend, attend_cache, init_cache, rope
 from crab_jax.models.lora import LoraConfig, LoraDense
 
 TINY = LlamaConfig(vocab_size=50, hidden=32, layers=3, heads=4, kv_heads=2, mlp_dim=48, dtype="float32")
@@ -289,6 +289,16 @@ def test_bfloat16_keeps_float32_logits_close():
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[..., :50], compiled(model, params, forward, tokens)[..., :50], atol=0.1)
     assert state["router"]["layers"]["self_attn"]["q_proj"]["weights"][0].shape == (3, 1, 8, 3)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_bfloat16_cache_is_read_on_every_backend(length):
+    """Scores are float32 sums of bfloat16 products, also of several rows and of grouped queries."""
+    q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(
+        ((2, length, 4, 8), (2, 2, 8, 16), (2, 2, 16, 8))))
+    mask = jnp.ones((2, length, 16), bool)
+    exact = attend_cache(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
+    np.testing.assert_allclose(jax.jit(attend_cache)(q, k, v, mask).astype(jnp.float32), exact, atol=0.03)
 
 
 QWEN2 = {"model_type": "qwen2", "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
