@@ -41,6 +41,8 @@ from data_pipelines.batching import Batch, Bucket, empty_batch
 
 HEADROOM = 0.15
 NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
+KEYS = ("topology", "chips", "fits", "hbm_bytes", "argument_bytes", "temporary_bytes", "peak_bytes", "compile_s",
+        "model_flops_per_chip", "collectives")  # of the JSON
 SMALL = 2**16  # elements of a matrix whose copy does no harm
 ROWS = 8  # rows per data-parallel group in prefill and decode
 
@@ -432,9 +434,8 @@ def _bucket(value: str) -> Bucket:
 def main() -> None:
     """Entry point of `python -m crab_jax.compile`.
 
-    The JSON has topology, chips, fits, hbm_bytes, argument_bytes, temporary_bytes, peak_bytes (all per chip),
-    compile_s, model_flops_per_chip, collectives {kind: {count, bytes}} per chip and step, and what the printed report
-    names. Of several buckets it is the one with the highest peak, with all of them under "buckets".
+    The JSON has KEYS: bytes and FLOPs per chip, collectives {kind: {count, bytes}} per chip and step. Of several
+    buckets it is the one with the highest peak.
     """
     args, rest = command_line().parse_known_args()
     config, _ = parse_flags([sys.argv[0], f"--config={args.config}", *rest], None, workdir=False)
@@ -454,8 +455,7 @@ def main() -> None:
     chosen = min if args.sweep else max
     worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
     if args.json and worst is not None:
-        several = {"buckets": reports} if len(reports) > 1 and not args.sweep else {}
-        args.json.write_text(json.dumps({**worst, **several}, indent=1) + "\n")
+        args.json.write_text(json.dumps({key: worst[key] for key in KEYS}, indent=1) + "\n")
     if args.budget:
         chip = args.topology.partition(":")[0]
         if worst is None:

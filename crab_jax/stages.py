@@ -1,0 +1,110 @@
+"""The paper's five stages at tiny size on generated scenes, each from the one before, from tiny encoders and LLM.
+
+    python -m crab_jax.stages --out runs/stages
+
+As on a pod (docs/training.md) the first stage starts from what the paper takes as given, encoders and language model,
+here those of the committed warm start; everything that Crab adds is drawn. Every stage is the command that a user would
+type with the stage's own config and --config.model=tiny. A finished stage is not repeated, an interrupted one resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from configs import common
+from crab_jax import runs
+from crab_jax.checkpoints import save_packed
+from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.optim import split
+from crab_jax.recipe import command
+from crab_jax.tasks import TASKS
+
+ADDED = (*common.QFORMERS, *common.LORA, "seg_module/.*")  # what Crab adds to its encoders and its language model
+SEED = 2  # of the scenes; the recipe and the demo draw others
+MASKS, CAPTIONS = ("s4", "ms3", "avss", "ref-avs"), ("avcap",)
+
+
+class Stage(NamedTuple):
+    """configs/<name>.py on the scenes' questions of `tasks` (all when empty), which must lower `loss`."""
+
+    name: str
+    tasks: tuple[str, ...]
+    steps: int
+    loss: str
+
+
+STAGES = (Stage("pretrain_visual", CAPTIONS, 100, "loss/text"), Stage("pretrain_audio", CAPTIONS, 100, "loss/text"),
+          Stage("pretrain_seg", ("s4",), 200, "loss/dice"), Stage("finetune", (), 400, "loss"),
+          Stage("finetune_avs", MASKS, 200, "loss"))
+
+
+def save_base(start: Path, out: Path) -> None:
+    """Encoders and language model of a packed model, without what Crab adds."""
+    _, params, config, tokenizer = runs.load_model(start)
+    _, base = split(params, ADDED, (*common.ENCODERS, *common.LLAMA))
+    out.mkdir(parents=True, exist_ok=True)
+    save_packed(out, base, config.to_dict())
+    tokenizer.save(out)
+
+
+def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str, ...]:
+    """The overrides that make a stage of the paper one of the tiny world."""
+    steps = max(8, int(stage.steps * scale))
+    weights = [f"--config.data.weights.{task}=0" for task in TASKS if stage.tasks and task not in stage.tasks]
+    return ("--config.model=tiny", "--config.frozen_dtype=float32", f"--config.tokenizer={base}",
+            f"--config.data.root={scenes}", f"--config.data.cache_dir={scenes.parent / 'cache'}",
+            "--config.data.batch_size=16", "--config.data.lengths=(144,192,272)", "--config.data.video_frames=10",
+            "--config.optim.lr=1e-3", f"--config.steps={steps}", f"--config.log_every={max(1, steps // 8)}", *weights)
+
+
+def fallen(run: Path, loss: str) -> tuple[float, float]:
+    """A loss of a run's training batches: means of the first and of the last quarter of its records.
+
+    Raises InputError if it has not fallen.
+    """
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = [line[loss] for line in lines if loss in line]
+    quarter = max(1, len(values) // 4)
+    first, last = mean(values[:quarter]), mean(values[-quarter:])
+    if not last < first:
+        raise InputError(str(run / "metrics.jsonl"), loss, f"went from {first:.4f} to {last:.4f}",
+                         "train longer (--scale), or look for what this stage does not train")
+    return first, last
+
+
+def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float]]:
+    """Run every stage below `out`: {stage: what it trains, at its beginning and at its end}."""
+    scenes, base = out / "scenes", out / "base"
+    command("data_pipelines.sources.scenes", "--out", scenes, "--train", max(24, int(400 * scale)), "--val", 2,
+            "--test", 2, "--seed", SEED, "--workers", 2)
+    save_base(start, base)
+    before, seen = base, {}
+    for stage in STAGES:
+        run = out / stage.name
+        fresh = [] if before != base else [f"--config.fresh={tuple(ADDED)!r}"]
+        command("crab_jax.train", f"--config=configs/{stage.name}.py", f"--config.init_from={before}", *fresh,
+                *flags_of(stage, scenes, base, scale), f"--workdir={run}")
+        seen[stage.name] = fallen(run, stage.loss)
+        before = run
+    print("\n" + "\n".join(f"{stage.name:<18}{stage.loss:<12}{seen[stage.name][0]:.4f} -> {seen[stage.name][1]:.4f}"
+                           for stage in STAGES))
+    return seen
+
+
+def main() -> None:
+    """Entry point of `python -m crab_jax.stages`."""
+    parser = CommandLine(__doc__, "python -m crab_jax.stages")
+    parser.add_argument("--out", type=Path, default=Path("runs/stages"))
+    parser.add_argument("--start", type=Path, default=Path("warm_start"), help="whose encoders and language model")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the scenes and steps, for a quick look")
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args()
+    stages(args.out, args.start, args.scale)
+
+
+if __name__ == "__main__":
+    run_verb(main, "--debug" in sys.argv)
