@@ -326,6 +326,7 @@ def test_the_command_line(golden, files, choices, tmp_path, capsys):
     assert "BEATs.pt" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_predict_evaluate_and_train_take_an_import(files, imported, scenes_root, tmp_path, monkeypatch, capsys):
     """Each by its command line; what a step of training wrote is exported like an import."""
     checkpoint = str(imported[0])
