@@ -53,8 +53,8 @@ def run_config(gpu: str, rows: int) -> Any:
     config.sizes.llama.remat = "full"
     if not gpu:
         config.model, config.frozen_dtype, config.data.lengths = "tiny", "float32", (144, 192, 272)
-        sizes = {"llama": {"hidden": 512, "layers": 4, "heads": 8, "kv_heads": 8, "mlp_dim": 1376},
-                 "visual": {"out_dim": 512}, "audio": {"out_dim": 512}, "seg": {"llm_dim": 512},
+        sizes = {"llama": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 4, "mlp_dim": 688},
+                 "visual": {"out_dim": 256}, "audio": {"out_dim": 256}, "seg": {"llm_dim": 256},
                  "lora": {"dropout": 0.05}}
         for module, changes in sizes.items():
             config.sizes[module].update(changes)

@@ -29,17 +29,15 @@ MASKS, CAPTIONS = ("s4", "ms3", "avss", "ref-avs"), ("avcap",)
 
 
 class Stage(NamedTuple):
-    """configs/<name>.py on the scenes' questions of `tasks` (all when empty), which must lower `loss`."""
+    """configs/<name>.py on the scenes' questions of `tasks` (all when empty)."""
 
     name: str
     tasks: tuple[str, ...]
     steps: int
-    loss: str
 
 
-STAGES = (Stage("pretrain_visual", CAPTIONS, 100, "loss/text"), Stage("pretrain_audio", CAPTIONS, 100, "loss/text"),
-          Stage("pretrain_seg", ("s4",), 200, "loss/dice"), Stage("finetune", (), 400, "loss"),
-          Stage("finetune_avs", MASKS, 200, "loss"))
+STAGES = (Stage("pretrain_visual", CAPTIONS, 100), Stage("pretrain_audio", CAPTIONS, 100),
+          Stage("pretrain_seg", ("s4",), 200), Stage("finetune", (), 400), Stage("finetune_avs", MASKS, 200))
 
 
 def save_base(start: Path, out: Path) -> None:
@@ -61,23 +59,23 @@ def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str,
             "--config.optim.lr=1e-3", f"--config.steps={steps}", f"--config.log_every={max(1, steps // 8)}", *weights)
 
 
-def fallen(run: Path, loss: str) -> tuple[float, float]:
-    """A loss of a run's training batches: means of the first and of the last quarter of its records.
+def fallen(run: Path) -> tuple[float, float]:
+    """The loss of a run's training batches: means of the first and of the last quarter of its records.
 
     Raises InputError if it has not fallen.
     """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    values = [line[loss] for line in lines if loss in line]
+    values = [line["loss"] for line in lines if "loss" in line]
     quarter = max(1, len(values) // 4)
     first, last = mean(values[:quarter]), mean(values[-quarter:])
     if not last < first:
-        raise InputError(str(run / "metrics.jsonl"), loss, f"went from {first:.4f} to {last:.4f}",
+        raise InputError(str(run / "metrics.jsonl"), "loss", f"went from {first:.4f} to {last:.4f}",
                          "train longer (--scale), or look for what this stage does not train")
     return first, last
 
 
 def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float]]:
-    """Run every stage below `out`: {stage: what it trains, at its beginning and at its end}."""
+    """Run every stage below `out`: {stage: its loss at the beginning and at the end}."""
     scenes, base = out / "scenes", out / "base"
     command("data_pipelines.sources.scenes", "--out", scenes, "--train", max(24, int(400 * scale)), "--val", 2,
             "--test", 2, "--seed", SEED, "--workers", 2)
@@ -88,10 +86,9 @@ def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float
         fresh = [] if before != base else [f"--config.fresh={tuple(ADDED)!r}"]
         command("crab_jax.train", f"--config=configs/{stage.name}.py", f"--config.init_from={before}", *fresh,
                 *flags_of(stage, scenes, base, scale), f"--workdir={run}")
-        seen[stage.name] = fallen(run, stage.loss)
+        seen[stage.name] = fallen(run)
         before = run
-    print("\n" + "\n".join(f"{stage.name:<18}{stage.loss:<12}{seen[stage.name][0]:.4f} -> {seen[stage.name][1]:.4f}"
-                           for stage in STAGES))
+    print("\n" + "\n".join(f"{name:<18}loss {first:.4f} -> {last:.4f}" for name, (first, last) in seen.items()))
     return seen
 
 
