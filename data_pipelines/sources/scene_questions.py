@@ -187,48 +187,55 @@ def questions(scene: Scene, count: int) -> list[Question]:
 
 
 def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
-    """Every (template, expression, thing named or None) of a scene."""
+    """Every (template, expression, thing named or None) of a scene.
+
+    Most templates leave it to the ear which of the visible things is meant; 'kind' names the thing, 'beside' what
+    stands beside it.
+    """
     seen, heard = scene.visible, scene.sounding
     things = {t.kind: t for t in scene.things}
-    silent = [t for t in seen if not t.sounding]
+    silent, playing = [t for t in seen if not t.sounding], [t for t in seen if t.sounding]
 
     def if_seen(thing: Thing) -> Thing | None:
         return thing if thing.visible else None
 
     if len(heard) > 1:
         by_level = sorted(heard, key=lambda t: t.loudness)
-        yield "loudest", "the object making the loudest sound", if_seen(by_level[-1])
-        yield "quietest", "the object making the quietest sound", if_seen(by_level[0])
-        first, last = _first_last(heard)
-        if first:
-            yield "first", "the object that starts sounding first", if_seen(first)
-        if last:
-            yield "last", "the object that starts sounding last", if_seen(last)
+        for word, thing in (("loudest", by_level[-1]), ("quietest", by_level[0])):
+            yield word, f"the object making the {word} sound", if_seen(thing)
+            yield f"{word} object", f"the {word} object", if_seen(thing)
+        for word, alone in zip(("first", "last"), _first_last(heard), strict=True):
+            if alone:
+                yield word, f"the object that starts sounding {word}", if_seen(alone)
+        for thing in heard:
+            for word, others in (("before", [t for t in heard if t.onset < thing.onset]),
+                                 ("after", [t for t in heard if t.onset > thing.onset])):
+                if other := _only(others):
+                    yield word, f"the object that starts sounding {word} the {thing.kind}", if_seen(other)
+    for template, text, group in (("sounding", "the object that is making a sound", playing),
+                                  ("sounding object", "the only sounding object", playing),
+                                  ("silent", "the silent object", silent)):
+        if not group or (len(group) == 1 and len(seen) > 1):
+            yield template, text, _only(group)
     for kind in KINDS:
-        thing = things.get(kind)
-        playing = thing if thing and thing.both else None
-        yield "playing", f"the {kind} that is making a sound", playing
-        yield "silent kind", f"the {kind} that is silent", thing if thing in silent else None
-    if len(silent) < 2:
-        yield "silent", "the silent object", _only(silent)
+        named = things.get(kind)
+        yield "kind", f"the {kind} that is making a sound", named if named in playing else None
+        yield "kind", f"the {kind} that is silent", named if named in silent else None
     for thing in seen:
         for side in ("left", "right"):
             beside = _beside(scene, thing, side)
             if len(beside) < 2:
-                yield side, f"the object on the {side} of the {thing.kind}", _only(beside)
-        if thing in silent:
-            yield "silent slot", f"the silent object on the {thing.slot}", thing
+                yield "beside", f"the object on the {side} of the {thing.kind}", _only(beside)
 
 
-_UNSEEN = ("last", "silent slot")
-_NEEDS_SOUND = ("loudest", "quietest", "first", "last", "playing")
+_UNSEEN = ("loudest object", "quietest object", "sounding object")
 
 
 def expressions(scene: Scene, count: int) -> list[Expression]:
     """Up to `count` expressions about a scene, the same ones for every call.
 
     The test split has one of each kind (seen, unseen, null) in turn; the others have seen ones and some null ones.
-    The object is in the picture in the chosen second, and heard then when the expression is about its sound.
+    The object is in the picture in the chosen second, and heard then when it is one that sounds.
     """
     rng = scene.rng("expressions")
     pool: dict[str, dict[str, list[tuple[str, Thing | None]]]] = {"seen": {}, "unseen": {}, "null": {}}
@@ -247,8 +254,7 @@ def expressions(scene: Scene, count: int) -> list[Expression]:
         templates = pool[split]
         options = templates[list(templates)[rng.integers(len(templates))]]
         text, thing = options[rng.integers(len(options))]
-        sound = any(text == t for name in _NEEDS_SOUND for t, _ in templates.get(name, ()))
-        seconds = [k for k in range(SECONDS) if thing is None or (thing.seen(k) and (thing.heard(k) or not sound))]
+        seconds = [k for k in range(SECONDS) if thing is None or (thing.seen(k) and (thing.heard(k) or not thing.both))]
         second = int(rng.choice(seconds))
         chosen.setdefault(text, Expression(split, text, thing.kind if thing else "", second))
     return list(chosen.values())

@@ -30,7 +30,7 @@ from data_pipelines.sources.scene_questions import expressions, questions
 __all__ = ["KINDS", "NOTHING", "PER_SCENE", "SPLITS", "Scene", "examples", "load_split", "occupancy", "scene_table",
            "write"]
 
-FORMAT = 1  # of the scenes on disk; a root of another format is not continued
+FORMAT = 2  # of the scenes on disk; a root of another format is not continued
 PER_SCENE = {"avqa": 3, "arig": 1, "s4": 1, "ms3": 1, "avss": 1, "ref-avs": 3}  # Examples of one scene; others: 1
 NOTHING = "nothing"  # the object of a segmentation answer when nothing in the picture sounds
 _EXPRESSIONS = 3  # expressions of one scene that have masks on disk
@@ -72,10 +72,11 @@ def _moment(scene: Scene, second: int) -> str:
 def _caption(scene: Scene) -> str:
     """One short text about everything in the scene."""
     seen = " and ".join(f"{_article(t.kind)} on the {t.slot}" for t in scene.visible)
-    sounds = [f"the {t.kind} is {'playing' if t.sounding else 'silent'}" for t in scene.visible]
-    hidden = [f"{_article(t.kind)} plays off screen" for t in scene.sounding if not t.visible]
+    sounds = [f"{_name(t, False, True)} is playing" if t.sounding else f"the {t.kind} is silent" for t in scene.visible]
+    hidden = [f"{_name(t, False, True)} plays off screen" for t in scene.sounding if not t.visible]
+    order = [f"first comes {' then '.join(_name(t, False, False) for t in scene.sounding)}"] if scene.sounding else []
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in
-                    (f"the video shows {seen}", " and ".join(sounds), *hidden))
+                    (f"the video shows {seen}", " and ".join(sounds), *hidden, *order))
 
 
 def _article(kind: str) -> str:
@@ -138,7 +139,8 @@ def _ref_avs(scene: Scene, count: int) -> Iterator[_Item]:
     for item in expressions(scene, _EXPRESSIONS)[:count]:
         name = f"{item.object}_{item.second}" if item.object else "empty"
         mask = {"mask": f"{scene.folder}/masks/{name}.png", "mask_kind": "binary"}
-        reasoning = f"{_seen(scene, slot=' on the ' in item.text)} {_heard(scene, level='est sound' in item.text)}"
+        level = any(word in item.text for word in ("loudest", "quietest"))
+        reasoning = f"{_seen(scene, slot=' on the ' in item.text)} {_heard(scene, level)}"
         label = {"expression": item.text, "object": item.object, "second": item.second}
         yield ({"expression": item.text, "second": item.second}, label, reasoning,
                _picture(scene, item.second) | mask,
