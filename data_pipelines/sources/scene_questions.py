@@ -39,7 +39,7 @@ class Question:
 class Expression:
     """A Ref-AVS expression and what it names in second `second`: a kind, or "" when nothing in the picture fits.
 
-    split: "seen", "unseen" (a wording that the train and val splits never use) or "null".
+    split: "seen", "unseen" (an object that those of the train and val splits never are) or "null".
     """
 
     split: str
@@ -189,7 +189,7 @@ def questions(scene: Scene, count: int) -> list[Question]:
 def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
     """Every (template, expression, thing named or None) of a scene.
 
-    Most templates leave it to the ear which of the visible things is meant; 'kind' names the thing, 'beside' what
+    Most templates leave it to the ear which of the visible things is meant; those of `_SIGHT` name the thing or what
     stands beside it.
     """
     seen, heard = scene.visible, scene.sounding
@@ -203,7 +203,6 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
         by_level = sorted(heard, key=lambda t: t.loudness)
         for word, thing in (("loudest", by_level[-1]), ("quietest", by_level[0])):
             yield word, f"the object making the {word} sound", if_seen(thing)
-            yield f"{word} object", f"the {word} object", if_seen(thing)
         for word, alone in zip(("first", "last"), _first_last(heard), strict=True):
             if alone:
                 yield word, f"the object that starts sounding {word}", if_seen(alone)
@@ -212,11 +211,10 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
                                  ("after", [t for t in heard if t.onset > thing.onset])):
                 if other := _only(others):
                     yield word, f"the object that starts sounding {word} the {thing.kind}", if_seen(other)
-    for template, text, group in (("sounding", "the object that is making a sound", playing),
-                                  ("sounding object", "the only sounding object", playing),
-                                  ("silent", "the silent object", silent)):
+    for word, text, group in (("sounding", "the object that is making a sound", playing),
+                              ("silent", "the silent object", silent)):
         if not group or (len(group) == 1 and len(seen) > 1):
-            yield template, text, _only(group)
+            yield word, text, _only(group)
     for kind in KINDS:
         named = things.get(kind)
         yield "kind", f"the {kind} that is making a sound", named if named in playing else None
@@ -228,22 +226,22 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
                 yield "beside", f"the object on the {side} of the {thing.kind}", _only(beside)
 
 
-_UNSEEN = ("loudest object", "quietest object", "sounding object")
+_SIGHT = ("kind", "beside")  # asked a quarter as often as the others
+_UNSEEN = "piano"  # what no expression of the train and val splits points at
 
 
 def expressions(scene: Scene, count: int) -> list[Expression]:
     """Up to `count` expressions about a scene, the same ones for every call.
 
-    The test split has one of each kind (seen, unseen, null) in turn; the others have seen ones and some null ones.
+    The test split has seen ones, unseen ones (as in Ref-AVS: a class that training never points at) and null ones in
+    turn; the others have seen ones and some null ones.
     The object is in the picture in the chosen second, and heard then when it is one that sounds.
     """
     rng = scene.rng("expressions")
     pool: dict[str, dict[str, list[tuple[str, Thing | None]]]] = {"seen": {}, "unseen": {}, "null": {}}
     for template, text, thing in _expressions(scene):
-        split = "unseen" if template in _UNSEEN else "seen"
-        if thing is None and split == "unseen":
-            continue
-        pool[split if thing else "null"].setdefault(template, []).append((text, thing))
+        split = "null" if thing is None else "unseen" if thing.kind == _UNSEEN else "seen"
+        pool[split].setdefault(template, []).append((text, thing))
     if scene.split == "test":
         order = rng.permutation([split for split in pool if pool[split]]).tolist()
         splits = [order[i % len(order)] for i in range(count)]
@@ -251,8 +249,8 @@ def expressions(scene: Scene, count: int) -> list[Expression]:
         splits = ["seen" if pool["seen"] and rng.random() >= _NULLS else "null" for _ in range(count)]
     chosen: dict[str, Expression] = {}
     for split in splits:
-        templates = pool[split]
-        options = templates[list(templates)[rng.integers(len(templates))]]
+        likely = np.array([0.25 if template in _SIGHT else 1.0 for template in pool[split]])
+        options = list(pool[split].values())[rng.choice(len(likely), p=likely / likely.sum())]
         text, thing = options[rng.integers(len(options))]
         seconds = [k for k in range(SECONDS) if thing is None or (thing.seen(k) and (thing.heard(k) or not thing.both))]
         second = int(rng.choice(seconds))

@@ -74,9 +74,8 @@ def _caption(scene: Scene) -> str:
     seen = " and ".join(f"{_article(t.kind)} on the {t.slot}" for t in scene.visible)
     sounds = [f"{_name(t, False, True)} is playing" if t.sounding else f"the {t.kind} is silent" for t in scene.visible]
     hidden = [f"{_name(t, False, True)} plays off screen" for t in scene.sounding if not t.visible]
-    order = [f"first comes {' then '.join(_name(t, False, False) for t in scene.sounding)}"] if scene.sounding else []
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in
-                    (f"the video shows {seen}", " and ".join(sounds), *hidden, *order))
+                    (f"the video shows {seen}", " and ".join(sounds), *hidden))
 
 
 def _article(kind: str) -> str:
