@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,9 @@ def initial_params(config: ConfigDict, model: Crab, wanted: Any = None) -> Any:
     missing = sorted(path for path in shapes if path not in found and (
         not stored or any(re.fullmatch(p, path) for p in config.fresh)))
     nested = functools.partial(traverse_util.unflatten_dict, sep="/")
+    if stored and (made := load_config(config.init_from).compat) != config.compat:
+        print(f"warning: {config.init_from} was made with compat={made!r}, this run computes as {config.compat!r}: "
+              f"--config.compat={made} goes on as it was", file=sys.stderr)
     check_match(nested(shapes), nested(found | {path: shapes[path] for path in missing}), config.init_from)
     places = traverse_util.flatten_dict(wanted, sep="/") if wanted is not None else {}
 

@@ -11,8 +11,6 @@ import functools
 import importlib.util
 import json
 import re
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.errors import InputError
+from crab_jax.files import Written
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
@@ -354,20 +353,14 @@ def _leaves(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], e
     return leaves
 
 
-def _with_progress(leaves: Mapping[str, Streamed], every: float = 10.0) -> dict[str, Streamed]:
-    """The same leaves, telling on stderr every so many seconds how far their writing is."""
-    total, done, began = sum(leaf.nbytes for leaf in leaves.values()) / 1e9, 0.0, time.monotonic()
-    shown = began
+def _with_progress(leaves: Mapping[str, Streamed]) -> dict[str, Streamed]:
+    """The same leaves, telling how far their writing is."""
+    written = Written(IMPORTED, sum(leaf.nbytes for leaf in leaves.values()))
 
     def watched(leaf: Streamed) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        nonlocal done, shown
         for index, part in leaf.parts():
             yield index, part
-            done, now = done + part.nbytes / 1e9, time.monotonic()
-            if now - shown >= every:
-                shown, rate = now, done / (now - began)
-                print(f"written {done:.1f}/{total:.1f} GB  {rate:.3f} GB/s  eta {(total - done) / rate:.0f} s",
-                      file=sys.stderr, flush=True)
+            written.add(part.nbytes)
 
     return {path: dataclasses.replace(leaf, parts=functools.partial(watched, leaf)) for path, leaf in leaves.items()}
 

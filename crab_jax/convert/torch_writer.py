@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crab_jax.convert.torch_file import SAFETENSORS_NAMES, STORAGES
+from crab_jax.files import Written
 
 ALIGNMENT = 64  # of storages in the file, as torch.save does it, so that they can be memory-mapped
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
@@ -35,11 +36,13 @@ def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") ->
     tensors: list[Tensor] = []
     pickled = b"\x80\x02" + _pickle(content, tensors) + b"."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    written = Written(Path(path).name, sum(map(_size, tensors)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         _record(archive, f"{name}/data.pkl", lambda: pickled, len(pickled))
         _record(archive, f"{name}/byteorder", lambda: b"little", len(b"little"))
         for key, tensor in enumerate(tensors):
             _record(archive, f"{name}/data/{key}", lambda tensor=tensor: _bytes(tensor), _size(tensor))
+            written.add(_size(tensor))
         _record(archive, f"{name}/version", lambda: b"3\n", len(b"3\n"))
 
 
@@ -117,10 +120,12 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    written = Written(Path(path).name, end)
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             out.write(_bytes(tensor))
+            written.add(_size(tensor))
 
 
 def save_model_dir(folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes: int = 5 * 10**9) -> None:

@@ -68,7 +68,7 @@ def with_heads(heads):
     return change
 
 
-def test_the_report_accounts_for_every_key_and_parameter(files, imported):
+def test_the_report_accounts_for_every_key_and_parameter(files, imported, capsys):
     out, report = imported
     assert report == json.loads((out / REPORT).read_text())
     for where, source in report["sources"].items():
@@ -82,6 +82,10 @@ def test_the_report_accounts_for_every_key_and_parameter(files, imported):
     assert config.compat == report["compat"] == "released" and not model.cfg.seg.chain_queries
     config.init_from = str(out)
     starting = runs.initial_params(config, model)  # what train begins with
+    assert not capsys.readouterr().err
+    config.compat = "paper"
+    runs.initial_params(config, model)
+    assert "was made with compat='released'" in capsys.readouterr().err
     np.testing.assert_array_equal(starting["al_projector"]["query_tokens"], params["al_projector"]["query_tokens"])
     router = torch_file.read(files.crab[0])[ROUTE]
     np.testing.assert_array_equal(params["llama"]["layers"]["mlp"]["up_proj"]["lora_route"][0], router.T)
