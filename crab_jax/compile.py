@@ -7,7 +7,9 @@
 
 Needs libtpu (pip install 'crab_jax[tpu]') and no weights. Any config key can be overridden with --config.key=value.
 The largest bucket of the config is compiled unless --bucket or --mix says otherwise. With --budget the exit code is 3
-when the step does not fit or leaves less than 15 % of the memory.
+when the step does not fit or leaves less than 15 % of the memory. As nothing will run, the compiler spends little on
+the speed of single operations, which takes a tenth of the time and changes neither sharding nor collectives; with
+--thorough it does all that it does for a run.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 
 # --- what is compiled -------------------------------------------------------------------------------------------------
 
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a topology like v5e:16x16, v5p:2x2x4, v6e:4x4 or v4:4x4x4, on any machine with libtpu."""
+def topology_devices(name: str, thorough: bool = False) -> list[Any]:
+    """The devices of a topology like v5e:16x16, v5p:2x2x4, v6e:4x4 or v4:4x4x4, on any machine with libtpu; `thorough`
+    as in the command line."""
     generation, _, shape = name.partition(":")
     sizes = shape.split("x")
     if generation not in (chip.name for chip in chips.CHIPS) or not all(n.isdigit() and int(n) for n in sizes):
@@ -67,6 +70,7 @@ def topology_devices(name: str) -> list[Any]:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so two processes may compile side by side
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # its entries cannot be read back without a TPU
+    jax.config.update("jax_exec_time_optimization_effort", 0.0 if thorough else -1.0)
 
     from jax.experimental.topologies import get_topology_desc
 
@@ -418,6 +422,7 @@ def command_line() -> CommandLine:
     parser.add_argument("--mix", action="store_true", help="all buckets that the released tasks fall into")
     parser.add_argument("--budget", action="store_true", help="exit 3 unless it fits with 15 %% headroom")
     parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; print the best")
+    parser.add_argument("--thorough", action="store_true", help="optimise as for a run; takes ten times longer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report of the largest bucket")
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -439,7 +444,7 @@ def main() -> None:
     """
     args, rest = command_line().parse_known_args()
     config, _ = parse_flags([sys.argv[0], f"--config={args.config}", *rest], None, workdir=False)
-    devices = topology_devices(args.topology)
+    devices = topology_devices(args.topology, args.thorough)
     if args.sweep:
         reports = sweep(config, args.topology, devices, largest_bucket(config))
         print(table(reports) if reports else "nothing fits", flush=True)
