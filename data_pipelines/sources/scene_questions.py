@@ -189,7 +189,7 @@ def questions(scene: Scene, count: int) -> list[Question]:
 def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
     """Every (template, expression, thing named or None) of a scene.
 
-    Most templates leave it to the ear which of the visible things is meant; those of `_SIGHT` name the thing or what
+    Most templates leave it to the ear which of the visible things is meant; "kind" names the thing, "beside" what
     stands beside it.
     """
     seen, heard = scene.visible, scene.sounding
@@ -206,19 +206,15 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
         for word, alone in zip(("first", "last"), _first_last(heard), strict=True):
             if alone:
                 yield word, f"the object that starts sounding {word}", if_seen(alone)
-        for thing in heard:
-            for word, others in (("before", [t for t in heard if t.onset < thing.onset]),
-                                 ("after", [t for t in heard if t.onset > thing.onset])):
-                if other := _only(others):
-                    yield word, f"the object that starts sounding {word} the {thing.kind}", if_seen(other)
     for word, text, group in (("sounding", "the object that is making a sound", playing),
                               ("silent", "the silent object", silent)):
         if not group or (len(group) == 1 and len(seen) > 1):
             yield word, text, _only(group)
     for kind in KINDS:
         named = things.get(kind)
-        yield "kind", f"the {kind} that is making a sound", named if named in playing else None
-        yield "kind", f"the {kind} that is silent", named if named in silent else None
+        for word, group in (("making a sound", playing), ("silent", silent)):
+            if named not in group or len(seen) > 1:
+                yield "kind", f"the {kind} that is {word}", named if named in group else None
     for thing in seen:
         for side in ("left", "right"):
             beside = _beside(scene, thing, side)
@@ -226,7 +222,7 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
                 yield "beside", f"the object on the {side} of the {thing.kind}", _only(beside)
 
 
-_SIGHT = ("kind", "beside")  # asked a quarter as often as the others
+_WEIGHTS = {"sounding": 3.0, "kind": 0.1, "beside": 0.1}  # how often a template is asked, beside 1 for the others
 _UNSEEN = "piano"  # what no expression of the train and val splits points at
 
 
@@ -249,7 +245,7 @@ def expressions(scene: Scene, count: int) -> list[Expression]:
         splits = ["seen" if pool["seen"] and rng.random() >= _NULLS else "null" for _ in range(count)]
     chosen: dict[str, Expression] = {}
     for split in splits:
-        likely = np.array([0.25 if template in _SIGHT else 1.0 for template in pool[split]])
+        likely = np.array([_WEIGHTS.get(template, 1.0) for template in pool[split]])
         options = list(pool[split].values())[rng.choice(len(likely), p=likely / likely.sum())]
         text, thing = options[rng.integers(len(options))]
         seconds = [k for k in range(SECONDS) if thing is None or (thing.seen(k) and (thing.heard(k) or not thing.both))]

@@ -70,12 +70,12 @@ def _moment(scene: Scene, second: int) -> str:
 
 
 def _caption(scene: Scene) -> str:
-    """One short text about everything in the scene."""
+    """One short text about what is seen, what of it sounds and how loud, and what sounds unseen."""
     seen = " and ".join(f"{_article(t.kind)} on the {t.slot}" for t in scene.visible)
-    sounds = [f"{_name(t, False, True)} is playing" if t.sounding else f"the {t.kind} is silent" for t in scene.visible]
+    playing = " and ".join(f"{_name(t, False, True)} is playing" for t in scene.visible if t.sounding)
     hidden = [f"{_name(t, False, True)} plays off screen" for t in scene.sounding if not t.visible]
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in
-                    (f"the video shows {seen}", " and ".join(sounds), *hidden))
+                    (f"the video shows {seen}", *filter(None, [playing]), *hidden))
 
 
 def _article(kind: str) -> str:
