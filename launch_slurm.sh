@@ -23,16 +23,15 @@
 #SBATCH --signal=B:USR1@600
 set -u
 
-# Every task sees all GPUs of its node (--gpu-bind=none) and JAX takes the one of its local rank; with --gpus-per-task
-# each would see a single GPU and all but the first would look for one that is not there.
-srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m crab_jax.train "$@" &
-run=$!
-
 # scancel hands TERM to the tasks only: train writes a checkpoint and ends. (srun itself would turn a TERM into KILL.)
 # The job then goes back into the queue, and the same command resumes from the workdir.
 asked=''
 trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
+# Every task sees all GPUs of its node (--gpu-bind=none) and JAX takes the one of its local rank; with --gpus-per-task
+# each would see a single GPU and all but the first would look for one that is not there.
+srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m crab_jax.train "$@" &
+run=$!
 wait "$run"
 code=$?
 while [ -n "$asked" ] && kill -0 "$run" 2>/dev/null; do  # a trap ends a wait early
