@@ -23,6 +23,7 @@ from crab_jax import charts, compile_cache, overlay, page, runs
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
+from crab_jax.models.crab import fuse_model
 from crab_jax.page import Picture, Section, escape, figure, score, table
 from crab_jax.scoring import PARSED
 from crab_jax.tasks import TASKS
@@ -250,14 +251,14 @@ def report(arguments: argparse.Namespace) -> None:
     if not isinstance(results, dict) or "tasks" not in results:
         raise InputError(arguments.results, "tasks", "is missing", "give the results.json of evaluate")
     examples = runs.read_examples(root, arguments.split)
-    model, params, config, tokenizer = runs.load_model(run, "float")
+    model, params, config, tokenizer = runs.load_model(run)
     log = run / "metrics.jsonl"
     metrics = [json.loads(line) for line in log.read_text().splitlines() if line] if log.is_file() else []
 
     shown = spread(examples, arguments.samples)
-    answered = collect(predict_examples(model, params, config, tokenizer, shown, root, arguments.batch_size,
-                                        arguments.max_new_tokens, on_error="raise"), root)
-    model, params, _, _ = runs.load_model(run)  # the layout of generation does not tell router weights
+    # As `evaluate` answers; the layout of generation does not tell router weights.
+    answered = collect(predict_examples(*fuse_model(model, params), config, tokenizer, shown, root,
+                                        arguments.batch_size, arguments.max_new_tokens, on_error="raise"), root)
     routed = spread(examples, arguments.routing_samples)
     batches = answered_batches(routed, root, config, tokenizer, arguments.batch_size)
     write(arguments.out, ReportData(

@@ -23,13 +23,13 @@ from crab_jax.optim import split
 from crab_jax.recipe import command
 from crab_jax.tasks import TASKS
 
-ADDED = (*common.QFORMERS, *common.LORA, "seg_module/.*")  # what Crab adds to its encoders and its language model
+ADDED = (*common.QFORMERS, *common.LORA, *common.SEGMENTATION, *common.FOURIER)  # to encoders and language model
 SEED = 2  # of the scenes; the recipe and the demo draw others
-MASKS, CAPTIONS = ("s4", "ms3", "avss", "ref-avs"), ("avcap",)
+CAPTIONS = ("avcap",)
 
 
 class Stage(NamedTuple):
-    """configs/<name>.py on the scenes' questions of `tasks` (all when empty)."""
+    """configs/<name>.py on the scenes' questions of `tasks` (those of the config when empty)."""
 
     name: str
     tasks: tuple[str, ...]
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (Stage("pretrain_visual", CAPTIONS, 100), Stage("pretrain_audio", CAPTIONS, 100),
-          Stage("pretrain_seg", ("s4",), 200), Stage("finetune", (), 400), Stage("finetune_avs", MASKS, 200))
+          Stage("pretrain_seg", ("s4",), 200), Stage("finetune", (), 400), Stage("finetune_avs", (), 200))
 
 
 def save_base(start: Path, out: Path) -> None:
@@ -83,7 +83,7 @@ def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float
     before, seen = base, {}
     for stage in STAGES:
         run = out / stage.name
-        fresh = [] if before != base else [f"--config.fresh={tuple(ADDED)!r}"]
+        fresh = [] if before != base else [f"--config.fresh={ADDED!r}"]
         command("crab_jax.train", f"--config=configs/{stage.name}.py", f"--config.init_from={before}", *fresh,
                 *flags_of(stage, scenes, base, scale), f"--workdir={run}")
         seen[stage.name] = fallen(run)

@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common, finetune
 from crab_jax import compile as verb
-from crab_jax import hlo, sharding
-from crab_jax.config import model_config
+from crab_jax import hlo, layout, losses, optim, sharding, train
+from crab_jax.config import loss_config, model_config
 from crab_jax.errors import InputError
+from crab_jax.models.crab import Crab
 from crab_jax.models.llama import Llama, LlamaConfig
 from data_pipelines.batching import Bucket
 
@@ -53,6 +54,20 @@ def step(devices):
     """(config, report, compiled) of the joint stage's step."""
     config = small()
     return config, *verb.measure(config, "v5e:2x2", devices, BUCKET, "train")
+
+
+@pytest.fixture(scope="module")
+def whole(devices):
+    """The report of a step that trains the language model as well."""
+    config = small(trainable=(*common.QFORMERS, *common.LORA, *common.SEGMENTATION, *common.LLAMA),
+                   frozen=(*common.ENCODERS, *common.FOURIER))
+    return verb.measure(config, "v5e:2x2", devices, BUCKET, "train")[0]
+
+
+def llama_weights(config) -> float:
+    """Elements of the language model's matrices on one of four chips."""
+    cfg = model_config(config).llama
+    return (LAYERS * (4 * cfg.hidden**2 + 3 * cfg.hidden * cfg.mlp_dim) + 2 * cfg.padded_vocab * cfg.hidden) / 4
 
 
 @needs_libtpu
@@ -123,15 +138,42 @@ def test_findings_name_what_is_gathered_and_widened():
 
 @needs_libtpu
 @pytest.mark.exhaustive
-def test_gradients_and_moments_exist_for_trainables_only(step, devices):
+def test_moments_exist_for_trainables_only(step, whole):
     """Training the language model as well adds its moments and its float32 values."""
     config, report, _ = step
-    everything = small(trainable=(*common.QFORMERS, *common.LORA, *common.SEGMENTATION, *common.LLAMA),
-                       frozen=(*common.ENCODERS, *common.FOURIER))
-    whole, _ = verb.measure(everything, "v5e:2x2", devices, BUCKET, "train")
-    cfg = model_config(config).llama
-    weights = (LAYERS * (4 * cfg.hidden**2 + 3 * cfg.hidden * cfg.mlp_dim) + 2 * cfg.padded_vocab * cfg.hidden) / 4
-    assert whole["argument_bytes"] - report["argument_bytes"] == pytest.approx(10 * weights, rel=0.05), "4 + 4 + 4 - 2"
+    assert whole["argument_bytes"] - report["argument_bytes"] == pytest.approx(
+        10 * llama_weights(config), rel=0.05), "4 + 4 + 4 - 2"
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
+@pytest.mark.xfail(strict=True, reason="2.2 MB more in place of 4.9; why is not known")
+def test_gradients_exist_for_trainables_only(step, whole):
+    config, report, _ = step
+    assert whole["temporary_bytes"] - report["temporary_bytes"] > 2 * llama_weights(config), "of every weight"
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
+@pytest.mark.xfail(strict=True, reason="4.9 times in place of 1.5: docs/benchmarks.md")
+def test_training_adds_few_temporaries_to_a_forward_pass(step, devices):
+    """No more than the saved inputs of each layer and half as much again."""
+    config, report, _ = step
+    cfg, mesh = model_config(config).llama, layout.mesh_of(config, devices)
+    model = Crab(model_config(config))
+    state, frozen = verb.abstract_state(config, mesh)
+    batch = verb.abstract_batch(config, BUCKET, config.data.batch_size, sharding.batch_sharding(mesh))
+
+    def forward(trainable, frozen, batch):
+        with sharding.constrained(mesh):
+            out = model.apply({"params": optim.merge(trainable, frozen)}, batch)
+            rows = train.loss_rows(out, batch)
+            return losses.total({name: losses.pool(term) for name, term in rows.items()}, loss_config(config))
+
+    memory = jax.jit(forward).lower(state.trainable, frozen, batch).compile().memory_analysis()
+    saved = LAYERS * config.data.batch_size // 4 * BUCKET.length * cfg.hidden * 2
+    print("temporaries: step", report["temporary_bytes"], "forward", memory.temp_size_in_bytes, "saved", saved)
+    assert report["temporary_bytes"] < 1.5 * (memory.temp_size_in_bytes + saved)
 
 
 @needs_libtpu

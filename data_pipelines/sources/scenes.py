@@ -75,7 +75,7 @@ def _caption(scene: Scene) -> str:
     playing = " and ".join(f"{_name(t, False, True)} is playing" for t in scene.visible if t.sounding)
     hidden = [f"{_name(t, False, True)} plays off screen" for t in scene.sounding if not t.visible]
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in
-                    (f"the video shows {seen}", *filter(None, [playing]), *hidden))
+                    (f"the video shows {seen}", playing, *hidden) if sentence)
 
 
 def _article(kind: str) -> str:
@@ -138,8 +138,7 @@ def _ref_avs(scene: Scene, count: int) -> Iterator[_Item]:
     for item in expressions(scene, _EXPRESSIONS)[:count]:
         name = f"{item.object}_{item.second}" if item.object else "empty"
         mask = {"mask": f"{scene.folder}/masks/{name}.png", "mask_kind": "binary"}
-        level = any(word in item.text for word in ("loudest", "quietest"))
-        reasoning = f"{_seen(scene, slot=' on the ' in item.text)} {_heard(scene, level)}"
+        reasoning = f"{_seen(scene, slot=' on the ' in item.text)} {_heard(scene, level='est sound' in item.text)}"
         label = {"expression": item.text, "object": item.object, "second": item.second}
         yield ({"expression": item.text, "second": item.second}, label, reasoning,
                _picture(scene, item.second) | mask,
