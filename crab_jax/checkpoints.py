@@ -282,22 +282,26 @@ def _load_orbax(folder: epath.Path, wanted: Any) -> Any:
 
 
 def _on_host(tree: Any) -> Any:
-    """Abstract leaves placed on this process's first device."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """Abstract leaves placed in this host's memory (on its first device where JAX_PLATFORMS leaves out the CPU)."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    place = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
     """Parameters on disk. `shapes`: ShapeDtypeStructs of the whole tree. `load(wanted)` reads the leaves of `wanted`
-    straight into its dtypes and shardings; `load(None)` reads all of them, in the stored dtypes, onto this host.
+    straight into its dtypes and shardings; `load(None)` reads all of them, in the stored dtypes, as NumPy arrays.
     """
 
     shapes: Any
     load: Callable[[Any], Any]
 
     def some(self, paths: Iterable[str]) -> dict[str, Any]:
-        """The leaves of these '/'-joined paths, in the stored dtypes, on this host."""
+        """The leaves of these '/'-joined paths, in the stored dtypes, in this host's memory."""
         flat = traverse_util.flatten_dict(self.shapes, sep="/")
         wanted = _on_host(traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/"))
         return traverse_util.flatten_dict(self.load(wanted), sep="/")
@@ -316,7 +320,13 @@ def _imported(folder: epath.Path) -> StoredParams:
     except (ValueError, OSError, KeyError) as error:
         raise InputError(str(folder), "", f"cannot be read ({str(error).splitlines()[0][:200]})",
                          "copy or import it again") from error
-    return StoredParams(shapes, lambda wanted: _load_orbax(folder, _on_host(shapes) if wanted is None else wanted))
+
+    def load(wanted: Any) -> Any:
+        if wanted is None:
+            return jax.tree.map(np.asarray, _load_orbax(folder, _on_host(shapes)))
+        return _load_orbax(folder, wanted)
+
+    return StoredParams(shapes, load)
 
 
 def _of_run(folder: epath.Path) -> StoredParams:
@@ -330,7 +340,9 @@ def _of_run(folder: epath.Path) -> StoredParams:
     in_trained = set(traverse_util.flatten_dict(trained))
 
     def load(wanted: Any) -> Any:
-        flat = traverse_util.flatten_dict(_on_host(merge(trained, frozen.shapes)) if wanted is None else wanted)
+        if wanted is None:
+            return jax.tree.map(np.asarray, load(_on_host(merge(trained, frozen.shapes))))
+        flat = traverse_util.flatten_dict(wanted)
         ours, theirs = (traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items()
                                                       if (path in in_trained) == kind}) for kind in (True, False))
         loaded = {}
@@ -356,5 +368,5 @@ def stored_params(path: str | Path) -> StoredParams:
 
 
 def load_params(path: str | Path) -> Any:
-    """The whole parameter tree behind `stored_params`, on this host."""
+    """The whole parameter tree behind `stored_params`, as NumPy arrays."""
     return stored_params(path).load(None)

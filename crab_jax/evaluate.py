@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from crab_jax import compile_cache, distributed, predictions, results_page, runs, scoring
+from crab_jax import compile_cache, distributed, layout, predictions, results_page, runs, scoring
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
@@ -149,7 +149,11 @@ def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example
 
 def from_model(arguments: argparse.Namespace) -> Source:
     """Answers of --checkpoint."""
-    model, params, config, tokenizer = runs.load_model(arguments.checkpoint, arguments.weights)
+    mesh = layout.serving_mesh(runs.load_config(arguments.checkpoint), arguments.weights, arguments.batch_size,
+                               arguments.tensor)
+    if mesh.size > 1:
+        print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
+    model, params, config, tokenizer = runs.load_model(arguments.checkpoint, arguments.weights, mesh)
     if not (arguments.data or config.data.root):
         raise InputError("--data", "", "is not given, and the checkpoint was trained without one", "give --data=DIR")
     root = Path(arguments.data or config.data.root)
@@ -159,8 +163,8 @@ def from_model(arguments: argparse.Namespace) -> Source:
         # A bad file stops the run: leaving examples out would change what the scores mean.
         return predict_examples(
             model, params, config, tokenizer, todo, root, arguments.batch_size, arguments.max_new_tokens,
-            decoding={"force_masks": arguments.force_masks}, on_error="raise", mute_audio=arguments.mute_audio,
-            blank_video=arguments.blank_video)
+            decoding={"force_masks": arguments.force_masks}, mesh=mesh, on_error="raise",
+            mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
 
     identity = {"parameters": fingerprint(params), "max_new_tokens": arguments.max_new_tokens,
                 "mute_audio": arguments.mute_audio, "blank_video": arguments.blank_video,
@@ -298,6 +302,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=_positive, default=256)
     parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
                         "trained, or integers, smaller and less exact (docs/generation.md)")
+    parser.add_argument("--tensor", type=_positive, default=0, metavar="N", help="split each copy of the model over N "
+                        "devices (default: as few as hold it); every device takes part, see docs/generation.md")
     parser.add_argument("--mute-audio", action="store_true", help="replace all sound by silence")
     parser.add_argument("--blank-video", action="store_true",
                         help="replace every picture by black, the one to segment included")

@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from crab_jax import sharding
 from crab_jax.generate import GenerateOptions, Generation, generate, stream
 from crab_jax.models.crab import Crab
 from crab_jax.runs import eval_batches
@@ -51,43 +53,55 @@ class Prediction:
     further_masks: tuple[np.ndarray, ...] = ()
 
 
-@partial(jax.jit, static_argnames="model")
-def _encode(model: Crab, params: Any, frames: jax.Array, fbank: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, frames, fbank, method="features")  # type: ignore[return-value]
+@partial(jax.jit, static_argnames=("model", "mesh"))
+def _encode(model: Crab, params: Any, frames: jax.Array, fbank: jax.Array, mesh: Mesh | None) -> jax.Array:
+    with sharding.constrained(mesh):
+        rows: Any = model.apply({"params": params}, frames, fbank, method="features")
+    return rows if mesh is None else jax.lax.with_sharding_constraint(rows, sharding.replicated(mesh))
 
 
-@partial(jax.jit, static_argnames=("model", "options"))
+@partial(jax.jit, static_argnames=("model", "options", "mesh"))
 def _answer(model: Crab, params: Any, prompts: Batch, options: GenerateOptions, rng: jax.Array | None,
-            features: jax.Array) -> Generation:
-    return generate(model, params, prompts, options, rng, features=features)
+            features: jax.Array, mesh: Mesh | None) -> Generation:
+    with sharding.constrained(mesh):
+        return generate(model, params, prompts, options, rng, features=features)
 
 
-@partial(jax.jit, static_argnames="model")
-def _draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array) -> dict[str, jax.Array]:
-    masks: Any = model.apply({"params": params}, states, pictures, method="masks")
+@partial(jax.jit, static_argnames=("model", "mesh"))
+def _draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array, mesh: Mesh | None
+          ) -> dict[str, jax.Array]:
+    with sharding.constrained(mesh):
+        masks: Any = model.apply({"params": params}, states, pictures, method="masks")
     binary, semantic = masks
     return {"binary": jax.nn.sigmoid(binary.astype(jnp.float32)),
             "semantic": jnp.argmax(semantic, axis=1).astype(jnp.int32)}
+
+
+def _spread(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays [B,...] with their rows over the copies of the model."""
+    return tree if mesh is None else jax.device_put(tree, sharding.batch_sharding(mesh))
 
 
 class Encoder:
     """Feature rows of clips; a clip that was seen lately is not encoded again, for many questions are about one clip.
     """
 
-    def __init__(self, model: Crab, params: Any):
-        self.model, self.params = model, params
+    def __init__(self, model: Crab, params: Any, mesh: Mesh | None = None):
+        self.model, self.params, self.mesh = model, params, mesh
         self.kept: dict[bytes, jax.Array] = {}  # rows [R,D] by what was encoded, the latest last
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Feature rows [B,R,D] of a batch on the host."""
         names = [_digest(frames, fbank) for frames, fbank in zip(batch.frames, batch.fbank, strict=True)]
         first = {name: row for row, name in enumerate(names) if name not in self.kept}
-        together = min(ENCODED_TOGETHER, len(names))
+        copies = 1 if self.mesh is None else self.mesh.shape["data"]
+        together = min(copies * ENCODED_TOGETHER, len(names))
         for start in range(0, len(first), together):
             new = list(first)[start:start + together]
             taken = [first[name] for name in new]
             taken += taken[:1] * (together - len(taken))
-            rows = _encode(self.model, self.params, batch.frames[taken], batch.fbank[taken])
+            clips = _spread((batch.frames[taken], batch.fbank[taken]), self.mesh)
+            rows = _encode(self.model, self.params, *clips, self.mesh)
             self.kept |= dict(zip(new, rows, strict=False))
         found = {name: self.kept.pop(name) for name in dict.fromkeys(names)}
         self.kept |= found
@@ -107,36 +121,40 @@ def _digest(*arrays: np.ndarray) -> bytes:
 def predict_examples(model: Crab, params: Any, config: ConfigDict, tokenizer: Tokenizer, examples: Sequence[Example],
                      root: str | Path, batch_size: int, max_new_tokens: int = 256, seed: int = 0,
                      decoding: Mapping[str, Any] | None = None, on_text: Callable[[Example, str], None] | None = None,
-                     **data_changes: Any) -> Iterator[Prediction]:
+                     mesh: Mesh | None = None, **data_changes: Any) -> Iterator[Prediction]:
     """Predictions, one per Example, in the order of the batches: bucket by bucket, and task by task within one, because
     the answers of a task are about equally long.
 
     Decoding is greedy unless `decoding` (fields of GenerateOptions) says otherwise; draws depend on `seed` and the
-    example's id. `on_text` hears of every piece of text as it comes. `data_changes` replace fields of the DataConfig
-    that the model was trained with. Raises InputError on bad media.
+    example's id. `on_text` hears of every piece of text as it comes. `mesh` is the one that the model was loaded on,
+    over whose copies the rows of a batch are spread. `data_changes` replace fields of the DataConfig that the model was
+    trained with. Raises InputError on bad media.
     """
     options = GenerateOptions(tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), max_new_tokens,
                               **(decoding or {}))
     order = {name: number for number, name in enumerate(TASKS)}
     examples = sorted(examples, key=lambda example: order[example.task])
     rng = jax.random.key(seed) if options.temperature else None
-    encode = Encoder(model, params)
+    encode = Encoder(model, params, mesh)
     for _, batch in eval_batches(examples, root, config, tokenizer, batch_size, **data_changes):
         rows, features = np.asarray(batch.index), encode(batch)
         prompts = Batch(**{name: getattr(batch, name) if name in PROMPT_FIELDS else None for name in BATCH_FIELDS})
         if rng is not None:
             prompts = prompts.replace(index=np.array(
                 [-1 if row < 0 else zlib.crc32(examples[row].id.encode()) >> 1 for row in rows], np.int32))
+        prompts, features = _spread((prompts, features), mesh)
         chosen = dataclasses.replace(options, force_masks=options.force_masks and batch.seg_frame.shape[1] > 0)
         if on_text is None:
-            generation = _answer(model, params, prompts, chosen, rng, features)
+            generation = _answer(model, params, prompts, chosen, rng, features, mesh)
         else:
             tell = _teller(tokenizer, [examples[row] if row >= 0 else None for row in rows], on_text)
-            generation = stream(model, params, prompts, chosen, tell, rng=rng, features=features)
+            with sharding.constrained(mesh):
+                generation = stream(model, params, prompts, chosen, tell, rng=rng, features=features)
         has_mask = np.asarray(generation.has_mask)
         drawn: list[Any] = []  # one entry per mask group
         if batch.seg_frame.shape[1]:
-            drawn = [jax.device_get(_draw(model, params, generation.mask_states[:, group], batch.seg_frame[:, 0]))
+            drawn = [jax.device_get(_draw(model, params, *_spread((generation.mask_states[:, group],
+                                                                   batch.seg_frame[:, 0]), mesh), mesh))
                      for group in range(has_mask.shape[1]) if has_mask[:, group].any()]
         generation = jax.device_get(generation)
         for row in np.flatnonzero(rows >= 0):

@@ -1,4 +1,4 @@
-"""How a run lies on its devices: mesh and micro-batches, inferred from memory where the config leaves them at 0."""
+"""How a run, or a model that answers, lies on its devices; inferred from memory where nothing is said."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crab_jax import chips, optim, runs, sharding
+from crab_jax import chips, optim, quantize, runs, sharding
 from crab_jax.config import model_config
+from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab, CrabConfig
 
 # The temporaries of a micro-batch may take this share of a device's memory, as `row_bytes` estimates them.
 ACTIVATION_SHARE = 0.35
+# Parameters may take this share of a device that generates; the rest is for the cache and activations.
+SERVING_SHARE = 0.6
 # What the compiler allocates for a row over what `row_bytes` adds up by hand.
 MEASURED = 1.5
 
@@ -57,3 +60,28 @@ def micro_batches(config: ConfigDict, mesh: Mesh) -> int:
     each = row_bytes(model_config(config), max(config.data.lengths)) / mesh.shape["tensor"]
     fitting = ACTIVATION_SHARE * memory / each
     return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows / n <= fitting or n == rows))
+
+
+def serving_mesh(config: ConfigDict, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
+    """The mesh on which this process answers batches of `batch_size` rows: copies of the model, each over `tensor` of
+    its own devices (of `devices`, when given).
+
+    `tensor` is inferred when 0: the fewest devices of which the parameters take SERVING_SHARE; integer `weights` are
+    never split. There are as many copies as there are devices for, in a number that divides the batch. Raises
+    InputError when `tensor` does not divide the devices, or is to split integers.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    model, integers = Crab(model_config(config)), weights in quantize.BITS
+    if tensor > 1 and integers:
+        raise InputError("command line", "--tensor", f"{weights} matrices are not split over devices",
+                         "use --weights float, or --tensor 1")
+    if tensor and len(devices) % tensor:
+        raise InputError("command line", "--tensor", f"{tensor} does not divide the {len(devices)} devices here",
+                         "give a divisor")
+    if not tensor:
+        needed = runs.count(runs.abstract_params(model)) * jax.numpy.dtype(model.cfg.llama.dtype).itemsize
+        memory = chips.memory_of(devices[0])
+        tensor = 1 if integers else sharding.infer_split(len(devices), needed, memory, SERVING_SHARE)
+    free = len(devices) // tensor
+    copies = max(n for n in range(1, free + 1) if free % n == 0 and batch_size % n == 0)
+    return sharding.make_mesh(copies, 1, tensor, devices[:copies * tensor])

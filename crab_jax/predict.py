@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crab_jax import clip_page, compile_cache, overlay
+from crab_jax import clip_page, compile_cache, layout, overlay
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
 from crab_jax.inference import Prediction, predict_examples
@@ -41,7 +41,7 @@ from crab_jax.request import (
     request,
     video_facts,
 )
-from crab_jax.runs import load_model
+from crab_jax.runs import load_config, load_model
 from crab_jax.tasks import TASKS
 from data_pipelines import media
 from data_pipelines.examples import WINDOWS, Example
@@ -100,7 +100,9 @@ def predict(arguments: argparse.Namespace) -> None:
         name = f"{number:03d}_{record.get('task', FREE)}"
         asked[name] = request(record, where, name, out)
 
-    model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights)
+    mesh = layout.serving_mesh(load_config(arguments.checkpoint), arguments.weights, arguments.batch_size,
+                               arguments.tensor)
+    model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights, mesh)
     examples = [one.example for one in asked.values()]
     decoding = {"temperature": arguments.temperature, "top_p": arguments.top_p, "force_masks": arguments.force_masks,
                 "mask_groups": arguments.mask_groups}
@@ -111,7 +113,8 @@ def predict(arguments: argparse.Namespace) -> None:
 
     answers = predict_examples(model, params, config, tokenizer, examples, "/", arguments.batch_size,
                                arguments.max_new_tokens, seed=arguments.seed, decoding=decoding,
-                               on_text=tell if arguments.stream else None, on_error="raise", pad_short_audio=True)
+                               on_text=tell if arguments.stream else None, mesh=mesh, on_error="raise",
+                               pad_short_audio=True)
     answered: dict[str, clip_page.Answered] = {}
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         for prediction in answers:
@@ -165,6 +168,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
                         "trained, or integers, smaller and less exact (docs/generation.md)")
+    parser.add_argument("--tensor", type=int, default=0, metavar="N", help="split the model over N devices "
+                        "(default: as few as hold it)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
@@ -182,8 +187,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, key) is not None:
             flag = f"--{key.removesuffix('_path').replace('_', '-')}"
             raise InputError("command line", flag, "cannot be combined with --all-tasks", "use one of the two")
-    if arguments.batch_size < 1:
-        raise InputError("command line", "--batch-size", f"is {arguments.batch_size}", "give at least 1")
+    for key, least in (("batch_size", 1), ("tensor", 0)):
+        if getattr(arguments, key) < least:
+            flag = f"--{key.replace('_', '-')}"
+            raise InputError("command line", flag, f"is {getattr(arguments, key)}", f"give at least {least}")
     return arguments
 
 

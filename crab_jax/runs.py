@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from configs.common import base
 from crab_jax import optim, sharding
-from crab_jax.checkpoints import check_match, load_params, stored_params
+from crab_jax.checkpoints import check_match, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab, fuse_model, init_params
@@ -205,19 +205,23 @@ def load_config(path: str | Path) -> ConfigDict:
         raise InputError(str(file), "", f"not valid JSON ({error.msg})", "copy the file again") from error
 
 
-def load_model(path: str | Path, weights: str = "") -> tuple[Crab, Any, ConfigDict, Tokenizer]:
+def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None
+               ) -> tuple[Crab, Any, ConfigDict, Tokenizer]:
     """(model, parameters, config, tokenizer) of a run or a packed model. Raises InputError if they disagree.
 
-    With `weights` (one of `fused.KINDS`) the model is laid out for generation and does nothing else.
+    With `weights` (one of `fused.KINDS`) the model is laid out for generation and does nothing else. On a `mesh` (see
+    `layout.serving_mesh`) every copy has it so, or, where a copy is split, lies as in training; without one all is on
+    the first device.
     """
     config = load_config(path)
-    model = Crab(model_config(config))
-    params = load_params(path)
-    check_match(nn.unbox(abstract_params(model)), params, str(path))
-    params = jax.tree.map(jnp.asarray, params)
+    model, stored = Crab(model_config(config)), stored_params(path)
+    check_match(nn.unbox(abstract_params(model)), stored.shapes, str(path))
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        return model, stored.load(wanted_params(config, model, mesh)), config, Tokenizer.load(path)
+    params, where = stored.load(None), sharding.replicated(mesh) if mesh is not None else None
     if weights:
-        model, params = fuse_model(model, params, weights)
-    return model, params, config, Tokenizer.load(path)
+        model, params = fuse_model(model, params, weights, where)
+    return model, jax.device_put(params, where), config, Tokenizer.load(path)
 
 
 def eval_batches(examples: list[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer, batch_size: int,

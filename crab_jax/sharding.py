@@ -40,14 +40,14 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
     """Mesh over ("data", "fsdp", "tensor"); a size that is None or 0 is inferred.
 
     `tensor` is inferred as 1, `fsdp` from the memory of a device and `state_bytes`, the bytes of parameters and
-    optimizer state together (see `infer_fsdp`), and `data` fills what the others leave.
+    optimizer state together (see `infer_split`), and `data` fills what the others leave.
     Raises InputError when the sizes do not multiply to the number of devices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     tensor = tensor or 1
     if not fsdp:
         free = max(1, devices.size // (tensor * (data or 1)))
-        fsdp = free if data else infer_fsdp(free, state_bytes // tensor, chips.memory_of(devices.flat[0]))
+        fsdp = free if data else infer_split(free, state_bytes // tensor, chips.memory_of(devices.flat[0]))
     data = data or max(1, devices.size // (fsdp * tensor))
     if data * fsdp * tensor != devices.size:
         raise InputError("--config", "mesh", f"{data} x {fsdp} x {tensor} is not {devices.size} devices",
@@ -60,20 +60,23 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def infer_fsdp(devices: int, state_bytes: int, memory: int | None) -> int:
-    """The fewest devices (a divisor of `devices`) over which `state_bytes` take STATE_SHARE of each one's `memory`.
+def infer_split(devices: int, needed: int, memory: int | None, share: float = STATE_SHARE) -> int:
+    """The fewest devices (a divisor of `devices`) over which `needed` bytes take `share` of each one's `memory`.
 
     1 when the memory is unknown; all devices when even they do not suffice.
     """
     if memory is None:
         return 1
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    return next((n for n in divisors if state_bytes / n <= STATE_SHARE * memory), devices)
+    return next((n for n in divisors if needed / n <= share * memory), devices)
 
 
 @contextlib.contextmanager
-def constrained(mesh: Mesh) -> Iterator[None]:
-    """While tracing within this context, the models' logical constraints hold on `mesh`."""
+def constrained(mesh: Mesh | None) -> Iterator[None]:
+    """While tracing within this context, the models' logical constraints hold on `mesh` (None: there are none)."""
+    if mesh is None:
+        yield
+        return
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
         yield
 

@@ -4,13 +4,14 @@ import dataclasses
 import json
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crab_jax import charts, inference, runs, scoring
+from crab_jax import charts, inference, layout, runs, scoring, sharding
 from crab_jax import evaluate as verb
 from crab_jax.errors import InputError
 from crab_jax.evaluate import check_labels, parse_arguments, select
@@ -131,7 +132,9 @@ def run(root, monkeypatch, model, tokenizer, *flags):
     for example in EXAMPLES[2:]:
         Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(root / example.mask)
     config = ConfigDict({"data": {"root": str(root)}})
-    monkeypatch.setattr(runs, "load_model", lambda path, weights: (model, {}, config, tokenizer))
+    monkeypatch.setattr(runs, "load_config", lambda path: config)
+    monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(runs, "load_model", lambda path, weights, mesh: (model, {}, config, tokenizer))
 
     def eval_batches(examples, root, config, tokenizer, batch_size, **changes):
         asked.update(changes)
@@ -183,8 +186,10 @@ def answering(tmp_path, monkeypatch):
             decoding.append(changes["decoding"])
             return answered(todo, rng, deaths)
 
-        monkeypatch.setattr(runs, "load_model", lambda path, weights: (None, {"w": np.full(3, params)}, ConfigDict(
-            {"data": {"root": str(tmp_path)}}), None))
+        config = ConfigDict({"data": {"root": str(tmp_path)}})
+        monkeypatch.setattr(runs, "load_config", lambda path: config)
+        monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
+        monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, None))
         monkeypatch.setattr(verb, "predict_examples", predict_examples)
         arguments = ["--out", str(tmp_path / out), "--examples", "0", *flags]
         if "--predictions" not in flags:

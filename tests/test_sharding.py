@@ -3,6 +3,7 @@
     python -m tests.test_sharding      rewrites tests/crab_7b_shardings.json
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -29,6 +30,14 @@ GOLDEN = Path(__file__).parent / "crab_7b_shardings.json"
 HERE = Path(__file__).parent
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    platform: str = "cpu"
+
+
 def specs() -> dict[str, list]:
     """{parameter: mesh axis of each of its axes} of crab_7b, without trailing axes that are not split."""
     boxed = runs.abstract_params(Crab(crab_7b()))
@@ -53,7 +62,7 @@ def test_every_matrix_of_the_language_model_is_split_over_both_axes():
     (16, 17 * 2**30, int(95.74 * 2**30), 1), (12, 17 * 2**30, int(15.75 * 2**30), 6),
     (2, 10**15, 2**30, 2), (8, 10**15, None, 1)])
 def test_fsdp_is_the_fewest_devices_that_leave_room(devices, state, memory, expected):
-    assert sharding.infer_fsdp(devices, state, memory) == expected
+    assert sharding.infer_split(devices, state, memory) == expected
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (0, 3, 1), (2, 2, 3)])
@@ -91,6 +100,25 @@ def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, c
     assert layout.micro_batches(config, mesh) == expected
     config.optim.accumulate = 1
     assert layout.micro_batches(config, mesh) == 1, "a given number is not changed"
+
+
+@pytest.mark.parametrize("name, count, weights, batch, expected", [
+    ("v5e", 8, "float", 16, (4, 1, 2)), ("v5e", 8, "int8", 16, (8, 1, 1)), ("v6e", 4, "float", 6, (2, 1, 1)),
+    ("v5e", 1, "float", 16, (1, 1, 1)), (None, 8, "float", 1, (1, 1, 1))])
+def test_a_model_that_answers_is_split_no_more_than_it_must(monkeypatch, name, count, weights, batch, expected):
+    memory = {chip.name: chip.hbm_bytes for chip in chips.CHIPS}.get(name)
+    monkeypatch.setattr(chips, "memory_of", lambda device: memory)
+    devices = [Device(number) for number in range(count)]
+    mesh = layout.serving_mesh(finetune.get_config(), weights, batch, devices=devices)
+    assert tuple(mesh.shape.values()) == expected
+
+
+def test_a_model_that_answers_is_not_split_by_a_number_that_does_not_divide():
+    devices = [Device(number) for number in range(8)]
+    with pytest.raises(InputError, match="3 does not divide the 8 devices"):
+        layout.serving_mesh(finetune.get_config(), "float", 16, 3, devices)
+    with pytest.raises(InputError, match="int4 matrices are not split"):
+        layout.serving_mesh(finetune.get_config(), "int4", 16, 2, devices)
 
 
 def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():

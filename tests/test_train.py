@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from configs import tiny
 from crab_jax import optim, runs, sharding, train
+from crab_jax.checkpoints import load_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
@@ -66,7 +67,7 @@ def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_r
     whole, resumed = losses_of(tmp_path / "whole"), losses_of(killed)
     assert list(resumed) == list(range(1, 13))
     assert resumed == whole
-    again, first = (runs.load_params(tmp_path / name) for name in ("whole", "killed"))
+    again, first = (load_params(tmp_path / name) for name in ("whole", "killed"))
     assert jax.tree.all(jax.tree.map(np.array_equal, again, first))
     recompiled = json.loads((tmp_path / "whole" / "compilations.json").read_text())["train_step"]
     config = tiny.get_config()

@@ -161,9 +161,10 @@ class Crab(nn.Module):
         return logits
 
 
-def fuse_model(model: Crab, params: Any, weights: str = "float") -> tuple[Crab, Any]:
-    """The same model laid out for generation (crab_jax/models/fused.py) and its parameters, made once."""
-    llama = fuse(params["llama"], model.cfg.llama, model.cfg.lora, weights)
+def fuse_model(model: Crab, params: Any, weights: str = "float", where: Any = None) -> tuple[Crab, Any]:
+    """The same model laid out for generation (crab_jax/models/fused.py) and its parameters, made once; those of its
+    language model with the sharding `where`."""
+    llama = fuse(params["llama"], model.cfg.llama, model.cfg.lora, weights, where)
     return Crab(model.cfg, weights), {**params, "llama": llama}
 
 

@@ -152,17 +152,20 @@ class FusedLlama(nn.Module):
         return mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
 
 
-def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str) -> Any:
-    """Parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, one layer at a time."""
-    cast = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, cfg.dtype), tree)  # noqa: E731
-    lm_head = jax.jit(_base, static_argnums=1)(jnp.asarray(params["lm_head"]["kernel"]),
-                                               kind if kind == "float" else quantize.OUTPUT)
-    if kind == "float":
-        lm_head = cast(lm_head)
-    fused = {"embed_tokens": cast(params["embed_tokens"]), "norm": cast(params["norm"]), "lm_head": lm_head}
-    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind))
+def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, where: Any = None) -> Any:
+    """Parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, with the sharding `where`.
+
+    One layer at a time: when `params` are NumPy arrays, a device holds no more than the result and one layer.
+    """
+    def outer(embed_tokens: Any, norm: Any, lm_head: Any) -> Any:
+        plain = {"embed_tokens": embed_tokens, "norm": norm} | ({"lm_head": lm_head} if kind == "float" else {})
+        cast = jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), plain)
+        return cast | ({} if kind == "float" else {"lm_head": _base(lm_head["kernel"], quantize.OUTPUT)})
+
+    fused = jax.jit(outer, out_shardings=where)(params["embed_tokens"], params["norm"], params["lm_head"])
+    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind), out_shardings=where)
     for number in range(cfg.layers):
-        fused[f"layers_{number}"] = block(jax.tree.map(lambda leaf, n=number: jnp.asarray(leaf[n]), params["layers"]))
+        fused[f"layers_{number}"] = block(jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"]))
     return fused
 
 
