@@ -242,18 +242,21 @@ def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucke
     lowered = program.jitted.lower(*program.args)
     report["lower_s"] = time.monotonic() - started
     say(f"{topology} {stage}: compiling (a minute or more)")
-    started = time.monotonic()
+    started, busy = time.monotonic(), time.process_time()
+
+    def taken() -> dict[str, float]:
+        return {"compile_s": time.monotonic() - started, "compile_cpu_s": time.process_time() - busy}
+
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         need = _out_of_memory(str(error))
         if need is None:
             raise
-        return report | {"fits": False, "compile_s": time.monotonic() - started, "argument_bytes": logical,
-                         "temporary_bytes": max(0, need - logical), "peak_bytes": need, "collectives": {},
-                         "largest": _largest(str(error)),
-                         "headroom": 1 - need / chip.hbm_bytes}, None
-    report["compile_s"] = time.monotonic() - started
+        return report | taken() | {
+            "fits": False, "argument_bytes": logical, "temporary_bytes": max(0, need - logical), "peak_bytes": need,
+            "collectives": {}, "largest": _largest(str(error)), "headroom": 1 - need / chip.hbm_bytes}, None
+    report |= taken()
     memory = compiled.memory_analysis()
     # XLA's own peak may lie below this sum; the sum is the safe side.
     peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -356,35 +359,67 @@ def text(report: dict[str, Any]) -> str:
 def sweep(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
     """Reports of the train step over mesh shapes, micro-batches and remat policies, the fastest roofline first.
 
-    For every mesh and policy the micro-batches are halved in size until the step fits with the headroom.
+    The less arithmetic a mesh and policy takes, the earlier it is tried; once that alone takes as long as the best step
+    so far, nothing more is compiled. Their micro-batches are halved until the step fits with the headroom.
     """
     heads, batch = model_config(config).llama.kv_heads, config.data.batch_size
     least = layout.mesh_of(config, devices).shape["fsdp"]
     splits = [(fsdp, tensor) for tensor in (1, 2, 4) for fsdp in sorted({least, 4 * least, len(devices) // tensor})
               if len(devices) % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0]
-    trials = list(itertools.product(splits, ("full", "dots")))
-    reports, started = [], time.monotonic()
-    for number, ((fsdp, tensor), remat) in enumerate(trials):
-        for trial in _halved(config, len(devices), fsdp, tensor, remat):
+    say(f"{topology}: counting arithmetic")
+    trials = _by_arithmetic(config, devices, bucket, list(itertools.product(splits, ("full", "dots"))))
+    fitting: list[dict[str, Any]] = []
+    started = time.monotonic()
+    for number, (least_time, tensor, fsdp, remat) in enumerate(trials):
+        if fitting and least_time >= min(report["roofline_s"]["step"] for report in fitting):
+            print(f"{len(trials) - number} of {len(trials)} are not compiled: their arithmetic alone takes "
+                  f"{least_time:.3f} s or more", flush=True)
+            break
+        for trial in _halved(config, devices, fsdp, tensor, remat):
             report, _ = measure(trial, topology, devices, bucket, "train")
-            reports.append(report)
             if report["fits"] and report["headroom"] >= HEADROOM:
+                fitting.append(report)
                 break
         passed = time.monotonic() - started
         print(f"{number + 1}/{len(trials)}  fsdp {fsdp}  tensor {tensor}  remat {remat}  "
               f"micro-batches {report['accumulate']}  {'fits' if report['fits'] else 'does not fit'}  "
-              f"eta {passed / (number + 1) * (len(trials) - number - 1) / 60:.1f} min", flush=True)
-    fitting = [r for r in reports if r["fits"] and r["headroom"] >= HEADROOM]
+              f"eta at most {passed / (number + 1) * (len(trials) - number - 1) / 60:.1f} min", flush=True)
     return sorted(fitting, key=lambda r: (r["roofline_s"]["step"], sum(r["roofline_s"].values())))
 
 
-def _halved(config: ConfigDict, devices: int, fsdp: int, tensor: int, remat: str) -> Iterator[ConfigDict]:
-    """The config on this mesh, with more and more micro-batches; at most four of them."""
+def _on(config: ConfigDict, devices: list[Any], fsdp: int, tensor: int, remat: str) -> ConfigDict:
+    """The config on this mesh of all devices, with this policy."""
     trial = copy.deepcopy(config)
-    trial.mesh = {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+    trial.mesh = {"data": len(devices) // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
     trial.sizes.llama.remat = remat
-    rows = config.data.batch_size // (devices // tensor)
-    for accumulate in [n for n in range(max(1, rows // 16), rows + 1) if rows % n == 0][:4]:
+    return trial
+
+
+def _by_arithmetic(config: ConfigDict, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
+                   ) -> list[tuple[float, int, int, str]]:
+    """((fsdp, tensor), remat) -> (seconds of its arithmetic alone, tensor, fsdp, remat), in this order."""
+    chip = chips.chip_of(devices[0])
+    assert chip is not None
+    counted: dict[tuple[int, str], flops.Work] = {}  # that of a data-parallel group
+    out = []
+    for (fsdp, tensor), remat in trials:
+        if (tensor, remat) not in counted:
+            trial = _on(config, devices, fsdp, tensor, remat)
+            program = train_program(trial, layout.mesh_of(trial, devices), bucket)
+            function, args = program.own(True)
+            counted[tensor, remat] = flops.count(function, *args)
+        work = flops.Work(*(amount / tensor for amount in counted[tensor, remat]))
+        out.append((flops.roofline(chip, work, {})["step"], tensor, fsdp, remat))
+    return sorted(out)
+
+
+def _halved(config: ConfigDict, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[ConfigDict]:
+    """The config on this mesh with more and more micro-batches, at most four of them, from half the inferred number."""
+    trial = _on(config, devices, fsdp, tensor, remat)
+    trial.optim.accumulate = 0
+    inferred = layout.micro_batches(trial, layout.mesh_of(trial, devices))
+    rows = config.data.batch_size // (len(devices) // tensor)
+    for accumulate in [n for n in range(max(1, inferred // 2), rows + 1) if rows % n == 0][:4]:
         trial.optim.accumulate = accumulate
         yield copy.deepcopy(trial)
 
@@ -392,7 +427,7 @@ def _halved(config: ConfigDict, devices: int, fsdp: int, tensor: int, remat: str
 def table(reports: list[dict[str, Any]]) -> str:
     """Reports as a Markdown table, one per line."""
     head = ("| topology | stage | mesh d x f x t | rows/chip x micro | remat | args GiB | temp GiB | peak / HBM GiB "
-            "| headroom | collectives GiB | roofline s | compile s |\n|" + "---|" * 12)
+            "| headroom | collectives GiB | roofline s | compile s | of one core |\n|" + "---|" * 13)
     return "\n".join([head, *map(table_row, reports)])
 
 
@@ -406,7 +441,7 @@ def table_row(report: dict[str, Any]) -> str:
     return (f"| {report['topology']} | {report['stage']} | {mesh['data']} x {mesh['fsdp']} x {mesh['tensor']} "
             f"| {each:g} x {report['accumulate']} | {report['remat']} | {sizes[0]:.2f} | {sizes[1]:.2f} "
             f"| {sizes[2]:.2f} / {sizes[3]:.2f} | {report['headroom']:.0%} | {moved:.1f} | {seconds} "
-            f"| {report['compile_s']:.0f} |")
+            f"| {report['compile_s']:.0f} | {report['compile_cpu_s']:.0f} |")
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Ahead-of-time compilation for TPU slices: what fits, what moves, what is kept. Small widths, real compiler."""
 
-import copy
 import importlib.util
 import json
 import subprocess
@@ -25,6 +24,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                   reason="libtpu is not installed: pip install 'crab_jax[tpu]'")
 LAYERS = 3
 BUCKET = Bucket(144, 2, 2, 98, 1)
+WIDE = Bucket(1024, 10, 10, 198, 0)
 OVERRIDES = {"model": "tiny", "data.batch_size": 16, "data.lengths": (144,), "mesh.fsdp": 4, "optim.accumulate": 1,
              "sizes.llama.layers": LAYERS, "sizes.llama.hidden": 512, "sizes.llama.mlp_dim": 1280,
              "sizes.llama.dtype": "bfloat16", "sizes.llama.remat": "full", "sizes.visual.out_dim": 512,
@@ -32,16 +32,28 @@ OVERRIDES = {"model": "tiny", "data.batch_size": 16, "data.lengths": (144,), "me
              "sizes.visual.layers": 1, "sizes.audio.layers": 1, "sizes.clip.taps": (1, 2, 2)}
 
 
-def small(**changes):
-    """The joint stage at small width, its language model in bfloat16 and split over four chips."""
+def joint(values):
+    """The joint stage's config with other values."""
     config = finetune.get_config()
-    for path, value in (OVERRIDES | {name.replace("__", "."): value for name, value in changes.items()}).items():
+    for path, value in values.items():
         *sections, name = path.split(".")
         section = config
         for part in sections:
             section = section[part]
         section[name] = value
     return config
+
+
+def small(**changes):
+    """The joint stage at small width, its language model in bfloat16 and split over four chips."""
+    return joint(OVERRIDES | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def wide(*trainable):
+    """The language model at its real width but three layers deep, split over four chips; two rows on each."""
+    groups = (*common.ENCODERS, *common.QFORMERS, *common.LORA, *common.LLAMA, *common.SEGMENTATION, *common.FOURIER)
+    return joint({"data.batch_size": 8, "mesh.fsdp": 4, "optim.accumulate": 1, "sizes.llama.layers": LAYERS,
+                  "trainable": trainable, "frozen": tuple(group for group in groups if group not in trainable)})
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +69,10 @@ def step(devices):
 
 
 @pytest.fixture(scope="module")
-def whole(devices):
-    """The report of a step that trains the language model as well."""
-    config = small(trainable=(*common.QFORMERS, *common.LORA, *common.SEGMENTATION, *common.LLAMA),
-                   frozen=(*common.ENCODERS, *common.FOURIER))
-    return verb.measure(config, "v5e:2x2", devices, BUCKET, "train")[0]
-
-
-def llama_weights(config) -> float:
-    """Elements of the language model's matrices on one of four chips."""
-    cfg = model_config(config).llama
-    return (LAYERS * (4 * cfg.hidden**2 + 3 * cfg.hidden * cfg.mlp_dim) + 2 * cfg.padded_vocab * cfg.hidden) / 4
+def lora(devices):
+    """(config, report) of a step that trains LoRA alone."""
+    config = wide(*common.LORA)
+    return config, verb.measure(config, "v5e:2x2", devices, WIDE, "train")[0]
 
 
 @needs_libtpu
@@ -138,42 +143,41 @@ def test_findings_name_what_is_gathered_and_widened():
 
 @needs_libtpu
 @pytest.mark.exhaustive
-def test_moments_exist_for_trainables_only(step, whole):
-    """Training the language model as well adds its moments and its float32 values."""
-    config, report, _ = step
-    assert whole["argument_bytes"] - report["argument_bytes"] == pytest.approx(
-        10 * llama_weights(config), rel=0.05), "4 + 4 + 4 - 2"
+def test_moments_and_gradients_exist_for_trainables_only(lora, devices):
+    """Training the language model as well adds, for each of its weights, what LoRA alone does not hold: two moments and
+    a value in float32 in place of bfloat16, a gradient in float32, and a copy in bfloat16 to compute with."""
+    config, report = lora
+    whole, _ = verb.measure(wide(*common.LORA, *common.LLAMA), "v5e:2x2", devices, WIDE, "train")
+    cfg = model_config(config).llama
+    weights = (LAYERS * (4 * cfg.hidden**2 + 3 * cfg.hidden * cfg.mlp_dim) + 2 * cfg.padded_vocab * cfg.hidden) / 4
+    more = {name: (whole[name] - report[name]) / weights for name in ("argument_bytes", "temporary_bytes")}
+    print("bytes per weight and chip:", more)
+    assert more["argument_bytes"] == pytest.approx(4 + 4 + 4 - 2, rel=0.02)
+    assert 4 < more["temporary_bytes"] < 8
 
 
 @needs_libtpu
 @pytest.mark.exhaustive
-@pytest.mark.xfail(strict=True, reason="2.2 MB more in place of 4.9; why is not known")
-def test_gradients_exist_for_trainables_only(step, whole):
-    config, report, _ = step
-    assert whole["temporary_bytes"] - report["temporary_bytes"] > 2 * llama_weights(config), "of every weight"
-
-
-@needs_libtpu
-@pytest.mark.exhaustive
-@pytest.mark.xfail(strict=True, reason="4.9 times in place of 1.5: docs/benchmarks.md")
-def test_training_adds_few_temporaries_to_a_forward_pass(step, devices):
-    """No more than the saved inputs of each layer and half as much again."""
-    config, report, _ = step
-    cfg, mesh = model_config(config).llama, layout.mesh_of(config, devices)
-    model = Crab(model_config(config))
+def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora, devices):
+    config, report = lora
+    mesh, model = layout.mesh_of(config, devices), Crab(model_config(config))
     state, frozen = verb.abstract_state(config, mesh)
-    batch = verb.abstract_batch(config, BUCKET, config.data.batch_size, sharding.batch_sharding(mesh))
+    batch = verb.abstract_batch(config, WIDE, config.data.batch_size, sharding.batch_sharding(mesh))
 
     def forward(trainable, frozen, batch):
         with sharding.constrained(mesh):
-            out = model.apply({"params": optim.merge(trainable, frozen)}, batch)
+            out = model.apply({"params": optim.merge(trainable, frozen)}, batch, deterministic=False,
+                              rngs={"dropout": jax.random.key(0)})
             rows = train.loss_rows(out, batch)
             return losses.total({name: losses.pool(term) for name, term in rows.items()}, loss_config(config))
 
     memory = jax.jit(forward).lower(state.trainable, frozen, batch).compile().memory_analysis()
-    saved = LAYERS * config.data.batch_size // 4 * BUCKET.length * cfg.hidden * 2
-    print("temporaries: step", report["temporary_bytes"], "forward", memory.temp_size_in_bytes, "saved", saved)
-    assert report["temporary_bytes"] < 1.5 * (memory.temp_size_in_bytes + saved)
+    # What was allocated, and what of it was in use at the fullest moment.
+    ratios = (report["temporary_bytes"] / memory.temp_size_in_bytes,
+              (report["xla_peak_bytes"] - report["argument_bytes"])
+              / (memory.peak_memory_in_bytes - memory.argument_size_in_bytes))
+    print("step over forward pass:", report["temporary_bytes"], memory.temp_size_in_bytes, ratios)
+    assert max(ratios) < 1.5
 
 
 @needs_libtpu
@@ -229,11 +233,37 @@ def test_a_wrong_flag_exits_with_2_and_one_line():
     assert done.returncode == 2 and "v9:2x2" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@needs_libtpu
 def test_the_sweep_tries_fewer_rows_at_a_time_until_they_are_one():
-    config = copy.deepcopy(finetune.get_config())
-    trials = list(verb._halved(config, 64, 8, 1, "dots"))
-    assert [trial.optim.accumulate for trial in trials] == [1, 2, 4, 8]
+    trials = list(verb._halved(finetune.get_config(), verb.topology_devices("v5e:8x8"), 8, 1, "dots"))
+    assert [trial.optim.accumulate for trial in trials] == [2, 4, 8], "4 are inferred; a chip has 8 rows"
     assert {(t.mesh.data, t.mesh.fsdp, t.sizes.llama.remat) for t in trials} == {(8, 8, "dots")}
+
+
+@needs_libtpu
+def test_the_sweep_compiles_only_what_could_be_the_best(devices, monkeypatch, capsys):
+    """Once a step fits that takes no longer than the arithmetic of the rest, it ends."""
+    tried = []
+
+    def measured(config, topology, devices, bucket, stage):
+        tried.append((config.mesh.fsdp, config.sizes.llama.remat, config.optim.accumulate))
+        fits = config.mesh.fsdp == 4 and config.optim.accumulate == 2
+        return {"fits": fits, "headroom": 0.5, "roofline_s": {"step": 2.0}, "accumulate": config.optim.accumulate}, None
+
+    trials = [(1.0, 1, 1, "dots"), (1.0, 1, 4, "dots"), (2.0, 1, 1, "full"), (2.0, 1, 4, "full")]
+    monkeypatch.setattr(verb, "_by_arithmetic", lambda *args: trials)
+    monkeypatch.setattr(verb, "measure", measured)
+    found = verb.sweep(small(data__batch_size=8), "v5e:2x2", devices, BUCKET)
+    assert tried == [(1, "dots", 1), (1, "dots", 2), (4, "dots", 1), (4, "dots", 2)] and len(found) == 1
+    assert "2 of 4 are not compiled: their arithmetic alone takes 2.000 s" in capsys.readouterr().out
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
+def test_the_policy_that_recomputes_less_is_tried_first(devices):
+    trials = verb._by_arithmetic(small(), devices, BUCKET, [((4, 1), "full"), ((1, 1), "full"), ((4, 1), "dots")])
+    assert [trial[1:] for trial in trials] == [(1, 4, "dots"), (1, 1, "full"), (1, 4, "full")]
+    assert trials[0][0] < trials[1][0] == trials[2][0]
 
 
 def test_the_mix_holds_every_bucket_once_and_the_largest_covers_it():
