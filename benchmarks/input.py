@@ -46,7 +46,8 @@ TARGET = "The event is <event> Male speech, man speaking </event>, and the time 
 # (owner, function, stage): a function's own time, without that of the functions below it that are listed too.
 STAGES = [
     (media, "read_video", "decode"), (media, "read_image", "decode"), (media, "read_audio", "decode"),
-    (media, "_small", "resize"), (fbank, "cut_windows", "fbank"), (fbank, "fbank", "fbank"),
+    (media, "_small", "resize"), (media, "_square", "resize"),
+    (fbank, "cut_windows", "fbank"), (fbank, "fbank", "fbank"),
     (batching, "_encode", "tokenise"), (batching, "bucket_for", "tokenise"), (batching, "text_arrays", "tokenise"),
     (batching, "collate", "batch"), (batching, "_pad", "batch"),
     *((shards.Shards, name, "read") for name in ("video", "picture", "sound")),
@@ -177,7 +178,8 @@ def compare(examples: list[Example], raw: Path, prepared: Path, tokenizer: Token
         result[name] = {stage: 1000 * statistics.median(one.get(stage, 0.0) for one in kept) / len(examples)
                         for stage in kept[0]}
     total = {name: stages["total"] for name, stages in result.items()}
-    result["ratios"] = {"raw / bare": total["raw"] / total["bare"]}
+    result["ratios"] = {"raw / bare": total["raw"] / total["bare"],
+                        "raw's decoding / bare": result["raw"]["decode"] / total["bare"]}
     if reference:
         result["ratios"] |= {"reference / raw": total["reference"] / total["raw"],
                              "reference / prepared": total["reference"] / total["prepared"]}

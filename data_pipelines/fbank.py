@@ -10,6 +10,7 @@ import functools
 
 import numpy as np
 import scipy.fft
+import scipy.sparse
 
 from crab_jax.errors import InputError
 
@@ -52,15 +53,9 @@ def mel_banks() -> np.ndarray:
 
 
 @functools.cache
-def _mel_blocks() -> list[tuple[slice, np.ndarray]]:
-    """(FFT bins, their weights float32[bins, 16]) of each 16 neighbouring triangles: the others weigh nothing."""
-    blocks = []
-    for first in range(0, MEL_BINS, 16):
-        weights = mel_banks()[:, first : first + 16]
-        used = np.flatnonzero(weights.any(axis=1))
-        bins = slice(int(used[0]), int(used[-1]) + 1)
-        blocks.append((bins, weights[bins]))
-    return blocks
+def _mel_matrix() -> scipy.sparse.csr_array:
+    """float32[128, 257]: the triangles, of whose weights 504 are not zero."""
+    return scipy.sparse.csr_array(mel_banks().T)
 
 
 @functools.cache
@@ -77,18 +72,32 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
     """
     samples = np.asarray(waveform, np.float32) * np.float32(32768)
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME, axis=-1)[..., ::SHIFT, :]
-    frames = frames - frames.mean(-1, keepdims=True)
-    before = np.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    spectrum = scipy.fft.rfft((frames - np.float32(0.97) * before) * povey_window(), FFT)
+    energies = np.empty((*frames.shape[:-1], MEL_BINS), np.float32)
+    for window in np.ndindex(frames.shape[:-2]):  # one by one: the arrays in between stay in the core's own cache
+        energies[window] = _mel_of_frames(frames[window])
+    return np.log(np.maximum(energies, FLOOR, out=energies), out=energies)
+
+
+def _mel_of_frames(frames: np.ndarray) -> np.ndarray:
+    """float32[n, 128]: the energies of frames float32[n, 400]."""
+    centred = frames - frames.mean(-1, keepdims=True)
+    padded = np.zeros((len(frames), FFT), np.float32)
+    shaped = padded[:, 1:FRAME]  # the window weighs the first sample with 0
+    np.multiply(centred[:, :-1], np.float32(-0.97), out=shaped)
+    shaped += centred[:, 1:]
+    shaped *= povey_window()[1:]
+    spectrum = scipy.fft.rfft(padded, overwrite_x=True)
     power = spectrum.real**2 + spectrum.imag**2
-    # einsum stays on this thread: BLAS threads of several loaders fight for the cores and are 30 times slower.
-    energies = [np.einsum("...k,km->...m", power[..., bins], weights) for bins, weights in _mel_blocks()]
-    return np.log(np.maximum(np.concatenate(energies, axis=-1), FLOOR))
+    # A sparse product stays on this thread: BLAS threads of several loaders fight for the cores, 30 times slower.
+    return (_mel_matrix() @ power.T).T
 
 
 def fbank(waveform: np.ndarray) -> np.ndarray:
     """BEATs input: float[..., N] in [-1, 1] at 16 kHz -> float32[..., frames, 128], normalised log-mel energies."""
-    return ((log_mel(waveform) - MEAN) / (2 * STD)).astype(np.float32)
+    bands = log_mel(waveform)
+    bands -= np.float32(MEAN)
+    bands /= np.float32(2 * STD)
+    return bands
 
 
 def envelope(bands: np.ndarray) -> np.ndarray:
@@ -135,5 +144,7 @@ def cut_windows(
     else:
         chosen = [second] if policy in SINGLE and second is not None else range(parts)
         pieces = [waveform[i * unit : (i + 1) * unit] for i in chosen]
-    fitted = [np.pad(piece[:samples], (0, max(0, samples - len(piece)))) for piece in pieces]
-    return np.stack(fitted).astype(np.float32)
+    windows = np.zeros((len(pieces), samples), np.float32)
+    for window, piece in zip(windows, pieces, strict=True):
+        window[: len(piece)] = piece[:samples]
+    return windows

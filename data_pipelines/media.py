@@ -122,33 +122,19 @@ def video_size(path: str | Path) -> tuple[int, int]:
         return (stream.height, stream.width) if sideways else (stream.width, stream.height)
 
 
-class _Packet(NamedTuple):
-    """A coded frame of a video, in the order of the file: when it is shown, and whether decoding can start with it."""
-
-    time: int | None
-    key: bool
-
-
-def _packets(path: str | Path) -> tuple[list[_Packet], int, int]:
-    """The coded frames that will be shown; how many there are with hidden ones; how many the container declares."""
-    shown, count = [], 0
-    with _opened(path, "video") as container:
-        stream = _video_stream(container, path)
-        for packet in container.demux(stream):
-            if packet.size:
-                count += 1
-                if not packet.is_discard:
-                    shown.append(_Packet(packet.pts, packet.is_keyframe))
-        return shown, count, stream.frames
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[av.Packet], int]:
+    """The coded frames that will be shown, in the order of the file, and how many there are with hidden ones."""
+    coded = [packet for packet in container.demux(stream) if packet.size]
+    return [packet for packet in coded if not packet.is_discard], len(coded)
 
 
-def _needed(packets: Sequence[_Packet], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
+def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
     """Which packets must be decoded for the frames `numbers` (in the order of showing), and time -> number of those.
 
     From every group of frames that starts with a key frame and refers to no other group, those up to the last wanted
     one. None when the times do not tell.
     """
-    times = [packet.time for packet in packets if packet.time is not None]
+    times = [packet.pts for packet in packets if packet.pts is not None]
     if not packets or len(set(times)) < len(packets):
         return None
     order = sorted(times)
@@ -156,7 +142,7 @@ def _needed(packets: Sequence[_Packet], numbers: Sequence[int]) -> tuple[set[int
     starts, latest = [0], times[0]
     for place in range(1, len(packets)):
         # A group starts where all before it are shown earlier.
-        if packets[place].key and latest < times[place]:
+        if packets[place].is_keyframe and latest < times[place]:
             starts.append(place)
         latest = max(latest, times[place])
     groups = [range(start, end) for start, end in itertools.pairwise([*starts, len(packets)])]
@@ -175,35 +161,32 @@ def _needed(packets: Sequence[_Packet], numbers: Sequence[int]) -> tuple[set[int
 
 def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
     """uint8[size, size, 3]: a frame, upright. Frames of a video share a `scaler`, which is slow to set up."""
-    # Bilinear, because it is what decord's VideoReader(width=, height=) does.
-    small = scaler.reformat(frame, size, size, "rgb24", interpolation="BILINEAR").to_ndarray()
+    # Bilinear, because it is what decord's VideoReader(width=, height=) does; in this thread, as the decoding.
+    small = scaler.reformat(frame, size, size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray()
     return np.rot90(small, _quarter_turns(frame))
 
 
-def _decode_needed(path: str | Path, decoded: set[int], wanted: Mapping[int, int], size: int) -> dict[int, np.ndarray]:
+def _decode_needed(stream: av.VideoStream, packets: Sequence[av.Packet], decoded: set[int], wanted: Mapping[int, int],
+                   size: int) -> dict[int, np.ndarray]:
     """Number -> frame, resized, of those of the `wanted` times that decoding the packets `decoded` gives."""
     picked: dict[int, np.ndarray] = {}
-    scaler = VideoReformatter()
+    context, running, scaler = stream.codec_context, False, VideoReformatter()
 
     def take(frames: Sequence[av.VideoFrame]) -> None:
         picked.update((wanted[f.pts], _small(f, size, scaler))
                       for f in frames if f.pts is not None and f.pts in wanted)
 
-    with _opened(path, "video") as container:
-        stream = _video_stream(container, path)
-        context, running = stream.codec_context, False
-        shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        for place, packet in enumerate(shown):
-            if place in decoded:
-                take(context.decode(packet))
-                running = True
-            elif running:
-                take(context.decode(None))
-                context.flush_buffers()
-                running = False
-            if len(picked) == len(wanted):
-                return picked
-        take(context.decode(None))
+    for place, packet in enumerate(packets):
+        if place in decoded:
+            take(context.decode(packet))
+            running = True
+        elif running:
+            take(context.decode(None))
+            context.flush_buffers()
+            running = False
+        if len(picked) == len(wanted):
+            return picked
+    take(context.decode(None))
     return picked
 
 
@@ -230,17 +213,21 @@ def frame_numbers(total: int, count: int) -> list[int]:
 def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
     """uint8[min(count, n), size, size, 3]: RGB frames i * n / count of the n frames of a video, aspect ratio ignored.
 
-    Only what those frames need is decoded; `watch` finds damage anywhere. Source: dataset/video_processor.py (decord,
-    which resizes while decoding); docs/datasets.md has the tolerance. Raises InputError for a missing, damaged or
-    truncated file, one without a video stream, and one without frames.
+    All its coded frames are held (opening a file twice costs more), and only what those frames need is decoded; `watch`
+    finds damage anywhere. Source: dataset/video_processor.py (decord, which resizes while decoding); docs/datasets.md
+    has the tolerance. Raises InputError for a missing, damaged or truncated file, one without a video stream, and one
+    without frames.
     """
-    packets, stored, declared = _packets(path)
-    total = len(packets)
-    numbers = frame_numbers(total, count)
-    if stored >= 0.9 * declared and (needed := _needed(packets, numbers)):
-        picked = _decode_needed(path, *needed, size)
-        if numbers and len(picked) == len(numbers):
-            return np.stack([picked[number] for number in numbers])
+    with _opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        declared = stream.frames
+        packets, stored = _packets(container, stream)
+        total = len(packets)
+        numbers = frame_numbers(total, count)
+        if stored >= 0.9 * declared and (needed := _needed(packets, numbers)):
+            picked = _decode_needed(stream, packets, *needed, size)
+            if numbers and len(picked) == len(numbers):
+                return np.stack([picked[number] for number in numbers])
     while True:  # what the container says is off: decode everything, and choose again from what there is
         numbers = frame_numbers(total, count)
         picked, decoded = _decode_all(path, set(numbers), size)
@@ -318,7 +305,12 @@ def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
     as it is stored. Raises InputError.
     """
     with _picture(path, field) as picture:
-        return np.array(_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
+        return _square(_rgb(picture), size)
+
+
+def _square(picture: Image.Image, size: int) -> np.ndarray:
+    """uint8[size, size, 3]: an RGB picture, resized as CLIPImageProcessor does it."""
+    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def alpha(path: str | Path, field: str = "mask") -> np.ndarray | None:
@@ -330,7 +322,7 @@ def alpha(path: str | Path, field: str = "mask") -> np.ndarray | None:
 def _rgb(picture: Image.Image) -> Image.Image:
     """RGB of 8 bits. Pillow cuts greys of 16 bits off at 255 instead of scaling them."""
     if picture.mode not in _DEEP:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     grey = np.asarray(picture)
     if grey.min(initial=0) < 0 or grey.max(initial=0) > 0xFFFF:
         raise ValueError("grey values of more than 16 bits")
@@ -379,7 +371,8 @@ def _read_soundfile(path: str | Path) -> tuple[np.ndarray, int]:
     if len(samples) < 0.9 * stated:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
                          "the file is truncated", again)
-    return samples.mean(axis=1), rate
+    # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
+    return sum(samples.T[1:], samples.T[0]) / samples.shape[1], rate
 
 
 def _read_track(path: str | Path) -> tuple[np.ndarray, int]:
