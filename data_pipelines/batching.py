@@ -155,7 +155,8 @@ def place(example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: E
     )
     frames = _most_frames(example, config)
     rows = _rows(example, bucket, frames, config)
-    needed = len(tokenizer.expand(*(encoded or _encode(example, tokenizer, config)), rows).tokens)
+    ids, _ = encoded or _encode(example, tokenizer, config)
+    needed = tokenizer.length(ids, rows)
     fitting = [length for length in config.lengths if length >= needed]
     if not fitting:
         problem = f"needs {needed} positions, but the longest bucket has {config.lengths[-1]}"
@@ -221,7 +222,9 @@ def _load_segmentation(example: Example, source: Source, frames: np.ndarray, con
 
 
 def _pad(values: np.ndarray, length: int, fill: Any = 0) -> np.ndarray:
-    """`values`, with its first axis padded at the end to `length`."""
+    """`values`, with its first axis padded at the end to `length`; not a copy where it is that long."""
+    if len(values) == length:
+        return values
     padded = np.full((length, *values.shape[1:]), fill, values.dtype)
     padded[: len(values)] = values
     return padded

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from data_pipelines import fbank, media, shards
+from data_pipelines import fbank, media, memory, shards
 from data_pipelines.shards import Decoding, Shards
 
 
@@ -25,6 +25,7 @@ class Files:
     """
 
     def __init__(self, root: str | Path, decoding: Decoding, cache_dir: str = ""):
+        memory.keep_freed()
         self.root, self.decoding, self.cache_dir = Path(root), decoding, cache_dir
         self._pictures: dict[str, np.ndarray] = {}
 

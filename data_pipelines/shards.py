@@ -1,21 +1,25 @@
 """A prepared root: the Examples of a data root as text, their media decoded in ArrayRecord shards. `prepare` writes it.
 
     prepared.json                                   settings, shards with checksums, versions; written last
-    index.bin                                       where every medium is, sorted by the hash of its key
+    index.bin                                       where every medium is (`PLACE`), sorted by the hash of its key
     examples/<dataset>-<split>-<variant>.jsonl      what `datasets.records` gives, errors included; of a root of
                                                     <split>.jsonl, those files
     {frames,sounds,masks}/                          each a TFDS dataset: features.json, dataset_info.json,
         <kind>-<list>.array_record-0000i-of-0000n   one record a medium, in the splits of TFDS; <record>.json beside
                                                     each shard says what it was made from
 
-A record is a tf.train.Example, so that TFDS and Grain read the shards too; here it is taken apart without a copy.
+A record is a tf.train.Example, so that TFDS and Grain read the shards too; here it is taken apart without a copy. One
+that is not compressed is read from its place in the file at once, because ArrayRecord's reader copies it four times.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import itertools
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,14 +29,17 @@ import numpy as np
 from array_record.python import array_record_module
 
 from crab_jax.errors import InputError
-from data_pipelines import fbank, media
+from data_pipelines import fbank, media, memory
 from data_pipelines.examples import Example, from_json, json_line, seg_source, to_json
 from data_pipelines.sources.release import Found, MissingFile
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, PLAN, INDEX = "prepared.json", "plan.json", "index.bin"
 KINDS = ("frames", "sounds", "masks")
-PLACE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("row", "<u4")])
+# Of a record that `read_at` reads: where it begins in its file, how long it is, and its `checksum`; otherwise at is 0.
+PLACE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("row", "<u4"), ("at", "<u8"), ("length", "<u8"), ("sum", "<u8")])
+BLOCK, BLOCK_HEADER = 1 << 16, 24  # bytes; every block of a Riegeli file, which ArrayRecord's are, begins with a header
+LARGEST = 500 * BLOCK  # bytes that `read_at` reads: each block is two of the 1,024 buffers that preadv takes
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 
@@ -111,7 +118,7 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
             return value, at
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: bytes | memoryview) -> dict[str, Any]:
     """name -> int, or a memoryview into `data`: the inverse of `encode`. Raises ValueError, IndexError, KeyError."""
     record: dict[str, Any] = {}
     ((_, features),) = _fields(memoryview(data))
@@ -121,6 +128,22 @@ def decode(data: bytes) -> dict[str, Any]:
         ((_, value),) = _fields(values)
         record[str(parts[1], "utf-8")] = _read_varint(value, 0)[0] if kind == 3 else value
     return record
+
+
+def read_at(file: io.FileIO, at: int, length: int) -> memoryview:
+    """`length` bytes of a Riegeli file from `at` on, without the headers of its blocks; fewer at its end."""
+    data, header = np.empty(length, np.uint8).data, memoryview(bytearray(BLOCK_HEADER))
+    ends = [*range(BLOCK - at % BLOCK, length, BLOCK - BLOCK_HEADER), length]
+    pieces = [piece for start, end in itertools.pairwise([0, *ends]) for piece in (data[start:end], header)]
+    read = os.preadv(file.fileno(), pieces[:-1], at)
+    return data[: max(0, read - BLOCK_HEADER * (len(ends) - 1))]
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """The sum of the words of 64 bits of a record, and the rest."""
+    whole = len(data) // 8 * 8
+    words = np.frombuffer(data, np.uint64, whole // 8)
+    return (int(words.sum()) + int.from_bytes(bytes(data[whole:]), "little")) % 2**64
 
 
 # Errors as text.
@@ -152,6 +175,7 @@ class Shards:
     """
 
     def __init__(self, root: str | Path):
+        memory.keep_freed()
         self.root = Path(root)
         self.manifest = _json(self.root / MANIFEST)
         if self.manifest.get("format") != FORMAT:
@@ -164,7 +188,9 @@ class Shards:
         places = self.manifest["records"]
         _check_size(self.root / INDEX, places * PLACE.itemsize)
         self._places = np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE)
+        self._keys = np.ascontiguousarray(self._places["key"])  # searchsorted would copy them at every look
         self._readers: dict[int, Any] = {}
+        self._files: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
     def check(self, decoding: Decoding) -> None:
@@ -238,16 +264,19 @@ class Shards:
     def _record(self, medium: Medium, field: str) -> dict[str, Any]:
         """The record of a medium. Raises the InputError that decoding it gave, or one that names a damaged shard."""
         key = np.uint64(medium.key())
-        place = np.searchsorted(self._places["key"], key)
-        if place == len(self._places) or self._places[place]["key"] != key:
+        found = np.searchsorted(self._keys, key)
+        if found == len(self._keys) or self._keys[found] != key:
             raise InputError(str(self.root), field, f"{medium.path} ({medium.detail}) is not among what was prepared",
                              "run prepare again with the same options; it adds what is new")
-        number, row = int(self._places[place]["shard"]), int(self._places[place]["row"])
+        _, number, row, at, length, total = self._places[found].item()
         try:
-            record = decode(self._reader(number).read([row])[0])
+            data = read_at(self._file(number), at, length) if at else self._reader(number).read([row])[0]
+            record = decode(data)
+            if at and checksum(data) != total:
+                raise ValueError
             if str(record["path"], "utf-8") != medium.path:
                 raise ValueError
-        except (ValueError, IndexError, KeyError, RuntimeError) as error:
+        except (ValueError, IndexError, KeyError, RuntimeError, OSError) as error:
             raise _damaged(self.root / self.shards[number]["file"], f"record {row} cannot be read") from error
         if len(record["error"]):
             raise error_of(json.loads(bytes(record["error"])), field)
@@ -259,6 +288,12 @@ class Shards:
                 path = str(self.root / self.shards[number]["file"])
                 self._readers[number] = array_record_module.ArrayRecordReader(path, READER_OPTIONS)
             return self._readers[number]
+
+    def _file(self, number: int) -> io.FileIO:
+        with self._lock:
+            if number not in self._files:
+                self._files[number] = io.FileIO(self.root / self.shards[number]["file"])
+            return self._files[number]
 
 
 def _size(record: Mapping[str, Any]) -> tuple[int, int]:

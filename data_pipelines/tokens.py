@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -121,9 +122,14 @@ class Tokenizer:
 
         The two are tokenised apart and concatenated, as in dataset/unified_dataset.py.
         """
-        prompt = self.ids(chat_prompt(instruction))
+        prompt = self._prompt(instruction)
         answer = [] if target is None else self.ids(target + EOS)
         return np.array(prompt + answer, np.int32), np.arange(len(prompt) + len(answer)) >= len(prompt)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a process has one tokenizer, and most tasks one prompt
+    def _prompt(self, instruction: str) -> list[int]:
+        """Ids of the wrapped instruction; not to be changed."""
+        return self.ids(chat_prompt(instruction))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids, up to the first `</s>` when special tokens are skipped; mask tokens stay."""
@@ -132,21 +138,33 @@ class Tokenizer:
             ids = ids[: ids.index(self.eos_id)]
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def length(self, ids: np.ndarray, rows: Mapping[str, np.ndarray]) -> int:
+        """How many positions `expand` gives."""
+        return int(self._lengths(ids, rows).sum())
+
+    def _lengths(self, ids: np.ndarray, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """int[N]: the positions that each of the ids takes."""
+        lengths = np.ones(len(ids), int)
+        for name, run in rows.items():
+            lengths[ids == self.id(name)] = len(run)
+        return lengths
+
     def expand(self, ids: np.ndarray, is_target: np.ndarray, rows: Mapping[str, np.ndarray]) -> Expanded:
         """Replace each placeholder by its run of feature slots.
 
         ids: int32[N]; is_target: bool[N]; rows: placeholder -> int[n], the feature rows that it stands for, in order.
         Source: prepare_multimodal_inputs (models/unified_arch.py); the position of a mask token minus one predicts it.
         """
-        rows_of_id = {self.id(name): np.asarray(value, np.int32) for name, value in rows.items()}
-        text_slot = np.full(1, -1, np.int32)
-        slots = [rows_of_id.get(token, text_slot) for token in ids.tolist()]
-        lengths = [len(run) for run in slots]
-        tokens = np.repeat(ids.astype(np.int32), lengths)
-        loss_mask = np.repeat(is_target, lengths)
-        found = [np.flatnonzero(loss_mask & (tokens == mask_id)) for mask_id in self.mask_ids]
-        positions = np.array([where[0] - 1 if len(where) else -1 for where in found], np.int32)
-        return Expanded(tokens, np.concatenate(slots), loss_mask, positions)
+        lengths = self._lengths(ids, rows)
+        tokens, loss_mask = np.repeat(ids.astype(np.int32), lengths), np.repeat(is_target, lengths)
+        slots = np.full(len(tokens), -1, np.int32)
+        for name, run in rows.items():
+            where = np.flatnonzero(tokens == self.id(name))
+            slots[where] = np.resize(run, len(where))  # once for each placeholder
+        positions = np.full(len(self.mask_ids), -1, np.int32)
+        found = np.flatnonzero(loss_mask & (tokens >= self.mask_ids[0]))[::-1]  # the first of a kind is written last
+        positions[tokens[found] - self.mask_ids[0]] = found - 1
+        return Expanded(tokens, slots, loss_mask, positions)
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -1,6 +1,7 @@
 """A prepared root stands for the root it was made from: the same Examples, batches, errors and scores."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from pycocotools import mask as coco
 
 from crab_jax import evaluate
@@ -242,6 +244,41 @@ def test_a_damaged_shard_is_named_and_made_anew(ave, tokenizer):
     os.utime(out / "prepared.json", (4, 4))
     assert shard.read_bytes() == content
     assert same(*(batching.load(example, one, tokenizer, CONFIG) for one in (root, out)))
+
+
+def test_records_are_read_from_their_places_as_array_record_reads_them(tmp_path):
+    """Sizes around those of a block; and any changed byte is noticed."""
+    generator, sizes = np.random.default_rng(0), [1, 100, 60_000, 65_300, *range(65_400, 65_560, 24), 400_000, 7]
+    records = [shards.encode({"path": f"{n}", "x": generator.bytes(size)}) for n, size in enumerate(sizes * 4)]
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "shard"), "group_size:1,uncompressed")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    written = [(record[:prepare._HEAD], len(record), shards.checksum(record)) for record in records]
+    places = prepare._locate(tmp_path / "shard", written)
+    direct = [place for place in places if place[0]]
+    assert len(direct) > 0.8 * len(records)
+    with io.FileIO(tmp_path / "shard") as file:
+        read = [bytes(shards.read_at(file, at, length)) if at else None for at, length, _ in places]
+    assert all(one in (None, record) for one, record in zip(read, records, strict=True))
+    content = bytearray((tmp_path / "shard").read_bytes())
+    for at, _, _ in direct:
+        content[at + 5] ^= 1
+    (tmp_path / "shard").write_bytes(content)
+    with io.FileIO(tmp_path / "shard") as file:
+        assert all(shards.checksum(shards.read_at(file, at, length)) != total for at, length, total in direct)
+
+
+def test_compressed_pictures_are_the_same(ave, tokenizer):
+    root, out = ave
+    for folder, options in ((out, ()), (out.with_name("small"), ("--compress",))):
+        run(root, folder, "--splits", "test", *options)
+    as_they_are = [np.fromfile(one / "index.bin", shards.PLACE)["at"] > 0 for one in (out, out.with_name("small"))]
+    assert as_they_are[0].all() and as_they_are[1].sum() == len(as_they_are[1]) // 2  # the sounds
+    for example in read_examples(out, "test"):
+        assert same(*(batching.load(example, one, tokenizer, CONFIG) for one in (out, out.with_name("small"))))
+    with pytest.raises(InputError, match=r"\[compress\]: was prepared with False, not True"):
+        run(root, out, "--splits", "val", "--compress")
 
 
 def test_tfds_reads_the_shards(prepared, releases_root):

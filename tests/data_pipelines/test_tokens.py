@@ -79,6 +79,9 @@ def test_expand_replaces_placeholders_by_rows(tokenizer):
     assert out.slots.tolist() == [-1, 0, 1, 2, -1, 10, 11, -1]
     assert out.loss_mask.tolist() == [False] * 7 + [True]
     assert out.mask_positions.tolist() == [-1] * 6
+    twice = tokenizer.expand(ids[[1, 0, 1]], np.zeros(3, bool), {"<video>": np.arange(3), "<audio>": np.arange(0)})
+    assert twice.slots.tolist() == [0, 1, 2, -1, 0, 1, 2]
+    assert tokenizer.length(ids[[1, 0, 1]], {"<video>": np.arange(3)}) == 7
 
 
 def test_mask_positions_predict_the_mask_tokens_of_the_target(tokenizer):
@@ -86,6 +89,9 @@ def test_mask_positions_predict_the_mask_tokens_of_the_target(tokenizer):
     out = tokenizer.expand(ids, is_target, {"<video>": np.arange(12)})
     assert out.tokens[out.mask_positions + 1].tolist() == list(tokenizer.mask_ids)
     assert out.loss_mask[out.mask_positions + 1].all()
+    ids, is_target = tokenizer.encode(f"<video> What is {MASK}?", f"It is {MASK}. {MASK}")
+    again = tokenizer.expand(ids, is_target, {"<video>": np.arange(12)})
+    np.testing.assert_array_equal(again.mask_positions, out.mask_positions)  # the first of each
 
 
 def test_bad_tokenizers(tmp_path):
