@@ -1,12 +1,15 @@
 #!/bin/bash
-# Train one stage on GPU nodes under SLURM: one task per GPU, restarted after a preemption or at the time limit.
+# Train one stage, or evaluate, on GPU nodes under SLURM: one task per GPU, restarted after a preemption or at the time
+# limit.
 #
 #     sbatch --nodes=4 launch_slurm.sh --config=configs/finetune.py --config.init_from=/shared/crab/base \
 #         --config.data.root=/shared/crab/data --config.steps=2000 --workdir=/shared/crab/runs/finetune
+#     sbatch --nodes=4 launch_slurm.sh evaluate --checkpoint /shared/crab/runs/finetune --data /shared/crab/data \
+#         --out /shared/crab/results
 #
 # An example: set partition, account and the numbers below to those of your cluster. The arguments are those of
-# `python -m crab_jax.train`; workdir and data lie on a disk that all nodes share. PYTHON names another interpreter than
-# .venv/bin/python. Submit it from the top of the repository.
+# `python -m crab_jax.train`, or the word evaluate and those of `python -m crab_jax.evaluate`; all folders lie on a disk
+# that all nodes share. PYTHON names another interpreter than .venv/bin/python. Submit it from the top of the repository.
 #
 #SBATCH --job-name=crab
 #SBATCH --nodes=1
@@ -30,7 +33,12 @@ trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
 # Every task sees all GPUs of its node (--gpu-bind=none) and JAX takes the one of its local rank; with --gpus-per-task
 # each would see a single GPU and all but the first would look for one that is not there.
-srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m crab_jax.train "$@" &
+verb=train
+if [ "${1:-}" = evaluate ]; then
+    verb=$1
+    shift
+fi
+srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m "crab_jax.$verb" "$@" &
 run=$!
 wait "$run"
 code=$?

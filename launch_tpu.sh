@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train one stage on a Cloud TPU slice: create or reuse the slice, install this commit on every worker, run, stream the
-# log, and start again after a preemption (train resumes from its workdir).
+# Train one stage, or evaluate, on a Cloud TPU slice: create or reuse the slice, install this commit on every worker,
+# run, stream the log, and start again after a preemption (train and evaluate go on from their folder).
 #
 #     ./launch_tpu.sh run --name=crab --zone=us-west4-a --type=v5e:16x16 --queued --spot \
 #         --setup='sudo mkdir -p /mnt/crab && sudo mount 10.0.0.2:/crab /mnt/crab' \
 #         --config=configs/finetune.py --config.init_from=/mnt/crab/base --config.data.root=/mnt/crab/data \
 #         --config.steps=2000 --workdir=/mnt/crab/runs/finetune
+#     ./launch_tpu.sh run --name=crab --zone=us-west4-a --type=v5e:16x16 -- evaluate \
+#         --checkpoint=/mnt/crab/runs/finetune --data=/mnt/crab/data --out=/mnt/crab/results
 #
 # Commands
 #   run      create or reuse, install, start, follow; a run that is already on the slice is followed, not started again
@@ -27,6 +29,8 @@
 #   --config=FILE --config.key=value ... --workdir=DIR   as for `python -m crab_jax.train`; FILE is in this commit
 #                        DIR, and every path in the config, is one that all workers see: a shared disk, or
 #                        gs://bucket/path, which is mounted with gcsfuse and passed on as /mnt/gs/bucket/path
+#   -- evaluate --checkpoint=DIR --out=DIR ...           last, in place of the line above: as for
+#                        `python -m crab_jax.evaluate`; every worker answers its share, with paths as above
 #   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may be run again
 #   --env=NAME=VALUE     environment of the run, such as --env=LIBTPU_INIT_ARGS='...' (repeatable)
 #   --max-restarts=N     give up after N restarts (100)
@@ -43,7 +47,7 @@ exec 3>&1  # where --dry-run prints, also from inside $(...)
 ERRORS=$(mktemp) && trap 'rm -f "$ERRORS"' EXIT
 
 NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' QUEUED=0 CAPACITY=() CREATE_FLAGS=() SSH_FLAGS=()
-CONFIG='' WORKDIR='' OVERRIDES=() SETUP='' ENVIRONMENT=() BUCKETS=()
+CONFIG='' WORKDIR='' OVERRIDES=() EVALUATE=() SETUP='' ENVIRONMENT=() BUCKETS=()
 DRY=0 POLL=20 MAX_RESTARTS=100 WORKER=0
 
 # ---------------------------------------------------------------------------------------------- words on the screen
@@ -95,6 +99,12 @@ parse() {
             --queued) QUEUED=1; shift; continue ;;
             --spot | --reserved) CAPACITY+=("$flag"); shift; continue ;;
             --dry-run) DRY=1; shift; continue ;;
+            --)
+                [[ ${2:-} == evaluate ]] || input_error "command line" "'${2:-}' follows --" "write -- evaluate ..."
+                shift 2
+                to_evaluate "$@"
+                break
+                ;;
             --*) ;;
             *) input_error "command line" "'$1' is not a flag" "see --help" ;;
         esac
@@ -139,6 +149,21 @@ number() {  # FLAG VALUE
     [[ $2 =~ ^[0-9]+$ ]] || input_error "$1" "'$2' is not a whole number" "write $1=N"
 }
 
+to_evaluate() {  # WORDS -> EVALUATE, with paths on the workers, and WORKDIR, the folder of --out
+    local word before=''
+    EVALUATE=(crab_jax.evaluate)
+    for word in "$@"; do
+        as_mounted "${word#--*=}"
+        case $word in
+            --*=*) word=${word%%=*}=$MOUNTED ;;
+            *) word=$MOUNTED ;;
+        esac
+        EVALUATE+=("$word")
+        if [[ $word == --out=* || $before == --out ]]; then WORKDIR=$MOUNTED; fi
+        before=$word
+    done
+}
+
 check_place() {
     [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
         input_error --name "'$NAME' is not a name for a slice" "use small letters, digits and dashes, a letter first"
@@ -175,30 +200,37 @@ check_type() {  # TYPE -> ACCELERATOR, Google's name of it, and RUNTIME
 }
 
 check_run() {
-    local changed python=${PYTHON:-.venv/bin/python}
-    [[ -n $CONFIG ]] || input_error --config "is not given" "write --config=configs/finetune.py"
-    [[ -f $CONFIG ]] || input_error --config "there is no file $CONFIG" "give a path from the top of the repository"
+    local changed python=${PYTHON:-.venv/bin/python} out=--workdir check words
+    if ((${#EVALUATE[@]})); then
+        [[ -z $CONFIG${OVERRIDES[*]-} ]] || input_error --config "cannot be combined with -- evaluate" "choose one"
+        out=--out words=("${EVALUATE[@]}") check="from crab_jax.evaluate import parse_arguments as parse
+from crab_jax.errors import run_verb
+run_verb(lambda: parse(sys.argv[2:]) and None)"
+    else
+        [[ -n $CONFIG ]] || input_error --config "is not given" "write --config=configs/finetune.py"
+        [[ -f $CONFIG ]] || input_error --config "there is no file $CONFIG" "give a path from the top of the repository"
+        words=(crab_jax.train "--config=$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "--workdir=$WORKDIR")
+        check="from crab_jax.config import parse_flags
+from crab_jax.errors import run_verb
+run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
+    fi
     [[ $WORKDIR == /* ]] ||
-        input_error --workdir "'$WORKDIR' would lie on one worker's own disk, which a preemption deletes" \
+        input_error $out "'$WORKDIR' would lie on one worker's own disk, which a preemption deletes" \
             "give gs://bucket/path or the absolute path of a disk that all workers share"
     for changed in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
         [[ $changed =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] || input_error --env "'$changed' sets nothing" "write --env=NAME=VALUE"
     done
     COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null) ||
         input_error "$PWD" "is not a git checkout, and a commit is what is installed" "clone the repository with git"
-    git cat-file -e "HEAD:$CONFIG" 2>/dev/null ||
+    [[ -z $CONFIG ]] || git cat-file -e "HEAD:$CONFIG" 2>/dev/null ||
         input_error --config "$CONFIG is not in commit $COMMIT, which is what is installed" "git add and commit it first"
     changed=$(git status --porcelain --untracked-files=no | wc -l)
     ((changed == 0)) || printf 'warning: %d changed files are not committed and will not be on the slice\n' "$changed" >&2
     if [[ -x $python ]]; then  # a mistyped override is found here, not on every worker
         JAX_PLATFORMS=cpu "$python" -c "import sys
-from crab_jax.config import parse_flags
-from crab_jax.errors import run_verb
-run_verb(lambda: parse_flags(sys.argv, None) and None)" \
-            "--config=$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "--workdir=$WORKDIR" || exit 2
+$check" "${words[@]}" || exit 2
     fi
-    RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m crab_jax.train \
-        "--config=$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "--workdir=$WORKDIR")
+    RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m "${words[@]}")
 }
 
 # -------------------------------------------------------------------------------------------------------- the slice

@@ -29,6 +29,7 @@ from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
 from crab_jax.models.fused import KINDS
+from crab_jax.progress import Progress
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.datasets import VARIANTS
@@ -116,16 +117,6 @@ def share(examples: Sequence[Example], index: int, count: int) -> list[Example]:
     return list(examples[index::count])
 
 
-def with_progress(answers: Iterator[Prediction], total: int, done: int) -> None:
-    """Use up an iterator of predictions, `done` of `total` being there already, and print rate and ETA."""
-    began, shown = time.monotonic(), 0.0
-    for number, _ in enumerate(answers, done + 1):
-        now = time.monotonic()
-        if now - shown > 5 or number == total:
-            rate, shown = (number - done) / max(now - began, 1e-9), now
-            print(f"{number}/{total}  {rate:.2f} examples/s  eta {(total - number) / rate:.0f} s", flush=True)
-
-
 class Source(NamedTuple):
     """Where answers come from: the data they are about, the examples to score, a description for `evaluation.json`, the
     ids that will be answered, and a function that answers Examples."""
@@ -206,7 +197,9 @@ def collect(source: Source, out: Path, index: int, count: int) -> None:
         print(f"{len(ours) - len(todo)} of {len(ours)} examples are answered already", flush=True)
     if todo:
         file = out / (predictions.FILE if count == 1 else f"predictions.{index}.jsonl")
-        with_progress(predictions.append(file, source.answers(todo)), len(ours), len(ours) - len(todo))
+        progress = Progress("examples", len(ours), done=len(ours) - len(todo))
+        for _ in progress.over(predictions.append(file, source.answers(todo))):
+            pass
     if index:
         print(f"process {index} has answered its {len(ours)} examples; process 0 scores them")
         return

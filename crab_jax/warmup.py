@@ -39,6 +39,7 @@ from crab_jax.models.clip import Clip, normalize
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.qformer import QFormer, QFormerConfig
+from crab_jax.progress import Progress
 from crab_jax.tasks import TASKS
 from data_pipelines import batching
 from data_pipelines.examples import Example
@@ -136,9 +137,8 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
     """Frames uint8[N,10,H,W,3], fbank f32[N,10,98,128], instrument per pixel uint8[N,10,H,W], box of each instrument
     f32[N,10,KINDS,4] as shares of the picture, and tables of N scenes."""
     rows: list[Arrays] = []
-    began = time.monotonic()
     prompt = TASKS["ave"].instruction()
-    for number, folder in enumerate(folders, 1):
+    for folder in Progress("clips", len(folders)).over(folders):
         example = Example(id=folder, task="ave", instruction=prompt, video=f"{folder}/clip.mp4")
         arrays = batching.load(example, root, tokenizer, cfg)
         scene = scene_graph.load(root / folder / "scene.json")
@@ -147,10 +147,6 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
         box = scene_graph.scene_table(scene)["box"] / scene_graph.BOX_SPACE
         rows.append({"frames": arrays["frames"], "fbank": arrays["fbank"], "kinds": kinds, "box": box,
                      **table_of(scene)})
-        if number % 200 == 0 or number == len(folders):
-            rate = number / (time.monotonic() - began)
-            eta = (len(folders) - number) / rate
-            print(f"clips {number}/{len(folders)}  {rate:.1f}/s  eta {eta:.0f} s", flush=True)
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 

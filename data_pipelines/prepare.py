@@ -22,7 +22,6 @@ import mmap
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from array_record.python import array_record_module
 
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
+from crab_jax.progress import Progress, on_stderr
 from data_pipelines import datasets, fbank, media, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
@@ -338,18 +338,11 @@ def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], wo
 def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None]
                ) -> Iterator[dict[str, Any]]:
     """The notes of all shards of `todo`, as they get finished; with no workers they are written in this process."""
-    total, began = sum(len(shard.media) for shard in todo), time.monotonic()
-
-    def say(done: int) -> None:
-        if done:
-            rate = done / (time.monotonic() - began)
-            progress(f"{done} of {total} media, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
-
+    written = Progress("media", sum(len(shard.media) for shard in todo), progress)
     if not workers:
-        done = 0
         for shard in todo:
             yield write_shard(settings, out, shard)
-            say(done := done + len(shard.media))
+            written.add(len(shard.media))
         return
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
@@ -359,7 +352,7 @@ def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: in
         while waiting:
             ready, waiting = concurrent.futures.wait(waiting, 3, concurrent.futures.FIRST_COMPLETED)
             yield from (future.result() for future in ready)
-            say(counter.value)
+            written.to(counter.value)
     except concurrent.futures.process.BrokenProcessPool:
         raise InputError(str(out), "--workers", "a decoding process was killed or crashed",
                          "run validate to find the file, or use fewer workers if memory ran out") from None
@@ -463,7 +456,7 @@ def run(argv: Sequence[str]) -> None:
     settings = Settings(str(root.absolute()), decoding, tuple(arguments.variants.split(",")),
                         arguments.shard_mb * 1_000_000, arguments.compress)
     wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
-    failed = prepare(settings, out, wanted, arguments.workers, lambda line: print(line, file=sys.stderr, flush=True))
+    failed = prepare(settings, out, wanted, arguments.workers, on_stderr)
     for line in failed[:10]:
         print(f"cannot be decoded: {line}")
     if failed[10:]:

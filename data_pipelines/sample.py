@@ -14,8 +14,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -29,6 +27,7 @@ from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
 from crab_jax.overlay import TRUTH, event_tracks, figure_png, overlay_boxes, overlay_mask, side_by_side
 from crab_jax.page import Section, escape, image, jpeg, table, write
+from crab_jax.progress import Progress, on_stderr
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines import datasets, padding, shards
 from data_pipelines.batching import SEG_KINDS, Bucket, DataConfig, bucket_for, load
@@ -82,8 +81,8 @@ def groups(root: str | Path, names: Sequence[str], split: str, variant: str, see
     found: dict[tuple[str, str], list[Example]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     bad: Counter[str] = Counter()
-    began = shown = time.monotonic()
-    for done, (name, one) in enumerate(_found(root, names, split, variant), 1):
+    read = Progress(f"records of {split}", say=progress)
+    for name, one in read.over(_found(root, names, split, variant)):
         if isinstance(one, InputError):
             bad[name] += 1
             continue
@@ -92,10 +91,6 @@ def groups(root: str | Path, names: Sequence[str], split: str, variant: str, see
         found.setdefault(key, []).append(one)
         if len(found[key]) > 2 * keep + 1000:  # a million records of LVIS need not stay
             found[key] = sorted(found[key], key=lambda example: rank(example, seed))[:keep]
-        now = time.monotonic()
-        if progress and now - shown > 3:
-            shown = now
-            progress(f"{name} {split}: {done} records read, {done / (now - began):.0f}/s")
     chosen = [Group(*key, counts[key], sorted(some, key=lambda example: rank(example, seed))[:keep])
               for key, some in found.items()]
     return chosen, bad
@@ -309,16 +304,13 @@ def page(file: Path, chosen: Sequence[Group], bad: Mapping[str, int], n: int, sp
          tokenizer: Tokenizer, config: DataConfig, progress: Callable[[str], None] | None = None) -> int:
     """Write the page; how many records it shows."""
     longer = dataclasses.replace(config, lengths=(*config.lengths, *(x for x in LONGER if x > config.lengths[-1])))
-    sections, done, began, shown = [], 0, time.monotonic(), time.monotonic()
-    total = sum(len(group.examples[:n]) for group in chosen)
+    sections, total = [], sum(len(group.examples[:n]) for group in chosen)
+    drawn = Progress("records drawn", total, progress)
     for group in chosen:
         body = ""
         for example in group.examples[:n]:
             body += article(example, root, tokenizer, longer)
-            done, now = done + 1, time.monotonic()
-            if progress and now - shown > 3:
-                shown, rate = now, done / (now - began)
-                progress(f"{done} of {total} drawn, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+            drawn.add()
         title = f"{group.task}: {group.dataset}" if group.dataset not in ("", group.task) else group.task
         title += f" ({len(group.examples[:n])} of {group.records:,})"
         sections.append(Section(f"{group.task}-{group.dataset}", title, body))
@@ -335,7 +327,7 @@ def page(file: Path, chosen: Sequence[Group], bad: Mapping[str, int], n: int, sp
     measured = [example for group in chosen for example in group.examples]
     sections.append(Section("padding", "Padding of the batches", _padding(measured, chosen, tokenizer, longer)))
     write(file, "Data sample", intro, sections, _STYLE)
-    return done
+    return total
 
 
 def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: Tokenizer, config: DataConfig) -> str:
@@ -375,18 +367,15 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")
     tokenizer, file = Tokenizer.load(arguments.tokenizer), out_folder(arguments.out) / "index.html"
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     names = [name for name in arguments.datasets.split(",") if name]
     keep = max(arguments.n, MEASURED)
-    chosen, bad = groups(arguments.root, names, arguments.split, arguments.variant, arguments.seed, keep, say)
+    chosen, bad = groups(arguments.root, names, arguments.split, arguments.variant, arguments.seed, keep, on_stderr)
     if not chosen:
         raise InputError(arguments.root, "--root", f"holds no readable record of {arguments.split!r}",
                          "see what `python -m data_pipelines status` says")
     prepared = shards.opened(arguments.root)
     config = DataConfig(**prepared.decoding._asdict()) if prepared else DataConfig()
-    shown = page(file, chosen, bad, arguments.n, arguments.split, arguments.root, tokenizer, config, say)
+    shown = page(file, chosen, bad, arguments.n, arguments.split, arguments.root, tokenizer, config, on_stderr)
     print(f"{shown} records in {file}")
 
 

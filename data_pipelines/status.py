@@ -13,12 +13,11 @@ import dataclasses
 import functools
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.progress import Progress, on_stderr
 from data_pipelines import media, shards
 from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, records, selection
 from data_pipelines.examples import Example
@@ -103,14 +102,8 @@ def outlines(root: str | Path) -> Look:
 
 def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """Count one split; yields its problems."""
-    pace = Pace(progress)
-
-    def line(seconds: float) -> str:
-        rate = count.annotated / seconds
-        left = f", {max(0, count.complete - count.annotated) / rate:.0f} s left" if count.complete else ""
-        return f"{count.dataset} {count.split}: {count.annotated} examples, {rate:.0f}/s{left}"
-
-    for found in records(root, count.dataset, count.split):
+    pace = Progress(f"{count.dataset} {count.split}", count.complete or 0, progress)
+    for found in pace.over(records(root, count.dataset, count.split)):
         count.annotated += 1
         if isinstance(found, Example):
             problems = [Problem(count.dataset, count.split, found.id, path, field, text)
@@ -126,20 +119,6 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
-        pace(line)
-
-
-class Pace:
-    """Shows a line of progress every three seconds; calls it with the seconds since the start."""
-
-    def __init__(self, progress: Callable[[str], None] | None):
-        self.progress, self.began = progress, time.monotonic()
-        self.shown = self.began
-
-    def __call__(self, line: Callable[[float], str]) -> None:
-        if self.progress and (now := time.monotonic()) - self.shown > 3:
-            self.shown = now
-            self.progress(line(now - self.began))
 
 
 def damage(root: str | Path, path: str) -> str:
@@ -195,11 +174,6 @@ def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def show(line: str) -> None:
-    """Print progress, apart from what a verb prints as its result."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> None:
     """Print the table and the first problems; write all of them to `file` unless it is ""."""
     if file:
@@ -222,7 +196,7 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
 def run(argv: Sequence[str]) -> None:
     """Print the table, and write the report when asked to."""
     arguments = command_line(__doc__, "python -m data_pipelines status").parse_args(argv)
-    counts, problems = status(arguments.root, arguments.datasets, show)
+    counts, problems = status(arguments.root, arguments.datasets, on_stderr)
     report(counts, problems, arguments.json)
 
 

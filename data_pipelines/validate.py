@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from crab_jax.errors import InputError, run_verb
+from crab_jax.progress import Progress, on_stderr
 from data_pipelines import fbank, media, shards
 from data_pipelines.batching import check_sources
 from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, records, selection
@@ -31,11 +32,9 @@ from data_pipelines.status import (
     MISSING,
     WARNING,
     Count,
-    Pace,
     Problem,
     command_line,
     report,
-    show,
     status,
 )
 from data_pipelines.workers import results
@@ -58,26 +57,21 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
         raise InputError(str(root), "--root", "holds nothing of what is asked for",
                          "give the folder that holds the datasets; docs/datasets.md shows the trees")
     if prepared := shards.opened(root):
-        wrong = list(_checksums(prepared, Pace(progress)))
+        wrong = list(_checksums(prepared, progress))
         counts, problems = status(root, names, progress, PreparedLook(prepared))
         return counts, wrong + problems
     found: dict[str, Facts] = {}
     known: dict[Facts, Facts] = {}  # most pictures have the same
-    tasks = files(root, names, Pace(progress))
-    pace = Pace(progress)
+    tasks = files(root, names, progress)
 
     def limit(task: Task) -> float:
         return seconds + os.path.getsize(Path(task[0]) / task[1]) / BYTES_PER_SECOND
 
-    def line(passed: float) -> str:
-        rate = len(found) / passed
-        return f"{len(found):,} of {len(tasks):,} files, {rate:.1f}/s, {(len(tasks) - len(found)) / rate:.0f} s left"
-
-    for task, facts in results(examine, tasks, workers or os.cpu_count() or 1, limit):
+    answers = results(examine, tasks, workers or os.cpu_count() or 1, limit)
+    for task, facts in Progress("files", len(tasks), progress).over(answers):
         if isinstance(facts, Exception):
             facts = Facts(tuple((use, f"{CORRUPT}: {facts}") for use in task[2]))
         found[task[1]] = known.setdefault(facts, facts)
-        pace(line)
     counts, problems = status(root, names, progress, Look(root, found))
     return counts, [problem for problem in problems if names or not _is_unasked(problem)]
 
@@ -89,27 +83,24 @@ def _is_unasked(problem: Problem) -> bool:
     return other and problem.kind == MISSING and not problem.id
 
 
-def _checksums(prepared: Shards, pace: Pace) -> Iterator[Problem]:
+def _checksums(prepared: Shards, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """The shards whose content is not what was written."""
-    for number, shard in enumerate(prepared.shards):
+    for shard in Progress("checksums", len(prepared.shards), progress).over(prepared.shards):
         with open(prepared.root / shard["file"], "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
                 yield Problem(PREPARED, "", "", shard["file"], "", f"{CORRUPT}: the checksum is another one")
-        left = len(prepared.shards) - number - 1
-        pace(lambda seconds, done=number + 1, left=left:
-             f"checksums: {done} of {done + left} shards, {seconds * left / done:.0f} s left")
 
 
-def files(root: str | Path, names: Sequence[str], pace: Pace) -> list[Task]:
+def files(root: str | Path, names: Sequence[str], progress: Callable[[str], None] | None) -> list[Task]:
     """Every file that an Example needs, once, with all that it is used for."""
+    annotations = Progress("annotations", say=progress)
     uses: dict[str, tuple[str, ...]] = {}
     for name, split in selection(root, names):
         try:
-            for example in records(root, name, split):
+            for example in annotations.over(records(root, name, split)):
                 for _, path, use in uses_of(example) if isinstance(example, Example) else ():
                     if use not in (have := uses.get(path, ())):
                         uses[path] = tuple(sorted((*have, use)))
-                pace(lambda seconds: f"{len(uses):,} files so far; reading the annotations")
         except InputError:
             continue  # an annotation file as a whole; `status` reports it
     return [(str(root), path, uses[path]) for path in uses]
@@ -239,7 +230,7 @@ def run(argv: Sequence[str]) -> bool:
         raise InputError("command line", "--workers", f"is {arguments.workers}", "give a number of processes")
     if arguments.json and not Path(arguments.json).parent.is_dir():  # said before the work, not after it
         raise InputError(arguments.json, "--json", "cannot be written (no such folder)", "make the folder")
-    counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, show)
+    counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, on_stderr)
     report(counts, problems, arguments.json)
     fine = {WARNING, MISSING} if arguments.allow_missing else {WARNING}
     return any(problem.kind not in fine for problem in problems)

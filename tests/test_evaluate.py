@@ -310,8 +310,8 @@ def test_files_are_complete(tmp_path, monkeypatch, model, tokenizer, capsys):
     assert set(np.unique(white)) == {0, 255}
     assert np.asarray(Image.open(out / by_id["c"]["mask"])).max() == 5
 
-    shown = capsys.readouterr().out
-    assert "5/5" in shown and "eta" in shown and (out / "results.md").read_text().split("\n\n")[0] in shown
+    shown, told = capsys.readouterr()
+    assert "examples 5/5" in told and (out / "results.md").read_text().split("\n\n")[0] in shown
 
 
 def test_select_takes_the_first_of_each_task():

@@ -271,6 +271,41 @@ def test_buckets_are_mounted_and_named_by_their_mount(cloud):
     assert sorted(mounted) == ["0 /mnt/gs/crab-1", "0 /mnt/gs/media", "1 /mnt/gs/crab-1", "1 /mnt/gs/media"]
 
 
+EVALUATE = ["run", *SLICE, "--", "evaluate", "--checkpoint=/mnt/runs/x"]
+
+
+@pytest.mark.parametrize("out", [["--out=gs://crab-1/test"], ["--out", "gs://crab-1/test"]])
+def test_evaluate_runs_on_all_workers(cloud, out):
+    for tool in ("sudo", "mountpoint", "gcsfuse"):
+        script(cloud / "bin" / tool, "#!/bin/sh\n")
+    done = launch(cloud, *EVALUATE, "--data", "gs://media/av", "--mute-audio", *out)
+    assert done.returncode == 0, done.stderr
+    assert "done: /mnt/gs/crab-1/test" in done.stderr
+    for worker in range(WORKERS):
+        (argv, _, _), = runs_of(cloud, worker)
+        mounted = [word.replace("gs://", "/mnt/gs/") for word in out]
+        assert argv == ["-u", "-m", "crab_jax.evaluate", "--checkpoint=/mnt/runs/x", "--data", "/mnt/gs/media/av",
+                        "--mute-audio", *mounted]
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (EVALUATE, "--out"), ([*EVALUATE, "--out=runs/x"], "--out"), ([*SLICE, "--", "train"], "'train' follows --"),
+    ([*RUN[1:], "--", "evaluate", "--out=/mnt/x"], "--config"), ([*SLICE, "--"], "--")])
+def test_evaluate_with_bad_input_is_one_line_before_anything_is_created(cloud, words, named):
+    done = launch(cloud, *(words if words[0] == "run" else ["run", *words]))
+    assert done.returncode == 2
+    assert named in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not calls(cloud)
+
+
+def test_a_mistyped_flag_of_evaluate_is_found_before_anything_is_created(cloud):
+    for name in ("crab_jax", "data_pipelines", "configs/__init__.py", "configs/common.py"):
+        (cloud / "repo" / name).symlink_to(REPOSITORY / name)
+    done = launch(cloud, *EVALUATE, "--out=/mnt/x", "--mute-sound", PYTHON=sys.executable)
+    assert done.returncode == 2 and "--mute-sound" in done.stderr and "Traceback" not in done.stderr
+    assert not calls(cloud)
+
+
 def test_a_bucket_without_gcsfuse_says_what_to_do(cloud):
     if shutil.which("gcsfuse"):
         pytest.skip("gcsfuse is installed here")
@@ -507,8 +542,9 @@ def slurm(cloud):
     return cloud
 
 
-def sbatch(slurm: Path, **more: str) -> subprocess.Popen:
-    return subprocess.Popen(["bash", "launch_slurm.sh", "--config=configs/tiny.py", *HARD], cwd=slurm / "repo",
+def sbatch(slurm: Path, *words: str, **more: str) -> subprocess.Popen:
+    words = words or ("--config=configs/tiny.py", *HARD)
+    return subprocess.Popen(["bash", "launch_slurm.sh", *words], cwd=slurm / "repo",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment(slurm, SLURM_JOB_ID="17", PYTHON="py", **more))
 
@@ -521,6 +557,12 @@ def test_slurm_runs_train_once_per_task(slurm, code):
     assert train == ["py", "-u", "-m", "crab_jax.train", "--config=configs/tiny.py", *HARD]
     assert "--gpu-bind=none" in words  # JAX picks the GPU of the local rank among all of the node
     assert not (slurm / "scontrol").exists()
+
+
+def test_slurm_runs_evaluate_too(slurm):
+    assert sbatch(slurm, "evaluate", "--checkpoint", "a b", CODE="0").wait(timeout=60) == 0
+    words = json.loads((slurm / "srun.json").read_text())
+    assert words[words.index("py"):] == ["py", "-u", "-m", "crab_jax.evaluate", "--checkpoint", "a b"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])

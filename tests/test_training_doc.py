@@ -34,12 +34,13 @@ def of_train(words: list[str]) -> list[str]:
     return [word for word in words if word.startswith(("--config", "--workdir"))]
 
 
-TRAINED = [of_train(words) for first in ("python -m crab_jax.train", "./launch_tpu.sh run", "sbatch")
-           for words in commands(first)]
+LAUNCHED = [words for first in ("./launch_tpu.sh run", "sbatch") for words in commands(first)]
+EVALUATED = [words[words.index("evaluate") + 1:] for words in LAUNCHED if "evaluate" in words]
+TRAINED = [of_train(words) for words in (*commands("python -m crab_jax.train"), *LAUNCHED) if "evaluate" not in words]
 
 
 def test_every_way_to_start_a_run_is_there():
-    assert len(commands("./launch_tpu.sh run")) >= 3 and len(commands("sbatch")) == 1
+    assert len(commands("./launch_tpu.sh run")) >= 4 and len(commands("sbatch")) == 2 == len(EVALUATED)
     assert len(commands("./launch_tpu.sh delete")) == 1 == len(commands("python -m crab_jax.train"))
     stages = {word.partition("=")[2] for words in TRAINED for word in words if word.startswith("--config=")}
     tabled = set(re.findall(r"^\| `(configs/\w+\.py)`", TEXT, re.MULTILINE))
@@ -86,7 +87,7 @@ def test_other_commands_parse(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     for words in commands("python -m crab_jax.convert"):
         convert.parser().parse_args(words)
-    for words in commands("python -m crab_jax.evaluate"):
+    for words in (*commands("python -m crab_jax.evaluate"), *EVALUATED):
         evaluate.parse_arguments(words)
     for words in commands("python -m crab_jax.compile"):
         _, rest = compile_verb.command_line().parse_known_args(words)
@@ -100,8 +101,8 @@ def test_other_commands_parse(monkeypatch):
 @pytest.mark.parametrize("words", [[verb, *words] for verb in ("run", "delete")
                                    for words in commands(f"./launch_tpu.sh {verb}")], ids=lambda words: words[-1])
 def test_launches_can_be_dry_run(words):
-    done = subprocess.run(["./launch_tpu.sh", *words, "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True,
-                          env={**os.environ, "PYTHON": "no local check"})
+    done = subprocess.run(["./launch_tpu.sh", words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True,
+                          text=True, env={**os.environ, "PYTHON": "no local check"})
     assert done.returncode == 0, done.stderr
     for word in of_train(words):
         assert word in done.stdout

@@ -31,11 +31,11 @@ from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.errors import InputError
-from crab_jax.files import Written
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
 from crab_jax.models.qformer import QFormer
+from crab_jax.progress import Progress
 from data_pipelines.tokens import Tokenizer
 
 REPORT = "import_report.json"
@@ -355,7 +355,7 @@ def _leaves(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], e
 
 def _with_progress(leaves: Mapping[str, Streamed]) -> dict[str, Streamed]:
     """The same leaves, telling how far their writing is."""
-    written = Written(IMPORTED, sum(leaf.nbytes for leaf in leaves.values()))
+    written = Progress(IMPORTED, sum(leaf.nbytes for leaf in leaves.values()), unit="GB", scale=1e9)
 
     def watched(leaf: Streamed) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for index, part in leaf.parts():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crab_jax.convert.torch_file import SAFETENSORS_NAMES, STORAGES
-from crab_jax.files import Written
+from crab_jax.progress import Progress
 
 ALIGNMENT = 64  # of storages in the file, as torch.save does it, so that they can be memory-mapped
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
@@ -36,7 +36,7 @@ def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") ->
     tensors: list[Tensor] = []
     pickled = b"\x80\x02" + _pickle(content, tensors) + b"."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    written = Written(Path(path).name, sum(map(_size, tensors)))
+    written = Progress(Path(path).name, sum(map(_size, tensors)), unit="GB", scale=1e9)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         _record(archive, f"{name}/data.pkl", lambda: pickled, len(pickled))
         _record(archive, f"{name}/byteorder", lambda: b"little", len(b"little"))
@@ -120,7 +120,7 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    written = Written(Path(path).name, end)
+    written = Progress(Path(path).name, end, unit="GB", scale=1e9)
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():

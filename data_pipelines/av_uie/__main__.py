@@ -17,20 +17,17 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import write_whole
+from crab_jax.progress import Progress, on_stderr
 from data_pipelines import datasets
 from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
 from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, select, write_jsonl
 from data_pipelines.tokens import Tokenizer
-
-T = TypeVar("T")
-_EVERY = 3.0  # seconds between two lines of progress
 
 _READ = """Examples whose targets are the released labels of AV-UIE, matched by video or question.
 
@@ -164,33 +161,9 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
     else:
         root, examples = Path(args.root), []
         for name in datasets.choose(args.root, [n for n in args.datasets.split(",") if n], args.split):
-            _say(f"reading {name} {args.split}")
+            on_stderr(f"reading {name} {args.split}")
             examples += datasets.read(args.root, name, args.split, "train", args.missing)
     return select(examples, [task for task in args.tasks.split(",") if task], args.limit), root
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-class _Progress:
-    """Lines such as `written 1200/8000  310.2/s  eta 22 s`, a few seconds apart."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.began = what, total, time.monotonic()
-        self.shown = self.began
-
-    def __call__(self, done: int, more: str = "") -> None:
-        now = time.monotonic()
-        if now - self.shown >= _EVERY and done:
-            rate, self.shown = done / (now - self.began), now
-            _say(f"{self.what} {done}/{self.total}  {rate:.1f}/s  eta {(self.total - done) / rate:.0f} s{more}")
-
-    def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, counted as they are taken."""
-        for number, item in enumerate(items):
-            self(number)
-            yield item
 
 
 def _as_json(value: Any) -> str:
@@ -224,7 +197,7 @@ def _read(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace) -> None:
     examples, root = _examples(args)
     usable = [example for example in examples if not labels.weak(example)]
-    progress = _Progress("written", len(usable))
+    progress = Progress("written", len(usable))
     write_jsonl(args.out, [templates.write(example, root) for example in progress.over(usable)])
     print(f"{len(usable)} targets written, {len(examples) - len(usable)} left out (labels without times or names)")
 
@@ -245,11 +218,11 @@ def _annotate(args: argparse.Namespace) -> None:
         raise InputError("command line", "", "--out is missing", "say where the Examples go, or use --estimate")
     journal = annotate.Journal(args.journal or f"{args.out}.journal")
     client = annotate.Client(endpoint, journal)
-    progress = _Progress("annotated", sum(map(annotate.asked_about, examples)))
+    progress = Progress("annotated", sum(map(annotate.asked_about, examples)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as clean as ctrl-C
     try:
         outcome = annotate.run(examples, client, root, args.corrections, args.workers,
-                               lambda done: progress(done, f"  {_costs(client)}"), lambda: _say(
+                               lambda done: progress.to(done, f"  {_costs(client)}"), lambda: on_stderr(
                                    "stopping: waiting for the requests under way; ctrl-C again drops them"))
     finally:
         print(_costs(client))
@@ -276,8 +249,8 @@ def _verify(args: argparse.Namespace) -> None:
     accept, reject = (_ids(path, examples) for path in (args.accept, args.reject))
     if both := accept & reject:
         raise InputError("--reject", "", f"{min(both)!r} is accepted too", "keep it in one of the two files")
-    progress = _Progress("verified", len(examples))
-    good, bad = verify.split(examples, root, accept, reject, progress)
+    progress = Progress("verified", len(examples))
+    good, bad = verify.split(examples, root, accept, reject, progress.to)
     write_jsonl(out / "good.jsonl", good)
     write_jsonl(out / "quarantine.jsonl", [example for example, _ in bad])
     write_whole(out / "verify.json", _as_json({"good": len(good), **verify.counted(bad)}))

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.progress import Progress
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.sources.scene_graph import KINDS, LEVELS, SECONDS, SPLITS, Scene, Thing, load, sample, scene_table
@@ -258,19 +258,14 @@ def write(out: str | Path, counts: Mapping[str, int], seed: int = 0, workers: in
 
 
 def _run(jobs: Sequence[tuple[str, int, str, int]], workers: int, progress: Callable[[str], None] | None) -> None:
-    started = shown = time.monotonic()
     if workers > 1:  # fresh processes: forking one that runs JAX threads can hang
         pool = multiprocessing.get_context("spawn").Pool(workers)
         done: Iterator[None] = pool.imap_unordered(_write_one, jobs, chunksize=8)
     else:
         pool, done = None, map(_write_one, jobs)
     try:
-        for finished, _ in enumerate(done, 1):
-            now = time.monotonic()
-            if progress and (now - shown > 3 or finished == len(jobs)):
-                rate = finished / max(now - started, 1e-9)
-                progress(f"scenes {finished}/{len(jobs)}, {rate:.1f}/s, {(len(jobs) - finished) / rate:.0f} s left")
-                shown = now
+        for _ in Progress("scenes", len(jobs), progress).over(done):
+            pass
     finally:
         if pool:
             pool.terminate()

@@ -1,7 +1,6 @@
 """Files written for PyTorch hold plain tensors only, and read back bit for bit."""
 
 import pickletools
-import re
 import zipfile
 
 import ml_dtypes
@@ -10,7 +9,6 @@ import pytest
 
 from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.torch_writer import Tensor
-from crab_jax.files import Written
 
 # What `torch.load(weights_only=True)` admits and a state dict needs.
 ADMITTED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
@@ -76,11 +74,3 @@ def test_model_directories_read_back(tmp_path, values, shard_bytes):
     for name, value in values.items():
         assert read[name].dtype == value.dtype
         np.testing.assert_array_equal(read[name], value)
-
-
-def test_what_is_written_is_told_with_rate_and_time_left(capsys):
-    written = Written("a.bin", 4e9, every=0)
-    written.add(1e9)
-    assert re.match(r"a\.bin: 1\.0/4\.0 GB  [\d.]+ GB/s  eta \d+ s", capsys.readouterr().err)
-    Written("b.bin", 4e9).add(1e9)
-    assert not capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_a_finished_root_is_left_alone_and_a_partial_one_is_continued(root, tmp_
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
     lines = []
     scenes.write(tmp_path, {"val": 2}, seed=3, progress=lines.append)
-    assert re.fullmatch(r"scenes 2/2, [\d.]+/s, 0 s left", lines[-1])
+    assert re.fullmatch(r"scenes 2/2  [\d.]+/s  eta 0 s", lines[-1])
     (tmp_path / "val/000001/scene.json").unlink()
     (tmp_path / "scenes.json").write_text((tmp_path / "scenes.json").read_text().replace("true", "false"))
     kept = (tmp_path / "val/000000/clip.mp4").stat().st_mtime_ns

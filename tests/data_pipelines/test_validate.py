@@ -209,7 +209,7 @@ def test_nobody_must_have_another_release_of_the_same_clips(copied):
 
 
 def test_every_file_is_decoded_once(releases_root):
-    tasks = files(releases_root, (), verb.Pace(None))
+    tasks = files(releases_root, (), None)
     assert len({path for _, path, _ in tasks}) == len(tasks)
     uses = {path: uses for _, path, uses in tasks}
     assert uses["ave/AVE/0f_iTO5t3hU.mp4"] == ("audio", "video")  # of three rows
