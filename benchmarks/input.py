@@ -127,7 +127,7 @@ def read(examples: list[Example], root: Path, tokenizer: Tokenizer, config: Data
     """CPU seconds of one batch of `examples`, by stage; "total" is all of it."""
     with clocks() as seconds:
         began = time.process_time()
-        batching.collate([batching.load(example, root, tokenizer, config) for example in examples])
+        batching.collate((batching.load(example, root, tokenizer, config) for example in examples), len(examples))
         return {**seconds, "total": time.process_time() - began}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,18 +165,25 @@ def place(example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: E
     return bucket._replace(length=fitting[0]), Fill(needed, frames, fbank.WINDOW_COUNT[example.windows])
 
 
-def _load_frames(example: Example, source: Source, config: DataConfig) -> np.ndarray:
-    """uint8[n, H, W, 3]: the frames of the clip, then the picture; n = 0 without a visual source."""
-    names = example.frames
-    frames = np.zeros((0, config.image_size, config.image_size, 3), np.uint8)
+def _load_frames(example: Example, source: Source, config: DataConfig, room: int) -> tuple[np.ndarray, int]:
+    """uint8[room, H, W, 3]: the frames of the clip, then the picture, then black ones; and how many there are of those
+    before."""
+    shown: Sequence[np.ndarray]
     if example.video:
-        frames = source.video(example.video)
-    elif names:
-        chosen = media.frame_numbers(len(names), config.video_frames)
-        frames = np.stack([source.picture(names[number], "frames") for number in chosen])
+        video = source.video(example.video)
+        if len(video) == room:
+            return video, room
+        shown = list(video)
+    else:
+        numbers = media.frame_numbers(len(example.frames), config.video_frames)
+        shown = [source.picture(example.frames[number], "frames") for number in numbers]
     if example.image:
-        frames = np.concatenate([frames, source.picture(example.image, "image")[None]])
-    return frames
+        shown = [*shown, source.picture(example.image, "image")]
+    frames = np.empty((room, config.image_size, config.image_size, 3), np.uint8)
+    for frame, picture in zip(frames[: len(shown)], shown, strict=True):
+        frame[...] = picture
+    frames[len(shown) :] = 0
+    return frames, len(shown)
 
 
 def _load_fbank(example: Example, source: Source) -> np.ndarray:
@@ -265,23 +272,34 @@ def load(
     source = decoded.source(root, config.decoding, config.cache_dir)
     encoded = _encode(example, tokenizer, config)
     bucket = bucket_for(example, tokenizer, config, encoded)
-    frames = _load_frames(example, source, config)
+    frames, shown = _load_frames(example, source, config, bucket.frames)
     sound = _load_fbank(example, source)
     return {
-        **text_arrays(example, tokenizer, config, bucket, len(frames), encoded),
-        "frames": _pad(np.zeros_like(frames) if config.blank_video else frames, bucket.frames),
-        "frame_mask": np.arange(bucket.frames) < len(frames),
+        **text_arrays(example, tokenizer, config, bucket, shown, encoded),
+        "frames": np.zeros_like(frames) if config.blank_video else frames,
+        "frame_mask": np.arange(bucket.frames) < shown,
         "fbank": _pad(np.full_like(sound, fbank.SILENCE) if config.mute_audio else sound, bucket.windows),
         "audio_mask": np.arange(bucket.windows) < len(sound),
-        **_load_segmentation(example, source, frames, config),
+        **_load_segmentation(example, source, frames[:shown], config),
         "task": np.array(TASK_NAMES.index(example.task), np.int32),
         "index": np.array(index, np.int32),
     }
 
 
-def collate(rows: Sequence[Mapping[str, np.ndarray]]) -> Batch:
-    """Batch of loaded Examples of one bucket; the leading axis of every field is new."""
-    return Batch(**{field.name: np.stack([row[field.name] for row in rows]) for field in dataclasses.fields(Batch)})
+def collate(rows: Iterable[Mapping[str, np.ndarray]], count: int) -> Batch:
+    """Batch of `count` loaded Examples of one bucket; the leading axis of every field is new.
+
+    Each is copied to its place as it comes: of rows that are loaded as they are asked for, one is held at a time.
+    """
+    fields: dict[str, np.ndarray] = {}
+    for place, row in enumerate(rows):
+        for name, value in row.items():
+            if not place:
+                fields[name] = np.empty((count, *value.shape), value.dtype)
+            if fields[name][place].shape != value.shape:
+                raise ValueError(f"{name} of row {place} is of another bucket")
+            fields[name][place] = value
+    return Batch(**fields)
 
 
 def empty_batch(bucket: Bucket, rows: int, image_size: int) -> Batch:

@@ -83,7 +83,8 @@ class BatchLoader:
         self.following = {index: after for group, shifted in rings for index, after in zip(group, shifted, strict=True)}
 
     def __call__(self, indices: np.ndarray) -> Batch:
-        return collate([self.row(int(index)) for index in indices[self.rows]])
+        chosen = indices[self.rows]
+        return collate((self.row(int(index)) for index in chosen), len(chosen))
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """The loaded example `index`, or its replacement."""
@@ -301,6 +302,6 @@ def eval_batches(
             rows = [row for future in futures if (row := future.result()) is not None]
             if rows:
                 filler = {**rows[0], "index": np.array(-1, np.int32)}
-                yield bucket, collate(rows + [filler] * (batch_size - len(rows)))
+                yield bucket, collate(rows + [filler] * (batch_size - len(rows)), batch_size)
     finally:
         pool.shutdown(cancel_futures=True)

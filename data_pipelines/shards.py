@@ -96,37 +96,39 @@ def encode(record: Mapping[str, str | bytes | int]) -> bytes:
     return b"".join(_message(1, *features))
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(number, content) of the fields of a message of which all have a length."""
-    at = 0
-    while at < len(data):
-        tag, at = _read_varint(data, at)
-        length, at = _read_varint(data, at)
-        if tag & 7 != 2 or at + length > len(data):
-            raise ValueError("not a record")
-        yield tag >> 3, data[at : at + length]
-        at += length
+def _content(data: memoryview, at: int) -> tuple[int, int]:
+    """(start, end) of what the field that begins at `at`, with a tag of one byte and a length, holds."""
+    length, start = _read_varint(data, at + 1)
+    return start, start + length
 
 
 def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+    value, shift = data[at] & 127, 7
+    while data[at] > 127:
+        at += 1
+        value |= (data[at] & 127) << shift
+        shift += 7
+    return value, at + 1
 
 
 def decode(data: bytes | memoryview) -> dict[str, Any]:
-    """name -> int, or a memoryview into `data`: the inverse of `encode`. Raises ValueError, IndexError, KeyError."""
+    """name -> int, or a memoryview into `data`: the inverse of `encode`. Raises ValueError or IndexError."""
     record: dict[str, Any] = {}
-    ((_, features),) = _fields(memoryview(data))
-    for _, entry in _fields(features):
-        parts = dict(_fields(entry))
-        ((kind, values),) = _fields(parts[2])
-        ((_, value),) = _fields(values)
-        record[str(parts[1], "utf-8")] = _read_varint(value, 0)[0] if kind == 3 else value
+    view = memoryview(data)
+    at, whole = _content(view, 0)
+    while at < whole:
+        entry, end = _content(view, at)
+        name, feature = _content(view, entry)
+        values, in_feature = _content(view, feature)
+        kind = view[values] >> 3
+        one, in_values = _content(view, values)
+        start, in_one = _content(view, one)
+        if not in_one == in_values == in_feature == end <= whole == len(view):
+            raise ValueError("not a record")
+        record[str(view[name:feature], "utf-8")] = _read_varint(view, start)[0] if kind == 3 else view[start:end]
+        at = end
+    if at != len(view):
+        raise ValueError("not a record")
     return record
 
 
@@ -187,7 +189,7 @@ class Shards:
             _check_size(self.root / shard["file"], shard["bytes"])
         places = self.manifest["records"]
         _check_size(self.root / INDEX, places * PLACE.itemsize)
-        self._places = np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE)
+        self._places = np.asarray(np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE))
         self._keys = np.ascontiguousarray(self._places["key"])  # searchsorted would copy them at every look
         self._readers: dict[int, Any] = {}
         self._files: dict[int, io.FileIO] = {}
@@ -325,15 +327,15 @@ def examples_file(name: str, split: str, variant: str) -> str:
 
 def opened(root: str | Path) -> Shards | None:
     """The prepared root `root`; None when it is none. Raises InputError for one that is unfinished or damaged."""
-    path = Path(root)
+    path = os.path.abspath(root)
     try:
-        stamp = (path / MANIFEST).stat().st_mtime_ns
+        stamp = os.stat(os.path.join(path, MANIFEST)).st_mtime_ns
     except OSError:
-        if (path / PLAN).is_file():
-            raise InputError(str(path), "", "is not prepared to the end", "run prepare again with the same options; "
+        if os.path.isfile(os.path.join(path, PLAN)):
+            raise InputError(str(root), "", "is not prepared to the end", "run prepare again with the same options; "
                              "it goes on where it stopped") from None
         return None
-    return _opened(str(path.absolute()), stamp)
+    return _opened(path, stamp)
 
 
 @functools.lru_cache(maxsize=8)

@@ -153,7 +153,9 @@ def test_a_damaged_cache_file_is_replaced(root, tokenizer, config, tmp_path):
 
 def test_collate_stacks_rows_of_a_bucket(root, tokenizer, config):
     rows = [load(change(CLIP, target=t), root, tokenizer, config, i) for i, t in enumerate(("a", "two dogs"))]
-    batch = collate(rows)
+    batch = collate(iter(rows), 2)
+    with pytest.raises(ValueError, match="frames of row 1 is of another bucket"):
+        collate([rows[0], {**rows[1], "frames": rows[1]["frames"][:1]}], 2)
     bucket = bucket_for(CLIP, tokenizer, config)
     assert batching.bucket_of(batch) == bucket
     empty = batching.empty_batch(bucket, 2, config.image_size)

@@ -39,7 +39,7 @@ def test_what_is_measured_is_what_a_batch_holds(root, tokenizer, config):
     pictures = Example("pictures", "ave", "See <video> and hear <audio>", target="a", audio="clip.wav", windows="five",
                        frames=("0.png", "1.png"))
     (row,) = padding.padding(group_by_bucket([clip, pictures], tokenizer, config))
-    batch = collate([load(one, root, tokenizer, config) for one in (clip, pictures)])
+    batch = collate([load(one, root, tokenizer, config) for one in (clip, pictures)], 2)
     empty = [1 - mask.mean() for mask in (batch.text_mask, batch.frame_mask, batch.audio_mask)]
     np.testing.assert_allclose(row[3:], empty)
     assert empty[1:] == [0.25, 0.25]

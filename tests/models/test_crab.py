@@ -39,7 +39,7 @@ def setup(scenes_root):
                                      prompt_only=prompt_only)
         chosen = [e for e in examples if e.task == task][:count]
         return jax.tree.map(jnp.asarray, batching.collate(
-            [batching.load(e, scenes_root, tokenizer, config, i) for i, e in enumerate(chosen)]))
+            (batching.load(e, scenes_root, tokenizer, config, i) for i, e in enumerate(chosen)), len(chosen)))
 
     return model, params, tokenizer, load
 
