@@ -5,7 +5,8 @@
 
 Samples per second of one core (CPU time, all threads counted), stage by stage, on the same files in one run: rounds of
 the three take turns, and the median counts. `bare` decodes every frame and every sample of sound and makes nothing of
-them. The reference (input_reference.py) runs in --reference-python, which needs decord, librosa, torchaudio and
+them; the ratio of raw's decoding to it leaves out what bare does not do (resizing, filter banks, text, the batch). The
+reference (input_reference.py) runs in --reference-python, which needs decord, librosa, torchaudio and
 transformers; without it that column is left out. --media holds Crab's example files (ave/*.mp4 and *.mp3, s4/0.jpg and
 audio.wav); scenes are generated in any case.
 """

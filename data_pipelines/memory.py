@@ -15,7 +15,8 @@ def keep_freed() -> None:
     """Let glibc keep what is freed instead of giving it back to the system, once in a process; nothing elsewhere.
 
     Samples and batches are arrays of megabytes. By default each is taken from the system page by page and given back
-    when it is freed, which takes longer than to read a prepared sample.
+    when it is freed, which takes longer than to read a prepared sample. glibc raises both limits by itself, up to these
+    values, but only to what the largest array freed so far asks for.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(TRIM_THRESHOLD, KEPT)
