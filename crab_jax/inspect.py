@@ -29,6 +29,7 @@ from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
 from crab_jax.models.crab import Crab
+from crab_jax.progress import Progress
 from crab_jax.tasks import TASKS
 from crab_jax.train import loss_rows
 from data_pipelines import mixture
@@ -127,10 +128,11 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
     variants = {INTACT: every, **{f"without head {head + 1}": every - np.eye(heads, dtype=np.float32)[head]
                                   for head in range(heads)}, WITHOUT_ALL: 0 * every}
     names = list(TASKS)
+    progress = Progress("batches judged", len(variants) * len(batches))
     found: dict[str, dict[str, dict[str, float]]] = {}
     for variant, keep in variants.items():
         sums: dict[tuple[str, str], np.ndarray] = {}
-        for batch in batches:
+        for batch in progress.over(batches):
             terms = jax.device_get(_answer_losses(model, params, jax.tree.map(jnp.asarray, batch), keep))
             for loss, rows in terms.items():
                 for task, total, number in zip(np.asarray(batch.task), rows.sum, rows.number, strict=True):
@@ -230,7 +232,7 @@ def router(arguments: argparse.Namespace) -> None:
     out = out_folder(arguments.out)
     batches = list(answered_batches(examples, root, config, tokenizer, arguments.batch_size))
     print(f"{len(examples)} examples in {len(batches)} batches", flush=True)
-    routing = router_weights(model, params, batches)
+    routing = router_weights(model, params, Progress("batches routed", len(batches)).over(batches))
     print(f"router weights of {len(routing)} tasks; taking out {model.cfg.lora.heads} heads", flush=True)
     effects = ablation(model, params, batches)
 
