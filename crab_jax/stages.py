@@ -36,8 +36,8 @@ class Stage(NamedTuple):
     steps: int
 
 
-STAGES = (Stage("pretrain_visual", CAPTIONS, 60), Stage("pretrain_audio", CAPTIONS, 60),
-          Stage("pretrain_seg", ("s4",), 120), Stage("finetune", (), 240), Stage("finetune_avs", (), 120))
+STAGES = (Stage("pretrain_visual", CAPTIONS, 100), Stage("pretrain_audio", CAPTIONS, 100),
+          Stage("pretrain_seg", ("s4",), 200), Stage("finetune", (), 400), Stage("finetune_avs", (), 200))
 
 
 def save_base(start: Path, out: Path) -> None:
