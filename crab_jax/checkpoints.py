@@ -293,18 +293,24 @@ def _on_host(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-    """Parameters on disk. `shapes`: ShapeDtypeStructs of the whole tree. `load(wanted)` reads the leaves of `wanted`
-    straight into its dtypes and shardings; `load(None)` reads all of them, in the stored dtypes, as NumPy arrays.
+    """Parameters on disk. `shapes`: ShapeDtypeStructs of the whole tree. `read(wanted)` reads the leaves of `wanted`
+    straight into its dtypes and shardings.
     """
 
     shapes: Any
-    load: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+    def load(self, wanted: Any = None) -> Any:
+        """The leaves of `wanted`; without it all of them, in the stored dtypes, as NumPy arrays."""
+        if wanted is None:
+            return jax.tree.map(np.asarray, self.read(_on_host(self.shapes)))
+        return self.read(wanted)
 
     def some(self, paths: Iterable[str]) -> dict[str, Any]:
         """The leaves of these '/'-joined paths, in the stored dtypes, in this host's memory."""
         flat = traverse_util.flatten_dict(self.shapes, sep="/")
         wanted = _on_host(traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/"))
-        return traverse_util.flatten_dict(self.load(wanted), sep="/")
+        return traverse_util.flatten_dict(self.read(wanted), sep="/")
 
 
 def _packed(file: Path) -> StoredParams:
@@ -320,13 +326,7 @@ def _imported(folder: epath.Path) -> StoredParams:
     except (ValueError, OSError, KeyError) as error:
         raise InputError(str(folder), "", f"cannot be read ({str(error).splitlines()[0][:200]})",
                          "copy or import it again") from error
-
-    def load(wanted: Any) -> Any:
-        if wanted is None:
-            return jax.tree.map(np.asarray, _load_orbax(folder, _on_host(shapes)))
-        return _load_orbax(folder, wanted)
-
-    return StoredParams(shapes, load)
+    return StoredParams(shapes, partial(_load_orbax, folder))
 
 
 def _of_run(folder: epath.Path) -> StoredParams:
@@ -339,9 +339,7 @@ def _of_run(folder: epath.Path) -> StoredParams:
     frozen = _imported(folder / "frozen")
     in_trained = set(traverse_util.flatten_dict(trained))
 
-    def load(wanted: Any) -> Any:
-        if wanted is None:
-            return jax.tree.map(np.asarray, load(_on_host(merge(trained, frozen.shapes))))
+    def read(wanted: Any) -> Any:
         flat = traverse_util.flatten_dict(wanted)
         ours, theirs = (traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items()
                                                       if (path in in_trained) == kind}) for kind in (True, False))
@@ -349,9 +347,9 @@ def _of_run(folder: epath.Path) -> StoredParams:
         if ours:
             with _partial_load(), ocp.training.Checkpointer(folder) as steps:
                 loaded = steps.load_checkpointables(step, {"train": {"trainable": ours}})["train"]["trainable"]
-        return merge(loaded, frozen.load(theirs) if theirs else {})
+        return merge(loaded, frozen.read(theirs) if theirs else {})
 
-    return StoredParams(merge(trained, frozen.shapes), load)
+    return StoredParams(merge(trained, frozen.shapes), read)
 
 
 def stored_params(path: str | Path) -> StoredParams:
@@ -369,4 +367,4 @@ def stored_params(path: str | Path) -> StoredParams:
 
 def load_params(path: str | Path) -> Any:
     """The whole parameter tree behind `stored_params`, as NumPy arrays."""
-    return stored_params(path).load(None)
+    return stored_params(path).load()

@@ -218,7 +218,7 @@ def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | No
     check_match(nn.unbox(abstract_params(model)), stored.shapes, str(path))
     if mesh is not None and mesh.shape["tensor"] > 1:
         return model, stored.load(wanted_params(config, model, mesh)), config, Tokenizer.load(path)
-    params, where = stored.load(None), sharding.replicated(mesh) if mesh is not None else None
+    params, where = stored.load(), sharding.replicated(mesh) if mesh is not None else None
     if weights:
         model, params = fuse_model(model, params, weights, where)
     return model, jax.device_put(params, where), config, Tokenizer.load(path)
