@@ -46,8 +46,8 @@ def pack(run: Path, out: Path) -> None:
 
 
 def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
-    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). With `start` the
-    warm-up goes on from that packed model, which is aligned already."""
+    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). The
+    warm-up's language model goes on from that of the packed model `start`."""
     def scaled(n: int) -> int:
         return max(4, int(n * scale))
 
@@ -59,12 +59,11 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
         seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale,
                                     *(("--start", start) if start else ()))
     shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")
-    if not start:
-        seconds["pretrain"] = command(
-            "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
-            f"--config.steps={scaled(600)}", f"--workdir={pretrain}")
+    seconds["pretrain"] = command(
+        "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
+        f"--config.steps={scaled(600)}", f"--workdir={pretrain}")
     seconds["joint"] = command(
-        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={warmup if start else pretrain}",
+        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
         f"--config.steps={scaled(1200)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
     pack(joint, packed)
     seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,
@@ -81,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--pack", type=Path, default=Path("runs/recipe/warm_start"), help="where the result goes")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full recipe, for a quick look")
-    parser.add_argument("--start", type=Path, help="a packed model that the warm-up goes on from")
+    parser.add_argument("--start", type=Path, help="a packed model whose language model the warm-up goes on from")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     recipe(args.out, args.pack, args.scale, args.start)

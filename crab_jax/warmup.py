@@ -9,8 +9,7 @@ Four short trainings on the train split of the generated scenes, never on others
    (what is visible where, what sounds how loud): it reads about scenes that it can neither see nor hear;
 4. the Q-Formers learn to give those rows from pictures and sound (the stand-in for language-aligned encoders).
 The result is a packed model that the paper's stages start from. LoRA and mask decoder are left as initialised.
-With --start only sight goes on, from an earlier warm start: CLIP learns the boxes, the visual Q-Former to say with it
-what the earlier one said on average; the rest is taken over.
+With --start LLaMA goes on from that of an earlier warm start, for half the steps.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ BUMP = 8.0  # width of the Reader's position features, in BOX_SPACE
 GRID = 8  # side of the coarse map that the states of mask tokens tell of
 BOXES = 5  # seconds of a scene of which a box is asked: digits are learned slowest
 NOISE = 0.1  # of the rows' size, so that LLaMA reads rows that are only nearly right
-STEPS = {"clip": 2000, "beats": 800, "reader": 1000, "llama": 5000, "visual": 5000, "audio": 2000}
+STEPS = {"clip": 2000, "beats": 800, "llama": 5000, "visual": 5000, "audio": 2000}
 CLIPS = 1500  # scenes whose media are decoded for the encoders and Q-Formers
 LORA_OR_NOT = ((r".*/lora_.*",), (r"(?!.*/lora_).*",))  # patterns of LLaMA's parameters
 Arrays = dict[str, np.ndarray]
@@ -150,11 +149,10 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator, start: Any = None) -> Any:
+def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator) -> Any:
     """CLIP parameters after learning the share of each instrument in each patch, and the box of what covers it.
 
-    Without the boxes the last layers forget where a patch is, and nothing after them can tell. With `start`, to learn
-    the boxes while the hidden states stay near those that it gives, so that whatever reads them can go on.
+    Without the boxes the last layers forget where a patch is, and nothing after them can tell.
     """
     clip, head = Clip(cfg.clip), nn.Dense(KINDS + 1 + 4)
     grid, patch = cfg.clip.image_size // cfg.clip.patch_size, cfg.clip.patch_size
@@ -174,13 +172,10 @@ def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generato
         things = share[..., 1:]  # every thing in a patch pulls at the box as much as it covers
         off = jnp.abs(told[..., None, KINDS + 1:] - boxes[:, None]).sum(-1)
         boxing = (off * things).sum() / jnp.maximum(things.sum(), 1)
-        if not start:
-            return boxing + optax.softmax_cross_entropy(told[..., :KINDS + 1], share).mean()
-        before: Any = clip.apply({"params": start}, normalize(pictures))
-        return boxing + sum(jnp.mean((tap - old) ** 2) / jnp.var(old) for tap, old in zip(taps, before, strict=True))
+        return boxing + optax.softmax_cross_entropy(told[..., :KINDS + 1], share).mean()
 
     keys = jax.random.split(jax.random.key(1))
-    params = {"clip": start or nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
+    params = {"clip": nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
               "head": head.init(keys[1], jnp.zeros((1, cfg.clip.width)))["params"]}
     return fit("clip", params, loss, draw(rng, len(frames), 32, pick), steps, 1e-3)["clip"]
 
@@ -260,23 +255,8 @@ def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.rand
                "loudness": shown(tables["loudness"], seconds[:, 1]), "seed": np.array(rng.integers(2**31))}
 
 
-def warm_reader(cfg: CrabConfig, tables: Arrays, rows: np.ndarray, steps: int, rng: np.random.Generator) -> Any:
-    """Parameters of a Reader that says of `tables` [N,...] what an earlier visual Q-Former said on average of their
-    frames, `rows` [N,Q,D]: where it confused left and right, the Reader does not."""
-    reader = Reader(cfg.llama.hidden)
-
-    def pick(index: np.ndarray) -> tuple[Arrays, np.ndarray]:
-        return {name: values[index] for name, values in tables.items()}, rows[index]
-
-    def loss(params: Any, batch: Any) -> jax.Array:
-        visual, _ = reader.apply({"params": params}, batch[0])  # type: ignore[misc]
-        return jnp.mean((visual - batch[1]) ** 2)
-
-    params = reader.init(jax.random.key(5), pick(np.arange(1))[0])["params"]
-    return fit("reader", params, loss, draw(rng, len(rows), 256, pick), steps, 3e-3)
-
-
-def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator) -> Any:
+def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator,
+               start: Any = None) -> Any:
     """{"llama", "reader"} parameters after learning every task's answers from tables and prompts.
 
     The states that predict mask tokens also learn to tell, through a linear map that is then dropped, what they point
@@ -311,7 +291,7 @@ def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int
     first, keys = next(batches), jax.random.split(jax.random.key(3), 3)
     rows = jnp.zeros((len(first["tokens"]), int(first["slots"].max()) + 1, cfg.llama.hidden))
     params = {"reader": reader.init(keys[0], first)["params"],
-              "llama": nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
+              "llama": start or nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
               "teller": teller.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"]}
     return fit("llama", params, loss, batches, steps, 2e-3)
 
@@ -323,7 +303,7 @@ def encoded(encode: Callable[[jax.Array], Any], inputs: np.ndarray, dtype: Any =
 
 
 def warm_bridge(name: str, cfg: QFormerConfig, features: np.ndarray, rows: np.ndarray, steps: int,
-                rng: np.random.Generator, start: Any = None) -> Any:
+                rng: np.random.Generator) -> Any:
     """Q-Former parameters after regressing the Reader's rows [N,Q,D] from an encoder's features [N,T,C]."""
     qformer = QFormer(cfg)
     spread = rows.std()
@@ -332,7 +312,7 @@ def warm_bridge(name: str, cfg: QFormerConfig, features: np.ndarray, rows: np.nd
         out: Any = qformer.apply({"params": params}, batch[0].astype(jnp.float32))
         return jnp.mean(((out - batch[1]) / spread) ** 2)
 
-    params = start or nn.unbox(qformer.init(jax.random.key(4), features[:1].astype(np.float32))["params"])
+    params = nn.unbox(qformer.init(jax.random.key(4), features[:1].astype(np.float32))["params"])
     return fit(name, params, loss, draw(rng, len(rows), 64, lambda index: (features[index], rows[index])), steps, 2e-3)
 
 
@@ -345,15 +325,19 @@ def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
 
 
 def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None) -> None:
-    """All four trainings on `root`'s train split, or those of sight from the packed model `start`; writes a packed
-    model to `out`."""
+    """All four trainings on `root`'s train split, LLaMA's from that of the packed model `start` where it is given;
+    writes a packed model to `out`."""
     cfg, parts = model_config(config), out / "parts"
     tokenizer, decode = runs.tokenizer_of(config), data_config(config, cache_dir=str(out.parent / "cache"))
     boxes = scenes.examples(root, "train", tasks=["arig"], per_scene={"arig": BOXES})
     examples = [example for example in runs.read_examples(root, "train") if example.task != "arig"] + boxes
     folders = sorted({example.meta["scene"] for example in examples})
     steps = {name: max(4, int(n * scale)) for name, n in STEPS.items()}
-    before = jax.tree.map(lambda x: np.asarray(x, np.float32), load_params(start)) if start else {}
+    before = None
+    if start:
+        before = optim.split(jax.tree.map(lambda x: np.asarray(x, np.float32), load_params(start))["llama"],
+                             *LORA_OR_NOT)[1]
+        steps["llama"] //= 2
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([config.seed, number])
@@ -362,35 +346,23 @@ def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None
         tables = [table_of(scene_graph.load(root / folder / "scene.json")) for folder in folders]
         stacked = {key: np.stack([table[key] for table in tables]) for key in tables[0]}
         groups = text_arrays(examples, {folder: i for i, folder in enumerate(folders)}, stacked, tokenizer, decode)
-        return warm_llama(cfg, groups, stacked, steps["llama"], rng(0))
+        return warm_llama(cfg, groups, stacked, steps["llama"], rng(0), before)
 
     data = load_clips(root, folders[:CLIPS], decode, tokenizer)
     frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
     shown = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
-
-    def see(clip: Any) -> Any:
-        return encoded(lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames, np.float16)
-
-    clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1), before.get("clip")))
-    learned = {"clip": clip}
-    if start:
-        params, speak = before, QFormer(cfg.visual)
-        said = encoded(lambda x: speak.apply({"params": before["vl_projector"]}, x.astype(jnp.float32)),
-                       see(before["clip"]))
-        reader = kept(parts, "reader", lambda: warm_reader(cfg, shown, said, steps["reader"], rng(5)))
-    else:
-        params, reading = runs.initial_params(config, Crab(cfg)), kept(parts, "llama", read)
-        reader = reading["reader"]
-        learned["llama"] = optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])
-    visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reader}, shown))
+    params, learned = runs.initial_params(config, Crab(cfg)), {}
+    reading = kept(parts, "llama", read)
+    learned["llama"] = optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])
+    visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, shown))
+    learned["clip"] = clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
+    pictures = encoded(lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames, np.float16)
     learned["vl_projector"] = kept(parts, "vl_projector", lambda: warm_bridge(
-        "visual q-former", cfg.visual, see(clip), visual, steps["visual"], rng(3), before.get("vl_projector")))
-    if not start:
-        beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
-        sounds = encoded(lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, np.float16)
-        learned["beats"] = beats
-        learned["al_projector"] = kept(parts, "al_projector", lambda: warm_bridge(
-            "audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4)))
+        "visual q-former", cfg.visual, pictures, visual, steps["visual"], rng(3)))
+    learned["beats"] = beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
+    sounds = encoded(lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, np.float16)
+    learned["al_projector"] = kept(parts, "al_projector", lambda: warm_bridge(
+        "audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4)))
     save_packed(out, params | learned, config.to_dict())
     tokenizer.save(out)
 
@@ -401,7 +373,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="root of generated scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed result")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
-    parser.add_argument("--start", type=Path, help="a packed model to go on from")
+    parser.add_argument("--start", type=Path, help="a packed model whose language model goes on")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     compile_cache.enable()
