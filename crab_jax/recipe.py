@@ -46,8 +46,8 @@ def pack(run: Path, out: Path) -> None:
 
 
 def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
-    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). The
-    warm-up's language model goes on from that of the packed model `start`."""
+    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). The language model of
+    the warm-up goes on from that of the packed model `start` where it is given."""
     def scaled(n: int) -> int:
         return max(4, int(n * scale))
 
