@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import fbank, media
+from data_pipelines.media import container, video
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -45,9 +46,9 @@ def close(pixels, expected):
 
 def test_frames_of_a_video(files, arrays):
     path = next((files / "ave").glob("*.mp4"))
-    with media._opened(path, "video") as container:
-        stream = container.streams.video[0]
-        packets, _ = media._packets(container, stream)
+    with container.opened(path, "video") as opened:
+        stream = opened.streams.video[0]
+        packets, _ = video._packets(opened, stream)
         assert len(packets) == stream.frames == arrays["ave.vlen"]
     assert media.frame_numbers(len(packets), len(arrays["ave.indices"])) == arrays["ave.indices"].tolist()  # exact
     kept, size = arrays["ave.frames_uint8"].shape[:2]  # of the ten, the first

@@ -1,0 +1,120 @@
+"""Ground-truth masks: pictures of grey values, class ids or colours, and run lengths."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from crab_jax.errors import InputError
+from data_pipelines.media.pictures import DEEP, open_picture
+
+SEMANTIC_CLASSES = 71
+# A mask may be written where its path would be: COCO run lengths, rle:<height>x<width>:<counts>, or nothing at all.
+INLINE_MASK = "rle:"
+EMPTY_MASK = f"{INLINE_MASK}empty"
+
+
+@functools.cache
+def avss_palette() -> np.ndarray:
+    """uint8[71, 3]: RGB colour of each AVSBench-semantic class (the bits of the class id, spread over the channels)."""
+    palette = np.zeros((SEMANTIC_CLASSES, 3), np.uint8)
+    for label in range(SEMANTIC_CLASSES):
+        for bit in range(3):
+            for channel in range(3):
+                palette[label, channel] |= (label >> (3 * bit + channel) & 1) << (7 - bit)
+    palette.setflags(write=False)
+    return palette
+
+
+def _labels_of_colours(rgb: np.ndarray, unknown: int) -> np.ndarray:
+    """int32[...] class ids of exact palette colours, uint8[..., 3]; `unknown` stands for any other colour."""
+    weights = np.array([65536, 256, 1])
+    codes, keys = rgb.astype(np.int64) @ weights, avss_palette().astype(np.int64) @ weights
+    order = np.argsort(keys)
+    place = np.minimum(np.searchsorted(keys[order], codes), SEMANTIC_CLASSES - 1)
+    return np.where(keys[order][place] == codes, order[place], unknown).astype(np.int32)
+
+
+def inline_mask(code: Mapping[str, Any]) -> str:
+    """The text that stands for a mask given as COCO run lengths, {"size": [height, width], "counts": bytes}."""
+    return f"{INLINE_MASK}{code['size'][0]}x{code['size'][1]}:{code['counts'].decode()}"
+
+
+def _decode_inline(code: str) -> np.ndarray:
+    """uint8[H,W] of what `inline_mask` wrote."""
+    found = re.fullmatch(rf"{INLINE_MASK}([1-9][0-9]{{0,4}})x([1-9][0-9]{{0,4}}):([0-o]+)", code)
+    try:
+        if not found:
+            raise ValueError
+        return coco.decode({"size": [int(found[1]), int(found[2])], "counts": found[3].encode()})
+    except ValueError:
+        fix = f"write {INLINE_MASK}<height>x<width>:<counts>, or the path of a picture"
+        raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix) from None
+
+
+def check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:
+    """Raise InputError for a mask of another (width, height) than the picture that it belongs to."""
+    if picture is not None and size != picture:
+        problem = f"is {size[0]}x{size[1]}, but its picture is {picture[0]}x{picture[1]}"
+        raise InputError(where, "mask", problem, "export the mask at the size of its picture")
+
+
+def _binary(grey: np.ndarray, size: int | None, where: str, picture: tuple[int, int] | None) -> np.ndarray:
+    """int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
+    check_size((grey.shape[1], grey.shape[0]), picture, where)
+    # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
+    rows, columns = (np.arange(size or n) * n // (size or n) for n in grey.shape)
+    return (grey[rows[:, None], columns] > 0).astype(np.int32)
+
+
+def _check_palette(mask: Image.Image, where: str) -> None:
+    """Raise InputError for a palette that has the colours of other classes than its indices say, as a program that
+    sorts palettes leaves it: neither of the two can be trusted."""
+    colours = np.array(mask.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    used = np.flatnonzero(mask.histogram())
+    if used[-1] < len(colours):
+        classes = _labels_of_colours(colours[used], -1)
+        if (classes >= 0).all() and (wrong := np.flatnonzero(classes != used)).size:
+            problem = f"has the colour of class {classes[wrong[0]]} for palette index {used[wrong[0]]}"
+            raise InputError(where, "mask", problem, "export the mask as RGB, or with the index as the class id")
+
+
+def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int, int] | None = None,
+              unknown: int = 0, content: bytes | None = None) -> np.ndarray:
+    """int32[size, size]: a ground-truth mask, nearest neighbour; int32[H, W] of its own size with None.
+
+    `binary`: 1 where the grey value is above 0. `semantic`: class ids 0..70, from the indices of a palette or grey PNG
+    or from the exact AVSBench colours of an RGB one; another colour is `unknown`, background as in the reference.
+    `picture` is the (width, height) of the picture that the mask belongs to. Raises InputError for a damaged file,
+    another size than `picture`, an id > 70, or a palette that contradicts the ids.
+    A `path` that starts with INLINE_MASK is a binary mask itself. `content`: the bytes of the file, read already.
+    """
+    if (code := Path(path).name).startswith(INLINE_MASK):
+        grey = np.zeros((1, 1)) if code == EMPTY_MASK else _decode_inline(code)
+        return _binary(grey, size, str(path), None if code == EMPTY_MASK else picture)
+    with open_picture(path, "mask", content) as mask:
+        if kind == "binary":
+            grey = np.array(mask if mask.mode in DEEP else mask.convert("L"))
+            return _binary(grey, size, str(path), picture)
+        check_size(mask.size, picture, str(path))
+        if mask.mode == "P":
+            _check_palette(mask, str(path))
+        if mask.mode == "LA":
+            mask = mask.convert("L")
+        small = mask if mask.mode in ("P", "L", "1", *DEEP) else mask.convert("RGB")
+        if size is not None:
+            small = small.resize((size, size), Image.Resampling.NEAREST)
+        values = np.array(small)
+    if values.ndim == 3:
+        return _labels_of_colours(values, unknown)
+    if values.max(initial=0) >= SEMANTIC_CLASSES:
+        problem = f"class id {values.max()} is outside 0..{SEMANTIC_CLASSES - 1}"
+        raise InputError(str(path), "mask", problem, "use the 71 AVSBench-semantic classes")
+    return values.astype(np.int32)

@@ -1,0 +1,190 @@
+"""Frames of a video: which are taken, decoding them, and how the whole file is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from crab_jax.errors import InputError
+from data_pipelines.media.container import decode_alone, opened
+
+
+def _video_stream(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:
+    if not container.streams.video:
+        raise InputError(str(path), "video", "has no video stream", "give a video file, or leave the field out")
+    stream = container.streams.video[0]
+    decode_alone(stream)
+    return stream
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Quarter turns to the left that put a frame upright: phones film sideways and say so. Players and decord do it."""
+    return round(frame.rotation / 90) % 4
+
+
+def video_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a video file as a player shows it."""
+    with opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        frame = next(container.decode(stream), None)
+        sideways = frame is not None and _quarter_turns(frame) % 2
+        return (stream.height, stream.width) if sideways else (stream.width, stream.height)
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[av.Packet], int]:
+    """The coded frames that will be shown, in the order of the file, and how many there are with hidden ones."""
+    coded = [packet for packet in container.demux(stream) if packet.size]
+    return [packet for packet in coded if not packet.is_discard], len(coded)
+
+
+def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
+    """Which packets must be decoded for the frames `numbers` (in the order of showing), and time -> number of those.
+
+    From every group of frames that starts with a key frame and refers to no other group, those up to the last wanted
+    one. None when the times do not tell.
+    """
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if not packets or len(set(times)) < len(packets):
+        return None
+    order = sorted(times)
+    wanted = {order[number]: number for number in numbers}
+    starts, latest = [0], times[0]
+    for place in range(1, len(packets)):
+        # A group starts where all before it are shown earlier.
+        if packets[place].is_keyframe and latest < times[place]:
+            starts.append(place)
+        latest = max(latest, times[place])
+    groups = [range(start, end) for start, end in itertools.pairwise([*starts, len(packets)])]
+    merged: list[range] = []
+    for group in groups:
+        if merged and min(times[place] for place in group) < times[group.start]:
+            merged[-1] = range(merged[-1].start, group.stop)  # shows frames before its key frame: refers back
+        else:
+            merged.append(group)
+    decoded: set[int] = set()
+    for group in merged:
+        if places := [place for place in group if times[place] in wanted]:
+            decoded.update(range(group.start, places[-1] + 1))
+    return decoded, wanted
+
+
+def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
+    """uint8[size, size, 3]: a frame, upright. Frames of a video share a `scaler`, which is slow to set up."""
+    # Bilinear, because it is what decord's VideoReader(width=, height=) does; in this thread, as the decoding.
+    small = scaler.reformat(frame, size, size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray()
+    return np.rot90(small, _quarter_turns(frame))
+
+
+def _decode_needed(stream: av.VideoStream, packets: Sequence[av.Packet], decoded: set[int], wanted: Mapping[int, int],
+                   size: int) -> dict[int, np.ndarray]:
+    """Number -> frame, resized, of those of the `wanted` times that decoding the packets `decoded` gives."""
+    picked: dict[int, np.ndarray] = {}
+    context, running, scaler = stream.codec_context, False, VideoReformatter()
+
+    def take(frames: Sequence[av.VideoFrame]) -> None:
+        picked.update((wanted[f.pts], _small(f, size, scaler))
+                      for f in frames if f.pts is not None and f.pts in wanted)
+
+    for place, packet in enumerate(packets):
+        if place in decoded:
+            take(context.decode(packet))
+            running = True
+        elif running:
+            take(context.decode(None))
+            context.flush_buffers()
+            running = False
+        if len(picked) == len(wanted):
+            return picked
+    take(context.decode(None))
+    return picked
+
+
+def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
+    """The wanted frames, resized, by their place among all that are decoded, and how many those are."""
+    picked, number, scaler = {}, 0, VideoReformatter()
+    with opened(path, "video") as container:
+        for frame in container.decode(_video_stream(container, path)):
+            if number in wanted:
+                picked[number] = _small(frame, size, scaler)
+            number += 1
+    return picked, number
+
+
+def frame_numbers(total: int, count: int) -> list[int]:
+    """The numbers of the frames that are taken of a video of `total`: i * total // n for each of n = min(count, total).
+
+    The reference's `np.arange(0, total, total / n).astype(int)` is the same for every length below 4,000.
+    """
+    taken = min(count, total)
+    return [i * total // taken for i in range(taken)]
+
+
+def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
+    """uint8[min(count, n), size, size, 3]: RGB frames i * n / count of the n frames of a video, aspect ratio ignored.
+
+    All its coded frames are held (opening a file twice costs more), and only what those frames need is decoded; `watch`
+    finds damage anywhere. Source: dataset/video_processor.py (decord, which resizes while decoding); docs/datasets.md
+    has the tolerance. Raises InputError for a missing, damaged or truncated file, one without a video stream, and one
+    without frames.
+    """
+    with opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        declared = stream.frames
+        packets, stored = _packets(container, stream)
+        total = len(packets)
+        numbers = frame_numbers(total, count)
+        if stored >= 0.9 * declared and (needed := _needed(packets, numbers)):
+            picked = _decode_needed(stream, packets, *needed, size)
+            if numbers and len(picked) == len(numbers):
+                return np.stack([picked[number] for number in numbers])
+    while True:  # what the container says is off: decode everything, and choose again from what there is
+        numbers = frame_numbers(total, count)
+        picked, decoded = _decode_all(path, set(numbers), size)
+        _check_frames(decoded, declared, path)
+        if decoded == total:
+            return np.stack([picked[number] for number in numbers])
+        total = decoded
+
+
+def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
+    if decoded < 0.9 * declared:
+        problem = f"only {decoded} of {declared} frames can be decoded; the file is truncated"
+        raise InputError(str(path), "video", problem, "copy or download the file again")
+    if decoded == 0:
+        raise InputError(str(path), "video", "has no frames", "give a video with at least one frame")
+
+
+class Watched(NamedTuple):
+    """A video, seen to its end. frames: how many, damaged: those that the decoder guessed parts of; seconds from the
+    first to the end of the last; (width, height) as a player shows it."""
+
+    frames: int
+    damaged: int
+    seconds: float
+    size: tuple[int, int]
+
+
+def watch(path: str | Path) -> Watched:
+    """Decode every frame of a video and keep none. Raises InputError as `read_video` does."""
+    frames = damaged = 0
+    begin, end = math.inf, -math.inf
+    size = (0, 0)
+    with opened(path, "video") as container:
+        stream = _video_stream(container, path)
+        for frame in container.decode(stream):
+            if not frames:
+                size = (frame.height, frame.width) if _quarter_turns(frame) % 2 else (frame.width, frame.height)
+            frames, damaged = frames + 1, damaged + frame.is_corrupt
+            if frame.pts is not None and frame.time_base:
+                tick = float(frame.time_base)
+                begin, end = min(begin, frame.pts * tick), max(end, (frame.pts + (frame.duration or 0)) * tick)
+        declared = stream.frames
+    _check_frames(frames, declared, path)
+    return Watched(frames, damaged, max(0.0, end - begin), size)
