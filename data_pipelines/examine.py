@@ -19,6 +19,7 @@ from data_pipelines.status import CORRUPT, WARNING, damage
 
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
+COVERED = 0.9  # share of a mask's border that what it shows rarely covers
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
 LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
 USES = ("video", "audio", "picture", "binary", "semantic")  # the last two are kinds of masks
@@ -102,7 +103,16 @@ def _binary(path: str) -> Facts:
     problems: tuple[tuple[str, str], ...] = ()
     if alpha is not None and alpha.min(initial=255) < 255 and ((alpha > 0) != mask).any():
         problems = (("binary", f"{CORRUPT}: what is opaque is not what is above black, which is what is read"),)
-    return Facts(problems, size=(mask.shape[1], mask.shape[0]))
+    return Facts(problems + _covering(mask), size=(mask.shape[1], mask.shape[0]))
+
+
+def _covering(mask: np.ndarray) -> tuple[tuple[str, str], ...]:
+    """What is odd about a binary mask [H,W] that covers most of its picture and nearly all of the border."""
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if border.mean() <= COVERED or mask.mean() <= 0.5:
+        return ()
+    return (("binary", f"{WARNING}: {mask.mean():.0%} of the mask is set, its border too: is it inverted, or a "
+                       "photograph?"),)
 
 
 def _semantic(path: str) -> Facts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import logging
 import re
@@ -186,7 +187,12 @@ def _meta(example: Example, train: bool) -> Iterator[Finding]:
 
 
 def _target(example: Example) -> Iterator[Finding]:
-    for problem in labels.disagreements(example):
+    try:
+        found = labels.disagreements(example)
+    except InputError as error:  # a label that no target can be written from
+        yield Finding(MALFORMED, error.field, error.problem, error.fix)
+        return
+    for problem in found:
         yield Finding(MALFORMED, "target", problem, "write it with crab_jax.tasks.TASKS"
                       f"[{example.task!r}].target(...), or correct meta")
 
@@ -224,6 +230,11 @@ def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
         if start >= end and (example.task, start, end) != ("ave", 0, 0):
             yield Finding(MALFORMED, "meta", f"{name!r:.60} lasts from {start} to {end}, which is no time",
                           "the end is the first second after the event, as in 2,3 for the third second alone")
+    if example.task == "avvp":
+        for sense in ("audio", "visual"):
+            for (one, _, end), (other, start, _) in itertools.pairwise(sorted(map(tuple, example.meta[sense]))):
+                if one == other and start < end:
+                    yield Finding(WARNING, f"meta.{sense}", f"spans of {one!r:.60} overlap", "join them")
     last = max(end for _, _, end in events)
     if seconds and last > seconds + 0.5:
         yield Finding(MALFORMED, "meta", f"has an event until {last}, but the clip lasts {seconds:.1f} s",

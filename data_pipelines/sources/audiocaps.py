@@ -16,7 +16,7 @@ from data_pipelines.examples import Example
 from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
-_PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
+PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
@@ -42,6 +42,6 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         audio = next((name for name in names if release.kind(name)), names[0])
         captions = [row.text("caption").strip() for row in rows]
         yield Example(
-            id=f"{video}_{start}", task="avcap", instruction=_PROMPT, target=captions[0],
+            id=f"{video}_{start}", task="avcap", instruction=PROMPT, target=captions[0],
             audio=release.inside(audio, rows[0].where, "audiocap_id"),
             meta={"captions": captions, "video": video, "row": rows[0].place})

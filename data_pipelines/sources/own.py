@@ -16,12 +16,19 @@ from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_OTHERS = {".json": "write one JSON object a line, and name the file .jsonl", ".jsonl.txt": "rename it",
+           ".JSONL": "rename it", ".csv": "make the list with python -m data_pipelines own --csv"}
 PATHS = ("video", "image", "audio", "seg_image", "mask")
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     """The Examples as they are written; they hold their prompts, so `variant` changes nothing."""
-    name = release.annotation(f"{split}.jsonl")
+    name = f"{split}.jsonl"
+    if release.kind(name) != "file":
+        for other, fix in _OTHERS.items():
+            if release.kind(split + other) == "file":
+                raise InputError(str(release.base / name), "", f"is not there, but {split}{other} is", fix)
+    name = release.annotation(name)
     for number, line in enumerate(release.lines(name), 1):
         if line.strip():
             try:
