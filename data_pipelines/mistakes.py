@@ -69,14 +69,19 @@ def findings(example: Example, train: bool, seconds: float | None = None) -> Ite
     for found in _meta(example, train):
         label_is_read = label_is_read and found.kind != MALFORMED
         yield found
-    if label_is_read and any(name in example.meta for name in (*TASKS[example.task].label, "labels")):
+    if label_is_read and has_label(example):
         yield from _names(example)
         yield from _box(example)
         yield from _times(example, seconds)
         if not _WRAP.search(example.target):
             yield from _target(example)
-    yield from _mask(example, train, seconds)
+    yield from _mask(example, seconds)
     yield from _windows(example, seconds)
+
+
+def has_label(example: Example) -> bool:
+    """Whether `meta` has anything of a label. A row without one is looked at only for what would be read wrongly."""
+    return any(name in example.meta for name in (*TASKS[example.task].label, "labels"))
 
 
 def _text(example: Example, train: bool) -> Iterator[Finding]:
@@ -147,7 +152,7 @@ def _prompt(example: Example) -> Iterator[Finding]:
                           f"put {placeholder} where the pictures go")
     prompt = read_prompt(example.instruction)
     if prompt is None:
-        if example.task not in _FREE:
+        if example.task not in _FREE and has_label(example):
             yield Finding(WARNING, "instruction", f"is no prompt that {example.task} is trained with",
                           f"use crab_jax.tasks.TASKS[{example.task!r}].instruction(...)")
         return
@@ -174,6 +179,8 @@ def _prompt(example: Example) -> Iterator[Finding]:
 def _meta(example: Example, train: bool) -> Iterator[Finding]:
     task = TASKS[example.task]
     if not example.meta.keys() - {"row", "dataset", "one_of"}:
+        if example.task in _FREE or (task.mask_kind != "none" and not train):
+            return  # a list to answer or to decode; `evaluate` refuses it
         yield Finding(WARNING, "meta", "is empty, so the target cannot be compared with a label, nor an answer scored",
                       f"give {', '.join(name for name, field in task.label.items() if field.needed)}")
     elif not labels.weak(example) or not train:
@@ -256,9 +263,10 @@ def _events(example: Example) -> list[tuple[str, int, int]]:
 
 # Masks, seconds and windows.
 
-def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Finding]:
+def _mask(example: Example, seconds: float | None) -> Iterator[Finding]:
     wanted = TASKS[example.task].mask_kind
-    kind = MALFORMED if train or example.target else WARNING  # what is neither learnt nor scored needs none
+    # Without mask and tokens the text alone is asked for, and a list without targets is only to be answered.
+    kind = MALFORMED if example.mask or "<mask_" in example.target else WARNING
     if example.mask_kind != wanted:
         yield Finding(kind, "mask_kind", f"is {example.mask_kind!r}, but {example.task} has "
                       f"{'no mask' if wanted == 'none' else f'{wanted} masks'}", f"must be {wanted!r}")
@@ -276,7 +284,7 @@ def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Find
 
 def _windows(example: Example, seconds: float | None) -> Iterator[Finding]:
     task, windows = TASKS[example.task], example.windows
-    if windows not in task.windows:
+    if windows not in task.windows and (task.timed and windows != "none" or has_label(example)):
         kind, how = (WARNING, "without sound") if windows == "none" else (
             MALFORMED if task.timed else WARNING, "so")
         yield Finding(kind, "windows", f"are {windows!r}, but {example.task} is not asked {how}",
@@ -317,6 +325,8 @@ class Mistakes:
     def of(self, example: Example, seconds: float | None = None) -> list[Finding]:
         """What is wrong with an Example, by itself and beside those before it."""
         found = [*findings(example, self.train, seconds)]
+        if not has_label(example):
+            return found
         if not any(one.kind == MALFORMED for one in found):
             found += [*self._again(example), *self._alike(example), *self._counted_from(example)]
         return found + list(self._sound_and_mask(example))

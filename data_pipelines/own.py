@@ -67,6 +67,7 @@ _SPAN = r"\(?\s*(\d+)(?:\.0+)?\s*s?\s*(?:-|\u2013|\u2014|\bto\b)\s*(\d+)(?:\.0+)
 _EVENT = re.compile(rf"(?P<name>.*?\S)[\s,:]+(?P<spans>{_SPAN}(?:\s*,\s*{_SPAN})*)", re.DOTALL)
 _SENSE = re.compile(r"(audio|visual)\s*:\s*(.*)", re.IGNORECASE | re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,8 @@ class Row:
 
 # Reading a table.
 
-def read_text(path: Path, flag: str) -> str:
-    """The text of a file, as programs for tables save it: UTF-8, UTF-16 with its mark, or Western Windows."""
+def read_text(path: Path, flag: str, say: Say) -> str:
+    """The text of a file, as programs for tables save it: UTF-8, UTF-16 with its mark, or Western Windows (said)."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -125,7 +126,7 @@ def read_text(path: Path, flag: str) -> str:
         if "\0" in text:
             break
         if encoding == "cp1252":
-            on_stderr(f"{path} is not UTF-8; it is read as Western Windows text (cp1252)")
+            say(f"{path} is not UTF-8; it is read as Western Windows text (cp1252)")
         return text
     raise InputError(str(path), flag, "is no text of a known encoding", "save it as CSV UTF-8")
 
@@ -136,7 +137,7 @@ def _name(header: str) -> str:
     return OTHER_NAMES.get(name, name)
 
 
-def _check_columns(names: Sequence[str], where: str) -> None:
+def _check_columns(names: Sequence[str], where: str, say: Say) -> None:
     """Raise InputError for columns that come twice or seem misspelt; say which others are not read."""
     for name, times in Counter(name for name in names if name).items():
         if times > 1:
@@ -149,12 +150,12 @@ def _check_columns(names: Sequence[str], where: str) -> None:
         if close := difflib.get_close_matches(name, [c for c in COLUMNS if c not in names], 1, 0.8):
             raise InputError(where, name, "no such column", f"did you mean {close[0]!r}? Rename or remove it")
     if others:
-        on_stderr(f"columns that are not read: {', '.join(others)}")
+        say(f"columns that are not read: {', '.join(others)}")
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
     """The rows of a table with commas, semicolons or tabs between its cells; empty ones are passed over."""
-    text = read_text(path, "--csv")
+    text = read_text(path, "--csv", say)
     skipped = 0
     if found := re.match(r"sep=(.)\r?\n", text):
         text, skipped = text[found.end():], 1
@@ -174,7 +175,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
                 continue
             if not names:
                 names = [_name(cell) for cell in cells]
-                _check_columns(names, where)
+                _check_columns(names, where, say)
                 continue
             if any(cell.strip() for cell in cells[len(names):]):
                 raise InputError(where, "", f"has {len(cells)} cells, but the header {len(names)}",
@@ -187,16 +188,16 @@ def csv_rows(path: Path) -> Iterator[Row]:
         raise InputError(str(path), "--csv", "is empty", "name the columns in its first line")
 
 
-def jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
     """The objects of a file with one on each line."""
-    for number, line in enumerate(read_text(path, "--jsonl").split("\n"), 1):
+    for number, line in enumerate(read_text(path, "--jsonl", say).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
             value = json_line(line, where)
             if not isinstance(value, dict):
                 raise InputError(where, "", f"is {type(value).__name__}, not an object", "write one object a line")
             values = {_name(key): inside for key, inside in value.items()}
-            _check_columns(list(values), where)
+            _check_columns(list(values), where, say)
             yield Row(where, number, values)
 
 
@@ -552,7 +553,9 @@ def build(rows: Sequence[Row], files: Media, split: str, progress: Callable[[str
     examples: dict[str, list[Example]] = {}
     seen: dict[tuple[str, str], int] = {}
     wrong: list[InputError] = []
-    for row in Progress("rows", len(rows), progress).over(rows):
+    pace = Progress("rows", len(rows), progress)
+    for done, row in enumerate(rows):
+        pace.to(done)
         try:
             example = example_of(row, files)
             key = (split_of(row, split), example.id)
@@ -594,7 +597,8 @@ def run(argv: Sequence[str]) -> bool:
     arguments: argparse.Namespace = parser.parse_args(argv)
     table, root = Path(arguments.csv or arguments.jsonl), Path(arguments.root)
     _check_root(root)
-    rows = list(csv_rows(table) if arguments.csv else jsonl_rows(table))
+    notes: dict[str, None] = {}  # what is odd about a table, said when it can be used
+    rows = list((csv_rows if arguments.csv else jsonl_rows)(table, notes.setdefault))
     if not rows:
         raise InputError(str(table), "", "holds no row", "write a line for each question")
     lists = {split: root / f"{split}.jsonl" for split in dict.fromkeys(split_of(row, arguments.split) for row in rows)}
@@ -602,6 +606,8 @@ def run(argv: Sequence[str]) -> bool:
         if path.exists() and not arguments.overwrite:
             raise InputError(str(path), "", "is there already", "give --overwrite to replace it, or another --root")
     examples = build(rows, Media(root, table.parent, arguments.copy, arguments.overwrite), arguments.split, on_stderr)
+    for note in notes:
+        on_stderr(note)
     try:
         for split, path in lists.items():
             write_jsonl(path, examples[split])
