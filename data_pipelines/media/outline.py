@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from data_pipelines.media.content import HEAD, id3_length
 
+_LEAST = 12  # bytes that the head of any kind has
 Read = Callable[[int, int], bytes]  # (at, count): the bytes of the file from `at`, fewer at its end
 
 
@@ -31,6 +32,8 @@ def outline(path: str | Path) -> str:
 
         size, at = os.fstat(number).st_size, behind_id3(read)
         start = read(at, HEAD)
+        if 0 < size < _LEAST:
+            return f"holds only {size} bytes"
         for is_one, check in _TAGGED if at else _KINDS:
             if is_one(start):
                 return check(read, size)
