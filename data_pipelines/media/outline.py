@@ -32,12 +32,10 @@ def outline(path: str | Path) -> str:
 
         size, at = os.fstat(number).st_size, behind_id3(read)
         start = read(at, HEAD)
-        if 0 < size < _LEAST:
-            return f"holds only {size} bytes"
         for is_one, check in _TAGGED if at else _KINDS:
             if is_one(start):
                 return check(read, size)
-    return ""
+    return f"holds only {size} bytes" if 0 < size < _LEAST else ""
 
 
 def behind_tags(path: str | Path) -> bytes:
