@@ -1,6 +1,7 @@
 """Decoding: video, picture, sound and mask files to arrays. Every failure is an InputError that names the file."""
 
-from data_pipelines.media.container import mp4_damage
+from data_pipelines.media.container import opened, pictures_of, sound_of
+from data_pipelines.media.content import not_supported
 from data_pipelines.media.masks import (
     EMPTY_MASK,
     INLINE_MASK,
@@ -10,12 +11,13 @@ from data_pipelines.media.masks import (
     inline_mask,
     read_mask,
 )
+from data_pipelines.media.outline import outline
 from data_pipelines.media.pictures import alpha, image_size, read_image
-from data_pipelines.media.sound import SAMPLE_RATE, read_audio, riff_damage, stated_seconds
+from data_pipelines.media.sound import SAMPLE_RATE, read_audio, stated_seconds
 from data_pipelines.media.video import Watched, frame_numbers, read_video, video_size, watch
 
 __all__ = [
     "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Watched", "alpha", "avss_palette", "check_size",
-    "frame_numbers", "image_size", "inline_mask", "mp4_damage", "read_audio", "read_image", "read_mask", "read_video",
-    "riff_damage", "stated_seconds", "video_size", "watch",
+    "frame_numbers", "image_size", "inline_mask", "not_supported", "opened", "outline", "pictures_of", "read_audio",
+    "read_image", "read_mask", "read_video", "sound_of", "stated_seconds", "video_size", "watch",
 ]
