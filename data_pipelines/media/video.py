@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +13,26 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from crab_jax.errors import InputError
+from data_pipelines.media import clock as clocks
+from data_pipelines.media.clock import FrameTimes, Stamp
 from data_pipelines.media.container import decode_alone, opened
+
+_TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT of libavformat
+_REMEMBERED = 64  # files whose times of frames are kept: the sound of a clip is read after its pictures
+_remembered: dict[tuple[str, int, int], FrameTimes] = {}
 
 
 def _video_stream(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:
-    if not container.streams.video:
+    stream = pictures_of(container)
+    if stream is None:
         raise InputError(str(path), "video", "has no video stream", "give a video file, or leave the field out")
-    stream = container.streams.video[0]
     decode_alone(stream)
     return stream
+
+
+def pictures_of(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The stream of moving pictures of a container."""
+    return container.streams.video[0] if container.streams.video else None
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
@@ -106,51 +117,104 @@ def _decode_needed(stream: av.VideoStream, packets: Sequence[av.Packet], decoded
     return picked
 
 
-def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
-    """The wanted frames, resized, by their place among all that are decoded, and how many those are."""
-    picked, number, scaler = {}, 0, VideoReformatter()
+def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], FrameTimes]:
+    """The wanted frames, resized, by their place among all that are decoded, and when those are shown."""
+    picked, stamps, scaler = {}, list[Stamp](), VideoReformatter()
     with opened(path, "video") as container:
-        for frame in container.decode(_video_stream(container, path)):
-            if number in wanted:
-                picked[number] = _small(frame, size, scaler)
-            number += 1
-    return picked, number
+        stream = _video_stream(container, path)
+        for frame in container.decode(stream):
+            if len(stamps) in wanted:
+                picked[len(stamps)] = _small(frame, size, scaler)
+            stamps.append(stamp(frame))
+        return picked, times_of(stamps, stream)
 
 
-def frame_numbers(total: int, count: int) -> list[int]:
-    """The numbers of the frames that are taken of a video of `total`: i * total // n for each of n = min(count, total).
+def read_video(path: str | Path, count: int, size: int, clock: str = "shown") -> np.ndarray:
+    """uint8[n, size, size, 3]: the RGB frames that are shown at i / count of a video, aspect ratio ignored.
 
-    The reference's `np.arange(0, total, total / n).astype(int)` is the same for every length below 4,000.
+    n is `count`, but no more than a video of a constant rate has. With the clock "counted" they are the frames
+    i * total // n of all. See `clock.chosen`. Source: dataset/video_processor.py (decord, which resizes while
+    decoding); docs/datasets.md has the tolerance. Raises InputError for a missing, damaged or truncated file, one
+    without a video stream, and one without frames.
     """
-    taken = min(count, total)
-    return [i * total // taken for i in range(taken)]
+    return _read(path, lambda times: clocks.chosen(times, count, clock), size)
 
 
-def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
-    """uint8[min(count, n), size, size, 3]: RGB frames i * n / count of the n frames of a video, aspect ratio ignored.
+def read_moment(path: str | Path, part: int, parts: int, size: int) -> np.ndarray:
+    """uint8[size, size, 3]: the RGB frame that is shown at `part` / `parts` of a video. Raises InputError as
+    `read_video` does."""
+    return _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)[0]
 
-    All its coded frames are held (opening a file twice costs more), and only what those frames need is decoded; `watch`
-    finds damage anywhere. Source: dataset/video_processor.py (decord, which resizes while decoding); docs/datasets.md
-    has the tolerance. Raises InputError for a missing, damaged or truncated file, one without a video stream, and one
-    without frames.
+
+def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int) -> np.ndarray:
+    """uint8[n, size, size, 3]: the frames whose numbers `choose` gives.
+
+    All coded frames of the file are held (opening it twice costs more), and only what those frames need is decoded;
+    `watch` finds damage anywhere.
     """
     with opened(path, "video") as container:
         stream = _video_stream(container, path)
         declared = stream.frames
         packets, stored = _packets(container, stream)
-        total = len(packets)
-        numbers = frame_numbers(total, count)
+        times = times_of(map(stamp, packets), stream)
+        numbers = choose(times)
         if stored >= 0.9 * declared and (needed := _needed(packets, numbers)):
             picked = _decode_needed(stream, packets, *needed, size)
-            if numbers and len(picked) == len(numbers):
+            if numbers and len(picked) == len(set(numbers)):
+                _remember(path, times)
                 return np.stack([picked[number] for number in numbers])
     while True:  # what the container says is off: decode everything, and choose again from what there is
-        numbers = frame_numbers(total, count)
-        picked, decoded = _decode_all(path, set(numbers), size)
-        _check_frames(decoded, declared, path)
-        if decoded == total:
+        picked, found = _decode_all(path, set(numbers), size)
+        _check_frames(len(found.ticks), declared, path)
+        if len(found.ticks) == len(times.ticks) and all(number in picked for number in numbers):
+            _remember(path, times)
             return np.stack([picked[number] for number in numbers])
-        total = decoded
+        times = found
+        numbers = choose(times)
+
+
+# When frames are shown.
+
+def stamp(coded: av.Packet | av.VideoFrame) -> Stamp:
+    """What the container says of a frame."""
+    return Stamp(coded.pts, coded.dts if isinstance(coded, av.Packet) else coded.pts, coded.duration or 0)
+
+
+def times_of(stamps: Iterable[Stamp], stream: av.VideoStream) -> FrameTimes:
+    """The times of the frames of a stream."""
+    rate = stream.average_rate or stream.guessed_rate
+    return clocks.frame_times([*stamps], stream.time_base, rate, splices(stream.container))
+
+
+def splices(container: av.container.Container) -> bool:
+    """Whether times may start anew in the middle of such a file, as in MPEG streams that were put behind each other."""
+    return bool(container.format.flags & _TS_DISCONT)
+
+
+def video_times(path: str | Path) -> FrameTimes:
+    """When the frames of a video are shown, without decoding them. Raises InputError as `read_video` does."""
+    if (known := remembered_times(path)) is None:
+        with opened(path, "video") as container:
+            stream = _video_stream(container, path)
+            known = times_of(map(stamp, _packets(container, stream)[0]), stream)
+        _remember(path, known)
+    return known
+
+
+def _key(path: str | Path) -> tuple[str, int, int]:
+    found = os.stat(path)
+    return os.path.abspath(path), found.st_mtime_ns, found.st_size
+
+
+def remembered_times(path: str | Path) -> FrameTimes | None:
+    """The times of a file that was read lately."""
+    return _remembered.get(_key(path)) if os.path.isfile(path) else None
+
+
+def _remember(path: str | Path, times: FrameTimes) -> None:
+    if len(_remembered) >= _REMEMBERED:
+        _remembered.clear()
+    _remembered[_key(path)] = times
 
 
 def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
@@ -163,7 +227,7 @@ def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
 
 class Watched(NamedTuple):
     """A video, seen to its end. frames: how many, damaged: those that the decoder guessed parts of; seconds from the
-    first to the end of the last; (width, height) as a player shows it."""
+    first to the end of the last, as in `Timing`; (width, height) as a player shows it."""
 
     frames: int
     damaged: int
@@ -173,18 +237,14 @@ class Watched(NamedTuple):
 
 def watch(path: str | Path) -> Watched:
     """Decode every frame of a video and keep none. Raises InputError as `read_video` does."""
-    frames = damaged = 0
-    begin, end = math.inf, -math.inf
-    size = (0, 0)
+    damaged, stamps, size = 0, list[Stamp](), (0, 0)
     with opened(path, "video") as container:
         stream = _video_stream(container, path)
         for frame in container.decode(stream):
-            if not frames:
+            if not stamps:
                 size = (frame.height, frame.width) if _quarter_turns(frame) % 2 else (frame.width, frame.height)
-            frames, damaged = frames + 1, damaged + frame.is_corrupt
-            if frame.pts is not None and frame.time_base:
-                tick = float(frame.time_base)
-                begin, end = min(begin, frame.pts * tick), max(end, (frame.pts + (frame.duration or 0)) * tick)
-        declared = stream.frames
-    _check_frames(frames, declared, path)
-    return Watched(frames, damaged, max(0.0, end - begin), size)
+            stamps.append(stamp(frame))
+            damaged += frame.is_corrupt
+        declared, times = stream.frames, times_of(stamps, stream)
+    _check_frames(len(stamps), declared, path)
+    return Watched(len(stamps), damaged, float(times.seconds), size)
