@@ -177,6 +177,14 @@ class Heard(NamedTuple):
         """float32[N]: in step with the pictures, see `clock.place`."""
         return clocks.place(self.samples, self.start, self.seconds, SAMPLE_RATE)
 
+    def remark(self) -> str:
+        """What `placed` does about the end of the sound, "" for nothing."""
+        end = len(self.samples) / SAMPLE_RATE + (self.start if abs(self.start) > clocks.START else 0.0)
+        if not self.seconds or abs(end - self.seconds) <= clocks.END:
+            return ""
+        lengths = f"the audio lasts {len(self.samples) / SAMPLE_RATE:.1f} s, but the video {self.seconds:.1f} s"
+        return f"{lengths}: {'the rest is filled with silence' if end < self.seconds else 'what is longer is cut off'}"
+
 
 def is_own(sound: str | Path, video: str | Path | None) -> bool:
     """Whether a sound is the track of its own film, and not a file beside a `video`."""
