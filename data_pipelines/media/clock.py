@@ -61,7 +61,7 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
         shown = [stamp.dts for stamp in stamps]  # AVI knows no other; sorted, both are as far apart
     known = [time for time in shown if time is not None]
     odd = _oddity(stamps, known, tick, SPLICE if splices else LONGEST)
-    if odd or not tick:
+    if odd or not tick or not stamps:
         # Without times, a constant rate is the best guess; where that is unknown too, so is the length.
         believable = rate if rate and 1 <= rate <= 240 else None
         period = 1 / believable if believable else Fraction(0)
@@ -77,8 +77,10 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
 
 def _oddity(stamps: Sequence[Stamp], known: Sequence[int], tick: Fraction | None, longest: int) -> str:
     """Why the times of a file cannot be right, "" where they can."""
-    if not stamps or not tick or len(known) < len(stamps):
-        return "frames without a time" if stamps else ""
+    if not stamps:
+        return ""
+    if not tick or len(known) < len(stamps):
+        return "frames without a time"
     decoded = [stamp.dts for stamp in stamps if stamp.dts is not None]
     if any(b < a for a, b in zip(decoded, decoded[1:], strict=False)):
         return "times that run backwards"
