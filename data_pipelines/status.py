@@ -132,13 +132,13 @@ def damage(root: str | Path, path: str) -> str:
             head = file.read(16)
             file.seek(max(0, size - 4096))
             tail = file.read()
-        if film := media.mp4_damage(full):
-            return film
+        if wrong := media.not_supported(full):
+            return wrong[0]
+        if short := media.outline(full):
+            return short
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     suffix = full.suffix.lower()
-    if suffix == ".wav":
-        return media.riff_damage(full) if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE" else "is no WAV file"
     if suffix == ".png":
         return ("is no PNG file" if head[:8] != b"\x89PNG\r\n\x1a\n" else "ends before the picture does"
                 if b"IEND\xaeB`\x82" not in tail else "")

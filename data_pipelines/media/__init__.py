@@ -1,7 +1,8 @@
 """Decoding: video, picture, sound and mask files to arrays. Every failure is an InputError that names the file."""
 
 from data_pipelines.media.clock import CLOCKS, Timing, check_clock, frame_numbers
-from data_pipelines.media.container import mp4_damage
+from data_pipelines.media.container import opened, pictures_of, sound_of
+from data_pipelines.media.content import not_supported
 from data_pipelines.media.masks import (
     EMPTY_MASK,
     INLINE_MASK,
@@ -11,6 +12,7 @@ from data_pipelines.media.masks import (
     inline_mask,
     read_mask,
 )
+from data_pipelines.media.outline import outline
 from data_pipelines.media.pictures import alpha, image_size, read_image
 from data_pipelines.media.sound import (
     SAMPLE_RATE,
@@ -19,7 +21,6 @@ from data_pipelines.media.sound import (
     hear,
     is_own,
     read_audio,
-    riff_damage,
     stated_seconds,
     timing,
 )
@@ -28,6 +29,6 @@ from data_pipelines.media.video import Watched, read_moment, read_video, video_s
 __all__ = [
     "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched", "alpha",
     "avss_palette", "check_clock", "check_size", "clip_sound", "frame_numbers", "hear", "image_size", "inline_mask",
-    "is_own", "mp4_damage", "read_audio", "read_image", "read_mask", "read_moment", "read_video", "riff_damage",
-    "stated_seconds", "timing", "video_size", "watch",
+    "is_own", "not_supported", "opened", "outline", "pictures_of", "read_audio", "read_image", "read_mask",
+    "read_moment", "read_video", "sound_of", "stated_seconds", "timing", "video_size", "watch",
 ]

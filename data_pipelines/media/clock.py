@@ -23,6 +23,7 @@ JITTER = Fraction(1, 10)  # frames within it, and within one frame interval, of 
 GAP = 0.1  # a longer hole in a sound track is silence; times of blocks of sound waver by less
 LONGEST = 600  # a frame, or all holes of a track, that last longer have wrong times
 SPLICE = 10  # the same where times may start anew in the middle of a file (MPEG streams), as ffmpeg has it
+COUNTED = ": frames are taken by their number, and the sound from its first sample"
 TOLD = 0.1  # sound that is further off is worth a remark
 
 
@@ -80,16 +81,16 @@ def _oddity(stamps: Sequence[Stamp], known: Sequence[int], tick: Fraction | None
     if not stamps:
         return ""
     if not tick or len(known) < len(stamps):
-        return "frames without a time"
+        return f"frames without a time{COUNTED}"
     decoded = [stamp.dts for stamp in stamps if stamp.dts is not None]
     if any(b < a for a, b in zip(decoded, decoded[1:], strict=False)):
-        return "times that run backwards"
+        return f"times that run backwards{COUNTED}"
     order = sorted(known)
     if len(set(order)) < 0.9 * len(order):
-        return "many frames at the same time"
+        return f"many frames at the same time{COUNTED}"
     most = longest / tick
     if order[-1] - order[0] > most and any(b - a > most for a, b in zip(order, order[1:], strict=False)):
-        return "times that jump"
+        return f"times that jump{COUNTED}"
     return ""
 
 
@@ -143,10 +144,10 @@ def sound_start(first: Fraction | float | None, length: float, times: FrameTimes
     Where anything is wrong, it begins with the pictures.
     """
     if times.begin is None or first is None:
-        return 0.0, times.odd or "sound without a time"
+        return 0.0, times.odd or "sound without a time: it is taken to start with the pictures"
     start = float(first - times.begin)
     if not -(length or LONGEST) < start < (float(times.seconds) or LONGEST):
-        return 0.0, "sound and pictures at times that do not meet"
+        return 0.0, "sound and pictures at times that do not meet: they are taken to start together"
     return start, ""
 
 
@@ -204,7 +205,7 @@ class Timing(NamedTuple):
     """The clock of a video file. frames: how many are shown. seconds: from the first picture to the end of the last; 0
     where that is unknown, and of a single frame. varies: whether the frame rate does. sound: seconds from the first
     picture to the first sample, less than 0 for an earlier one; None without a sound track. odd: what is wrong with the
-    times of the file, "" where nothing is; frames are then counted, or sound is taken to start with them."""
+    times of the file and what is done instead, "" where nothing is."""
 
     frames: int
     seconds: float
@@ -216,7 +217,7 @@ class Timing(NamedTuple):
         """What a person should know of it, a text each; none where all is as usual."""
         said = []
         if self.odd:
-            said.append(f"the file has {self.odd}; its frames are taken by their number, and its sound from the start")
+            said.append(f"the file has {self.odd}")
         if self.sound is not None and self.sound > TOLD:
             said.append(f"the sound starts {self.sound:.1f} s after the pictures; silence is put in front")
         elif self.sound is not None and self.sound < -TOLD:
