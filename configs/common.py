@@ -24,8 +24,8 @@ SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
 
 def base() -> ConfigDict:
     """All keys of a run config. Stages change values, never add keys."""
-    model_keys = ("image_size", "visual_queries", "audio_queries")
-    decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in model_keys}
+    elsewhere = ("image_size", "visual_queries", "audio_queries", "clock")  # set by the model and by `compat`
+    decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in elsewhere}
     loss = {k: v for k, v in dataclasses.asdict(LossConfig()).items() if k != "reduction"}
     return ConfigDict({
         "model": "crab_7b",

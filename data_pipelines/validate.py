@@ -205,10 +205,10 @@ class PreparedLook(Look):
                 yield "audio" if medium.kind == "sounds" else fields[medium.path], medium.path, f"{CORRUPT}: {problem}"
 
     def _problem_of(self, medium: shards.Medium) -> str:
-        kind, path, detail = medium
+        kind, path, detail, beside = medium
         try:
             if kind == "sounds":
-                self.prepared.sound(path, detail, None)
+                self.prepared.sound(path, detail, None, beside)
             elif kind == "masks":
                 self.prepared.mask(path, detail, self.prepared.decoding.image_size)
             elif detail == "video":
