@@ -49,7 +49,8 @@ class Problem:
 @dataclasses.dataclass
 class Count:
     """Examples of one split. complete: of the whole release, None where not known; annotated = have + the others;
-    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N."""
+    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N.
+    note: why nothing could be counted; warnings: how many problems of that kind there are."""
 
     dataset: str
     split: str
@@ -60,6 +61,7 @@ class Count:
     corrupt: int = 0
     malformed: int = 0
     note: str = ""
+    warnings: int = 0
 
 
 def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None,
@@ -103,7 +105,8 @@ def outlines(root: str | Path) -> Look:
 def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """Count one split; yields its problems."""
     pace = Progress(f"{count.dataset} {count.split}", count.complete or 0, progress)
-    for found in pace.over(records(root, count.dataset, count.split)):
+    notes: list[InputError] = []
+    for found in pace.over(records(root, count.dataset, count.split, notes=notes)):
         count.annotated += 1
         if isinstance(found, Example):
             problems = [Problem(count.dataset, count.split, found.id, path, field, text)
@@ -111,6 +114,7 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
             kinds = {problem.kind for problem in problems}
             kind = next((kind for kind in (MALFORMED, CORRUPT) if kind in kinds), "")
             yield from problems
+            count.warnings += sum(problem.kind == WARNING for problem in problems)
         else:
             kind = MISSING if isinstance(found, MissingFile) else MALFORMED
             yield Problem(count.dataset, count.split, os.path.relpath(found.where, root), found.where, found.field,
@@ -119,6 +123,9 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
+    count.warnings += len(notes)
+    yield from (Problem(count.dataset, count.split, os.path.relpath(note.where, root), note.where, note.field,
+                        f"{WARNING}: {note.problem}") for note in notes)
 
 
 def damage(root: str | Path, path: str) -> str:
@@ -159,7 +166,7 @@ def table(counts: Sequence[Count]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    notes = ["", *(c.note for c in counts)]
+    notes = ["", *(c.note or (f"{c.warnings:,} warnings" if c.warnings else "") for c in counts)]
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
 
 
