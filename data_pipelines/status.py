@@ -50,7 +50,7 @@ class Problem:
 class Count:
     """Examples of one split. complete: of the whole release, None where not known; annotated = have + the others;
     missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N.
-    note: why nothing could be counted; warnings: how many problems of that kind there are."""
+    note: why nothing could be counted; notes: what else a person should know of the annotations (Release.notes)."""
 
     dataset: str
     split: str
@@ -61,7 +61,7 @@ class Count:
     corrupt: int = 0
     malformed: int = 0
     note: str = ""
-    warnings: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None,
@@ -114,7 +114,6 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
             kinds = {problem.kind for problem in problems}
             kind = next((kind for kind in (MALFORMED, CORRUPT) if kind in kinds), "")
             yield from problems
-            count.warnings += sum(problem.kind == WARNING for problem in problems)
         else:
             kind = MISSING if isinstance(found, MissingFile) else MALFORMED
             yield Problem(count.dataset, count.split, os.path.relpath(found.where, root), found.where, found.field,
@@ -123,9 +122,7 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
-    count.warnings += len(notes)
-    yield from (Problem(count.dataset, count.split, os.path.relpath(note.where, root), note.where, note.field,
-                        f"{WARNING}: {note.problem}") for note in notes)
+    count.notes = [f"{os.path.relpath(note.where, root)} [{note.field}]: {note.problem}" for note in notes]
 
 
 def damage(root: str | Path, path: str) -> str:
@@ -166,7 +163,7 @@ def table(counts: Sequence[Count]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    notes = ["", *(c.note or (f"{c.warnings:,} warnings" if c.warnings else "") for c in counts)]
+    notes = ["", *(c.note or (f"{len(c.notes):,} notes" if c.notes else "") for c in counts)]
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
 
 
@@ -198,6 +195,9 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
         print(line[:300].encode("utf-8", "backslashreplace").decode())  # names may be long, or no text
     if problems[10:]:
         print(f"  and {len(problems) - 10} more; --json FILE lists them")
+    for c in (c for c in counts if c.notes):
+        more = f" (and {len(c.notes) - 1} more notes; --json FILE lists them)" if c.notes[1:] else ""
+        print(f"  note on {c.dataset} {c.split}, {c.notes[0]}{more}".encode("utf-8", "backslashreplace").decode())
 
 
 def run(argv: Sequence[str]) -> None:

@@ -48,11 +48,16 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         yield Example(
             id=clip, task="avcap", instruction=_PROMPT, target=captions[0],
             audio=release.inside(audio, rows[0].where, "audiocap_id"),
-            meta={"captions": captions, "video": str(rows[0].values.get("youtube_id") or clip), "row": rows[0].place})
+            meta={"captions": captions, "video": _video(rows[0], listed) or clip, "row": rows[0].place})
+
+
+def _video(row: Row, listed: bool) -> str:
+    """The YouTube id; "" where a list of Crab's has none."""
+    return "" if listed and row.values.get("youtube_id") is None else row.name("youtube_id", "r1nicOVtvkQ")
 
 
 def _clip(row: Row, listed: bool) -> str:
     """What names the clip of a row: its video and start."""
-    if listed and row.values.get("youtube_id") is None:
+    if not (video := _video(row, listed)):
         return str(row.integer("audiocap_id", 0, 10**9))
-    return f"{row.name('youtube_id', 'r1nicOVtvkQ')}_{row.integer('start_time', 0, 10**6)}"
+    return f"{video}_{row.integer('start_time', 0, 10**6)}"

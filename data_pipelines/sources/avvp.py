@@ -12,6 +12,7 @@ of AV-UIE as `label`, and its llp_videos/<vid>.mp4 and audio_data/<vid>.mp3.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -50,7 +51,8 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
     def examples(row: Row) -> Iterator[Example]:
         found = row.matching("filename", _FILENAME, "BjCEufrlXm4_20_30")
-        filename, video, labels = found[0], found[1], _labels(row, "event" if listed else "event_labels")
+        video = dataclasses.replace(row, values={"filename": found[1]}).name("filename", "BjCEufrlXm4")
+        filename, labels = found[0], _labels(row, "event" if listed else "event_labels")
         if unknown := [label for label in labels if label not in CATEGORIES]:
             known = ", ".join(CATEGORIES[:4])
             raise row.error("event_labels", f"unknown value {unknown[0]!r:.60}", f"use some of {known}, ...")

@@ -33,7 +33,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     """
     def examples(row: Row) -> Iterator[Example]:
         part = row.one_of("split", (*SPLITS, UNUSED))
-        if part != split and not (split == "test" and part in _PARTS) or row.text("uid") == _NO_EXPRESSION:
+        if part != split and not (split == "test" and part in _PARTS) or row.text("uid").strip() == _NO_EXPRESSION:
             return
         video = row.name("vid", "--KCIeTv6PM_14000_24000")
         uid = row.matching("uid", _UID, "--KCIeTv6PM_14000_24000_cat_1")

@@ -201,6 +201,8 @@ class Release:
         None = it may do so; otherwise the columns are fixed. A header also tells another delimiter.
         """
         lines = self.lines(name)
+        if header and lines:
+            self.check_line(name, 1, lines[0])
         names, first = list(columns), 0
         if found := _header(lines[0] if lines else "", columns, delimiter, quoted):
             (names, delimiter, quoted), first = found, 1
