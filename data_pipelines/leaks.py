@@ -193,7 +193,8 @@ def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
                 found[dataset].append(leak)
                 if leak.same:
                     path = next((path for _, path in media_of(example)), "")
-                    clips.append(Problem(name, "train", example.id, path, "video",
+                    named = "dataset" in example.meta or name in OWN
+                    clips.append(Problem(name, "train", example.id if named else f"{name}-{example.id}", path, "video",
                                          f"{WARNING}: its clip is in val or test of {leak.other} too"))
     pairs = [Problem(dataset, "train", dataset, "", "video",
                      f"{WARNING}: {shared} clips are in val or test of {other} too ({videos} by video); "

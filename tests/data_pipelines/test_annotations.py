@@ -235,11 +235,11 @@ def test_the_row_of_ms3_without_a_youtube_id(copied):
 # a_obj.
 
 A_OBJ = {
-    "dog": ["dog"], "dog_man": ["dog", "man"], "dog_": ["dog"], "_dog__man_": ["dog", "man"],
-    "dog, man": ["dog", "man"], "['dog', 'emergency-car']": ["dog", "emergency-car"], '"dog"': ["dog"], "dog;man|car": ["dog", "man", "car"],
-    "Dog and Man": ["dog", "man"], "emergency_car_dog": ["emergency-car", "dog"], "hair dryer": ["hair-dryer"],
-    "missile/rocket": ["missile-rocket"], "playing_violin": ["playing violin"], "horse_clip-clop": ["horse clip-clop"],
-    "race_car_dog": ["race car", "dog"], "dog&cat+pig": ["dog", "cat", "pig"], " dog ": ["dog"],
+    "dog": ["dog"], "dog_man": ["dog", "man"], "dog_": ["dog"], "_dog__man_": ["dog", "man"], " dog ": ["dog"],
+    "dog, man": ["dog", "man"], "['dog', 'emergency-car']": ["dog", "emergency-car"], '"dog"': ["dog"],
+    "dog;man|car": ["dog", "man", "car"], "Dog and Man": ["dog", "man"], "dog&cat+pig": ["dog", "cat", "pig"],
+    "emergency_car_dog": ["emergency-car", "dog"], "hair dryer": ["hair-dryer"], "missile/rocket": ["missile-rocket"],
+    "playing_violin": ["playing violin"], "horse_clip-clop": ["horse clip-clop"], "race_car_dog": ["race car", "dog"],
     "": [], "nan": [], "45": [], "3.0": [], "dog_unicorn": [], "unicorn": [], "_": [], "None": [], "[]": [],
     "doghouse": [], "dog 2": []}
 
