@@ -133,7 +133,7 @@ class Source(NamedTuple):
 def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example], list[Example]]:
     """(every Example of the split, the ones to score)."""
     split = runs.read_examples(root, arguments.split, datasets=[name for name in arguments.datasets.split(",") if name],
-                               variant=arguments.variant, missing=arguments.missing)
+                               variant=arguments.variant, missing=arguments.missing, malformed=arguments.malformed)
     examples = select(split, [task for task in arguments.tasks.split(",") if task], arguments.limit)
     check_labels(examples)
     return split, examples
@@ -291,6 +291,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variant", default="train", choices=VARIANTS, help="prompts of a raw root (default train)")
     parser.add_argument("--missing", default="raise", choices=("raise", "skip"),
                         help="what to do about files that a raw root lacks: stop, or leave out what needs them")
+    parser.add_argument("--malformed", default="raise", choices=("raise", "skip"),
+                        help="what to do about rows that cannot be read: stop, or leave them out")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=_positive, help="at most this many examples of each task")
     parser.add_argument("--batch-size", type=_positive, default=16)
