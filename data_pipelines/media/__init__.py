@@ -10,12 +10,14 @@ from data_pipelines.media.masks import (
     inline_mask,
     read_mask,
 )
-from data_pipelines.media.pictures import alpha, image_size, read_image
+from data_pipelines.media.pictures import image_size, open_picture, read_image, read_picture, rgb
+from data_pipelines.media.pictures import outline as picture_outline
 from data_pipelines.media.sound import SAMPLE_RATE, read_audio, riff_damage, stated_seconds
 from data_pipelines.media.video import Watched, frame_numbers, read_video, video_size, watch
 
 __all__ = [
-    "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Watched", "alpha", "avss_palette", "check_size",
-    "frame_numbers", "image_size", "inline_mask", "mp4_damage", "read_audio", "read_image", "read_mask", "read_video",
+    "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Watched", "avss_palette", "check_size",
+    "frame_numbers", "image_size", "inline_mask", "mp4_damage", "open_picture", "picture_outline",
+    "read_audio", "read_image", "read_mask", "read_picture", "read_video", "rgb",
     "riff_damage", "stated_seconds", "video_size", "watch",
 ]
