@@ -25,3 +25,15 @@ def out_folder(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
     return out
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+
+
+def git_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is what git checks out in place of a large file until `git lfs pull` fetches it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False  # whoever reads the file says why

@@ -74,7 +74,7 @@ class Files:
         stamp = path.stat()
         key = "|".join(map(str, (path.resolve(), stamp.st_mtime_ns, stamp.st_size, *settings)))
         folder = Path(self.cache_dir)
-        kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        kept = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
         try:
             return safetensors.numpy.load_file(kept)["value"]
         except (FileNotFoundError, safetensors.SafetensorError):

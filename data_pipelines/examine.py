@@ -14,7 +14,7 @@ import numpy as np
 
 from crab_jax.errors import InputError
 from data_pipelines import media
-from data_pipelines.status import CORRUPT, FILMS, WARNING, damage
+from data_pipelines.status import CORRUPT, WARNING
 
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
@@ -44,8 +44,6 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
     facts = Facts()
     for use in uses:
         try:
-            if use in FILMS and (damaged := damage(root, path, use)):
-                raise InputError(path, use, damaged, "")
             found = _LOOK[use](os.path.join(root, path))
         except InputError as error:
             found = Facts(((use, f"{CORRUPT}: {error.problem}"),))

@@ -133,15 +133,10 @@ def damage(root: str | Path, path: str, field: str) -> str:
             return "the file is empty"
         if field not in FILMS:
             return media.picture_outline(full, field)
-        if film := media.mp4_damage(full):
-            return film
-        with open(full, "rb") as file:
-            head = file.read(12)
+        wrong = media.not_supported(full)
+        return wrong[0] if wrong else media.outline(full)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if full.suffix.lower() == ".wav":
-        return media.riff_damage(full) if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE" else "is no WAV file"
-    return ""
 
 
 def table(counts: Sequence[Count]) -> str:

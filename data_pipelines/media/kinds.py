@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says."""
+"""Which kind of picture a file is by its first bytes, whatever its name says; also those that are not read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import features
 
-HEAD = 512  # bytes from the beginning that tell
+HEAD = 1024  # bytes from the beginning that tell
 JPEG, PNG, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"WEBP"
 
 
@@ -32,30 +32,23 @@ _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (b"IIU\0", Kind("a camera's raw file (RW2)", _EXPORT)),
     (b"8BPS", Kind("a Photoshop file (PSD)", _EXPORT)),
     (b"\xff\x0a", Kind("JPEG XL", _EXPORT)), (b"\0\0\0\x0cJXL \r\n\x87\n", Kind("JPEG XL", _EXPORT)),
-    (b"%PDF", Kind("PDF", "export the picture that is in it")),
     (b"%!PS", Kind("PostScript", _EXPORT)), (b"\xc5\xd0\xd3\xc6", Kind("PostScript (EPS)", _EXPORT)),
     (b"\x76\x2f\x31\x01", Kind("OpenEXR", _EXPORT)), (b"#?RADIANCE", Kind("Radiance HDR", _EXPORT)),
     (b"SIMPLE  =", Kind("FITS", _EXPORT)), (b"gimp xcf", Kind("a GIMP file (XCF)", _EXPORT)),
     (b"\0\0\1\0", Kind("a Windows icon (ICO)", _EXPORT)), (b"icns", Kind("a macOS icon (ICNS)", _EXPORT)),
     (b"DDS ", Kind("DDS", _EXPORT)), (b"qoif", Kind("QOI", _EXPORT)), (b"BPG\xfb", Kind("BPG", _EXPORT)),
     (b"\x93NUMPY", Kind("a NumPy array", _EXPORT)), (b"\x89HDF", Kind("HDF5", _EXPORT)),
-    (b"PK\x03\x04", Kind("a ZIP archive", "unpack it")), (b"\x1f\x8b", Kind("a gzip archive", "unpack it")),
     (b"\x1aE\xdf\xa3", Kind("a film (Matroska or WebM)", _NOT_A_PICTURE)), (b"OggS", Kind("Ogg", _NOT_A_PICTURE)),
     (b"ID3", Kind("MP3", _NOT_A_PICTURE)), (b"fLaC", Kind("FLAC", _NOT_A_PICTURE)))
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_LFS = b"version https://git-lfs.github.com/spec/"
-
-
-def is_lfs_pointer(head: bytes) -> bool:
-    """Whether a file holds the name of a large file that Git has not fetched."""
-    return head.startswith(_LFS)
 
 
 def kind_of(head: bytes) -> Kind | None:
-    """The kind of the file that begins with `head` (HEAD bytes, or all of a shorter one); None for an unknown one."""
-    if is_lfs_pointer(head):
-        return Kind("a Git LFS pointer, not the file itself", "fetch it: git lfs pull")
+    """The kind of the file that begins with `head` (HEAD bytes, or all of a shorter one); None for an unknown one.
+
+    What is no picture, film or sound at all is told by content.py.
+    """
     if head[4:8] == b"ftyp":
         return _iso(head)
     if head.startswith(b"RIFF"):
@@ -72,7 +65,9 @@ def kind_of(head: bytes) -> Kind | None:
         return (Kind("a float map (PFM)", _EXPORT) if head[1:2] in b"fF" else Kind("PNM", picture=("PPM",)))
     if head[128:132] == b"DICM":
         return Kind("DICOM", _EXPORT)
-    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None) or _text(head)
+    if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*(<!doctype svg.*?>\s*)?<svg", head, re.I | re.S):
+        return Kind("SVG", _EXPORT)
+    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
 
 
 def _iso(head: bytes) -> Kind:
@@ -86,14 +81,3 @@ def _iso(head: bytes) -> Kind:
     if b"crx " in brands:
         return Kind("a camera's raw file (CR3)", _EXPORT)
     return Kind("a film (MP4)", _NOT_A_PICTURE)
-
-
-def _text(head: bytes) -> Kind | None:
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith(b"<svg") or (start.startswith((b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in start):
-        return Kind("SVG", _EXPORT)
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<body")):
-        return Kind("a web page, not the file itself", "download the file again")
-    if head and not head.strip(b"\0"):
-        return Kind("zeros only: a download that did not finish", "download the file again")
-    return None

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image
 from crab_jax.errors import InputError
 from data_pipelines.media import kinds
 from data_pipelines.media.container import require
+from data_pipelines.media.content import not_supported
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, and of what is an error here
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel of more than 8 bits
@@ -71,12 +72,11 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
             head = file.read(kinds.HEAD)
     else:
         head = content[:kinds.HEAD]
-    if not head:
-        raise InputError(str(path), field, "is empty; the file is damaged or not a picture", AGAIN)
     kind = kinds.kind_of(head)
     if kind is None:
-        what = "text" if head.isascii() and b"\0" not in head else "of no known kind"
-        raise InputError(str(path), field, f"is no picture ({what}); the file is damaged or not a picture", AGAIN)
+        other = None if content is not None else not_supported(path)
+        problem, fix = other or ("is of no known kind; the file is damaged or not a picture", AGAIN)
+        raise InputError(str(path), field, problem, fix)
     if not kind.picture:
         raise InputError(str(path), field, f"is {kind.name}, which is not read as a picture", kind.fix)
     return kind
