@@ -72,8 +72,7 @@ def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
         size = media.video_size(root / str(example.video))
         frame = media.read_video(root / str(example.video), 10, max(size), clock)[example.second or 0]
         return np.array(Image.fromarray(frame).resize(size))
-    with Image.open(root / path) as picture:
-        return np.array(picture.convert("RGB"))
+    return media.read_picture(root / path)
 
 
 def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
