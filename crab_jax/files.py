@@ -1,4 +1,5 @@
-"""What verbs write: files that are there whole or not at all, in folders that may be written to."""
+"""What verbs write: files that are there whole or not at all, in folders that may be written to. And what they are
+given: text, and files that only stand in for the one that was meant."""
 
 from __future__ import annotations
 
@@ -25,3 +26,49 @@ def out_folder(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
     return out
+
+
+def git_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is the few lines that Git keeps in place of a large one."""
+    with open(path, "rb") as file:
+        return file.read(23) == b"version https://git-lfs"
+
+
+def refuse_stand_in(path: str | Path, field: str = "") -> None:
+    """Raise InputError for a file that was not fetched: a Git LFS pointer, or the page that a browser was shown."""
+    try:
+        pointer = git_lfs_pointer(path)
+        with open(path, "rb") as file:
+            start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    except OSError:
+        return  # whoever reads it says what is wrong
+    if pointer:
+        raise InputError(str(path), field, "is a Git LFS pointer, not the file itself", "run: git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise InputError(str(path), field, "is a web page, not the file itself",
+                         "download the file that the page links to (raw or resolve, not blob)")
+
+
+def refuse_utf16(data: bytes, where: str) -> None:
+    """Raise InputError for text of two bytes a character, as some editors and shells write it."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
+        raise InputError(where, "", "is UTF-16 text", "save it as UTF-8")
+
+
+def text_of_bytes(data: bytes, where: str) -> str:
+    """UTF-8 text without a byte order mark. Raises InputError that names the line, or UTF-16."""
+    refuse_utf16(data, where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{where}:{number}", "", "is not UTF-8 text", "save it as UTF-8") from None
+
+
+def read_text(path: str | Path, field: str = "") -> str:
+    """The text of a UTF-8 file, without a byte order mark. Raises InputError, also for what only stands in for it."""
+    refuse_stand_in(path, field)
+    try:
+        return text_of_bytes(Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(str(path), field, f"cannot be read ({error.strerror})", "check the path") from None

@@ -7,6 +7,7 @@ from data_pipelines.media.masks import (
     SEMANTIC_CLASSES,
     avss_palette,
     check_size,
+    decode_runs,
     inline_mask,
     read_mask,
 )
@@ -16,6 +17,6 @@ from data_pipelines.media.video import Watched, frame_numbers, read_video, video
 
 __all__ = [
     "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Watched", "alpha", "avss_palette", "check_size",
-    "frame_numbers", "image_size", "inline_mask", "mp4_damage", "read_audio", "read_image", "read_mask", "read_video",
-    "riff_damage", "stated_seconds", "video_size", "watch",
+    "decode_runs", "frame_numbers", "image_size", "inline_mask", "mp4_damage", "read_audio", "read_image", "read_mask",
+    "read_video", "riff_damage", "stated_seconds", "video_size", "watch",
 ]
