@@ -3,8 +3,10 @@ given: text, and files that only stand in for the one that was meant."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from crab_jax.errors import InputError
 
@@ -72,3 +74,16 @@ def read_text(path: str | Path, field: str = "") -> str:
         return text_of_bytes(Path(path).read_bytes(), str(path))
     except OSError as error:
         raise InputError(str(path), field, f"cannot be read ({error.strerror})", "check the path") from None
+
+
+def read_json(path: str | Path, field: str = "") -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError."""
+    try:
+        value = json.loads(read_text(path, field))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), field, f"not valid JSON ({error})", "fetch or copy the file again") from None
+    if not isinstance(value, dict):
+        raise InputError(str(path), field, "is no JSON object", "fetch or copy the file again")
+    return value
