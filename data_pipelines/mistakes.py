@@ -65,17 +65,14 @@ def findings(example: Example, train: bool, seconds: float | None = None) -> Ite
         return  # other tasks under the name of one of the nine
     yield from _text(example, train)
     yield from _prompt(example)
-    label_is_read = True
-    for found in _meta(example, train):
-        label_is_read = label_is_read and found.kind != MALFORMED
-        yield found
-    if label_is_read and has_label(example):
+    yield from _meta(example, train)
+    if labels.weak(example) or not any(wrong_fields(TASKS[example.task], example.meta, ("answer",))):
         yield from _names(example)
         yield from _box(example)
         yield from _times(example, seconds)
         if not _WRAP.search(example.target):
             yield from _target(example)
-    yield from _mask(example, seconds)
+    yield from _mask(example, train, seconds)
     yield from _windows(example, seconds)
 
 
@@ -180,12 +177,14 @@ def _meta(example: Example, train: bool) -> Iterator[Finding]:
     task = TASKS[example.task]
     if not example.meta.keys() - {"row", "dataset", "one_of"}:
         if example.task in _FREE or (task.mask_kind != "none" and not train):
-            return  # a list to answer or to decode; `evaluate` refuses it
+            return  # only to be answered or decoded; `evaluate` refuses it
         yield Finding(WARNING, "meta", "is empty, so the target cannot be compared with a label, nor an answer scored",
                       f"give {', '.join(name for name, field in task.label.items() if field.needed)}")
     elif not labels.weak(example) or not train:
         for name, problem, must_be in wrong_fields(task, example.meta):
             lacking = problem == "missing"
+            if lacking and not train and not example.target:
+                continue  # one of those
             others = [key for key in example.meta if key not in task.label]
             close = difflib.get_close_matches(name, others, 1) if lacking else []
             only_score = lacking and task.label[name].needed == "score"
@@ -263,10 +262,12 @@ def _events(example: Example) -> list[tuple[str, int, int]]:
 
 # Masks, seconds and windows.
 
-def _mask(example: Example, seconds: float | None) -> Iterator[Finding]:
+def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Finding]:
     wanted = TASKS[example.task].mask_kind
-    # Without mask and tokens the text alone is asked for, and a list without targets is only to be answered.
+    # Without mask and tokens the text alone is asked for.
     kind = MALFORMED if example.mask or "<mask_" in example.target else WARNING
+    if not train and not example.target and not example.mask and example.mask_kind == "none":
+        return  # only to be answered
     if example.mask_kind != wanted:
         yield Finding(kind, "mask_kind", f"is {example.mask_kind!r}, but {example.task} has "
                       f"{'no mask' if wanted == 'none' else f'{wanted} masks'}", f"must be {wanted!r}")

@@ -210,7 +210,7 @@ MISTAKES = [
     Mistake("a folder for a video", changed("ave", video="many"), "missing", "is a folder", True),
     Mistake("a video for a folder of frames", [{**without("ave", "video")[0], "frames": "clip.mp4"}], "missing",
             "is no folder"),
-    Mistake("sound of another length", changed("ave", audio="short.wav"), "corrupt", "4.00 s of sound for 10.00", True),
+    Mistake("sound of another length", changed("ave", audio="short.wav"), W, "4.00 s of sound for 10.00", True),
     Mistake("the sound of another clip", [{**good("ave"), "video": "many/1.mp4"},
                                           {**good("ave", end=6), "id": "b", "audio": "many/1.wav"}], W,
             "sound of many/1.mp4"),
@@ -321,7 +321,7 @@ def test_the_same_clip_in_train_and_test_is_a_leak(media_root, facts, tmp_path):
     assert [p.kind for p in problems(tmp_path, facts)] == ["leak"]
 
 
-@pytest.mark.parametrize("name, fix", [("train.json", "one JSON object a line"), ("train.csv", "own --csv")])
+@pytest.mark.parametrize("name, fix", [("train.jsonl.txt", "rename it"), ("train.csv", "own --csv")])
 def test_a_list_under_another_name_is_pointed_out(name, fix, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / name).write_text("[]")
@@ -329,6 +329,13 @@ def test_a_list_under_another_name_is_pointed_out(name, fix, tmp_path):
     assert found.kind == M and name in found.problem
     with pytest.raises(InputError, match=fix):
         read_examples(tmp_path, "train", ["own"])
+
+
+def test_examples_in_a_json_list_are_not_taken_for_samples_of_the_quick_start(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/train.json").write_text(json.dumps([good("ave")]))
+    found = [p for p in status(tmp_path, (), None)[1] if p.dataset == "own" and p.split == "train"]
+    assert [p.kind for p in found] == [M]
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_no_mistake(media_root, facts, tmp_path):
