@@ -71,9 +71,12 @@ def answer(example: Example) -> str:
 
 def names(example: Example) -> tuple[str, ...]:
     """The names of things and events in the label."""
+    return _names(example, {} if weak(example) else label(example))
+
+
+def _names(example: Example, values: dict[str, Any]) -> tuple[str, ...]:
     if weak(example):
         return tuple(example.meta.get("labels", ()))
-    values = label(example)
     match example.task:
         case "ave":
             return (values["event"],)
@@ -96,9 +99,9 @@ def disagreements(example: Example) -> list[str]:
         return []
     if weak(example):
         return _tag_problems(example) or (
-            _avvp_problems(example) if example.task == "avvp" else _moment_problems(example, "avs"))
-    label(example)
-    return _tag_problems(example) or _CHECKS[example.task](example)
+            _avvp_problems(example, {}) if example.task == "avvp" else _moment_problems(example, "avs"))
+    values = label(example)
+    return _tag_problems(example) or _CHECKS[example.task](example, values)
 
 
 def _tag_problems(example: Example) -> list[str]:
@@ -128,8 +131,7 @@ def _one(example: Example, tag: str) -> tuple[str, list[str]]:
             [] if len(contents) == 1 else [f"{len(contents)} <{tag}> tags where one is needed"])
 
 
-def _ave_problems(example: Example) -> list[str]:
-    values = label(example)
+def _ave_problems(example: Example, values: dict[str, Any]) -> list[str]:
     event, found = _one(example, "event")
     span, more = _one(example, "range")
     found += more
@@ -146,7 +148,7 @@ def _ave_problems(example: Example) -> list[str]:
     return found
 
 
-def _avvp_problems(example: Example) -> list[str]:
+def _avvp_problems(example: Example, values: dict[str, Any]) -> list[str]:
     by_sense: dict[str, avvp.Events] = {"audio": [], "visual": []}
     tags, found = find_tags(example.target, TAGS["avvp"]), []
     for tag, content in tags:
@@ -162,7 +164,7 @@ def _avvp_problems(example: Example) -> list[str]:
     if not tags:
         found.append("holds no event tag")
     said = by_sense["audio"] + by_sense["visual"]
-    known = {normalise(name): name for name in names(example)}
+    known = {normalise(name): name for name in _names(example, values)}
     found += [f"the event {name!r} is not in the label" for name in dict.fromkeys(name for name, *_ in said)
               if normalise(name) not in known]
     if weak(example):
@@ -170,9 +172,9 @@ def _avvp_problems(example: Example) -> list[str]:
         found += [f"the event {name!r} of the label is missing" for key, name in known.items()
                   if key not in heard_or_seen]
     elif not found:
-        classes, truth = list(known), label(example)
+        classes = list(known)
         for sense, events in by_sense.items():
-            differ = avvp.occurrence(events, classes) != avvp.occurrence(truth[sense], classes)
+            differ = avvp.occurrence(events, classes) != avvp.occurrence(values[sense], classes)
             found += [f"the {sense} times of {known[classes[k]]!r} differ from the label"
                       for k in np.flatnonzero(differ.any(axis=1))]
         if not found and TASKS["avvp"].parse(example.target) is None:
@@ -180,17 +182,16 @@ def _avvp_problems(example: Example) -> list[str]:
     return found
 
 
-def _avqa_problems(example: Example) -> list[str]:
+def _avqa_problems(example: Example, values: dict[str, Any]) -> list[str]:
     said, found = _one(example, "answer")
-    truth = label(example)["answer"]
+    truth = values["answer"]
     if normalise(said) != normalise(truth) or normalise(TASKS["avqa"].parse(example.target) or "") != normalise(truth):
         found.append(f"the answer is {said!r}, the label says {truth!r}")
     return found
 
 
-def _arig_problems(example: Example) -> list[str]:
-    values, box = label(example), TASKS["arig"].parse(example.target)
-    found = []
+def _arig_problems(example: Example, values: dict[str, Any]) -> list[str]:
+    box, found = TASKS["arig"].parse(example.target), []
     if box is None:
         found.append("no two corners in order can be read")
     else:
@@ -209,16 +210,15 @@ def _moment_problems(example: Example, task: str) -> list[str]:
     return [] if said and said[-1] == truth else [f"the {said[-1] if said else 'missing'} second, not the {truth}"]
 
 
-def _avs_problems(example: Example) -> list[str]:
-    parsed, objects = TASKS[example.task].parse(example.target), label(example)["objects"]
+def _avs_problems(example: Example, values: dict[str, Any]) -> list[str]:
+    parsed, objects = TASKS[example.task].parse(example.target), values["objects"]
     said = [] if parsed is None else parsed["objects"]
     found = [] if names_match(parsed, objects) else [f"the objects are {said}, the label says {objects}"]
     return found + _moment_problems(example, "avs")
 
 
-def _ref_avs_problems(example: Example) -> list[str]:
-    values, parsed = label(example), TASKS["ref-avs"].parse(example.target)
-    found = []
+def _ref_avs_problems(example: Example, values: dict[str, Any]) -> list[str]:
+    parsed, found = TASKS["ref-avs"].parse(example.target), []
     if not names_match(parsed, [values["object"]] if values["object"] else []):
         said = "unreadable" if parsed is None else ", ".join(parsed["objects"]) or "nothing"
         found.append(f"the object is {said}, the label says {values['object'] or 'nothing'}")
@@ -227,12 +227,12 @@ def _ref_avs_problems(example: Example) -> list[str]:
     return found + _moment_problems(example, "ref-avs")
 
 
-def _avcap_problems(example: Example) -> list[str]:
+def _avcap_problems(example: Example, values: dict[str, Any]) -> list[str]:
     captions = [caption.strip() for caption in example.meta["captions"]]
     return [] if example.target in captions else ["is none of the captions"]
 
 
-_CHECKS: dict[str, Callable[[Example], list[str]]] = {
+_CHECKS: dict[str, Callable[[Example, dict[str, Any]], list[str]]] = {
     "ave": _ave_problems, "avvp": _avvp_problems, "avqa": _avqa_problems, "arig": _arig_problems,
     "s4": _avs_problems, "ms3": _avs_problems, "avss": _avs_problems, "ref-avs": _ref_avs_problems,
     "avcap": _avcap_problems}

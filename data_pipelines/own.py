@@ -34,9 +34,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
-
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import write_whole
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.tasks import TASKS, arig, avqa
 from crab_jax.tasks.ave import SECONDS
@@ -44,7 +43,6 @@ from data_pipelines import media, validate
 from data_pipelines.datasets import DATASETS, SPLITS
 from data_pipelines.examples import Example, json_line, write_jsonl
 from data_pipelines.media import EMPTY_MASK, INLINE_MASK
-from data_pipelines.media.container import opened
 from data_pipelines.sources.audiocaps import PROMPT as SOUND_PROMPT
 from data_pipelines.sources.own import PICTURES, pictures
 from data_pipelines.sources.release import Release
@@ -211,6 +209,20 @@ class Media:
     folder: Path  # of the table
     copy: bool = False
     overwrite: bool = False
+    moments: dict[str, tuple[str, int, int]] = dataclasses.field(default_factory=dict)  # pictures to be written
+
+    def moment(self, video: str, second: int, parts: int) -> str:
+        """The path of the picture at a second of a video, which `write_moments` writes."""
+        path = f"media/{video.replace('/', '_')}_{second}.png"
+        self.moments[path] = video, second, parts
+        return path
+
+    def write_moments(self) -> None:
+        """Write the pictures that rows are about and that only their videos hold."""
+        for path, (video, second, parts) in self.moments.items():
+            png = io.BytesIO()
+            media.moment_picture(self.root / video, second, parts).save(png, "PNG")
+            write_whole(self.root / path, png.getvalue())
 
     def find(self, row: Row, field: str, given: Any) -> str:
         """The path of a file relative to the root, copied there where that is wanted. Raises InputError."""
@@ -277,11 +289,11 @@ class Media:
 
 @functools.lru_cache(1 << 16)
 def facts(path: str, field: str) -> tuple[float, bool]:
-    """(seconds as stated, whether there is sound) of a film or a sound. Raises InputError."""
-    with opened(path, field) as container:
-        stated = [float(stream.duration * stream.time_base) for stream in container.streams
-                  if stream.duration and stream.time_base]
-        return (container.duration or 0) / av.time_base or max(stated, default=0.0), bool(container.streams.audio)
+    """(seconds, whether there is sound) of a film or a sound. Raises InputError."""
+    if field == "audio":
+        return media.stated_seconds(path), True
+    clip = media.timing(path)
+    return clip.seconds, clip.sound is not None
 
 
 # One Example of a row.
@@ -497,9 +509,12 @@ def _moment(row: Row, files: Media, sources: Mapping[str, str], seconds: float) 
     fields: dict[str, Any] = {"second": second, "windows": windows}
     if not one_picture and "image" in sources:
         fields |= {"seg_image": sources["image"], "image": None}
-    elif "video" in sources and not 8 <= seconds <= 12:
-        raise row.error("image", f"is empty, and a clip of {seconds:.1f} s has no picture for each of {SECONDS} "
-                        "seconds", "give the picture that the mask was drawn on, or clips of ten seconds")
+    elif "video" in sources and not 0.8 * parts <= seconds <= 1.2 * parts:
+        raise row.error("image", f"is empty, and it is not certain which picture of a clip of {seconds:.1f} s second "
+                        f"{second} means", "give the picture that the mask was drawn on, or a clip of "
+                        f"{parts} seconds")
+    elif "video" in sources and parts != SECONDS:  # ten frames are taken of a clip, so none is that of its second
+        fields |= {"seg_image": files.moment(sources["video"], second, parts)}
     given = row.text("mask", "give the file of the mask, or `nothing` where nothing is to be seen")
     if given.lower() in (*NOTHING, EMPTY_MASK):
         return second, fields | {"mask": EMPTY_MASK}
@@ -605,10 +620,12 @@ def run(argv: Sequence[str]) -> bool:
     for path in lists.values():
         if path.exists() and not arguments.overwrite:
             raise InputError(str(path), "", "is there already", "give --overwrite to replace it, or another --root")
-    examples = build(rows, Media(root, table.parent, arguments.copy, arguments.overwrite), arguments.split, on_stderr)
+    files = Media(root, table.parent, arguments.copy, arguments.overwrite)
+    examples = build(rows, files, arguments.split, on_stderr)
     for note in notes:
         on_stderr(note)
     try:
+        files.write_moments()
         for split, path in lists.items():
             write_jsonl(path, examples[split])
             tasks = Counter(example.task for example in examples[split])

@@ -159,6 +159,7 @@ MISTAKES = [
     Mistake("a box in pixels of a larger picture", changed("arig", {"box": [20, 30, 400, 300]}), M, "224"),
     Mistake("a box as x, y, width, height", changed("arig", {"box": [120, 130, 50, 60]}), M, "x1 <= x2"),
     Mistake("a box in shares of the picture", [good("arig", box=[0.1, 0.2, 0.5, 0.9])], M, "shares of the picture"),
+    Mistake("a box that begins outside of the picture", changed("arig", {"box": [-14, 30, 120, 200]}), M, "-14"),
     Mistake("a box as text", changed("arig", {"box": "20,30,120,200"}), M, "x1, y1, x2, y2"),
     Mistake("a box of three numbers", changed("arig", {"box": [20, 30, 120]}), M, "x1, y1, x2, y2"),
     Mistake("another box in the target", changed("arig", target=target("arig", box=[60, 30, 120, 200])), M, "x1 is 60"),
@@ -215,6 +216,8 @@ MISTAKES = [
                                           {**good("ave", end=6), "id": "b", "audio": "many/1.wav"}], W,
             "sound of many/1.mp4"),
     Mistake("an unknown field", changed("ave", vidoe="clip.mp4"), M, "unknown field"),
+    Mistake("a record of LLaVA", [{"id": "1", "video": "clip.mp4", "conversations": [
+        {"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "A dog."}]}], M, "missing field"),
     # The file as a whole.
     Mistake("NaN", text_of("ave", lambda text: text.replace('"start": 2', '"start": NaN')), M, "NaN is no number"),
     Mistake("a comma before the brace", text_of("ave", lambda text: text[:-1] + ",}"), M, "not valid JSON"),

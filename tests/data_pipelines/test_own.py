@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from media_files import write_audio, write_picture, write_video
+from PIL import Image
 
 from crab_jax.scoring import check_label
 from crab_jax.tasks import TASKS
@@ -147,6 +148,15 @@ def test_splits_and_pictures_of_a_clip(root):
     assert [e.task for e in read_jsonl(root / "val.jsonl")] == ["avcap"]
 
 
+def test_the_picture_of_a_second_of_a_short_clip_is_taken_from_it(root):
+    """Ten frames are taken of any clip, so the one of second 3 of five is none that `second` can name."""
+    text = "task,media,object,second,mask\ns4,clips/short.mp4,dog,3,masks/dog_3.png\n"
+    code, (example,) = table(root, text)
+    assert code == 0 and (example.windows, example.second, example.video) == ("five", 3, "clips/short.mp4")
+    picture = np.asarray(Image.open(root / example.seg_image))
+    assert picture.shape == (48, 64, 3) and abs(picture.mean() - 8 * 30 % 256) < 4  # the frame shown at 3.0 s
+
+
 def test_a_box_in_pixels_is_scaled_to_the_picture_that_the_model_sees(root):
     text = 'task,image,audio,object,box\narig,clips/dog.jpg,clips/dog.wav,dog,"(320, 120) - (640, 480)"\n'
     code, (example,) = table(root, text.replace(") - (", ", ").replace("(320", "320").replace("480)", "480"))
@@ -201,7 +211,7 @@ A = "task,media,question,answer,events,object,expression,second,box,mask,type\n"
     (A + "s4,clips/dog.mp4,,,,dog,,10,,masks/dog_3.png\n", "count from 0 to 9"),
     (A + "s4,clips/dog.mp4,,,,dog,,3\n", r"\[mask\]: is empty"),
     (A + "s4,clips/dog.mp4,,,,dog,,3,,masks/no.png\n", r"\[mask\]: no such file"),
-    (A + "s4,clips/short.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[image\].*give the picture"),
+    (A + "avss,clips/short.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[image\].*give the picture"),
     (A + "ref-avs,clips/dog.mp4,,,,,the dog,3,,masks/dog_3.png\n", "`nothing` where nothing fits"),
     (A + "ref-avs,clips/dog.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[expression\]: is empty"),
     (A.replace("type", "split") + "avqa,clips/dog.mp4,How?,two,,,,,,,trian\n", "unknown split 'trian'"),
