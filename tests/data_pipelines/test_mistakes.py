@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from media_files import write_audio, write_picture, write_video
 
+from configs import tiny
+from crab_jax import runs
 from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
@@ -361,6 +363,17 @@ def test_the_line_is_named_and_skipping_leaves_the_row_out(media_root, tmp_path,
     assert [index for group in order.groups.values() for index in group] == [0]
     skipped, = map(json.loads, (tmp_path / "skipped").read_text().splitlines())
     assert skipped["index"] == 1 and "train.jsonl:2" in skipped["error"]
+
+
+def test_a_run_refuses_a_wrong_label_before_it_starts(media_root, tmp_path):
+    write(tmp_path, media_root, [good("ave"), {**changed("ave", {"end": 6})[0], "id": "b"}])
+    run = tiny.get_config()
+    run.data.root, run.data.batch_size = str(tmp_path), 1
+    with pytest.raises(InputError, match=r"train\.jsonl:2 \[target\]: the range is 2,5, the label says 2,6; write"):
+        runs.train_order(run, runs.tokenizer_of(run))
+    run.data.on_error = "skip"
+    order = runs.train_order(run, runs.tokenizer_of(run), tmp_path / "skipped")
+    assert order.batches[0].tolist() == [0] and len((tmp_path / "skipped").read_text().splitlines()) == 1
 
 
 def test_validate_exits_3_over_a_label(media_root, tmp_path):
