@@ -424,6 +424,8 @@ def _events(row: Row, given: Any) -> list[list[Any]]:
             match = _EVENT.fullmatch(part.strip())
             if not match:
                 raise row.error("events", f"cannot be read: {part!r:.60}", form)
+            if re.search(_SPAN, match["name"]):  # a comma may be part of a name
+                raise row.error("events", f"holds two events without a `;` between: {part!r:.60}", form)
             found += [[match["name"].strip(" ,:"), int(start), int(end)]
                       for start, end in re.findall(_SPAN, match["spans"])]
         else:
