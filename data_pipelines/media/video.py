@@ -64,7 +64,8 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
     one, hidden ones too: what is shown may refer to them. None when the times do not tell.
     """
     times = [packet.pts for packet in packets if packet.pts is not None]
-    if not packets or len(set(times)) < len(packets) or any(map(_changes_decoder, packets[1:])):
+    if (not packets or len(set(times)) < len(packets) or any(map(_changes_decoder, packets[1:]))
+            or _only_decoding_times(packets)):
         return None
     order = sorted(time for time, packet in zip(times, packets, strict=True) if not packet.is_discard)
     wanted = {order[number]: number for number in numbers}
@@ -86,6 +87,12 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
         if places := [place for place in group if times[place] in wanted]:
             decoded.update(range(group.start, places[-1] + 1))
     return decoded, wanted
+
+
+def _only_decoding_times(packets: Sequence[av.Packet]) -> bool:
+    """Whether frames may be shown in another order than they are stored in, and the times say the latter only."""
+    stream = packets[0].stream
+    return stream.container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
 
 def _changes_decoder(packet: av.Packet) -> bool:
