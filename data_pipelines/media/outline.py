@@ -7,6 +7,7 @@ the end of a container (tags, junk) is no part of it. docs/datasets.md says what
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Callable
@@ -414,6 +415,7 @@ _KBITS = {  # (is MPEG-1, layer) -> for each of 14 numbers
 _RESYNC = 1 << 16  # bytes of something else between two frames
 
 
+@functools.lru_cache(256)
 def _frame(header: bytes) -> tuple[int, int, int] | None:
     """(length in bytes, samples, rate) of the MPEG audio frame with this header; None for no such frame."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
@@ -431,8 +433,17 @@ def _frame(header: bytes) -> tuple[int, int, int] | None:
     return samples // 8 * per_second // hertz + padding, samples, hertz
 
 
-def mpeg_frames(read: Read, size: int) -> Frames | None:
-    """Follow the frames of an mp3 file from the first to the last; None where there are none to follow."""
+@functools.lru_cache(2)
+def mpeg_frames(content: bytes) -> Frames | None:
+    """Follow the frames of an mp3 file from the first to the last; None where there are none to follow.
+
+    Kept, because the outline is looked at before the sound is read.
+    """
+    size = len(content)
+
+    def read(at: int, count: int) -> bytes:
+        return content[at : at + count]
+
     begin = _next_frame(read, behind_id3(read), size, None)
     if begin < 0:
         return None
@@ -525,7 +536,7 @@ SLACK = 2  # frames: some encoders count the one that holds the index, or one of
 
 
 def _mpeg_audio(read: Read, size: int) -> str:
-    frames = mpeg_frames(read, size)
+    frames = mpeg_frames(read(0, size))
     if frames is None:
         return ""
     if frames.short:

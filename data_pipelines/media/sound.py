@@ -75,7 +75,7 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
     """
     with open(path, "rb") as file:
         content = file.read()
-    frames = mpeg_frames(lambda at, count: content[at : at + count], len(content))
+    frames = mpeg_frames(content)
     if frames is None or (frames.stated + SLACK >= frames.whole if frames.stated
                           else len(samples) >= frames.whole * frames.samples):
         return samples
