@@ -145,6 +145,7 @@ _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 _IN_SEGMENT = (0x114D9B74, 0x1549A966, 0x1654AE6B, _CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367)
 _IN_CLUSTER = (0xE7, 0xA3, 0xA0, 0xAB, 0xA7, 0x5854, 0xAF)
 _ANYWHERE = (0xEC, 0xBF)  # void, checksum
+_ELEMENTS = {_EBML, _SEGMENT, *_IN_SEGMENT, *_IN_CLUSTER, *_ANYWHERE}
 
 
 def _matroska(read: Read, size: int) -> str:
@@ -154,10 +155,10 @@ def _matroska(read: Read, size: int) -> str:
         header = read(at, 12)
         first = _vint_length(header[0])
         kind = int.from_bytes(header[:first], "big")
-        second = _vint_length(header[first]) if len(header) > first else 9
-        if len(header) < first + second:
+        second = _vint_length(header[first]) if len(header) > first else 1
+        if len(header) < first < 5 or (kind in _ELEMENTS and len(header) < first + second):
             return f"ends inside of the head of an element, at byte {at}"
-        if kind not in (_EBML, _SEGMENT, *_IN_SEGMENT, *_IN_CLUSTER, *_ANYWHERE):
+        if kind not in _ELEMENTS:
             return ""  # something else behind the film
         unknown = (1 << 7 * second) - 1
         length = int.from_bytes(header[first : first + second], "big") & unknown
