@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import av
 import numpy as np
@@ -71,11 +70,6 @@ def _audio(path: str) -> Facts:
     problems = []
     if (peak := float(np.abs(sound).max())) < SILENT:
         problems.append(f"{WARNING}: is silent (the loudest sample is {peak:.1g} of full scale)")
-    if Path(path).suffix.lower() == ".mp3":
-        # libsndfile guesses the length of an MP3 without an index, and stops there.
-        stated, read = media.stated_seconds(path), len(sound) / media.SAMPLE_RATE
-        if mismatch(stated, read):
-            problems.append(f"{CORRUPT}: {read:.2f} s of {stated:.2f} s are read; export it as WAV")
     return Facts(tuple(("audio", problem) for problem in problems), samples=len(sound))
 
 

@@ -23,7 +23,6 @@ from data_pipelines.media.sound import (
     hear,
     is_own,
     read_audio,
-    stated_seconds,
     timing,
 )
 from data_pipelines.media.video import Watched, read_moment, read_video, video_size, watch
@@ -33,5 +32,5 @@ __all__ = [
     "avss_palette", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers", "hear", "image_size",
     "inline_mask", "is_own", "not_supported", "open_picture", "opened", "outline", "picture_outline", "pictures_of",
     "read_audio", "read_image", "read_mask", "read_moment", "read_picture", "read_video", "rgb", "sound_of",
-    "stated_seconds", "timing", "video_size", "watch",
+    "timing", "video_size", "watch",
 ]

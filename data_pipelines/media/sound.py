@@ -143,13 +143,6 @@ def _holes(container: av.container.InputContainer) -> Holes:
                  else clocks.LONGEST)
 
 
-def stated_seconds(path: str | Path) -> float:
-    """How long the audio track of a file is by the lengths of its packets, without decoding them."""
-    with opened(path, "audio") as container:
-        stream = sound_stream(container, path)
-        return float(sum(packet.duration or 0 for packet in container.demux(stream)) * (stream.time_base or 0))
-
-
 def read_audio(path: str | Path) -> np.ndarray:
     """float32[N] mono at 16 kHz: the mean of the channels, then soxr HQ, as librosa.load does.
 
