@@ -27,7 +27,7 @@ from data_pipelines.media.container import (
     sound_stream,
     whole,
 )
-from data_pipelines.media.outline import SLACK, behind_tags, is_mpeg_audio, mpeg_frames, with_index
+from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
@@ -46,6 +46,8 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
     try:
         with soundfile.SoundFile(os.fsencode(os.path.abspath(path))) as file:
             rate, stated, kind = file.samplerate, file.frames, file.format
+            if (kind != "MP3" and file.subtype.startswith("MPEG")) or (kind in ("OGG", "FLAC") and chained(path)):
+                return None  # whose ends it does not find
             samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)

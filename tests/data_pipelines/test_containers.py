@@ -202,6 +202,22 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, name):
 
 # What a file is by its content.
 
+def test_a_cover_that_is_not_called_one(tmp_path):
+    """One H.264 picture in front of the film, as a converter leaves it that knows no covers."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        tracks = [container.add_stream("libx264", rate=10, width=width, height=height, pix_fmt="yuv420p")
+                  for width, height in (LARGE, SMALL)]
+        for track, grey, count in zip(tracks, (200, 80), (1, 10), strict=True):
+            for number in range(count):
+                frame = np.full((track.height, track.width, 3), grey, np.uint8)
+                frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                frame.pts = number
+                container.mux(track.encode(frame))
+            container.mux(track.encode())
+    assert abs(level(path) - 80) < 4 and media.watch(path).frames == 10
+
+
 def encoded_sound(codec: str, kind: str, seconds: float = 2.0, options: dict[str, str] | None = None) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=kind, options=options or {}) as container:
@@ -240,6 +256,27 @@ def test_a_sound_is_read_by_its_content(tmp_path, kind):
         lengths.add(len(media.read_audio(tmp_path / name)))
         assert abs(hertz(tmp_path / name) - 440) < 3 and not media.outline(tmp_path / name)
     assert len(lengths) == 1 and abs(lengths.pop() / RATE - 2) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["ogg", "opus", "flac", "mp3", "mp3 without index", "aac"])
+def test_files_behind_each_other_are_all_heard(tmp_path, kind):
+    (tmp_path / "one").write_bytes(SOUNDS[kind]())
+    (tmp_path / "two").write_bytes(2 * SOUNDS[kind]())
+    assert abs(len(media.read_audio(tmp_path / "two")) - 2 * len(media.read_audio(tmp_path / "one"))) < 0.2 * RATE
+
+
+def test_an_mp3_in_a_wav_file_is_read_to_its_end(tmp_path):
+    (tmp_path / "a.wav").write_bytes(encoded_sound("libmp3lame", "wav", seconds=4.0))
+    assert abs(len(media.read_audio(tmp_path / "a.wav")) / RATE - 4) < 0.15
+
+
+def test_what_is_encrypted_is_called_that(tmp_path):
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76" * 16, "encryption_kid": "a7" * 16}
+    path = tmp_path / "a.mp4"
+    path.write_bytes(container_of(path, "mp4", "libx264", "aac", key))
+    for read in (media.read_audio, media.watch, lambda path: media.read_video(path, 10, 16)):
+        with pytest.raises(InputError, match="is encrypted .DRM.; give a copy without protection"):
+            read(path)
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -357,6 +394,18 @@ def test_a_sound_that_was_cut_off_is_refused(tmp_path, kind, count):
             media.read_audio(path)
             read += 1
     assert read <= (0.03 * count if kind in ("mp3 without index", "aac", "ogg", "opus") else 0)
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_film_that_ends_in_zeros_is_refused(films, tmp_path, name):
+    """Room was made for all of it before the copy, which stopped half-way."""
+    content = films[name][0]
+    half = len(content) // 2
+    (tmp_path / "a").write_bytes(content[:half] + bytes(len(content) - half))
+    for read in (lambda path: media.read_video(path, 20, 16), media.read_audio):
+        with pytest.raises(InputError):
+            read(tmp_path / "a")
+    assert any(text.startswith("corrupt") for _, text in examine((str(tmp_path), "a", ("video",))).problems)
 
 
 ID3V1 = b"TAG" + b"title".ljust(125, b"\0")
