@@ -51,8 +51,12 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
             samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
-    except (soundfile.SoundFileError, OSError, MemoryError):
-        return None
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:
+        if not behind_tags(path).startswith(b"fLaC"):
+            return None
+        # Of a FLAC that was cut off libav gives what is there, and nothing else says how long its frames are.
+        problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or incomplete"
+        raise InputError(path, "audio", problem, AGAIN) from None
     exact = kind not in ("MP3", "OGG")  # else the number is guessed
     if len(samples) < (1 if exact else 0.9) * stated < _UNKNOWN:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
