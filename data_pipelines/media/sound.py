@@ -52,9 +52,10 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
-        if not behind_tags(path).startswith(b"fLaC"):
+        start = behind_tags(path)
+        if not start.startswith(b"fLaC") or not int.from_bytes(start[21:26], "big") & 0xFFFFFFFFF:
             return None
-        # Of a FLAC that was cut off libav gives what is there, and nothing else says how long its frames are.
+        # It says how many samples it has: of one that was cut off libav gives what is there.
         problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or incomplete"
         raise InputError(path, "audio", problem, AGAIN) from None
     exact = kind not in ("MP3", "OGG")  # else the number is guessed

@@ -265,6 +265,17 @@ def test_files_behind_each_other_are_all_heard(tmp_path, kind):
     assert abs(len(media.read_audio(tmp_path / "two")) - 2 * len(media.read_audio(tmp_path / "one"))) < 0.2 * RATE
 
 
+def test_lengths_that_were_not_known_are_not_asked_for(tmp_path):
+    """Written to a pipe: no number of samples in a FLAC, all ones in a WAV."""
+    flac, wav = bytearray(SOUNDS["flac"]()), SOUNDS["wav"]()
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(flac)
+    (tmp_path / "a.wav").write_bytes(wav[:4] + b"\xff" * 4 + wav[8:40] + b"\xff" * 4 + wav[44:])
+    for name in ("a.flac", "a.wav"):
+        assert len(media.read_audio(tmp_path / name)) == 2 * RATE
+
+
 def test_an_mp3_in_a_wav_file_is_read_to_its_end(tmp_path):
     (tmp_path / "a.wav").write_bytes(encoded_sound("libmp3lame", "wav", seconds=4.0))
     assert abs(len(media.read_audio(tmp_path / "a.wav")) / RATE - 4) < 0.15
