@@ -30,21 +30,26 @@ def out_folder(path: str | Path) -> Path:
     return out
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+
+
 def git_lfs_pointer(path: str | Path) -> bool:
-    """Whether a file is the few lines that Git keeps in place of a large one."""
-    with open(path, "rb") as file:
-        return file.read(23) == b"version https://git-lfs"
+    """Whether a file is what git checks out in place of a large file until `git lfs pull` fetches it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False  # whoever reads the file says why
 
 
 def refuse_stand_in(path: str | Path, field: str = "") -> None:
     """Raise InputError for a file that was not fetched: a Git LFS pointer, or the page that a browser was shown."""
     try:
-        pointer = git_lfs_pointer(path)
         with open(path, "rb") as file:
             start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     except OSError:
         return  # whoever reads it says what is wrong
-    if pointer:
+    if git_lfs_pointer(path):
         raise InputError(str(path), field, "is a Git LFS pointer, not the file itself", "run: git lfs pull")
     if start.startswith((b"<!doctype html", b"<html")):
         raise InputError(str(path), field, "is a web page, not the file itself",

@@ -1,4 +1,4 @@
-"""Opening media containers with libav, and what their outline says."""
+"""The one door for films and sounds: opening a file with libav by its content, and which of its streams is meant."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import av
+from av.stream import Disposition
 
 from crab_jax.errors import InputError
+from data_pipelines.media.content import not_supported
+from data_pipelines.media.outline import outline
 
-_MP4 = (".mp4", ".m4a", ".m4v", ".mov")
-_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"mfra", b"styp", b"sidx", b"uuid",
-              b"pnot", b"meta", b"udta")
-_OTHERS = (b"\x1aE\xdf\xa3", b"OggS", b"FLV", b"\x00\x00\x01\xba", b"G@")  # Matroska, Ogg, Flash, MPEG
+AGAIN = "copy or download the file again"
+# Formats that read other files than the one that is given, or take its name for a pattern or an address.
+_ELSEWHERE = {"applehttp", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty",
+              "vobsub", "webm_dash_manifest"}
+_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(sorted(av.formats_available - _ELSEWHERE))}
+_SIZED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi")  # formats whose packets have a length
+_STILLS = ("apng", "bmp", "gif", "jpeg2000", "jpegls", "mjpeg", "png", "tiff", "webp")  # codecs of covers, too
 
 
 def require(path: str | Path, field: str) -> str:
@@ -24,51 +30,85 @@ def require(path: str | Path, field: str) -> str:
     return str(path)
 
 
-@contextlib.contextmanager
-def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer]:
-    """An open media container; libav errors while it is in use become InputErrors."""
+def whole(path: str | Path, field: str) -> str:
+    """The path of a film or sound that may be decoded. Raises InputError where it is none, or shorter than it says."""
     path = require(path, field)
     try:
-        if damaged := mp4_damage(path):
-            raise InputError(path, field, f"{damaged}; the file is damaged or incomplete", "copy or download it again")
-        with av.open(path, metadata_errors="replace") as container:  # titles may be in any encoding
+        if other := not_supported(path):
+            raise InputError(path, field, *other)
+        if damaged := outline(path):
+            raise InputError(path, field, f"{damaged}; the file is damaged or incomplete", AGAIN)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise InputError(path, field, problem, "check its permissions and its disk") from None
+    return path
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer]:
+    """An open media container; libav errors while it is in use become InputErrors.
+
+    A name is never taken for an address, a pattern or the head of a protocol, and no other file is read.
+    """
+    path = whole(path, field)
+    try:
+        # Titles may be in any encoding.
+        with av.open(f"file:{os.path.abspath(path)}", options=_OPTIONS, metadata_errors="replace") as container:
             if not container.streams:
-                raise EOFError  # an mp4 that ends before its index opens all the same
+                raise EOFError("nothing is in it")
             yield container
     except InputError:
         raise
     except (av.FFmpegError, OSError, EOFError, ValueError, MemoryError) as error:
-        problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or incomplete"
-        raise InputError(path, field, problem, "copy or download the file again") from None
+        what = str(error) if type(error) is EOFError and error.args else error.__class__.__name__
+        problem = f"cannot be decoded ({what}); the file is damaged or incomplete"
+        raise InputError(path, field, problem, AGAIN) from None
 
 
-def mp4_damage(path: str | Path) -> str:
-    """What is wrong with the outline of an MP4 file; "" when nothing is, and for a file of another kind.
+def pictures_of(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The video that players show, None where there is none: no cover, no thumbnails; the default one, the largest."""
+    aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    films = [stream for stream in container.streams.video if not stream.disposition & aside]
+    return min(films, key=lambda film: (*_rank(film), -_pixels(film)), default=None)
 
-    The boxes of the outermost level must add up to the file, and its index must be among them. libav reads what is
-    there of a shorter file, and makes up the rest of its last frame.
-    """
-    if Path(path).suffix.lower() not in _MP4:
-        return ""
-    at, kinds, size = 0, set(), os.path.getsize(path)
-    with open(path, "rb") as file:
-        while at < size:
-            file.seek(at)
-            header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if not at and kind not in _MP4_BOXES:
-                other = header.startswith(_OTHERS) or (header[:4] == b"RIFF" and header[8:12] == b"AVI ")
-                return "" if other else "is no MP4 file"  # another container with this ending is decoded all the same
-            if kind not in _MP4_BOXES and b"moov" in kinds and b"mdat" in kinds:
-                return ""  # something else behind the film
-            length = int.from_bytes(header[8:16], "big") if length == 1 else length or size - at
-            if at + length > size:
-                return f"ends inside of its {kind.decode('latin-1')!r} box, {at + length - size} bytes short"
-            if length < 8:
-                return "" if b"moov" in kinds else f"has a broken box at byte {at}"
-            kinds.add(kind)
-            at += length
-    return "" if b"moov" in kinds else "has no index (moov); the copy stopped early"
+
+def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
+    """The audio track that players play, None where there is none: the default one, else the first; no commentary."""
+    return min(container.streams.audio, key=_rank, default=None)
+
+
+def _rank(stream: Any) -> tuple[bool, bool, bool, bool]:
+    """Streams that players prefer sort first: one that can be decoded, a film before pictures in the codec of covers,
+    what is meant for all, what the file calls its default."""
+    codec = stream.codec_context
+    aside = (Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired | Disposition.visual_impaired
+             | Disposition.dependent | Disposition.metadata | Disposition.non_diegetic)
+    return (codec is None, codec is not None and codec.name in _STILLS, bool(stream.disposition & aside),
+            not stream.disposition & Disposition.default)
+
+
+def _pixels(stream: av.VideoStream) -> int:
+    return stream.codec_context.width * stream.codec_context.height if stream.codec_context else 0
+
+
+def film_stream(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:
+    """`pictures_of` a file, ready to decode. Raises InputError where there is no film."""
+    stream = pictures_of(container)
+    if stream is None:
+        what = "has no video stream" + (", only a cover picture" if container.streams.video else "")
+        raise InputError(str(path), "video", what, "give a video file, or leave the field out")
+    decode_alone(stream)
+    return stream
+
+
+def sound_stream(container: av.container.InputContainer, path: str | Path) -> av.AudioStream:
+    """`sound_of` a file, ready to decode. Raises InputError where there is none."""
+    stream = sound_of(container)
+    if stream is None:
+        fix = "give an audio file in the 'audio' field, or set windows to 'none'"
+        raise InputError(str(path), "audio", "has no audio track", fix)
+    decode_alone(stream)
+    return stream
 
 
 def decode_alone(stream: Any) -> None:
@@ -76,3 +116,19 @@ def decode_alone(stream: Any) -> None:
     if stream.codec_context is None:
         raise ValueError("unknown codec")
     stream.codec_context.thread_count = 1
+
+
+def demuxed(container: av.container.InputContainer, *streams: Any) -> Iterator[av.Packet]:
+    """The packets of streams, and the empty ones at the end that flush a decoder; not those that repeat a frame.
+
+    Raises EOFError where the last packet ends early, in a file that does not say how long it is.
+    """
+    last = None
+    for packet in container.demux(*streams):
+        if packet.size:
+            last = packet
+        elif packet.dts is not None:
+            continue
+        yield packet
+    if last is not None and last.is_corrupt and container.format.name in _SIZED:
+        raise EOFError("its last packet is cut off")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -11,98 +14,159 @@ import soundfile
 import soxr
 
 from crab_jax.errors import InputError
-from data_pipelines.media.container import decode_alone, opened, require
+from data_pipelines.media import clock as clocks
+from data_pipelines.media import video as videos
+from data_pipelines.media.clock import FrameTimes, Holes, Stamp, Timing
+from data_pipelines.media.container import (
+    AGAIN,
+    decode_alone,
+    demuxed,
+    opened,
+    pictures_of,
+    sound_of,
+    sound_stream,
+    whole,
+)
+from data_pipelines.media.outline import SLACK, behind_tags, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
-SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _AUDIO_BLOCK = 1 << 16  # samples
+_UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
 
 
-def riff_damage(path: str | Path) -> str:
-    """What is wrong with the lengths that a WAV file states; "" when nothing is, and for any other file.
-
-    libsndfile silently returns what is there of a shorter file, and leaves out what a header does not count.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(12)
-        stated = int.from_bytes(head[4:8], "little") + 8
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return ""
-        if size < stated < 0xFFFFFFF0:  # all ones: written to a pipe, length unknown
-            return f"holds {size} of {stated} bytes; the file is truncated"
-        at, kind = 12, b""
-        while at + 8 <= size and (kind != b"data" or at < stated):  # what follows the RIFF is no part of it
-            file.seek(at)
-            kind, length = file.read(4), int.from_bytes(file.read(4), "little")
-            if not kind.isascii() or not kind.strip(b" \0").isalnum():
-                return f"has no chunk at byte {at}, where its header says so; samples would be lost"
-            if kind == b"data" and length >= 0xFFFFFFF0:
-                return ""
-            if at + 8 + length > size:
-                return f"its {kind.decode()!r} chunk holds {size - at - 8} of {length} bytes; the file is truncated"
-            at += 8 + length + length % 2
-    return "" if kind else "ends before the samples"
+def _is_soundfile(start: bytes) -> bool:
+    """Whether libsndfile reads a file that begins so: WAV, FLAC, MP3, Ogg, AIFF, AU, CAF and Wave64."""
+    return (start[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"riff")
+            and start[8:11] != b"AVI") or is_mpeg_audio(start)
 
 
-def _read_soundfile(path: str | Path) -> tuple[np.ndarray, int]:
-    path = require(path, "audio")
-    again = "copy or download the file again"
+def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
+    """(mono samples, rate) of a file as libsndfile reads it; None where it cannot."""
     try:
-        if damaged := riff_damage(path):
-            raise InputError(path, "audio", damaged, again)
-        with soundfile.SoundFile(path) as file:
-            rate, stated = file.samplerate, file.frames
-            samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, MemoryError) as error:
-        problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or not audio"
-        raise InputError(path, "audio", problem, again) from None
-    if len(samples) < 0.9 * stated:
+        with soundfile.SoundFile(os.fsencode(os.path.abspath(path))) as file:
+            rate, stated, kind = file.samplerate, file.frames, file.format
+            samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
+        if kind == "MP3":
+            samples = _whole_mp3(path, samples)
+    except (soundfile.SoundFileError, OSError, MemoryError):
+        return None
+    exact = kind not in ("MP3", "OGG")  # else the number is guessed
+    if len(samples) < (1 if exact else 0.9) * stated < _UNKNOWN:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
-                         "the file is truncated", again)
+                         "the file is truncated", AGAIN)
     # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
     return sum(samples.T[1:], samples.T[0]) / samples.shape[1], rate
 
 
-def _read_track(path: str | Path) -> tuple[np.ndarray, int]:
-    """The first audio track of a container."""
+def _blocks(file: soundfile.SoundFile) -> np.ndarray:
+    """The samples of a file that does not say how many it has."""
+    blocks = [file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)]
+    while len(blocks[-1]):
+        blocks.append(file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True))
+    return np.concatenate(blocks)
+
+
+def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
+    """The samples that libsndfile reads of an mp3, with those that it leaves out.
+
+    It takes the number of frames from the index, which may be that of the first of several joined files, and without
+    one guesses it from the first frames. So it is given an index of all frames.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    frames = mpeg_frames(lambda at, count: content[at : at + count], len(content))
+    if frames is None or (frames.stated + SLACK >= frames.whole if frames.stated
+                          else len(samples) >= frames.whole * frames.samples):
+        return samples
+    with soundfile.SoundFile(io.BytesIO(with_index(content, frames))) as file:
+        every = file.read(dtype="float32", always_2d=True)
+    if frames.stated:
+        return every
+    # With an index, the delay of the decoder is taken off the start.
+    return np.concatenate([samples, every[len(samples) - (frames.whole * frames.samples - len(every)) :]])
+
+
+class _Track(NamedTuple):
+    """A decoded audio track: mono samples float32[N] at `rate`; first: when the first is heard on the file's clock, in
+    seconds, None for unknown; times: of the frames of the film that it belongs to, None where there is none."""
+
+    mono: np.ndarray
+    rate: int
+    first: Fraction | None
+    times: FrameTimes | None
+
+
+def _read_track(path: str | Path, timed: bool) -> _Track:
+    """The audio track of a container that players play; `timed`: with silence in its holes, and the times of the
+    pictures."""
     with opened(path, "audio") as container:
-        if not container.streams.audio:
-            fix = "give an audio file in the 'audio' field, or set windows to 'none'"
-            raise InputError(str(path), "audio", "has no audio track", fix)
-        stream = container.streams.audio[0]
-        decode_alone(stream)
+        stream = sound_stream(container, path)
+        pictures = pictures_of(container) if timed else None
+        times = videos.remembered_times(path) if pictures else None
+        stamps: list[Stamp] = []
         to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
+        holes, first, begun = _holes(container), None, False
 
         def take(frame: av.AudioFrame | None) -> None:
             if frame is not None:
                 mono.append(frame.to_ndarray().mean(axis=0))
 
-        for frame in (out for decoded in container.decode(stream) for out in to_float.resample(decoded)):
-            frame.pts = None  # gaps in time are not filled
-            waiting.write(frame)
-            if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
-                take(waiting.read())
+        for packet in demuxed(container, stream, *([pictures] if pictures and times is None else [])):
+            if packet.stream is pictures:
+                stamps += videos.shown([packet])
+                continue
+            for frame in (out for decoded in stream.decode(packet) for out in to_float.resample(decoded)):
+                start = _heard(frame)
+                first, begun = first if begun else start, True
+                if timed and (silence := holes.before(start, frame.samples, frame.sample_rate)):
+                    take(waiting.read())
+                    mono.append(np.zeros(silence, np.float32))
+                frame.pts = None  # else the fifo takes a gap for an error
+                waiting.write(frame)
+                if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
+                    take(waiting.read())
         take(waiting.read())
-        return np.concatenate(mono), stream.rate
+        if pictures and times is None:
+            times = videos.times_of(stamps, pictures)
+        return _Track(np.concatenate(mono), stream.rate, first, times)
+
+
+def _heard(frame: av.AudioFrame) -> Fraction | None:
+    """When a frame is heard on the clock of its file, in seconds; None for unknown."""
+    return frame.pts * frame.time_base if frame.pts is not None and frame.time_base else None
+
+
+def _holes(container: av.container.InputContainer) -> Holes:
+    """AVI has no times of sound: libav makes them up from the bytes, so what looks like a hole is none."""
+    return Holes(0 if container.format.name == "avi" else clocks.LONGEST, clocks.SPLICE if videos.splices(container)
+                 else clocks.LONGEST)
 
 
 def stated_seconds(path: str | Path) -> float:
-    """How long the first audio track of a file is by the lengths of its packets, without decoding them."""
+    """How long the audio track of a file is by the lengths of its packets, without decoding them."""
     with opened(path, "audio") as container:
-        stream = container.streams.audio[0]
+        stream = sound_stream(container, path)
         return float(sum(packet.duration or 0 for packet in container.demux(stream)) * (stream.time_base or 0))
 
 
 def read_audio(path: str | Path) -> np.ndarray:
     """float32[N] mono at 16 kHz: the mean of the channels, then soxr HQ, as librosa.load does.
 
-    wav, flac, mp3 and ogg are read by libsndfile; from any other file (mp4, m4a, aac) the first audio track is taken.
+    What is WAV, FLAC, MP3 or Ogg by its content is read by libsndfile; from any other file (MP4, AAC, WebM) the audio
+    track is taken that players play, from its first sample on, whatever its times: `clip_sound` puts it in step with
+    pictures.
     Raises InputError for a missing, damaged, truncated or empty file, and for one without an audio track.
     """
-    is_sound = Path(path).suffix.lower() in SOUNDFILE_SUFFIXES
-    mono, rate = _read_soundfile(path) if is_sound else _read_track(path)
+    return _resampled(path, timed=False)[0]
+
+
+def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | None, FrameTimes | None]:
+    """float32[N] at 16 kHz, and the `first` and `times` of its `_Track`."""
+    path = whole(path, "audio")
+    sound = _read_soundfile(path) if _is_soundfile(behind_tags(path)) else None
+    track = _Track(*sound, None, None) if sound else _read_track(path, timed)
+    mono, rate = track.mono, track.rate
     if rate < _LOWEST_RATE:
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     if not len(mono):
@@ -111,4 +175,68 @@ def read_audio(path: str | Path) -> np.ndarray:
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-    return mono.astype(np.float32, copy=False)
+    return mono.astype(np.float32, copy=False), track.first, track.times
+
+
+class Heard(NamedTuple):
+    """A sound and where it stands on the clock of its pictures. samples: float32[N] at 16 kHz from its first one on,
+    with silence in its holes; start: seconds from the first picture to it; seconds: those of the pictures, 0 for
+    unknown or none."""
+
+    samples: np.ndarray
+    start: float
+    seconds: float
+
+    def placed(self) -> np.ndarray:
+        """float32[N]: in step with the pictures, see `clock.place`."""
+        return clocks.place(self.samples, self.start, self.seconds, SAMPLE_RATE)
+
+    def remark(self) -> str:
+        """What `placed` does about the end of the sound, "" for nothing."""
+        end = len(self.samples) / SAMPLE_RATE + (self.start if abs(self.start) > clocks.START else 0.0)
+        if not self.seconds or abs(end - self.seconds) <= clocks.END:
+            return ""
+        lengths = f"the audio lasts {len(self.samples) / SAMPLE_RATE:.1f} s, but the video {self.seconds:.1f} s"
+        return f"{lengths}: {'the rest is filled with silence' if end < self.seconds else 'what is longer is cut off'}"
+
+
+def is_own(sound: str | Path, video: str | Path | None) -> bool:
+    """Whether a sound is the track of its own film, and not a file beside a `video`."""
+    return not video or os.path.abspath(sound) == os.path.abspath(video)
+
+
+def hear(path: str | Path, video: str | Path | None = None) -> Heard:
+    """The sound of a clip: the track of a film, or a file beside a `video`, which begins with its pictures.
+
+    Raises InputError as `read_audio` does, and as `read_video` for the `video`.
+    """
+    samples, first, times = _resampled(path, timed=True)
+    if not is_own(path, video):
+        return Heard(samples, 0.0, float(videos.video_times(str(video)).seconds))
+    if times is None or not times.ticks:
+        return Heard(samples, 0.0, 0.0)
+    start, _ = clocks.sound_start(first, len(samples) / SAMPLE_RATE, times)
+    return Heard(samples, start, float(times.seconds))
+
+
+def clip_sound(path: str | Path, video: str | Path | None = None, clock: str = "shown") -> np.ndarray:
+    """float32[N]: the sound of a clip at 16 kHz, in step with its pictures and as long as they are, see `clock.place`;
+    with the clock "counted" what `read_audio` gives. Raises InputError as `hear` does."""
+    return read_audio(path) if clock == "counted" else hear(path, video).placed()
+
+
+def timing(path: str | Path) -> Timing:
+    """The clock of a video file: its frames are not decoded, of its sound the first only. Raises InputError as
+    `read_video` does."""
+    times, first, sound = videos.video_times(path), None, None
+    with opened(path, "video") as container:
+        if (stream := sound_of(container)) is not None:
+            decode_alone(stream)
+            heard = next(container.decode(stream), None)
+            first = _heard(heard) if heard else None
+            length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+            sound = 0.0 if heard else None
+    odd = times.odd
+    if sound is not None:
+        sound, odd = clocks.sound_start(first, length, times)
+    return Timing(len(times.ticks), float(times.seconds), times.varies, sound, odd)

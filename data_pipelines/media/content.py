@@ -1,0 +1,90 @@
+"""What a file is by its first bytes, whatever its name ends in, where it is no picture, film or sound at all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from crab_jax.files import git_lfs_pointer
+
+HEAD = 1024  # bytes that tell
+_BLOCK = 1 << 20
+
+_AGAIN = "copy or download it again"
+_NO_MEDIA = "is no picture, film or sound but"
+_PLAYLIST = (f"{_NO_MEDIA} a playlist, which names other files", "give the film or sound itself")
+_TEXTS = [  # (how a text begins, what it is, what to do)
+    (rb"<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html", f"{_NO_MEDIA} a web page (HTML)",
+     "download the file itself: opened in a browser, the page says what went wrong"),
+    (rb"#EXTM3U|#EXTINF|#EXT-X-|ffconcat version|\[playlist\]|<\?wpl|<asx|(<\?xml[^>]*>\s*)?<(MPD|playlist|smil)\b"
+     rb"|v=0\s+o=|\[InternetShortcut\]|\[Reference\]|file '|file \S+\s|(https?|rtsp|rtmp)://\S+\s*$", *_PLAYLIST),
+    (rb"(\.\./)*(\.git/|/)annex/objects/", "is a git-annex pointer, not the file", "run `git annex get`"),
+]
+_BINARIES = [  # (offset, bytes, what it is, what to do)
+    (0, b"PK\3\4", "a ZIP archive", "unpack it"), (0, b"PK\5\6", "a ZIP archive", "unpack it"),
+    (0, b"\x1f\x8b", "compressed (gzip)", "unpack it"), (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (0, b"Rar!\x1a\x07", "a RAR archive", "unpack it"), (0, b"\xfd7zXZ\0", "compressed (xz)", "unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unpack it"), (257, b"ustar", "a tar archive", "unpack it"),
+    (0, b"%PDF-", "a PDF document", "export its picture"),
+]
+# How formats begin that are text, or begin like it.
+_MEDIA_TEXT = (b"#!AMR", b"YUV4MPEG2", b"NIST_1A", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"PF", b"Pf",
+               b"/* XPM", b"#define", b"GIF8", b"fLaC", b"OggS", b"RIFF", b"FORM", b"FLV")
+
+
+def head(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
+
+
+def not_supported(path: str | Path) -> tuple[str, str] | None:
+    """(problem, fix) of a file that is no picture, film or sound, though perhaps whole; None where it may be one.
+
+    Looked for: pointers of Git LFS and git-annex, web pages, playlists and other text, archives, files of zeros and of
+    nothing. Raises OSError for a file that cannot be read.
+    """
+    start = head(path)
+    if not start:
+        return "the file is empty; it is damaged or incomplete", _AGAIN
+    if git_lfs_pointer(path):
+        return "is a Git LFS pointer, not the file", "run `git lfs pull`"
+    if not start.strip(b"\0") and _only_zeros(path):
+        return "holds nothing but zeros; the copy stopped early", _AGAIN
+    for at, magic, what, fix in _BINARIES:
+        if start[at:].startswith(magic):
+            return f"is {what}", fix
+    if not is_text(start):
+        return None
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, problem, fix in _TEXTS:
+        if re.match(pattern, text, re.IGNORECASE | re.DOTALL):
+            return problem, fix
+    words = " ".join(text[:60].decode("utf-8", "replace").split())
+    return f"{_NO_MEDIA} text ({words[:40]!r}); the file is damaged or another one", _AGAIN
+
+
+def is_text(start: bytes) -> bool:
+    """Whether the first bytes of a file are words, and of no format that begins with some."""
+    if start.startswith(_MEDIA_TEXT) or re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", start):
+        return False
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        return error.start > len(start) - 4  # the last character may be cut
+    return True
+
+
+def _only_zeros(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            if block.strip(b"\0"):
+                return False
+    return True
+
+
+def id3_length(start: bytes) -> int:
+    """Bytes of the ID3v2 tag that `start` begins with, 0 for none."""
+    if start[:3] != b"ID3" or len(start) < 10 or max(start[6:10]) > 127:
+        return 0
+    footer = 10 if start[5] & 0x10 else 0
+    return 10 + footer + sum(byte << shift for byte, shift in zip(start[6:10], (21, 14, 7, 0), strict=True))
