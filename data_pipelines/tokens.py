@@ -181,14 +181,34 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
     refuse_stand_in(folder / "tokenizer.model", "tokenizer")
-    from transformers import LlamaTokenizer  # slow to import, and needed for the conversion only
+    import sentencepiece  # needed for the conversion only, and so is transformers, which is slow to import
+    from transformers import LlamaTokenizer
 
     try:
-        return LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        backend.model = _merging_by_score(pieces)
     except Exception as error:  # of transformers, sentencepiece and tiktoken, each of its own kind
         raise InputError(str(folder / "tokenizer.model"), "tokenizer",
                          f"cannot be read ({error.__class__.__name__}: {' '.join(str(error).split()):.120})",
                          "fetch the LLaMA directory again") from None
+    return backend
+
+
+def _merging_by_score(pieces: Any) -> models.BPE:
+    """The merges of a sentencepiece model, best score first.
+
+    transformers 5 takes the order of the ids for it, which LLaMA's runs of spaces do not have: their scores are last.
+    """
+    vocab = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
+    merges = []
+    for piece, number in vocab.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = sorted((vocab[left], vocab[right], (left, right)) for left, right in halves
+                       if left in vocab and right in vocab)
+        merges += [(-pieces.get_score(number), pair) for *_, pair in pairs]
+    return models.BPE(vocab, [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+                      unk_token=pieces.id_to_piece(pieces.unk_id()), fuse_unk=True, byte_fallback=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
