@@ -49,7 +49,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        return str(self.base / self.place)
+        return os.path.join(self.base, self.place)
 
     def error(self, field: str, problem: str, fix: str) -> InputError:
         return InputError(self.where, field, problem, fix)
@@ -178,10 +178,9 @@ class Release:
             return data.decode("utf-8-sig", "surrogateescape")
 
     def lines(self, name: str) -> list[str]:
-        """Lines of a text file; CRLF and CR ends and empty lines at the end of the file are dropped. `check_line` says
-        whether one of them is text."""
-        text = self.text(name, whole=False)
-        lines = [line.rstrip("\r") for line in (text if "\n" in text else text.replace("\r", "\n")).split("\n")]
+        """Lines of a text file; CRLF ends and empty lines at the end of the file are dropped. `check_line` says whether
+        one of them is text."""
+        lines = [line.rstrip("\r") for line in self.text(name, whole=False).split("\n")]
         while lines and not lines[-1].strip():
             lines.pop()
         return lines

@@ -63,7 +63,6 @@ def as_float(rows):
 SAME = {
     "byte order mark": lambda rows, d: "\ufeff" + saved(rows, d),
     "crlf": lambda rows, d: saved(rows, d).replace("\n", "\r\n"),
-    "cr": lambda rows, d: saved(rows, d).replace("\n", "\r"),
     "doubled cr": lambda rows, d: saved(rows, d).replace("\n", "\r\r\n"),
     "every field quoted": lambda rows, d: saved(rows, d, csv.QUOTE_ALL),
     "semicolons": lambda rows, d: saved(rows, ";"),
