@@ -41,11 +41,13 @@ class MissingFile(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One record of an annotation file. `place` is file:line (file:item for JSON) within the release."""
+    """One record of an annotation file. `place` is file:line (file:item for JSON) within the release. `unended`: it is
+    the last line of its file and has no line end, so it may be the beginning of a row."""
 
     base: Path
     place: str
     values: Mapping[str, Any]
+    unended: bool = False
 
     @property
     def where(self) -> str:
@@ -137,7 +139,9 @@ class Release:
         self.root, self.folder, self.base = Path(root), folder, Path(root) / folder
         self._real = os.path.realpath(self.base)
         self._listed: dict[str, dict[str, str] | None] = {}
+        self._unended: set[str] = set()  # files whose last line has no line end
         self.notes: list[InputError] = []
+        self.unended: list[str] = []  # rows that may be cut off: file:line
 
     def note(self, where: str, field: str, problem: str, fix: str = "") -> None:
         """Say something about the annotations that is no fault of a row that is read."""
@@ -180,7 +184,10 @@ class Release:
     def lines(self, name: str) -> list[str]:
         """Lines of a text file; CRLF ends and empty lines at the end of the file are dropped. `check_line` says whether
         one of them is text."""
-        lines = [line.rstrip("\r") for line in self.text(name, whole=False).split("\n")]
+        text = self.text(name, whole=False)
+        if not text.endswith("\n"):
+            self._unended.add(name)
+        lines = [line.rstrip("\r") for line in text.split("\n")]
         while lines and not lines[-1].strip():
             lines.pop()
         return lines
@@ -224,7 +231,11 @@ class Release:
                     problem = f"has {len(cells)} fields, not {len(names)}" if cells else "has an unfinished quotation"
                     raise InputError(f"{self.base / name}:{number}", "", f"{problem}: {lines[number - 1]!r:.60}",
                                      "restore the row from the release")
-                yield Row(self.base, f"{name}:{number}", dict(zip(names, cells, strict=True)))
+                row = Row(self.base, f"{name}:{number}", dict(zip(names, cells, strict=True)),
+                          at == len(lines) and name in self._unended)
+                if row.unended:
+                    self.unended.append(row.place)
+                yield row
             except InputError as error:
                 yield error
 
@@ -272,8 +283,6 @@ class Release:
                 raise
             lines = [(number, line) for number, line in enumerate(self.lines(name), 1) if line.strip()]
             return [number for number, _ in lines], [self._record(name, *line) for line in lines], damaged
-        if isinstance(content, dict) and key in content:  # one record in one line
-            return None, [content], damaged
         if isinstance(content, dict) and len(lists := [v for v in content.values() if _is_list_of_objects(v)]) == 1:
             content = lists[0]
         elif isinstance(content, dict) and content and key and all(isinstance(v, dict) for v in content.values()):

@@ -113,6 +113,8 @@ MALFORMED = [
     ("avqa", "train", "data/json_update/avqa-train.json", b'"three"', b"NaN", "anser", "not text"),
     ("avqa", "train", "data/json_update/avqa-train.json", b"sounding", b"sound\xefng", "", "not UTF-8"),
     ("valor", "train", "desc_train.json", b'"0_3-a_bcdef_0.000_7.000"', b"null", "video_id", "is missing"),
+    ("video_llava", "train", "valley_.json", b'"human", "value": "<video>', b'"system", "value": "<video>',
+     "conversations[0]", "said by 'system'"),
     ("own", "train", "train.jsonl", b'"A drum."', b'"A dr\xfcm."', "", "not UTF-8"),
     ("own", "train", "train.jsonl", b'{"captions": ["A drum."]}', b'{"captions": ["A drum."]', "", "not valid JSON"),
     ("own", "train", "train.jsonl", b'{"captions": ["A drum."]}', b'{"one_of": 3}', "meta", "must be text"),
@@ -307,6 +309,30 @@ def test_both_forms_of_video_llava_are_read_once(copied, caplog):
     (folder / "valley_llavaimage.json").unlink()
     releases.text(folder / "train_json/llava_image_.json", json.dumps(parts[0]))
     assert len(read(root, "video_llava", "train")) == len(parts[0])
+
+
+def test_a_last_row_that_may_be_cut_off_is_said(copied, caplog):
+    root = copied("ave", "llp")
+    file = root / "llp/data/AVVP_train.csv"
+    releases.text(file, file.read_text().replace("AP0061o0Nvk_101.8_111.8\tCar\n", "AP0061o0Nvk_101.8_111.8\tCar"))
+    assert read(root, "avvp", "train")[2].meta["labels"] == ["Car"]  # or more than that
+    note, = next(c for c in status(root, ["avvp"])[0] if c.split == "train").notes
+    assert note.startswith("llp/data/AVVP_train.csv:4") and "no line end" in note and "no line end" in caplog.text
+    releases.text(root / "ave/testSet.txt", "Bark&RUhOCu3LNXM&good&0&10\nBark&MH3m4AwEcRY&good&0&1")
+    with pytest.raises(InputError, match=r"testSet.txt:2 \[EndTime\].*was it 10"):
+        read(root, "ave", "test")
+    releases.text(root / "ave/testSet.txt", "Bark&RUhOCu3LNXM&good&0&10\nBark&MH3m4AwEcRY&good&0&1\n")
+    assert read(root, "ave", "test")[1].meta["end"] == 1
+
+
+def test_two_categories_of_one_number_are_refused(copied):
+    root = copied("lvis")
+    file = root / "lvis/lvis_v1_train.json"
+    content = json.loads(file.read_text())
+    content["categories"].append({**content["categories"][0], "name": "bow_(weapon)"})
+    releases.text(file, json.dumps(content))
+    with pytest.raises(InputError, match=r"\[categories\]: the id 36 comes twice"):
+        read(root, "lvis", "train")
 
 
 # JSON in other shapes.
