@@ -18,6 +18,7 @@ from crab_jax.tasks import TASKS, avvp
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.datasets import DATASETS, list_of, read, read_examples, read_jsonl, records
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
+from data_pipelines.prepare import main as prepare
 from data_pipelines.sources.avsbench import S4_CATEGORIES, object_names
 from data_pipelines.sources.release import MissingFile, Release, Row, safe_name
 from data_pipelines.status import status, table
@@ -438,6 +439,21 @@ def test_all_pictures_of_a_list_count_when_they_are_asked_for(tmp_path):
     assert sorted(epoch, key=int) == [str(clip) for clip in range(40)]
     assert len(read_examples(tmp_path, "train", frames="one")) == 40
     assert read_examples(tmp_path, "train") == read_jsonl(tmp_path, "train")  # as it is written, unless asked
+
+
+def test_a_prepared_list_counts_the_same(root, tmp_path):
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    for k in range(5):
+        releases.copy(root / f"{k}.png", listed / f"{k}.png")
+    write_jsonl(listed / "train.jsonl", marked(4, 5))
+    with pytest.raises(SystemExit, match="0"):
+        prepare(["--root", str(listed), "--out", str(tmp_path / "out"), "--image-size", "16", "--workers", "1"])
+    for frames, count in (("all", 20), ("one", 4)):
+        orders = [order_of(place, frames) for place in (listed, tmp_path / "out")]
+        assert list(orders[0].examples) == list(orders[1].examples)
+        epochs = [[int(i) for number in range(count // 2) for i in order.batches[number]] for order in orders]
+        assert epochs[0] == epochs[1] and len(set(epochs[0])) == count
 
 
 def test_marks_that_are_no_text_are_refused(tmp_path):
