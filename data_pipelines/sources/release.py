@@ -220,10 +220,12 @@ class Release:
                              f"the header of the release has {delimiter.join(columns)!r}")
         if twice := [column for column in columns if names.count(column) > 1]:
             raise InputError(f"{self.base / name}:1", twice[0], "comes twice in the header", "keep one of the columns")
-        at = first
+        at, still_open = first, False
         while at < len(lines):
             number, cells, taken = at + 1, *_row(lines, at, delimiter, quoted, len(names))
             at += taken
+            if quoted and (cells is None or still_open and lines[at - 1].count('"') % 2):  # the other end of a quotation
+                cells, still_open = None, not still_open
             try:
                 for k in range(taken):
                     self.check_line(name, number + k, lines[number - 1 + k])
@@ -406,7 +408,7 @@ def _row(lines: Sequence[str], at: int, delimiter: str, quoted: bool, width: int
     cells = _cells(lines[at], delimiter, quoted)
     if cells is None and quoted:
         for end in range(at + 1, min(at + 20, len(lines))):
-            if len(_cells(lines[end], delimiter, quoted) or []) == width:
+            if lines[end].count('"') % 2 == 0 and len(_cells(lines[end], delimiter, quoted) or []) == width:
                 break
             joined = _cells(" ".join(lines[at : end + 1]), delimiter, quoted)
             if joined is not None:

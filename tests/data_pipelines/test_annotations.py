@@ -376,6 +376,20 @@ def test_a_lost_quotation_mark_costs_one_row_and_a_broken_line_none(copied):
     assert [e.id for e in read(root, "audiocaps", "train", malformed="skip")] == [before[0].id, before[2].id]
 
 
+@pytest.mark.parametrize(("lines", "rows"), [
+    (['1,"open', "", 'more, and"', "3,y"], [("1", "open  more, and"), ("3", "y")]),
+    (['1,"open', 'more, and"x', "3,y"], [2, 3, ("3", "y")]),  # the rest of a row is no row
+    (['1,"lost, x', "2,x", '3,"q, r"'], [2, ("2", "x"), ("3", "q, r")]),
+    (['1,"open', '2,"x"', "3,y"], [2, ("2", "x"), ("3", "y")]),
+    (['1,"He said \\"hi\\", then"', "2,x"], [2, ("2", "x")]),  # quotation marks are doubled in a csv, not escaped
+    (['1,5" pipe', "2,x"], [("1", '5" pipe'), ("2", "x")]), (['"1,2"', "2,x"], [2, ("2", "x")])])
+def test_quotations(tmp_path, lines, rows):
+    releases.text(tmp_path / "t.csv", "\n".join(["a,b", *lines]) + "\n")
+    found = [tuple(row.values.values()) if isinstance(row, Row) else int(row.where.rpartition(":")[2])
+             for row in Release(tmp_path).table("t.csv", ("a", "b"))]
+    assert found == rows
+
+
 @pytest.mark.parametrize(("text", "field", "message"), [
     ("uid,a_obj,split\nx,dog,train\n", "label", "no such column"), ("x,dog,train,v1s\n", "uid", "no such column"),
     ("uid,a_obj,split,label,Split\nx,dog,train,v1s,test\n", "split", "comes twice"),
