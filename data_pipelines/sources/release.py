@@ -224,8 +224,8 @@ class Release:
         while at < len(lines):
             number, cells, taken = at + 1, *_row(lines, at, delimiter, quoted, len(names))
             at += taken
-            if quoted and (cells is None or still_open and lines[at - 1].count('"') % 2):  # the other end of a quotation
-                cells, still_open = None, not still_open
+            if quoted and (cells is None or still_open and lines[at - 1].count('"') % 2):
+                cells, still_open = None, not still_open  # an end of a quotation that is no whole row
             try:
                 for k in range(taken):
                     self.check_line(name, number + k, lines[number - 1 + k])
