@@ -123,7 +123,8 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
-    count.notes = [f"{os.path.relpath(note.where, root)} [{note.field}]: {note.problem}" for note in notes]
+    count.notes = [f"{os.path.relpath(note.where, root)}{f' [{note.field}]' if note.field else ''}: {note.problem}"
+                   for note in notes]
 
 
 def damage(root: str | Path, path: str, field: str) -> str:

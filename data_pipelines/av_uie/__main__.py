@@ -113,6 +113,8 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--missing", choices=("raise", "skip"), default="raise", help="what to do about media files "
                         "that are not there (default: raise)")
+    parser.add_argument("--malformed", choices=("raise", "skip"), default="raise", help="what to do about rows that "
+                        "cannot be read (default: raise)")
     parser.add_argument("--examples", metavar="FILE", help="a JSONL file of Examples instead")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
     parser.add_argument("--limit", type=_natural, help="the first so many Examples of each task")
@@ -162,7 +164,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
         root, examples = Path(args.root), []
         for name in datasets.choose(args.root, [n for n in args.datasets.split(",") if n], args.split):
             on_stderr(f"reading {name} {args.split}")
-            examples += datasets.read(args.root, name, args.split, "train", args.missing)
+            examples += datasets.read(args.root, name, args.split, "train", args.missing, args.malformed)
     return select(examples, [task for task in args.tasks.split(",") if task], args.limit), root
 
 
