@@ -74,12 +74,11 @@ conceal() {
             if [[ $_word == *=* ]]; then
                 export "CRAB_RUN_$_name=${_word#*=}"
                 _moved=1
-            elif [[ -n ${!_name+set} ]]; then
-                export "CRAB_RUN_$_name=${!_name}"
             else
                 _word=CRAB_RUN_$_name
-                [[ -n ${!_word+set} ]] || input_error --env "number $_count sets nothing, for no variable of that name is \
-exported here" "write --env=NAME=VALUE, or export NAME first"
+                [[ -n ${!_word+set}${!_name+set} ]] ||
+                    input_error --env "number $_count names a variable that is not set" "export it, or write NAME=VALUE"
+                [[ -n ${!_word+set} ]] || export "$_word=${!_name}"
             fi
             _word=--env=$_name
         fi
@@ -423,8 +422,9 @@ environment() {  # what a worker keeps as ~/crab_jax/environment
 
 digest() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
 
-hand_over() {  # the values of --env, through ssh's standard input. To each worker by itself: of --worker=all, gcloud lets
-               # all ssh processes read one input, and each would get a part of it.
+# Through ssh's standard input, and to each worker by itself: of --worker=all, gcloud lets all ssh processes read one
+# input, and each would get a part of it.
+hand_over() {  # the values of --env
     local SSH count worker word line jobs=() code=0 job
     local ask='echo crab_jax worker'
     # shellcheck disable=SC2016
@@ -491,9 +491,9 @@ start() {
     local keep_code='if [ -s ../environment ]; then
 while read -r -d ""; do case $REPLY in *=*) export "$REPLY" ;; esac; done <../environment; fi
 . ../command; echo $? >../rc; : >../environment'
-    ((${#ENVIRONMENT[@]} == 0)) || no_values="[ -s ../environment ] || { echo 'there are no values of --env' >&2; exit 1; }"
-    # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code. gcloud
-    # repeats a command whose connection broke, and another launcher may be faster: what runs already is not started twice.
+    ((${#ENVIRONMENT[@]} == 0)) || no_values="[ -s ../environment ] || { echo 'no values of --env' >&2; exit 1; }"
+    # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code. What runs
+    # already is not started twice: gcloud repeats a command whose connection broke, and another launcher may be faster.
     on_workers all "set -e; cd crab_jax/$COMMIT
 if [ -e ../pid ] && kill -0 \"\$(cat ../pid)\" 2>/dev/null; then
 if [ \"\$(cat ../command)\" = $run ]; then exit; fi; echo 'another run was started meanwhile' >&2; exit 1; fi
@@ -513,12 +513,11 @@ attach_or_start() {  # STATE: what run_state said
     local theirs=${rest%%$'\n'*} running=${rest#*$'\n'}
     if [[ $1 == running* ]]; then
         ((${#ENVIRONMENT[@]} == 0)) || values=$(environment | digest)
-        if [[ $running == "$RUN" && $theirs != "$values" && $running != "$OLD_RUN" ]]; then
-            running='the same, with other values of --env'
-        elif [[ $running == "$RUN" && $theirs == "$values" || $running == "$OLD_RUN" && $theirs == none ]]; then
+        if [[ $running == "$RUN" && $theirs == "$values" || $running == "$OLD_RUN" && $theirs == none ]]; then
             note "this run is on the slice already"
             return
         fi
+        [[ $running != "$RUN" ]] || running='the same, with other values of --env'
         # Without what stands before the interpreter: launchers of before kept the values of --env there.
         input_error "$NAME" "another run is on it: ${running##*../venv/bin/}" \
             "end that one first: $0 stop --name=$NAME --zone=$ZONE"
