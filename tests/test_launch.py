@@ -26,7 +26,7 @@ WORKERS = 2
 # next_queue (states that a queued resource goes through, one per look), fail (a word: calls that hold it fail), and
 # worker0, worker1 (homes). A run that finds its slice gone sees ssh fail, as it would. As with the real one, the
 # workers of --worker=all share one standard input. With a file watch_for, ps becomes a command line of this machine
-# has its text. With a file odd, ssh commands that hold its first line meet its second: cut (the input ends) or twice.
+# that has its text. With a file odd, ssh commands that hold its first line meet its second: cut (input ends) or twice.
 GCLOUD = r'''
 import json, os, subprocess, sys
 from pathlib import Path
