@@ -5,7 +5,7 @@
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:8x8 --sweep
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5p:2x2x4 --stage decode
 
-Needs libtpu (pip install 'crab_jax[tpu]') and no weights. Any config key can be overridden with --config.key=value.
+Needs libtpu (pip install -e '.[tpu]') and no weights. Any config key can be overridden with --config.key=value.
 The largest bucket of the config is compiled unless --bucket or --mix says otherwise. With --budget the exit code is 3
 when the step does not fit or leaves less than 15 % of the memory. As nothing will run, the compiler spends little on
 the speed of single operations, which takes a tenth of the time and changes neither sharding nor collectives; with
@@ -80,12 +80,12 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
     try:
         return get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except ModuleNotFoundError as error:
-        raise InputError("libtpu", "", "is not installed", "pip install 'crab_jax[tpu]'") from error
+        raise InputError("libtpu", "", "is not installed", "pip install -e '.[tpu]'") from error
     except Exception as error:
         reason = " ".join(str(error).split())
         if "libtpu" in reason.lower() or "unknown backend" in reason.lower():
             problem = f"cannot be loaded ({reason[:200]})"
-            raise InputError("libtpu", "", problem, "pip install 'crab_jax[tpu]'") from error
+            raise InputError("libtpu", "", problem, "pip install -e '.[tpu]'") from error
         raise InputError("command line", "--topology", f"{name!r} is refused ({reason[:200]})",
                          "give a shape that this chip is sold in") from error
 
