@@ -1,6 +1,6 @@
 """Decoding: video, picture, sound and mask files to arrays. Every failure is an InputError that names the file."""
 
-from data_pipelines.media.clock import CLOCKS, Timing, check_clock, frame_numbers
+from data_pipelines.media.clock import CLOCKS, Timing, check_clock, frame_numbers, placed_length
 from data_pipelines.media.container import opened, pictures_of, sound_of
 from data_pipelines.media.content import not_supported
 from data_pipelines.media.masks import (
@@ -29,6 +29,6 @@ from data_pipelines.media.video import Watched, read_moment, read_video, video_s
 __all__ = [
     "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched", "alpha",
     "avss_palette", "check_clock", "check_size", "clip_sound", "frame_numbers", "hear", "image_size", "inline_mask",
-    "is_own", "not_supported", "opened", "outline", "pictures_of", "read_audio", "read_image", "read_mask",
-    "read_moment", "read_video", "sound_of", "stated_seconds", "timing", "video_size", "watch",
+    "is_own", "not_supported", "opened", "outline", "pictures_of", "placed_length", "read_audio", "read_image",
+    "read_mask", "read_moment", "read_video", "sound_of", "stated_seconds", "timing", "video_size", "watch",
 ]

@@ -182,11 +182,13 @@ def place(samples: np.ndarray, start: float, seconds: float, rate: int) -> np.nd
     by less than START and END is left as it is.
     """
     shift, length = _span(len(samples), start, seconds, rate)
+    if not shift and length == len(samples):
+        return samples
     samples = samples[max(0, -shift):]
     front = np.zeros(min(max(0, shift), length), samples.dtype)
     samples = samples[: length - len(front)]
     behind = np.zeros(length - len(front) - len(samples), samples.dtype)
-    return np.concatenate([front, samples, behind]) if len(front) or len(behind) else samples
+    return np.concatenate([front, samples, behind])
 
 
 def placed_length(samples: int, start: float, seconds: float, rate: int) -> int:
@@ -215,14 +217,17 @@ class Timing(NamedTuple):
 
     def remarks(self) -> tuple[str, ...]:
         """What a person should know of it, a text each; none where all is as usual."""
-        said = []
-        if self.odd:
-            said.append(f"the file has {self.odd}")
-        if self.sound is not None and self.sound > TOLD:
-            said.append(f"the sound starts {self.sound:.1f} s after the pictures; silence is put in front")
-        elif self.sound is not None and self.sound < -TOLD:
-            said.append(f"the sound starts {-self.sound:.1f} s before the pictures; its beginning is cut off")
-        return tuple(said)
+        said = (f"the file has {self.odd}" if self.odd else "", start_remark(self.sound or 0.0))
+        return tuple(filter(None, said))
+
+
+def start_remark(start: float) -> str:
+    """What is done about a sound that starts so many seconds after the pictures, "" for nothing to speak of."""
+    if abs(start) <= TOLD:
+        return ""
+    if start > 0:
+        return f"the sound starts {start:.1f} s after the pictures; silence is put in front"
+    return f"the sound starts {-start:.1f} s before the pictures; its beginning is cut off"
 
 
 def check_clock(clock: str, where: str) -> None:
