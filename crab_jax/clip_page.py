@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from crab_jax import overlay, page
 from crab_jax.inference import Prediction
-from crab_jax.page import Picture, Section, escape, figure, table
+from crab_jax.page import Picture, Section, escape, figure, jpeg, table
 from crab_jax.tasks.placeholders import MASK
+from data_pipelines.media.kinds import HEAD, kind_of
+from data_pipelines.media.pictures import read_picture
 
-PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg",
-          ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
+PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
+WIDEST = 1280  # pixels of a picture on the page
 LARGEST = 8_000_000  # bytes of a file that the page holds, so that it can be played there
 TITLES = {  # what the picture of a task shows
     "arig": "arig, a box around the sounding object", "s4": "s4, the pixels of the sounding object",
@@ -38,14 +43,20 @@ def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
 
 def player(path: str) -> str:
     """HTML that shows or plays a media file from within the page; its name alone when it is large or of another kind.
+
+    A picture is shown as the model saw it, which not every browser does.
     """
     file = Path(path)
+    with open(file, "rb") as content:
+        known = kind_of(content.read(HEAD))
+    if known and known.picture:
+        shown = Image.fromarray(read_picture(file))
+        shown.thumbnail((WIDEST, WIDEST))
+        return f"<p>{jpeg(np.array(shown), file.name)}</p>"
     kind = PLAYED.get(file.suffix.lower(), "")
     if not kind or file.stat().st_size > LARGEST:
         return f"<p>{escape(file.name)}</p>"
     source = f'src="data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"'
-    if kind.startswith("image"):
-        return f'<p><img alt="{escape(file.name)}" {source}></p>'
     return f'<p><{kind[:5]} controls {"height=240" if kind[:5] == "video" else ""} {source}></{kind[:5]}></p>'
 
 

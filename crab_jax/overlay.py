@@ -20,6 +20,8 @@ Colour = tuple[int, int, int]
 PREDICTION: Colour = (213, 94, 0)
 TRUTH: Colour = (0, 158, 115)
 BOX_SPACE = 224  # side of the square that ARIG coordinates live in
+SMALL = 4_000_000  # pixels of a picture that is worth compressing well
+ROWS = 256  # of a picture that are painted at once: a large one would take its size in float64 several times
 PARTS = 10  # AVE and AVVP count time in tenths of the clip, which are seconds in clips of ten seconds
 
 
@@ -32,9 +34,10 @@ class Track(NamedTuple):
 
 
 def png(picture: np.ndarray | Image.Image) -> bytes:
-    """PNG file of uint8[H,W,3], uint8[H,W] or a PIL image."""
-    buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "PNG", optimize=True)
+    """PNG file of uint8[H,W,3], uint8[H,W] or a PIL image: of a large one soon, of others as small as can be."""
+    buffer, image = io.BytesIO(), picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    small = image.width * image.height <= SMALL
+    image.save(buffer, "PNG", optimize=small, compress_level=9 if small else 1)
     return buffer.getvalue()
 
 
@@ -71,10 +74,11 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
     """
     edge = np.zeros(mask.shape, bool)
     for _ in range(width):
-        mask = np.where(edge, 0, mask)
-        padded = np.pad(mask, 1)
-        neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-        edge |= (mask != 0) & np.any([neighbour != mask for neighbour in neighbours], axis=0)
+        mask = np.where(edge, mask.dtype.type(0), mask)
+        padded, inner = np.pad(mask, 1), np.zeros(mask.shape, bool)
+        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+            inner |= neighbour != mask
+        edge |= inner & (mask != 0)
     return edge
 
 
@@ -87,14 +91,21 @@ def overlay_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour = PREDICT
 
     bool masks take `colour`; class ids take their AVSBench colours.
     """
-    paint = np.where(mask[..., None], np.array(colour), 0) if mask.dtype == bool else avss_palette()[mask]
-    blended = np.where((mask != 0)[..., None], (1 - alpha) * picture + alpha * paint, picture)
-    return np.where(outline(mask, _line_width(picture))[..., None], paint, np.rint(blended)).astype(np.uint8)
+    edge, drawn = outline(mask, _line_width(picture)), picture.copy()
+    for top in range(0, len(picture), ROWS):
+        rows = slice(top, top + ROWS)
+        ids, under = mask[rows], picture[rows]
+        paint = np.where(ids[..., None], np.array(colour), 0) if mask.dtype == bool else avss_palette()[ids]
+        blended = np.where((ids != 0)[..., None], (1 - alpha) * under + alpha * paint, under)
+        drawn[rows] = np.where(edge[rows][..., None], paint, np.rint(blended))
+    return drawn
 
 
 def overlay_outline(picture: np.ndarray, mask: np.ndarray, colour: Colour = TRUTH) -> np.ndarray:
     """uint8[H,W,3] with the outline of a mask of the same size drawn over it."""
-    return np.where(outline(mask, _line_width(picture))[..., None], np.array(colour), picture).astype(np.uint8)
+    drawn = picture.copy()
+    drawn[outline(mask, _line_width(picture))] = colour
+    return drawn
 
 
 def scale_box(box: Sequence[float], size: tuple[int, int], space: int = BOX_SPACE) -> tuple[int, int, int, int]:

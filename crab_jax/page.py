@@ -45,8 +45,8 @@ class Section(NamedTuple):
 
 
 def escape(value: Any) -> str:
-    """Text as HTML."""
-    return html.escape(str(value))
+    """Text as HTML. Names of files may hold bytes that are no text."""
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def image(data: bytes, alt: str, kind: str = "png") -> str:

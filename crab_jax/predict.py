@@ -10,8 +10,9 @@ says so. --question without --task is put to the model as it stands; with --task
 --all-tasks asks everything that can be asked about a clip, or a picture with its sound, and writes page.html, one file
 with all answers. --samples is a JSON list of objects with the keys task, video_path | image_path, audio_path, question,
 expression, second (or idx), mask_path (a true mask, drawn as an outline for comparison), windows and prompt_variant;
-paths are relative to the file. Writes predictions.jsonl and pictures into --out: masks and overlays at the size of the
-picture (avss: with the names of the colours beside it), boxes for arig, time lines for ave and avvp.
+paths are relative to the file. Writes predictions.jsonl and pictures into --out: ID_picture.png, the picture
+that was asked about as the model saw it (upright, RGB), masks and overlays at its size (avss: with the names of the
+colours beside it), boxes for arig, time lines for ave and avvp.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from crab_jax import clip_page, compile_cache, layout, overlay
 from crab_jax.errors import CommandLine, InputError, run_verb
@@ -54,8 +52,7 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
     if example.task in ("ave", "avvp"):
         files["overlay"] = time_line(example, overlay.event_tracks(example.task, parsed))
     elif asked.picture is not None and example.task in PICTURE_TASKS:
-        with Image.open(asked.picture) as opened:
-            picture = np.array(opened.convert("RGB"))
+        picture = media.read_picture(asked.picture)
         size = picture.shape[1], picture.shape[0]
         drawn, masks = picture, []
         for mask in () if prediction.mask is None else (prediction.mask, *prediction.further_masks):
@@ -65,7 +62,8 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
         if example.task == "arig" and parsed:
             drawn = overlay.overlay_boxes(drawn, [(parsed, overlay.PREDICTION, "answer")])
         if example.mask:
-            masks.append(overlay.resize_mask(media.read_mask(example.mask, max(size), example.mask_kind, size), size))
+            truth = media.read_mask(example.mask, max(size), example.mask_kind)  # `request` has compared the sizes
+            masks.append(overlay.resize_mask(truth, size))
             drawn = overlay.overlay_outline(drawn, masks[-1])
         if masks and example.mask_kind == "semantic":
             drawn = overlay.legend(drawn, overlay.class_colours(*masks))
@@ -115,7 +113,8 @@ def predict(arguments: argparse.Namespace) -> None:
                                on_text=tell if arguments.stream else None, mesh=mesh, on_error="raise",
                                pad_short_audio=True, clock="shown")
     answered: dict[str, clip_page.Answered] = {}
-    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
+    # Text of the command line may hold bytes that are no text; JSON can write them.
+    with open(out / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
         for prediction in answers:
             one = asked[prediction.example.id]
             example, files = one.example, draw(one, prediction, out)

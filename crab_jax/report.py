@@ -22,6 +22,7 @@ from PIL import Image
 from crab_jax import charts, compile_cache, overlay, page, runs
 from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import read_text
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
 from crab_jax.models.crab import fuse_model
@@ -72,8 +73,7 @@ def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
         size = media.video_size(root / str(example.video))
         frame = media.read_video(root / str(example.video), 10, max(size), clock)[example.second or 0]
         return np.array(Image.fromarray(frame).resize(size))
-    with Image.open(root / path) as picture:
-        return np.array(picture.convert("RGB"))
+    return media.read_picture(root / path)
 
 
 def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
@@ -241,8 +241,8 @@ def _read_json(path: Path, flag: str, fix: str) -> Any:
     if not path.is_file():
         raise InputError(str(path), flag, "no such file", fix)
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(read_text(path, flag))
+    except json.JSONDecodeError as error:
         raise InputError(str(path), flag, f"not valid JSON ({error})", fix) from None
 
 

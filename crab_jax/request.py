@@ -41,8 +41,8 @@ SILENCE = 1e-4  # root mean square of a full scale of 1: -80 dB
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """An Example to answer under the name of its task, the picture it is about (None for a question about a clip), and
-    what is odd about its sound."""
+    """An Example to answer under the name of its task, the picture it is about, as the model sees it (None for a
+    question about a clip), and what is odd about its media."""
 
     task: str
     example: Example
@@ -117,8 +117,10 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
             raise InputError(where, field, f"is missing, and {task} needs it", f"give the {field}")
 
     ask, one_picture = _prompt(record, task, where, image is not None)
-    if image:
-        media.image_size(image)  # a damaged picture is named before anything is loaded
+    picture = out / f"{name}_picture.png" if image or task in PICTURE_TASKS else None
+    odd = show(image, picture) if image and picture else ()  # a damaged picture is named before anything is loaded
+    if mask := record.get("mask_path"):
+        media.read_mask(mask, None, mask_kind, media.image_size(image) if image else media.video_size(str(video)))
     source, sound, warnings = listen(video, audio, out / f"{name}_sound.wav")
     windows = record.get("windows") or _windows(task, len(sound) / media.SAMPLE_RATE, one_picture)
     if windows not in WINDOWS or windows == "none":
@@ -131,16 +133,14 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
     if image and len(sound) < fbank.SHORTEST_WINDOW * parts:
         source = _placed(sound, second, parts, out / f"{name}_sound.wav")
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
-    picture = Path(image) if image else None
-    if video and task in PICTURE_TASKS:
-        picture = out / f"{name}_picture.png"
+    if video and picture:
         video_picture(video, second, parts).save(picture)
     example = Example(
         id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
-        video=None if one_picture else _absolute(video), image=_absolute(picture) if one_picture else None,
+        video=None if one_picture else _absolute(video), image=_absolute(image or picture) if one_picture else None,
         audio=_absolute(source), seg_image=None if one_picture else _absolute(picture),
         mask=_absolute(record.get("mask_path")), mask_kind=mask_kind)
-    return Request(task, example, picture, warnings)
+    return Request(task, example, picture, (*odd, *warnings))
 
 
 def _absolute(path: str | Path | None) -> str | None:
@@ -184,6 +184,16 @@ def _windows(task: str, seconds: float, one_picture: bool) -> str:
     if task == "avqa" and seconds > 30:
         return "music_avqa"
     return "five" if task in ("s4", "ms3") and seconds < 7.5 else "ten"
+
+
+def show(image: str, picture: Path) -> tuple[str, ...]:
+    """Save a picture of the user as the model sees it before it is resized; what is odd about it."""
+    (width, height), pixels = media.image_size(image), media.read_picture(image)
+    Image.fromarray(pixels).save(picture, compress_level=1)
+    if pixels.shape[:2] == (height, width):
+        return ()
+    return (f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
+            f"{pixels.shape[1]}x{pixels.shape[0]}",)
 
 
 def video_picture(path: str, part: int, parts: int) -> Image.Image:

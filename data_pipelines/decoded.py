@@ -80,7 +80,7 @@ class Files:
             return decode()
         key = "|".join(map(str, (*_stamp(path), *settings)))
         folder = Path(self.cache_dir)
-        kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        kept = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
         try:
             return safetensors.numpy.load_file(kept)["value"]
         except (FileNotFoundError, safetensors.SafetensorError):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -15,10 +14,9 @@ import numpy as np
 
 from crab_jax.errors import InputError
 from data_pipelines import media
-from data_pipelines.status import CORRUPT, WARNING, damage
+from data_pipelines.status import CORRUPT, WARNING
 
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
-STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
 LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
 USES = ("video", "audio", "picture", "binary", "semantic")  # the last two are kinds of masks
@@ -30,7 +28,7 @@ class Facts:
 
     problems: (use, text) pairs, each text starting with its kind, as in `Problem`. seconds: of a video's pictures, 0 if
     not looked at. samples: of its sound at 16 kHz; start: seconds from its first picture to the first of them. size:
-    (width, height) of its pictures, upright.
+    (width, height) of its pictures, upright. turned: whether EXIF says that a picture is stored otherwise.
     """
 
     problems: tuple[tuple[str, str], ...] = ()
@@ -38,13 +36,12 @@ class Facts:
     samples: int = 0
     start: float = 0.0
     size: tuple[int, int] | None = None
+    turned: bool = False
 
 
 def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
     """Facts of (data root, path, uses of the file). Nothing that is wrong with the file raises."""
     root, path, uses = task
-    if damaged := damage(root, path):
-        return Facts(tuple((use, f"{CORRUPT}: {damaged}") for use in uses))
     facts = Facts()
     for use in uses:
         try:
@@ -54,7 +51,7 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
         except Exception as error:  # of a decoder, which no loader expects either
             found = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
         facts = Facts(facts.problems + found.problems, facts.seconds or found.seconds, facts.samples or found.samples,
-                      facts.start or found.start, facts.size or found.size)
+                      facts.start or found.start, facts.size or found.size, facts.turned or found.turned)
     return facts
 
 
@@ -75,7 +72,7 @@ def _audio(path: str) -> Facts:
     heard = media.hear(path)
     sound, problems = heard.samples, []
     if (peak := float(np.abs(sound).max())) < SILENT:
-        problems.append(f"{CORRUPT}: is silent (the loudest sample is {peak:.1g} of full scale)")
+        problems.append(f"{WARNING}: is silent (the loudest sample is {peak:.1g} of full scale)")
     if Path(path).suffix.lower() == ".mp3":
         # libsndfile guesses the length of an MP3 without an index, and stops there.
         stated, read = media.stated_seconds(path), len(sound) / media.SAMPLE_RATE
@@ -87,37 +84,21 @@ def _audio(path: str) -> Facts:
 
 
 def _picture(path: str) -> Facts:
-    media.read_image(path, 8)
-    ends = Path(path).suffix.lower() in (".jpg", ".jpeg") and _ends_early(path)
-    problems = (("picture", f"{CORRUPT}: its data end before the picture does; the rest is grey"),) if ends else ()
-    return Facts(problems, size=media.image_size(path))
-
-
-def _ends_early(path: str) -> bool:
-    """Whether a JPEG holds less data than its picture needs: libjpeg fills up with grey and keeps quiet, libav says."""
-    av.logging.set_level(av.logging.ERROR)
-    with av.logging.Capture() as said, contextlib.suppress(av.FFmpegError, OSError), av.open(path) as container:
-        for _ in container.decode(video=0):
-            pass
-    return any(message.startswith(("overread", "error y=")) for _, _, message in said)
+    with media.open_picture(path, "picture") as picture:
+        media.rgb(picture, path, "picture")
+        return Facts(size=picture.size, turned=picture.turned)
 
 
 def _binary(path: str) -> Facts:
-    mask, alpha = media.read_mask(path, None, "binary"), media.alpha(path)
-    problems: tuple[tuple[str, str], ...] = ()
-    if alpha is not None and alpha.min(initial=255) < 255 and ((alpha > 0) != mask).any():
-        problems = (("binary", f"{CORRUPT}: what is opaque is not what is above black, which is what is read"),)
-    return Facts(problems, size=(mask.shape[1], mask.shape[0]))
+    mask = media.read_mask(path, None, "binary")
+    return Facts(size=(mask.shape[1], mask.shape[0]))
 
 
 def _semantic(path: str) -> Facts:
     classes = media.read_mask(path, None, "semantic", unknown=-1)
-    problems: tuple[tuple[str, str], ...] = ()
-    if stray := int((classes < 0).sum()):
-        kind = WARNING if stray <= STRAY * classes.size else CORRUPT
-        problems = (("semantic", f"{kind}: {stray} of {classes.size} pixels have a colour of no class; they are read "
-                                 "as background"),)
-    return Facts(problems, size=(classes.shape[1], classes.shape[0]))
+    stray = int((classes < 0).sum())
+    said = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
+    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]))
 
 
 def mismatch(one: float, other: float) -> bool:

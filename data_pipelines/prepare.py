@@ -87,7 +87,7 @@ def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tu
     """(dataset, split) of every list of Examples that is asked for; the dataset is "" for a `<split>.jsonl`."""
     found: list[tuple[str, str]] = []
     for split in splits:
-        if (root / f"{split}.jsonl").is_file():
+        if datasets.list_of(root, split):
             found.append(("", split))
     if found and names:
         raise InputError(str(root), "--datasets", f"the root has {found[0][1]}.jsonl, which then is all that is read",

@@ -26,6 +26,7 @@ from data_pipelines.sources.release import MissingFile
 # How the text of a Problem begins.
 MISSING, CORRUPT, MALFORMED, LEAK, WARNING = "missing", "corrupt", "malformed", "leak", "warning"
 KINDS = (MISSING, CORRUPT, MALFORMED, LEAK, WARNING)
+FILMS = ("video", "audio")  # fields of an Example that hold films and sounds; the others hold pictures
 Look = Callable[[str, str, Example], Iterable[tuple[str, str, str]]]  # (dataset, split, Example) -> (field, path, text)
 
 
@@ -49,7 +50,8 @@ class Problem:
 @dataclasses.dataclass
 class Count:
     """Examples of one split. complete: of the whole release, None where not known; annotated = have + the others;
-    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N."""
+    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N.
+    note: why nothing could be counted; notes: what else a person should know of the annotations (Release.notes)."""
 
     dataset: str
     split: str
@@ -60,6 +62,7 @@ class Count:
     corrupt: int = 0
     malformed: int = 0
     note: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None,
@@ -90,11 +93,11 @@ def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str]
 
 def outlines(root: str | Path) -> Look:
     """Looks at the outline of each file, once."""
-    damage_of = functools.cache(functools.partial(damage, root))
+    damage_of = functools.cache(functools.partial(damage, root))  # most files belong to many Examples
 
     def look(dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
         for field, path in media_of(example):
-            if what := damage_of(path):
+            if what := damage_of(path, field):
                 yield field, path, f"{CORRUPT}: {what}"
 
     return look
@@ -103,7 +106,8 @@ def outlines(root: str | Path) -> Look:
 def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """Count one split; yields its problems."""
     pace = Progress(f"{count.dataset} {count.split}", count.complete or 0, progress)
-    for found in pace.over(records(root, count.dataset, count.split)):
+    notes: list[InputError] = []
+    for found in pace.over(records(root, count.dataset, count.split, notes=notes)):
         count.annotated += 1
         if isinstance(found, Example):
             problems = [Problem(count.dataset, count.split, found.id, path, field, text)
@@ -119,33 +123,24 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
+    count.notes = [f"{os.path.relpath(note.where, root)} [{note.field}]: {note.problem}" for note in notes]
 
 
-def damage(root: str | Path, path: str) -> str:
-    """What is wrong with the outline of a media file: empty, no file of its kind, or cut off; "" when nothing is."""
+def damage(root: str | Path, path: str, field: str) -> str:
+    """What is wrong with the outline of the file of a field: empty, of another kind, or cut off; "" when nothing is.
+
+    Goes by what the file holds, and finds nothing wrong with what the loader reads.
+    """
     full = Path(root) / path
     try:
-        size = full.stat().st_size
-        if not size:
+        if not full.stat().st_size:
             return "the file is empty"
-        with open(full, "rb") as file:
-            head = file.read(16)
-            file.seek(max(0, size - 4096))
-            tail = file.read()
-        if wrong := media.not_supported(full):
-            return wrong[0]
-        if short := media.outline(full):
-            return short
+        if field not in FILMS:
+            return media.picture_outline(full, field)
+        wrong = media.not_supported(full)
+        return wrong[0] if wrong else media.outline(full)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    suffix = full.suffix.lower()
-    if suffix == ".png":
-        return ("is no PNG file" if head[:8] != b"\x89PNG\r\n\x1a\n" else "ends before the picture does"
-                if b"IEND\xaeB`\x82" not in tail else "")
-    if suffix in (".jpg", ".jpeg"):
-        return ("is no JPEG file" if head[:2] != b"\xff\xd8" else "ends before the picture does"
-                if b"\xff\xd9" not in tail else "")
-    return ""
 
 
 def table(counts: Sequence[Count]) -> str:
@@ -159,7 +154,7 @@ def table(counts: Sequence[Count]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    notes = ["", *(c.note for c in counts)]
+    notes = ["", *(c.note or (f"{len(c.notes):,} notes" if c.notes else "") for c in counts)]
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
 
 
@@ -191,6 +186,9 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
         print(line[:300].encode("utf-8", "backslashreplace").decode())  # names may be long, or no text
     if problems[10:]:
         print(f"  and {len(problems) - 10} more; --json FILE lists them")
+    for c in (c for c in counts if c.notes):
+        more = f" (and {len(c.notes) - 1} more notes; --json FILE lists them)" if c.notes[1:] else ""
+        print(f"  note on {c.dataset} {c.split}, {c.notes[0]}{more}".encode("utf-8", "backslashreplace").decode())
 
 
 def run(argv: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from data_pipelines.batching import check_sources
 from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, records, selection
 from data_pipelines.examine import Facts, examine, mismatch
 from data_pipelines.examples import Example, seg_source
+from data_pipelines.leaks import leak_problems
 from data_pipelines.shards import Shards
 from data_pipelines.status import (
     CORRUPT,
@@ -59,7 +60,7 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
     if prepared := shards.opened(root):
         wrong = list(_checksums(prepared, progress))
         counts, problems = status(root, names, progress, PreparedLook(prepared))
-        return counts, wrong + problems
+        return counts, wrong + problems + leak_problems(root, names)
     found: dict[str, Facts] = {}
     known: dict[Facts, Facts] = {}  # most pictures have the same
     tasks = files(root, names, progress)
@@ -73,7 +74,7 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
             facts = Facts(tuple((use, f"{CORRUPT}: {facts}") for use in task[2]))
         found[task[1]] = known.setdefault(facts, facts)
     counts, problems = status(root, names, progress, Look(root, found))
-    return counts, [problem for problem in problems if names or not _is_unasked(problem)]
+    return counts, [problem for problem in problems if names or not _is_unasked(problem)] + leak_problems(root, names)
 
 
 def _is_unasked(problem: Problem) -> bool:
@@ -135,6 +136,7 @@ class Look:
                 where = next((path for field, path, _ in uses if field == error.field), "")
                 yield error.field, where, f"{CORRUPT if where else MALFORMED}: {error.problem}"
         yield from self._lengths(example)
+        yield from self._turned(example)
         yield from self._leak(dataset, split, example, uses[0][1] if uses else "")
 
     def _of(self, path: str) -> Facts:
@@ -174,11 +176,21 @@ class Look:
             media.check_size(own, size, "")
 
     def _lengths(self, example: Example) -> Iterator[tuple[str, str, str]]:
+        """Sound and pictures of other lengths: both are read, so it is a warning. What the clock of one file shows
+        (times that are not used, sound that starts late) is in the problems of its Facts."""
         samples, start, shown = self._heard(example)
         heard = samples / media.SAMPLE_RATE + start
-        if samples and shown and heard and mismatch(shown, heard):
+        if samples and shown and mismatch(shown, heard):
             yield ("audio" if example.audio else "video", example.audio or example.video or "",
-                   f"{CORRUPT}: {heard:.2f} s of sound for {shown:.2f} s of video")
+                   f"{WARNING}: {heard:.2f} s of sound for {shown:.2f} s of video")
+
+    def _turned(self, example: Example) -> Iterator[tuple[str, str, str]]:
+        """A mask whose picture EXIF turns, and which nothing turns: it may be drawn on the picture as it is stored."""
+        source = seg_source(example)
+        drawn = example.mask and not example.mask.startswith(media.INLINE_MASK) and example.mask_kind != "none"
+        if source and drawn and self._of(source[1]).turned and not self._of(str(example.mask)).turned:
+            yield "mask", str(example.mask), (f"{WARNING}: EXIF turns its picture {source[1]}; the mask is read as "
+                                              "drawn on the picture as viewers show it")
 
     def _leak(self, dataset: str, split: str, example: Example, path: str) -> Iterator[tuple[str, str, str]]:
         """The clip in an earlier split of the same dataset, once per clip: a warning where the release itself has such

@@ -7,7 +7,6 @@ saved as a file, that is what `verify --accept` and `verify --reject` read.
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from crab_jax.errors import InputError
 from crab_jax.overlay import TRUTH, overlay_boxes, overlay_mask
-from crab_jax.page import document, jpeg
+from crab_jax.page import document, escape, jpeg
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import media
 from data_pipelines.av_uie.labels import BOX_SPACE, reasoning_of
@@ -52,7 +51,7 @@ def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root
     """The page. `most` quarantined Examples are shown, evenly from all of them, and it says how many there are."""
     shown = [bad[i * len(bad) // min(len(bad), most)] for i in range(min(len(bad), most))]
     reasons = Counter(_kind(reason) for _, found in bad for reason in found)
-    rows = "".join(f"<tr><td>{n}</td><td>{html.escape(reason)}</td></tr>" for reason, n in reasons.most_common(30))
+    rows = "".join(f"<tr><td>{n}</td><td>{escape(reason)}</td></tr>" for reason, n in reasons.most_common(30))
     picked = sample(good, per_task)
     return document("AV-UIE targets", f"""
 <p>{len(good)} agree with their labels, {len(bad)} are in quarantine.</p>
@@ -81,21 +80,21 @@ def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) 
     before = reasoning_of(example)
     answer = example.target[example.target.find(before) + len(before):] if before else example.target
     what, verb = ("reject", "reject") if not reasons else ("accept", "accept all the same")
-    name = html.escape(example.id, quote=True)
-    listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
+    name = escape(example.id)
+    listed = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
     problems = f"<ul class=bad>{listed}</ul>" if reasons else ""
     label = json.dumps({**example.meta, "second": example.second}, ensure_ascii=False, indent=1)
-    return (f"<article>{_picture(example, root)}<div><span class=id>{name}</span> · {html.escape(example.task)} "
-            f"<span class=by>{html.escape(str(example.meta.get('reasoning', 'plain')))}</span> "
+    return (f"<article>{_picture(example, root)}<div><span class=id>{name}</span> · {escape(example.task)} "
+            f"<span class=by>{escape(str(example.meta.get('reasoning', 'plain')))}</span> "
             f"<label class=by><input type=checkbox name={what} value=\"{name}\"> {verb}</label></div>{problems}"
-            f"<div class=by>{html.escape(question)}</div>"
+            f"<div class=by>{escape(question)}</div>"
             f"<p>{_marked(before)} <span class=answer>{_marked(answer)}</span></p>"
-            f"<details><summary>label</summary><pre>{html.escape(label)}</pre></details></article>\n")
+            f"<details><summary>label</summary><pre>{escape(label)}</pre></details></article>\n")
 
 
 def _marked(text: str) -> str:
     """HTML of a text with its tags set apart."""
-    return re.sub(r"&lt;/?[\w ]{0,40}&gt;", lambda tag: f"<span class=tag>{tag[0]}</span>", html.escape(text))
+    return re.sub(r"&lt;/?[\w ]{0,40}&gt;", lambda tag: f"<span class=tag>{tag[0]}</span>", escape(text))
 
 
 def _picture(example: Example, root: str | Path | None) -> str:

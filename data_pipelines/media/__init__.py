@@ -9,11 +9,13 @@ from data_pipelines.media.masks import (
     SEMANTIC_CLASSES,
     avss_palette,
     check_size,
+    decode_runs,
     inline_mask,
     read_mask,
 )
 from data_pipelines.media.outline import outline
-from data_pipelines.media.pictures import alpha, image_size, read_image
+from data_pipelines.media.pictures import image_size, open_picture, read_image, read_picture, rgb
+from data_pipelines.media.pictures import outline as picture_outline
 from data_pipelines.media.sound import (
     SAMPLE_RATE,
     Heard,
@@ -27,8 +29,9 @@ from data_pipelines.media.sound import (
 from data_pipelines.media.video import Watched, read_moment, read_video, video_size, watch
 
 __all__ = [
-    "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched", "alpha",
-    "avss_palette", "check_clock", "check_size", "clip_sound", "frame_numbers", "hear", "image_size", "inline_mask",
-    "is_own", "not_supported", "opened", "outline", "pictures_of", "placed_length", "read_audio", "read_image",
-    "read_mask", "read_moment", "read_video", "sound_of", "stated_seconds", "timing", "video_size", "watch",
+    "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched",
+    "avss_palette", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers", "hear", "image_size",
+    "inline_mask", "is_own", "not_supported", "open_picture", "opened", "outline", "picture_outline", "pictures_of",
+    "placed_length", "read_audio", "read_image", "read_mask", "read_moment", "read_picture", "read_video", "rgb",
+    "sound_of", "stated_seconds", "timing", "video_size", "watch",
 ]

@@ -20,6 +20,7 @@ CLOCKS = ("shown", "counted")
 START = 0.05  # a sound that starts so much earlier or later than the pictures is in step: encoders leave such delays
 END = 0.25  # and one that ends so much earlier or later, which then is cut at its own shares, as in the reference
 JITTER = Fraction(1, 10)  # frames within it, and within one frame interval, of a constant rate have that rate
+STRAYS = 4  # the last frames of a clip, before which there may be holes where it was cut
 GAP = 0.1  # a longer hole in a sound track is silence; times of blocks of sound waver by less
 LONGEST = 600  # a frame, or all holes of a track, that last longer have wrong times
 SPLICE = 10  # the same where times may start anew in the middle of a file (MPEG streams), as ffmpeg has it
@@ -71,6 +72,8 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
     order = sorted(range(len(known)), key=known.__getitem__)
     first = known[order[0]]
     ticks = tuple(known[place] - first for place in order)
+    if period := _cut_period(ticks, tick):
+        return FrameTimes(ticks, tick, first * tick, len(ticks) * period * tick, False, "")
     end = _end(ticks, stamps[order[-1]].duration, tick)
     return FrameTimes(ticks, tick, first * tick, end * tick if len(ticks) > 1 else Fraction(0),
                       not _on_grid(ticks, end / len(ticks), tick), "")
@@ -104,6 +107,23 @@ def _end(ticks: Sequence[int], duration: int, tick: Fraction) -> Fraction:
     if 0 < duration and not (constant and duration < 2 * period) and duration * tick <= LONGEST:
         return Fraction(ticks[-1] + duration)
     return ticks[-1] + period
+
+
+def _cut_period(ticks: Sequence[int], tick: Fraction) -> Fraction:
+    """The frame interval of a clip that was cut without encoding it anew, 0 for any other.
+
+    Its last frames refer to some that were left out: there are holes before them, but the rate is constant.
+    """
+    body = ticks[:-STRAYS]
+    if len(body) < STRAYS:
+        return Fraction(0)
+    period = Fraction(body[-1], len(body) - 1)
+    places = [round(time / period) - len(body) for time in ticks[len(body) :]]
+    holes = places[-1] + 1 - STRAYS
+    cut = 0 < holes <= min(3 * STRAYS, len(ticks) // 10) and _on_grid(body, period, tick) and all(
+        abs(time - (place + len(body)) * period) * tick <= JITTER / 10
+        for time, place in zip(ticks[len(body) :], places, strict=True))
+    return period if cut else Fraction(0)
 
 
 def _on_grid(ticks: Sequence[int], period: Fraction, tick: Fraction) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from crab_jax.errors import InputError
-from data_pipelines.media.pictures import DEEP, open_picture
+from data_pipelines.media.pictures import DEEP, Picture, open_picture
 
 SEMANTIC_CLASSES = 71
+STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change values a little
+BETWEEN = 0.02  # share of the pixels of a mask that such a format may leave between black and white
+MOST_PIXELS = 10**8  # of a mask in run lengths, whose few bytes could ask for any amount of memory
 # A mask may be written where its path would be: COCO run lengths, rle:<height>x<width>:<counts>, or nothing at all.
 INLINE_MASK = "rle:"
 EMPTY_MASK = f"{INLINE_MASK}empty"
@@ -47,31 +51,142 @@ def inline_mask(code: Mapping[str, Any]) -> str:
     return f"{INLINE_MASK}{code['size'][0]}x{code['size'][1]}:{code['counts'].decode()}"
 
 
+def _run_lengths(counts: str) -> Iterator[int]:
+    """The runs in COCO's compressed text: five bits a character, from the third run on less the run before the last.
+
+    ValueError for other characters and for a number that is cut off.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for char in counts:
+        bits = ord(char) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError(f"holds {char!r}, and has characters from '0' to 'o' only" if shift <= 60 else
+                             "holds a number that does not end")
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (bits & 16) << (shift - 4)  # the sign
+            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+            yield runs[-1]
+            number = shift = 0
+    if shift:
+        raise ValueError("ends in the middle of a number")
+
+
+def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
+    """uint8[H,W], 0 and 1: a mask in COCO run lengths, `size` [height, width] and `counts` as compressed text or bytes.
+
+    All is checked before the C library sees it, which leaves memory as it finds it where runs end early. Raises
+    InputError that names `where`.
+    """
+    def refuse(problem: str) -> InputError:
+        return InputError(where, "mask", f"is no mask in COCO run lengths: {problem}",
+                          "write the run-length encoding of pycocotools.mask.encode, counts as text")
+
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+        raise refuse(f"size is {size!r:.60}, not two whole numbers above 0")
+    height, width = size
+    if height * width > MOST_PIXELS:
+        raise refuse(f"size {height}x{width} has more than {MOST_PIXELS:,} pixels")
+    if not isinstance(counts, str | bytes):
+        raise refuse(f"counts is {counts!r:.40}, not the compressed text")
+    text = counts if isinstance(counts, str) else counts.decode("latin-1")
+    area, filled = height * width, 0
+    try:
+        for number, run in enumerate(_runs(text), 1):
+            filled += run
+            if run < 0:
+                raise ValueError(f"run {number} of counts has {run:,} pixels")
+            if filled > area:
+                raise ValueError(f"the runs hold more than the {area:,} pixels of {height}x{width}")
+        if filled != area:
+            raise ValueError(f"the runs hold {filled:,} of the {area:,} pixels of {height}x{width}")
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    return coco.decode({"size": [height, width], "counts": text.encode()})  # type: ignore[no-any-return]
+
+
+def _runs(counts: str) -> Iterator[int]:
+    """The runs in compressed text: five bits a character, lowest first; from the third run on less the one before last.
+
+    ValueError for other characters and for a number that does not end.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for char in counts:
+        bits = ord(char) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"counts holds the character {char!r}")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32 and shift < 60:
+            continue
+        number -= (bits & 16) << (shift - 4)  # the sign
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        yield runs[-1]
+        number = shift = 0
+    if shift:
+        raise ValueError("counts ends in the middle of a number")
+
+
 def _decode_inline(code: str) -> np.ndarray:
     """uint8[H,W] of what `inline_mask` wrote."""
-    found = re.fullmatch(rf"{INLINE_MASK}([1-9][0-9]{{0,4}})x([1-9][0-9]{{0,4}}):([0-o]+)", code)
-    try:
-        if not found:
-            raise ValueError
-        return coco.decode({"size": [int(found[1]), int(found[2])], "counts": found[3].encode()})
-    except ValueError:
+    found = re.fullmatch(rf"{INLINE_MASK}([0-9]{{1,9}})x([0-9]{{1,9}}):(.*)", code, re.DOTALL)
+    if not found:
         fix = f"write {INLINE_MASK}<height>x<width>:<counts>, or the path of a picture"
-        raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix) from None
+        raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix)
+    return decode_runs([int(found[1]), int(found[2])], found[3], code[:60])
 
 
 def check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:
-    """Raise InputError for a mask of another (width, height) than the picture that it belongs to."""
+    """Raise InputError for a mask of another (width, height) than the picture that it belongs to, both upright."""
     if picture is not None and size != picture:
         problem = f"is {size[0]}x{size[1]}, but its picture is {picture[0]}x{picture[1]}"
-        raise InputError(where, "mask", problem, "export the mask at the size of its picture")
+        turned = ", as it is shown: upright where EXIF turns it" if size == picture[::-1] else ""
+        raise InputError(where, "mask", problem, f"export the mask at the size of its picture{turned}")
 
 
-def _binary(grey: np.ndarray, size: int | None, where: str, picture: tuple[int, int] | None) -> np.ndarray:
+def _binary(grey: np.ndarray, size: int | None) -> np.ndarray:
     """int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
-    check_size((grey.shape[1], grey.shape[0]), picture, where)
     # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
     rows, columns = (np.arange(size or n) * n // (size or n) for n in grey.shape)
     return (grey[rows[:, None], columns] > 0).astype(np.int32)
+
+
+def _grey(mask: Picture) -> tuple[np.ndarray, str]:
+    """([H, W] above 0 where a binary mask has something, what contradicts that or "")."""
+    image = mask.image
+    if image.mode in DEEP:
+        return np.asarray(image), ""
+    grey = np.asarray(image.convert("L"))
+    if mask.kind in LOSSY and (levels := np.unique(grey))[levels > 0].size > 1:  # not kept as they were
+        unclear = levels[-1] < 192 or ((grey > 64) & (grey < 192)).mean() > BETWEEN
+        return grey > 127, f"is a {mask.kind} whose greys are not black and white" if unclear else ""
+    if image.mode == "P":
+        return grey, _palette_against(image)
+    if image.mode in ("RGB", "RGBA") and (np.asarray(image.convert("RGB")).any(axis=2) != (grey > 0)).any():
+        return grey, "has colours so dark that their grey value is 0, which is read as nothing"
+    return grey, ""
+
+
+def _palette_against(image: Image.Image) -> str:
+    """What of a palette contradicts that black is the background, and index 0 too; "" when nothing does."""
+    every = Image.frombytes("P", (256, 1), bytes(range(256)))
+    every.putpalette(image.getpalette("RGB") or [])
+    seen, used = np.asarray(every.convert("L"))[0] > 0, np.flatnonzero(image.histogram())
+    if used.size and not used[0] and seen[used].all():
+        return "its palette has a bright colour for index 0 and no black: all of it would be read as something"
+    if used.size and not used[0] and not seen[0] and not seen[used[1:]].all():
+        return f"its palette has black for index {used[1:][~seen[used[1:]]][0]} and for index 0"
+    return ""
+
+
+def _opacity_against(image: Image.Image, grey: np.ndarray) -> str:
+    """What of a mask's opacity contradicts its grey values; "" when nothing does."""
+    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else np.array([255])
+    differs = alpha.min(initial=255) < 255 and ((alpha > 0) != (grey > 0)).any()
+    return "what is opaque is not what is above black, which is what is read" if differs else ""
 
 
 def _check_palette(mask: Image.Image, where: str) -> None:
@@ -86,35 +201,63 @@ def _check_palette(mask: Image.Image, where: str) -> None:
             raise InputError(where, "mask", problem, "export the mask as RGB, or with the index as the class id")
 
 
+def _ids(mask: Picture, where: str) -> Image.Image:
+    """A semantic mask whose values are class ids 0..70, or colours of classes. Raises InputError for anything else."""
+    image, problem, fix = mask.image, "", "use the 71 AVSBench-semantic classes"
+    if image.mode == "P":
+        _check_palette(image, where)
+    elif image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode == "L" and mask.bits < 8:  # Pillow spreads the levels of a few bits over 0..255
+        image = Image.fromarray(np.asarray(image) // (255 // (2**mask.bits - 1)))
+    if image.mode in ("P", "L", "1", *DEEP):
+        low, high = (0, np.flatnonzero(image.histogram())[-1]) if image.mode == "P" else image.getextrema()
+        if mask.kind in LOSSY:
+            problem, fix = f"is a {mask.kind}, which does not keep class ids exactly", "export it as PNG"
+        elif image.mode != "1" and not 0 <= low <= high < SEMANTIC_CLASSES:
+            problem = f"class id {low if low < 0 else high} is outside 0..{SEMANTIC_CLASSES - 1}"
+    else:
+        image = image.convert("RGB")
+        pixels = image.width * image.height
+        most = int(STRAY * pixels)
+        found = image.getcolors(SEMANTIC_CLASSES + most)
+        stray = most + 1 if found is None else sum(
+            count for count, colour in found if _labels_of_colours(np.array(colour), -1) < 0)
+        if stray > most:
+            number = "more than " if found is None else ""
+            problem = f"{number}{stray} of {pixels} pixels have a colour of no class"
+    if problem:
+        raise InputError(where, "mask", problem, fix)
+    return image
+
+
 def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int, int] | None = None,
               unknown: int = 0, content: bytes | None = None) -> np.ndarray:
     """int32[size, size]: a ground-truth mask, nearest neighbour; int32[H, W] of its own size with None.
 
-    `binary`: 1 where the grey value is above 0. `semantic`: class ids 0..70, from the indices of a palette or grey PNG
-    or from the exact AVSBench colours of an RGB one; another colour is `unknown`, background as in the reference.
+    `binary`: 1 where the grey value is above 0 (above half of white in a JPEG, which blurs). `semantic`: class ids
+    0..70, from the indices of a palette or grey PNG or from the exact AVSBench colours of an RGB one; up to 0.1 % of
+    the pixels may have other colours, which are `unknown`, background as in the reference. A mask is upright, as its
+    picture is: it is turned where it has an EXIF tag of its own, and compared with the picture as that is shown.
     `picture` is the (width, height) of the picture that the mask belongs to. Raises InputError for a damaged file,
-    another size than `picture`, an id > 70, or a palette that contradicts the ids.
+    another size than `picture`, an id > 70, more of other colours, a palette that contradicts the ids, and palettes,
+    opacity or greys that leave open what is background.
     A `path` that starts with INLINE_MASK is a binary mask itself. `content`: the bytes of the file, read already.
     """
     if (code := Path(path).name).startswith(INLINE_MASK):
         grey = np.zeros((1, 1)) if code == EMPTY_MASK else _decode_inline(code)
-        return _binary(grey, size, str(path), None if code == EMPTY_MASK else picture)
-    with open_picture(path, "mask", content) as mask:
-        if kind == "binary":
-            grey = np.array(mask if mask.mode in DEEP else mask.convert("L"))
-            return _binary(grey, size, str(path), picture)
+        check_size((grey.shape[1], grey.shape[0]), None if code == EMPTY_MASK else picture, str(path))
+        return _binary(grey, size)
+    with open_picture(path, "mask", content, whole=True) as mask:
         check_size(mask.size, picture, str(path))
-        if mask.mode == "P":
-            _check_palette(mask, str(path))
-        if mask.mode == "LA":
-            mask = mask.convert("L")
-        small = mask if mask.mode in ("P", "L", "1", *DEEP) else mask.convert("RGB")
-        if size is not None:
-            small = small.resize((size, size), Image.Resampling.NEAREST)
-        values = np.array(small)
-    if values.ndim == 3:
-        return _labels_of_colours(values, unknown)
-    if values.max(initial=0) >= SEMANTIC_CLASSES:
-        problem = f"class id {values.max()} is outside 0..{SEMANTIC_CLASSES - 1}"
-        raise InputError(str(path), "mask", problem, "use the 71 AVSBench-semantic classes")
-    return values.astype(np.int32)
+        if mask.image.mode == "F":
+            raise InputError(str(path), "mask", "holds decimal numbers", "export it as PNG, with 8 bits")
+        if kind == "binary":
+            grey, problem = _grey(mask)
+            if problem := problem or _opacity_against(mask.image, grey):
+                fix = "export it as PNG: black, and white where something is"
+                raise InputError(str(path), "mask", problem, fix)
+            return _binary(grey, size)
+        image = _ids(mask, str(path))
+        values = np.array(image if size is None else image.resize((size, size), Image.Resampling.NEAREST))
+    return _labels_of_colours(values, unknown) if values.ndim == 3 else values.astype(np.int32)

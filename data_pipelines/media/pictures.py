@@ -1,45 +1,194 @@
-"""Pictures: opened upright, in RGB of 8 bits."""
+"""Pictures: one way to open them, upright, whole, and in RGB of 8 bits.
+
+`open_picture` is the only place that opens a picture of a user. It goes by what a file holds, never by its name; what
+is written beside the pixels (EXIF, ICC, text, what follows the picture) may be anything.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
 import struct
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from crab_jax.errors import InputError
+from data_pipelines.media import kinds
 from data_pipelines.media.container import require
+from data_pipelines.media.content import not_supported
 
-DEEP = ("I", "I;16", "I;16L", "I;16B")  # modes of one channel of more than 8 bits
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, and of what is an error here
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel of more than 8 bits
+LARGE = 50_000_000  # pixels; a larger picture is made smaller while it is decoded, which saves gigabytes
+AGAIN = "copy or download the file again"
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what puts a picture upright
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError, EOFError,
+               OverflowError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises of bad files
+
+
+class Picture(NamedTuple):
+    """A decoded picture. image: upright, in the mode of the file; size: (width, height) of the whole, which is larger
+    than `image` for one of more than LARGE pixels; turned: whether EXIF says that it is stored otherwise; kind: the
+    format's name in Pillow; bits: of a channel, as the file has them."""
+
+    image: Image.Image
+    size: tuple[int, int]
+    turned: bool
+    kind: str
+    bits: int
 
 
 @contextlib.contextmanager
-def open_picture(path: str | Path, field: str, content: bytes | None = None) -> Iterator[Image.Image]:
-    """An open picture, upright, from its bytes where they are at hand; errors of the decoder become InputErrors."""
-    path = str(path) if content is not None else require(path, field)
+def _refused(where: str, field: str) -> Iterator[None]:
+    """What a decoder raises becomes an InputError."""
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as picture:
-            # Looking for the tag in a PNG that has none in front would decode all of it.
-            if picture.format != "PNG" or "exif" in picture.info:
-                ImageOps.exif_transpose(picture, in_place=True)
-            yield picture
+        yield
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error, zlib.error,
-            Image.DecompressionBombError) as error:
-        problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or not a picture"
-        raise InputError(path, field, problem, "copy or download the file again") from None
+    except Image.DecompressionBombError as error:
+        pixels, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
+        raise InputError(where, field, f"has {pixels:,.0f} megapixels, and at most {limit:,.0f} are read",
+                         "make the picture smaller") from None
+    except _UNREADABLE as error:
+        cut = "truncated" in str(error) or isinstance(error, EOFError)
+        problem = "ends before the picture does" if cut else f"cannot be decoded ({error.__class__.__name__})"
+        raise InputError(where, field, f"{problem}; the file is damaged or not a picture", AGAIN) from None
+
+
+def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds.Kind:
+    """The kind of a picture file. Raises InputError for what is not read as a picture, by its name."""
+    if content is None:
+        with _refused(str(path), field), open(require(path, field), "rb") as file:
+            head = file.read(kinds.HEAD)
+    else:
+        head = content[:kinds.HEAD]
+    kind = kinds.kind_of(head)
+    if kind is None:
+        other = None if content is not None else not_supported(path)
+        problem, fix = other or ("is of no known kind; the file is damaged or not a picture", AGAIN)
+        raise InputError(str(path), field, problem, fix)
+    if not kind.picture:
+        raise InputError(str(path), field, f"is {kind.name}, which is not read as a picture", kind.fix)
+    return kind
+
+
+def _with_metadata_or_without(kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
+                              ) -> Image.Image:
+    """A picture, opened from its path or bytes and put to `use`; anew without its metadata where that fails."""
+    def tried(source: str | io.BytesIO) -> Image.Image:
+        picture = Image.open(source, formats=kind.picture)
+        try:
+            used = use(picture)
+        except BaseException:
+            picture.close()
+            raise
+        if used is not picture:
+            picture.close()
+        return used
+
+    try:
+        return tried(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.DecompressionBombError:
+        raise
+    except _UNREADABLE:
+        strip = {"PNG": _bare_png, "JPEG": _bare_jpeg}.get(kind.picture[0])
+        if strip is None:
+            raise
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        bare = strip(content)
+        if bare == content:
+            raise
+        return tried(io.BytesIO(bare))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """How a picture lies, as EXIF counts it; 1 where nothing that can be read says so."""
+    # Pillow turns a TIFF itself. Looking for the tag in a PNG that has none in front would decode all of it.
+    if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
+        return 1
+    try:
+        tag = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # metadata may be anything
+        return 1
+    return tag if tag in _TURNS else 1
+
+
+def _check_header(picture: Image.Image, where: str, field: str) -> None:
+    """Raise InputError for what Pillow opens but does not read as a viewer shows it."""
+    if picture.format == "TIFF":
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail of another one
+            raise InputError(where, field, "is a camera's raw file, or its first page is a preview only",
+                             "export it as JPEG or PNG")
+
+
+@contextlib.contextmanager
+def open_picture(path: str | Path, field: str, content: bytes | None = None, whole: bool = False) -> Iterator[Picture]:
+    """The decoded picture of a file, or of its bytes where they are at hand; whole: at its own size, however large.
+
+    Raises InputError for what is missing, damaged, cut off, too large or of a kind that is not read, also for what a
+    decoder raises while the picture is in use.
+    """
+    kind, where = kind_of(path, field, content), str(path)
+    with _refused(where, field):
+        source: str | bytes = where if content is None else content
+        if kind.name == "JPEG" and content is None:
+            source = Path(path).read_bytes()  # it is looked at besides
+        stored: dict[str, Any] = {}
+
+        def decode(picture: Image.Image) -> Image.Image:
+            _check_header(picture, where, field)
+            stored.update(size=picture.size, raw=str(picture.tile[0][3]) if picture.tile else "")
+            return _decoded(picture, whole)
+
+        with contextlib.closing(_with_metadata_or_without(kind, source, decode)) as picture:
+            if kind.name == "JPEG" and _ends_early(picture, bytes(source)):  # type: ignore[arg-type]
+                problem = "its data end before the picture does and the rest is grey; the file is damaged"
+                raise InputError(where, field, problem, AGAIN)
+            turn, size = _orientation(picture), stored["size"]
+            bits = re.search(r"[LI];(\d+)", stored["raw"])
+            upright = picture if turn == 1 else picture.transpose(_TURNS[turn])
+            yield Picture(upright, size[::-1] if turn > 4 else size, turn > 1, picture.format or kind.picture[0],
+                          int(bits[1]) if bits else 16 if picture.mode in DEEP else 8)
+
+
+def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
+    """The picture, decoded; one of more than LARGE pixels at a half, a quarter, ... of its size unless `whole`."""
+    size, factor = picture.size, 1
+    while size[0] * size[1] > LARGE * factor**2 and not whole:
+        factor *= 2
+    small = max(1, size[0] // factor), max(1, size[1] // factor)
+    picture.draft(picture.mode, small)  # where the format can; it changes nothing at factor 1
+    picture.load()
+    made = picture
+    if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+        made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow leaves as it is for 16 bits
+    if factor > 1 and made.size == size:
+        made = made.resize(small, Image.Resampling.NEAREST)
+    made.format, made.info = picture.format, picture.info
+    return made
 
 
 def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
-    """(width, height) of a picture file as a viewer shows it."""
-    with open_picture(path, field) as picture:
-        return picture.size
+    """(width, height) of a picture file as a viewer shows it, from its header."""
+    kind = kind_of(path, field)
+    with _refused(str(path), field):
+        def look(picture: Image.Image) -> Image.Image:
+            _check_header(picture, str(path), field)
+            return picture
+
+        with contextlib.closing(_with_metadata_or_without(kind, str(path), look)) as picture:
+            return picture.size[::-1] if _orientation(picture) > 4 else picture.size
 
 
 def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
@@ -49,25 +198,166 @@ def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
     as it is stored. Raises InputError.
     """
     with open_picture(path, field) as picture:
-        return _square(_rgb(picture), size)
+        return np.array(rgb(picture, str(path), field).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
-    """uint8[size, size, 3]: an RGB picture, resized as CLIPImageProcessor does it."""
-    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
+def read_picture(path: str | Path, field: str = "image") -> np.ndarray:
+    """uint8[H, W, 3]: the picture that `read_image` resizes, at its own size (of `image_size`), upright.
 
-
-def alpha(path: str | Path, field: str = "mask") -> np.ndarray | None:
-    """uint8[H,W]: how opaque a picture is, None for one that does not say."""
+    One of more than LARGE pixels comes at a half, a quarter, ... of that. Raises InputError.
+    """
     with open_picture(path, field) as picture:
-        return np.array(picture.convert("RGBA").getchannel("A")) if picture.has_transparency_data else None
+        return np.array(rgb(picture, str(path), field))
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """RGB of 8 bits. Pillow cuts greys of 16 bits off at 255 instead of scaling them."""
-    if picture.mode not in DEEP:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    grey = np.asarray(picture)
-    if grey.min(initial=0) < 0 or grey.max(initial=0) > 0xFFFF:
-        raise ValueError("grey values of more than 16 bits")
-    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+def rgb(picture: Picture, where: str, field: str) -> Image.Image:
+    """A picture of the file `where` in RGB of 8 bits: greys of more bits are scaled, which Pillow cuts off at 255.
+
+    Raises InputError for numbers of no known scale.
+    """
+    image = picture.image
+    if image.mode == "F" or (image.mode == "I" and picture.kind not in ("PNG", "PPM")):
+        holds = "decimal numbers" if image.mode == "F" else "numbers of 32 bits or with a sign"
+        problem = f"is a {picture.kind} of {holds}, and nothing says which of them is white"
+        raise InputError(where, field, problem, "export it with 8 or 16 bits a channel")
+    if image.mode in DEEP:
+        grey = np.asarray(image) >> (picture.bits - 8)
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    straight = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)  # colours multiplied by their opacity
+    image = image.convert(straight) if straight else image
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def outline(path: str | Path, field: str = "image") -> str:
+    """What is wrong with a picture file as far as its kind, header and end show it; "" when nothing is.
+
+    Decodes nothing, and finds nothing wrong with what `open_picture` reads.
+    """
+    try:
+        kind = kind_of(path, field)
+        image_size(path, field)
+        with _refused(str(path), field), open(path, "rb") as file:
+            if kind.name == "JPEG" and not _has_end(file):
+                raise EOFError
+            if kind.name == "PNG" and not _holds_data(file):
+                raise EOFError
+    except InputError as error:
+        return error.problem
+    return ""
+
+
+# What is beside the pixels.
+
+def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(kind, whole chunk) of a PNG, up to its end."""
+    at = len(kinds.PNG)
+    while at + 8 <= len(content):
+        end = at + 12 + int.from_bytes(content[at:at + 4], "big")
+        yield content[at + 4:at + 8], content[at:end]
+        if content[at + 4:at + 8] == b"IEND":
+            return
+        at = end
+
+
+def _bare_png(content: bytes) -> bytes:
+    """A PNG without its metadata."""
+    needed = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+    return kinds.PNG + b"".join(chunk for kind, chunk in _png_chunks(content) if kind in needed)
+
+
+def _holds_data(file: BinaryIO) -> bool:
+    """Whether the chunks of a PNG that hold pixels are within the file, up to a checksum or two that nobody needs."""
+    at, size = len(kinds.PNG), file.seek(0, os.SEEK_END)
+    while at + 8 <= size:
+        file.seek(at)
+        header = file.read(8)
+        at += 12 + int.from_bytes(header[:4], "big")
+        if header[4:] == b"IDAT" and at > size + 24:
+            return False
+        if header[4:] == b"IEND":
+            break
+    return True
+
+
+class _Segment(NamedTuple):
+    """A part of a JPEG: its marker, where it starts, where its body (a length first) starts and ends, and where the
+    coded data behind that end."""
+
+    marker: int
+    start: int
+    body: int
+    header: int
+    end: int
+
+
+# In coded data: FF 00 stands for FF, and D0 to D7 are marks to restart from.
+_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+_SOS, _EOI, _FRAMES = 0xDA, 0xD9, (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_PROGRESSIVE = (0xC2, 0xCA)
+
+
+def _jpeg_segments(content: bytes) -> Iterator[_Segment]:
+    """The segments of the first picture of a JPEG, up to its end or to where they cannot be followed."""
+    at = 2
+    while found := _NEXT_MARKER.match(content, at):
+        start, body, marker = at, found.end(), content[found.end() - 1]
+        if marker == _EOI:
+            return
+        at = header = body + int.from_bytes(content[body:body + 2], "big")
+        if marker == _SOS:
+            behind = _NEXT_MARKER.search(content, header)
+            at = behind.start() if behind else len(content)
+        yield _Segment(marker, start, body, header, at)
+
+
+def _bare_jpeg(content: bytes) -> bytes:
+    """A JPEG without its metadata, as far as they do not say what its colours are."""
+    kept, segments = content[:2], list(_jpeg_segments(content))
+    for marker, start, _, _, end in segments:
+        if marker not in (0xFE, *range(0xE1, 0xF0)) or (marker == 0xEE and b"Adobe" in content[start:end]):
+            kept += content[start:end]
+    return kept + content[segments[-1].end:] if segments else content
+
+
+def _has_end(file: BinaryIO) -> bool:
+    """Whether the mark of its end is anywhere in a JPEG; without it, libjpeg waits for more."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 4096))
+    if b"\xff\xd9" in file.read():
+        return True
+    file.seek(0)
+    return b"\xff\xd9" in file.read()
+
+
+def _ends_early(picture: Image.Image, content: bytes) -> bool:
+    """Whether a decoded JPEG holds less than its picture needs: libjpeg fills up with grey, and keeps quiet.
+
+    Costs next to nothing where one scan holds all and the last pixel has another colour than that grey. Otherwise the
+    picture is decoded again with something behind its data, which changes it only where data are missing.
+    """
+    segments = list(_jpeg_segments(content))
+    scans = [segment for segment in segments if segment.marker == _SOS]
+    frame = next((segment for segment in segments if segment.marker in _FRAMES), None)
+    if frame is None or not scans:
+        return False
+    if frame.marker in _PROGRESSIVE and not _refined(content, frame, scans):
+        return True
+    corner = picture.getpixel((picture.width - 1, picture.height - 1))
+    levels = corner if isinstance(corner, tuple) else (corner,)
+    if len(scans) == 1 and not all(level in (127, 128) for level in levels):
+        return False
+    filled = content[:scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
+    with Image.open(io.BytesIO(filled), formats=("JPEG",)) as other:
+        other.draft(picture.mode, picture.size)
+        return other.tobytes() != picture.tobytes()
+
+
+def _refined(content: bytes, frame: _Segment, scans: Sequence[_Segment]) -> bool:
+    """Whether the scans of a progressive JPEG give every coefficient of every component to its last bit."""
+    finest = {content[at]: [99] * 64 for at in range(frame.body + 8, frame.header, 3)}
+    for scan in scans:
+        first, last, bits = content[scan.header - 3:scan.header]
+        for at in range(scan.body + 3, scan.header - 3, 2):
+            for coefficient in range(first, min(last, 63) + 1):
+                finest[content[at]][coefficient] = bits & 15
+    return not any(any(levels) for levels in finest.values())

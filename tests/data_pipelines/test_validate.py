@@ -61,7 +61,7 @@ def test_the_loader_refuses_what_is_named_and_takes_the_rest(corpus, tokenizer):
     root, cases = corpus
     config = DataConfig(image_size=16, video_frames=4, visual_queries=1, audio_queries=1, lengths=(192,))
     # What can be loaded, though it should not be trained on: only all of the file, or of a mask at full size, shows it.
-    usable = {"silent.wav", "nearly-silent.wav", "no-index.mp3", "short-sound.mp4", "see-through.png", "id-71.png",
+    usable = {"silent.wav", "nearly-silent.wav", "short-sound.mp4", "see-through.png", "id-71.png",
               "stray-colour.png", "strange-colours.png", "cut-and-closed.jpg"}
     problem_of = {case.id: case.problem for case in cases} | {"twice": ""}
     for example in records(root, "own", "test"):
