@@ -21,6 +21,7 @@ START = 0.05  # a sound that starts so much earlier or later than the pictures i
 END = 0.25  # and one that ends so much earlier or later, which then is cut at its own shares, as in the reference
 JITTER = Fraction(1, 10)  # frames within it, and within one frame interval, of a constant rate have that rate
 STRAYS = 4  # the last frames of a clip, before which there may be holes where it was cut
+HELD = Fraction(1, 2)  # seconds of such holes at most; a longer one is a frame that is held
 GAP = 0.1  # a longer hole in a sound track is silence; times of blocks of sound waver by less
 LONGEST = 600  # a frame, or all holes of a track, that last longer have wrong times
 SPLICE = 10  # the same where times may start anew in the middle of a file (MPEG streams), as ffmpeg has it
@@ -120,7 +121,8 @@ def _cut_period(ticks: Sequence[int], tick: Fraction) -> Fraction:
     period = Fraction(body[-1], len(body) - 1)
     places = [round(time / period) - len(body) for time in ticks[len(body) :]]
     holes = places[-1] + 1 - STRAYS
-    cut = 0 < holes <= min(3 * STRAYS, len(ticks) // 10) and _on_grid(body, period, tick) and all(
+    few = 0 < holes <= min(3 * STRAYS, len(ticks) // 10, HELD / (period * tick))
+    cut = few and _on_grid(body, period, tick) and all(
         abs(time - (place + len(body)) * period) * tick <= JITTER / 10
         for time, place in zip(ticks[len(body) :], places, strict=True))
     return period if cut else Fraction(0)
