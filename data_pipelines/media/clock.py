@@ -121,7 +121,7 @@ def _cut_period(ticks: Sequence[int], tick: Fraction) -> Fraction:
     period = Fraction(body[-1], len(body) - 1)
     places = [round(time / period) - len(body) for time in ticks[len(body) :]]
     holes = places[-1] + 1 - STRAYS
-    few = 0 < holes <= min(3 * STRAYS, len(ticks) // 10, HELD / (period * tick))
+    few = 0 < holes <= min(3 * STRAYS, len(ticks) // 10) and holes * period * tick <= HELD
     cut = few and _on_grid(body, period, tick) and all(
         abs(time - (place + len(body)) * period) * tick <= JITTER / 10
         for time, place in zip(ticks[len(body) :], places, strict=True))
