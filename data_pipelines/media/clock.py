@@ -23,6 +23,7 @@ JITTER = Fraction(1, 10)  # frames within it, and within one frame interval, of 
 STRAYS = 4  # the last frames of a clip, before which there may be holes where it was cut
 HELD = Fraction(1, 2)  # seconds of such holes at most; a longer one is a frame that is held
 GAP = 0.1  # a longer hole in a sound track is silence; times of blocks of sound waver by less
+SLOW = 1  # seconds of a frame and more are those of slides
 LONGEST = 600  # a frame, or all holes of a track, that last longer have wrong times
 SPLICE = 10  # the same where times may start anew in the middle of a file (MPEG streams), as ffmpeg has it
 COUNTED = ": frames are taken by their number, and the sound from its first sample"
@@ -55,10 +56,11 @@ class Stamp(NamedTuple):
     duration: int
 
 
-def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction | None, splices: bool = False
-                ) -> FrameTimes:
+def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction | None, splices: bool = False,
+                until: Fraction | None = None) -> FrameTimes:
     """The times of the frames that `stamps`, in the order of the file, are of. `rate`: frames a second as the container
-    has it; `splices`: whether times may start anew in the middle of such a file."""
+    has it; `splices`: whether times may start anew in the middle of such a file; `until`: the second, on the file's own
+    clock, to which the last frame is held where it would end before."""
     shown = [stamp.pts for stamp in stamps]
     if None in shown:
         shown = [stamp.dts for stamp in stamps]  # AVI knows no other; sorted, both are as far apart
@@ -75,9 +77,20 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
     ticks = tuple(known[place] - first for place in order)
     if period := _cut_period(ticks, tick):
         return FrameTimes(ticks, tick, first * tick, len(ticks) * period * tick, False, "")
-    end = _end(ticks, stamps[order[-1]].duration, tick)
+    duration = stamps[order[-1]].duration
+    end = _end(ticks, duration, tick)
+    if until is not None and len(ticks) > 1:
+        held = (until - first * tick) / tick - ticks[-1]
+        if 0 < held <= LONGEST / tick and (not duration or held > duration + Fraction(END) / tick):
+            end = ticks[-1] + held
     return FrameTimes(ticks, tick, first * tick, end * tick if len(ticks) > 1 else Fraction(0),
                       not _on_grid(ticks, end / len(ticks), tick), "")
+
+
+def is_held(times: FrameTimes) -> bool:
+    """Whether the last frame of a film stays as long as its sound, as in players: where frames come when the picture
+    changes (slides, screen recordings), and files seldom say how long the last of them is shown."""
+    return times.varies or len(times.ticks) > 1 and not times.odd and times.seconds >= SLOW * len(times.ticks)
 
 
 def _oddity(stamps: Sequence[Stamp], known: Sequence[int], tick: Fraction | None, longest: int) -> str:

@@ -128,7 +128,7 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
                     take(waiting.read())
         take(waiting.read())
         if pictures and times is None:
-            times = videos.times_of(stamps, pictures)
+            times = videos.times_of(stamps, pictures, path)
         return _Track(np.concatenate(mono), stream.rate, first, times)
 
 

@@ -157,11 +157,14 @@ def test_a_clip_of_any_container_is_on_one_clock(tmp_path, ending):
             ("ends early", steady(12), beep(9, 7.1, 7.9), 0.0, (), 0.0, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
             ("ends late", steady(10), beep(14, 7.1, 7.9), 0.0, (), 0.0, every),
             ("varying", SECOND, beep(10, 7.1, 7.9), 0.0, (), 0.0, every),
-            ("still", STILL, beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 8 + [8, 9])):
+            ("still", STILL, beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 8 + [8, 9]),
+            ("slides", [0.0, 4.0, 7.0], beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 4 + [4] * 3 + [7] * 3),
+            ("even slides", [1.4, 3.4, 5.4], beep(10, 7.1, 7.9), 1.4, (), 0.0, [0] * 2 + [2] * 2 + [4] * 6),
+            ("end held", [*steady(3), 3.4, 4.5], beep(10, 7.1, 7.9), 0.0, (), 0.0, [0, 1, 2, 2, 3] + [4] * 5)):
         path = write_clip(tmp_path / f"{name}{ending}", times, sound, offset, holes)
         found = media.timing(path)
         assert found.sound == pytest.approx(start, abs=0.07), name  # what the encoder puts in front
-        assert found.varies == (name in ("varying", "still")) and not found.odd
+        assert found.varies == (name in ("varying", "still", "slides", "even slides", "end held")) and not found.odd
         assert found.seconds == pytest.approx(12 if name == "ends early" else 10, abs=0.15)
         assert bool(found.remarks()) == (name in ("late", "early"))
         frames = media.read_video(path, 10, 16)
@@ -173,6 +176,17 @@ def test_a_clip_of_any_container_is_on_one_clock(tmp_path, ending):
         assert media.watch(path).seconds == pytest.approx(found.seconds, abs=0.05)
         for part in (3, 7):
             np.testing.assert_array_equal(media.read_moment(path, part, 10, 16), frames[part])
+
+
+def test_a_last_frame_is_held_within_reason_and_only_where_frames_come_when_the_picture_changes():
+    slides, steps = stamps([0, 4000, 7000], 100), stamps(range(0, 6000, 100), 100)
+    for times, until, seconds in ((slides, 10, 10), (slides, 7.2, 7.1), (slides, 5, 7.1), (slides, 5000, 7.1),
+                                  (stamps([0, 4000, 7000]), 7.2, 7.2)):
+        found = frame_times(times, Fraction(1, 1000), Fraction(10), until=Fraction(until))
+        assert found.seconds == pytest.approx(seconds)
+    assert clock.is_held(frame_times(slides, Fraction(1, 1000), Fraction(10)))
+    assert clock.is_held(frame_times(stamps([0, 2000, 4000]), Fraction(1, 1000), Fraction(10)))
+    assert not clock.is_held(frame_times(steps, Fraction(1, 1000), Fraction(10)))
 
 
 def test_a_single_frame_lasts_as_long_as_its_sound(tmp_path):
