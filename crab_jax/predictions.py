@@ -95,7 +95,8 @@ def grey_levels(path: Path) -> tuple[np.ndarray, int]:
     def refuse(problem: str) -> InputError:
         return InputError(str(path), "mask", problem, "give a PNG with grey levels, or with 0 and 1")
 
-    with open_picture(path, "mask") as picture:
+    with open_picture(path, "mask", whole=True) as opened:
+        picture = opened.image
         if picture.has_transparency_data:
             opaque = np.array(picture.convert("RGBA").getchannel("A"))
             if opaque.min(initial=255) < 255:

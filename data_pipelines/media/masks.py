@@ -51,29 +51,6 @@ def inline_mask(code: Mapping[str, Any]) -> str:
     return f"{INLINE_MASK}{code['size'][0]}x{code['size'][1]}:{code['counts'].decode()}"
 
 
-def _run_lengths(counts: str) -> Iterator[int]:
-    """The runs in COCO's compressed text: five bits a character, from the third run on less the run before the last.
-
-    ValueError for other characters and for a number that is cut off.
-    """
-    runs: list[int] = []
-    number = shift = 0
-    for char in counts:
-        bits = ord(char) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise ValueError(f"holds {char!r}, and has characters from '0' to 'o' only" if shift <= 60 else
-                             "holds a number that does not end")
-        number |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            number -= (bits & 16) << (shift - 4)  # the sign
-            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-            yield runs[-1]
-            number = shift = 0
-    if shift:
-        raise ValueError("ends in the middle of a number")
-
-
 def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
     """uint8[H,W], 0 and 1: a mask in COCO run lengths, `size` [height, width] and `counts` as compressed text or bytes.
 
