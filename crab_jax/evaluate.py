@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from crab_jax import compile_cache, distributed, layout, predictions, results_page, runs, scoring
-from crab_jax.config import data_config
+from crab_jax.compat import PRESETS
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
@@ -267,8 +267,8 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
                             for name, found in breakdowns.items() if found}
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
-    clock = data_config(runs.load_config(arguments.checkpoint)).clock if arguments.checkpoint else "shown"
-    shown = shown_examples(judged, out, examples, root, arguments.examples, clock)
+    preset = runs.load_config(arguments.checkpoint).compat if arguments.checkpoint and arguments.examples else "paper"
+    shown = shown_examples(judged, out, examples, root, arguments.examples, PRESETS[preset].clock)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
     results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
     print(scoring.headlines(results))

@@ -223,7 +223,7 @@ def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.nd
         sound = heard.placed()
         if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
             warnings.append("the audio is silent: the answer can rest on the pictures only")
-        if remark := heard.remark():
+        if remark := heard.end_remark():
             warnings.append(remark)
         if sound is not heard.samples:
             source = _save(sound, made)

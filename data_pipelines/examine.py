@@ -26,13 +26,14 @@ class Facts:
     """What a file holds.
 
     problems: (use, text) pairs, each text starting with its kind, as in `Problem`. seconds: of a video's pictures, 0 if
-    not looked at. samples: of its sound at 16 kHz. size: (width, height) of its pictures, upright. turned: whether EXIF
-    says that a picture is stored otherwise.
+    not looked at. samples: of its sound at 16 kHz; start: seconds from its first picture to the first of them. size:
+    (width, height) of its pictures, upright. turned: whether EXIF says that a picture is stored otherwise.
     """
 
     problems: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     samples: int = 0
+    start: float = 0.0
     size: tuple[int, int] | None = None
     turned: bool = False
 
@@ -49,7 +50,7 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
         except Exception as error:  # of a decoder, which no loader expects either
             found = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
         facts = Facts(facts.problems + found.problems, facts.seconds or found.seconds, facts.samples or found.samples,
-                      facts.size or found.size, facts.turned or found.turned)
+                      facts.start or found.start, facts.size or found.size, facts.turned or found.turned)
     return facts
 
 
@@ -62,15 +63,18 @@ def _video(path: str) -> Facts:
         problems.append(f"{CORRUPT}: {shown.damaged} of {shown.frames} frames are damaged")
     elif said:
         problems.append(f"{WARNING}: the decoder says {said[0][2].strip()!r:.100}")
+    problems += [f"{WARNING}: {remark}" for remark in media.timing(path)._replace(sound=None).remarks()]
     return Facts(tuple(("video", problem) for problem in problems), shown.seconds, size=shown.size)
 
 
 def _audio(path: str) -> Facts:
-    sound = media.read_audio(path)
-    problems = []
+    heard = media.hear(path)
+    sound, problems = heard.samples, []
     if (peak := float(np.abs(sound).max())) < SILENT:
         problems.append(f"{WARNING}: is silent (the loudest sample is {peak:.1g} of full scale)")
-    return Facts(tuple(("audio", problem) for problem in problems), samples=len(sound))
+    if remark := heard.start_remark():
+        problems.append(f"{WARNING}: {remark}")
+    return Facts(tuple(("audio", problem) for problem in problems), heard.seconds, len(sound), heard.start)
 
 
 def _picture(path: str) -> Facts:

@@ -148,13 +148,19 @@ class Look:
                 if of == use:
                     yield field, path, problem
 
-    def _sound(self, example: Example) -> int:
-        """Samples of an Example's sound, 0 where there is none or it cannot be read."""
+    def _heard(self, example: Example) -> tuple[int, float, float]:
+        """(samples of an Example's sound, 0 where there is none or it cannot be read; when it starts and how long its
+        pictures last, in seconds)."""
         path = example.audio or example.video
-        return self._of(path).samples if path and example.windows != "none" else 0
+        if not path or example.windows == "none":
+            return 0, 0.0, 0.0
+        facts, own = self._of(path), media.is_own(path, example.video)
+        seconds = self._of(example.video).seconds if example.video else facts.seconds
+        return facts.samples, facts.start if own else 0.0, seconds
 
     def _windows(self, example: Example) -> None:
-        if samples := self._sound(example):
+        if (heard := self._heard(example))[0]:
+            samples = media.placed_length(*heard, media.SAMPLE_RATE)
             fbank.check_windows(samples, example.windows, example.second, "", pad_short=False)
 
     def _mask(self, example: Example) -> None:
@@ -170,11 +176,11 @@ class Look:
             media.check_size(own, size, "")
 
     def _lengths(self, example: Example) -> Iterator[tuple[str, str, str]]:
-        """Sound and pictures of other lengths: both are read, so it is a warning. What the clock of one file shows (a
-        varying rate, sound that starts late) is in the problems of its Facts."""
-        shown = self._of(example.video).seconds if example.video else 0.0
-        heard = self._sound(example) / media.SAMPLE_RATE
-        if shown and heard and mismatch(shown, heard):
+        """Sound and pictures of other lengths: both are read, so it is a warning. What the clock of one file shows
+        (times that are not used, sound that starts late) is in the problems of its Facts."""
+        samples, start, shown = self._heard(example)
+        heard = samples / media.SAMPLE_RATE + start
+        if samples and shown and mismatch(shown, heard):
             yield ("audio" if example.audio else "video", example.audio or example.video or "",
                    f"{WARNING}: {heard:.2f} s of sound for {shown:.2f} s of video")
 

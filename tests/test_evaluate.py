@@ -186,7 +186,7 @@ def answering(tmp_path, monkeypatch):
             decoding.append(changes["decoding"])
             return answered(todo, rng, deaths)
 
-        config = ConfigDict({"data": {"root": str(tmp_path)}})
+        config = ConfigDict({"data": {"root": str(tmp_path)}, "compat": "paper"})
         monkeypatch.setattr(runs, "load_config", lambda path: config)
         monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
         monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, None))

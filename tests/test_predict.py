@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 import av
+import clips
 import flax.linen as nn
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from crab_jax.config import model_config
 from crab_jax.inference import read_answer
 from crab_jax.models.crab import Crab
 from crab_jax.tasks import TASKS
+from data_pipelines import fbank
+from data_pipelines import media as data_media
 from data_pipelines.media import avss_palette, read_audio
 from data_pipelines.tokens import Tokenizer
 
@@ -195,6 +198,44 @@ def test_sound_of_another_length_is_put_in_step_with_the_video(media, tmp_path):
     long = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="long.wav")
     assert long.warnings == ("the audio lasts 4.0 s, but the video 2.0 s: what is longer is cut off",)
     assert len(sound_of(long)) == 2 * RATE
+
+
+@pytest.mark.parametrize(("clip", "second", "said"), [
+    ("late15", 3, "the sound starts 1.4 s after the pictures; silence is put in front"),
+    ("late3", 7, "the sound starts 2.9 s after the pictures; silence is put in front"),
+    ("early", 5, "the sound starts 2.0 s before the pictures; its beginning is cut off"),
+    ("varying", 7, None), ("still", 8, None), ("long", 7, "the audio lasts 14.0 s, but the video 10.0 s: "),
+    ("short", 4, "the audio lasts 6.0 s, but the video 10.0 s: the rest is filled with silence")])
+def test_the_loudest_second_is_that_of_the_picture_whatever_the_times_of_frames_and_sound(tmp_path, clip, second, said):
+    """What is asked, heard and shown is of the same second of the clip."""
+    times, sound, offset = {
+        "late15": (clips.steady(10), clips.beep(8.5, 1.6, 2.4), 1.5),
+        "late3": (clips.steady(10), clips.beep(7, 4.1, 4.9), 3.0),
+        "early": (clips.steady(10, start=2.0), clips.beep(12, 7.1, 7.9), 0.0),
+        "varying": ([*map(float, range(6)), *(6 + i / 60 for i in range(240))], clips.beep(10, 7.1, 7.9), 0.0),
+        "still": ([0.0, *(8 + i / 30 for i in range(60))], clips.beep(10, 8.1, 8.9), 0.0),
+        "long": (clips.steady(10), clips.beep(14, 7.1, 7.9), 0.0),
+        "short": (clips.steady(10), clips.beep(6, 4.1, 4.9), 0.0)}[clip]
+    path = clips.write_clip(tmp_path / "clip.mp4", times, sound, offset)
+    asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name)
+    assert asked.example.second == second
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+    assert f"the {words[second]} second" in asked.example.instruction
+    assert [said in warning for warning in asked.warnings] == ([True] if said else [])
+    with Image.open(asked.picture) as picture:
+        assert clips.seconds_of(np.array(picture)[None]) == [second]
+    heard = fbank.cut_windows(data_media.clip_sound(asked.example.audio, asked.example.video), "ten")
+    assert np.square(heard).sum(1).argmax() == second
+    for wanted in (0, 9):
+        asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name, second=wanted)
+        with Image.open(asked.picture) as picture:
+            assert clips.seconds_of(np.array(picture)[None]) == [wanted]
+
+
+def test_a_still_with_sound_is_shown_at_every_second(tmp_path):
+    path = clips.write_clip(tmp_path / "one.mp4", [0.0], clips.beep(10, 7.1, 7.9))
+    asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name)
+    assert asked.example.second == 7 and not asked.warnings and asked.picture.is_file()
 
 
 def test_silence_and_clips_shorter_than_their_windows_are_pointed_out(media, tmp_path):
