@@ -87,14 +87,15 @@ def _picture(path: str) -> Facts:
 
 def _binary(path: str) -> Facts:
     mask = media.read_mask(path, None, "binary")
-    return Facts(size=(mask.shape[1], mask.shape[0]))
+    return Facts(size=(mask.shape[1], mask.shape[0]), turned=media.is_turned(path))
 
 
 def _semantic(path: str) -> Facts:
     classes = media.read_mask(path, None, "semantic", unknown=-1)
     stray = int((classes < 0).sum())
     said = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
-    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]))
+    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]),
+                 turned=media.is_turned(path))
 
 
 def mismatch(one: float, other: float) -> bool:

@@ -12,14 +12,14 @@ from data_pipelines.media.masks import (
     read_mask,
 )
 from data_pipelines.media.outline import outline
-from data_pipelines.media.pictures import image_size, open_picture, read_image, read_picture, rgb
+from data_pipelines.media.pictures import image_size, is_turned, open_picture, read_image, read_picture, rgb
 from data_pipelines.media.pictures import outline as picture_outline
 from data_pipelines.media.sound import SAMPLE_RATE, read_audio, stated_seconds
 from data_pipelines.media.video import Watched, frame_numbers, read_video, video_size, watch
 
 __all__ = [
     "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Watched", "avss_palette", "check_size",
-    "frame_numbers", "image_size", "inline_mask", "not_supported", "open_picture", "opened", "outline",
+    "frame_numbers", "image_size", "inline_mask", "is_turned", "not_supported", "open_picture", "opened", "outline",
     "picture_outline", "pictures_of", "read_audio", "read_image", "read_mask", "read_picture", "read_video", "rgb",
     "sound_of", "stated_seconds", "video_size", "watch",
 ]

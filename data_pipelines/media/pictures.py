@@ -179,8 +179,8 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     return made
 
 
-def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
-    """(width, height) of a picture file as a viewer shows it, from its header."""
+def _header(path: str | Path, field: str) -> tuple[tuple[int, int], int]:
+    """((width, height) as a viewer shows it, EXIF orientation) of a picture file; nothing is decoded."""
     kind = kind_of(path, field)
     with _refused(str(path), field):
         def look(picture: Image.Image) -> Image.Image:
@@ -188,7 +188,18 @@ def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
             return picture
 
         with contextlib.closing(_with_metadata_or_without(kind, str(path), look)) as picture:
-            return picture.size[::-1] if _orientation(picture) > 4 else picture.size
+            turn = _orientation(picture)
+            return picture.size[::-1] if turn > 4 else picture.size, turn
+
+
+def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
+    """(width, height) of a picture file as a viewer shows it, from its header."""
+    return _header(path, field)[0]
+
+
+def is_turned(path: str | Path, field: str = "image") -> bool:
+    """Whether EXIF says that a picture file is stored otherwise than it is shown."""
+    return _header(path, field)[1] > 1
 
 
 def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
