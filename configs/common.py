@@ -24,8 +24,8 @@ SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
 
 def base() -> ConfigDict:
     """All keys of a run config. Stages change values, never add keys."""
-    model_keys = ("image_size", "visual_queries", "audio_queries")
-    decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in model_keys}
+    elsewhere = ("image_size", "visual_queries", "audio_queries", "clock")  # set by the model and by `compat`
+    decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in elsewhere}
     loss = {k: v for k, v in dataclasses.asdict(LossConfig()).items() if k != "reduction"}
     return ConfigDict({
         "model": "crab_7b",
@@ -39,10 +39,11 @@ def base() -> ConfigDict:
         "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
         # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
         # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
+        # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
         # `weights` multiply a task's natural share of the mixture, 0 leaves it out; with `caps` so many examples of a
         # task count at most (0 = all). `curriculum` is the step from which a task is drawn.
         "data": {"root": "", "split": "train", "datasets": "", "variant": "train", "frames": "one",
-                 "limit": 0, "batch_size": 256, "workers": 0,
+                 "exclude_leaks": False, "limit": 0, "batch_size": 256, "workers": 0,
                  "weights": {name: 1.0 for name in TASKS}, "caps": {name: 0 for name in TASKS},
                  "curriculum": {name: 0 for name in TASKS}, **decoding},
         "loss": loss,

@@ -90,12 +90,13 @@ def loss_config(config: ConfigDict) -> LossConfig:
 
 
 def data_config(config: ConfigDict, **changes: Any) -> DataConfig:
-    """DataConfig of a run config: picture size and row counts come from the model."""
+    """DataConfig of a run config: picture size and row counts come from the model, the clock from its compat preset."""
     sizes = model_config(config)
     names = {f.name for f in dataclasses.fields(DataConfig)}
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in config.data.items() if k in names}
     return DataConfig(**{**chosen, "image_size": sizes.clip.image_size,
-                         "visual_queries": sizes.visual.queries, "audio_queries": sizes.audio.queries, **changes})
+                         "visual_queries": sizes.visual.queries, "audio_queries": sizes.audio.queries,
+                         "clock": PRESETS[config.compat].clock, **changes})
 
 
 def check_config(config: ConfigDict) -> None:

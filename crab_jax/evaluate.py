@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from crab_jax import compile_cache, distributed, layout, predictions, results_page, runs, scoring
+from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
@@ -132,7 +133,7 @@ class Source(NamedTuple):
 def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example], list[Example]]:
     """(every Example of the split, the ones to score)."""
     split = runs.read_examples(root, arguments.split, datasets=[name for name in arguments.datasets.split(",") if name],
-                               variant=arguments.variant, missing=arguments.missing)
+                               variant=arguments.variant, missing=arguments.missing, malformed=arguments.malformed)
     examples = select(split, [task for task in arguments.tasks.split(",") if task], arguments.limit)
     check_labels(examples)
     return split, examples
@@ -236,14 +237,14 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
 
 
 def shown_examples(judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path,
-                   count: int) -> Iterator[tuple[str, str]]:
-    """(heading, HTML) of the worst and the best `count` samples of each task."""
+                   count: int, clock: str) -> Iterator[tuple[str, str]]:
+    """(heading, HTML) of the worst and the best `count` samples of each task, drawn by the model's `clock`."""
     by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
     for name, ours in scoring.by_task(judged).items():
         values = {one.id: results_page.sample_score(one) for one in ours}
         for heading, ids in zip(("worst", "best"), results_page.extremes(values, count), strict=True):
             found = read_predictions(folder, rows, [by_id[one] for one in ids])
-            yield f"{name}, {heading}", "".join(results_page.drawn(p, values[p.example.id], root) for p in found)
+            yield f"{name}, {heading}", "".join(results_page.drawn(p, values[p.example.id], root, clock) for p in found)
 
 
 def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples: Sequence[Example]) -> None:
@@ -257,7 +258,8 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
                             for name, found in breakdowns.items() if found}
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
-    shown = shown_examples(judged, out, examples, root, arguments.examples)
+    clock = data_config(runs.load_config(arguments.checkpoint)).clock if arguments.checkpoint else "shown"
+    shown = shown_examples(judged, out, examples, root, arguments.examples, clock)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
     results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
     print(scoring.headlines(results))
@@ -289,6 +291,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variant", default="train", choices=VARIANTS, help="prompts of a raw root (default train)")
     parser.add_argument("--missing", default="raise", choices=("raise", "skip"),
                         help="what to do about files that a raw root lacks: stop, or leave out what needs them")
+    parser.add_argument("--malformed", default="raise", choices=("raise", "skip"),
+                        help="what to do about rows that cannot be read: stop, or leave them out")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=_positive, help="at most this many examples of each task")
     parser.add_argument("--batch-size", type=_positive, default=16)

@@ -37,7 +37,6 @@ from crab_jax.request import (
     every_task,
     read_samples,
     request,
-    video_facts,
 )
 from crab_jax.runs import load_config, load_model
 from crab_jax.tasks import TASKS
@@ -80,8 +79,8 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
 def time_line(example: Example, tracks: Sequence[overlay.Track]) -> bytes:
     """PNG of events under the pictures and the sound of a clip."""
     frames = media.read_video(str(example.video), overlay.PARTS, 96)
-    sound = media.read_audio(str(example.audio))
-    seconds = video_facts(str(example.video))[0] or len(sound) / media.SAMPLE_RATE
+    sound = media.clip_sound(str(example.audio), example.video)
+    seconds = media.timing(str(example.video)).seconds or len(sound) / media.SAMPLE_RATE
     return overlay.timeline(sound, frames, tracks, seconds)
 
 
@@ -112,7 +111,7 @@ def predict(arguments: argparse.Namespace) -> None:
     answers = predict_examples(model, params, config, tokenizer, examples, "/", arguments.batch_size,
                                arguments.max_new_tokens, seed=arguments.seed, decoding=decoding,
                                on_text=tell if arguments.stream else None, mesh=mesh, on_error="raise",
-                               pad_short_audio=True)
+                               pad_short_audio=True, clock="shown")
     answered: dict[str, clip_page.Answered] = {}
     # Text of the command line may hold bytes that are no text; JSON can write them.
     with open(out / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:

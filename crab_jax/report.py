@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from crab_jax import charts, compile_cache, overlay, page, runs
+from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
@@ -59,8 +60,9 @@ class ReportData:
 
 # What the examples look like.
 
-def picture_of(example: Example, root: Path) -> np.ndarray:
-    """uint8[H,W,3]: the picture that an Example asks about, at its own size (enlarged, where the root is prepared)."""
+def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
+    """uint8[H,W,3]: the picture that an Example asks about, at its own size (enlarged, where the root is prepared).
+    `clock`: the one that the model was asked by, see `Compat`."""
     path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
     if prepared := shards.opened(root):
         small = prepared.picture(path, "image") if path else prepared.video(str(example.video))[example.second or 0]
@@ -68,7 +70,7 @@ def picture_of(example: Example, root: Path) -> np.ndarray:
         return np.array(Image.fromarray(small).resize(size))
     if path is None:
         size = media.video_size(root / str(example.video))
-        frame = media.read_video(root / str(example.video), 10, max(size))[example.second or 0]
+        frame = media.read_video(root / str(example.video), 10, max(size), clock)[example.second or 0]
         return np.array(Image.fromarray(frame).resize(size))
     return media.read_picture(root / path)
 
@@ -79,9 +81,9 @@ def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def mask_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
+def mask_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
     """Picture, true mask and predicted mask side by side; for class maps with the names of the colours."""
-    picture = enlarged(picture_of(example, root))
+    picture = enlarged(picture_of(example, root, clock))
     size = picture.shape[1], picture.shape[0]
     truth = overlay.resize_mask(read_mask(root, str(example.mask), example.mask_kind, max(size)), size)
     truth = truth.astype(bool) if example.mask_kind == "binary" else truth
@@ -97,33 +99,33 @@ def mask_picture(example: Example, prediction: Prediction, root: Path) -> Pictur
     return Picture(overlay.png(row), f"{example.task} {example.id} ({asked}): {said}.")
 
 
-def box_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
+def box_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
     """True and predicted ARIG boxes over the picture."""
     boxes = [(example.meta["box"], overlay.TRUTH, f"truth: {example.meta['object']}")]
     if prediction.parsed:
         boxes.append((prediction.parsed, overlay.PREDICTION, "answer"))
-    drawn = overlay.overlay_boxes(enlarged(picture_of(example, root), 300), boxes)
+    drawn = overlay.overlay_boxes(enlarged(picture_of(example, root, clock), 300), boxes)
     said = "the two boxes should coincide" if prediction.parsed else "no box could be read in the answer"
     return Picture(overlay.png(drawn), f"{example.task} {example.id}: {said}.")
 
 
-def _clip(example: Example, root: Path) -> tuple[np.ndarray, np.ndarray, float]:
+def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndarray, float]:
     """The sound of a clip, float[N], frames of it, uint8[T,h,w,3], and its length in seconds.
 
     A prepared root has no sound, only filter banks: what is drawn then is as loud as they are.
     """
     path, frames = str(example.audio or example.video), np.zeros((0, 1, 1, 3), np.uint8)
     if prepared := shards.opened(root):
-        bands = prepared.sound(path, all_windows(example.windows), None)
+        bands = prepared.sound(path, all_windows(example.windows), None, example.video)
         return (envelope(bands), prepared.video(example.video) if example.video else frames,
-                prepared.seconds(path, example.windows))
-    sound = media.read_audio(root / path)
+                prepared.seconds(path, example.windows, example.video))
+    sound = media.clip_sound(root / path, example.video and root / example.video, clock)
     if example.video:
-        frames = media.read_video(root / example.video, overlay.PARTS, 96)
+        frames = media.read_video(root / example.video, overlay.PARTS, 96, clock)
     return sound, frames, len(sound) / media.SAMPLE_RATE
 
 
-def time_picture(example: Example, prediction: Prediction, root: Path) -> Picture:
+def time_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
     """Each true event over the predicted one of the same name, on the time line of the clip."""
     found = [(track, source) for source, label, colour in (("truth", example.meta, overlay.TRUTH),
                                                            ("answer", prediction.parsed, overlay.PREDICTION))
@@ -131,25 +133,25 @@ def time_picture(example: Example, prediction: Prediction, root: Path) -> Pictur
     order = list(dict.fromkeys(normalise(track.label) for track, _ in found))
     tracks = [track._replace(label=f"{track.label}, {source}")
               for track, source in sorted(found, key=lambda one: order.index(normalise(one[0].label)))]
-    sound, frames, seconds = _clip(example, root)
+    sound, frames, seconds = _clip(example, root, clock)
     data = overlay.timeline(sound, frames, tracks, seconds)
     said = "each answer bar should cover the truth bar of the same event" if prediction.parsed else \
         "no event could be read in the answer"
     return Picture(data, f"{example.task} {example.id}: {said}.")
 
 
-def collect(predictions: Iterable[Prediction], root: Path) -> dict[str, Any]:
+def collect(predictions: Iterable[Prediction], root: Path, clock: str = "shown") -> dict[str, Any]:
     """The `pictures` and `answers` of a report, in the order of the tasks."""
     pictures: dict[str, list[Picture]] = {"masks": [], "boxes": [], "times": []}
     answers = []
     for prediction in sorted(predictions, key=lambda p: (list(TASKS).index(p.example.task), p.example.id)):
         example = prediction.example
         if example.mask_kind != "none":
-            pictures["masks"].append(mask_picture(example, prediction, root))
+            pictures["masks"].append(mask_picture(example, prediction, root, clock))
         elif example.task == "arig":
-            pictures["boxes"].append(box_picture(example, prediction, root))
+            pictures["boxes"].append(box_picture(example, prediction, root, clock))
         elif example.task in ("ave", "avvp"):
-            pictures["times"].append(time_picture(example, prediction, root))
+            pictures["times"].append(time_picture(example, prediction, root, clock))
         else:
             meta = example.meta
             question = meta.get("question") or example.instruction.rpartition("\n")[2]
@@ -257,7 +259,8 @@ def report(arguments: argparse.Namespace) -> None:
     shown = spread(examples, arguments.samples)
     # As `evaluate` answers; the layout of generation does not tell router weights.
     answered = collect(predict_examples(*fuse_model(model, params), config, tokenizer, shown, root,
-                                        arguments.batch_size, arguments.max_new_tokens, on_error="raise"), root)
+                                        arguments.batch_size, arguments.max_new_tokens, on_error="raise"), root,
+                       data_config(config).clock)
     routed = spread(examples, arguments.routing_samples)
     batches = answered_batches(routed, root, config, tokenizer, arguments.batch_size)
     write(arguments.out, ReportData(

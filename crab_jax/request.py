@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import soundfile
 from PIL import Image
@@ -38,7 +37,6 @@ QUESTIONS = ("How many musical instruments were heard throughout the video?",
              "How many types of musical instruments appeared in the entire video?")
 EXPRESSION = "the object that is making the sound"
 SILENCE = 1e-4  # root mean square of a full scale of 1: -80 dB
-IN_STEP = 0.8, 1.25  # lengths of sound over picture between which both are taken as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +134,7 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         source = _placed(sound, second, parts, out / f"{name}_sound.wav")
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
     if video and picture:
-        video_picture(video, second, parts, where).save(picture)
+        video_picture(video, second, parts).save(picture)
     example = Example(
         id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
         video=None if one_picture else _absolute(video), image=_absolute(image or picture) if one_picture else None,
@@ -198,42 +196,37 @@ def show(image: str, picture: Path) -> tuple[str, ...]:
             f"{pixels.shape[1]}x{pixels.shape[0]}",)
 
 
-def video_picture(path: str, part: int, parts: int, where: str) -> Image.Image:
-    """The first frame of part `part` of `parts` of a video, at the video's own size."""
+def video_picture(path: str, part: int, parts: int) -> Image.Image:
+    """The frame that is shown when part `part` of `parts` of a video begins, at the video's own size."""
     size = media.video_size(path)
-    frames = media.read_video(path, parts, max(size))
-    if part >= len(frames):
-        raise InputError(where, "second", f"is {part}, but the clip has {len(frames)} frames",
-                         f"give a number from 0 to {len(frames) - 1}")
-    return Image.fromarray(frames[part]).resize(size, Image.Resampling.LANCZOS)
+    frame = media.read_moment(path, part, parts, max(size))
+    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
 
 
 # The sound.
 
 def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.ndarray, tuple[str, ...]]:
-    """(file, samples float32[N] at 16 kHz, warnings): the sound of a clip, mended where it does not fit its pictures.
+    """(file, samples float32[N] at 16 kHz, warnings): the sound of a clip, on the clock of its pictures.
 
-    Windows of sound and pictures are cut at the same shares of the clip, so a sound of another length than the video
-    would be out of step: it is filled with silence or cut off, into the file `made`. A video without a sound track gets
-    silence. Raises InputError for a file that cannot be decoded.
+    Where it is another one than the file has from its first sample on, it is put into the file `made`. A video without
+    a sound track gets silence. Raises InputError for a file that cannot be decoded.
     """
-    seconds, has_track = video_facts(video) if video else (0.0, False)
-    length, warnings = round(seconds * media.SAMPLE_RATE), []
-    source = str(audio or video)
-    if audio or has_track:
-        sound = media.read_audio(source)
-        if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
-            warnings.append("the audio is silent: the answer can rest on the pictures only")
-    else:
-        sound = np.zeros(max(length, media.SAMPLE_RATE), np.float32)
+    clip = media.timing(video) if video else None
+    warnings = [*clip.remarks()] if clip and not audio else []
+    if clip and not audio and clip.sound is None:
+        sound = np.zeros(max(round(clip.seconds * media.SAMPLE_RATE), media.SAMPLE_RATE), np.float32)
         source = _save(sound, made)
         warnings.append("the video has no sound track; it is taken as silent")
-    if length and not IN_STEP[0] <= len(sound) / length <= IN_STEP[1]:
-        lengths = f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s, but the video {seconds:.1f} s"
-        done = "the rest is filled with silence" if len(sound) < length else "what is longer is cut off"
-        warnings.append(f"{lengths}: {done}")
-        sound = np.pad(sound[:length], (0, max(0, length - len(sound))))
-        source = _save(sound, made)
+    else:
+        source = str(audio or video)
+        heard = media.hear(source, video)
+        sound = heard.placed()
+        if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
+            warnings.append("the audio is silent: the answer can rest on the pictures only")
+        if remark := heard.remark():
+            warnings.append(remark)
+        if sound is not heard.samples:
+            source = _save(sound, made)
     if video and len(sound) < fbank.SHORTEST_WINDOW * 10:
         warnings.append(f"the clip lasts {len(sound) / media.SAMPLE_RATE:.1f} s; its windows of sound are filled with "
                         "silence")
@@ -256,12 +249,3 @@ def _placed(sound: np.ndarray, second: int, parts: int, file: Path) -> str:
 def _save(sound: np.ndarray, file: Path) -> str:
     soundfile.write(file, sound, media.SAMPLE_RATE, subtype="FLOAT")
     return str(file)
-
-
-def video_facts(path: str) -> tuple[float, bool]:
-    """(seconds, 0 where nothing says how long; whether there is a sound track) of a video."""
-    media.video_size(path)  # a file that cannot be opened is reported like everywhere else
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        own = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        return own or (container.duration or 0) / av.time_base, bool(container.streams.audio)

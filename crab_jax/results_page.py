@@ -71,12 +71,12 @@ def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[s
     return worst, [name for name in ranked[::-1] if name not in worst][:count]
 
 
-def drawn(prediction: Prediction, value: float, root: Path) -> str:
+def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown") -> str:
     """One answered example as HTML: its picture where the media are at hand, else what was asked and answered."""
     example = prediction.example
     head = f"<p><b>{escape(example.id)}</b>: {sample_metric(example.task)} {value:.3f}</p>"
     try:
-        found = report.collect([prediction], root)
+        found = report.collect([prediction], root, clock)
     except InputError as error:
         asked = example.instruction.rpartition("\n")[2]
         return head + table(("asked", "truth", "answer", ""), [

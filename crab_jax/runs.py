@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -24,8 +25,9 @@ from crab_jax import optim, sharding
 from crab_jax.checkpoints import check_match, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
+from crab_jax.files import write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
-from data_pipelines import datasets, mixture
+from data_pipelines import datasets, leaks, mixture
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
@@ -33,6 +35,10 @@ from data_pipelines.tokens import Tokenizer
 # A resumed run may change these without becoming another run.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_skipped", "data.workers", "data.root",
              "data.cache_dir", "mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
+_log = logging.getLogger(__name__)
 
 
 def flat_config(config: ConfigDict) -> dict[str, Any]:
@@ -82,8 +88,15 @@ def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]
 def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None = None) -> mixture.TrainOrder:
     """What every batch of the run holds, with the share of each task as configured."""
     data = config.data
+    left: list[datasets.LeftOut] = []
     found = read_examples(data.root, data.split, datasets=data.datasets.split(",") if data.datasets else (),
-                          variant=data.variant, frames=data.frames, missing=data.on_error, epoch=None)
+                          variant=data.variant, frames=data.frames, missing=data.on_error, malformed=data.on_error,
+                          left=left, epoch=None)
+    if skipped and left and not jax.process_index():
+        list_left_out(skipped.with_name(LEFT_OUT), left)
+    found, leaking = leaks.without(found, data.root, data.split, data.exclude_leaks)
+    if leaking:
+        _log.warning("%s", leaking)
     examples = [example for example in found if data.weights[example.task] > 0]
     if config.data.limit:
         examples = examples[:config.data.limit]
@@ -99,6 +112,14 @@ def train_dataset(config: ConfigDict, tokenizer: Tokenizer, order: mixture.Train
     """Grain dataset of the run's batches from number `start` on; `rows` of each (see data_pipelines/mixture.py)."""
     return mixture.train_dataset(order, config.data.root, tokenizer, data_config(config), rows, start,
                                  config.data.workers, skipped)
+
+
+def list_left_out(file: Path, left: list[datasets.LeftOut]) -> None:
+    """Write what the annotations have that is not read, one JSON object a line."""
+    write_whole(file, "".join(json.dumps({"dataset": dataset, "split": split, "where": error.where,
+                                          "field": error.field, "problem": error.problem}) + "\n"
+                              for dataset, split, error in left))
+    _log.warning("all %d that are left out are listed in %s", len(left), file)
 
 
 def skipped_file(workdir: Path) -> Path:

@@ -73,19 +73,21 @@ class DataConfig:
     mute_audio: bool = False  # silence instead of the audio
     blank_video: bool = False  # black frames, and a black picture to segment
     pad_short_audio: bool = False  # accept windows shorter than 175 ms, zero-padded
+    clock: str = "shown"  # shown | counted: how frames and sound of a clip are placed, see media/clock.py
     on_error: str = "raise"  # raise | skip: what to do with an Example that cannot be loaded
     cache_dir: str = ""  # folder of decoded media; "" = decode every time
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
             raise InputError("config", "on_error", f"unknown value {self.on_error!r}", "use 'raise' or 'skip'")
+        media.check_clock(self.clock, "config")
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise InputError("config", "lengths", f"is {self.lengths}", "give increasing lengths")
 
     @property
     def decoding(self) -> Decoding:
         """The part of it that decides the arrays of a medium, and that prepared shards must agree with."""
-        return Decoding(self.image_size, self.video_frames, self.pad_short_audio)
+        return Decoding(self.image_size, self.video_frames, self.pad_short_audio, self.clock)
 
 
 def _is_pair(example: Example) -> bool:
@@ -190,7 +192,7 @@ def _load_fbank(example: Example, source: Source) -> np.ndarray:
     """float32[S, F, 128]: the filter banks of the audio windows."""
     if example.windows == "none":
         return np.zeros((0, fbank.WINDOW_FRAMES["none"], fbank.MEL_BINS), np.float32)
-    return source.sound(example.audio or example.video or "", example.windows, example.second)
+    return source.sound(example.audio or example.video or "", example.windows, example.second, example.video)
 
 
 def _seg_picture(example: Example, source: Source, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from crab_jax.errors import InputError
 from data_pipelines import shards
@@ -24,16 +25,17 @@ _log = logging.getLogger(__name__)
 Reader = Callable[[Release, str, str], Iterator[Found]]  # (release, split, prompt variant)
 VARIANTS = ("train", "test", "quick")
 SPLITS = ("train", "val", "test")
+SHOWN = 3  # malformed rows that a warning names
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """One dataset: how it is read and where.
 
-    folder: of the data root. sizes: split -> Examples of the complete release, None where that is not known.
-    stage: "joint" for the tasks of the joint stage, which are read when no dataset is asked for; "pretrain"; "other"
-    for another release of the same clips, and for the users' own data. shared: the release itself has clips in two
-    splits.
+    folder: of the data root; `folder_of` knows its name in Crab's tree too. sizes: split -> Examples of the complete
+    release, None where that is not known. stage: "joint" for the tasks of the joint stage, which are read when no
+    dataset is asked for; "pretrain"; "other" for another release of the same clips, and for the users' own data.
+    shared: the release itself has clips in two splits.
     """
 
     folder: str
@@ -74,6 +76,10 @@ DATASETS: dict[str, Dataset] = {
                            {"train": None, "val": None, "test": 3694}, "other"),
     "own": Dataset("own", own.read, _ANY, "other"),
 }
+# Where Crab's own tree (and the zip of AVE) has what lies in a folder of ours.
+_ELSEWHERE = {"ave": ("ave/AVE_Dataset", "AVE_Dataset"), "llp": ("avvp",), "music_avqa": ("music-avqa",),
+              "avsbench_semantic": ("AVS",), "ref_avs": ("ref_avs/REFAVS", "ref-avs/REFAVS", "REFAVS"),
+              "audiocaps": ("AudioCaps",), "lvis": ("LVIS",)}
 PREPARED = "prepared"  # the name of what `<split>.jsonl` in the data root itself holds
 _PREPARED = Dataset("", own.read, _ANY, "other")
 
@@ -83,12 +89,33 @@ def dataset_of(name: str) -> Dataset:
     return _PREPARED if name == PREPARED else DATASETS[name]
 
 
+def folder_of(root: str | Path, name: str) -> str:
+    """The folder of a data root that holds a dataset: `Dataset.folder`, or where that is not there (or has nothing but
+    it inside) what Crab's tree has instead."""
+    ours = dataset_of(name).folder
+    for other in _ELSEWHERE.get(ours, ()):
+        inside = other.startswith(f"{ours}/")
+        if (Path(root) / other).is_dir() and (not (Path(root) / ours).exists() or inside and [
+                path.name for path in (Path(root) / ours).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]):
+            return other
+    return ours
+
+
+def list_of(root: str | Path, split: str) -> str | None:
+    """The file of a data root itself that holds the Examples of a split, which then is all that is read: the list
+    `<split>.jsonl`, or `samples.json` (own.py) for test in a folder that has no dataset."""
+    if (Path(root) / f"{split}.jsonl").is_file():
+        return f"{split}.jsonl"
+    alone = split == "test" and (Path(root) / own.SAMPLES).is_file() and not (Path(root) / shards.MANIFEST).exists()
+    return own.SAMPLES if alone and not any(is_there(root, name) for name in DATASETS) else None
+
+
 def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, str]]:
     """(name, split) of all that a data root may hold, or of the datasets `names`: the `<split>.jsonl` that are there,
     which then is all that is read, or each split of each dataset. Raises InputError."""
     if not Path(root).is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
-    if lists := [split for split in SPLITS if (Path(root) / f"{split}.jsonl").is_file()]:
+    if lists := [split for split in SPLITS if list_of(root, split)]:
         return [(PREPARED, split) for split in lists]
     parts, prepared = ("test_s", "test_u", "test_n"), shards.opened(root)  # parts of test
     return [(name, split) for name in (choose(root, names) if names else DATASETS)
@@ -98,7 +125,7 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
 def is_there(root: str | Path, name: str) -> bool:
     """Whether a data root holds anything of a dataset."""
     prepared = shards.opened(root)
-    return prepared.has(name) if prepared and name != PREPARED else (Path(root) / dataset_of(name).folder).is_dir()
+    return prepared.has(name) if prepared and name != PREPARED else (Path(root) / folder_of(root, name)).is_dir()
 
 
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
@@ -128,11 +155,23 @@ def media_of(example: Example) -> Iterator[tuple[str, str]]:
     yield from (("frames", path) for path in example.frames)
 
 
-def records(root: str | Path, name: str, split: str, variant: str = "train") -> Iterator[Found]:
+def annotated(root: str | Path, name: str, split: str, variant: str = "") -> tuple[Release, Iterator[Found]]:
+    """(the release, whose notes fill while it is read; what the annotations of a split hold, as they hold it): no look
+    at media or ids. variant "": any that is there. Raises InputError, as does reading."""
+    prepared = shards.opened(root)
+    release = Release(root, folder_of(root, name))
+    if prepared and name != PREPARED:
+        return release, prepared.records(name, split, variant or prepared.manifest["variants"][0])
+    return release, dataset_of(name).read(release, split, variant or VARIANTS[0])
+
+
+def records(root: str | Path, name: str, split: str, variant: str = "train",
+            notes: list[InputError] | None = None) -> Iterator[Found]:
     """Everything that the annotations of a split hold: Examples whose media files are there, and what is wrong instead.
 
     Ids start with the dataset's name and are unique in the split. meta gets `dataset`, and `row` names the line of the
-    annotation file. Raises InputError when the annotations as a whole cannot be read.
+    annotation file. notes: gets what a person should know of them (of a raw root). Raises InputError when the
+    annotations as a whole cannot be read.
     """
     dataset = dataset_of(name)
     if variant not in VARIANTS:
@@ -141,11 +180,13 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
         fix = f"use one of {', '.join(dataset.sizes)}"
         raise InputError(f"dataset {name}", "split", f"has no split {split!r}", fix)
     prepared = shards.opened(root)
+    release, every = annotated(root, name, split, variant)
     if prepared and name != PREPARED:
-        yield from prepared.records(name, split, variant)
+        yield from every
         return
-    release, seen = Release(root, dataset.folder), set()
-    for found in dataset.read(release, split, variant):
+    release.notes = release.notes if notes is None else notes
+    seen = set()
+    for found in every:
         if isinstance(found, InputError):
             yield found
             continue
@@ -167,57 +208,94 @@ def records(root: str | Path, name: str, split: str, variant: str = "train") -> 
         yield dataclasses.replace(found, id=named, meta={**found.meta, "dataset": name, **mark})
 
 
-def read(root: str | Path, name: str, split: str, variant: str = "train", missing: str = "raise") -> list[Example]:
+class LeftOut(NamedTuple):
+    """What is not read of a split, and why."""
+
+    dataset: str
+    split: str
+    error: InputError
+
+
+def read(root: str | Path, name: str, split: str, variant: str = "train", missing: str = "raise",
+         malformed: str = "raise", left: list[LeftOut] | None = None) -> list[Example]:
     """The Examples of one split of one dataset, in the order of its annotations.
 
     missing: "raise" stops at the first file that is not there; "skip" leaves out what needs one, and logs how many.
-    Raises InputError for anything else that is wrong with a row, and when nothing is left.
+    malformed: the same for anything else that is wrong with a row. left: gets all that is left out.
+    Raises InputError for annotations that cannot be read as a whole, and when nothing is left.
     """
-    if missing not in ("raise", "skip"):
-        raise InputError("datasets", "missing", f"unknown value {missing!r}", "use raise or skip")
+    for field, value in (("missing", missing), ("malformed", malformed)):
+        if value not in ("raise", "skip"):
+            raise InputError("datasets", field, f"unknown value {value!r}", "use raise or skip")
     examples: list[Example] = []
     absent: list[MissingFile] = []
-    for found in records(root, name, split, variant):
+    wrong: list[InputError] = []
+    notes: list[InputError] = []
+    for found in records(root, name, split, variant, notes):
         if isinstance(found, Example):
             examples.append(found)
         elif isinstance(found, MissingFile) and missing == "skip":
             absent.append(found)
+        elif not isinstance(found, MissingFile) and malformed == "skip":
+            wrong.append(found)
         else:
             raise found
+    if notes:
+        _log.warning("%s %s: %d notes on the annotations, which `status` lists; the first: %s %s", name, split,
+                     len(notes), notes[0].where, notes[0].problem)
     if absent:
         _log.warning("%s %s: %d of %d examples are left out because files are missing, the first: %s",
-                     name, split, len(absent), len(absent) + len(examples), absent[0])
-    if not examples and absent:
-        raise absent[0]
+                     name, split, len(absent), len(absent) + len(wrong) + len(examples), absent[0])
+    _say_malformed(name, split, wrong)
+    if left is not None:
+        left += [LeftOut(name, split, error) for error in (*absent, *wrong)]
+    if not examples and (absent or wrong):
+        raise (absent or wrong)[0]
     return examples
+
+
+def _say_malformed(name: str, split: str, wrong: Sequence[InputError]) -> None:
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if wrong[SHOWN:] else ""
+        _log.warning("%s %s: %d malformed rows are left out: %s%s", name, split, len(wrong),
+                     "; ".join(map(str, wrong[:SHOWN])), more)
 
 
 def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), variant: str = "train",
                   frames: str | None = None, missing: str = "raise", seed: int = 0,
-                  epoch: int | None = 0) -> list[Example]:
-    """The Examples of one split of a data root: those of `<split>.jsonl` as they are, or of the datasets of a raw root.
+                  epoch: int | None = 0, malformed: str = "raise", left: list[LeftOut] | None = None) -> list[Example]:
+    """The Examples of one split of a data root: those of `<split>.jsonl`, or of the datasets of a raw root.
 
-    The options are about a raw root.
+    split: of several joined by `+` (train+val) the Examples of each, one after the other.
     datasets: names from DATASETS; none = those of the joint stage that are there. variant: which prompt of a task.
-    frames: "all" pictures of a clip of AVSS and Ref-AVS are asked about, or "one" in an epoch (the default for train):
-        the same for every process, drawn from (seed, epoch, clip). With epoch None they are all returned, marked by
-        meta's `one_of`, and the training mixture draws one of each mark anew in every epoch.
-    missing: "raise", or "skip" to leave out what a partial copy lacks, with a warning.
+        Both are about a raw root.
+    frames: "all" pictures of a clip of AVSS and Ref-AVS (all Examples of one mark `one_of` in their meta) are asked
+        about, or "one" in an epoch: the same for every process, drawn from (seed, epoch, clip). With epoch None they
+        are all returned, marked, and the training mixture draws one of each mark anew in every epoch. By default "one"
+        for train and "all" for the others; a `<split>.jsonl` is then returned as it is.
+    missing: "raise", or "skip" to leave out what a partial copy lacks, with a warning. malformed: the same for rows
+        that cannot be read. left: gets all that is left out for either reason.
 
     Examples without a target (weak labels, see avvp.py) are left out of train, with a warning. Raises InputError.
     """
-    frames = frames or ("one" if split == "train" else "all")
-    if frames not in ("one", "all"):
+    if frames not in (None, "one", "all"):
         raise InputError("datasets", "frames", f"unknown value {frames!r}", "use one or all")
-    if (Path(root) / f"{split}.jsonl").is_file():
-        return read_jsonl(root, split)
+    if "+" in split:
+        splits = list(dict.fromkeys(split.split("+")))
+        frames = frames or ("one" if "train" in splits else "all")
+        return joined(splits, [read_examples(root, part, datasets, variant, frames, missing, seed, epoch, malformed,
+                                             left) for part in splits])
+    if list_of(root, split):
+        listed = read_jsonl(root, split, malformed, left)
+        return listed if frames is None else _of_epoch(listed, frames, seed, epoch)
+    frames = frames or ("one" if split == "train" else "all")
     if not any(is_there(root, name) for name in DATASETS):
         raise InputError(str(Path(root) / f"{split}.jsonl"), "", "no such file, and the folder holds no dataset either",
                          "check --data and the split name")
     examples: list[Example] = []
     for name in choose(root, datasets, split):
         try:
-            examples += read(root, name, split, variant, missing)
+            examples += read(root, name, split, variant, missing, malformed, left)
         except MissingFile as error:
             if datasets or missing == "raise":
                 raise
@@ -227,22 +305,54 @@ def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), va
         examples = [example for example in examples if example.target]
     if not examples:
         raise InputError(str(root), "datasets", f"no example of {split!r} is left", "see the warnings above")
+    return _of_epoch(examples, frames, seed, epoch)
+
+
+def joined(splits: Sequence[str], parts: Sequence[list[Example]]) -> list[Example]:
+    """The Examples of several splits as one list. An id that an earlier split has gets the split in front, and a mark
+    `one_of` is of its split: it may mean another clip in each."""
+    found: dict[str, Example] = {}
+    for split, part in zip(splits, parts, strict=True):
+        for example in part:
+            mark = {"one_of": f"{split} {example.meta['one_of']}"} if "one_of" in example.meta else {}
+            named = f"{split}/{example.id}" if example.id in found else example.id
+            if named in found:
+                raise InputError(split, "id", f"duplicate id {named!r}", "ids must be unique in the joined splits")
+            found[named] = dataclasses.replace(example, id=named, meta={**example.meta, **mark})
+    return list(found.values())
+
+
+def _of_epoch(examples: list[Example], frames: str, seed: int, epoch: int | None) -> list[Example]:
+    """All Examples unmarked, or marked ones of which an epoch takes one (see `read_examples`)."""
     if frames == "all":
         return [_without_mark(example) for example in examples]
     return examples if epoch is None else one_frame_each(examples, seed, epoch)
 
 
-def read_jsonl(root: str | Path, split: str) -> list[Example]:
-    """The Examples of `<split>.jsonl`. Their media are looked for when they are loaded, not here."""
+def read_jsonl(root: str | Path, split: str, malformed: str = "raise", left: list[LeftOut] | None = None
+               ) -> list[Example]:
+    """The Examples of the list of a split (`list_of`). Their media are looked for when they are loaded, not here.
+
+    malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` gets them.
+    """
     release, examples, seen = Release(root), [], set()
+    wrong: list[InputError] = []
     for found in own.read(release, split, "train"):
-        if isinstance(found, InputError):
+        if isinstance(found, Example) and found.id in seen:
+            found = InputError(str(release.base / found.meta["row"]), "id", f"duplicate id {found.id!r}",
+                               "ids must be unique in a file")
+        if isinstance(found, Example):
+            seen.add(found.id)
+            examples.append(dataclasses.replace(found, meta={k: v for k, v in found.meta.items() if k != "row"}))
+        elif malformed == "skip":
+            wrong.append(found)
+        else:
             raise found
-        if found.id in seen:
-            raise InputError(str(release.base / found.meta["row"]), "id", f"duplicate id {found.id!r}",
-                             "ids must be unique in a file")
-        seen.add(found.id)
-        examples.append(dataclasses.replace(found, meta={k: v for k, v in found.meta.items() if k != "row"}))
+    _say_malformed(split, "list", wrong)
+    if left is not None:
+        left += [LeftOut(PREPARED, split, error) for error in wrong]
+    if wrong and not examples:
+        raise wrong[0]
     return examples
 
 

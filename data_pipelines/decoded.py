@@ -31,9 +31,9 @@ class Files:
 
     def video(self, path: str) -> np.ndarray:
         """uint8[n, S, S, 3]: evenly spaced frames of a video."""
-        size, count = self.decoding.image_size, self.decoding.video_frames
+        size, count, clock = self.decoding.image_size, self.decoding.video_frames, self.decoding.clock
         full = self.root / path
-        return self._cached(full, ("video", count, size), lambda: media.read_video(full, count, size))
+        return self._cached(full, ("video", count, size, clock), lambda: media.read_video(full, count, size, clock))
 
     def video_size(self, path: str) -> tuple[int, int]:
         """(width, height) of the video itself."""
@@ -50,14 +50,21 @@ class Files:
         """(width, height) of the picture itself."""
         return media.image_size(self.root / path, field)
 
-    def sound(self, path: str, windows: str, second: int | None) -> np.ndarray:
-        """float32[windows, frames, 128]: the filter banks of the audio windows of a clip."""
+    def samples(self, path: str, video: str | None) -> np.ndarray:
+        """float32[N] at 16 kHz: the sound of a clip, of its `video` or a file beside it."""
+        return media.clip_sound(self.root / path, video and self.root / video, self.decoding.clock)
+
+    def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
+        """float32[windows, frames, 128]: the filter banks of the audio windows of a clip; see `samples`."""
         full, short = self.root / path, self.decoding.pad_short_audio
 
         def decode() -> np.ndarray:
-            return fbank.fbank(fbank.cut_windows(media.read_audio(full), windows, second, str(full), short))
+            return fbank.fbank(fbank.cut_windows(self.samples(path, video), windows, second, str(full), short))
 
-        return self._cached(full, ("fbank", windows, second if windows in fbank.SINGLE else "", short), decode)
+        beside = shards.beside(path, video, self.decoding)
+        settings = ("fbank", windows, second if windows in fbank.SINGLE else "", short, self.decoding.clock,
+                    *(_stamp(self.root / beside) if beside else ()))
+        return self._cached(full, settings, decode)
 
     def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
         """int32[size, size]: a ground-truth mask, at any size; `picture` is the (width, height) it must have."""
@@ -71,8 +78,7 @@ class Files:
         """
         if not self.cache_dir or not path.is_file():
             return decode()
-        stamp = path.stat()
-        key = "|".join(map(str, (path.resolve(), stamp.st_mtime_ns, stamp.st_size, *settings)))
+        key = "|".join(map(str, (*_stamp(path), *settings)))
         folder = Path(self.cache_dir)
         kept = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
         try:
@@ -85,6 +91,14 @@ class Files:
         safetensors.numpy.save_file({"value": np.ascontiguousarray(value)}, partial)
         os.replace(partial, kept)
         return value
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    """What changes when a file does; nothing for one that is not there."""
+    if not path.is_file():
+        return ()
+    found = path.stat()
+    return path.resolve(), found.st_mtime_ns, found.st_size
 
 
 def source(root: str | Path, decoding: Decoding, cache_dir: str = "") -> Files | Shards:

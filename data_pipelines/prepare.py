@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -67,11 +68,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard to write. file: relative to the root; stamps: (size, time in ns) of the file behind each medium."""
+    """One shard to write. file: relative to the root; stamps: (size, time in ns) of the file behind each medium, and
+    those of the one that it is beside."""
 
     file: str
     media: tuple[Medium, ...]
-    stamps: tuple[tuple[int, int], ...]
+    stamps: tuple[tuple[int, ...], ...]
 
     def digest(self, settings: Settings) -> str:
         """A hash of all that decides the shard's content."""
@@ -85,7 +87,7 @@ def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tu
     """(dataset, split) of every list of Examples that is asked for; the dataset is "" for a `<split>.jsonl`."""
     found: list[tuple[str, str]] = []
     for split in splits:
-        if (root / f"{split}.jsonl").is_file():
+        if datasets.list_of(root, split):
             found.append(("", split))
     if found and names:
         raise InputError(str(root), "--datasets", f"the root has {found[0][1]}.jsonl, which then is all that is read",
@@ -141,7 +143,7 @@ def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> l
         room -= size
     stem = f"{kind}/{kind}-{name}.array_record"
     return [Shard(f"{stem}-{number:05d}-of-{len(groups):05d}", tuple(group),
-                  tuple(_stamp(Path(settings.root) / medium.path) for medium in group))
+                  tuple(_stamps(Path(settings.root), medium) for medium in group))
             for number, group in enumerate(groups)]
 
 
@@ -155,6 +157,10 @@ def _bytes_of(medium: Medium, decoding: Decoding) -> int:
     return 4 * fbank.MEL_BINS * fbank.WINDOW_COUNT[medium.detail] * fbank.WINDOW_FRAMES[medium.detail]
 
 
+def _stamps(root: Path, medium: Medium) -> tuple[int, ...]:
+    return _stamp(root / medium.path) + (_stamp(root / medium.beside) if medium.beside else ())
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
@@ -165,47 +171,49 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 # Decoding.
 
-def record_of(medium: Medium, stamp: tuple[int, int], files: Files) -> dict[str, str | bytes | int]:
+def record_of(medium: Medium, stamp: tuple[int, ...], files: Files) -> dict[str, str | bytes | int]:
     """The record of a medium; of one that cannot be decoded, its error and no arrays."""
-    record: dict[str, str | bytes | int] = {
-        "path": medium.path, "detail": medium.detail, "error": "", "bytes": stamp[0], "mtime_ns": stamp[1]}
+    record: dict[str, str | bytes | int] = {"path": medium.path, "detail": medium.detail, "beside": medium.beside,
+                                            "error": "", "bytes": stamp[0], "mtime_ns": stamp[1]}
     try:
-        return record | _DECODERS[medium.kind](medium.path, medium.detail, files)
+        return record | _DECODERS[medium.kind](medium, files)
     except InputError as error:
         numbers, arrays = _FIELDS[medium.kind]
         record["error"] = json.dumps(shards.error_json(error))
         return record | dict.fromkeys(numbers, 0) | dict.fromkeys(arrays, b"")
 
 
-def _frames(path: str, detail: str, files: Files) -> dict[str, str | bytes | int]:
-    if detail == "video":
+def _frames(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
+    path = medium.path
+    if medium.detail == "video":
         pixels, (width, height) = files.video(path), files.video_size(path)
     else:
         pixels, (width, height) = files.picture(path, "image"), files.picture_size(path, "image")
     return {"pixels": pixels.tobytes(), "width": width, "height": height}
 
 
-def _sound(path: str, windows: str, files: Files) -> dict[str, str | bytes | int]:
+def _sound(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
     """Too short a sound has no arrays and no error either: reading it finds it too short for what is asked."""
-    waveform = media.read_audio(files.root / path)
+    waveform, short = files.samples(medium.path, medium.beside or None), files.decoding.pad_short_audio
     try:
-        bands = fbank.fbank(fbank.cut_windows(waveform, windows, pad_short=files.decoding.pad_short_audio)).tobytes()
+        bands = fbank.fbank(fbank.cut_windows(waveform, medium.detail, pad_short=short)).tobytes()
     except InputError:
         bands = b""
     return {"samples": len(waveform), "fbank": bands}
 
 
-def _mask(path: str, kind: str, files: Files) -> dict[str, str | bytes | int]:
+def _mask(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
     """The class ids at the size of the model, and the file itself for the metrics at any other size."""
-    labels = files.mask(path, kind, files.decoding.image_size).astype(np.uint8)
-    width, height = media.image_size(files.root / path, "mask")
-    return {"labels": labels.tobytes(), "content": (files.root / path).read_bytes(), "width": width, "height": height}
+    labels = files.mask(medium.path, medium.detail, files.decoding.image_size).astype(np.uint8)
+    full = files.root / medium.path
+    width, height = media.image_size(full, "mask")
+    return {"labels": labels.tobytes(), "content": full.read_bytes(), "width": width, "height": height}
 
 
-_DECODERS: dict[str, Callable[[str, str, Files], dict[str, str | bytes | int]]] = {
+_DECODERS: dict[str, Callable[[Medium, Files], dict[str, str | bytes | int]]] = {
     "frames": _frames, "sounds": _sound, "masks": _mask}
-# What a record holds besides path, detail, error, bytes and mtime_ns of the source: numbers, and arrays with their
-# shape and dtype; S is image_size.
+# What a record holds besides path, detail, beside, error, bytes and mtime_ns of the source: numbers, and arrays with
+# their shape and dtype; S is image_size.
 _FIELDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[int | str | None, ...], type]]]] = {
     "frames": (("width", "height"), {"pixels": ((None, "S", "S", 3), np.uint8)}),
     "sounds": (("samples",), {"fbank": ((None, fbank.MEL_BINS), np.float32)}),
@@ -314,6 +322,7 @@ def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], wo
             progress: Callable[[str], None] = lambda line: None) -> list[str]:
     """Write or complete the prepared root `out`; what could not be decoded. See the module's docstring."""
     lists = claim(out, settings, wanted)
+    _leave_older_format(out)
     counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
     seen: dict[Medium, None] = {}
     todo: list[Shard] = []
@@ -333,6 +342,14 @@ def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], wo
         notes[note["file"]] = note
     _finish(settings, out, counts, todo, [notes[shard.file] for shard in todo])
     return [line for note in notes.values() for line in note["failed"]]
+
+
+def _leave_older_format(out: Path) -> None:
+    """Remove the manifest of an older format, whose shards are all made anew: until then nothing can be read."""
+    manifest = out / MANIFEST
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(manifest.read_text()).get("format") != shards.FORMAT:
+            manifest.unlink()
 
 
 def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None]
@@ -400,7 +417,7 @@ def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[s
         return
     numbers, arrays = _FIELDS[kind]
     features = tfds.features.FeaturesDict({
-        **{name: tfds.features.Text() for name in ("path", "detail", "error")},
+        **{name: tfds.features.Text() for name in ("path", "detail", "beside", "error")},
         **{name: tfds.features.Scalar(np.int64) for name in ("bytes", "mtime_ns", *numbers)},
         **{name: tfds.features.Tensor(shape=tuple(decoding.image_size if n == "S" else n for n in shape), dtype=dtype,
                                       encoding="bytes") for name, (shape, dtype) in arrays.items()}})
@@ -428,6 +445,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a side, of the model that will read it")
     parser.add_argument("--video-frames", type=int, default=10, help="data.video_frames of the runs that will read it")
     parser.add_argument("--pad-short-audio", action="store_true", help="data.pad_short_audio of those runs")
+    parser.add_argument("--clock", default="shown", choices=media.CLOCKS, help="by which frames and sound are placed: "
+                        "counted for runs with compat=released (default: %(default)s)")
     parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard before compression, in MB")
     parser.add_argument("--compress", action="store_true",
                         help="keep pictures in less room (a still clip in a third of it), read half as fast")
@@ -452,7 +471,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
     if shards.opened(root):
         raise InputError(str(root), "--root", "is prepared already", "give the root that it was prepared from")
-    decoding = Decoding(arguments.image_size, arguments.video_frames, arguments.pad_short_audio)
+    decoding = Decoding(arguments.image_size, arguments.video_frames, arguments.pad_short_audio, arguments.clock)
     settings = Settings(str(root.absolute()), decoding, tuple(arguments.variants.split(",")),
                         arguments.shard_mb * 1_000_000, arguments.compress)
     wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))

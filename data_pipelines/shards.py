@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ from data_pipelines import fbank, media, memory
 from data_pipelines.examples import Example, from_json, json_line, seg_source, to_json
 from data_pipelines.sources.release import Found, MissingFile
 
-FORMAT = 2
+FORMAT = 3
+COUNTED = 2  # the format before it, whose clips all are by the clock "counted"; it is read as well
 MANIFEST, PLAN, INDEX = "prepared.json", "plan.json", "index.bin"
 KINDS = ("frames", "sounds", "masks")
 # Of a record that `read_at` reads: where it begins in its file, how long it is, and its `checksum`; otherwise at is 0.
@@ -45,23 +47,32 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 class Decoding(NamedTuple):
     """What decides the arrays of a medium. image_size: pixels of a side. video_frames: frames taken of a video.
-    pad_short_audio: accept audio windows shorter than 175 ms."""
+    pad_short_audio: accept audio windows shorter than 175 ms. clock: how frames and sound are placed, see `Compat`."""
 
     image_size: int
     video_frames: int
     pad_short_audio: bool
+    clock: str = "shown"
 
 
 class Medium(NamedTuple):
-    """One thing that is decoded once. detail: video or picture; the windows of a sound; the mask_kind of a mask."""
+    """One thing that is decoded once. detail: video or picture; the windows of a sound; the mask_kind of a mask.
+    beside: the video that a sound file is as long as, "" for any other medium."""
 
     kind: str
     path: str
     detail: str
+    beside: str = ""
 
     def key(self) -> int:
         """A hash of 64 bits."""
-        return int.from_bytes(hashlib.blake2b("\0".join(self).encode(), digest_size=8).digest(), "little")
+        said = "\0".join(self if self.beside else self[:3])
+        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
+
+
+def beside(sound: str, video: str | None, decoding: Decoding) -> str:
+    """The `Medium.beside` of the sound of an Example with this `video`."""
+    return video if video and decoding.clock == "shown" and not media.is_own(sound, video) else ""
 
 
 def all_windows(windows: str) -> str:
@@ -180,10 +191,11 @@ class Shards:
         memory.keep_freed()
         self.root = Path(root)
         self.manifest = _json(self.root / MANIFEST)
-        if self.manifest.get("format") != FORMAT:
+        if self.manifest.get("format") not in (FORMAT, COUNTED):
             raise InputError(str(self.root / MANIFEST), "format", f"is {self.manifest.get('format')!r}, not {FORMAT}",
                              "prepare the data again with this version")
-        self.decoding = Decoding(**self.manifest["decoding"])
+        self.decoding = Decoding(**{"clock": "counted", **self.manifest["decoding"]})
+        self._told = False
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
             _check_size(self.root / shard["file"], shard["bytes"])
@@ -196,11 +208,21 @@ class Shards:
         self._lock = threading.Lock()
 
     def check(self, decoding: Decoding) -> None:
-        """Raise InputError naming the first setting in which `decoding` differs from that of the shards."""
+        """Raise InputError naming the first setting in which `decoding` differs from that of the shards. A root of an
+        older format has no clock, which is said once."""
         for field, ours, asked in zip(Decoding._fields, self.decoding, decoding, strict=True):
-            if ours != asked:
+            if field == "clock" and ours != asked and self.manifest["format"] == COUNTED:
+                self._tell_age()
+            elif ours != asked:
                 raise InputError(str(self.root), field, f"was prepared with {ours}, but {asked} is asked for",
                                  f"prepare it anew with --{field.replace('_', '-')}, or read the raw data")
+
+    def _tell_age(self) -> None:
+        if not self._told:
+            print(f"warning: {self.root} was prepared by an older version, which counts frames and takes sound from "
+                  "its first sample: prepare it again if frame rates vary, or if sound does not start and end with the "
+                  "pictures", file=sys.stderr)
+        self._told = True
 
     def video(self, path: str) -> np.ndarray:
         return self._pixels(self._record(Medium("frames", path, "video"), "video"))
@@ -214,17 +236,21 @@ class Shards:
     def picture_size(self, path: str, field: str) -> tuple[int, int]:
         return _size(self._record(Medium("frames", path, "picture"), field))
 
-    def sound(self, path: str, windows: str, second: int | None) -> np.ndarray:
+    def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
         policy, short = all_windows(windows), self.decoding.pad_short_audio
-        record = self._record(Medium("sounds", path, policy), "audio")
+        record = self._sound(path, windows, video)
         fbank.check_windows(record["samples"], windows, second, str(self.root / path), short)
         bands = np.frombuffer(record["fbank"], np.float32)
         bands = bands.reshape(fbank.WINDOW_COUNT[policy], fbank.WINDOW_FRAMES[policy], fbank.MEL_BINS)
         return bands if policy == windows or second is None else bands[second : second + 1]
 
-    def seconds(self, path: str, windows: str) -> float:
+    def seconds(self, path: str, windows: str, video: str | None = None) -> float:
         """The length of a sound."""
-        return self._record(Medium("sounds", path, all_windows(windows)), "audio")["samples"] / fbank.SAMPLE_RATE
+        return self._sound(path, windows, video)["samples"] / fbank.SAMPLE_RATE
+
+    def _sound(self, path: str, windows: str, video: str | None) -> dict[str, Any]:
+        medium = Medium("sounds", path, all_windows(windows), beside(path, video, self.decoding))
+        return self._record(medium, "audio")
 
     def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
         if path.startswith(media.INLINE_MASK):
@@ -355,6 +381,6 @@ def media_of(example: Example, decoding: Decoding) -> Iterator[Medium]:
     if example.mask_kind != "none" and (found := seg_source(example)) and found[0] != "video":
         yield Medium("frames", found[1], "picture")
     if example.windows != "none" and (sound := example.audio or example.video):
-        yield Medium("sounds", sound, all_windows(example.windows))
+        yield Medium("sounds", sound, all_windows(example.windows), beside(sound, example.video, decoding))
     if example.mask and not example.mask.startswith(media.INLINE_MASK):
         yield Medium("masks", example.mask, example.mask_kind)

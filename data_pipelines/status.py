@@ -50,7 +50,8 @@ class Problem:
 @dataclasses.dataclass
 class Count:
     """Examples of one split. complete: of the whole release, None where not known; annotated = have + the others;
-    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N."""
+    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N.
+    note: why nothing could be counted; notes: what else a person should know of the annotations (Release.notes)."""
 
     dataset: str
     split: str
@@ -61,6 +62,7 @@ class Count:
     corrupt: int = 0
     malformed: int = 0
     note: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None,
@@ -104,7 +106,8 @@ def outlines(root: str | Path) -> Look:
 def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """Count one split; yields its problems."""
     pace = Progress(f"{count.dataset} {count.split}", count.complete or 0, progress)
-    for found in pace.over(records(root, count.dataset, count.split)):
+    notes: list[InputError] = []
+    for found in pace.over(records(root, count.dataset, count.split, notes=notes)):
         count.annotated += 1
         if isinstance(found, Example):
             problems = [Problem(count.dataset, count.split, found.id, path, field, text)
@@ -120,6 +123,7 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
+    count.notes = [f"{os.path.relpath(note.where, root)} [{note.field}]: {note.problem}" for note in notes]
 
 
 def damage(root: str | Path, path: str, field: str) -> str:
@@ -150,7 +154,7 @@ def table(counts: Sequence[Count]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    notes = ["", *(c.note for c in counts)]
+    notes = ["", *(c.note or (f"{len(c.notes):,} notes" if c.notes else "") for c in counts)]
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
 
 
@@ -182,6 +186,9 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
         print(line[:300].encode("utf-8", "backslashreplace").decode())  # names may be long, or no text
     if problems[10:]:
         print(f"  and {len(problems) - 10} more; --json FILE lists them")
+    for c in (c for c in counts if c.notes):
+        more = f" (and {len(c.notes) - 1} more notes; --json FILE lists them)" if c.notes[1:] else ""
+        print(f"  note on {c.dataset} {c.split}, {c.notes[0]}{more}".encode("utf-8", "backslashreplace").decode())
 
 
 def run(argv: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from data_pipelines.batching import check_sources
 from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, records, selection
 from data_pipelines.examine import Facts, examine, mismatch
 from data_pipelines.examples import Example, seg_source
+from data_pipelines.leaks import leak_problems
 from data_pipelines.shards import Shards
 from data_pipelines.status import (
     CORRUPT,
@@ -59,7 +60,7 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
     if prepared := shards.opened(root):
         wrong = list(_checksums(prepared, progress))
         counts, problems = status(root, names, progress, PreparedLook(prepared))
-        return counts, wrong + problems
+        return counts, wrong + problems + leak_problems(root, names)
     found: dict[str, Facts] = {}
     known: dict[Facts, Facts] = {}  # most pictures have the same
     tasks = files(root, names, progress)
@@ -73,7 +74,7 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
             facts = Facts(tuple((use, f"{CORRUPT}: {facts}") for use in task[2]))
         found[task[1]] = known.setdefault(facts, facts)
     counts, problems = status(root, names, progress, Look(root, found))
-    return counts, [problem for problem in problems if names or not _is_unasked(problem)]
+    return counts, [problem for problem in problems if names or not _is_unasked(problem)] + leak_problems(root, names)
 
 
 def _is_unasked(problem: Problem) -> bool:
@@ -217,10 +218,10 @@ class PreparedLook(Look):
                 yield "audio" if medium.kind == "sounds" else fields[medium.path], medium.path, f"{CORRUPT}: {problem}"
 
     def _problem_of(self, medium: shards.Medium) -> str:
-        kind, path, detail = medium
+        kind, path, detail, beside = medium
         try:
             if kind == "sounds":
-                self.prepared.sound(path, detail, None)
+                self.prepared.sound(path, detail, None, beside)
             elif kind == "masks":
                 self.prepared.mask(path, detail, self.prepared.decoding.image_size)
             elif detail == "video":

@@ -11,20 +11,21 @@ HEAD = 1024  # bytes that tell
 _BLOCK = 1 << 20
 
 _AGAIN = "copy or download it again"
-_PLAYLIST = ("is a playlist, which only names other files", "give the film or sound itself")
+_NO_MEDIA = "is no picture, film or sound but"
+_PLAYLIST = (f"{_NO_MEDIA} a playlist, which names other files", "give the film or sound itself")
 _TEXTS = [  # (how a text begins, what it is, what to do)
-    (rb"<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html", "is a web page (HTML)",
+    (rb"<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html", f"{_NO_MEDIA} a web page (HTML)",
      "download the file itself: opened in a browser, the page says what went wrong"),
     (rb"#EXTM3U|#EXTINF|#EXT-X-|ffconcat version|\[playlist\]|<\?wpl|<asx|(<\?xml[^>]*>\s*)?<(MPD|playlist|smil)\b"
      rb"|v=0\s+o=|\[InternetShortcut\]|\[Reference\]|file '|file \S+\s|(https?|rtsp|rtmp)://\S+\s*$", *_PLAYLIST),
     (rb"(\.\./)*(\.git/|/)annex/objects/", "is a git-annex pointer, not the file", "run `git annex get`"),
 ]
 _BINARIES = [  # (offset, bytes, what it is, what to do)
-    (0, b"PK\3\4", "is a ZIP archive", "unpack it"), (0, b"PK\5\6", "is a ZIP archive", "unpack it"),
-    (0, b"\x1f\x8b", "is compressed (gzip)", "unpack it"), (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it"),
-    (0, b"Rar!\x1a\x07", "is a RAR archive", "unpack it"), (0, b"\xfd7zXZ\0", "is compressed (xz)", "unpack it"),
-    (0, b"\x28\xb5\x2f\xfd", "is compressed (zstd)", "unpack it"), (257, b"ustar", "is a tar archive", "unpack it"),
-    (0, b"%PDF-", "is a PDF document", "export its picture"),
+    (0, b"PK\3\4", "a ZIP archive", "unpack it"), (0, b"PK\5\6", "a ZIP archive", "unpack it"),
+    (0, b"\x1f\x8b", "compressed (gzip)", "unpack it"), (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (0, b"Rar!\x1a\x07", "a RAR archive", "unpack it"), (0, b"\xfd7zXZ\0", "compressed (xz)", "unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unpack it"), (257, b"ustar", "a tar archive", "unpack it"),
+    (0, b"%PDF-", "a PDF document", "export its picture"),
 ]
 # How formats begin that are text, or begin like it.
 _MEDIA_TEXT = (b"#!AMR", b"YUV4MPEG2", b"NIST_1A", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"PF", b"Pf",
@@ -44,14 +45,14 @@ def not_supported(path: str | Path) -> tuple[str, str] | None:
     """
     start = head(path)
     if not start:
-        return "is empty", _AGAIN
+        return "the file is empty; it is damaged or incomplete", _AGAIN
     if git_lfs_pointer(path):
         return "is a Git LFS pointer, not the file", "run `git lfs pull`"
     if not start.strip(b"\0") and _only_zeros(path):
         return "holds nothing but zeros; the copy stopped early", _AGAIN
-    for at, magic, problem, fix in _BINARIES:
+    for at, magic, what, fix in _BINARIES:
         if start[at:].startswith(magic):
-            return problem, fix
+            return f"is {what}", fix
     if not is_text(start):
         return None
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -59,7 +60,7 @@ def not_supported(path: str | Path) -> tuple[str, str] | None:
         if re.match(pattern, text, re.IGNORECASE | re.DOTALL):
             return problem, fix
     words = " ".join(text[:60].decode("utf-8", "replace").split())
-    return f"is text ({words[:40]!r})", "download the file itself"
+    return f"{_NO_MEDIA} text ({words[:40]!r}); the file is damaged or another one", _AGAIN
 
 
 def is_text(start: bytes) -> bool:

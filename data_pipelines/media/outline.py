@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from data_pipelines.media.content import HEAD, id3_length
 
+_BLOCK = 1 << 20
+_LEAST = 12  # bytes that the head of any kind has
 Read = Callable[[int, int], bytes]  # (at, count): the bytes of the file from `at`, fewer at its end
 
 
@@ -34,7 +36,7 @@ def outline(path: str | Path) -> str:
         for is_one, check in _TAGGED if at else _KINDS:
             if is_one(start):
                 return check(read, size)
-    return ""
+    return f"holds only {size} bytes" if 0 < size < _LEAST else ""
 
 
 def behind_tags(path: str | Path) -> bytes:
@@ -199,8 +201,8 @@ def _flash(read: Read, size: int) -> str:
         kind, length = header[0] & 0x1F, int.from_bytes(header[1:4], "big")
         if kind not in (8, 9, 18):
             break  # something else behind the film
-        if at + 11 + length > size:
-            return _short("last tag", at + 11 + length - size)
+        if at + 11 + length + 4 > size:
+            return _short("last tag", at + 11 + length + 4 - size)
         if kind == 18 and not stated:
             _, found, after = read(at + 11, length).partition(b"\0\x08filesize\0")
             stated = struct.unpack(">d", after[:8])[0] if found and len(after) >= 8 else 0.0
@@ -222,7 +224,7 @@ def _mpegts(read: Read, size: int) -> str:
     length = _transport(read(0, HEAD))
     rest = size % length
     begins = read(size - rest, rest)[4 if length == 192 else 0 :][:1]
-    return _short("last packet", length - rest) if begins == b"\x47" else ""
+    return _short("last packet", length - rest) if rest and begins in (b"\x47", b"") else ""
 
 
 def _mpegps(read: Read, size: int) -> str:
@@ -288,11 +290,13 @@ def _avi(read: Read, size: int) -> str:
 
 def _chunks(read: Read, size: int, at: int) -> str:
     """The chunks of an AVI of unknown length."""
-    while at + 8 <= size:
+    while at < size:
         header = read(at, 12)
         kind, length = header[:4], int.from_bytes(header[4:8], "little")
         if not kind.isalnum():
             return ""
+        if len(header) < 8:
+            return _short("last chunk", 8 - len(header))
         if kind == b"LIST" and (header[8:] in (b"movi", b"rec ") or _unknown(length)):
             at += 12
             continue
@@ -329,14 +333,30 @@ def _au(read: Read, size: int) -> str:
     return _short("samples", begin + length - size) if not _unknown(length) and begin + length > size else ""
 
 
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_ASF_INDEX = bytes.fromhex("90080033b1e5cf1189f400a0c90349cb")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
 def _asf(read: Read, size: int) -> str:
-    """WMV, WMA: a header, the data, and indices."""
-    at = 0
+    """WMV, WMA: a header, the data, and indices. The data may be of unknown length, in packets of a known one."""
+    at, packet = 0, 0
     while at + 24 <= size:
         header = read(at, 24)
         length = int.from_bytes(header[16:], "little")
+        if not at:
+            _, found, properties = read(0, min(length, 1 << 16)).partition(_ASF_PROPERTIES)
+            packet = int.from_bytes(properties[76:80], "little") if found else 0
+        if header[:16] == _ASF_DATA and length <= 50:
+            behind = read(max(0, size - _BLOCK), _BLOCK).rfind(_ASF_INDEX)
+            end = max(0, size - _BLOCK) + behind if behind >= 0 else size
+            rest = (end - at - 50) % packet if packet else 0
+            if rest or end == size:
+                return _short("last packet", packet - rest) if rest else ""
+            at = end
+            continue
         if header[3:4] not in (b"\x75", b"\x33", b"\xd6", b"\xfe") or length < 24:
-            return ""  # something else behind, or of unknown length
+            return ""  # something else behind
         at += length
     return _short("last object", at - size) if at > size else ""
 
@@ -425,6 +445,9 @@ def mpeg_frames(read: Read, size: int) -> Frames | None:
         if found is None or found[1:] != first[1:]:
             header = read(at, 10)
             length = id3_length(header)
+            if header[0] == 0xFF and end - at < 4 and not tagged:
+                short = 4 - (end - at)
+                break
             after = at + length if length else _next_frame(read, at, min(end, at + _RESYNC), first[1:])
             if after < 0:
                 break  # something else behind the last frame

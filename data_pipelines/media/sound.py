@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -12,7 +14,19 @@ import soundfile
 import soxr
 
 from crab_jax.errors import InputError
-from data_pipelines.media.container import AGAIN, demuxed, opened, sound_stream, whole
+from data_pipelines.media import clock as clocks
+from data_pipelines.media import video as videos
+from data_pipelines.media.clock import FrameTimes, Holes, Stamp, Timing
+from data_pipelines.media.container import (
+    AGAIN,
+    decode_alone,
+    demuxed,
+    opened,
+    pictures_of,
+    sound_of,
+    sound_stream,
+    whole,
+)
 from data_pipelines.media.outline import SLACK, behind_tags, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
@@ -73,25 +87,60 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
     return np.concatenate([samples, every[len(samples) - (frames.whole * frames.samples - len(every)) :]])
 
 
-def _read_track(path: str) -> tuple[np.ndarray, int]:
-    """The audio track of a container that players play."""
+class _Track(NamedTuple):
+    """A decoded audio track: mono samples float32[N] at `rate`; first: when the first is heard on the file's clock, in
+    seconds, None for unknown; times: of the frames of the film that it belongs to, None where there is none."""
+
+    mono: np.ndarray
+    rate: int
+    first: Fraction | None
+    times: FrameTimes | None
+
+
+def _read_track(path: str | Path, timed: bool) -> _Track:
+    """The audio track of a container that players play; `timed`: with silence in its holes, and the times of the
+    pictures."""
     with opened(path, "audio") as container:
         stream = sound_stream(container, path)
+        pictures = pictures_of(container) if timed else None
+        times = videos.remembered_times(path) if pictures else None
+        stamps: list[Stamp] = []
         to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
+        holes, first, begun = _holes(container), None, False
 
         def take(frame: av.AudioFrame | None) -> None:
             if frame is not None:
                 mono.append(frame.to_ndarray().mean(axis=0))
 
-        for packet in demuxed(container, stream):
-            decoded: list[av.AudioFrame] = packet.decode()  # type: ignore[assignment]
-            for frame in (out for one in decoded for out in to_float.resample(one)):
-                frame.pts = None  # gaps in time are not filled
+        for packet in demuxed(container, stream, *([pictures] if pictures and times is None else [])):
+            if packet.stream is pictures:
+                stamps += videos.shown([packet])
+                continue
+            for frame in (out for decoded in stream.decode(packet) for out in to_float.resample(decoded)):
+                start = _heard(frame)
+                first, begun = first if begun else start, True
+                if timed and (silence := holes.before(start, frame.samples, frame.sample_rate)):
+                    take(waiting.read())
+                    mono.append(np.zeros(silence, np.float32))
+                frame.pts = None  # else the fifo takes a gap for an error
                 waiting.write(frame)
                 if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
                     take(waiting.read())
         take(waiting.read())
-        return np.concatenate(mono), stream.rate
+        if pictures and times is None:
+            times = videos.times_of(stamps, pictures)
+        return _Track(np.concatenate(mono), stream.rate, first, times)
+
+
+def _heard(frame: av.AudioFrame) -> Fraction | None:
+    """When a frame is heard on the clock of its file, in seconds; None for unknown."""
+    return frame.pts * frame.time_base if frame.pts is not None and frame.time_base else None
+
+
+def _holes(container: av.container.InputContainer) -> Holes:
+    """AVI has no times of sound: libav makes them up from the bytes, so what looks like a hole is none."""
+    return Holes(0 if container.format.name == "avi" else clocks.LONGEST, clocks.SPLICE if videos.splices(container)
+                 else clocks.LONGEST)
 
 
 def stated_seconds(path: str | Path) -> float:
@@ -105,12 +154,19 @@ def read_audio(path: str | Path) -> np.ndarray:
     """float32[N] mono at 16 kHz: the mean of the channels, then soxr HQ, as librosa.load does.
 
     What is WAV, FLAC, MP3 or Ogg by its content is read by libsndfile; from any other file (MP4, AAC, WebM) the audio
-    track is taken that players play.
+    track is taken that players play, from its first sample on, whatever its times: `clip_sound` puts it in step with
+    pictures.
     Raises InputError for a missing, damaged, truncated or empty file, and for one without an audio track.
     """
+    return _resampled(path, timed=False)[0]
+
+
+def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | None, FrameTimes | None]:
+    """float32[N] at 16 kHz, and the `first` and `times` of its `_Track`."""
     path = whole(path, "audio")
     sound = _read_soundfile(path) if _is_soundfile(behind_tags(path)) else None
-    mono, rate = sound or _read_track(path)
+    track = _Track(*sound, None, None) if sound else _read_track(path, timed)
+    mono, rate = track.mono, track.rate
     if rate < _LOWEST_RATE:
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     if not len(mono):
@@ -119,4 +175,68 @@ def read_audio(path: str | Path) -> np.ndarray:
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-    return mono.astype(np.float32, copy=False)
+    return mono.astype(np.float32, copy=False), track.first, track.times
+
+
+class Heard(NamedTuple):
+    """A sound and where it stands on the clock of its pictures. samples: float32[N] at 16 kHz from its first one on,
+    with silence in its holes; start: seconds from the first picture to it; seconds: those of the pictures, 0 for
+    unknown or none."""
+
+    samples: np.ndarray
+    start: float
+    seconds: float
+
+    def placed(self) -> np.ndarray:
+        """float32[N]: in step with the pictures, see `clock.place`."""
+        return clocks.place(self.samples, self.start, self.seconds, SAMPLE_RATE)
+
+    def remark(self) -> str:
+        """What `placed` does about the end of the sound, "" for nothing."""
+        end = len(self.samples) / SAMPLE_RATE + (self.start if abs(self.start) > clocks.START else 0.0)
+        if not self.seconds or abs(end - self.seconds) <= clocks.END:
+            return ""
+        lengths = f"the audio lasts {len(self.samples) / SAMPLE_RATE:.1f} s, but the video {self.seconds:.1f} s"
+        return f"{lengths}: {'the rest is filled with silence' if end < self.seconds else 'what is longer is cut off'}"
+
+
+def is_own(sound: str | Path, video: str | Path | None) -> bool:
+    """Whether a sound is the track of its own film, and not a file beside a `video`."""
+    return not video or os.path.abspath(sound) == os.path.abspath(video)
+
+
+def hear(path: str | Path, video: str | Path | None = None) -> Heard:
+    """The sound of a clip: the track of a film, or a file beside a `video`, which begins with its pictures.
+
+    Raises InputError as `read_audio` does, and as `read_video` for the `video`.
+    """
+    samples, first, times = _resampled(path, timed=True)
+    if not is_own(path, video):
+        return Heard(samples, 0.0, float(videos.video_times(str(video)).seconds))
+    if times is None or not times.ticks:
+        return Heard(samples, 0.0, 0.0)
+    start, _ = clocks.sound_start(first, len(samples) / SAMPLE_RATE, times)
+    return Heard(samples, start, float(times.seconds))
+
+
+def clip_sound(path: str | Path, video: str | Path | None = None, clock: str = "shown") -> np.ndarray:
+    """float32[N]: the sound of a clip at 16 kHz, in step with its pictures and as long as they are, see `clock.place`;
+    with the clock "counted" what `read_audio` gives. Raises InputError as `hear` does."""
+    return read_audio(path) if clock == "counted" else hear(path, video).placed()
+
+
+def timing(path: str | Path) -> Timing:
+    """The clock of a video file: its frames are not decoded, of its sound the first only. Raises InputError as
+    `read_video` does."""
+    times, first, sound = videos.video_times(path), None, None
+    with opened(path, "video") as container:
+        if (stream := sound_of(container)) is not None:
+            decode_alone(stream)
+            heard = next(container.decode(stream), None)
+            first = _heard(heard) if heard else None
+            length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+            sound = 0.0 if heard else None
+    odd = times.odd
+    if sound is not None:
+        sound, odd = clocks.sound_start(first, length, times)
+    return Timing(len(times.ticks), float(times.seconds), times.varies, sound, odd)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,13 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from crab_jax.errors import InputError
+from data_pipelines.media import clock as clocks
+from data_pipelines.media.clock import FrameTimes, Stamp
 from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened
+
+_TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT of libavformat
+_REMEMBERED = 64  # files whose times of frames are kept: the sound of a clip is read after its pictures
+_remembered: dict[tuple[str, int, int], FrameTimes] = {}
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
@@ -126,51 +132,110 @@ def _decode_needed(stream: av.VideoStream, packets: Sequence[av.Packet], decoded
     return picked
 
 
-def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], int]:
-    """The wanted frames, resized, by their place among all that are decoded, and how many those are."""
-    picked, number, scaler = {}, 0, VideoReformatter()
+def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], FrameTimes]:
+    """The wanted frames, resized, by their place among all that are decoded, and when those are shown."""
+    picked, stamps, scaler = {}, list[Stamp](), VideoReformatter()
     with opened(path, "video") as container:
-        for packet in demuxed(container, film_stream(container, path)):
-            for frame in packet.decode():
-                if number in wanted:
-                    picked[number] = _small(frame, size, scaler)
-                number += 1
-    return picked, number
+        stream = film_stream(container, path)
+        for packet in demuxed(container, stream):
+            for frame in stream.decode(packet):
+                if len(stamps) in wanted:
+                    picked[len(stamps)] = _small(frame, size, scaler)
+                stamps.append(stamp(frame))
+        return picked, times_of(stamps, stream)
 
 
-def frame_numbers(total: int, count: int) -> list[int]:
-    """The numbers of the frames that are taken of a video of `total`: i * total // n for each of n = min(count, total).
+def read_video(path: str | Path, count: int, size: int, clock: str = "shown") -> np.ndarray:
+    """uint8[n, size, size, 3]: the RGB frames that are shown at i / count of a video, aspect ratio ignored.
 
-    The reference's `np.arange(0, total, total / n).astype(int)` is the same for every length below 4,000.
+    n is `count`, but no more than a video of a constant rate has. With the clock "counted" they are the frames
+    i * total // n of all. See `clock.chosen`. Source: dataset/video_processor.py (decord, which resizes while
+    decoding); docs/datasets.md has the tolerance. Raises InputError for a missing, damaged or truncated file, one
+    without a video stream, and one without frames.
     """
-    taken = min(count, total)
-    return [i * total // taken for i in range(taken)]
+    return _read(path, lambda times: clocks.chosen(times, count, clock), size)
 
 
-def read_video(path: str | Path, count: int, size: int) -> np.ndarray:
-    """uint8[min(count, n), size, size, 3]: RGB frames i * n / count of the n frames of a video, aspect ratio ignored.
+def read_moment(path: str | Path, part: int, parts: int, size: int) -> np.ndarray:
+    """uint8[size, size, 3]: the RGB frame that is shown at `part` / `parts` of a video. Raises InputError as
+    `read_video` does."""
+    return _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)[0]
 
-    All its coded frames are held (opening a file twice costs more), and only what those frames need is decoded; `watch`
-    finds damage anywhere. Source: dataset/video_processor.py (decord, which resizes while decoding); docs/datasets.md
-    has the tolerance. Raises InputError for a missing, damaged or truncated file, one without a video stream, and one
-    without frames.
+
+def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int) -> np.ndarray:
+    """uint8[n, size, size, 3]: the frames whose numbers `choose` gives.
+
+    All coded frames of the file are held (opening it twice costs more), and only what those frames need is decoded;
+    `watch` finds damage anywhere.
     """
     with opened(path, "video") as container:
         stream = film_stream(container, path)
         packets, total = _packets(container, stream)
         declared = _declared(container, stream, len(packets), len(packets) - total)
-        numbers = frame_numbers(total, count)
+        times = times_of(shown(packets), stream)
+        numbers = choose(times)
         if total >= 0.9 * declared and (needed := _needed(packets, numbers)):
             picked = _decode_needed(stream, packets, *needed, size)
-            if numbers and len(picked) == len(numbers):
+            if numbers and len(picked) == len(set(numbers)):
+                _remember(path, times)
                 return np.stack([picked[number] for number in numbers])
     while True:  # what the container says is off: decode everything, and choose again from what there is
-        numbers = frame_numbers(total, count)
-        picked, decoded = _decode_all(path, set(numbers), size)
-        _check_frames(decoded, declared, path)
-        if decoded == total:
+        picked, found = _decode_all(path, set(numbers), size)
+        _check_frames(len(found.ticks), declared, path)
+        if len(found.ticks) == len(times.ticks) and all(number in picked for number in numbers):
+            _remember(path, times)
             return np.stack([picked[number] for number in numbers])
-        total = decoded
+        times = found
+        numbers = choose(times)
+
+
+# When frames are shown.
+
+def times_of(stamps: Iterable[Stamp], stream: av.VideoStream) -> FrameTimes:
+    """The times of the shown frames of a stream, in the order of the file."""
+    rate = stream.average_rate or stream.guessed_rate
+    return clocks.frame_times([*stamps], stream.time_base, rate, splices(stream.container))
+
+
+def shown(packets: Iterable[av.Packet]) -> list[Stamp]:
+    """What the container says of the frames of packets that are not hidden."""
+    return [stamp(packet) for packet in packets if packet.size and not packet.is_discard]
+
+
+def stamp(coded: av.Packet | av.VideoFrame) -> Stamp:
+    """What the container says of a frame."""
+    return Stamp(coded.pts, coded.dts if isinstance(coded, av.Packet) else coded.pts, coded.duration or 0)
+
+
+def splices(container: av.container.Container) -> bool:
+    """Whether times may start anew in the middle of such a file, as in MPEG streams that were put behind each other."""
+    return bool(container.format.flags & _TS_DISCONT)
+
+
+def video_times(path: str | Path) -> FrameTimes:
+    """When the frames of a video are shown, without decoding them. Raises InputError as `read_video` does."""
+    if (known := remembered_times(path)) is None:
+        with opened(path, "video") as container:
+            stream = film_stream(container, path)
+            known = times_of(shown(container.demux(stream)), stream)
+        _remember(path, known)
+    return known
+
+
+def _key(path: str | Path) -> tuple[str, int, int]:
+    found = os.stat(path)
+    return os.path.abspath(path), found.st_mtime_ns, found.st_size
+
+
+def remembered_times(path: str | Path) -> FrameTimes | None:
+    """The times of a file that was read lately."""
+    return _remembered.get(_key(path)) if os.path.isfile(path) else None
+
+
+def _remember(path: str | Path, times: FrameTimes) -> None:
+    if len(_remembered) >= _REMEMBERED:
+        _remembered.clear()
+    _remembered[_key(path)] = times
 
 
 def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
@@ -193,20 +258,17 @@ class Watched(NamedTuple):
 
 def watch(path: str | Path) -> Watched:
     """Decode every frame of a video and keep none. Raises InputError as `read_video` does."""
-    frames = damaged = packets = hidden = 0
-    begin, end = math.inf, -math.inf
-    size = (0, 0)
+    damaged = packets = hidden = 0
+    stamps, size = list[Stamp](), (0, 0)
     with opened(path, "video") as container:
         stream = film_stream(container, path)
         for packet in demuxed(container, stream):
             packets, hidden = packets + bool(packet.size), hidden + packet.is_discard
-            for frame in packet.decode():
-                if not frames:
+            for frame in stream.decode(packet):
+                if not stamps:
                     size = (frame.height, frame.width) if _quarter_turns(frame) % 2 else (frame.width, frame.height)
-                frames, damaged = frames + 1, damaged + frame.is_corrupt
-                if frame.pts is not None and frame.time_base:
-                    tick = float(frame.time_base)
-                    begin, end = min(begin, frame.pts * tick), max(end, (frame.pts + (frame.duration or 0)) * tick)
-        declared = _declared(container, stream, packets, hidden)
-    _check_frames(frames, declared, path)
-    return Watched(frames, damaged, max(0.0, end - begin), size)
+                damaged += frame.is_corrupt
+                stamps.append(stamp(frame))
+        declared, times = _declared(container, stream, packets, hidden), times_of(stamps, stream)
+    _check_frames(len(stamps), declared, path)
+    return Watched(len(stamps), damaged, float(times.seconds), size)

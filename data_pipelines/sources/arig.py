@@ -2,14 +2,17 @@
 
 Crab's own `v1s_grounding_samples.json` was not published; as far as it is known it holds the same: one entry per
 picture with a mask, the first and the last column and row of its foreground at 224 x 224 (so the far edge is inclusive,
-as in the public s4_box.json), and pictures without foreground are left out.
+as in the public s4_box.json), and pictures without foreground are left out. Where that file lies in place of
+metadata.csv, its boxes are read.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -17,25 +20,57 @@ from crab_jax.errors import InputError
 from crab_jax.tasks import arig
 from data_pipelines import media
 from data_pipelines.examples import Example
-from data_pipelines.sources.avsbench import Clip, s4_clips, semantic_clips
-from data_pipelines.sources.release import Found, Release
+from data_pipelines.sources.avsbench import SPLITS, Clip, object_names, s4_clips, semantic_clips
+from data_pipelines.sources.release import Found, Release, Row, each, safe_name
 
 Box = tuple[int, int, int, int]
+LIST, NOWHERE = "v1s_grounding_samples.json", 1000
+_FRAME = re.compile(r"(?:^|/)v1s/([^/]+)/frames/([0-4])\.jpg$")  # behind a folder of another machine
 
 
 def read(release: Release, split: str, variant: str, part: str = "semantic") -> Iterator[Found]:
     """Examples of task `arig`; meta: object, box, video. part: "semantic" (v1s, as Crab) or "object" (S4)."""
+    if part == "semantic" and release.kind(LIST) and not release.kind("metadata.csv"):
+        yield from each(release.records(LIST), lambda row: _listed(release, row, split, variant))
+        return
     clips = s4_clips(release, split) if part == "object" else semantic_clips(release, split, "v1s", "labels_semantic")
     for clip, second, found in _boxes(release, clips):
         if isinstance(found, InputError):
             yield found
         elif found and isinstance(clip, Clip):
-            name = " and ".join(clip.objects)
-            yield Example(
-                id=f"{clip.uid}-{second}", task="arig", instruction=arig.instruction(variant),
-                target=arig.target(name, found), image=clip.frames[second], audio=clip.audio, second=second,
-                windows="one_of_five" if variant == "quick" else "five",
-                meta={"object": name, "box": list(found), "video": clip.uid, "row": clip.row.place})
+            yield _example(clip, second, found, variant)
+
+
+def _example(clip: Clip, second: int, box: Box, variant: str) -> Example:
+    name = " and ".join(clip.objects)
+    return Example(
+        id=f"{clip.uid}-{second}", task="arig", instruction=arig.instruction(variant),
+        target=arig.target(name, box) if name else "", image=clip.frames[second], audio=clip.audio, second=second,
+        windows="one_of_five" if variant == "quick" else "five",
+        meta={"object": name, "box": list(box), "video": clip.uid, "row": clip.row.place})
+
+
+def _listed(release: Release, row: Row, split: str, variant: str) -> Iterator[Example]:
+    """The Example of one entry of Crab's list, in `split` and with foreground (its x1 is 1000 without)."""
+    if row.one_of("split", SPLITS) != split:
+        return
+    found = _FRAME.search(row.text("frame_path"))
+    if not found or not safe_name(found[1]):
+        raise row.error("frame_path", f"is {row.text('frame_path')!r:.80}", "must end in v1s/<uid>/frames/<0..4>.jpg")
+    corners: list[Any] = [row.values.get(field) for field in ("top_left", "bottom_right")]
+    if not all(isinstance(corner, list) and len(corner) == 2 for corner in corners):
+        raise row.error("top_left", f"is {corners[0]!r:.40}", "must be [x, y], as bottom_right")
+    places = Row(row.base, row.place, dict(zip(("x1", "y1", "x2", "y2"), corners[0] + corners[1], strict=True)))
+    if places.values["x1"] == NOWHERE:
+        return
+    x1, y1, x2, y2 = (places.integer(field, 0, arig.SIZE) for field in places.values)
+    if x1 > x2 or y1 > y2:
+        raise row.error("bottom_right", f"is {corners[1]}, before {corners[0]}", "give the corners in order")
+    at = release.inside(f"v1s/{found[1]}", row.where, "frame_path")
+    if not (objects := object_names(row.values.get("a_obj"))):
+        release.note(row.where, "a_obj", f"is {row.values.get('a_obj')!r:.60}, which names no known object")
+    clip = Clip(found[1], objects, tuple(f"{at}/frames/{k}.jpg" for k in range(5)), (), f"{at}/audio.wav", row)
+    yield _example(clip, int(found[2]), (x1, y1, x2, y2), variant)
 
 
 def _boxes(release: Release, clips: Iterable[Clip | InputError]

@@ -3,7 +3,9 @@
     dataset/{train,val,test}.csv      audiocap_id,youtube_id,start_time,caption (CRLF), here or in dataset/
     data/<audiocap_id>.wav            any of a clip's ids will do: val and test clips have five captions each
 
-The released code reads `train.json` and `val.json` with the same fields, which no project publishes; they are read too.
+The released code of Crab reads `train.json` and `val.json` with these fields, but for youtube_id, which no project
+publishes; they are read too. Without youtube_id each caption is a clip of its own, as it is there. It trains on both:
+split "train+val".
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from crab_jax.errors import InputError
 from crab_jax.tasks.placeholders import AUDIO
 from data_pipelines.examples import Example
-from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row
+from data_pipelines.sources.release import Found, Release, Row
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 _PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
@@ -24,24 +26,38 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
     The windows are tenths of the clip: seconds of one of ten seconds.
     """
-    clips: dict[tuple[str, int], list[Row]] = {}
+    clips: dict[str, list[Row]] = {}
+    seen: set[int] = set()
     name = release.annotation(f"dataset/{split}.csv", f"{split}.csv", f"{split}.json")
-    for row in release.records(name) if name.endswith(".json") else release.table(name, COLUMNS):
+    listed = name.endswith(".json")
+    for row in release.records(name, "audiocap_id") if listed else release.table(name, COLUMNS):
         try:
             if isinstance(row, InputError):
                 raise row
-            if not row.text("caption").strip():
-                raise row.error("caption", "is empty", "restore the row from the release")
-            row.integer("audiocap_id", 0, 10**9)
-            clip = (row.matching("youtube_id", YOUTUBE_ID, "r1nicOVtvkQ")[0], row.integer("start_time", 0, 10**6))
-            clips.setdefault(clip, []).append(row)
+            row.words("caption")
+            if (number := row.integer("audiocap_id", 0, 10**9)) in seen:
+                raise row.error("audiocap_id", f"duplicate id {number}", "keep one of the rows")
+            seen.add(number)
+            clips.setdefault(_clip(row, listed), []).append(row)
         except InputError as error:
             yield error
-    for (video, start), rows in clips.items():
+    for clip, rows in clips.items():
         names = [f"data/{row.integer('audiocap_id', 0, 10**9)}.wav" for row in rows]
         audio = next((name for name in names if release.kind(name)), names[0])
-        captions = [row.text("caption").strip() for row in rows]
+        captions = [row.words("caption") for row in rows]
         yield Example(
-            id=f"{video}_{start}", task="avcap", instruction=_PROMPT, target=captions[0],
+            id=clip, task="avcap", instruction=_PROMPT, target=captions[0],
             audio=release.inside(audio, rows[0].where, "audiocap_id"),
-            meta={"captions": captions, "video": video, "row": rows[0].place})
+            meta={"captions": captions, "video": _video(rows[0], listed) or clip, "row": rows[0].place})
+
+
+def _video(row: Row, listed: bool) -> str:
+    """The YouTube id; "" where a list of Crab's has none."""
+    return "" if listed and row.values.get("youtube_id") is None else row.name("youtube_id", "r1nicOVtvkQ")
+
+
+def _clip(row: Row, listed: bool) -> str:
+    """What names the clip of a row: its video and start."""
+    if not (video := _video(row, listed)):
+        return str(row.integer("audiocap_id", 0, 10**9))
+    return f"{video}_{row.integer('start_time', 0, 10**6)}"

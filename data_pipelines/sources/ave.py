@@ -3,7 +3,9 @@
     Annotations.txt  trainSet.txt  valSet.txt  testSet.txt  AVE/<VideoID>.mp4
 
 Split files hold `Category&VideoID&Quality&StartTime&EndTime`, with or without that header. The end second is exclusive.
-A video with two events is two rows, some of them in different splits; a row, not a video, is a sample.
+A video with two events is two rows, some of them in different splits; a row, not a video, is a sample. Instead of them
+Crab's lists are read, `[valid_]<split>_samples.json` of {event, vid, start_time, end_time}; its audio_data/<vid>.mp3 is
+heard where it lies there.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 
 from crab_jax.tasks import ave
 from data_pipelines.examples import Example
-from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row, each
+from data_pipelines.sources.release import Found, Release, Row, each, sample_lists
 
 # The official order: class index 0..27 (28 is background).
 CATEGORIES = (
@@ -21,21 +23,27 @@ CATEGORIES = (
     "Shofar", "Motorcycle", "Acoustic guitar", "Train horn", "Clock", "Banjo", "Goat", "Baby cry, infant cry", "Bus",
     "Chainsaw", "Cat", "Horse", "Toilet flush", "Rodents, rats, mice", "Accordion", "Mandolin")
 COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
+SAMPLE = ("event", "vid", "start_time", "end_time")  # the same of Crab's lists
 FILES = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     """Examples of task `ave`; meta: event, start, end, video."""
 
+    name = release.annotation(FILES[split], *sample_lists(split, "ave_data"))
+    listed = name.endswith(".json")
+    category, clip, starts, ends = SAMPLE if listed else (*COLUMNS[:2], *COLUMNS[3:])
+
     def examples(row: Row) -> Iterator[Example]:
-        event, video = row.one_of("Category", CATEGORIES), row.matching("VideoID", YOUTUBE_ID, "RUhOCu3LNXM")[0]
-        start, end = row.integer("StartTime", 0, ave.SECONDS), row.integer("EndTime", 0, ave.SECONDS)
+        event, video = row.one_of(category, CATEGORIES), row.name(clip, "RUhOCu3LNXM")
+        start, end = row.integer(starts, 0, ave.SECONDS), row.integer(ends, 0, ave.SECONDS)
         if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: all background
-            raise row.error("EndTime", f"the event lasts from {start} to {end}", "the end must come after the start")
+            raise row.error(ends, f"the event lasts from {start} to {end}", "the end must come after the start")
         yield Example(
             id=f"{video}-{CATEGORIES.index(event)}", task="ave", instruction=ave.instruction(variant),
-            target=ave.target(event, start, end), video=release.inside(f"AVE/{video}.mp4", row.where, "VideoID"),
+            target=ave.target(event, start, end), video=release.inside(f"AVE/{video}.mp4", row.where, clip),
+            audio=release.sound(video),
             meta={"event": event, "start": start, "end": end, "video": video, "row": row.place})
 
-    name = release.annotation(FILES[split])
-    return each(release.table(name, COLUMNS, "&", quoted=False, header=None), examples)
+    return each(release.records(name) if listed else release.table(name, COLUMNS, "&", quoted=False, header=None),
+                examples)

@@ -4,7 +4,9 @@
     data/json/avqa-{train,val,test}.json            as first published, 55 questions of test twice with other answers
     videos/<video_id>.mp4                           or MUSIC-AVQA-videos-Real/, MUCIS-AVQA-videos-Synthetic/
 
-`type` and `templ_values` are JSON lists inside of text, and the answer's field is spelled `anser`.
+`type` and `templ_values` are JSON lists inside of text, and the answer's field is spelled `anser`. Instead of them
+Crab's lists are read, `[valid_]<split>_samples.json`, whose `type` is a list and whose `question` is filled, and its
+audio_data/<video_id>.mp3.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from crab_jax.tasks import avqa
 from crab_jax.tasks.text import normalise
 from data_pipelines.examples import Example
-from data_pipelines.sources.release import Found, Release, Row, each
+from data_pipelines.sources.release import Found, Release, Row, each, sample_lists
 
 ANSWERS = (
     "two", "cello", "congas", "zero", "no", "pipa", "six", "yes", "one", "four", "three", "seven", "five", "ukulele",
@@ -26,7 +28,7 @@ ANSWERS = (
     "eight", "flute", "simultaneously", "trumpet", "erhu", "xylophone", "tuba", "suona")
 FOLDERS = ("videos", "video_data", "MUSIC-AVQA-videos-Real", "MUCIS-AVQA-videos-Synthetic",  # (sic)
            "MUSIC-AVQA-videos-Synthetic")
-_VIDEO = re.compile(r"[a-z]{0,3}[0-9]{8}")
+_DIGITS = 8  # of a real video's name
 _SLOT = re.compile(r"<[^<>]*>")
 
 
@@ -38,24 +40,30 @@ def read(release: Release, split: str, variant: str, annotations: str = "json_up
     times: Counter[int] = Counter()
 
     def examples(row: Row) -> Iterator[Example]:
-        video = row.matching("video_id", _VIDEO, "00000093 or va00000093")[0]
+        video = row.name("video_id", "00000093 or va00000093")
         number = row.integer("question_id", 0, 10**9)
+        path = release.pick(f"{video}.mp4", *FOLDERS)
+        if video.isdecimal() and len(video) < _DIGITS and not release.kind(path):
+            raise row.error("video_id", f"is {video!r}: its leading zeros are lost", f"write it as {video:0>{_DIGITS}}")
         kind = _listed(row, "type", 2)
         if "_".join(normalise(" ".join(kind)).split()) not in avqa.SUBTYPES:
             raise row.error("type", f"unknown value {kind}", f"use one of {', '.join(avqa.SUBTYPES)}")
-        question = fill(row)
-        answer = row.one_of("anser", ANSWERS)
+        question = row.words("question") if listed else fill(row)
+        answer = row.one_of("answer" if listed else "anser", ANSWERS)
         times[number] += 1
         again = f".{times[number]}" if annotations == "json" and times[number] > 1 else ""
         yield Example(
             id=f"{number}{again}", task="avqa", instruction=avqa.instruction(variant, question=question),
             target=avqa.target(answer), windows="music_avqa",
-            video=release.inside(release.pick(f"{video}.mp4", *FOLDERS), row.where, "video_id"),
+            video=release.inside(path, row.where, "video_id"), audio=release.sound(video),
             meta={"answer": answer, "type": kind, "question": question, "video": video, "question_id": number,
                   "row": row.place})
 
     name = f"{annotations}/avqa-{split}.json"
-    return each(release.records(release.annotation(f"data/{name}", name)), examples)
+    lists = sample_lists(split, "music_avqa_data") if annotations == "json_update" else ()
+    name = release.annotation(f"data/{name}", name, *lists)
+    listed = name in lists
+    return each(release.records(name, "question_id"), examples)
 
 
 def fill(row: Row) -> str:
@@ -71,12 +79,14 @@ def fill(row: Row) -> str:
 
 
 def _listed(row: Row, field: str, length: int | None = None) -> list[str]:
-    """A list of texts that is written as JSON inside of a text."""
-    try:
-        values = json.loads(row.text(field))
-    except (ValueError, RecursionError):
-        values = None
+    """A list of texts, mostly written as JSON inside of a text."""
+    values = row.values.get(field)
+    if not isinstance(values, list):
+        try:
+            values = json.loads(row.text(field))
+        except (ValueError, RecursionError):
+            values = None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or (
             length is not None and len(values) != length):
-        raise row.error(field, f"is {row.text(field)!r:.60}", 'must be a JSON list of texts, such as ["Audio", ...]')
+        raise row.error(field, f"is {row.values[field]!r:.60}", 'must be a JSON list of texts, such as ["Audio", ...]')
     return values

@@ -13,20 +13,21 @@ Object release (what most AVS papers use for S4 and MS3; its masks differ, most 
     Multi-sources/ms3_meta_data.csv   Multi-sources/ms3_data/{audio_wav,gt_masks}/<split>/..., visual_frames/...
 
 Pictures of both are taken once a second; in the train split of S4 only the first one has a mask. The pixel value of a
-semantic mask is the class id 0..70, which is label2idx.json's number less one.
+semantic mask is the class id 0..70, which is label2idx.json's number less one. Instead of metadata.csv Crab's lists are
+read, `{s4,ms3,avss}_samples.json` of {uid, a_obj, split, label}.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.examples import Example
-from data_pipelines.sources.release import YOUTUBE_ID, Found, Release, Row, each
+from data_pipelines.sources.release import Found, Release, Row, each
 
 S4_CATEGORIES = (
     "baby_laughter", "female_singing", "male_speech", "dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop",
@@ -36,12 +37,18 @@ S4_CATEGORIES = (
 SPLITS = ("train", "val", "test")
 SECONDS = {"v1s": 5, "v1m": 5, "v2": 10}
 PARTS = {"s4": "v1s", "ms3": "v1m", "avss": "v2"}  # of the semantic release; Crab reads AVSS from v2 alone
-_UID = re.compile(r"[A-Za-z0-9_-]{11}(?:_[0-9]+){0,2}")
+LISTS = {part: task for task, part in PARTS.items()}
+_WORDS = re.compile(r"[^a-z0-9]+")
+# The words of each name of an object, to the name.
+_OBJECTS = {tuple(_WORDS.split(name)): name for name in (*(name.replace("_", " ") for name in S4_CATEGORIES), *CLASSES)}
 _WINDOWS = {5: ("five", "one_of_five"), 10: ("ten", "one")}  # by seconds: of a whole clip, of one picture
 
 
 class Clip(NamedTuple):
-    """One clip: a picture a second, masks of the first len(masks) of them. Paths are relative to the data root."""
+    """One clip: a picture a second, masks of the first len(masks) of them. Paths are relative to the data root.
+
+    objects: empty where the annotation does not tell them.
+    """
 
     uid: str
     objects: list[str]
@@ -95,22 +102,36 @@ def semantic_clips(release: Release, split: str, part: str, masks: str) -> Itera
     def clips(row: Row) -> Iterator[Clip]:
         # Both are checked for every row, so that a misspelt one cannot leave a split unnoticed.
         if (row.one_of("split", SPLITS), row.one_of("label", tuple(SECONDS))) == (split, part):
-            uid = row.matching("uid", _UID, "_4R3qHn1n50_0_5000")[0]
+            uid = row.name("uid", "_4R3qHn1n50_0_5000")
+            if not (objects := object_names(row.values.get("a_obj"))):
+                problem = f"is {row.values.get('a_obj')!r:.60}, which names no known object"
+                release.note(row.where, "a_obj", f"{problem}: the clip has masks and no answer to learn")
             seconds = range(SECONDS[part])
             labelled = range(1) if part == "v1s" and split == "train" else seconds
             at = release.inside(f"{part}/{uid}", row.where, "uid")
-            yield Clip(uid, object_names(row), tuple(f"{at}/frames/{k}.jpg" for k in seconds),
+            yield Clip(uid, objects, tuple(f"{at}/frames/{k}.jpg" for k in seconds),
                        tuple(f"{at}/{masks}/{k}.png" for k in labelled), f"{at}/audio.wav", row)
 
-    yield from each(release.table(release.annotation("metadata.csv"), ("uid", "a_obj", "split", "label")), clips)
+    name = release.annotation("metadata.csv", f"{LISTS[part]}_samples.json")
+    yield from each(release.records(name, "uid") if name.endswith(".json") else
+                    release.table(name, ("uid", "a_obj", "split", "label")), clips)
 
 
-def object_names(row: Row) -> list[str]:
-    """The sounding objects of a row: class names joined by `_`, or one category of S4."""
-    text = row.text("a_obj")
-    if all(name in CLASSES for name in text.split("_")):
-        return text.split("_")
-    return [row.one_of("a_obj", S4_CATEGORIES).replace("_", " ")]
+def object_names(value: Any) -> list[str]:
+    """The sounding objects of an `a_obj`: names of classes or of categories of S4, joined by `_` as in the release or
+    by any other signs. Empty where any part of it is another word, a number or nothing."""
+    said = ",".join(map(str, value)) if isinstance(value, list) else value
+    if not isinstance(said, str):
+        return []
+    words = tuple(word for word in _WORDS.split(said.lower()) if word and word != "and")
+    names: list[str] = []
+    while words:
+        length = next((n for n in range(min(5, len(words)), 0, -1) if words[:n] in _OBJECTS), 0)
+        if not length:
+            return []
+        names.append(_OBJECTS[words[:length]])
+        words = words[length:]
+    return names
 
 
 def check_classes(release: Release) -> None:
@@ -129,7 +150,7 @@ def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
 
     def clips(row: Row) -> Iterator[Clip]:
         if row.one_of("split", SPLITS) == split:
-            clip, category = row.matching("name", YOUTUBE_ID, "-_wznbUu3DY")[0], row.one_of("category", S4_CATEGORIES)
+            clip, category = row.name("name", "-_wznbUu3DY"), row.one_of("category", S4_CATEGORIES)
             yield _object_clip(release, row, clip, category.replace("_", " "), "Single-source/s4_data",
                                f"{split}/{category}/", f"{split}/{category}/", clip, 1 if split == "train" else 5)
 
@@ -142,7 +163,7 @@ def ms3_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
 
     def clips(row: Row) -> Iterator[Clip]:
         if row.one_of("split", SPLITS) == split:
-            clip = row.matching("video_id", _UID, "3vheOi4y540_1")[0]
+            clip = row.name("video_id", "3vheOi4y540_1")
             yield _object_clip(release, row, clip, "", "Multi-sources/ms3_data", f"{split}/", "", f"{clip}.mp4", 5)
 
     yield from each(release.table(name, ("video_id", "split")), clips)

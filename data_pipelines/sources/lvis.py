@@ -3,7 +3,8 @@
     lvis_v1_train.json  lvis_v1_val.json      here or in annotations/
     train2017/<12 digits>.jpg  val2017/...    the last two parts of an image's coco_url (val lies in both folders)
 
-Prompt and answer: dataset/pretrain_dataset.py, which keeps objects of at least 1000 pixels.
+Prompt and answer: dataset/pretrain_dataset.py, which keeps objects of at least 1000 pixels. Instead of the annotations
+Crab's list is read, `<split>_samples.json` of {id, image_id, name, def, area}, and its masks in binary_mask/<id>.png.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
     Masks are run-length codes inside of the Example; there is one prompt.
     """
-    name = release.annotation(f"lvis_v1_{split}.json", f"annotations/lvis_v1_{split}.json")
+    name = release.annotation(f"lvis_v1_{split}.json", f"annotations/lvis_v1_{split}.json", f"{split}_samples.json")
+    if name == f"{split}_samples.json":
+        yield from each(release.records(name), lambda row: _listed(release, row))
+        return
     content = release.json(name)
     parts: dict[str, list[Any]] = {}
     for key in ("images", "categories", "annotations"):
@@ -39,21 +43,14 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     images, categories = _by_id(parts["images"]), _by_id(parts["categories"])
 
     def examples(row: Row) -> Iterator[Example]:
-        if not isinstance(area := row.values.get("area"), int | float) or not np.isfinite(area):
-            raise row.error("area", f"is {area!r:.40}", "must be a number")
-        if area < SMALLEST:
+        if _small(row):
             return
         image = _lookup(row, "image_id", images)
         category = _lookup(row, "category_id", categories)
         picture = "/".join(image.text("coco_url").split("/")[-2:])
         size = image.integer("height", 1, 10**5), image.integer("width", 1, 10**5)
-        prompt = f"{IMAGE}Please segment out the object that corresponding to the {category.text('name')}, " \
-                 f"{category.text('def')} in the image."
-        yield Example(
-            id=str(row.integer("id", 0, 10**12)), task="s4", instruction=prompt, target=f"It is {MASK}",
-            image=release.inside(picture, image.where, "coco_url"), windows="none", mask_kind="binary",
-            mask=inline_mask(rasterise(row, *size)),
-            meta={"objects": [category.text("name")], "video": str(row.values["image_id"]), "row": row.place})
+        yield _example(row, category, release.inside(picture, image.where, "coco_url"),
+                       inline_mask(rasterise(row, *size)))
 
     def _lookup(row: Row, field: str, table: Mapping[int, Any]) -> Row:
         number = row.integer(field, 0, 10**12)
@@ -61,7 +58,32 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
             raise row.error(field, f"unknown {field} {number}", "use the annotation file as released")
         return Row(release.base, f"{name}:{field} {number}", table[number])
 
-    yield from each(release.records(f"{name}:annotations", parts["annotations"]), examples)
+    yield from each(release.records(f"{name}:annotations", items=parts["annotations"]), examples)
+
+
+def _small(row: Row) -> bool:
+    if not isinstance(area := row.values.get("area"), int | float) or not np.isfinite(area):
+        raise row.error("area", f"is {area!r:.40}", "must be a number")
+    return area < SMALLEST
+
+
+def _example(row: Row, category: Row, image: str, mask: str) -> Example:
+    name = category.text("name")
+    prompt = f"{IMAGE}Please segment out the object that corresponding to the {name}, {category.text('def')} " \
+             "in the image."
+    return Example(
+        id=str(row.integer("id", 0, 10**12)), task="s4", instruction=prompt, target=f"It is {MASK}", image=image,
+        windows="none", mask_kind="binary", mask=mask,
+        meta={"objects": [name], "video": str(row.values["image_id"]), "row": row.place})
+
+
+def _listed(release: Release, row: Row) -> Iterator[Example]:
+    """The Example of one entry of Crab's list."""
+    if _small(row):
+        return
+    image = f"train2017/{row.integer('image_id', 0, 10**12):012d}.jpg"
+    mask = f"binary_mask/{row.integer('id', 0, 10**12)}.png"
+    yield _example(row, row, release.inside(image, row.where, "image_id"), release.inside(mask, row.where, "id"))
 
 
 def _by_id(items: list[Any]) -> dict[int, Mapping[str, Any]]:

@@ -1,6 +1,10 @@
 """The users' own data: `<split>.jsonl`, one Example a line (docs/architecture.md), paths relative to the file's folder.
 
 Beyond what an Example holds, `frames` may name a folder: its pictures in the order of the numbers in their names.
+
+Instead of it a list of samples as that of Crab's quick start is read, `<split>.json` or for test `samples.json`:
+[{"task", "video_path" or "image_path", "audio_path", "question", "exp", "idx", "mask_path"}, ...]. It has prompts of
+their own and no answers.
 """
 
 from __future__ import annotations
@@ -8,26 +12,41 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 from crab_jax.errors import InputError
-from data_pipelines.examples import Example, from_json, json_line
+from crab_jax.tasks import TASKS
+from data_pipelines.examples import TASK_NAMES, Example, from_json, json_line
 from data_pipelines.media import INLINE_MASK
-from data_pipelines.sources.release import Found, MissingFile, Release, Row
+from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 PATHS = ("video", "image", "audio", "seg_image", "mask")
+SAMPLES = "samples.json"
+_FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # of a prompt
+# Of the quick start's prompts; "ten" of the other tasks.
+_WINDOWS = {"avqa": "music_avqa", "arig": "one_of_five", "s4": "one_of_five", "ms3": "one_of_five", "avss": "one"}
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     """The Examples as they are written; they hold their prompts, so `variant` changes nothing."""
-    name = release.annotation(f"{split}.jsonl")
+    name = release.annotation(*files(split))
+    if name.endswith(".json"):
+        yield from each(release.records(name), lambda row: _sample(release, row))
+        return
     for number, line in enumerate(release.lines(name), 1):
         if line.strip():
             try:
+                release.check_line(name, number, line)
                 yield _example(release, line, Row(release.base, f"{name}:{number}", {}))
             except InputError as error:
                 yield error
+
+
+def files(split: str) -> tuple[str, ...]:
+    """The names under which a split may lie, the first of them that is there is read."""
+    return (f"{split}.jsonl", f"{split}.json", *((SAMPLES,) if split == "test" else ()))
 
 
 def _example(release: Release, line: str, row: Row) -> Example:
@@ -39,7 +58,35 @@ def _example(release: Release, line: str, row: Row) -> Example:
         field: release.inside(path, row.where, field)
         for field in PATHS if (path := getattr(example, field)) and not path.startswith(INLINE_MASK)}
     frames = tuple(release.inside(path, row.where, "frames") for path in example.frames)
+    if not isinstance(example.meta.get("one_of", ""), str):
+        raise row.error("meta", f"one_of is {example.meta['one_of']!r:.40}", "must be text, the same in all of a group")
     return dataclasses.replace(example, **paths, frames=frames, meta={**example.meta, "row": row.place})
+
+
+def _sample(release: Release, row: Row) -> Iterator[Example]:
+    """The Example of one entry of a list of the quick start: its prompt, and no target."""
+    task = TASKS[row.one_of("task", TASK_NAMES)]
+    paths: dict[str, Any] = {}
+    for field in ("video", "image", "audio", "mask"):
+        if row.values.get(f"{field}_path") is not None:
+            paths[field] = release.inside(row.text(f"{field}_path"), row.where, f"{field}_path")
+    asked: dict[str, Any] = {}
+    for field, named in (("question", "question"), ("expression", "exp")):
+        if field in _FIELDS.get(task.name, ()):
+            asked[field] = row.words(named)
+    second = None
+    if "image" in paths:
+        stem = PurePosixPath(paths["image"]).stem
+        second = row.integer("idx", 0, 9) if row.values.get("idx") is not None else int(stem) if stem.isdecimal() else 0
+    if task.mask_kind != "none":
+        asked["second"] = second or 0
+    source = paths.get("video") or paths.get("image")
+    if not source:
+        raise row.error("video_path", "is missing, and image_path too", "give one of them")
+    yield Example(
+        id=row.place.rpartition(" ")[2], task=task.name, instruction=task.instruction(variant="quick", **asked),
+        second=second, windows=_WINDOWS.get(task.name, "ten"), mask_kind=task.mask_kind if "mask" in paths else "none",
+        meta={**{k: v for k, v in asked.items() if k != "second"}, "row": row.place}, **paths)
 
 
 def pictures(release: Release, folder: str, row: Row) -> list[str]:

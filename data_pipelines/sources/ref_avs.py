@@ -20,7 +20,7 @@ from data_pipelines.sources.release import Found, Release, Row, each
 
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 UNUSED = "TODO"  # the split of 25 released rows
-_UID = re.compile(r"((?:null_[cm]-)?[A-Za-z0-9_-]{11}_[0-9]+_[0-9]+)_([a-z-]+)_[0-9]+")
+_UID = re.compile(r"(.+)_([a-z-]+)_[0-9]+")
 _NO_EXPRESSION = "G8YSz3L1R3M_75000_85000_boy_1"  # released with an error message of the labelling tool in its place
 _PARTS = {"test_s": "seen", "test_u": "unseen", "test_n": "null"}
 FRAMES = 10
@@ -33,13 +33,12 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     """
     def examples(row: Row) -> Iterator[Example]:
         part = row.one_of("split", (*SPLITS, UNUSED))
-        if part != split and not (split == "test" and part in _PARTS) or row.text("uid") == _NO_EXPRESSION:
+        if part != split and not (split == "test" and part in _PARTS) or row.text("uid").strip() == _NO_EXPRESSION:
             return
+        video = row.name("vid", "--KCIeTv6PM_14000_24000")
         uid = row.matching("uid", _UID, "--KCIeTv6PM_14000_24000_cat_1")
         folder, named = uid[1], "" if uid[2] == "null" else uid[2]
-        fid, expression = row.integer("fid", 0, 10**4), " ".join(row.text("exp").split())
-        if not expression:
-            raise row.error("exp", "is empty", "restore the row from the release")
+        fid, expression = row.integer("fid", 0, 10**4), " ".join(row.words("exp").split())
         at = release.inside(f"media/{folder}", row.where, "uid")
         masks = f"gt_mask/{folder}/fid_{fid}"
         frames = tuple(f"{at}/frames/{k}.jpg" for k in range(FRAMES))
@@ -55,7 +54,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
                 audio=f"{at}/audio.wav", windows="ten", second=second,
                 mask=EMPTY_MASK if absent else release.inside(f"{masks}/{second:05d}.png", row.where, "fid"),
                 mask_kind="binary",
-                meta={"expression": expression, "object": named, "video": row.text("vid"), "uid": uid[0],
+                meta={"expression": expression, "object": named, "video": video, "uid": uid[0],
                       "split": _PARTS.get(part, "seen") if named else "null", "one_of": line, "row": row.place})
 
     name = release.annotation("metadata.csv")

@@ -1,7 +1,8 @@
 """One dataset as its project publishes it: annotation files read row by row, media files found without leaving it.
 
 Every reader of this room is `read(release, split, variant) -> Iterator[Example | InputError]`: what is wrong with a row
-is yielded in its place, so that one pass can list every defect (`status`) or stop at the first (`datasets.read`).
+is yielded in its place, so that one pass can list every defect (`status`), skip what is malformed or stop at the first
+(`datasets.read`). What a person should know although nothing is wrong with a row goes into `Release.notes`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crab_jax.errors import InputError
-from data_pipelines.examples import Example, strict_json
+from data_pipelines.examples import Example, json_line, strict_json
 
 Found = Example | InputError
 T = TypeVar("T")
-YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+DELIMITERS = (",", "\t", ";", "&", "|")  # that programs put between cells when they save a table again
 _DRIVE = re.compile(r"[A-Za-z]:")
+_UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SCIENTIFIC = re.compile(r"-?[0-9]+(\.[0-9]+)?[eE]\+[0-9]+")  # how a spreadsheet writes a long number
+_UNDECODED = re.compile(r"[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
+_NOTHING = ("", "nan", "NaN", "<NA>", "None", "null", "NULL", "N/A", "#N/A")  # how a cell without a value is written
+_AGAIN = "copy the annotation file again"
+
+
+def safe_name(text: str) -> bool:
+    """Whether a text can name one file, in any script: not empty, no separator, no control character, not `..`."""
+    return bool(text.strip()) and text not in (".", "..") and not _UNSAFE.search(text)
 
 
 class MissingFile(InputError):
@@ -51,24 +62,48 @@ class Row:
             raise self.error(field, problem, "use the annotation file as released")
         return value
 
+    def words(self, field: str) -> str:
+        """A text that says something, without the white space around it."""
+        if (value := _plain(self.text(field))) in _NOTHING:
+            raise self.error(field, f"is empty ({value})" if value else "is empty", "restore the row from the release")
+        return value
+
+    def name(self, field: str, example: str) -> str:
+        """The name of a clip, which is also (part of) the name of its file."""
+        value = self.values.get(field)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise self.error(field, f"is the number {value}", f"write it as text, with its leading zeros: {example}")
+        value = _plain(self.text(field))
+        if _SCIENTIFIC.fullmatch(value):
+            raise self.error(field, f"is {value!r}, a name that a spreadsheet turned into a number",
+                             f"restore the row from the release; it must look like {example}")
+        if value in _NOTHING or not safe_name(value):
+            raise self.error(field, f"is {value!r:.60}",
+                             f"must look like {example}: the name of a file, without / or \\ or control characters")
+        return value
+
     def matching(self, field: str, pattern: re.Pattern[str], example: str) -> re.Match[str]:
-        """A text that is of one form, such as a clip's name; never one that leads to another folder."""
-        found = pattern.fullmatch(self.text(field))
-        if not found:
+        """A `name` that is of one form."""
+        if not (found := pattern.fullmatch(self.name(field, example))):
             raise self.error(field, f"is {self.text(field)!r:.60}", f"must look like {example}")
         return found
 
     def one_of(self, field: str, allowed: Sequence[str]) -> str:
-        """A text from a closed list."""
-        if (value := self.text(field)) not in allowed:
-            listed = ", ".join(allowed[:6]) + (", ..." if len(allowed) > 6 else "")
-            raise self.error(field, f"unknown value {value!r:.60}", f"use one of {listed}")
-        return value
+        """A text from a closed list; upper and lower case are the same where no two of the list differ by it."""
+        value = _plain(self.text(field))
+        if value in allowed:
+            return value
+        if allowed and all(choice.islower() for choice in allowed) and value.lower() in allowed:
+            return value.lower()
+        listed = ", ".join(allowed[:6]) + (", ..." if len(allowed) > 6 else "")
+        raise self.error(field, f"unknown value {value!r:.60}", f"use one of {listed}")
 
     def integer(self, field: str, low: int, high: int) -> int:
-        """A whole number in [low, high], written as a JSON number or in ASCII digits."""
+        """A whole number in [low, high]: a JSON number, or ASCII digits; `8.0` is one, as pandas writes it."""
         value = self.values.get(field)
-        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}", value):
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.0{1,6})?", value := _plain(value)):
+            value = int(value.partition(".")[0])
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise self.error(field, f"is {value!r:.60}", f"must be a whole number from {low} to {high}")
@@ -87,6 +122,11 @@ def each(rows: Iterable[Row | InputError], make: Callable[[Row], Iterable[T]]) -
             yield error
 
 
+def sample_lists(split: str, folder: str) -> tuple[str, ...]:
+    """Where a list of samples of the released code of Crab may lie: in the dataset's folder, or in data/`folder`."""
+    return tuple(f"{at}{name}_samples.json" for at in ("", f"data/{folder}/") for name in (f"valid_{split}", split))
+
+
 class Release:
     """The folder of one dataset under a data root. Paths are relative to that folder unless said otherwise.
 
@@ -97,6 +137,11 @@ class Release:
         self.root, self.folder, self.base = Path(root), folder, Path(root) / folder
         self._real = os.path.realpath(self.base)
         self._listed: dict[str, dict[str, str] | None] = {}
+        self.notes: list[InputError] = []
+
+    def note(self, where: str, field: str, problem: str, fix: str = "") -> None:
+        """Say something about the annotations that is no fault of a row that is read."""
+        self.notes.append(InputError(where, field, problem, fix))
 
     # Annotation files.
 
@@ -109,55 +154,88 @@ class Release:
                               "copy the release's annotation files; docs/datasets.md shows the tree")
         return found
 
-    def text(self, name: str) -> str:
-        """The content of a UTF-8 file, without a byte order mark. Raises InputError, also for an empty file."""
-        again = "copy the annotation file again"
+    def text(self, name: str, whole: bool = True) -> str:
+        """The content of a UTF-8 file, without a byte order mark. Raises InputError, also for an empty file.
+
+        whole: a byte that is not UTF-8 is an error of the file; otherwise a half surrogate stands for it, so that only
+        the rows that hold one are malformed.
+        """
+        path = self.base / name
         try:
-            data = (self.base / name).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
-            raise InputError(str(self.base / name), "", f"cannot be read ({error.strerror})", again) from None
+            raise InputError(str(path), "", f"cannot be read ({error.strerror})", _AGAIN) from None
         if not data.strip():
-            raise InputError(str(self.base / name), "", "is empty", again)
+            raise InputError(str(path), "", "is empty", _AGAIN)
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            number = data.count(b"\n", 0, error.start) + 1
-            raise InputError(f"{self.base / name}:{number}", "", "is not UTF-8 text", again) from None
+            wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+            if whole or wide:
+                number = data.count(b"\n", 0, error.start) + 1
+                raise InputError(f"{path}:{number}", "", f"is not UTF-8 text{' but UTF-16' if wide else ''}",
+                                 "save the file as UTF-8" if wide else _AGAIN) from None
+            return data.decode("utf-8-sig", "surrogateescape")
 
     def lines(self, name: str) -> list[str]:
-        """Lines of a text file; CRLF ends and empty lines at the end of the file are dropped."""
-        lines = [line.removesuffix("\r") for line in self.text(name).split("\n")]
+        """Lines of a text file; CRLF and CR ends and empty lines at the end of the file are dropped. `check_line` says
+        whether one of them is text."""
+        text = self.text(name, whole=False)
+        lines = [line.rstrip("\r") for line in (text if "\n" in text else text.replace("\r", "\n")).split("\n")]
         while lines and not lines[-1].strip():
             lines.pop()
         return lines
 
+    def check_line(self, name: str, number: int, line: str) -> None:
+        """Raise InputError for a line that is not UTF-8, such as the curly quotes and accents of Windows-1252."""
+        if not line.isascii() and _UNDECODED.search(line):
+            raise InputError(f"{self.base / name}:{number}", "",
+                             f"is not UTF-8 text: {line.encode('utf-8', 'surrogateescape')[:60]!r}",
+                             "save the file as UTF-8, or restore the row from the release")
+
     def table(self, name: str, columns: Sequence[str], delimiter: str = ",", quoted: bool = True,
               header: bool | None = True) -> Iterator[Row | InputError]:
-        """Rows of a table of text, one line each.
+        """Rows of a table of text, one line each, or several where a quotation goes on.
 
         header: True = the first line names the columns, which may be more than `columns` and in any order;
-        None = a first line of exactly `columns` is a header, and the columns are fixed.
+        None = it may do so; otherwise the columns are fixed. A header also tells another delimiter.
         """
         lines = self.lines(name)
+        if header and lines:
+            self.check_line(name, 1, lines[0])
         names, first = list(columns), 0
-        if header or (lines and lines[0] == delimiter.join(columns)):
-            names, first = (_cells(lines[0], delimiter, quoted) or []) if lines else [], 1
-            if absent := [column for column in columns if column not in names]:
-                raise InputError(f"{self.base / name}:1", absent[0], "no such column in the header",
-                                 f"the header of the release has {delimiter.join(columns)!r}")
-        for number, line in enumerate(lines[first:], first + 1):
-            cells = _cells(line, delimiter, quoted)
-            if cells is None or len(cells) != len(names):
-                problem = f"has {len(cells)} fields, not {len(names)}" if cells else "has an unfinished quotation"
-                yield InputError(f"{self.base / name}:{number}", "", f"{problem}: {line!r:.60}",
-                                 "restore the row from the release")
-            else:
+        if found := _header(lines[0] if lines else "", columns, delimiter, quoted):
+            (names, delimiter, quoted), first = found, 1
+        elif header:
+            line = lines[0] if lines else ""
+            named = _cells(line, delimiter, quoted) or []
+            absent = next((column for column in columns if column not in named), columns[0])
+            raise InputError(f"{self.base / name}:1", absent, f"no such column in the header {line!r:.80}",
+                             f"the header of the release has {delimiter.join(columns)!r}")
+        if twice := [column for column in columns if names.count(column) > 1]:
+            raise InputError(f"{self.base / name}:1", twice[0], "comes twice in the header", "keep one of the columns")
+        at = first
+        while at < len(lines):
+            number, cells, taken = at + 1, *_row(lines, at, delimiter, quoted, len(names))
+            at += taken
+            try:
+                for k in range(taken):
+                    self.check_line(name, number + k, lines[number - 1 + k])
+                if cells is None or len(cells) != len(names):
+                    problem = f"has {len(cells)} fields, not {len(names)}" if cells else "has an unfinished quotation"
+                    raise InputError(f"{self.base / name}:{number}", "", f"{problem}: {lines[number - 1]!r:.60}",
+                                     "restore the row from the release")
                 yield Row(self.base, f"{name}:{number}", dict(zip(names, cells, strict=True)))
+            except InputError as error:
+                yield error
 
     def json(self, name: str) -> Any:
         """The content of a JSON file."""
+        return self._parsed(name, self.text(name))
+
+    def _parsed(self, name: str, text: str) -> Any:
         try:
-            return strict_json(self.text(name))
+            return strict_json(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{self.base / name}:{error.lineno}", "", f"not valid JSON ({error.msg})",
                              "copy the file again") from None
@@ -165,16 +243,53 @@ class Release:
             raise InputError(str(self.base / name), "", f"not readable JSON ({str(error):.100})",
                              "copy the file again") from None
 
-    def records(self, name: str, items: Any = None) -> Iterator[Row | InputError]:
-        """The objects of a JSON file that holds a list, or of `items` from inside of one."""
-        items = self.json(name) if items is None else items
-        if not isinstance(items, list):
-            raise InputError(str(self.base / name), "", f"holds {type(items).__name__}, not a list",
-                             "use the annotation file as released")
+    def records(self, name: str, key: str = "", items: Any = None) -> Iterator[Row | InputError]:
+        """The objects of a JSON file, or `items` from inside of one.
+
+        The file holds a list of them, an object around one list, one object a line, or objects by the value of their
+        field `key`, which those that lack it get.
+        """
+        places, items, damaged = (None, items, False) if items is not None else self._items(name, key)
         for number, item in enumerate(items):
-            row = Row(self.base, f"{name}:item {number}", item if isinstance(item, dict) else {})
-            yield row if isinstance(item, dict) else row.error("", f"is {item!r:.40}, not an object",
-                                                               "use the annotation file as released")
+            row = Row(self.base, f"{name}:{places[number] if places else f'item {number}'}",
+                      item if isinstance(item, dict) else {})
+            if isinstance(item, InputError):
+                yield item
+            elif not isinstance(item, dict):
+                yield row.error("", f"is {item!r:.40}, not an object", "use the annotation file as released")
+            elif damaged and _UNDECODED.search(json.dumps(item, ensure_ascii=False)):
+                yield row.error("", "is not UTF-8 text", "save the file as UTF-8, or restore the record")
+            else:
+                yield row
+
+    def _items(self, name: str, key: str) -> tuple[list[int] | None, list[Any], bool]:
+        """(line of each record where each has one, the records, whether some of the file is not UTF-8)."""
+        text = self.text(name, whole=False)
+        damaged = not text.isascii() and bool(_UNDECODED.search(text))
+        try:
+            content = self._parsed(name, text)
+        except InputError:
+            if not _JSON_LINES.match(text):
+                raise
+            lines = [(number, line) for number, line in enumerate(self.lines(name), 1) if line.strip()]
+            return [number for number, _ in lines], [self._record(name, *line) for line in lines], damaged
+        if isinstance(content, dict) and key in content:  # one record in one line
+            return None, [content], damaged
+        if isinstance(content, dict) and len(lists := [v for v in content.values() if _is_list_of_objects(v)]) == 1:
+            content = lists[0]
+        elif isinstance(content, dict) and content and key and all(isinstance(v, dict) for v in content.values()):
+            content = [{key: named, **value} for named, value in content.items()]
+        if not isinstance(content, list):
+            raise InputError(str(self.base / name), "", f"holds {type(content).__name__}, not a list",
+                             "use the annotation file as released")
+        return None, content, damaged
+
+    def _record(self, name: str, number: int, line: str) -> Any:
+        try:
+            self.check_line(name, number, line)
+            return json_line(line, f"{self.base / name}:{number}")
+        except InputError as error:
+            return error
 
     # Media files.
 
@@ -185,6 +300,11 @@ class Release:
             raise InputError(where, field, f"the path {path!r:.80} leaves the data root",
                              "give a path inside it, with / between its parts")
         return f"{self.folder}/{path}" if self.folder else path
+
+    def sound(self, name: str) -> str | None:
+        """The sound of a clip that lies beside its video in `audio_data/`, as Crab prepares it; None for its own."""
+        path = next((path for path in (f"audio_data/{name}.mp3", f"audio_data/{name}.wav") if self.kind(path)), None)
+        return path and self.inside(path, str(self.base / path), "audio")
 
     def pick(self, path: str, *folders: str) -> str:
         """`path` in the first of `folders` that holds it, or in the first of them."""
@@ -246,11 +366,53 @@ class Release:
                               "complete the copy, or read what is there with missing=skip (data.on_error=skip)")
 
 
+_JSON_LINES = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _plain(cell: str) -> str:
+    """A cell without the white space and byte order marks around it."""
+    return cell.strip().strip("\ufeff").strip()
+
+
+def _header(line: str, columns: Sequence[str], delimiter: str, quoted: bool) -> tuple[list[str], str, bool] | None:
+    """(names, delimiter, quoted) of a first line that names all of `columns` in whatever case; None of any other."""
+    known = {column.casefold(): column for column in columns}
+    for mark in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
+        quotes = quoted or mark != delimiter
+        names = [known.get(_plain(cell).casefold(), cell) for cell in _cells(line, mark, quotes) or []]
+        if set(columns) <= set(names):
+            return names, mark, quotes
+    return None
+
+
+def _row(lines: Sequence[str], at: int, delimiter: str, quoted: bool, width: int) -> tuple[list[str] | None, int]:
+    """(cells of the row that begins at a line, None when its quotation does not end; how many lines it takes).
+
+    A line break inside of quotation marks becomes a space. Lines that are whole rows of their own are never taken, so
+    that a lost quotation mark costs one row.
+    """
+    cells = _cells(lines[at], delimiter, quoted)
+    if cells is None and quoted:
+        for end in range(at + 1, min(at + 20, len(lines))):
+            if len(_cells(lines[end], delimiter, quoted) or []) == width:
+                break
+            joined = _cells(" ".join(lines[at : end + 1]), delimiter, quoted)
+            if joined is not None:
+                return (joined, end + 1 - at) if len(joined) == width else (None, 1)
+    while cells and len(cells) > width and not cells[-1].strip():  # delimiters at the end of the line
+        cells.pop()
+    return cells, 1
+
+
 def _cells(line: str, delimiter: str, quoted: bool) -> list[str] | None:
     """The cells of one line; None when a quotation does not end on it."""
-    if not quoted:
+    if not quoted and '"' not in line:
         return line.split(delimiter)
     try:
         return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error:
-        return None
+        return None if quoted else line.split(delimiter)

@@ -1,6 +1,7 @@
 """Video-LLaVA's pretraining captions (Lin et al. 2023, PKU-YuanGroup/Video-LLaVA), for visual alignment.
 
-    llava_image_.json  valley_.json            (or merged: valley_llavaimage.json), here or in train_json/
+    llava_image_.json  valley_.json            (or merged: valley_llavaimage.json), here or in train_json/; where both
+                                               forms are there, each record is read once and a note says from where
     llava_image/...  valley/...                paths inside of the files start with these folders
 
 Prompt and answer: dataset/pretrain_dataset.py. The first question and answer of a conversation are used.
@@ -14,7 +15,9 @@ from crab_jax.tasks.placeholders import IMAGE, VIDEO
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 
-FILES = ("llava_image_.json", "valley_.json", "valley_llavaimage.json")
+PARTS, MERGED = ("llava_image_.json", "valley_.json"), "valley_llavaimage.json"
+CRAB = "valid_valley_.json"  # the released code's own list of the videos that can be read, in place of valley_.json
+FILES = (*PARTS, MERGED)
 _BLOCKS = {"image": IMAGE, "video": VIDEO}
 
 
@@ -46,12 +49,27 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         path = path if kinds[0] == "image" or "." in path.rpartition("/")[2] else f"{path}.mp4"  # as Valley's loader
         return kinds[0], release.inside(path, row.where, kinds[0])
 
-    found = [name for file in FILES for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
+    found = _files(release)
     if not found:
         raise MissingFile(str(release.base / FILES[0]), "", f"no such annotation file (nor {', '.join(FILES[1:])})",
                           "copy the release's annotation files; docs/datasets.md shows the tree")
     for name in found:
         yield from each(release.records(name), examples)
+
+
+def _files(release: Release) -> list[str]:
+    """The annotation files to read, so that no record is read twice; a note names those that are left out."""
+    there = {file: [name for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
+             for file in (*FILES, CRAB)}
+    whole = all(there[file] or file == PARTS[1] and there[CRAB] for file in PARTS)
+    chosen = [MERGED] if there[MERGED] and not whole else list(PARTS)
+    if not there[PARTS[1]] and chosen != [MERGED]:
+        chosen[1] = CRAB
+    found = [there[file][0] for file in chosen if there[file]]
+    for name in (name for names in there.values() for name in names if name not in found):
+        release.note(str(release.base / name), "", f"is not read, because {' and '.join(found)} hold the same records",
+                     "remove the form that you do not want")
+    return found
 
 
 def _turn(row: Row, number: int) -> str:

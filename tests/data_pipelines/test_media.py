@@ -170,7 +170,7 @@ def test_frames_are_the_same_whether_all_or_only_what_they_need_is_decoded(tmp_p
             picture = np.kron(np.roll(pixels, i // 3, axis=i % 2), np.ones((4, 4, 1), np.uint8))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    every, decoded = video._decode_all(path, set(range(60)), 16)
+    every, times = video._decode_all(path, set(range(60)), 16)
     for count in (1, 7, 10, 60):
-        numbers = media.frame_numbers(decoded, count)
+        numbers = media.frame_numbers(len(times.ticks), count)
         np.testing.assert_array_equal(media.read_video(path, count, 16), [every[number] for number in numbers])

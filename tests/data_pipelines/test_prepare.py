@@ -329,4 +329,5 @@ def test_records_are_taken_apart_as_they_were_put_together():
         with pytest.raises((ValueError, IndexError, KeyError)):
             shards.decode(cut)
     assert shards.Medium("frames", "a", "b").key() != shards.Medium("frames", "ab", "").key()
-    assert Decoding(1, 2, False)._asdict() == {"image_size": 1, "video_frames": 2, "pad_short_audio": False}
+    assert Decoding(1, 2, False)._asdict() == {"image_size": 1, "video_frames": 2, "pad_short_audio": False,
+                                               "clock": "shown"}
