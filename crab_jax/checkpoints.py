@@ -31,6 +31,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from crab_jax import finite
 from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
 from crab_jax.optim import merge
@@ -148,7 +149,8 @@ class RunCheckpoints:
         step = self.latest
         found = ocp.metadata(self.folder / str(step), "train").metadata
         check_match(_plain(train), _plain(found), str(self.folder / str(step)))
-        return self._steps.load_checkpointables(step, {"train": _abstract(train)})["train"]
+        return finite.check(self._steps.load_checkpointables(step, {"train": _abstract(train)})["train"],
+                            str(self.folder / str(step)))
 
     def wait(self) -> None:
         """Block until everything started is on disk."""
@@ -174,6 +176,7 @@ def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
         array = np.asarray(jax.device_get(leaf))
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         flat[path] = np.ascontiguousarray(array.astype(dtype) if dtype and floating else array)
+    finite.check(flat, str(file))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(flat, file)
 
@@ -299,25 +302,28 @@ class StoredParams:
 
     shapes: Any
     read: Callable[[Any], Any]
+    where: str = "checkpoint"
 
     def load(self, wanted: Any = None) -> Any:
-        """The leaves of `wanted`; without it all of them, in the stored dtypes, as NumPy arrays."""
+        """The leaves of `wanted`; without it all of them, in the stored dtypes, as NumPy arrays. Raises InputError for
+        values that are not finite, also those that became so in the dtype of `wanted`.
+        """
         if wanted is None:
-            return jax.tree.map(np.asarray, self.read(_on_host(self.shapes)))
-        return self.read(wanted)
+            return finite.check(jax.tree.map(np.asarray, self.read(_on_host(self.shapes))), self.where)
+        return finite.check(self.read(wanted), self.where)
 
     def some(self, paths: Iterable[str]) -> dict[str, Any]:
         """The leaves of these '/'-joined paths, in the stored dtypes, in this host's memory."""
         flat = traverse_util.flatten_dict(self.shapes, sep="/")
         wanted = _on_host(traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/"))
-        return traverse_util.flatten_dict(self.read(wanted), sep="/")
+        return traverse_util.flatten_dict(finite.check(self.read(wanted), self.where), sep="/")
 
 
 def _packed(file: Path) -> StoredParams:
     flat = read_safetensors(file)
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating)
                                          else leaf.dtype) for path, leaf in flat.items()}
-    return StoredParams(traverse_util.unflatten_dict(shapes, sep="/"), partial(load_tree, file))
+    return StoredParams(traverse_util.unflatten_dict(shapes, sep="/"), partial(load_tree, file), str(file))
 
 
 def _imported(folder: epath.Path) -> StoredParams:
@@ -326,7 +332,7 @@ def _imported(folder: epath.Path) -> StoredParams:
     except (ValueError, OSError, KeyError) as error:
         raise InputError(str(folder), "", f"cannot be read ({str(error).splitlines()[0][:200]})",
                          "copy or import it again") from error
-    return StoredParams(shapes, partial(_load_orbax, folder))
+    return StoredParams(shapes, partial(_load_orbax, folder), str(folder))
 
 
 def _of_run(folder: epath.Path) -> StoredParams:
@@ -349,7 +355,7 @@ def _of_run(folder: epath.Path) -> StoredParams:
                 loaded = steps.load_checkpointables(step, {"train": {"trainable": ours}})["train"]["trainable"]
         return merge(loaded, frozen.read(theirs) if theirs else {})
 
-    return StoredParams(merge(trained, frozen.shapes), read)
+    return StoredParams(merge(trained, frozen.shapes), read, str(folder / str(step)))
 
 
 def stored_params(path: str | Path) -> StoredParams:

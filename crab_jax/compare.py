@@ -22,6 +22,7 @@ import numpy as np
 from crab_jax import predictions, runs, scoring
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.evaluate import DESCRIPTION, judge_folder
+from crab_jax.files import read_json
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
@@ -61,7 +62,7 @@ def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, J
     if not file.is_file():
         raise InputError(str(folder), DESCRIPTION, "no such file", "give the --out folder of evaluate")
     try:
-        description = json.loads(file.read_text())
+        description = read_json(file)
         root, split = Path(data or description["data"]), description["split"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(file), "", f"is damaged ({error!r})", "run evaluate again") from None

@@ -175,13 +175,21 @@ def from_file(arguments: argparse.Namespace) -> Source:
     ours = [example for example in split if example.task in tasks]
     others = {example.id for example in split if example.task not in tasks}
     found = predictions.assign(predictions.read_rows(file), ours, str(file), others)
+    if not found:
+        raise InputError(str(file), "predictions", "has no line about these examples", "give the file of their answers")
     rows = {name: row for name, row in found.items() if name in wanted}  # --limit may want less than the file has
     print(f"{len(rows)} of {len(examples)} examples have a prediction"
           + ("" if len(rows) == len(examples) else "; the others count as answered with nothing"), flush=True)
 
+    levels = predictions.MaskLevels(found, {example.id for example in ours if example.mask_kind == "binary"},
+                                    file.parent)
+    for line in levels.told:
+        print(f"{file}: {line}", flush=True)
+
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         for example in todo:
-            answer = predictions.answer_of(rows[example.id], example, file.parent, f"{file}, {example.id}")
+            row, where = rows[example.id], f"{file}, {example.id}"
+            answer = predictions.answer_of(row, example, file.parent, where, levels.of(example.id, row, where))
             yield read_answer(example, answer.text, answer.mask)
 
     identity = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()}
@@ -216,7 +224,8 @@ def read_predictions(folder: Path, rows: Mapping[str, predictions.Row], examples
     """The answer to each Example from the lines of a folder (`predictions.read_all`) and its masks; nothing at all
     where there is no line."""
     for example in examples:
-        found = predictions.answer_of(rows.get(example.id), example, folder, f"prediction {example.id}")
+        found = predictions.answer_of(rows.get(example.id), example, folder, f"prediction {example.id}",
+                                      predictions.OURS)
         yield read_answer(example, found.text, found.mask)
 
 

@@ -58,7 +58,8 @@ class Generation:
     mask_states [B,G,6,D]: hidden states that PREDICTED the mask tokens of the last G groups, in the order of
     generation. A group ends with its `<mask_5>` and takes the last six mask tokens; if none ended, six mask tokens in
     whatever order are one. has_mask bool[B,G]: whether there is such a group; the first ones are filled.
-    forced bool[B]: whether the mask tokens were appended by `force_masks`.
+    forced bool[B]: whether the mask tokens were appended by `force_masks`. finite bool[B]: whether all logits were; a
+    row where they were not says nothing.
     """
 
     tokens: jax.Array
@@ -66,6 +67,7 @@ class Generation:
     mask_states: jax.Array
     has_mask: jax.Array
     forced: jax.Array
+    finite: jax.Array
 
 
 @flax.struct.dataclass
@@ -89,6 +91,7 @@ class State:
     lengths: jax.Array
     masks: _Masks
     done: jax.Array
+    finite: jax.Array
     prompt_lengths: jax.Array
     row_keys: jax.Array | None
     dictated: jax.Array | None
@@ -138,7 +141,8 @@ def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptio
 def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options: GenerateOptions) -> State:
     """Take the next token of every row from the hidden states [B,D] that predict it."""
     keys = None if state.row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(state.row_keys, state.step)
-    token = sample(apply(hidden, method="logits"), keys, options.temperature, options.top_p)
+    logits = apply(hidden, method="logits")
+    token = sample(logits, keys, options.temperature, options.top_p)
     if state.dictated is not None:
         dictated = state.dictated[:, state.step]
         token = jnp.where(dictated >= 0, dictated, token)
@@ -152,6 +156,7 @@ def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options:
         tokens=state.tokens.at[:, state.step].set(token),
         lengths=state.lengths + ~state.done,
         masks=_collect(masks, token, hidden, state.done, options),
+        finite=state.finite & (state.done | jnp.isfinite(logits).all(axis=-1)),
         done=state.done | (token == options.eos_id))
 
 
@@ -175,6 +180,7 @@ def start(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, r
         lengths=none,
         masks=_Masks(group, none, jnp.repeat(group[:, None], options.mask_groups, axis=1), none, none),
         done=batch.index < 0,
+        finite=jnp.ones(rows, bool),
         prompt_lengths=lengths,
         row_keys=None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, batch.index.astype(jnp.uint32)),
         dictated=dictated)
@@ -205,7 +211,7 @@ def finish(state: State, options: GenerateOptions) -> Generation:
     count = jnp.minimum(masks.groups + loose, kept)
     states = jax.vmap(lambda rows, shift: jnp.roll(rows, shift, axis=0))(states, count - kept)
     has_mask = jnp.arange(kept) < count[:, None]
-    return Generation(state.tokens, state.lengths, states, has_mask, masks.forced > 0)
+    return Generation(state.tokens, state.lengths, states, has_mask, masks.forced > 0, state.finite)
 
 
 def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, rng: jax.Array | None = None,

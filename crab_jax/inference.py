@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crab_jax import sharding
+from crab_jax.errors import InputError
 from crab_jax.generate import GenerateOptions, Generation, generate, stream
 from crab_jax.models.crab import Crab
 from crab_jax.runs import eval_batches
@@ -74,7 +75,8 @@ def _draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array, mesh
         masks: Any = model.apply({"params": params}, states, pictures, method="masks")
     binary, semantic = masks
     return {"binary": jax.nn.sigmoid(binary.astype(jnp.float32)),
-            "semantic": jnp.argmax(semantic, axis=1).astype(jnp.int32)}
+            "semantic": jnp.argmax(semantic, axis=1).astype(jnp.int32),
+            "finite": jnp.isfinite(binary).all((1, 2)) & jnp.isfinite(semantic).all((1, 2, 3))}
 
 
 def _spread(tree: Any, mesh: Mesh | None) -> Any:
@@ -159,12 +161,22 @@ def predict_examples(model: Crab, params: Any, config: ConfigDict, tokenizer: To
         generation = jax.device_get(generation)
         for row in np.flatnonzero(rows >= 0):
             example = examples[rows[row]]
+            drew = [masks["finite"][row] for group, masks in enumerate(drawn) if has_mask[row, group]]
+            check_finite(example, generation.finite[row], all(drew))
             text = tokenizer.decode(generation.tokens[row, :generation.lengths[row]])
             masks = [masks[example.mask_kind][row] for group, masks in enumerate(drawn)
                      if example.mask_kind in masks and has_mask[row, group]]
             answer = read_answer(example, text, masks[0] if masks else None,
                                  tokenizer.eos_id in generation.tokens[row], bool(generation.forced[row]))
             yield dataclasses.replace(answer, further_masks=tuple(masks[1:]))
+
+
+def check_finite(example: Example, logits: bool, masks: bool = True) -> None:
+    """Raise InputError for an answer that a model made of what is no number: it would be scored as saying nothing."""
+    if not (logits and masks):
+        raise InputError(f"example {example.id!r}", "masks" if logits else "logits",
+                         f"the {'masks' if logits else 'logits'} of the model are not finite",
+                         "use other weights, a wider dtype (bfloat16, float32), or --weights float")
 
 
 def _teller(tokenizer: Tokenizer, examples: Sequence[Example | None], on_text: Callable[[Example, str], None]

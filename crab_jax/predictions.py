@@ -7,6 +7,7 @@ released code among them, are matched to Examples by `assign`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,20 +17,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from pycocotools import mask as coco
+from PIL import Image, PngImagePlugin
 
 from crab_jax import overlay
 from crab_jax.errors import InputError
-from crab_jax.files import write_whole
+from crab_jax.files import refuse_utf16, text_of_bytes, write_whole
 from crab_jax.inference import Prediction
 from crab_jax.scoring import Answer
-from data_pipelines.examples import Example
-from data_pipelines.media import avss_palette, read_mask
+from data_pipelines.examples import Example, strict_json
+from data_pipelines.media import avss_palette, decode_runs, image_size, read_mask
+from data_pipelines.media.pictures import DEEP, open_picture
 
 Row = dict[str, Any]  # one line
 FILE = "predictions.jsonl"
 LEVELS = 255  # grey levels that a binary mask keeps of its probabilities
+MARK = "mask_levels"  # text in a PNG, and key of a line: the grey level that stands for 1
+OURS = {8: LEVELS}  # `full` of `load_mask` for masks that we wrote
 DEFAULT_SIZE = 224  # side at which an answer without a mask is scored, in pixels
 
 
@@ -38,51 +41,155 @@ DEFAULT_SIZE = 224  # side at which an answer without a mask is scored, in pixel
 def mask_picture(mask: np.ndarray) -> Image.Image:
     """A mask as a picture: class ids in the AVSBench-semantic palette, or probabilities as 256 grey levels.
 
-    Probabilities are rounded to a level so that above one half stays above one half, and one half does not.
+    Probabilities are rounded to a level so that above one half stays above one half, and one half does not. The PNG
+    says that its levels are of 255 (MARK), so that level 1 is never taken for a certain object. Raises InputError for
+    what is no probability.
     """
     if np.issubdtype(mask.dtype, np.integer):
         picture = Image.fromarray(mask.astype(np.uint8))
         picture.putpalette(avss_palette().tobytes())
         return picture
-    return Image.fromarray(np.ceil(mask.astype(np.float64) * LEVELS - 0.5).clip(0, LEVELS).astype(np.uint8))
+    scores = mask.astype(np.float64)
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise InputError("mask", "", "holds values that are no probabilities", "give numbers from 0 to 1")
+    picture = Image.fromarray(np.ceil(scores * LEVELS - 0.5).clip(0, LEVELS).astype(np.uint8))
+    text = PngImagePlugin.PngInfo()
+    text.add_text(MARK, str(LEVELS))
+    picture.encoderinfo = {"pnginfo": text}  # type: ignore[attr-defined]
+    return picture
 
 
-def load_mask(mask: Any, kind: str, folder: Path) -> np.ndarray:
+def load_mask(mask: Any, kind: str, folder: Path, full: Mapping[int, int] | None = None) -> np.ndarray:
     """The mask of a line: a path relative to `folder`, or a COCO run-length encoding {"size": [h, w], "counts": text}.
 
     Returns float64[H,W] in [0, 1] (kind "binary") or int32[H,W] class ids ("semantic"), square: a mask of another shape
-    is resized to DEFAULT_SIZE. Grey values are read as levels of 255, or as 0 and 1 when there is no higher one.
-    Raises InputError for a missing or damaged file.
+    is resized to DEFAULT_SIZE. `full` is what `full_levels` found in all files of the run; without it the file is a run
+    of its own. Raises InputError for a missing or damaged file, and for one that cannot be told to be a mask.
     """
     if isinstance(mask, Mapping):
-        try:
-            counts = mask["counts"].encode() if isinstance(mask["counts"], str) else mask["counts"]
-            scores = coco.decode({"size": mask["size"], "counts": counts}).astype(np.float64)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(str(folder), "mask", f"is no COCO run-length encoding ({error})",
-                             "give size and counts as pycocotools.mask.encode does, or a PNG") from None
         if kind != "binary":
             raise InputError(str(folder), "mask", "is a run-length encoding, but class ids are needed", "give a PNG")
-        return _square(scores)
-    path = _find(folder, mask)
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if kind == "semantic":
-                return read_mask(path, width if width == height else DEFAULT_SIZE, kind)
-            grey = np.array(picture.convert("L"), np.float64)
-    except OSError as error:
-        raise InputError(str(path), "mask", f"cannot be read ({error})", "give the PNG again") from None
-    return _square(grey / LEVELS if grey.max(initial=0) > 1 else grey)
+        return _square(decode_runs(mask.get("size"), mask.get("counts"), str(folder)).astype(np.float64))
+    path = find_mask(folder, mask)
+    if kind == "semantic":
+        width, height = image_size(path, "mask")
+        ids = read_mask(path, width if width == height else DEFAULT_SIZE, kind, unknown=-1)
+        if (ids < 0).any():
+            raise InputError(str(path), "mask", f"{(ids < 0).sum():,} pixels have a colour of no class",
+                             "write class ids, or the exact colours of AVSBench-semantic")
+        return ids
+    levels, bits = grey_levels(path)
+    most = (full_levels([path]) if full is None else full).get(bits, 1)
+    if levels.max(initial=0) > most:
+        raise InputError(str(path), "mask", f"has grey level {levels.max():g}, above {most}, which stands for 1",
+                         f"give the right {MARK} in the line, or none")
+    return _square(levels.astype(np.float64) / most)
 
 
-def _find(folder: Path, name: str) -> Path:
+def grey_levels(path: Path) -> tuple[np.ndarray, int]:
+    """(levels [H,W], bits) of a binary mask of any program; bits 0: the file itself says that 1 is the highest level.
+
+    So do one bit, floating point, colours (black is background, and nothing else is) and our own MARK; of grey files of
+    8 and 16 bits only all of a run together can tell (`full_levels`). Raises InputError.
+    """
+    def refuse(problem: str) -> InputError:
+        return InputError(str(path), "mask", problem, "give a PNG with grey levels, or with 0 and 1")
+
+    with open_picture(path, "mask", whole=True) as opened:
+        picture = opened.image
+        if picture.has_transparency_data:
+            opaque = np.array(picture.convert("RGBA").getchannel("A"))
+            if opaque.min(initial=255) < 255:
+                shown = np.array(picture.convert("RGB")).any(-1)
+                if not np.array_equal(shown, opaque > 0):
+                    raise refuse("says one thing by its colours and another by its transparency")
+        if picture.mode == "1":
+            return np.array(picture).astype(np.uint8), 0
+        if picture.mode == "F" or picture.mode in DEEP:
+            levels = np.array(picture)
+            highest = 1 if picture.mode == "F" else 0xFFFF
+            if not ((levels >= 0) & (levels <= highest)).all():
+                raise refuse(f"has values outside 0 to {highest}")
+            return levels, 0 if picture.mode == "F" else 16
+        marked = picture.info.get(MARK) == str(LEVELS)
+        colours = np.array(picture.convert("RGB" if picture.mode not in ("L", "LA") else "L"))
+        if colours.ndim == 3 and (colours != colours[..., :1]).any():
+            shown = np.asarray(colours.any(-1))
+            if shown.all() or len(np.unique(colours[shown], axis=0)) > 255:
+                raise refuse("is a coloured picture without black, or with more colours than a mask has")
+            return shown.astype(np.uint8), 0
+        grey: np.ndarray = colours if colours.ndim == 2 else colours[..., 0]
+        return (grey.astype(np.float64) / LEVELS, 0) if marked else (grey, 8)
+
+
+def full_levels(paths: Iterable[Path]) -> dict[int, int]:
+    """{8: level, 16: level}: the grey level that stands for 1 in the files of a run that do not say it themselves, by
+    their depth. It is the lowest of 1, 255 and 65535 that no file exceeds: 1 where all of them hold 0 and 1 alone."""
+    full: dict[int, int] = {}
+    for path in paths:
+        levels, bits = grey_levels(path)
+        if bits:
+            highest = levels.max(initial=0)
+            full[bits] = max(full.get(bits, 0), next(most for most in (1, LEVELS, 0xFFFF) if highest <= most))
+    return full
+
+
+def find_mask(folder: Path, name: Any) -> Path:
     """The file of a mask: as written, or by the last parts of its path when the folder has moved since."""
-    tries = [folder / name, *(folder.joinpath(*PurePosixPath(name).parts[-k:]) for k in (3, 2, 1))]
-    found = next((path for path in tries if path.is_file()), None)
-    if found is None:
-        raise InputError(str(folder / name), "mask", "no such file", "keep the masks beside the predictions")
-    return found
+    if not isinstance(name, str):
+        raise InputError(str(folder), "mask", f"is {name!r:.60}", "give the path of a PNG, or COCO run lengths")
+    parts_ = PurePosixPath(name.replace("\\", "/")).parts
+    for path in (folder / name, *(folder.joinpath(*parts_[-k:]) for k in (3, 2, 1))):
+        with contextlib.suppress(OSError):  # a name that is too long
+            if path.is_file():
+                return path
+    raise InputError(str(folder / name), "mask", "no such file", "keep the masks beside the predictions")
+
+
+def mask_name(name: str) -> str:
+    """Where the mask of the Example of this id lies, relative to the predictions that we write."""
+    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    return f"masks/{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[:80]}_{digest}.png"
+
+
+class MaskLevels:
+    """Which grey level stands for 1 in the masks of each line of a predictions file, decided once for all of them.
+
+    Our own masks are marked, and those that we wrote before there was a mark have names of ours; a line may say it as
+    MARK; the others are told by all of them together.
+    """
+
+    def __init__(self, rows: Mapping[str, Row], binary: Collection[str], folder: Path):
+        """`rows` by the id of their Example, `binary` the ids whose masks are binary. Raises InputError for a missing
+        mask, and for two paths that lead to one file."""
+        written: dict[Path, str] = {}
+        shared: set[Path] = set()
+        others: dict[Path, None] = {}
+        for name, row in rows.items():
+            mask = mask_of(row)
+            if name not in binary or mask is None or isinstance(mask, Mapping):
+                continue
+            path = find_mask(folder, mask)
+            if path in written:
+                shared.add(path)
+            if written.setdefault(path, mask) != mask:
+                raise InputError(str(path), "mask", f"both {written[path]} and {mask} lead to it",
+                                 "keep the folders of the masks as they were written")
+            if MARK not in row and mask != mask_name(name):
+                others[path] = None
+        self.full = full_levels(others)
+        self.told = [f"the {bits}-bit masks hold no grey level above {most}: it is read as 1 (if that is wrong, give "
+                     f'"{MARK}" in the lines)' for bits, most in self.full.items() if most < 2**bits - 1]
+        self.told += [f"{len(shared)} masks belong to several lines, such as {min(shared)}"] if shared else []
+
+    def of(self, name: str, row: Row, where: str) -> Mapping[int, int]:
+        """`full` of `load_mask` for one line."""
+        stated = row.get(MARK)
+        if stated is None:
+            return OURS if mask_of(row) == mask_name(name) else self.full
+        if isinstance(stated, bool) or stated not in (1, LEVELS, 0xFFFF):
+            raise InputError(where, MARK, f"is {stated!r:.40}", "give 1, 255 or 65535")
+        return {8: stated, 16: stated}
 
 
 def _square(scores: np.ndarray) -> np.ndarray:
@@ -97,18 +204,22 @@ def _square(scores: np.ndarray) -> np.ndarray:
 def read_rows(path: Path) -> list[Row]:
     """The lines of a file. A last line that breaks off, which a killed program leaves, does not count.
 
-    Raises InputError for a missing file or a line that is no JSON object.
+    Raises InputError for a missing file, one that is no UTF-8, or a line that is no JSON object.
     """
     if not path.is_file():
         raise InputError(str(path), "predictions", "no such file", "give a JSONL file of predictions")
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    data = path.read_bytes()
+    refuse_utf16(data, str(path))
+    whole = data.rfind(b"\n") + 1
+    lines = text_of_bytes(data[:whole], str(path)).split("\n")
+    with contextlib.suppress(ValueError):
+        last = data[whole:].decode("utf-8-sig" if not whole else "utf-8")
+        lines += [last] if json.loads(last) is not None else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = strict_json(line) if line.strip() else None
         except ValueError as error:
-            if number == len(lines):
-                continue
             raise InputError(f"{path}:{number}", "", f"not valid JSON ({error})", "one object per line") from None
         if row is not None and not isinstance(row, dict):
             raise InputError(f"{path}:{number}", "", "is not a JSON object", "one object per line")
@@ -148,8 +259,7 @@ def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction
         for prediction in predictions:
             example, mask = prediction.example, None
             if prediction.mask is not None:
-                digest = hashlib.blake2b(example.id.encode(), digest_size=4).hexdigest()
-                mask = f"masks/{re.sub(r'[^A-Za-z0-9.-]+', '_', example.id)[:80]}_{digest}.png"
+                mask = mask_name(example.id)
                 write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)))
             row = {"id": example.id, "task": example.task, "prompt": example.instruction, "text": prediction.text,
                    "parsed": prediction.parsed, "mask": mask, "label": example.meta}
@@ -255,10 +365,17 @@ def _narrow(row: Row, examples: Sequence[Example], by_media: Mapping[tuple[str, 
     return chosen
 
 
-def answer_of(row: Row | None, example: Example, folder: Path, where: str) -> Answer:
-    """The answer in a line; nothing at all without one."""
+def mask_of(row: Row) -> Any:
+    """What a line says of its mask, None for nothing; the released code calls it pred_path."""
+    mask = row.get("mask", row.get("pred_path"))
+    return None if mask == "" else mask
+
+
+def answer_of(row: Row | None, example: Example, folder: Path, where: str,
+              full: Mapping[int, int] | None = None) -> Answer:
+    """The answer in a line; nothing at all without one. `full`: as of `load_mask`."""
     if row is None:
         return Answer(example.id, "")
-    mask = row.get("mask", row.get("pred_path"))
-    kind = example.mask_kind
-    return Answer(example.id, text_of(row, where), load_mask(mask, kind, folder) if mask and kind != "none" else None)
+    mask, kind = mask_of(row), example.mask_kind
+    drawn = load_mask(mask, kind, folder, full) if mask is not None and kind != "none" else None
+    return Answer(example.id, text_of(row, where), drawn)

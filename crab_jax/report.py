@@ -22,6 +22,7 @@ from PIL import Image
 from crab_jax import charts, compile_cache, overlay, page, runs
 from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import read_text
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
 from crab_jax.models.crab import fuse_model
@@ -240,8 +241,8 @@ def _read_json(path: Path, flag: str, fix: str) -> Any:
     if not path.is_file():
         raise InputError(str(path), flag, "no such file", fix)
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(read_text(path, flag))
+    except json.JSONDecodeError as error:
         raise InputError(str(path), flag, f"not valid JSON ({error})", fix) from None
 
 

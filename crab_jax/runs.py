@@ -25,7 +25,7 @@ from crab_jax import optim, sharding
 from crab_jax.checkpoints import check_match, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
-from crab_jax.files import write_whole
+from crab_jax.files import read_json, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
 from data_pipelines import datasets, leaks, mixture
 from data_pipelines.batching import Batch, Bucket, empty_batch
@@ -220,10 +220,7 @@ def load_config(path: str | Path) -> ConfigDict:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise InputError(str(path), "--checkpoint", "has no config.json", "give a --workdir of train or a packed model")
-    try:
-        return ConfigDict(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise InputError(str(file), "", f"not valid JSON ({error.msg})", "copy the file again") from error
+    return ConfigDict(read_json(file))
 
 
 def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None

@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import read_json, read_text, refuse_stand_in
 from data_pipelines.examples import read_jsonl
 
 # The released order (models/unified_arch.py): ids are base vocabulary size + position in this tuple. The first 11 are
@@ -76,22 +77,22 @@ class Tokenizer:
         """Tokenizer of a tokenizer.json, or of a directory: one that `save` wrote, or one in Hugging Face form.
 
         A LLaMA directory (tokenizer.model, or tokenizer_class LlamaTokenizer) gives the ids of the slow LlamaTokenizer
-        of transformers 4.37.2. There `legacy` (default: of tokenizer_config.json, where absent means True) puts a word
-        mark before every run of text between added tokens; otherwise only the start of the whole text gets one.
+        of transformers 4.37.2. There `legacy` (default: of tokenizer_config.json, where absent and null mean True) puts
+        a word mark before every run of text between added tokens; otherwise only the start of the whole text gets one.
+        Raises InputError for a file that is missing, damaged, or stands in for one that was not fetched.
         """
         path = Path(path)
         folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
         config = _read_config(folder)
         has_model = path.is_dir() and (folder / "tokenizer.model").is_file()
-        if not has_model and not config.get("tokenizer_class", "").startswith("LlamaTokenizer"):
+        if not has_model and not str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer"):
             return cls(_read_backend(file))
-        if has_model and not file.is_file():
-            from transformers import LlamaTokenizer  # slow to import, and needed for the conversion only
-
-            backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
-        else:
-            backend = _read_backend(file)
-        legacy = bool(config.get("legacy", True)) if legacy is None else legacy
+        backend = _convert(folder) if has_model and not file.is_file() else _read_backend(file)
+        stated = config.get("legacy")
+        if not isinstance(stated, bool | None):
+            raise InputError(str(folder / "tokenizer_config.json"), "legacy", f"is {stated!r:.40}",
+                             "give true, false or null")
+        legacy = stated is not False if legacy is None else legacy
         marks = normalizers.Replace(" ", "▁")
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), marks]) if legacy else marks
         backend.pre_tokenizer = None
@@ -170,15 +171,29 @@ class Tokenizer:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(str(path), "tokenizer", "no such file", "give a tokenizer.json or a LLaMA directory")
+    refuse_stand_in(path, "tokenizer")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises plain Exception
         raise InputError(str(path), "tokenizer", f"cannot be read ({error})", "give a tokenizer.json") from None
 
 
-def _read_config(folder: Path) -> dict:
+def _convert(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
+    refuse_stand_in(folder / "tokenizer.model", "tokenizer")
+    from transformers import LlamaTokenizer  # slow to import, and needed for the conversion only
+
+    try:
+        return LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    except Exception as error:  # of transformers, sentencepiece and tiktoken, each of its own kind
+        raise InputError(str(folder / "tokenizer.model"), "tokenizer",
+                         f"cannot be read ({error.__class__.__name__}: {' '.join(str(error).split()):.120})",
+                         "fetch the LLaMA directory again") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, "tokenizer") if path.is_file() else {}
 
 
 def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: int = 640) -> None:
@@ -211,7 +226,7 @@ def corpus_texts(path: str | Path) -> Iterator[str]:
             yield chat_prompt(example.instruction)
             yield example.target
     elif path.is_file():
-        yield from path.read_text(encoding="utf-8").splitlines(keepends=True)
+        yield from read_text(path, "--corpus").splitlines(keepends=True)
     else:
         raise InputError(str(path), "--corpus", "no such file", "give a .jsonl of examples or a text file")
 

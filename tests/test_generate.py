@@ -123,6 +123,19 @@ def test_greedy_equals_naive_decoding(params, expected):
     assert len({tuple(tokens) for tokens in expected}) > 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_whose_logits_are_no_numbers_says_so_and_leaves_the_others_alone(params, expected, value):
+    """The embedding of one token is broken: only the row that holds it is, from its first token on."""
+    table = params["llama"]["embed_tokens"]["embedding"]
+    broken = {"llama": params["llama"] | {"embed_tokens": {"embedding": table.at[ROWS[2][3], 0].set(value)}}}
+    assert not any(ROWS[2][3] in tokens for row, tokens in enumerate(expected) if row != 2)
+    out = compiled(MODEL, broken, prompts(ROWS), OPTIONS)
+    assert out.finite.tolist() == [row != 2 for row in range(len(ROWS))]
+    assert [generated(out, i) for i in (0, 1, 3, 4)] == [expected[i] for i in (0, 1, 3, 4)]
+    filler = compiled(MODEL, broken, prompts(ROWS, index=[0, 1, -1, 3, 4]), OPTIONS)
+    assert filler.finite.all() and compiled(MODEL, params, prompts(ROWS), OPTIONS).finite.all()
+
+
 @pytest.mark.parametrize("order, width", [([4, 3, 2, 1, 0], 7), ([2, 2, 0], 16)])
 def test_a_row_depends_on_neither_batch_nor_order_nor_padding(params, expected, order, width):
     out = compiled(MODEL, params, prompts([ROWS[i] for i in order], width, junk=39), OPTIONS)

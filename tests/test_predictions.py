@@ -4,14 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
+from crab_jax import overlay
 from crab_jax import predictions as files
 from crab_jax.errors import InputError
 from crab_jax.inference import read_answer
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
+from data_pipelines.media import decode_runs, read_mask
 
 RNG = np.random.default_rng(2)
 
@@ -126,3 +130,217 @@ def test_a_line_without_an_answer_is_named():
             files.answer_of(row, AVQA[0], None, "f:1")
     assert files.answer_of(None, AVQA[0], None, "f:1").text == ""
     assert json.dumps(files.answer_of({"text": "x", "mask": "m.png"}, AVQA[0], None, "f").text)  # masks of text tasks
+
+
+# Scales of grey levels: what a mask of ours, or of another program, says.
+
+def binary(n, task="s4"):
+    return [Example(id=f"e{i}", task=task, instruction="?", mask="m.png", mask_kind="binary") for i in range(n)]
+
+
+def levels_of(folder, rows):
+    """The masks that are scored of these lines, by id, and what is said about them."""
+    found = files.MaskLevels(rows, set(rows), folder)
+    examples = {example.id: example for example in binary(len(rows))}
+    return {name: files.answer_of(row | {"text": ""}, examples[name], folder, name, found.of(name, row, name)).mask
+            for name, row in rows.items()}, found.told
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4), st.sampled_from([1, 0.02, 0.005, 0.003, 0]))
+def test_a_mask_that_we_wrote_is_read_as_it_was_written_whatever_its_values(tmp_path, values, scale):
+    """The highest level of a nearly empty mask is 1 of 255, not 1."""
+    mask = (np.array(values, np.float64) * scale).reshape(2, 2)
+    files.mask_picture(mask).save(tmp_path / "m.png")
+    (tmp_path / "n.png").write_bytes(overlay.png(files.mask_picture(mask)))
+    for name in ("m.png", "n.png"):
+        found = files.load_mask(name, "binary", tmp_path)
+        assert np.abs(found - mask).max() <= 0.5 / 255 + 1e-6
+        np.testing.assert_array_equal(found > 0.5, mask > 0.5)
+        np.testing.assert_array_equal(np.array(files.mask_picture(found)), np.array(Image.open(tmp_path / name)))
+
+
+def test_a_checkpoint_and_its_predictions_file_are_scored_alike_even_without_the_mark(tmp_path):
+    """Masks of earlier versions have no mark; their names tell."""
+    examples = binary(3)
+    nothing = np.full((4, 4), 0.004)
+    list(files.append(tmp_path / files.FILE, (read_answer(e, "", nothing) for e in examples)))
+    rows = files.read_all(tmp_path)
+    for row in rows.values():  # as they were before there was a mark
+        bare = Image.open(tmp_path / row["mask"])
+        Image.fromarray(np.array(bare)).save(tmp_path / row["mask"])
+        assert np.array(bare).max() == 1
+    masks, told = levels_of(tmp_path, rows)
+    assert not told and all(mask.max() == 1 / 255 for mask in masks.values())
+    assert all(files.answer_of(rows[e.id], e, tmp_path, "", files.OURS).mask.max() == 1 / 255 for e in examples)
+
+
+def write_levels(folder, arrays):
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"m{i}.png")
+    return {f"e{i}": {"mask": f"m{i}.png"} for i in range(len(arrays))}
+
+
+EIGHT, SIXTEEN = (lambda *values: np.array([values[:2], values[2:]], np.uint8)), (
+    lambda *values: np.array([values[:2], values[2:]], np.uint16))
+
+
+@pytest.mark.parametrize(("arrays", "most", "told"), [
+    ([EIGHT(0, 1, 1, 0), EIGHT(0, 0, 0, 0)], 1, 1),
+    ([EIGHT(0, 1, 1, 0), EIGHT(0, 0, 255, 0)], 255, 0),  # one file of 0 and 1 among others is nearly empty
+    ([EIGHT(0, 1, 1, 0), EIGHT(0, 128, 2, 0)], 255, 0),
+    ([SIXTEEN(0, 1, 1, 0), SIXTEEN(0, 0, 1, 0)], 1, 1),
+    ([SIXTEEN(0, 255, 1, 0), SIXTEEN(0, 0, 1, 0)], 255, 1),
+    ([SIXTEEN(0, 255, 1, 0), SIXTEEN(0, 0, 65535, 0)], 65535, 0),
+    ([SIXTEEN(0, 30000, 40000, 0), EIGHT(0, 1, 0, 0)], None, 1)])  # each depth for itself
+def test_grey_files_of_others_are_read_by_all_of_a_run(tmp_path, arrays, most, told):
+    masks, said = levels_of(tmp_path, write_levels(tmp_path, arrays))
+    assert len(said) == told
+    for i, array in enumerate(arrays):
+        scale = most or (65535 if array.dtype == np.uint16 else 1)
+        np.testing.assert_allclose(masks[f"e{i}"], array / scale)
+
+
+def test_a_line_may_say_which_level_is_one(tmp_path):
+    rows = write_levels(tmp_path, [EIGHT(0, 1, 1, 0), EIGHT(0, 1, 0, 0)])
+    masks, said = levels_of(tmp_path, {name: row | {"mask_levels": 255} for name, row in rows.items()})
+    assert not said and masks["e0"].max() == 1 / 255
+    for bad, match in (("255", "mask_levels"), (True, "mask_levels"), (100, "mask_levels")):
+        with pytest.raises(InputError, match=match):
+            levels_of(tmp_path, {"e0": rows["e0"] | {"mask_levels": bad}})
+    Image.fromarray(EIGHT(0, 255, 0, 0)).save(tmp_path / "m0.png")
+    with pytest.raises(InputError, match="grey level 255, above 1"):
+        levels_of(tmp_path, {"e0": rows["e0"] | {"mask_levels": 1}})
+
+
+def paletted(ids, *colours):
+    picture = Image.fromarray(ids, "P")
+    picture.putpalette(np.array(colours, np.uint8).tobytes())
+    return picture
+
+
+HALF = np.array([[0, 1], [1, 1]], np.uint8)
+
+
+@pytest.mark.parametrize("picture", [
+    Image.fromarray(HALF.astype(bool)), paletted(HALF, (0, 0, 0), (128, 0, 0)), paletted(HALF, (0, 0, 0), (0, 0, 9)),
+    paletted(HALF, (0, 0, 0), (255, 255, 255)), Image.fromarray(HALF[..., None] * np.array([0, 0, 255], np.uint8)),
+    Image.fromarray((HALF * 255)[..., None].repeat(3, 2)), Image.fromarray((HALF * 255)[..., None].repeat(4, 2)),
+    Image.merge("LA", [Image.fromarray(HALF * 255)] * 2), Image.fromarray(HALF.astype(np.float32)),
+    Image.fromarray(HALF)], ids=lambda p: f"{p.mode}")
+def test_masks_of_every_mode_are_read(tmp_path, picture):
+    name = "m.tif" if picture.mode == "F" else "m.png"
+    picture.save(tmp_path / name)
+    np.testing.assert_array_equal(files.load_mask(name, "binary", tmp_path), HALF)
+
+
+@pytest.mark.parametrize(("picture", "match"), [
+    (paletted(HALF, (68, 1, 84), (253, 231, 36)), "without black"),
+    (Image.fromarray(RNG.integers(0, 255, (40, 40, 3), np.uint8)), "coloured picture"),
+    (Image.merge("LA", [Image.fromarray(HALF * 255), Image.fromarray(255 - HALF * 255)]), "transparency"),
+    (Image.fromarray(HALF.astype(np.float32) * 255), "outside 0 to 1"),
+    (Image.fromarray(HALF.astype(np.float32) * np.float32("nan")), "outside 0 to 1"),
+    (Image.fromarray(HALF.astype(np.int32) * 70000), "outside 0 to 65535")], ids=lambda v: getattr(v, "mode", ""))
+def test_pictures_that_may_mean_anything_are_no_masks(tmp_path, picture, match):
+    picture.save(tmp_path / "m.tif")
+    with pytest.raises(InputError, match=match):
+        files.load_mask("m.tif", "binary", tmp_path)
+
+
+def test_class_masks_of_others_need_the_colours_of_classes(tmp_path):
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "m.png")
+    with pytest.raises(InputError, match="16 pixels have a colour of no class"):
+        files.load_mask("m.png", "semantic", tmp_path)
+
+
+def test_no_probabilities_are_never_written():
+    for bad in (np.nan, np.inf, -0.1, 1.1):
+        with pytest.raises(InputError, match="no probabilities"):
+            files.mask_picture(np.array([[0.5, bad]]))
+
+
+def test_masks_are_found_where_they_are_said_to_be_and_never_two_by_one_file(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "masks").mkdir(parents=True)
+    for place in (folder / "masks" / "a.png", tmp_path / "outside.png"):
+        Image.fromarray(HALF * 255).save(place)
+    for name in ("masks/a.png", str(folder / "masks/a.png"), "/gone/masks/a.png", "../outside.png",
+                 "C:\\x\\masks\\a.png"):
+        np.testing.assert_array_equal(files.load_mask(name, "binary", folder), HALF)
+    for bad in ("masks/b.png", "/gone/b.png", "x" * 5000, "masks", "a\0b", 5, ["masks/a.png"], True):
+        with pytest.raises(InputError):
+            files.load_mask(bad, "binary", folder)
+    rows = {"e0": {"mask": "/x/masks/a.png"}, "e1": {"mask": "/y/masks/a.png"}}
+    with pytest.raises(InputError, match="both /x/masks/a.png and /y/masks/a.png lead to it"):
+        levels_of(folder, rows)
+    assert "belong to several lines" in levels_of(folder, {name: {"mask": "masks/a.png"} for name in rows})[1][0]
+    with pytest.raises(InputError, match="no such file"):  # before any is scored
+        levels_of(folder, {"e0": {"mask": "masks/a.png"}, "e1": {"mask": "masks/b.png"}})
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("\ufeff{}".encode("utf-16"), "UTF-16"), ("{}\n".encode("utf-16-be"), "UTF-16"),
+    (b'{"id": "a"}\n{"id": "\xff"}\n', "p.jsonl:2.*not UTF-8"), (b'{"id": "a", "id": "b"}\n', "comes twice"),
+    (b"\0\0\0\0\n", "UTF-16"), (b'{"id"\0: 1}\n', "not valid JSON")])
+def test_what_is_no_text_is_named(tmp_path, text, match):
+    (tmp_path / "p.jsonl").write_bytes(text)
+    with pytest.raises(InputError, match=match):
+        files.read_rows(tmp_path / "p.jsonl")
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    for text in ('{"id": "é"}\n', '{"id": "é"}', '{"id": "é"}\r\n{"id'):
+        (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert files.read_rows(tmp_path / "p.jsonl") == [{"id": "é"}]
+
+
+# Run lengths.
+
+def code_of(mask):
+    return coco.encode(np.asfortranarray(mask))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_run_lengths_are_read_as_the_library_wrote_them(height, width, seed, share):
+    mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
+    code = code_of(mask)
+    for counts in (code["counts"], code["counts"].decode()):
+        np.testing.assert_array_equal(decode_runs(code["size"], counts, "x"), mask)
+    for size in ([height, width + 1], [height + 1, width], [2 * height, 2 * width]):
+        with pytest.raises(InputError, match="run lengths: the runs hold"):
+            decode_runs(size, code["counts"], "x")
+
+
+CODE = code_of(np.eye(8, dtype=np.uint8))["counts"].decode()
+
+
+@pytest.mark.parametrize("size", [[-8, 8], [-8, -8], [0, 64], [100000, 100000], [8.0, 8], [True, 64], "88", ["8", "8"],
+                                  [8], [8, 8, 1], None, {}, 64, [10**30, 1], [float("nan"), 8]])
+@pytest.mark.parametrize("kind", ["binary"])
+def test_sizes_are_looked_at_before_the_library_sees_them(size, kind, tmp_path):
+    with pytest.raises(InputError, match="run lengths: size"):
+        files.load_mask({"size": size, "counts": CODE}, kind, tmp_path)
+
+
+@pytest.mark.parametrize("counts", ["", "0", CODE[:-1], CODE + "1", CODE + CODE, "o" * 99, "~", " " + CODE, CODE + "\n",
+                                    "b'" + CODE + "'", [1, 2], [64], 64, None, {}, "P" * 9, "é", "\0", b"\xff", "O2"])
+def test_counts_that_do_not_fill_the_size_are_refused(counts, tmp_path):
+    with pytest.raises(InputError, match="run lengths: "):
+        files.load_mask({"size": [8, 8], "counts": counts}, "binary", tmp_path)
+    if isinstance(counts, str):
+        with pytest.raises(InputError, match="run lengths"):
+            read_mask(f"root/rle:8x8:{counts}", 8, "binary")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(-3, 9), min_size=2, max_size=2),
+       st.text(st.characters(min_codepoint=47, max_codepoint=112)))
+def test_any_run_lengths_are_a_whole_mask_or_an_input_error(size, counts):
+    try:
+        mask = decode_runs(size, counts, "x")
+    except InputError:
+        return
+    assert mask.shape == tuple(size) and set(np.unique(mask)) <= {0, 1}
+    again = code_of(mask)["counts"].decode()
+    np.testing.assert_array_equal(decode_runs(size, again, "x"), mask)

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from crab_jax import runs
+from crab_jax import finite, runs
 from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, save_streamed
 from crab_jax.config import COMPAT_FIELDS
 from crab_jax.convert import released, torch_file
@@ -31,6 +32,7 @@ from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.errors import InputError
+from crab_jax.files import refuse_stand_in
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
@@ -69,6 +71,11 @@ class Part(NamedTuple):
     source: Source
     rule: Rule
 
+    @property
+    def name(self) -> str:
+        """File and key."""
+        return f"{self.source.where}: {self.rule.source}"
+
     def load(self) -> np.ndarray:
         """The tensor in our layout, a view on the file."""
         return permute(self.source.tensors[self.rule.source], self.rule.layout)
@@ -105,8 +112,12 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
         notes[path] = f"drawn from seed {files.seed}"
     extra |= _draw(cfg, files.seed, drawn)
 
-    leaves = _leaves(parts, vocab, extra, shapes, cfg, files.seed)
+    broken: dict[str, finite.Faults] = {}
+    leaves = _leaves(parts, vocab, extra, shapes, cfg, files.seed, broken)
     save_streamed(out / IMPORTED, _with_progress(leaves))
+    if broken:
+        shutil.rmtree(out / IMPORTED)
+        finite.refuse(broken, "import")
 
     report = {
         "sources": {source.where: {"keys": len(source.tensors), "used": len(used.get(source.where, ())),
@@ -236,6 +247,7 @@ def _check_explained(unexplained: Sequence[tuple[str, str]], unfilled: Sequence[
 def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
     """Arrays by name from .npz, .safetensors or a torch file. Raises InputError."""
     if path.suffix == ".npz":
+        refuse_stand_in(path)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
@@ -337,19 +349,26 @@ def _whole_llama(llama: Llama, tokens: jax.Array) -> jax.Array:
 
 
 def _leaves(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], extra: Mapping[str, np.ndarray],
-            shapes: Mapping[str, tuple[int, ...]], cfg: CrabConfig, seed: int) -> dict[str, Streamed]:
-    """Everything to write; a tensor is read when its turn comes."""
+            shapes: Mapping[str, tuple[int, ...]], cfg: CrabConfig, seed: int, broken: dict[str, finite.Faults]
+            ) -> dict[str, Streamed]:
+    """Everything to write; a tensor is read when its turn comes. What is not finite is noted in `broken`."""
+    def looked_at(name: str, value: np.ndarray) -> np.ndarray:
+        if fault := finite.faults(value):
+            broken[name] = fault
+        return value
+
     stacks: dict[str, list[Part]] = {}
     for part in parts:
         stacks.setdefault(part.path, []).append(part)
     leaves = {path: Streamed(shapes[path], stack[0].load().dtype, len(stack[0].at),
-                             lambda stack=stack: ((part.at, part.load()) for part in stack))
+                             lambda stack=stack: ((part.at, looked_at(part.name, part.load())) for part in stack))
               for path, stack in stacks.items()}
     for path, value in extra.items():
-        leaves[path] = Streamed(shapes[path], value.dtype, 0, lambda value=value: [((), value)])
+        leaves[path] = Streamed(shapes[path], value.dtype, 0, lambda path=path, value=value: [
+            ((), looked_at(path, value))])
     for path, pieces in vocab.items():
         leaves[path] = Streamed(shapes[path], pieces[0][1].dtype, 0, lambda path=path, pieces=pieces: [
-            ((), _table(path, pieces, cfg, seed))])
+            ((), looked_at(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))])
     return leaves
 
 

@@ -8,7 +8,6 @@ has the PEFT name. Of a key that several files hold, the last file given wins, a
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from crab_jax.convert.keymap import Rule
 from crab_jax.convert.llama import LLAMA_IGNORED, PEFT, llama_config, llama_rules, lora_rules, lora_sizes, vocab_rules
 from crab_jax.convert.mask_decoder import position_rules, seg_rules
 from crab_jax.errors import InputError
+from crab_jax.files import read_json
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import LlamaConfig
@@ -63,17 +63,6 @@ class Choices:
     low_res: int | None = None
     dtype: str = "bfloat16"
     compat: str = "released"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), "", f"cannot be read as JSON ({error})", "fetch the file again") from error
-    if not isinstance(value, dict):
-        raise InputError(str(path), "", "is no JSON object", "fetch the file again")
-    return value
 
 
 def crab_source(path: Path) -> Source:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from crab_jax.errors import InputError
+from crab_jax.files import read_json, refuse_stand_in
 
 _DTYPES = {
     "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
@@ -187,6 +188,7 @@ def read(path: str | Path) -> LazyTensors:
     tensors, OrderedDict and plain values are built. Raises InputError for anything else, and for damaged files.
     """
     path = Path(path)
+    refuse_stand_in(path)
     try:
         with zipfile.ZipFile(path) as archive:
             tensors, metadata = _load(archive, path)
@@ -251,7 +253,7 @@ def read_model_dir(folder: str | Path) -> LazyTensors:
 
 def _read_shards(index: Path, reader: Callable[[Path], LazyTensors]) -> LazyTensors:
     try:
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files: dict[str, str] = read_json(index)["weight_map"]
         shards = {file: reader(index.parent / file) for file in sorted(set(files.values()))}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
@@ -276,6 +278,7 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 def read_safetensors(path: str | Path) -> LazyTensors:
     """Tensors of one safetensors file, memory-mapped one by one. Raises InputError when it is missing or damaged."""
     path = Path(path)
+    refuse_stand_in(path)
     tensors = {}
     try:
         size = path.stat().st_size

@@ -16,7 +16,8 @@ import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
 from crab_jax.tasks.task import NOTES, Published, Stats, Task, by_group
-from crab_jax.tasks.text import find_spans, find_tags, normalise
+from crab_jax.tasks.text import find_tags, normalise
+from crab_jax.tasks.times import find_spans, read_ranges
 
 SECONDS = 10
 METRICS = {
@@ -44,26 +45,28 @@ def parse(text: str) -> dict[str, Any] | None:
     """`{"event": str, "ranges": [[start, end], ...]}`, or None when the event or every range is missing.
 
     The last event is the answer and all ranges after it are its ranges; `<event> name,(0 8) </event>` and ranges that
-    come before the event are read too.
+    come before the event are read too. Ranges are in seconds, with decimals as they were written; a number that cannot
+    be read as a part of one (crab_jax/tasks/times.py) leaves the answer unread.
     """
     tags = find_tags(text, ("event", "range"))
     last = max((i for i, (name, content) in enumerate(tags) if name == "event" and normalise(content)), default=None)
     if last is None:
         return None
     event = tags[last][1]
-    after, before = ([c for name, c in part if name == "range"] for part in (tags[last:], tags[:last]))
-    ranges = next((found for source in (after, before, [event])
-                   if (found := [[s, e] for c in source for s, e, *_ in find_spans(c)])), None)
-    if ranges is None:
-        return None
     inside = find_spans(event)
-    name = (event[:inside[0][2]] if inside else event).strip(" ,.;:")
-    return {"event": name, "ranges": ranges} if normalise(name) else None
+    after, before = ([read_ranges(c) for name, c in part if name == "range"] for part in (tags[last:], tags[:last]))
+    within = [[(span.start, span.end)] if span.read else None for span in inside]
+    said = next((source for source in (after, before, within) if any(found != [] for found in source)), [])
+    name = (event[:inside[0].first] if inside else event).strip(" ,.;:")
+    if None in said or not said or not normalise(name):
+        return None
+    return {"event": name, "ranges": [[start, end] for found in said if found for start, end in found]}
 
 
-def active_seconds(ranges: Sequence[Sequence[int]], inclusive: bool = False) -> np.ndarray:
-    """bool[10]: the seconds t with start <= t < end of any range (t <= end with `inclusive`)."""
-    seconds = np.arange(SECONDS)
+def active_seconds(ranges: Sequence[Sequence[float]], inclusive: bool = False) -> np.ndarray:
+    """bool[10]: the seconds t with start <= t < end of any range (t <= end with `inclusive`); where a range has
+    decimals, those whose middle lies in it."""
+    seconds = np.arange(SECONDS) + 0.5
     return np.any([(start <= seconds) & (seconds < end + inclusive) for start, end in ranges], axis=0)
 
 

@@ -8,6 +8,7 @@ utils/avvp_eval_metrics.py, the same algorithm as YapengTian/AVVP-ECCV20.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
 from crab_jax.tasks.task import AV_REASONER, Published, Stats, Task, by_group
-from crab_jax.tasks.text import find_spans, find_tags, normalise
+from crab_jax.tasks.text import find_tags, normalise
+from crab_jax.tasks.times import find_spans
 
 SECONDS = 10
 LEVELS = ("segment", "event")
@@ -73,7 +75,7 @@ def parse(text: str) -> dict[str, Events] | None:
     """`{"audio": events, "visual": events}`, or None when no tag holds a word.
 
     Reads `<audio>`/`<visual>` for the tag names, several spans per name and several names per tag; an event without a
-    span (or `none`) adds nothing.
+    span (or `none`) adds nothing, nor does a span that cannot be read (crab_jax/tasks/times.py).
     """
     tags = [(name, content) for name, content in find_tags(text, ("audio_event", "visual_event", "audio", "visual"))
             if normalise(content)]
@@ -88,20 +90,22 @@ def parse(text: str) -> dict[str, Events] | None:
 def _read_events(content: str) -> Events:
     events: Events = []
     name, cursor = "", 0
-    for start, end, first, last in find_spans(content):
-        words = content[cursor:first].strip(" ,;:.\n\t").removeprefix("and ")
+    for span in find_spans(content):
+        words = content[cursor:span.first].strip(" ,;:.\n\t").removeprefix("and ")
         name = words if normalise(words) not in ("", "and") else name
-        if normalise(name):
-            events.append([name, start, end])
-        cursor = last
+        if normalise(name) and span.read:
+            events.append([name, span.start, span.end])
+        cursor = span.last
     return events
 
 
 def occurrence(events: Sequence[Sequence[Any]], classes: Sequence[str]) -> np.ndarray:
-    """bool[C,10]: the seconds start <= t < end at which each class occurs (names compared after `normalise`)."""
+    """bool[C,10]: the seconds start <= t < end at which each class occurs (names compared after `normalise`); where a
+    span has decimals, those whose middle lies in it."""
     seconds = np.zeros((len(classes), SECONDS), bool)
     for name, start, end in events:
-        seconds[classes.index(normalise(name)), max(0, int(start)):max(0, int(end))] = True
+        first, last = (max(0, math.ceil(time - 0.5)) for time in (start, end))
+        seconds[classes.index(normalise(name)), first:last] = True
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Reading tagged answers: tags, names and spans in text that a model wrote, possibly badly."""
+"""Reading tagged answers: tags and names in text that a model wrote, possibly badly."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from collections.abc import Sequence
 _CLOSING = r"(?P<closed><\s*/\s*(?!s\s*>))?"  # any closing tag but the end-of-text token </s>
 _CONTROL = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]", re.IGNORECASE)
 _TEMPLATE_TAIL = re.compile(r",?\s+and\s+the\s+|\.(?:\s|$)|\n")  # where the sentence around an unclosed tag goes on
-_NUMBER = r"([0-9]{1,6})(?![0-9])(?:\.[0-9]*)?(?:\s*s\b)?"
-_BETWEEN = r"(?:\s*(?:,|-|–|:|;|\bto\b|\band\b)\s*|\s+)"
-_SPAN = re.compile(rf"(?:\(\s*)?(?<![0-9.]){_NUMBER}{_BETWEEN}{_NUMBER}(?:\s*\))?", re.IGNORECASE)
 
 
 def normalise(name: str) -> str:
@@ -42,11 +39,3 @@ def find_tags(text: str, names: Sequence[str]) -> list[tuple[str, str]]:
             unclosed.append((match.start(), name, content.strip()))
     done = {name for _, name, _ in closed}
     return [(name, content) for _, name, content in sorted(closed + [tag for tag in unclosed if tag[1] not in done])]
-
-
-def find_spans(text: str) -> list[tuple[int, int, int, int]]:
-    """`(start, end, first character, past the last character)` of every pair of seconds such as "0,8" or "(3 6)".
-
-    Decimals are cut (the released scorers use int()); numbers of more than six digits are not times.
-    """
-    return [(int(m[1]), int(m[2]), m.start(), m.end()) for m in _SPAN.finditer(text)]

@@ -9,6 +9,7 @@ from data_pipelines.media.masks import (
     SEMANTIC_CLASSES,
     avss_palette,
     check_size,
+    decode_runs,
     inline_mask,
     read_mask,
 )
@@ -29,8 +30,8 @@ from data_pipelines.media.video import Watched, read_moment, read_video, video_s
 
 __all__ = [
     "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched",
-    "avss_palette", "check_clock", "check_size", "clip_sound", "frame_numbers", "hear", "image_size", "inline_mask",
-    "is_own", "is_turned", "not_supported", "open_picture", "opened", "outline", "picture_outline", "pictures_of",
-    "read_audio", "read_image", "read_mask", "read_moment", "read_picture", "read_video", "rgb", "sound_of",
-    "stated_seconds", "timing", "video_size", "watch",
+    "avss_palette", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers", "hear", "image_size",
+    "inline_mask", "is_own", "is_turned", "not_supported", "open_picture", "opened", "outline", "picture_outline",
+    "pictures_of", "read_audio", "read_image", "read_mask", "read_moment", "read_picture", "read_video", "rgb",
+    "sound_of", "stated_seconds", "timing", "video_size", "watch",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ SEMANTIC_CLASSES = 71
 STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change values a little
 BETWEEN = 0.02  # share of the pixels of a mask that such a format may leave between black and white
+MOST_PIXELS = 10**8  # of a mask in run lengths, whose few bytes could ask for any amount of memory
 # A mask may be written where its path would be: COCO run lengths, rle:<height>x<width>:<counts>, or nothing at all.
 INLINE_MASK = "rle:"
 EMPTY_MASK = f"{INLINE_MASK}empty"
@@ -50,16 +51,69 @@ def inline_mask(code: Mapping[str, Any]) -> str:
     return f"{INLINE_MASK}{code['size'][0]}x{code['size'][1]}:{code['counts'].decode()}"
 
 
+def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
+    """uint8[H,W], 0 and 1: a mask in COCO run lengths, `size` [height, width] and `counts` as compressed text or bytes.
+
+    All is checked before the C library sees it, which leaves memory as it finds it where runs end early. Raises
+    InputError that names `where`.
+    """
+    def refuse(problem: str) -> InputError:
+        return InputError(where, "mask", f"is no mask in COCO run lengths: {problem}",
+                          "write the run-length encoding of pycocotools.mask.encode, counts as text")
+
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+        raise refuse(f"size is {size!r:.60}, not two whole numbers above 0")
+    height, width = size
+    if height * width > MOST_PIXELS:
+        raise refuse(f"size {height}x{width} has more than {MOST_PIXELS:,} pixels")
+    if not isinstance(counts, str | bytes):
+        raise refuse(f"counts is {counts!r:.40}, not the compressed text")
+    text = counts if isinstance(counts, str) else counts.decode("latin-1")
+    area, filled = height * width, 0
+    try:
+        for number, run in enumerate(_runs(text), 1):
+            filled += run
+            if run < 0:
+                raise ValueError(f"run {number} of counts has {run:,} pixels")
+            if filled > area:
+                raise ValueError(f"the runs hold more than the {area:,} pixels of {height}x{width}")
+        if filled != area:
+            raise ValueError(f"the runs hold {filled:,} of the {area:,} pixels of {height}x{width}")
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    return coco.decode({"size": [height, width], "counts": text.encode()})  # type: ignore[no-any-return]
+
+
+def _runs(counts: str) -> Iterator[int]:
+    """The runs in compressed text: five bits a character, lowest first; from the third run on less the one before last.
+
+    ValueError for other characters and for a number that does not end.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for char in counts:
+        bits = ord(char) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"counts holds the character {char!r}")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32 and shift < 60:
+            continue
+        number -= (bits & 16) << (shift - 4)  # the sign
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        yield runs[-1]
+        number = shift = 0
+    if shift:
+        raise ValueError("counts ends in the middle of a number")
+
+
 def _decode_inline(code: str) -> np.ndarray:
     """uint8[H,W] of what `inline_mask` wrote."""
-    found = re.fullmatch(rf"{INLINE_MASK}([1-9][0-9]{{0,4}})x([1-9][0-9]{{0,4}}):([0-o]+)", code)
-    try:
-        if not found:
-            raise ValueError
-        return coco.decode({"size": [int(found[1]), int(found[2])], "counts": found[3].encode()})
-    except ValueError:
+    found = re.fullmatch(rf"{INLINE_MASK}([0-9]{{1,9}})x([0-9]{{1,9}}):(.*)", code, re.DOTALL)
+    if not found:
         fix = f"write {INLINE_MASK}<height>x<width>:<counts>, or the path of a picture"
-        raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix) from None
+        raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix)
+    return decode_runs([int(found[1]), int(found[2])], found[3], code[:60])
 
 
 def check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:

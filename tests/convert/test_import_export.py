@@ -143,6 +143,25 @@ def test_pretraining_files_import_too(files, choices, imported, tmp_path):
     assert "replaced by" in ignored["base_model.model.model.vl_projector.visual_query_tokens"]
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(np.float32, np.nan), (np.float16, np.inf),
+                                              (ml_dtypes.bfloat16, -np.inf)])
+def test_weights_that_are_no_numbers_are_counted_by_file_and_tensor(dtype, value, files, choices, tmp_path):
+    def spoil(arrays):
+        for key in ("lora_A", "lora_route"):
+            name = ROUTE.replace("lora_route", key)
+            arrays[name] = arrays[name].astype(dtype)
+            arrays[name][0, :2] = value
+        for name in arrays:
+            if ".lora_" in name:
+                arrays[name] = arrays[name].astype(dtype)
+
+    path = rewrite(files.crab[0], tmp_path / "tuned.bin", spoil)
+    with pytest.raises(InputError, match=r"2 tensors are not finite: .*tuned.bin: .*up_proj.lora_(A|route).weight has"):
+        import_weights(dataclasses.replace(files, crab=(path, files.crab[1])), tmp_path / "out", choices)
+    with pytest.raises(InputError):
+        runs.load_model(tmp_path / "out")
+
+
 @pytest.mark.parametrize("heads", [1, 3, 5])
 def test_heads_are_read_from_shapes(heads, files, choices, tmp_path):
     path = rewrite(files.crab[0], tmp_path / "finetune_weights.bin", with_heads(heads))

@@ -1,7 +1,10 @@
 """`python -m data_pipelines validate`: everything decoded, and every malformed input of the corpus named."""
 
 import json
+import os
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 import malformed
 import numpy as np
@@ -58,27 +61,43 @@ def test_every_malformed_annotation_file_is_named(problems):
         assert any(re.search(text, problem) for problem in found), (file, found)
 
 
-def test_loader_validate_status_and_predict_agree_on_every_file(corpus, problems, tokenizer, tmp_path):
-    """Each file of the corpus alone: the loader refuses it, `validate` calls it bad, and `predict` refuses it before a
-    model is loaded, or none of the three; `status`, which decodes nothing, calls bad only what `validate` does."""
-    root, cases = corpus
+class Verdict(NamedTuple):
+    """What is said of an Example by each, "" when it is taken; predict None where it cannot be asked the like."""
+
+    loader: str
+    validate: str
+    predict: str | None
+    warning: str
+
+
+@pytest.fixture(scope="module")
+def verdicts(corpus, problems, tokenizer, tmp_path_factory):
+    """{id: Verdict} of the Examples of the corpus."""
     config = DataConfig(image_size=16, video_frames=4, visual_queries=1, audio_queries=1, lengths=(192,))
-    bad = {problem.id for problem in problems if problem.dataset == "own" and problem.kind in (CORRUPT, MALFORMED)}
-    outline = {problem.id for problem in status(root, ["own"])[1] if problem.kind in (CORRUPT, MALFORMED)}
-    assert outline <= bad and len(outline) > 60
-    wrong = []
+    (root, _), out, found = corpus, tmp_path_factory.mktemp("asked"), {}
     for example in records(root, "own", "test"):
         if isinstance(example, Example):
+            said = [p.problem for p in problems if (p.dataset, p.split, p.id) == ("own", "test", example.id)]
+            bad = [text for text in said if text.startswith((CORRUPT, MALFORMED))]
             try:
                 load(example, root, tokenizer, config)
                 refused = ""
             except InputError as error:
                 refused = error.problem
-            asked = asks(example, root, tmp_path)
-            if bool(refused) != (example.id in bad) or (asked is not None and bool(asked) != bool(refused)):
-                wrong.append((example.id, example.id in bad, refused, asked))
-    assert not wrong, '\n'.join(map(str, wrong))
-    assert len([case for case in cases if case.id in bad]) > 100 and len(cases) - len(bad) > 100
+            found[example.id] = Verdict(refused, "".join(bad), asks(example, root, out), "".join(said[len(bad):]))
+    return found
+
+
+def test_loader_validate_status_and_predict_agree_on_every_file(corpus, verdicts):
+    """Each file of the corpus alone: the loader refuses it, `validate` calls it bad, and `predict` refuses it before a
+    model is loaded, or none of the three; `status`, which decodes nothing, calls bad only what `validate` does."""
+    wrong = {name: said for name, said in verdicts.items() if len({bool(text) for text in said[:3] if text is not None})
+             > 1}
+    assert not wrong
+    bad = {name for name, said in verdicts.items() if said.loader}
+    assert len(bad) > 100 and len(verdicts) - len(bad) > 100
+    outline = {problem.id for problem in status(corpus[0], ["own"])[1] if problem.kind == CORRUPT}
+    assert outline <= bad and len(outline) > 60
 
 
 # What is mended for one question, but not for training: predict says so in a warning.
@@ -104,6 +123,28 @@ def asks(example, root, out):
     except InputError as error:
         return error.problem
     return ""
+
+
+DOC = Path(__file__).parents[2] / "docs/inputs.md"
+
+
+def test_the_table_in_the_docs_is_what_was_found(verdicts):
+    """docs/inputs.md: input kinds x (loader, validate, predict). CRAB_WRITE_DOCS=1 writes it anew."""
+    text = DOC.read_text()
+    named = re.findall(r"^\| ([^|]+) \| `([^`|]+)` \|", text, re.MULTILINE)
+    assert len(named) > 80
+    written = text
+    for kind, name in named:
+        said = verdicts[name]
+        assert said.predict is not None, f"{name} belongs to what predict mends"
+        words = ["refused" if of else "read" for of in said[:3]]
+        note = (said.loader or said.warning).split(": ", 1)[-1 if said.warning and not said.loader else 0]
+        row = f"| {kind} | `{name}` | {' | '.join(words)} | {note.replace(chr(124), '/')} |"
+        written = re.sub(rf"^\| {re.escape(kind)} \| `{re.escape(name)}` \|.*$", lambda _, row=row: row, written,
+                         flags=re.MULTILINE)
+    if os.environ.get("CRAB_WRITE_DOCS"):
+        DOC.write_text(written)
+    assert written == text
 
 
 # What only looks odd is read right.

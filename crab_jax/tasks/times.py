@@ -1,0 +1,186 @@
+"""Seconds in text that a model wrote: read, or left unread, never read as something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "min": 60.0,
+            "minute": 60.0}
+_UNIT = r"milliseconds?|msecs?|ms|minutes?|mins?|seconds?|secs?|s"
+_DECIMAL = r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
+_TOKEN = re.compile(rf"""
+    (?P<time>(?:
+        (?P<clock>(?:[0-9]{{1,2}}:)?[0-9]{{1,2}}:[0-5][0-9](?:\.[0-9]{{1,6}})?)
+      | (?P<minutes>[0-9]{{1,3}})\s*(?:m|mins?|minutes?)
+        \s*(?P<rest>[0-5]?[0-9](?:\.[0-9]{{1,6}})?)\s*(?:s|secs?|seconds?)
+      | (?P<number>{_DECIMAL})(?:\s*(?P<unit>{_UNIT}))?
+      )(?![\w:%\u00b0]|\.[0-9]))
+  | (?P<word>[^\W\d_]+)
+  | (?P<dash>(?<=\s)[-\u2013\u2014\u2212~](?=\s)|(?<=[\w.)\]])[-\u2013\u2014\u2212~](?=[\w(\[]))
+  | (?P<mark>[,;.()\[\]])
+  | (?P<other>\S)
+    """, re.IGNORECASE | re.VERBOSE)
+_LONGEST = 999  # of a bare number, in seconds; a longer one is a year, or counts something else
+_OPENING, _CLOSING = ("(", "["), (")", "]")
+_TO = ("to", "until", "till")
+_FILLER = frozenset("from between the time range is are at in on of for during video clip about around and then second "
+                    "seconds event audio visual".split())
+
+
+class Span(NamedTuple):
+    """A time range in seconds; where it stands in the text; False for what holds numbers but is no range."""
+
+    start: float
+    end: float
+    first: int
+    last: int
+    read: bool
+
+
+class _Token(NamedTuple):
+    kind: str  # time, word, dash, other, or the mark itself
+    text: str
+    first: int
+    last: int
+    seconds: float = 0.0  # of a time; of a bare number or one with a unit, its number
+    unit: str = ""  # of a time: "" for a bare number, "clock", or a key of _SECONDS
+
+
+def _tokens(text: str) -> list[_Token]:
+    found = []
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or ""
+        kind = next(name for name in ("time", "word", "dash", "mark", "other") if match[name] is not None)
+        at = match.start(kind), match.end(kind)
+        if kind != "time":
+            found.append(_Token(match[kind] if kind == "mark" else kind, match[kind].lower(), *at))
+            continue
+        if at[0] and re.match(r"[\w.:$#]", text[at[0] - 1]):  # a part of something else
+            found.append(_Token("other", match["time"], *at))
+        elif match["clock"]:
+            *minutes, rest = match["clock"].split(":")
+            total = 0.0
+            for part in minutes:
+                total = 60 * (total + float(part))
+            found.append(_Token("time", match["time"], *at, total + float(rest), "clock"))
+        elif match["minutes"]:
+            found.append(_Token("time", match["time"], *at, 60 * float(match["minutes"]) + float(match["rest"]), "s"))
+        else:
+            unit = (match["unit"] or "").lower()
+            found.append(_Token("time", match["time"], *at, float(match["number"]),
+                                unit if unit in _SECONDS else unit.removesuffix("s")))
+    return found
+
+
+def _seconds(first: _Token, second: _Token) -> tuple[float, float] | None:
+    """The two times of a range; a unit that is said once counts for both. None when that does not make a range."""
+    units = first.unit, second.unit
+    if "clock" in units:
+        if units != ("clock", "clock"):
+            return None
+        scales = 1.0, 1.0
+    elif units[0] and not units[1] and units[0] not in ("s", "sec", "second"):
+        return None  # "1 min to 2"
+    else:
+        scales = _SECONDS.get(units[0] or units[1], 1.0), _SECONDS.get(units[1], 1.0)
+    if not any(units) and max(first.seconds, second.seconds) > _LONGEST:
+        return None
+    start, end = (round(token.seconds * scale, 6) for token, scale in zip((first, second), scales, strict=True))
+    return (_whole(start), _whole(end)) if start <= end else None
+
+
+def _whole(seconds: float) -> float:
+    """The same number, as an int where it is whole."""
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
+class _Pair(NamedTuple):
+    """How two times are joined, their values or None, the index past them."""
+
+    join: str
+    times: tuple[float, float] | None
+    past: int
+
+
+def _pair(tokens: Sequence[_Token], at: int, between: bool) -> _Pair | None:
+    """The pair of times that starts at `at`, if any."""
+    def time(at: int) -> int | None:
+        at += at < len(tokens) and tokens[at].text in ("second", "sec")  # "second 3"
+        return at if at < len(tokens) and tokens[at].kind == "time" else None
+
+    if (first := time(at)) is None:
+        return None
+    join, then = " ", first + 1
+    if then < len(tokens):
+        joint = tokens[then]
+        if joint.kind in ("dash", ",", ";") or joint.text in _TO or (between and joint.text == "and"):
+            join, then = joint.text, then + 1
+    if (second := time(then)) is None:
+        return None
+    return _Pair(join, _seconds(tokens[first], tokens[second]), second + 1)
+
+
+def read_ranges(text: str) -> list[tuple[float, float]] | None:
+    """The time ranges that are all that a text says, such as "0,8" or "from 0:03 to 0:05 and 7-9 s"; [] for a text
+    without numbers, None for one with a number that is no part of a range, or that may mean something else."""
+    tokens = _tokens(text)
+    if not any(re.search(r"\d", token.text) for token in tokens):
+        return []
+    ranges: list[tuple[float, float]] = []
+    at, glue, joined = 0, "", ""
+    while at < len(tokens):
+        token = tokens[at]
+        pair = _pair(tokens, at, any(one.text == "between" for one in tokens[max(0, at - 2):at]))
+        if pair:
+            in_brackets = at > 0 and tokens[at - 1].kind in _OPENING
+            if pair.times is None or (joined == (glue or " ") and not in_brackets):  # "0,2,5,7" may list four seconds
+                return None
+            ranges.append(pair.times)
+            at, glue, joined = pair.past, "", pair.join
+        elif token.kind in (*_OPENING, *_CLOSING, ",", ";", ".") or token.text in _FILLER:
+            glue, at = token.text if token.kind in (",", ";") or token.text == "and" else glue or token.text, at + 1
+        else:
+            return None
+    return ranges
+
+
+def find_spans(text: str) -> list[Span]:
+    """The time ranges behind names, as in "Dog,(0 1),(3 6)" or "Dog from 0:03 to 0:05", in order.
+
+    A bare pair counts in brackets, behind "from" or "between", and with units. Brackets with numbers that are no range
+    are told as not read.
+    """
+    tokens, spans = _tokens(text), []
+    at = 0
+    while at < len(tokens):
+        span, at = _bracketed(text, tokens, at) if tokens[at].kind in _OPENING else _bare(tokens, at)
+        spans += [span] if span else []
+    return spans
+
+
+def _bracketed(text: str, tokens: Sequence[_Token], at: int) -> tuple[Span | None, int]:
+    """The span in the brackets that open at `at`, None without numbers, and the index to go on from."""
+    close = next((i for i in range(at + 1, len(tokens)) if tokens[i].kind in (*_OPENING, *_CLOSING)), len(tokens))
+    if close == len(tokens) or tokens[close].kind in _OPENING:  # cut off, or others inside
+        return None, at + 1
+    inside = text[tokens[at].last:tokens[close].first]
+    if not re.search(r"\d", inside):
+        return None, at + 1
+    ranges = read_ranges(inside) or []
+    start, end = ranges[0] if len(ranges) == 1 else (0, 0)
+    return Span(start, end, tokens[at].first, tokens[close].last, len(ranges) == 1), close + 1
+
+
+def _bare(tokens: Sequence[_Token], at: int) -> tuple[Span | None, int]:
+    """The span without brackets that starts at `at`, if any, and the index to go on from."""
+    opening = tokens[at].text if tokens[at].text in ("from", "between") else ""
+    found = _pair(tokens, at + bool(opening), opening == "between")
+    if found is None or found.times is None or found.join == " ":
+        return None, at + 1
+    following = tokens[found.past] if found.past < len(tokens) else None
+    ends = following is None or following.kind in (",", ";", ".", *_OPENING) or following.text in ("and", "then")
+    if not (tokens[found.past - 1].unit or (opening and ends)):
+        return None, at + 1
+    return Span(*found.times, tokens[at].first, tokens[found.past - 1].last, True), found.past

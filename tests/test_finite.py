@@ -1,0 +1,126 @@
+"""Weights, logits and masks that are no numbers: counted and refused, wherever they come from."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crab_jax import checkpoints, finite
+from crab_jax.errors import InputError
+from crab_jax.inference import check_finite
+from data_pipelines.examples import Example
+
+FLOATS = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn]
+BAD = [np.nan, -np.nan, np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([(7,), (3, 5), (2, 3, 4), ()]))
+def test_any_bits_are_told_as_numpy_tells_them(dtype, seed, bad, shape):
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
+    array = np.where(rng.random(shape) < 0.3, bits.copy().view(dtype)[..., 0], rng.normal(size=shape).astype(dtype))
+    array = array.astype(dtype)
+    for one in (array, array.T, array[..., :1] if shape else array):
+        assert finite.all_finite(one) == bool(np.isfinite(one.astype(np.float64)).all())
+    if array.size:
+        array = np.zeros(shape, dtype)
+        array[tuple(rng.integers(0, n) for n in shape)] = BAD[bad]
+        found = finite.faults(array)
+        assert found == ((1, 0, array.size) if np.isnan(array).any() else (0, 1, array.size))
+
+
+def test_integers_and_nothing_are_finite():
+    for array in (np.arange(5), np.array([True]), np.zeros((0, 3), np.float32), np.full(3, -128, np.int8)):
+        assert finite.faults(array) is None
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    return {"llama": {"kernel": rng.normal(size=(2, 300, 500)).astype(np.float32), "n": np.int32([1])},
+            "clip": {"scale": rng.normal(size=7).astype(ml_dtypes.bfloat16)}}
+
+
+def packed(folder, params):
+    checkpoints.save_packed(folder, params, {})
+
+
+def imported(folder, params):
+    checkpoints.save_streamed(folder / checkpoints.IMPORTED, {
+        path: checkpoints.Streamed(leaf.shape, leaf.dtype, 0, lambda leaf=leaf: [((), leaf)])
+        for path, leaf in traverse_util.flatten_dict(params, sep="/").items()})
+
+
+def run(folder, params):
+    store = checkpoints.RunCheckpoints(folder / "checkpoints")
+    store.save_frozen({"clip": params["clip"]}, {})
+    store.save(1, {"trainable": {"llama": params["llama"]}})
+    store.wait()
+
+
+@pytest.mark.parametrize("store", [packed, imported, run])
+@pytest.mark.parametrize(("place", "value"), [("llama", np.nan), ("clip", -np.inf)])
+def test_every_kind_of_checkpoint_is_refused_by_the_name_of_what_is_broken(store, place, value, tmp_path, monkeypatch):
+    params = tree()
+    leaf = params[place]["kernel" if place == "llama" else "scale"]
+    leaf.reshape(-1)[-1] = value
+    with monkeypatch.context() as patch:
+        patch.setattr(finite, "check", lambda tree, where: tree)  # as a program writes it that does not look
+        store(tmp_path, params)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), params)
+    name = "llama/kernel" if place == "llama" else "clip/scale"
+    stored = checkpoints.stored_params(tmp_path)
+    for load in (stored.load, lambda: stored.load(wanted), lambda: stored.some([name])):
+        with pytest.raises(InputError, match=rf"\[{name}\]: 1 tensors are not finite: {name} has 1 of"):
+            load()
+    leaf.reshape(-1)[-1] = 0
+    store(tmp_path / "sound", params)
+    checkpoints.stored_params(tmp_path / "sound").load(wanted)
+
+
+def test_a_run_does_not_go_on_from_values_that_are_none(tmp_path, monkeypatch):
+    store = checkpoints.RunCheckpoints(tmp_path)
+    train = {"trainable": {"w": jnp.array([1.0, jnp.nan])}, "step": jnp.int32(1)}
+    store.save(1, train)
+    store.wait()
+    with pytest.raises(InputError, match="trainable/w.*1 NaN"):
+        checkpoints.RunCheckpoints(tmp_path).restore(train)
+
+
+def test_values_beyond_a_narrower_dtype_are_refused_while_they_become_infinite(tmp_path):
+    params = {"w": np.float32([1.0, 70000.0])}
+    packed(tmp_path, params)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)}
+    assert np.isfinite(np.asarray(checkpoints.stored_params(tmp_path).load(wanted)["w"], np.float32)).all()
+    wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.float16, sharding=here)}
+    with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
+        checkpoints.stored_params(tmp_path).load(wanted)
+    with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
+        checkpoints.save_packed(tmp_path / "half", params, {}, np.float16)
+    assert not (tmp_path / "half" / checkpoints.PACKED).exists()
+
+
+def test_what_lies_on_an_accelerator_is_looked_at_there():
+    flags = finite._all_finite((jnp.ones(3), jnp.array([1, jnp.inf]), jnp.int8([1]), jnp.array(jnp.nan, jnp.bfloat16)))
+    assert flags.tolist() == [True, False, True, False]
+
+
+def test_many_broken_tensors_are_counted_and_some_are_named():
+    broken = {f"w{i}": np.float32([np.nan, 1]) for i in range(5)}
+    with pytest.raises(InputError, match=r"5 tensors.*w0 has.*w2 has 1 of 2 values not finite \(1 NaN\); and 2 more"):
+        finite.check(broken, "x")
+
+
+def test_an_answer_of_what_is_no_number_names_its_example():
+    example = Example(id="clip 7", task="ave", instruction="?")
+    check_finite(example, True)
+    for logits, masks, what in ((False, True, "logits"), (True, False, "masks")):
+        with pytest.raises(InputError, match=f"example 'clip 7'.*{what} of the model are not finite"):
+            check_finite(example, logits, masks)
