@@ -97,7 +97,7 @@ def test_loader_validate_status_and_predict_agree_on_every_file(corpus, verdicts
     bad = {name for name, said in verdicts.items() if said.loader}
     assert len(bad) > 100 and len(verdicts) - len(bad) > 100
     outline = {problem.id for problem in status(corpus[0], ["own"])[1] if problem.kind == CORRUPT}
-    assert outline <= bad and len(outline) > 60
+    assert outline <= bad and len(outline) > 50
 
 
 # What is mended for one question, but not for training: predict says so in a warning.
@@ -138,7 +138,8 @@ def test_the_table_in_the_docs_is_what_was_found(verdicts):
         said = verdicts[name]
         assert said.predict is not None, f"{name} belongs to what predict mends"
         words = ["refused" if of else "read" for of in said[:3]]
-        note = (said.loader or said.warning).split(": ", 1)[-1 if said.warning and not said.loader else 0]
+        note = (said.loader or said.warning.partition(": ")[2]).partition(";")[0]
+        note = re.sub(r", \d+ bytes short", "", note)  # depends on the encoder
         row = f"| {kind} | `{name}` | {' | '.join(words)} | {note.replace(chr(124), '/')} |"
         written = re.sub(rf"^\| {re.escape(kind)} \| `{re.escape(name)}` \|.*$", lambda _, row=row: row, written,
                          flags=re.MULTILINE)
