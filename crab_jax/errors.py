@@ -57,7 +57,7 @@ def report(error: BaseException, debug: bool = False) -> int:
         traceback.print_exception(error)
     if found is None:
         return 1
-    print(f"error: {found}", file=sys.stderr)
+    print("error:", " ".join(str(found).splitlines()), file=sys.stderr)  # a name may hold line breaks
     return 2
 
 

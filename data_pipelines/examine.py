@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 
@@ -18,6 +19,7 @@ from data_pipelines.status import CORRUPT, WARNING
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
 LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
+FRAMES = 10  # that the loader takes of a film, unless `data.video_frames` says otherwise
 USES = ("video", "audio", "picture", "binary", "semantic")  # the last two are kinds of masks
 
 
@@ -55,6 +57,7 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
 
 
 def _video(path: str) -> Facts:
+    media.read_video(path, FRAMES, 16)
     av.logging.set_level(av.logging.ERROR)
     with av.logging.Capture() as said:
         shown = media.watch(path)
@@ -63,7 +66,8 @@ def _video(path: str) -> Facts:
         problems.append(f"{CORRUPT}: {shown.damaged} of {shown.frames} frames are damaged")
     elif said:
         problems.append(f"{WARNING}: the decoder says {said[0][2].strip()!r:.100}")
-    problems += [f"{WARNING}: {remark}" for remark in media.timing(path)._replace(sound=None).remarks()]
+    with contextlib.suppress(InputError):  # of its sound, which is a use of its own
+        problems += [f"{WARNING}: {remark}" for remark in media.timing(path)._replace(sound=None).remarks()]
     return Facts(tuple(("video", problem) for problem in problems), shown.seconds, size=shown.size)
 
 
@@ -85,14 +89,15 @@ def _picture(path: str) -> Facts:
 
 def _binary(path: str) -> Facts:
     mask = media.read_mask(path, None, "binary")
-    return Facts(size=(mask.shape[1], mask.shape[0]))
+    return Facts(size=(mask.shape[1], mask.shape[0]), turned=media.is_turned(path))
 
 
 def _semantic(path: str) -> Facts:
     classes = media.read_mask(path, None, "semantic", unknown=-1)
     stray = int((classes < 0).sum())
     said = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
-    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]))
+    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]),
+                 turned=media.is_turned(path))
 
 
 def mismatch(one: float, other: float) -> bool:

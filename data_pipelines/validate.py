@@ -188,7 +188,8 @@ class Look:
         """A mask whose picture EXIF turns, and which nothing turns: it may be drawn on the picture as it is stored."""
         source = seg_source(example)
         drawn = example.mask and not example.mask.startswith(media.INLINE_MASK) and example.mask_kind != "none"
-        if source and drawn and self._of(source[1]).turned and not self._of(str(example.mask)).turned:
+        picture, mask = self._of(source[1] if source else ""), self._of(str(example.mask))
+        if source and drawn and picture.turned and not mask.turned and picture.size == mask.size:
             yield "mask", str(example.mask), (f"{WARNING}: EXIF turns its picture {source[1]}; the mask is read as "
                                               "drawn on the picture as viewers show it")
 

@@ -14,7 +14,7 @@ from data_pipelines.media.masks import (
     read_mask,
 )
 from data_pipelines.media.outline import outline
-from data_pipelines.media.pictures import image_size, open_picture, read_image, read_picture, rgb
+from data_pipelines.media.pictures import image_size, is_turned, open_picture, read_image, read_picture, rgb
 from data_pipelines.media.pictures import outline as picture_outline
 from data_pipelines.media.sound import (
     SAMPLE_RATE,
@@ -30,7 +30,7 @@ from data_pipelines.media.video import Watched, read_moment, read_video, video_s
 __all__ = [
     "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched",
     "avss_palette", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers", "hear", "image_size",
-    "inline_mask", "is_own", "not_supported", "open_picture", "opened", "outline", "picture_outline", "pictures_of",
-    "placed_length", "read_audio", "read_image", "read_mask", "read_moment", "read_picture", "read_video", "rgb",
-    "sound_of", "timing", "video_size", "watch",
+    "inline_mask", "is_own", "is_turned", "not_supported", "open_picture", "opened", "outline", "picture_outline",
+    "pictures_of", "placed_length", "read_audio", "read_image", "read_mask", "read_moment", "read_picture",
+    "read_video", "rgb", "sound_of", "timing", "video_size", "watch",
 ]
