@@ -136,7 +136,7 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         source = _placed(sound, second, parts, out / f"{name}_sound.wav")
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
     if video and picture:
-        video_picture(video, second, parts).save(picture)
+        media.moment_picture(video, second, parts).save(picture)
     example = Example(
         id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
         video=None if one_picture else _absolute(video), image=_absolute(image or picture) if one_picture else None,
@@ -196,13 +196,6 @@ def show(image: str, picture: Path) -> tuple[str, ...]:
         return ()
     return (f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
             f"{pixels.shape[1]}x{pixels.shape[0]}",)
-
-
-def video_picture(path: str, part: int, parts: int) -> Image.Image:
-    """The frame that is shown when part `part` of `parts` of a video begins, at the video's own size."""
-    size = media.video_size(path)
-    frame = media.read_moment(path, part, parts, max(size))
-    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
 
 
 # The sound.

@@ -30,6 +30,7 @@ from crab_jax.models.crab import Crab, fuse_model, init_params
 from data_pipelines import datasets, leaks, mixture
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.examples import Example
+from data_pipelines.mistakes import TrainingLabels
 from data_pipelines.tokens import Tokenizer
 
 # A resumed run may change these without becoming another run.
@@ -103,8 +104,11 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
     weights = {task: min(n, data.caps[task] or n) * data.weights[task] for task, n in counts.items()}
-    return mixture.train_order(examples, tokenizer, data_config(config), data.batch_size, config.seed, weights, skipped,
-                               data.curriculum)
+    labels = TrainingLabels(data.root, data.split)
+    order = mixture.train_order(examples, tokenizer, data_config(config), data.batch_size, config.seed, weights,
+                                skipped, data.curriculum, labels.check)
+    labels.warn()
+    return order
 
 
 def train_dataset(config: ConfigDict, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),

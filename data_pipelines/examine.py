@@ -17,6 +17,7 @@ from data_pipelines import media
 from data_pipelines.status import CORRUPT, WARNING
 
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
+COVERED = 0.9  # share of a mask's border that what it shows rarely covers
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
 LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
 FRAMES = 10  # that the loader takes of a film, unless `data.video_frames` says otherwise
@@ -89,7 +90,16 @@ def _picture(path: str) -> Facts:
 
 def _binary(path: str) -> Facts:
     mask = media.read_mask(path, None, "binary")
-    return Facts(size=(mask.shape[1], mask.shape[0]), turned=media.is_turned(path))
+    return Facts(_covering(mask), size=(mask.shape[1], mask.shape[0]), turned=media.is_turned(path))
+
+
+def _covering(mask: np.ndarray) -> tuple[tuple[str, str], ...]:
+    """What is odd about a binary mask [H,W] that covers most of its picture and nearly all of the border."""
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if border.mean() <= COVERED or mask.mean() <= 0.5:
+        return ()
+    return (("binary", f"{WARNING}: {mask.mean():.0%} of the mask is set, its border too: is it inverted, or a "
+                       "photograph?"),)
 
 
 def _semantic(path: str) -> Facts:

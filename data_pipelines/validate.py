@@ -25,6 +25,7 @@ from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, reco
 from data_pipelines.examine import Facts, examine, mismatch
 from data_pipelines.examples import Example, seg_source
 from data_pipelines.leaks import leak_problems
+from data_pipelines.mistakes import Lists
 from data_pipelines.shards import Shards
 from data_pipelines.status import (
     CORRUPT,
@@ -125,6 +126,7 @@ class Look:
         self.root, self.facts = Path(root), facts
         self.dataset = ""
         self.clips: dict[str, str] = {}  # clip -> the last split of the dataset that has it
+        self.lists = Lists()
 
     def __call__(self, dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
         uses = list(uses_of(example))
@@ -138,6 +140,11 @@ class Look:
         yield from self._lengths(example)
         yield from self._turned(example)
         yield from self._leak(dataset, split, example, uses[0][1] if uses else "")
+        yield from self.lists.look(dataset, split, example, self._seconds(example))
+
+    def _seconds(self, example: Example) -> float:
+        """How long the clip of an Example is: its pictures, or else its sound; 0 where neither can be read."""
+        return (self._of(example.video).seconds if example.video else 0.0) or self._sound(example) / media.SAMPLE_RATE
 
     def _of(self, path: str) -> Facts:
         return self.facts.get(path) or Facts()  # it has come since the annotations were read

@@ -25,12 +25,12 @@ from data_pipelines.media.sound import (
     read_audio,
     timing,
 )
-from data_pipelines.media.video import Watched, read_moment, read_video, video_size, watch
+from data_pipelines.media.video import Watched, moment_picture, read_moment, read_video, video_size, watch
 
 __all__ = [
     "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched",
     "avss_palette", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers", "hear", "image_size",
-    "inline_mask", "is_own", "is_turned", "not_supported", "open_picture", "opened", "outline", "picture_outline",
-    "pictures_of", "placed_length", "read_audio", "read_image", "read_mask", "read_moment", "read_picture",
-    "read_video", "rgb", "sound_of", "timing", "video_size", "watch",
+    "inline_mask", "is_own", "is_turned", "moment_picture", "not_supported", "open_picture", "opened", "outline",
+    "picture_outline", "pictures_of", "placed_length", "read_audio", "read_image", "read_mask", "read_moment",
+    "read_picture", "read_video", "rgb", "sound_of", "timing", "video_size", "watch",
 ]

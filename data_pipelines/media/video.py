@@ -12,6 +12,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from crab_jax.errors import InputError
 from data_pipelines.media import clock as clocks
@@ -168,6 +169,12 @@ def read_moment(path: str | Path, part: int, parts: int, size: int) -> np.ndarra
     """uint8[size, size, 3]: the RGB frame that is shown at `part` / `parts` of a video. Raises InputError as
     `read_video` does."""
     return _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)[0]
+
+
+def moment_picture(path: str | Path, part: int, parts: int) -> Image.Image:
+    """The frame of `read_moment` at the video's own size."""
+    size = video_size(path)
+    return Image.fromarray(read_moment(path, part, parts, max(size))).resize(size, Image.Resampling.LANCZOS)
 
 
 def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int) -> np.ndarray:
