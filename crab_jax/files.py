@@ -1,11 +1,26 @@
-"""What verbs write: files that are there whole or not at all, in folders that may be written to."""
+"""What verbs write: files that are there whole or not at all, in folders that are locked while they are written."""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.bounds import Place
+from crab_jax.errors import FULL, InputError
+
+LOCK = ".lock"
+BEAT_SECONDS = 20.0  # how often a lock is refreshed
+# A lock of another machine that was not refreshed for so long is left over. A share may show a change a minute late.
+STALE_SECONDS = 120.0
+_held: dict[Path, _Holder] = {}  # the locks of this process
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -13,15 +28,278 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def out_folder(path: str | Path) -> Path:
-    """The folder of --out, made. Raises InputError where that cannot be done."""
+def out_folder(path: str | Path, flag: str = "--out") -> Path:
+    """The folder of --out, made. Raises InputError where that cannot be done, or nothing can be written into it."""
+    if problem := Place(empty=False).problem(str(path)):
+        raise InputError(str(path), flag, problem, "give a folder")
     out = Path(path)
+    probe = out / f".probe{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(4096))  # a full disk takes an empty file
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
+        fix = "make room, or give another folder" if error.errno in FULL else "give a folder you may write to"
+        raise InputError(str(out), flag, f"cannot be written ({error.strerror})", fix) from error
     return out
+
+
+def out_file(path: str | Path, flag: str = "--out") -> Path:
+    """The file of an option, in a folder that is there and may be written to. Raises InputError otherwise."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(str(file), flag, "is a folder", "give a file")
+    if not file.parent.is_dir():
+        raise InputError(str(file), flag, "cannot be written (no such folder)", "make the folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
+    return file
+
+
+# Locks.
+
+class Owner(NamedTuple):
+    """Whose a lock is. machine: one running system and its process ids; a container has its own. started: of the
+    process, so that another one with its id is not taken for it. since: seconds of the epoch. use: what it is locked
+    for; owners of one use and another share go together."""
+
+    host: str
+    machine: str
+    pid: int
+    started: str
+    since: float
+    command: str
+    use: str
+    share: int
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host} since {since} ({self.command:.120})"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _machine() -> str:
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {_read('/proc/sys/kernel/random/boot_id').strip()} {space}"
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine was started; "" when there is none (one that has ended but was not waited for is
+    none)."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if fields:
+        return "" if fields[0] in ("Z", "X") else fields[19]
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _me(use: str, share: int) -> Owner:
+    command = " ".join(sys.argv).encode("utf-8", "backslashreplace").decode()
+    return Owner(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()), time.time(), command, use, share)
+
+
+def _owner_of(lock: Path) -> Owner | None:
+    """The owner of a lock that is there; one that cannot be read is being written, or was left by a full disk."""
+    try:
+        text = lock.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        found = Owner(**json.loads(text))
+        str(found), int(found.pid)
+        return found
+    except (ValueError, TypeError, OverflowError, OSError):
+        return Owner("an unknown host", "", 0, "", 0.0, "its lock cannot be read", "", 0)
+
+
+class _Holder(NamedTuple):
+    owner: Owner
+    done: threading.Event
+
+
+def _take(lock: Path, owner: Owner) -> bool:
+    """Make a lock file that is not there yet; it appears with its content."""
+    partial = lock.with_name(f"{lock.name}.{owner.pid}.{threading.get_ident()}")
+    content = json.dumps(owner._asdict()).encode()
+    try:
+        partial.write_bytes(content)
+        try:
+            os.link(partial, lock)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # no links on this disk (gcsfuse)
+            pass
+        try:
+            with open(lock, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return _owner_of(lock) == owner
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _age(lock: Path) -> float:
+    """Seconds since a lock was refreshed, by the clock of its disk; 0 for one that is gone."""
+    probe = lock.with_name(f"{lock.name}.clock{os.getpid()}")
+    try:
+        probe.write_bytes(b"")
+        return max(0.0, probe.stat().st_mtime - lock.stat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _left_over(lock: Path, owner: Owner) -> bool | None:
+    """Whether the owner of a lock is gone; None when only time tells."""
+    if owner.machine == _machine():
+        return not owner.started or _started(owner.pid) != owner.started
+    return True if _age(lock) > STALE_SECONDS else None
+
+
+def _gone(lock: Path, owner: Owner, folder: Path) -> bool:
+    """Whether the owner of a lock is gone. One of another machine is waited for, until its lock is refreshed or was not
+    for STALE_SECONDS."""
+    try:
+        stamp, told = lock.stat().st_mtime_ns, False
+        while (left := _left_over(lock, owner)) is None:
+            if lock.stat().st_mtime_ns != stamp or _owner_of(lock) != owner:
+                return _owner_of(lock) is None
+            if not told:
+                print(f"{folder} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
+                      file=sys.stderr, flush=True)
+                told = True
+            time.sleep(min(1.0, STALE_SECONDS / 10))
+        return left
+    except FileNotFoundError:  # given free
+        return True
+
+
+def _drop(lock: Path, owner: Owner) -> None:
+    """Remove a lock that is still this owner's: by renaming it first, so that of two that find it left over one does
+    not remove the new lock of the other."""
+    aside = lock.with_name(f"{lock.name}.left{os.getpid()}.{threading.get_ident()}")
+    try:
+        lock.rename(aside)
+    except FileNotFoundError:
+        return
+    if _owner_of(aside) != owner and not lock.exists():
+        try:
+            os.link(aside, lock)
+        except OSError:
+            pass
+    aside.unlink(missing_ok=True)
+
+
+def _refused(folder: Path, flag: str, owner: Owner) -> InputError:
+    return InputError(str(folder), flag, f"is in use by {owner}",
+                      f"wait for it or end it, give another folder, or, if it is gone, remove {folder}/{LOCK}*")
+
+
+def _beat(lock: Path, holder: _Holder) -> None:
+    """Refresh a lock until it is released. One that was taken over, after this process stood still for long, ends the
+    process: another one writes now."""
+    while not holder.done.wait(BEAT_SECONDS):
+        try:
+            found = _owner_of(lock)
+            if holder.done.is_set():
+                return
+            if found is None:
+                _take(lock, holder.owner)
+            elif found == holder.owner:
+                os.utime(lock)
+            elif found.pid:
+                print(f"error: {lock.parent}: was taken over by {found}, while this process stood still; start again "
+                      "when that one is done", file=sys.stderr, flush=True)
+                os._exit(2)
+        except OSError:  # a full or absent disk: the next beat may find it better
+            pass
+
+
+@contextmanager
+def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 0) -> Iterator[Path]:
+    """The folder, made, and this process's alone until the end of the context or of the process.
+
+    Processes that give the same `use` and different `share` have it together. A lock whose owner is gone is replaced:
+    of this machine at once, of another when it was not refreshed for STALE_SECONDS. Raises InputError when the folder
+    is in use or cannot be written.
+    """
+    out = out_folder(folder, flag).absolute()
+    lock, owner = out / f"{LOCK}.{share}", _me(use, share)
+    try:
+        while not _take(lock, owner):
+            found = _owner_of(lock)
+            if found is None:
+                continue
+            if not _gone(lock, found, out):
+                raise _refused(out, flag, found)
+            print(f"{out}: the lock of {found} is left over, and is replaced", file=sys.stderr, flush=True)
+            _drop(lock, found)
+    except OSError as error:
+        raise InputError(str(out), flag, f"cannot be locked ({error.strerror})", "give another folder") from error
+    holder = _held[lock] = _Holder(owner, threading.Event())
+    try:
+        _check_others(out, flag, lock, owner)
+        threading.Thread(target=_beat, args=(lock, holder), daemon=True, name="lock").start()
+        yield out
+    finally:
+        _release(lock)
+
+
+def _check_others(out: Path, flag: str, lock: Path, owner: Owner) -> None:
+    """Refuse when another share of the folder belongs to another use. Both may be refused that start at once."""
+    for other in sorted(out.glob(f"{LOCK}.*")):
+        if not other.name.removeprefix(f"{LOCK}.").isdecimal() or other == lock:
+            continue
+        found = _owner_of(other)
+        if found is None or (found.use == owner.use and found.use):
+            continue
+        if not _gone(other, found, out):
+            raise _refused(out, flag, found)
+        _drop(other, found)
+
+
+def _release(lock: Path) -> None:
+    holder = _held.pop(lock, None)
+    if holder is None or holder.owner.pid != os.getpid():  # a forked child has a copy
+        return
+    holder.done.set()
+    try:
+        if _owner_of(lock) == holder.owner:
+            lock.unlink()
+    except OSError:
+        pass
+
+
+def release_all() -> None:
+    """Give up all locks of this process, before it ends without the usual clean-up."""
+    for lock in list(_held):
+        _release(lock)
