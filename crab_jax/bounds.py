@@ -186,9 +186,12 @@ def check(section: str, values: Any, bounds: Mapping[str, Bound]) -> None:
             raise InputError("--config", f"{section}.{name}", f"is {getattr(values, name)!r:.60}", problem)
 
 
+PATH, ANY_PATH = Place(empty=False), Place()
+
+
 def path(text: str) -> Path:
     """A path of the command line as a Path (the `type` of an argument)."""
-    return Path(Place(empty=False)(text))
+    return Path(PATH(text))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from crab_jax import losses, optim
-from crab_jax.bounds import Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
+from crab_jax.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
 from crab_jax.compat import PRESETS
 from crab_jax.errors import InputError
 from crab_jax.losses import LossConfig
@@ -114,7 +114,8 @@ BOUNDS: dict[str, Bound] = {
     "max_skipped": Whole(1), "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never"),
     "data.root": Place(), "data.split": Name(), "data.datasets": Words(tuple(DATASETS)),
     "data.variant": Choice(VARIANTS), "data.frames": Choice(("one", "all")),
-    "data.limit": Whole(note="0 = all"), "data.batch_size": Whole(1, 2**24), "data.workers": Whole(0, 1024), "data.video_frames": Whole(1, 1024), "data.cache_dir": Place(),
+    "data.limit": Whole(note="0 = all"), "data.batch_size": Whole(1, 2**24),
+    "data.workers": Whole(0, 1024), "data.video_frames": Whole(1, 1024), "data.cache_dir": Place(),
     "data.lengths": Wholes(1, 2**20, rising=True), "data.on_error": Choice(("raise", "skip")),
     "data.prompt_only": Fixed(False, "there would be nothing to learn"),
     **{f"data.weights.{task}": Real(1e-6, 1e6, zero=True) for task in TASKS},
@@ -230,7 +231,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
     if rest[1:]:
         raise InputError("command line", rest[1], "is not a flag", "write --config.key=value")
-    if workdir and (problem := Place(empty=False).problem(values.workdir)):
+    if workdir and (problem := PATH.problem(values.workdir)):
         raise InputError("command line", "--workdir", f"is {values.workdir!r}", problem)
     config = values.config
     wanted = _keys(_fresh(argv))

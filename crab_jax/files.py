@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from crab_jax.bounds import Place
+from crab_jax.bounds import PATH
 from crab_jax.errors import FULL, InputError
 
 LOCK = ".lock"
@@ -38,7 +38,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 def out_folder(path: str | Path, flag: str = "--out") -> Path:
     """The folder of --out, made. Raises InputError where that cannot be done, or nothing can be written into it."""
-    if problem := Place(empty=False).problem(str(path)):
+    if problem := PATH.problem(str(path)):
         raise InputError(str(path), flag, problem, "give a folder")
     out = Path(path)
     probe = out / f".probe{os.getpid()}"
@@ -55,13 +55,12 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
 
 
 def out_file(path: str | Path, flag: str = "--out") -> Path:
-    """The file of an option, in a folder that is there and may be written to. Raises InputError otherwise."""
+    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
     file = Path(path)
+    out_folder(file.parent, flag)
     if file.is_dir():
         raise InputError(str(file), flag, "is a folder", "give a file")
-    if not file.parent.is_dir():
-        raise InputError(str(file), flag, "cannot be written (no such folder)", "make the folder")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
+    if file.exists() and not os.access(file, os.W_OK):
         raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
     return file
 
@@ -185,7 +184,7 @@ def _left_over(lock: Path, owner: Owner) -> bool | None:
     return True if _age(lock) > STALE_SECONDS else None
 
 
-def _gone(lock: Path, owner: Owner, folder: Path) -> bool:
+def _gone(lock: Path, owner: Owner, what: Path) -> bool:
     """Whether the owner of a lock is gone. One of another machine is waited for, until its lock is refreshed or was not
     for STALE_SECONDS."""
     try:
@@ -194,7 +193,7 @@ def _gone(lock: Path, owner: Owner, folder: Path) -> bool:
             if lock.stat().st_mtime_ns != stamp or _owner_of(lock) != owner:
                 return _owner_of(lock) is None
             if not told:
-                print(f"{folder} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
+                print(f"{what} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
                       file=sys.stderr, flush=True)
                 told = True
             time.sleep(min(1.0, STALE_SECONDS / 10))
@@ -219,9 +218,9 @@ def _drop(lock: Path, owner: Owner) -> None:
     aside.unlink(missing_ok=True)
 
 
-def _refused(folder: Path, flag: str, owner: Owner) -> InputError:
-    return InputError(str(folder), flag, f"is in use by {owner}",
-                      f"wait for it or end it, give another folder, or, if it is gone, remove {folder}/{LOCK}*")
+def _refused(what: Path, lock: Path, flag: str, owner: Owner) -> InputError:
+    return InputError(str(what), flag, f"is in use by {owner}",
+                      f"wait for it, end it or give another {flag}; remove {lock} only if you know that it is gone")
 
 
 def _beat(lock: Path, holder: _Holder) -> None:
@@ -252,39 +251,48 @@ def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 
     of this machine at once, of another when it was not refreshed for STALE_SECONDS. Raises InputError when the folder
     is in use or cannot be written.
     """
-    out = out_folder(folder, flag).absolute()
-    lock, owner = out / f"{LOCK}.{share}", _me(use, share)
+    out = out_folder(folder, flag)
+    lock = out.absolute() / f"{LOCK}.{share}"
+    with _lock(lock, _me(use, share), out, flag):
+        for other in sorted(lock.parent.glob(f"{LOCK}.*")):
+            if other != lock and other.name.removeprefix(f"{LOCK}.").isdecimal():
+                found = _owner_of(other)
+                if found is None or use and found.use == use:
+                    continue
+                # Of two uses that start at once both may be refused, and never both let in.
+                if not _gone(other, found, out):
+                    raise _refused(out, other, flag, found)
+                _drop(other, found)
+        yield out
+
+
+@contextmanager
+def locked_file(file: str | Path, flag: str = "--out") -> Iterator[Path]:
+    """The same for one file in a folder that others may use."""
+    path = Path(file)
+    out_folder(path.parent, flag)
+    with _lock(path.absolute().with_name(f".{path.name}{LOCK}"), _me("", 0), path, flag):
+        yield path
+
+
+@contextmanager
+def _lock(lock: Path, owner: Owner, what: Path, flag: str) -> Iterator[None]:
     try:
         while not _take(lock, owner):
-            found = _owner_of(lock)
-            if found is None:
+            if (found := _owner_of(lock)) is None:
                 continue
-            if not _gone(lock, found, out):
-                raise _refused(out, flag, found)
-            print(f"{out}: the lock of {found} is left over, and is replaced", file=sys.stderr, flush=True)
+            if not _gone(lock, found, what):
+                raise _refused(what, lock, flag, found)
+            print(f"{what}: the lock of {found} is left over, and is replaced", file=sys.stderr, flush=True)
             _drop(lock, found)
     except OSError as error:
-        raise InputError(str(out), flag, f"cannot be locked ({error.strerror})", "give another folder") from error
+        raise InputError(str(what), flag, f"cannot be locked ({error.strerror})", "give another one") from error
     holder = _held[lock] = _Holder(owner, threading.Event())
+    threading.Thread(target=_beat, args=(lock, holder), daemon=True, name="lock").start()
     try:
-        _check_others(out, flag, lock, owner)
-        threading.Thread(target=_beat, args=(lock, holder), daemon=True, name="lock").start()
-        yield out
+        yield
     finally:
         _release(lock)
-
-
-def _check_others(out: Path, flag: str, lock: Path, owner: Owner) -> None:
-    """Refuse when another share of the folder belongs to another use. Both may be refused that start at once."""
-    for other in sorted(out.glob(f"{LOCK}.*")):
-        if not other.name.removeprefix(f"{LOCK}.").isdecimal() or other == lock:
-            continue
-        found = _owner_of(other)
-        if found is None or (found.use == owner.use and found.use):
-            continue
-        if not _gone(other, found, out):
-            raise _refused(out, flag, found)
-        _drop(other, found)
 
 
 def _release(lock: Path) -> None:
