@@ -23,7 +23,7 @@ from crab_jax import predictions, runs, scoring
 from crab_jax.bounds import ANY_PATH, PATH
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.evaluate import DESCRIPTION, judge_folder
-from crab_jax.files import write_whole
+from crab_jax.files import out_file, write_whole
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
