@@ -147,7 +147,7 @@ def bound_of(key: str) -> Bound:
 
 def check_values(config: ConfigDict) -> None:
     """Raise InputError naming the first key whose value is not allowed (see BOUNDS and SIZE_BOUNDS)."""
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         if value is None and key.startswith("sizes."):  # the model's own
             continue
         if problem := bound_of(key).problem(value):
@@ -198,7 +198,7 @@ def check_config(config: ConfigDict) -> None:
     data_config(config)
     learning_rate(OptimConfig(**config.optim), config.steps)
     for section in ("loss", "data.weights"):
-        if not any(value for key, value in _leaves(config) if key.startswith(f"{section}.")):
+        if not any(value for key, value in leaves(config) if key.startswith(f"{section}.")):
             raise InputError("--config", section, "is 0 for all, so that nothing is learned", "give one a weight")
     rows, accumulate = config.data.batch_size, config.optim.accumulate
     if accumulate and rows % accumulate:
@@ -261,15 +261,15 @@ def _fresh(argv: list[str]) -> ConfigDict:
     return values.config
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of all leaves."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def _keys(config: ConfigDict) -> set[str]:
     """Dotted paths of all leaves."""
-    return {key for key, _ in _leaves(config)}
+    return {key for key, _ in leaves(config)}

@@ -101,8 +101,8 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
 def data_identity(config: ConfigDict, examples: list[Example]) -> dict[str, Any]:
     """What a run is trained on, as its checkpoints' manifest.json holds it: how many Examples, their hash, and that of
     the media of a prepared root."""
-    root, prepared = config.data.root, shards.opened(config.data.root)
-    identity: dict[str, Any] = {"count": len(examples), "examples": learned(examples, root)}
+    prepared = shards.opened(config.data.root)
+    identity: dict[str, Any] = {"count": len(examples), "examples": learned(examples)}
     if prepared:
         listed = config.data.split in prepared.manifest["lists"]
         names = {""} if listed else {e.meta["dataset"] for e in examples}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -179,16 +178,13 @@ def digest(examples: Iterable[Example]) -> str:
     return found.hexdigest()
 
 
-def learned(examples: Iterable[Example], root: str | Path) -> str:
-    """A hash of all that batches depend on in a list of Examples: not their ids or labels, nor where the root is."""
-    found, base = hashlib.blake2b(digest_size=16), os.path.join(os.path.abspath(root), "")
-
-    def inside(path: str | None) -> str:
-        return path.removeprefix(base) if path else ""
-
+def learned(examples: Iterable[Example]) -> str:
+    """A hash of all that batches depend on in a list of Examples, in its order: not their ids and labels, nor the root
+    that their paths are relative to."""
+    found = hashlib.blake2b(digest_size=16)
     for e in examples:
-        fields = (e.task, e.instruction, e.target, inside(e.video), inside(e.image), "\1".join(map(inside, e.frames)),
-                  inside(e.audio), e.windows, str(e.second), inside(e.seg_image), inside(e.mask), e.mask_kind,
+        fields = (e.task, e.instruction, e.target, e.video or "", e.image or "", "\1".join(e.frames), e.audio or "",
+                  e.windows, str(e.second), e.seg_image or "", e.mask or "", e.mask_kind,
                   str(e.meta.get("one_of", "")))
         found.update("\0".join(fields).encode("utf-8", "surrogatepass") + b"\n")
     return found.hexdigest()
