@@ -38,9 +38,9 @@ class Bound:
         try:
             value = self.read(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text!r} must be {self.wanted}") from None
+            raise argparse.ArgumentTypeError(f"{text!r:.80} must be {self.wanted}") from None
         if problem := self.problem(value):
-            raise argparse.ArgumentTypeError(f"{text!r} {problem}")
+            raise argparse.ArgumentTypeError(f"{text!r:.80} {problem}")
         return value
 
 

@@ -65,14 +65,17 @@ def size_overrides(sizes: Any) -> Any:
     return config_dict.placeholder(type(sizes))
 
 
-def _overlay(sizes: Any, overrides: ConfigDict) -> Any:
+def _overlay(sizes: Any, overrides: ConfigDict, at: str = "sizes") -> Any:
     changed = {}
     for name, value in overrides.items():
         if isinstance(value, ConfigDict):
-            changed[name] = _overlay(getattr(sizes, name), value)
+            changed[name] = _overlay(getattr(sizes, name), value, f"{at}.{name}")
         elif value is not None:
             changed[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(sizes, **changed)
+    try:
+        return dataclasses.replace(sizes, **changed)
+    except InputError as error:
+        raise InputError("--config", f"{at}.{error.field}", error.problem, error.fix) from None
 
 
 def model_config(config: ConfigDict) -> CrabConfig:
@@ -121,7 +124,7 @@ BOUNDS: dict[str, Bound] = {
     **{f"data.weights.{task}": Real(1e-6, 1e6, zero=True) for task in TASKS},
     **{f"data.caps.{task}": Whole(note="0 = all") for task in TASKS},
     **{f"data.curriculum.{task}": Whole() for task in TASKS},
-    **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items()},
+    **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items() if term != "reduction"},
     **{f"optim.{field}": bound for field, bound in optim.BOUNDS.items()},
     **{f"mesh.{axis}": Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor")},
 }
@@ -151,7 +154,7 @@ def check_values(config: ConfigDict) -> None:
         if value is None and key.startswith("sizes."):  # the model's own
             continue
         if problem := bound_of(key).problem(value):
-            raise InputError("--config", key, f"is {value!r:.60}", problem)
+            raise InputError("--config", key, f"is {' '.join(repr(value).split()):.60}", problem)
 
 
 def check_sizes(cfg: CrabConfig) -> None:
@@ -225,7 +228,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         rest = values(argv)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())
-        raise InputError("command line", "", reason, "see --help and the keys in the config file") from error
+        raise InputError("command line", "", f"{reason:.300}", "see --help and the keys in the config file") from error
     for name in ("config", *(["workdir"] if workdir else [])):
         if values[name].value is None:
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
@@ -262,9 +265,9 @@ def _fresh(argv: list[str]) -> ConfigDict:
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of all leaves."""
+    """(dotted path, value) of all leaves; an empty section is one."""
     for name, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict) and value:
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

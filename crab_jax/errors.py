@@ -41,7 +41,7 @@ class CommandLine(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError("command line", "", message, "see --help")
+        raise InputError("command line", "", f"{' '.join(message.split()):.500}", "see --help")
 
 
 def _behind(error: BaseException, context: bool) -> Iterator[BaseException]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import sys
 from collections import Counter
@@ -33,7 +34,7 @@ from crab_jax.optim import OptimConfig
 CONFIGS = sorted(file.stem for file in Path("configs").glob("[a-z]*.py") if file.stem != "common")
 TEXTS = ("abc", "", " ", "nan", "inf", "-inf", "-1", "0", "-0.0", "1", "2", "1.5", "1e-300", "1e30", "1e400", "9" * 40,
          str(2**31), str(2**63), "True", "None", "(1,)", "('a',)", "()", "[]", "(", "('(',)", "{}", "(-1,2)", "(nan,)",
-         "(3,2,1)", "(True,2)", "gs://bucket/x", "file:///x", "a,b", "../x", "x" * 5000, "\0", "\U0001f980")
+         "(3,2,1)", "(True,2)", "gs://bucket/x", "file:///x", "a,b", "../x", "x" * 3000, "\0", "\U0001f980")
 VALUES = (True, None, -1, 0, 1, 2**31, 10**40, -0.5, 0.0, 0.5, 1e-300, 1e30, float("nan"), float("inf"), "", "abc",
           "s3://b", (), (0,), (1, -1), ("a", 1), (float("nan"),), ["("], {}, b"x", object())
 
@@ -57,7 +58,7 @@ def test_the_walk_over_every_key_of_the_command_line():
                 config, _ = parse_flags(["train", "--config=configs/tiny.py", f"--config.{key}={text}"], None, False)
             except InputError as error:
                 outcomes["refused"] += 1
-                assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+                assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, key
                 continue
             outcomes["accepted"] += 1
             assert not bound_of(key).problem(runs_value(config, key)) or runs_value(config, key) is None
@@ -81,13 +82,11 @@ def test_the_walk_over_every_value_that_a_config_file_may_hold(stage):
     module = importlib.import_module(f"configs.{stage}")
     check_config(module.get_config())
     outcomes: Counter[str] = Counter()
-    for key, _ in leaves(module.get_config()):
+    config = module.get_config()
+    for key, usual in leaves(module.get_config()):
         *path, last = key.split(".")
+        section = functools.reduce(lambda found, name: found[name], path, config)
         for value in VALUES:
-            config = module.get_config()
-            section = config
-            for name in path:
-                section = section[name]
             with section.ignore_type():
                 section[last] = value
             try:
@@ -96,6 +95,9 @@ def test_the_walk_over_every_value_that_a_config_file_may_hold(stage):
             except InputError as error:
                 outcomes["refused"] += 1
                 assert len(str(error).splitlines()) == 1 and key.split(".")[0] in str(error), (key, value)
+        with section.ignore_type():
+            section[last] = usual
+    check_config(config)
     print(f"{stage}: {dict(outcomes)}, no traceback")
     assert sum(outcomes.values()) == len(VALUES) * len(list(leaves(module.get_config()))) > 3500
 
