@@ -195,6 +195,15 @@ def check_sizes(cfg: CrabConfig) -> None:
 
 def check_config(config: ConfigDict) -> None:
     """Every value is in its bounds, all fit together and all dataclasses can be built, before anything starts."""
+    from configs.common import base  # which imports this file
+
+    if not isinstance(config, ConfigDict):
+        raise InputError("--config", "", f"is {type(config).__name__}", "get_config() must return a ConfigDict")
+    known, found = _keys(base()), _keys(config)
+    for key in sorted(known ^ found):
+        problem, fix = ("is missing", "start from configs.common.base()") if key in known else (
+            "is no key of a config", "see configs/common.py")
+        raise InputError("--config", key, problem, fix)
     check_values(config)
     check_sizes(model_config(config))
     loss_config(config)
@@ -226,9 +235,12 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         raise SystemExit(0)
     try:
         rest = values(argv)
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        config = values.config
+        keys, wanted = (_keys(config), _keys(_fresh(argv))) if config is not None else (set(), set())
+    except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error.args[0] if error.args else error).split())
-        raise InputError("command line", "", f"{reason:.300}", "see --help and the keys in the config file") from error
+        raise InputError("command line", "", f"{reason or type(error).__name__:.300}",
+                         "see --help and the keys in the config file") from error
     for name in ("config", *(["workdir"] if workdir else [])):
         if values[name].value is None:
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
@@ -236,11 +248,8 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         raise InputError("command line", rest[1], "is not a flag", "write --config.key=value")
     if workdir and (problem := PATH.problem(values.workdir)):
         raise InputError("command line", "--workdir", f"is {values.workdir!r}", problem)
-    config = values.config
-    wanted = _keys(_fresh(argv))
-    if _keys(config) != wanted:
-        odd = sorted(_keys(config) ^ wanted)
-        raise InputError("command line", odd[0], "an override replaced or dropped a whole section",
+    if keys != wanted:
+        raise InputError("command line", min(keys ^ wanted), "an override replaced or dropped a whole section",
                          "override one key at a time: --config.section.key=value")
     check_config(config)
     return config, Path(values.workdir or "")

@@ -14,10 +14,11 @@ import optax
 import pytest
 
 from configs import tiny
-from crab_jax import bounds, optim
+from crab_jax import optim
 from crab_jax.bounds import Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
 from crab_jax.config import (
     BOUNDS,
+    COMPAT_FIELDS,
     SIZE_BOUNDS,
     bound_of,
     check_config,
@@ -119,8 +120,10 @@ def test_every_key_has_a_bound_of_its_own_type():
                 yield f"sizes.{prefix}{field.name}", value
 
     for key, value in fields(model_config(tiny.get_config()), ""):
+        if key.rpartition(".")[2] in COMPAT_FIELDS:
+            continue
         assert not bound_of(key).problem(value), key
-        if not isinstance(value, bool) and "seg_taps" not in key:
+        if not isinstance(value, bool):
             assert isinstance(bound_of(key), (*kinds[type(value)], Choice)), f"{key} needs a line in SIZE_BOUNDS"
     assert len(SIZE_BOUNDS) > 30
 
@@ -153,6 +156,20 @@ def test_what_a_refusal_says(flags, said):
 def test_a_workdir_is_a_folder(workdir):
     with pytest.raises(InputError, match="--workdir"):
         parse_flags(["train", "--config=configs/tiny.py", f"--workdir={workdir}"], None)
+
+
+@pytest.mark.parametrize("content, said", [
+    ("def get_config(:", "invalid syntax"), ("x = 1", "get_config"),
+    ("def get_config():\n    return {'steps': 1}", "dict"),
+    ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'steps': 1})", "is missing"),
+    ("from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n    c.optim.lrr = 1\n    return c",
+     "optim.lrr.*is no key"), ("import nowhere", "nowhere"), (None, "No such file")])
+def test_a_config_file_of_ones_own_that_is_none_is_one_line(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(InputError, match=said) as refused:
+        parse_flags(["train", f"--config={tmp_path}/mine.py"], None, False)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def updates(clip_norm: float, scale: float) -> np.ndarray:
@@ -203,7 +220,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "prepare": ("data_pipelines.__main__", ["prepare", "--root", "nowhere", "--out", "OUT"]),
     "sample": ("data_pipelines.__main__", ["sample", "--root", "nowhere", "--out", "OUT"]),
     "tokens": ("data_pipelines.tokens", ["--corpus", "nowhere", "--out", "OUT/x"]),
-    "scenes": ("data_pipelines.sources.scenes", ["--out", "gs://no"]),
+    "scenes": ("data_pipelines.sources.scenes", ["--out", "OUT", "--seed", "-1"]),
     **{f"av_uie {verb}": ("data_pipelines.av_uie.__main__", [verb, *rest]) for verb, rest in {
         "read": ["--root", "nowhere", "--labels", "nowhere", "--out", "OUT/x"],
         "write": ["--root", "nowhere", "--out", "OUT/x"],
@@ -212,7 +229,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "card": ["--examples", "nowhere", "--out", "OUT"]}.items()}}
 # Options that are words of the world or names: what they hold is looked at where it is used.
 WORDS = {"--question", "--expression", "--task", "--tasks", "--datasets", "--windows", "--prompt-variant", "--splits",
-         "--variants", "--variant", "--topology", "--name", "--url", "--model", "--key-env", "--prefix", "--state"}
+         "--variants", "--variant", "--topology", "--name", "--url", "--model", "--key-env", "--prefix", "--state",
+         "--parameters"}
 
 
 def run(module: str, words: list[str], monkeypatch, capsys) -> tuple[int, list[str]]:
@@ -250,8 +268,8 @@ def test_the_walk_over_every_option_of_a_command(name, tmp_path, monkeypatch, ca
     module, words = COMMANDS[name]
     words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    before = set(Path().iterdir())
+    (tmp_path / "here" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deeper")  # an --out=../x is made
     code, said = run(module, words, monkeypatch, capsys)
     assert (code, len(said)) == (2, 1), said
     tried = 0
@@ -266,9 +284,7 @@ def test_the_walk_over_every_option_of_a_command(name, tmp_path, monkeypatch, ca
             tried += 1
             assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (option, text[:50], said)
             if "://" in text and option not in WORDS and not action.choices:
-                assert "is a URL" in said[0] or not isinstance(action.type, Place) and action.type is not bounds.path
-                assert option.strip("-") in said[0] and ("is a URL" in said[0] or "must be" in said[0] or
-                                                         "is not" in said[0] or "invalid" in said[0]), (option, said)
+                assert any(words in said[0] for words in ("is a URL", "must be", "is not")), (option, said)
     print(f"{name}: {tried} values tried, no traceback")
-    assert tried >= 3 * len(TEXTS) or name in ("compare", "export")
-    assert set(Path().iterdir()) == before, "nothing but --out is written"
+    assert tried >= 2 * len(TEXTS)
+    assert not [path for path in Path("..").rglob("*") if path.is_file()], "nothing is written"

@@ -140,7 +140,7 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attempts", type=Whole(1), default=6, help="tries of one request (default: 6)")
     parser.add_argument("--backoff", type=Real(0, 1e6), default=1.0,
                         help="seconds before a second try; doubles (default: 1)")
-    parser.add_argument("--corrections", type=int, default=1, choices=range(4),
+    parser.add_argument("--corrections", type=Whole(0, 3), default=1,
                         help="how often a target that disagrees is asked for again (default: 1)")
     parser.add_argument("--price-in", type=Real(), default=0.0, help="of a million prompt tokens")
     parser.add_argument("--price-out", type=Real(), default=0.0, help="of a million answer tokens")
