@@ -31,7 +31,9 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write has none
         partial.unlink(missing_ok=True)
         raise
 
