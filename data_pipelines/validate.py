@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from crab_jax.bounds import Whole
 from crab_jax.errors import InputError, run_verb
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import fbank, media, shards
@@ -249,11 +250,10 @@ class PreparedLook(Look):
 def run(argv: Sequence[str]) -> bool:
     """Print the table, write the report when asked to; whether anything is bad."""
     parser = command_line(__doc__, "python -m data_pipelines validate")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: one per core)")
+    parser.add_argument("--workers", type=Whole(0, 1024), default=0,
+                        help="processes that decode (default: one per core)")
     parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
     arguments = parser.parse_args(argv)
-    if arguments.workers < 0:
-        raise InputError("command line", "--workers", f"is {arguments.workers}", "give a number of processes")
     if arguments.json and not Path(arguments.json).parent.is_dir():  # said before the work, not after it
         raise InputError(arguments.json, "--json", "cannot be written (no such folder)", "make the folder")
     counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, on_stderr)

@@ -336,5 +336,5 @@ def test_help_shows_an_example_and_bad_flags_are_refused(capsys):
         parse_arguments(["--help"])
     assert stop.value.code == 0
     assert "python -m crab_jax.evaluate --checkpoint runs/x --tasks ave,s4" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--limit.*'0' is not a positive number"):
+    with pytest.raises(InputError, match="--limit.*'0' must be a whole number from 1"):
         parse_arguments(["--checkpoint", "x", "--out", "y", "--limit", "0"])
