@@ -118,7 +118,9 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
 
     ask, one_picture = _prompt(record, task, where, image is not None)
     picture = out / f"{name}_picture.png" if image or task in PICTURE_TASKS else None
-    odd = show(image, picture) if image and picture else ()  # a damaged picture is named before anything is loaded
+    odd = show(image, picture) if image and picture else ()  # what is damaged is named before a model is loaded
+    if video:
+        media.read_video(video, 10, 16)
     if mask := record.get("mask_path"):
         media.read_mask(mask, None, mask_kind, media.image_size(image) if image else media.video_size(str(video)))
     source, sound, warnings = listen(video, audio, out / f"{name}_sound.wav")
@@ -216,7 +218,7 @@ def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.nd
         sound = heard.placed()
         if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
             warnings.append("the audio is silent: the answer can rest on the pictures only")
-        if remark := heard.remark():
+        if remark := heard.end_remark():
             warnings.append(remark)
         if sound is not heard.samples:
             source = _save(sound, made)

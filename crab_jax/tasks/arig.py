@@ -7,6 +7,7 @@ Prompts and targets: dataset/unified_dataset.py and dataset/quick_start_dataset.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,10 @@ LABEL = {
                  lambda value, meta: is_list(value, lambda edge: is_number(edge, 0, SIZE), 4) and len(value) == 4 and
                  value[0] <= value[2] and value[1] <= value[3]),
 }
-_NUMBER = r"(\d{1,6}(?:\.\d{1,6})?)"  # longer numbers are no pixels
+_NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers are no pixels
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
+_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*\d[^()\[\]{}]*[)\]}]")
+_NO_CORNERS = re.compile(r"\b(?:width|height|size|cent(?:er|re)|radius)\b", re.IGNORECASE)
 _QUESTIONS = {
     "train": "Please recognize the category of object that makes the sound and then output its location coordinates.",
     "test": "Please recognize the category of object that makes the sound and then output the location coordinates.",
@@ -55,15 +58,20 @@ def target(object: str, box: Sequence[float], reasoning: str = "") -> str:
 
 
 def parse(text: str) -> Box | None:
-    """The box (x1, y1, x2, y2): the first two points after the last "top left", or of a text without it.
+    """The box (x1, y1, x2, y2) in pixels: the first two points after the last "top left", or of a text without it.
 
-    None without two points, or when the corners are not in order.
+    None without two points, when other brackets with numbers come before the second, when the corners are not in order,
+    when the text speaks of a width or a centre, and for fractions of the picture (decimals, none above 1).
     """
-    points = _POINT.findall(text[max(text.rfind("top left"), 0):])[:2]
-    if len(points) < 2:
+    said = text[max(text.rfind("top left"), 0):]
+    found = list(itertools.islice(_BRACKETS.finditer(said), 2))
+    points = [point for one in found if (point := _POINT.fullmatch(one[0]))]
+    if len(points) < 2 or _NO_CORNERS.search(said[max(0, found[0].start() - 40):found[1].start()]):
         return None
-    x1, y1, x2, y2 = (float(value) for point in points for value in point)
-    return (x1, y1, x2, y2) if x1 <= x2 and y1 <= y2 else None
+    numbers = [number for point in points for number in point.groups()]
+    x1, y1, x2, y2 = map(float, numbers)
+    fractions = max(x1, y1, x2, y2) <= 1 and any("." in number for number in numbers)
+    return (x1, y1, x2, y2) if x1 <= x2 and y1 <= y2 and not fractions else None
 
 
 def stats(parsed: Box | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:

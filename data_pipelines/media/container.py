@@ -13,7 +13,7 @@ from av.stream import Disposition
 
 from crab_jax.errors import InputError
 from data_pipelines.media.content import not_supported
-from data_pipelines.media.outline import outline
+from data_pipelines.media.outline import encrypted, outline
 
 AGAIN = "copy or download the file again"
 # Formats that read other files than the one that is given, or take its name for a pattern or an address.
@@ -60,6 +60,8 @@ def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer
     except InputError:
         raise
     except (av.FFmpegError, OSError, EOFError, ValueError, MemoryError) as error:
+        if encrypted(path):
+            raise InputError(path, field, "is encrypted (DRM)", "give a copy without protection") from None
         what = str(error) if type(error) is EOFError and error.args else error.__class__.__name__
         problem = f"cannot be decoded ({what}); the file is damaged or incomplete"
         raise InputError(path, field, problem, AGAIN) from None
@@ -69,7 +71,7 @@ def pictures_of(container: av.container.InputContainer) -> av.VideoStream | None
     """The video that players show, None where there is none: no cover, no thumbnails; the default one, the largest."""
     aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     films = [stream for stream in container.streams.video if not stream.disposition & aside]
-    return min(films, key=lambda film: (*_rank(film), -_pixels(film)), default=None)
+    return min(films, key=lambda film: (film.frames == 1, *_rank(film), -_pixels(film)), default=None)
 
 
 def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
