@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import read_json, read_text, refuse_stand_in
 from data_pipelines.examples import read_jsonl
@@ -181,14 +182,34 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
     refuse_stand_in(folder / "tokenizer.model", "tokenizer")
-    from transformers import LlamaTokenizer  # slow to import, and needed for the conversion only
+    import sentencepiece  # needed for the conversion only, and so is transformers, which is slow to import
+    from transformers import LlamaTokenizer
 
     try:
-        return LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        backend.model = _merging_by_score(pieces)
     except Exception as error:  # of transformers, sentencepiece and tiktoken, each of its own kind
         raise InputError(str(folder / "tokenizer.model"), "tokenizer",
                          f"cannot be read ({error.__class__.__name__}: {' '.join(str(error).split()):.120})",
                          "fetch the LLaMA directory again") from None
+    return backend
+
+
+def _merging_by_score(pieces: Any) -> models.BPE:
+    """The merges of a sentencepiece model, best score first.
+
+    transformers 5 takes the order of the ids for it, which LLaMA's runs of spaces do not have: their scores are last.
+    """
+    vocab = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
+    merges = []
+    for piece, number in vocab.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = sorted((vocab[left], vocab[right], (left, right)) for left, right in halves
+                       if left in vocab and right in vocab)
+        merges += [(-pieces.get_score(number), pair) for *_, pair in pairs]
+    return models.BPE(vocab, [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+                      unk_token=pieces.id_to_piece(pieces.unk_id()), fuse_unk=True, byte_fallback=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -238,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train_from(argv: Sequence[str] | None) -> None:
     parser = CommandLine("Train the small tokenizer of the tiny configs.", "python -m data_pipelines.tokens")
-    parser.add_argument("--corpus", required=True, help="a .jsonl of examples, or a text file")
-    parser.add_argument("--out", required=True, help="the tokenizer.json to write")
-    parser.add_argument("--vocab-size", type=int, default=640)
+    parser.add_argument("--corpus", type=PATH, required=True, help="a .jsonl of examples, or a text file")
+    parser.add_argument("--out", type=PATH, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=Whole(300, 2**20), default=640)
     arguments = parser.parse_args(argv)
     train_tiny_tokenizer(corpus_texts(arguments.corpus), arguments.out, arguments.vocab_size)
 

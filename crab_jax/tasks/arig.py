@@ -7,6 +7,7 @@ Prompts and targets: dataset/unified_dataset.py and dataset/quick_start_dataset.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, IMAGE
 from crab_jax.tasks.segmentation import Box, box_iou, complete_iou, success_auc, success_rate
-from crab_jax.tasks.task import AV_REASONER, NOTES, Published, Stats, Task, by_group
+from crab_jax.tasks.task import AV_REASONER, NOTES, TEXT, Field, Published, Stats, Task, by_group, is_list, is_number
 
 SIZE = 224
 METRICS = {
@@ -26,8 +27,16 @@ METRICS = {
     "complete_iou": "mean Complete-IoU in (-2, 1]: IoU less distance and aspect penalties (utils/ciou.py, sign fixed)",
     "parse_rate": "answers with a readable box",
 }
-_NUMBER = r"(\d{1,6}(?:\.\d{1,6})?)"  # longer numbers are no pixels
+LABEL = {
+    "object": TEXT,
+    "box": Field(f"[x1, y1, x2, y2] in pixels of the {SIZE} x {SIZE} picture, x1 <= x2 and y1 <= y2",
+                 lambda value, meta: is_list(value, lambda edge: is_number(edge, 0, SIZE), 4) and len(value) == 4 and
+                 value[0] <= value[2] and value[1] <= value[3]),
+}
+_NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers are no pixels
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
+_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*\d[^()\[\]{}]*[)\]}]")
+_NO_CORNERS = re.compile(r"\b(?:width|height|size|cent(?:er|re)|radius)\b", re.IGNORECASE)
 _QUESTIONS = {
     "train": "Please recognize the category of object that makes the sound and then output its location coordinates.",
     "test": "Please recognize the category of object that makes the sound and then output the location coordinates.",
@@ -49,15 +58,20 @@ def target(object: str, box: Sequence[float], reasoning: str = "") -> str:
 
 
 def parse(text: str) -> Box | None:
-    """The box (x1, y1, x2, y2): the first two points after the last "top left", or of a text without it.
+    """The box (x1, y1, x2, y2) in pixels: the first two points after the last "top left", or of a text without it.
 
-    None without two points, or when the corners are not in order.
+    None without two points, when other brackets with numbers come before the second, when the corners are not in order,
+    when the text speaks of a width or a centre, and for fractions of the picture (decimals, none above 1).
     """
-    points = _POINT.findall(text[max(text.rfind("top left"), 0):])[:2]
-    if len(points) < 2:
+    said = text[max(text.rfind("top left"), 0):]
+    found = list(itertools.islice(_BRACKETS.finditer(said), 2))
+    points = [point for one in found if (point := _POINT.fullmatch(one[0]))]
+    if len(points) < 2 or _NO_CORNERS.search(said[max(0, found[0].start() - 40):found[1].start()]):
         return None
-    x1, y1, x2, y2 = (float(value) for point in points for value in point)
-    return (x1, y1, x2, y2) if x1 <= x2 and y1 <= y2 else None
+    numbers = [number for point in points for number in point.groups()]
+    x1, y1, x2, y2 = map(float, numbers)
+    fractions = max(x1, y1, x2, y2) <= 1 and any("." in number for number in numbers)
+    return (x1, y1, x2, y2) if x1 <= x2 and y1 <= y2 and not fractions else None
 
 
 def stats(parsed: Box | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
@@ -91,7 +105,8 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 ARIG = Task(name="arig", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="mean_iou", metrics=METRICS,
+            constants=constants, headline="mean_iou", metrics=METRICS, label=LABEL,
+            windows=("five", "one_of_five", "ten", "one"),
             breakdown=by_group(lambda meta: [str(meta["object"])], reduce, "mean_iou"),
             published=[Published("Crab", {"mean_iou": 0.4178, "auc": 0.42}, NOTES),
                        Published("FNAC", {"mean_iou": 0.2715, "auc": 0.31}, NOTES),

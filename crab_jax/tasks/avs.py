@@ -6,6 +6,7 @@ meta: {"objects": [names], "video": id of the clip}. Masks: foreground scores fo
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ import numpy as np
 from crab_jax.errors import InputError
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import NOTES, Breakdown, Meta, Published, Stats, Task, by_group
-from crab_jax.tasks.text import normalise
+from crab_jax.tasks.task import CLIP, NOTES, Breakdown, Field, Meta, Published, Stats, Task, by_group, is_list, is_text
+from crab_jax.tasks.text import object_words
 
 CLASSES = tuple("""
     background accordion airplane axe baby bassoon bell bird boat boy bus car cat cello clarinet clipper clock dog
@@ -30,7 +31,7 @@ BINARY_METRICS = {
     "miou": "mean IoU over frames, threshold 0.5; an empty frame scores the share of pixels left empty",
     "f_score": "mean over frames of the largest F (beta^2 0.3) over 255 thresholds (released Crab code)",
     "f_score_video": "mean over videos of the largest F of a video's mean curve, without empty frames (AVSBench)",
-    "object_accuracy": "answers that name the sounding objects",
+    "object_accuracy": "answers that name the sounding objects, of the labels that say them, in whatever spelling",
     "mask_rate": "answers with six mask tokens",
 }
 SEMANTIC_METRICS = {
@@ -41,8 +42,11 @@ SEMANTIC_METRICS = {
     "f_score_nobg_official": "f_score with the same slip",
     "miou_present": "miou over the classes that occur, without background",
     "f_score_present": "f_score over the classes that occur, without background",
-    "object_accuracy": "answers that name the sounding objects", "mask_rate": "answers with six mask tokens",
+    "object_accuracy": "answers that name the sounding objects, of the labels that say them, in whatever spelling",
+    "mask_rate": "answers with six mask tokens",
 }
+_OBJECTS = Field("a list of names; [] where the annotation does not say what sounds",
+                 lambda value, meta: is_list(value, is_text))
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _ANSWER = re.compile(r"object making (?:the )?sound in the (?:video|image) is ")
 _MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
@@ -86,13 +90,19 @@ def parse(text: str) -> dict[str, list[str]] | None:
 
 
 def names_match(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> bool:
-    """Whether the parsed objects are the labelled ones, whatever their order, case and punctuation."""
-    return parsed is not None and set(map(normalise, parsed["objects"])) == set(map(normalise, names))
+    """Whether the parsed objects are the labelled ones, whatever their order and spelling (`object_words`)."""
+    return parsed is not None and object_words(parsed["objects"]) == object_words(names)
+
+
+def named(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> float:
+    """`names_match` as a number, NaN for a label that does not say what sounds (MS3 of AVSBench's object release)."""
+    return float(names_match(parsed, names)) if names else math.nan
 
 
 def mean_scores(samples: Sequence[Stats], names: Mapping[str, str]) -> dict[str, float]:
-    """Means of the statistics `names` (metric -> key)."""
-    return {metric: float(np.mean([s[key] for s in samples])) for metric, key in names.items()} if samples else {}
+    """Means of the statistics `names` (metric -> key) over the samples that have them, NaN where none has."""
+    values = {metric: [s[key] for s in samples if not math.isnan(s[key])] for metric, key in names.items()}
+    return {metric: float(np.mean(found)) if found else math.nan for metric, found in values.items() if samples}
 
 
 def binary_stats(mask: np.ndarray | None, gt: np.ndarray) -> Stats:
@@ -105,7 +115,7 @@ def binary_stats(mask: np.ndarray | None, gt: np.ndarray) -> Stats:
 
 
 def _binary_task_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
-    return {**binary_stats(mask, gt_mask), "video": meta["video"], "named": names_match(parsed, meta["objects"])}
+    return {**binary_stats(mask, gt_mask), "video": meta["video"], "named": named(parsed, meta["objects"])}
 
 
 def video_f(samples: Sequence[Stats]) -> float:
@@ -131,7 +141,7 @@ def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
 def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
     predicted = np.zeros(np.shape(gt_mask), np.int64) if mask is None else np.asarray(mask)
     return {**segmentation.class_scores(predicted, gt_mask), "has_mask": mask is not None,
-            "named": names_match(parsed, meta["objects"])}
+            "named": named(parsed, meta["objects"])}
 
 
 def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
@@ -183,6 +193,8 @@ def _image_test(second: int) -> str:
 def _task(name: str, test: Callable[[int], str], published: Sequence[Published] = (), semantic: bool = False) -> Task:
     common: dict[str, Any] = {"name": name, "instruction": _instruction(test), "target": target, "parse": parse,
                               "headline": "miou", "published": published}
+    clip = CLIP._replace(needed="") if semantic else CLIP
+    common |= {"label": {"objects": _OBJECTS, "video": clip}, "windows": ("five", "one_of_five", "ten", "one")}
     if semantic:
         return Task(stats=_semantic_stats, reduce=_semantic_reduce, constants=_semantic_constants, mask_kind="semantic",
                     metrics=SEMANTIC_METRICS, breakdown=_class_breakdown, **common)

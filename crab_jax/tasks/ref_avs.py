@@ -17,7 +17,8 @@ import numpy as np
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.avs import binary_stats, mean_scores, names_match, ordinal, video_f
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import Stats, Task, by_group
+from crab_jax.tasks.task import TEXT, Field, Stats, Task, by_group, is_text
+from crab_jax.tasks.text import object_words
 
 J_THRESHOLDS = {"": 0.5, "_04": 0.4}  # of the released Crab code, and of the Ref-AVS release
 _SPLITS = {"": "seen and unseen together", "_seen": "seen objects", "_unseen": "unseen objects"}
@@ -32,6 +33,14 @@ METRICS = {
     "s_null_04": "the same above 0.4",
     "object_accuracy": "answers that name the object, or say that there is none",
     "mask_rate": "answers with six mask tokens",
+}
+LABEL = {
+    "expression": TEXT,
+    "object": Field("the name of the object, \"\" where the expression refers to nothing",
+                    lambda value, meta: value == "" or is_text(value)),
+    "split": Field('"seen" or "unseen", and "null" where `object` is ""', lambda value, meta:
+                   value in ("seen", "unseen", "null") and (value == "null") == (meta.get("object", value) == ""),
+                   "score"),
 }
 _ANSWER, _NULL, _MASK_FOLLOWS = "second in the video, ", "does not appear", re.compile(r"\.\s*Its mask\b")
 
@@ -54,7 +63,8 @@ def target(expression: str, object: str, second: int = 0, reasoning: str = "") -
 
 
 def parse(text: str) -> dict[str, list[str]] | None:
-    """{"objects": [name]}, {"objects": []} for an expression that refers to nothing, or None."""
+    """{"objects": [name]}, {"objects": []} for an expression that refers to nothing ("does not appear", or "is null" as
+    the release writes it), or None."""
     _, answer, rest = " ".join(text.split()).rpartition(_ANSWER)
     sentence, *follows = _MASK_FOLLOWS.split(rest, maxsplit=1)
     if not answer or not follows:
@@ -62,7 +72,9 @@ def parse(text: str) -> dict[str, list[str]] | None:
     if sentence.endswith(_NULL):
         return {"objects": []}
     _, found, name = sentence.rpartition(" is ")  # the last one, because an expression may hold one itself
-    return {"objects": [name.strip()]} if found and name.strip() else None
+    if not found or not name.strip():
+        return None
+    return {"objects": [name.strip()] if object_words([name]) else []}
 
 
 def stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
@@ -99,5 +111,5 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 REF_AVS = Task(name="ref-avs", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-               constants=constants, headline="j", metrics=METRICS, mask_kind="binary",
+               constants=constants, headline="j", metrics=METRICS, label=LABEL, mask_kind="binary",
                breakdown=by_group(lambda meta: [meta["object"]] if meta["object"] else [], reduce, "j"))

@@ -9,10 +9,31 @@ _CLOSING = r"(?P<closed><\s*/\s*(?!s\s*>))?"  # any closing tag but the end-of-t
 _CONTROL = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]", re.IGNORECASE)
 _TEMPLATE_TAIL = re.compile(r",?\s+and\s+the\s+|\.(?:\s|$)|\n")  # where the sentence around an unclosed tag goes on
 
+_SMALL_WORDS = frozenset(("a", "an", "the", "and"))
+_NOTHING = frozenset(("null", "none", "nothing"))
+_PLURALS = {"men": "man", "women": "woman", "geese": "goose", "wolves": "wolf", "babies": "baby", "buses": "bus"}
+
 
 def normalise(name: str) -> str:
     """Lower-case words of a name; underscores, punctuation and runs of spaces become one space."""
     return re.sub(r"[\W_]+", " ", name).strip().lower()
+
+
+def object_words(names: Sequence[str]) -> frozenset[str]:
+    """What object names say, however they are written: their words in lower case and singular, without articles.
+
+    "guitar_man", as the release joins two objects, says the same as "guitar" and "man", and "emergency-car" the same as
+    "an emergency car". Names that say that there is nothing ("null", "none") say nothing.
+    """
+    words = {_singular(word) for name in names for word in normalise(name).split()} - _SMALL_WORDS
+    return frozenset() if words <= _NOTHING else frozenset(words)
+
+
+def _singular(word: str) -> str:
+    """A word without the ending of a plural; the same word always gives the same."""
+    if word in _PLURALS or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return _PLURALS.get(word, word)
+    return word[:-2] if word.endswith(("ches", "shes", "sses")) else word[:-1]
 
 
 def plain(text: str) -> str:

@@ -135,7 +135,7 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
                     take(waiting.read())
         take(waiting.read())
         if pictures and times is None:
-            times = videos.times_of(stamps, pictures)
+            times = videos.times_of(stamps, pictures, path)
         return _Track(np.concatenate(mono), stream.rate, first, times)
 
 
@@ -191,7 +191,11 @@ class Heard(NamedTuple):
         """float32[N]: in step with the pictures, see `clock.place`."""
         return clocks.place(self.samples, self.start, self.seconds, SAMPLE_RATE)
 
-    def remark(self) -> str:
+    def start_remark(self) -> str:
+        """What `placed` does about the start of the sound, "" for nothing to speak of."""
+        return clocks.start_remark(self.start)
+
+    def end_remark(self) -> str:
         """What `placed` does about the end of the sound, "" for nothing."""
         end = len(self.samples) / SAMPLE_RATE + (self.start if abs(self.start) > clocks.START else 0.0)
         if not self.seconds or abs(end - self.seconds) <= clocks.END:
@@ -232,10 +236,9 @@ def timing(path: str | Path) -> Timing:
     with opened(path, "video") as container:
         if (stream := sound_of(container)) is not None:
             decode_alone(stream)
-            heard = next(container.decode(stream), None)
+            heard, sound = next(container.decode(stream), None), 0.0
             first = _heard(heard) if heard else None
             length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-            sound = 0.0 if heard else None
     odd = times.odd
     if sound is not None:
         sound, odd = clocks.sound_start(first, length, times)

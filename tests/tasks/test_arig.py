@@ -36,13 +36,20 @@ def test_targets_are_parsed_back(reasoning):
     ("Its coordinates are <obj>(1,2)(30,40)</obj>.", (1, 2, 30, 40)),
     ("( 1 , 2 ) and (30.5, 40)", (1, 2, 30.5, 40)),
     ("top left corner is (1,2) and coordinate of bottom right corner is (30,40) or (50,60)", (1, 2, 30, 40)),
+    ("The centre is at (9,9). Its top left corner is (1,2) and its bottom right corner is (30,40)", (1, 2, 30, 40)),
+    ("In 2010, dog (3 years). Its coordinate of top left corner is (1,2) and (30,40)", (1, 2, 30, 40)),
+    ("(0,0) and (1,1)", (0, 0, 1, 1)),
 ])
 def test_other_ways_to_write_a_box_are_read(text, box):
     assert ARIG.parse(text) == box
 
 
 @pytest.mark.parametrize("text", ["", "dog", "top left corner is (1,2)", "(1,2) and 3,4", "(30,40) and (1,2)",
-                                  "(a,b) and (c,d)", "(1,2,3,4)", "[1,2] [3,4]"])
+                                  "(a,b) and (c,d)", "(1,2,3,4)", "[1,2] [3,4]",
+                                  "(-5,-7) and (3,9) (10,20)", "(1,2,3) (4,5) (6,7)", "(10%,20%) (3,4) (5,6)",
+                                  "(0.1,0.2) and (0.5,0.6)", "(0.0,0.0) and (1.0,1.0)", "(1;2) (3,4) (5,6)",
+                                  "top left corner is (1,2), width and height are (30,40)", "[5,6] (1,2) (30,40)",
+                                  "centre (100,100) size (50,60)", "(1234567,2) (3,4) (5,6)", "(1px,2px) (3,4) (5,6)"])
 def test_malformed_texts_parse_to_none(text):
     assert ARIG.parse(text) is None
 

@@ -80,3 +80,13 @@ def test_constants_are_scorable_answers():
     candidates = REF_AVS.constants(metas, [GT, GT, EMPTY])
     assert all(REF_AVS.parse(text) == {"objects": ["tuba"]} for text, _ in candidates)
     assert any(np.array_equal(mask, GT) for _, mask in candidates) and any(not mask.any() for _, mask in candidates)
+
+
+@pytest.mark.parametrize("said", ["does not appear", "is null", "is Null", "is none", "is nothing"])
+def test_the_release_says_that_there_is_nothing_by_null(said):
+    text = f"At the first second in the video, the loud one {said}. Its mask is {MASK}"
+    meta = {"expression": "the loud one", "object": "", "split": "null"}
+    assert REF_AVS.parse(text) == {"objects": []}
+    assert REF_AVS.stats(REF_AVS.parse(text), None, meta, np.zeros((2, 2), int))["named"]
+    named = {**meta, "object": "tuba", "split": "seen"}
+    assert not REF_AVS.stats(REF_AVS.parse(text), None, named, np.zeros((2, 2), int))["named"]
