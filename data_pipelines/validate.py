@@ -145,7 +145,8 @@ class Look:
 
     def _seconds(self, example: Example) -> float:
         """How long the clip of an Example is: its pictures, or else its sound; 0 where neither can be read."""
-        return (self._of(example.video).seconds if example.video else 0.0) or self._heard(example)[0] / media.SAMPLE_RATE
+        shown = self._of(example.video).seconds if example.video else 0.0
+        return shown or self._heard(example)[0] / media.SAMPLE_RATE
 
     def _of(self, path: str) -> Facts:
         return self.facts.get(path) or Facts()  # it has come since the annotations were read
