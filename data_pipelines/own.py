@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import write_whole
 from crab_jax.progress import Progress, on_stderr
@@ -424,6 +425,8 @@ def _events(row: Row, given: Any) -> list[list[Any]]:
             match = _EVENT.fullmatch(part.strip())
             if not match:
                 raise row.error("events", f"cannot be read: {part!r:.60}", form)
+            if re.search(_SPAN, match["name"]):  # a comma may be part of a name
+                raise row.error("events", f"holds two events without a `;` between: {part!r:.60}", form)
             found += [[match["name"].strip(" ,:"), int(start), int(end)]
                       for start, end in re.findall(_SPAN, match["spans"])]
         else:
@@ -588,8 +591,6 @@ def build(rows: Sequence[Row], files: Media, split: str, progress: Callable[[str
 
 
 def _check_root(root: Path) -> None:
-    if "://" in str(root):
-        raise InputError(str(root), "--root", "is an address", "give a folder of this machine")
     if root.exists() and not root.is_dir():
         raise InputError(str(root), "--root", "is no folder", "give a folder")
     if releases := [d.folder for name, d in DATASETS.items() if name != "own" and (root / d.folder).is_dir()]:
@@ -601,13 +602,14 @@ def run(argv: Sequence[str]) -> bool:
     """Write the lists and validate them; whether anything is bad."""
     parser = CommandLine(__doc__, "python -m data_pipelines own")
     tables = parser.add_mutually_exclusive_group(required=True)
-    tables.add_argument("--csv", help="table with the columns named in its first line")
-    tables.add_argument("--jsonl", help="the same fields as one JSON object a line")
-    parser.add_argument("--root", required=True, help="data root to write to")
+    tables.add_argument("--csv", type=PATH, help="table with the columns named in its first line")
+    tables.add_argument("--jsonl", type=PATH, help="the same fields as one JSON object a line")
+    parser.add_argument("--root", type=PATH, required=True, help="data root to write to")
     parser.add_argument("--split", default="train", choices=SPLITS, help="of rows that do not say theirs (%(default)s)")
     parser.add_argument("--copy", action="store_true", help="copy media that lie elsewhere to R/media")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that are there")
-    parser.add_argument("--workers", type=int, default=0, help="processes that validate (default: one per core)")
+    parser.add_argument("--workers", type=Whole(0, 1024), default=0,
+                        help="processes that validate (default: one per core)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments: argparse.Namespace = parser.parse_args(argv)
     table, root = Path(arguments.csv or arguments.jsonl), Path(arguments.root)

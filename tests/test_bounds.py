@@ -219,6 +219,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "validate": ("data_pipelines.__main__", ["validate", "--root", "nowhere"]),
     "prepare": ("data_pipelines.__main__", ["prepare", "--root", "nowhere", "--out", "OUT"]),
     "sample": ("data_pipelines.__main__", ["sample", "--root", "nowhere", "--out", "OUT"]),
+    "own": ("data_pipelines.__main__", ["own", "--csv", "nowhere", "--root", "OUT"]),
     "tokens": ("data_pipelines.tokens", ["--corpus", "nowhere", "--out", "OUT/x"]),
     "scenes": ("data_pipelines.sources.scenes", ["--out", "OUT", "--seed", "-1"]),
     **{f"av_uie {verb}": ("data_pipelines.av_uie.__main__", [verb, *rest]) for verb, rest in {

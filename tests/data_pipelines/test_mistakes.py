@@ -18,7 +18,7 @@ from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
 from data_pipelines import mistakes
-from data_pipelines.datasets import read_examples
+from data_pipelines.datasets import DATASETS, read_examples, records
 from data_pipelines.examine import examine
 from data_pipelines.status import KINDS, Problem, status
 from data_pipelines.validate import BAD, Look, files, main
@@ -387,6 +387,15 @@ def test_releases_are_not_looked_at(releases_root):
     look = mistakes.Lists()
     found = read_examples(releases_root, "train", ["ave"])
     assert found and not [p for example in found for p in look.look("ave", "train", example, 0.0)]
+
+
+def test_no_release_written_as_a_list_is_called_malformed(releases_root):
+    """But for training clips without an answer, which are nothing to learn from."""
+    for name, dataset in DATASETS.items():
+        for split in dataset.sizes:
+            look = mistakes.Mistakes(split == "train")
+            found = [one for example in records(releases_root, name, split) for one in look.of(example)]
+            assert {one.problem for one in found if one.kind == M} <= {"is empty, so there is nothing to learn"}, name
 
 
 def test_the_document_lists_every_mistake_with_its_verdict():

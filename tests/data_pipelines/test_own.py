@@ -106,6 +106,7 @@ ROW = "task,media,question,answer\navqa,clips/dog.mp4,{},two\n"
     b"sep=;\r\n" + ROW.format("How many?").replace(",", ";").encode(),
     ROW.format("How many?").replace("\n", "\r\n").encode() + b",,,\r\n\r\n,,,\r\n",
     ROW.format("How many?").replace("task,media", " Task , MEDIA ").encode(),
+    ROW.format("How many?").replace("\n", "\r").encode(), ROW.format("How many?").replace(",", "|").encode(),
     ROW.format('"How\nmany?"').encode(), ROW.format("How many?").replace("clips/", "clips\\").encode(),
     b"\n" + ROW.format("How many?").encode()])
 def test_tables_as_programs_save_them(root, content):
@@ -198,6 +199,10 @@ A = "task,media,question,answer,events,object,expression,second,box,mask,type\n"
     (A + "ave,clips/dog.mp4,,,Bark 0:02-0:05\n", "cannot be read|0:"), (A + "ave,clips/dog.mp4,,,Bark 2.5-5\n", "2.5"),
     (A + "ave,clips/dog.mp4,,,Bark 5-2\n", "Bark"), (A + "ave,clips/dog.mp4,,,Bark 3-3\n", "the end exclusive"),
     (A + "ave,clips/dog.mp4,,,Bark 12-20\n", "0 to 10"), (A + "ave,clips/dog.mp4,,,Bark 1-2; Car 3-4\n", "2 events"),
+    (A + 'ave,clips/dog.mp4,,,"Bark 2-5, Car 3-4"\n', "without a `;` between"),
+    (A + 'avvp,clips/dog.mp4,,,"audio: Dog 2-5, visual: Dog 0-10"\n', "what is heard and what is seen"),
+    (A + "ave,clips/dog.mp4,,,2-5 Bark\n", "cannot be read"),
+    (A + "ave,clips/dog.mp4,,,Bark 2-5-7\n", "cannot be read"),
     (A + "avvp,clips/dog.mp4,,,Dog 2-5\n", "heard or seen"),
     (A + "avvp,clips/dog.mp4,,,audio: Dog 2-5\n", "what is seen"),
     (A + "avvp,clips/dog.mp4,,,audio: ; visual: Dog 2-5\n", "is empty"),
