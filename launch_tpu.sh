@@ -274,7 +274,7 @@ run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
         JAX_PLATFORMS=cpu "$python" -c "import sys
 $check" "${words[@]}" || exit 2
     fi
-    RUN=$(quote_all env ../venv/bin/python -u -m "${words[@]}")
+    RUN=$(quote_all ../venv/bin/python -u -m "${words[@]}")
     # As launchers of before wrote it: a run of theirs that still goes on is known by it.
     OLD_RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m "${words[@]}")
 }
@@ -428,13 +428,10 @@ hand_over() {  # the values of --env
     local SSH count worker word line jobs=() code=0 job
     local ask='echo crab_jax worker'
     # shellcheck disable=SC2016
-    local receive='set -e; cd crab_jax; umask 077; file=$(mktemp environment.XXXXXXXXXX); cat >"$file"
-[ "$(tail -c 5 "$file" | tr "\0" .)" = .end. ] || { rm "$file"; echo "the values of --env did not arrive" >&2; exit 1; }
+    local receive='set -e; cd crab_jax; umask 077; file=$(mktemp environment.XXXXXXXXXX); trap "rm -f $file" EXIT; cat >"$file"
+[ "$(tail -c 5 "$file" | tr "\0" .)" = .end. ] || { echo "the values of --env did not arrive" >&2; exit 1; }
 mv -f "$file" environment'
-    if ((${#ENVIRONMENT[@]} == 0)); then
-        on_workers all 'rm -f crab_jax/environment'
-        return
-    fi
+    ((${#ENVIRONMENT[@]})) || return 0
     line=''
     for word in "${ENVIRONMENT[@]}"; do line+=" ${word%%=*}=***"; done
     note "hand$line over to every worker"
@@ -483,7 +480,7 @@ $bucket /mnt/gs/$bucket" || return 1
 }
 
 start() {
-    local run no_values=':'
+    local run values='rm -f ../environment'
     note "start the run on every worker"
     DRY_RUN=0
     run=$(quote "$RUN")
@@ -491,13 +488,13 @@ start() {
     local keep_code='if [ -s ../environment ]; then
 while read -r -d ""; do case $REPLY in *=*) export "$REPLY" ;; esac; done <../environment; fi
 . ../command; echo $? >../rc; : >../environment'
-    ((${#ENVIRONMENT[@]} == 0)) || no_values="[ -s ../environment ] || { echo 'no values of --env' >&2; exit 1; }"
+    ((${#ENVIRONMENT[@]} == 0)) || values="[ -s ../environment ] || { echo 'no values of --env' >&2; exit 1; }"
     # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code. What runs
     # already is not started twice: gcloud repeats a command whose connection broke, and another launcher may be faster.
     on_workers all "set -e; cd crab_jax/$COMMIT
 if [ -e ../pid ] && kill -0 \"\$(cat ../pid)\" 2>/dev/null; then
 if [ \"\$(cat ../command)\" = $run ]; then exit; fi; echo 'another run was started meanwhile' >&2; exit 1; fi
-$no_values
+$values
 rm -f ../rc ../stopped; printf '%s\n' $run >../command; [ ! -e ../log ] || mv ../log ../log.previous
 setsid nohup bash -c $(quote "$keep_code") >../log 2>&1 </dev/null & echo \$! >../pid"
 }

@@ -142,13 +142,13 @@ def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example
 
 def from_model(arguments: argparse.Namespace) -> Source:
     """Answers of --checkpoint."""
-    mesh = layout.serving_mesh(runs.load_config(arguments.checkpoint), arguments.weights, arguments.batch_size,
-                               arguments.tensor)
+    config = runs.load_config(arguments.checkpoint)
+    root = runs.data_root(arguments.data, config)
+    split, examples = _read_split(arguments, root)  # a wrong --data is told before a model is loaded
+    mesh = layout.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
     if mesh.size > 1:
         print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
     model, params, config, tokenizer = runs.load_model(arguments.checkpoint, arguments.weights, mesh)
-    root = runs.data_root(arguments.data, config)
-    split, examples = _read_split(arguments, root)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         # A bad file stops the run: leaving examples out would change what the scores mean.

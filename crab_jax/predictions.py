@@ -307,7 +307,9 @@ def _keys(example: Example) -> set[tuple[str, ...]]:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split()).lower()
+    """What a line says, whether in our wording or in that of the release ("guitar_man", "is null")."""
+    words = re.split(r"[\s_]+", text.lower().replace("does not appear", "is null"))
+    return " ".join(word for word in words if word not in ("", "and"))
 
 
 def assign(rows: Sequence[Row], examples: Sequence[Example], where: str,

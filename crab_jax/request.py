@@ -207,7 +207,7 @@ def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.nd
     a sound track gets silence. Raises InputError for a file that cannot be decoded.
     """
     clip = media.timing(video) if video else None
-    warnings = [*clip.remarks()] if clip and not audio else []
+    warnings = [*(clip._replace(sound=None) if audio else clip).remarks()] if clip else []
     if clip and not audio and clip.sound is None:
         sound = np.zeros(max(round(clip.seconds * media.SAMPLE_RATE), media.SAMPLE_RATE), np.float32)
         source = _save(sound, made)

@@ -26,7 +26,8 @@ WORKERS = 2
 # next_queue (states that a queued resource goes through, one per look), fail (a word: calls that hold it fail), and
 # worker0, worker1 (homes). A run that finds its slice gone sees ssh fail, as it would. As with the real one, the
 # workers of --worker=all share one standard input. With a file watch_for, ps becomes a command line of this machine
-# that has its text. With a file odd, ssh commands that hold its first line meet its second: cut (input ends) or twice.
+# that has its text. With a file odd, ssh commands that hold its first line meet its second: cut (input ends), lost
+# (the slice is, once) or twice.
 GCLOUD = r'''
 import json, os, subprocess, sys
 from pathlib import Path
@@ -88,6 +89,10 @@ elif verb in ("ssh", "scp"):
             codes.append(subprocess.call(["cp", source, home / target.split(":")[1]]))
         else:
             found = how if odd in flags["command"] else ""
+            if found == "lost":
+                vm.write_text("PREEMPTED")
+                (cloud / "odd").unlink()
+                sys.exit("ERROR: (gcloud) [/usr/bin/ssh] exited with return code [255].")
             for _ in range(2 if found == "twice" else 1):
                 start = sys.stdin.buffer.read()[:20] if found == "cut" else None
                 code = subprocess.run(["bash", "-c", flags["command"]], cwd=home, input=start,
@@ -600,7 +605,7 @@ def own_mask() -> str:
 @pytest.mark.parametrize(("words", "outside"), [
     ([f"--env=TOKEN={SECRET}"], {}), (["--env", f"TOKEN={SECRET}"], {"TOKEN": "another"}),
     (["--env=TOKEN"], {"TOKEN": SECRET}), (["--env", "TOKEN"], {"TOKEN": SECRET}),
-    ([f"--env=TOKEN={PIECE}", f"--env=TOKEN={SECRET}", "--env=VALUE=x y"], {}),
+    ([f"--env=TOKEN={PIECE}", f"--env=TOKEN={SECRET}", "--env=PATH=/none"], {}),
 ])
 def test_values_of_env_reach_every_worker_and_stand_nowhere(cloud, words, outside):
     """Neither on a command line of gcloud or of any process, nor in an output, nor in a file that stays."""
@@ -686,6 +691,18 @@ def test_values_that_did_not_arrive_whole_start_nothing(cloud):
     done = launch(cloud, *RUN, f"--env=TOKEN={SECRET}")
     assert done.returncode == 1 and "the values of --env did not arrive" in done.stderr
     assert not runs_of(cloud, 0) and not runs_of(cloud, 1)
+    assert_nowhere(cloud, done)
+
+
+@pytest.mark.parametrize("word", ["set -e; mkdir", "echo set up", "mktemp environment", "setsid"])
+def test_a_slice_that_is_lost_on_the_way_to_the_start_is_replaced(cloud, word):
+    """At installing, setting up, handing over and starting."""
+    (cloud / "odd").write_text(f"{word}\nlost")
+    train_does(cloud, LOOK)
+    done = launch(cloud, *RUN, f"--env=TOKEN={SECRET}", "--setup=echo set up")
+    assert done.returncode == 0 and "restart 1 of" in done.stderr, done.stderr
+    for worker in range(WORKERS):
+        assert json.loads((cloud / f"seen{worker}").read_text())[0] == DIGEST
     assert_nowhere(cloud, done)
 
 
@@ -801,7 +818,7 @@ def test_nothing_tells_to_install_a_name_that_is_not_ours():
     """`crab_jax` on a package index would be somebody else's."""
     files = [path for path in REPOSITORY.rglob("*") if path.suffix in (".md", ".py", ".sh", ".cfg", ".toml")
              and not path.is_relative_to(REPOSITORY / ".venv") and "runs" not in path.parts]
-    wrong = re.compile(r"(pip|uv)3? +install[^\n]*[ '\"`]crab[_-]jax(\[|['\"` ]|$)", re.MULTILINE)
+    wrong = re.compile(r"(pip|uv)3? +install[^\n`;]*[ '\"]crab[_-]jax(\[|['\"` ]|$)", re.MULTILINE)
     assert len(files) > 50
     assert not [path for path in files if wrong.search(path.read_text())]
 

@@ -115,6 +115,18 @@ def test_lines_of_the_released_code_find_their_examples():
     assert files.text_of(by_qid[0], "f") == text and files.text_of(masks[0], "f") == "It is"
 
 
+def test_gold_answers_in_the_wording_of_the_release_find_their_example():
+    """Several expressions about one picture are told apart by their labels, which say "is null" and "guitar_man"."""
+    said = [("The loud one", ""), ("The loudest one", ""), ("The third one", "guitar and man")]
+    examples = [Example(id=f"n{k}", task="ref-avs", instruction="?", target=TASKS["ref-avs"].target(expression, name),
+                        seg_image="media/uid/frames/0.jpg", mask="m.png", mask_kind="binary")
+                for k, (expression, name) in enumerate(said)]
+    rows = [{"image_path": "/REFAVS/media/uid/frames/0.jpg", "predict": "",
+             "label": e.target.replace("does not appear", "is null").replace("guitar and man", "guitar_man") + "</s>"}
+            for e in examples]
+    assert files.assign(rows, examples, "f") == {e.id: row for e, row in zip(examples, rows, strict=True)}
+
+
 @pytest.mark.parametrize(("rows", "match"), [
     ([{"id": "z", "text": ""}], "f:1.*no example 'z'"), ([{"id": "q0"}, {"id": "q0"}], "f:2.*second answer"),
     ([{"video_path": "a/0001.mp4", "predict": ""}], "fits 2 examples"), ([{"qid": 99}], "fits 0 examples"),

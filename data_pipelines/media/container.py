@@ -12,7 +12,8 @@ import av
 from av.stream import Disposition
 
 from crab_jax.errors import InputError
-from data_pipelines.media.content import not_supported
+from data_pipelines.media.content import head, not_supported
+from data_pipelines.media.kinds import kind_of
 from data_pipelines.media.outline import encrypted, outline
 
 AGAIN = "copy or download the file again"
@@ -62,6 +63,8 @@ def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer
     except (av.FFmpegError, OSError, EOFError, ValueError, MemoryError) as error:
         if encrypted(path):
             raise InputError(path, field, "is encrypted (DRM)", "give a copy without protection") from None
+        if (kind := kind_of(head(path))) and (kind.picture or kind.fix.startswith("export")):
+            raise InputError(path, field, f"is {kind.name}, no film or sound", "give a film or a sound") from None
         what = str(error) if type(error) is EOFError and error.args else error.__class__.__name__
         problem = f"cannot be decoded ({what}); the file is damaged or incomplete"
         raise InputError(path, field, problem, AGAIN) from None

@@ -144,7 +144,7 @@ def _last_chunk(read: Read, at: int, end: int) -> int:
             count = min(int.from_bytes(read(start + 4, 4), "big"), (stop - start - 8) // wide)
             table = read(start + 8, count * wide)
             places = struct.unpack(f">{len(table) // wide}{'I' if wide == 4 else 'Q'}", table)
-            last = max(last, max(places, default=-1) + 1)
+            last = max(last, max(places, default=0))
     return 0 if external else last
 
 

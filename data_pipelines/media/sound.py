@@ -88,7 +88,7 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
         return samples
     with soundfile.SoundFile(io.BytesIO(with_index(content, frames))) as file:
         every = file.read(dtype="float32", always_2d=True)
-    if frames.stated:
+    if frames.stated or every.shape[1] != samples.shape[1]:
         return every
     # With an index, the delay of the decoder is taken off the start.
     return np.concatenate([samples, every[len(samples) - (frames.whole * frames.samples - len(every)) :]])

@@ -12,6 +12,7 @@ import soundfile
 from av.stream import Disposition
 from malformed import film, greys, noise, wave
 from media_files import RATE, tone, write_video
+from PIL import Image
 
 from crab_jax.errors import InputError
 from crab_jax.files import git_lfs_pointer
@@ -288,6 +289,14 @@ def test_what_is_encrypted_is_called_that(tmp_path):
     for read in (media.read_audio, media.watch, lambda path: media.read_video(path, 10, 16)):
         with pytest.raises(InputError, match="is encrypted .DRM.; give a copy without protection"):
             read(path)
+
+
+def test_a_picture_that_moves_is_called_a_picture(tmp_path):
+    """An animated WebP, which libav does not read."""
+    pictures = [Image.fromarray(pixels) for pixels in noise(3)]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    with pytest.raises(InputError, match="is WebP, no film or sound; give a film"):
+        media.read_video(tmp_path / "a.webp", 4, 16)
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
