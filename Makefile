@@ -3,41 +3,96 @@
 # make test-all the tests of minutes too
 # make recipe  the whole tiny recipe from nothing: writes the warm start, then trains the paper's stages
 # make stages  the paper's five stages at tiny size, each from the one before
+# make install what the others begin with; EXTRA=tpu, cuda12 or cuda13 adds what JAX needs for such a device
+# make lock    writes constraints/ anew after a change of setup.cfg; UPGRADE=--upgrade takes newer versions (network)
+# make audit   looks for known vulnerabilities of all that constraints/ names (network)
 PYTHON ?= python3
 BIN := .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
+COMMA := ,
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Tested versions, where there is a list for this Python; else the newest ones.
-CONSTRAINTS := $(wildcard constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
+# Every version with the hashes of its files, where there is a list for this Python. `make CONSTRAINTS=` installs the
+# newest versions that setup.cfg allows instead.
+TAG := py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+CONSTRAINTS := $(wildcard constraints/$(TAG).txt)
+EXTRA :=
+INSTALLED := .venv/installed$(addprefix -,$(EXTRA))
+LISTS := constraints/build.txt $(CONSTRAINTS) $(if $(EXTRA),constraints/$(TAG)-$(EXTRA).txt)
 
-.PHONY: demo test test-all recipe stages lint clean
+.PHONY: demo install test test-all recipe stages lint lock audit clean
 
-.venv/installed: setup.cfg pyproject.toml $(CONSTRAINTS)
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml $(if $(CONSTRAINTS),$(LISTS))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev]'
+ifneq ($(CONSTRAINTS),)
+# An editable project has no hash: the others first, what builds before what is built, and nothing but those.
+	$(PIP) --require-hashes -r constraints/build.txt
+	$(PIP) --require-hashes --no-build-isolation $(addprefix -r ,$(LISTS))
+	$(PIP) --no-deps --no-build-isolation -e .
+else
+	@echo 'warning: no list of versions is used; the newest ones are installed, and no hash is compared' >&2
+	$(PIP) -e '.[dev$(addprefix $(COMMA),$(EXTRA))]'
+endif
 	touch $@
 
-demo: .venv/installed
+.venv/tools/installed: constraints/uv.txt constraints/audit.txt
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/pip install --quiet --disable-pip-version-check --require-hashes -r constraints/uv.txt -r constraints/audit.txt
+	touch $@
+
+demo: $(INSTALLED)
 	$(BIN)/python -m crab_jax.demo $(if $(FROM_SCRATCH),--from-scratch)
 
-recipe: .venv/installed
+recipe: $(INSTALLED)
 	$(BIN)/python -m crab_jax.recipe
 	$(BIN)/python -m crab_jax.stages --start runs/recipe/warmup
 
-stages: .venv/installed
+stages: $(INSTALLED)
 	$(BIN)/python -m crab_jax.stages
 
-lint: .venv/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch_tpu.sh launch_slurm.sh .ci/run
 
 test: lint
 	$(BIN)/python -m pytest
 
 test-all: lint
 	$(BIN)/python -m pytest -m ""
+
+# The lists of a device have what they add and what that shares with the list of their Python, at the same versions.
+COMPILE = .venv/tools/bin/uv pip compile --quiet --generate-hashes --no-annotate $(UPGRADE) \
+    --custom-compile-command 'make lock   (newer versions: make lock UPGRADE=--upgrade)'
+lock: .venv/tools/installed
+	echo setuptools | $(COMPILE) - --python-version 3.11 -o constraints/build.txt
+	echo uv | $(COMPILE) - --python-version 3.9 -o constraints/uv.txt
+	echo pip-audit | $(COMPILE) - --python-version 3.11 -o constraints/audit.txt
+	set -e; for version in 3.11 3.12 3.13; do \
+	    list=constraints/py$$(echo $$version | tr -d .); \
+	    $(COMPILE) setup.cfg --extra dev --python-version $$version -o $$list.txt; \
+	    for extra in tpu cuda12 cuda13; do \
+	        echo "jax[$$extra]" | $(COMPILE) - -c $$list.txt --no-strip-extras --python-version $$version \
+	            --python-platform x86_64-manylinux_2_31 -o $$list-$$extra.txt; \
+	    done; \
+	done
+
+# pip-audit says that nothing was found also of what the service does not know, unless it is strict.
+audit: .venv/tools/installed
+	@failed=0; for list in constraints/*.txt; do \
+	    echo "$$list"; \
+	    found=$$(.venv/tools/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r $$list \
+	        2>.venv/tools/errors) && continue; \
+	    failed=1; \
+	    if [ -n "$$found" ]; then echo "$$found"; continue; fi; \
+	    echo "error: $$list: cannot be audited ($$(tail -n 1 .venv/tools/errors | cut -c 1-200));" \
+	        "make audit needs a network and an index that has advisories" >&2; \
+	    exit 1; \
+	done; exit $$failed
 
 clean:
 	rm -rf .venv runs

@@ -11,6 +11,10 @@
 # `python -m crab_jax.train`, or the word evaluate and those of `python -m crab_jax.evaluate`; all folders lie on a disk
 # that all nodes share. PYTHON names another interpreter than .venv/bin/python. Submit it from the top of the repository.
 #
+# Tokens and keys: `export NAME` in the shell that calls sbatch, which hands its environment to the job, also when it is
+# started again. Not as arguments and not as `sbatch --export=NAME=VALUE`: ps, scontrol and squeue show these to every
+# user. Where your cluster hands nothing over, name it without its value: `sbatch --export=ALL` or `--export=NAME`.
+#
 #SBATCH --job-name=crab
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -38,6 +42,15 @@ if [ "${1:-}" = evaluate ]; then
     verb=$1
     shift
 fi
+for word in "$@"; do
+    case $word in
+        --env | --env=*)
+            echo "error: --env: ps and scontrol show the arguments of a job to every user; export the name instead in the" \
+                "shell that calls sbatch" >&2
+            exit 2
+            ;;
+    esac
+done
 srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m "crab_jax.$verb" "$@" &
 run=$!
 wait "$run"

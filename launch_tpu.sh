@@ -31,8 +31,12 @@
 #                        gs://bucket/path, which is mounted with gcsfuse and passed on as /mnt/gs/bucket/path
 #   -- evaluate --checkpoint=DIR --out=DIR ...           last, in place of the line above: as for
 #                        `python -m crab_jax.evaluate`; every worker answers its share, with paths as above
-#   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may be run again
+#   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may be run again.
+#                        It stands on command lines, which other users can list: no passwords in it
 #   --env=NAME=VALUE     environment of the run, such as --env=LIBTPU_INIT_ARGS='...' (repeatable)
+#   --env=NAME           the same, with the value that NAME has here: for tokens and keys. Values of --env are sent
+#                        through ssh and kept in a file that is yours alone; they stand on no command line and in no
+#                        message. (--env=NAME=VALUE itself does for a moment, and in your shell's history.)
 #   --max-restarts=N     give up after N restarts (100)
 #
 # Always
@@ -42,20 +46,59 @@
 #
 # Exit codes: 0 done (or stopped by `stop`), 2 wrong command line, config or input, 1 anything else.
 set -uo pipefail
+
+input_error() {  # WHERE PROBLEM FIX
+    printf 'error: %s: %s; %s\n' "${@//[[:cntrl:]]/?}" >&2
+    exit 2
+}
+
+# Every user of a machine can list the command lines on it, and this one stands there for days. So values of --env are
+# moved to the environment, as CRAB_RUN_<name>, and the script starts again without them. This comes before anything
+# else is assigned, for --env=NAME takes the value that NAME had outside.
+conceal() {
+    local _word _words=() _name _moved=0 _count=0 _next=0
+    while (($#)) && [[ $1 != -- ]]; do
+        _word=$1
+        shift
+        if ((_next)); then
+            _word=--env=$_word _next=0
+        elif [[ $_word == --env && $# -gt 0 ]]; then
+            _next=1
+            continue
+        fi
+        if [[ $_word == --env=* ]]; then
+            _word=${_word#--env=} _count=$((_count + 1))
+            _name=${_word%%=*}
+            [[ $_name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] ||
+                input_error --env "number $_count has no name" "write --env=NAME=VALUE"
+            if [[ $_word == *=* ]]; then
+                export "CRAB_RUN_$_name=${_word#*=}"
+                _moved=1
+            else
+                _word=CRAB_RUN_$_name
+                [[ -n ${!_word+set}${!_name+set} ]] ||
+                    input_error --env "number $_count names a variable that is not set" "export it, or write NAME=VALUE"
+                [[ -n ${!_word+set} ]] || export "$_word=${!_name}"
+            fi
+            _word=--env=$_name
+        fi
+        _words+=("$_word")
+    done
+    ((_moved == 0)) || exec "$BASH" "$0" "${_words[@]}" ${1+"$@"}
+}
+
+conceal ${1+"$@"}
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 exec 3>&1  # where --dry-run prints, also from inside $(...)
-ERRORS=$(mktemp) && trap 'rm -f "$ERRORS"' EXIT
+SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/crab_jax.XXXXXXXXXX") ||
+    input_error "${TMPDIR:-/tmp}" "no folder can be made in it" "set TMPDIR to a folder that can be written"
+trap 'rm -rf "$SCRATCH"' EXIT
 
 NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' QUEUED=0 CAPACITY=() CREATE_FLAGS=() SSH_FLAGS=()
 CONFIG='' WORKDIR='' OVERRIDES=() EVALUATE=() SETUP='' ENVIRONMENT=() BUCKETS=()
 DRY=0 POLL=20 MAX_RESTARTS=100 WORKER=0
 
 # ---------------------------------------------------------------------------------------------- words on the screen
-
-input_error() {  # WHERE PROBLEM FIX
-    printf 'error: %s: %s; %s\n' "$@" >&2
-    exit 2
-}
 
 note() {
     if ((DRY)); then printf '# %s\n' "$*" >&3; else printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; fi
@@ -106,7 +149,7 @@ parse() {
                 break
                 ;;
             --*) ;;
-            *) input_error "command line" "'$1' is not a flag" "see --help" ;;
+            *) input_error "command line" "'${1%%=*}' is not a flag" "see --help" ;;
         esac
         if [[ $1 == *=* ]]; then
             value=${1#*=}
@@ -129,13 +172,17 @@ parse() {
             --config.*) as_mounted "$value"; OVERRIDES+=("$flag=$MOUNTED") ;;
             --workdir) as_mounted "$value"; WORKDIR=$MOUNTED ;;
             --setup) SETUP=$value ;;
-            --env) ENVIRONMENT+=("$value") ;;
+            --env)
+                word=CRAB_RUN_$value
+                ENVIRONMENT+=("$value=${!word}")
+                ;;
             --max-restarts) MAX_RESTARTS=$value ;;
             --poll) POLL=$value ;;
             --worker) WORKER=$value ;;
             *) input_error "command line" "$flag is not a flag" "see --help" ;;
         esac
     done
+    for word in ${!CRAB_RUN_@}; do unset "$word"; done
 }
 
 as_mounted() {  # VALUE -> MOUNTED, a path on the workers; notes its bucket
@@ -217,12 +264,9 @@ run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
     [[ $WORKDIR == /* ]] ||
         input_error $out "'$WORKDIR' would lie on one worker's own disk, which a preemption deletes" \
             "give gs://bucket/path or the absolute path of a disk that all workers share"
-    for changed in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
-        [[ $changed =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] || input_error --env "'$changed' sets nothing" "write --env=NAME=VALUE"
-    done
     COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null) ||
         input_error "$PWD" "is not a git checkout, and a commit is what is installed" "clone the repository with git"
-    [[ -z $CONFIG ]] || git cat-file -e "HEAD:$CONFIG" 2>/dev/null ||
+    [[ -z $CONFIG ]] || git cat-file -e "$COMMIT:$CONFIG" 2>/dev/null ||
         input_error --config "$CONFIG is not in commit $COMMIT, which is what is installed" "git add and commit it first"
     changed=$(git status --porcelain --untracked-files=no | wc -l)
     ((changed == 0)) || printf 'warning: %d changed files are not committed and will not be on the slice\n' "$changed" >&2
@@ -230,7 +274,9 @@ run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
         JAX_PLATFORMS=cpu "$python" -c "import sys
 $check" "${words[@]}" || exit 2
     fi
-    RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m "${words[@]}")
+    RUN=$(quote_all ../venv/bin/python -u -m "${words[@]}")
+    # As launchers of before wrote it: a run of theirs that still goes on is known by it.
+    OLD_RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m "${words[@]}")
 }
 
 # -------------------------------------------------------------------------------------------------------- the slice
@@ -247,14 +293,14 @@ describe() {  # tpu-vm|queued-resources FIELD -> its state, or nothing when it d
         return 0
     fi
     for ((look = 1; look <= LOOKS; look++)); do
-        if state=$(act "${command[@]}" 2>"$ERRORS"); then
+        if state=$(act "${command[@]}" 2>"$SCRATCH/errors"); then
             printf '%s' "$state"
             return 0
         fi
-        if grep -qi 'not.found' "$ERRORS"; then return 0; fi
+        if grep -qi 'not.found' "$SCRATCH/errors"; then return 0; fi
         if ((look < LOOKS)); then sleep "$POLL"; fi
     done
-    cat "$ERRORS" >&2
+    cat "$SCRATCH/errors" >&2
     return 1
 }
 
@@ -320,40 +366,100 @@ ensure_slice() {  # wait until the slice is ready; create it, start it, or repla
 }
 
 # ------------------------------------------------------------------------------------------------------ the workers
-# A worker has, in ~/crab_jax: a folder per installed commit, venv/, and of its run: command, pid, log, rc (the exit
-# code, once it ended) and stopped (when `stop` ended it).
+# A worker has, in ~/crab_jax, which only its user can enter: a folder per installed commit, venv/, and of its run:
+# command, environment (NAME=VALUE entries and the word end, each followed by NUL; emptied when the run ends), pid, log,
+# rc (the exit code, once it ended) and stopped (when `stop` ended it).
+
+ssh_words() {  # all|NUMBER SCRIPT -> SSH, the words of the command
+    SSH=(gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" "--worker=$1" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --quiet
+         "--command=$2")
+}
 
 on_workers() {  # all|NUMBER SCRIPT
-    act gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" "--worker=$1" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --quiet \
-        "--command=$2"
+    local SSH
+    ssh_words "$@"
+    act "${SSH[@]}"
 }
 
 DRY_RUN=none
 
 run_state() {  # of worker 0 -> running, stopped (by `stop`), interrupted (by another SIGTERM, as before a preemption),
-               # lost (ended without an exit code), none, or the exit code; second line: its command.
+               # lost (ended without an exit code), none, or the exit code; then a line with the digest of its
+               # environment, or none; then its command.
                # Nothing when the worker cannot be reached.
     # shellcheck disable=SC2016  # expanded by the worker, as below
     on_workers 0 'cd crab_jax 2>/dev/null && [ -e pid ] || { echo none; exit 0; }
 if kill -0 "$(cat pid)" 2>/dev/null; then echo running; elif [ -e stopped ]; then echo stopped
 elif tail -n 5 log | grep -q "^stopped on request"; then echo interrupted
-elif [ -e rc ]; then cat rc; else echo lost; fi; cat command'
+elif [ -e rc ]; then cat rc; else echo lost; fi
+if [ -s environment ]; then sha256sum <environment; else echo none; fi; cat command'
     if ((DRY)); then echo "$DRY_RUN"; fi
 }
 
 install() {
-    local archive=crab_jax-$COMMIT.tar.gz
+    local archive=$SCRATCH/crab_jax-$COMMIT.tar.gz there=${SCRATCH##*/}.tar.gz
     note "install commit $COMMIT on every worker"
-    act git archive --format=tar.gz "--output=${TMPDIR:-/tmp}/$archive" HEAD &&
-        act gcloud compute tpus tpu-vm scp "${TMPDIR:-/tmp}/$archive" "$NAME:$archive" "${PLACE[@]}" --worker=all \
+    if ((DRY)); then act mkdir -m 700 "$SCRATCH"; fi
+    act git archive --format=tar.gz "--output=$archive" "$COMMIT" &&
+        act gcloud compute tpus tpu-vm scp "$archive" "$NAME:$there" "${PLACE[@]}" --worker=all \
             ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --quiet &&
-        act rm "${TMPDIR:-/tmp}/$archive" &&
-        on_workers all "set -e; mkdir -p crab_jax/$COMMIT
-tar -xzf $archive -C crab_jax/$COMMIT; rm $archive
-export PATH=\"\$HOME/.local/bin:\$PATH\"
-command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+        act rm "$archive" || return 1
+    if ((DRY)); then act rmdir "$SCRATCH"; fi
+    # Nothing but what the commit's lists name, by version and hash: a slice that replaces a preempted one is the same.
+    on_workers all "set -e; mkdir -p crab_jax/$COMMIT; chmod 700 crab_jax
+tar -xzf $there -C crab_jax/$COMMIT; rm $there; lists=crab_jax/$COMMIT/constraints
+export PATH=\"\$HOME/.local/bin:\$PATH\" VIRTUAL_ENV=\"\$PWD/crab_jax/venv\"
+command -v uv >/dev/null || python3 -m pip install --quiet --user --require-hashes -r \$lists/uv.txt
 uv venv --quiet --allow-existing --python 3.11 crab_jax/venv
-uv pip install --quiet --python crab_jax/venv/bin/python --editable './crab_jax/${COMMIT}[tpu]'"
+uv pip install --quiet --require-hashes -r \$lists/build.txt
+uv pip sync --quiet --require-hashes --no-build-isolation \$lists/build.txt \$lists/py311.txt \$lists/py311-tpu.txt
+uv pip install --quiet --no-deps --no-build-isolation --editable './crab_jax/${COMMIT}[tpu]'"
+}
+
+environment() {  # what a worker keeps as ~/crab_jax/environment
+    printf '%s\0' "${ENVIRONMENT[@]}" end
+}
+
+digest() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
+
+# Through ssh's standard input, and to each worker by itself: of --worker=all, gcloud lets all ssh processes read one
+# input, and each would get a part of it.
+hand_over() {  # the values of --env
+    local SSH count worker word line jobs=() code=0 job
+    local ask='echo crab_jax worker'
+    # shellcheck disable=SC2016
+    local receive='set -e; cd crab_jax; umask 077; file=$(mktemp environment.XXXXXXXXXX); trap "rm -f $file" EXIT; cat >"$file"
+[ "$(tail -c 5 "$file" | tr "\0" .)" = .end. ] || { echo "the values of --env did not arrive" >&2; exit 1; }
+mv -f "$file" environment'
+    ((${#ENVIRONMENT[@]})) || return 0
+    line=''
+    for word in "${ENVIRONMENT[@]}"; do line+=" ${word%%=*}=***"; done
+    note "hand$line over to every worker"
+    if ((DRY)); then
+        ssh_words all "$ask"
+        note "the next lines take the values from the shell that runs them: export the names first"
+        printf "workers=\$(%s | grep -c '^crab_jax worker')\n" "$(quote_all "${SSH[@]}")" >&3
+        line='for ((worker = 0; worker < workers; worker++)); do printf '"'%s\\0'"
+        for word in "${ENVIRONMENT[@]}"; do
+            word=${word%%=*}
+            line+=" \"$word=\${$word?export it first}\""
+        done
+        ssh_words "@" "$receive"
+        line+=" end | $(quote_all "${SSH[@]}"); done"
+        printf '%s\n' "${line/--worker=@/\"--worker=\$worker\"}" >&3
+        return
+    fi
+    count=$(on_workers all "$ask" | grep -c '^crab_jax worker') || return 1
+    for ((worker = 0; worker < count; worker++)); do
+        ssh_words "$worker" "$receive"
+        environment | "${SSH[@]}" &
+        jobs+=($!)
+        if ((${#jobs[@]} == 8 || worker == count - 1)); then
+            for job in "${jobs[@]}"; do wait "$job" || code=1; done
+            jobs=()
+        fi
+    done
+    return "$code"
 }
 
 set_up() {
@@ -374,12 +480,23 @@ $bucket /mnt/gs/$bucket" || return 1
 }
 
 start() {
+    local run values='rm -f ../environment'
     note "start the run on every worker"
     DRY_RUN=0
-    # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code.
-    on_workers all "set -e; cd crab_jax/$COMMIT; rm -f ../rc ../stopped
-printf '%s\n' $(quote "$RUN") >../command; [ ! -e ../log ] || mv ../log ../log.previous
-setsid nohup sh -c '. ../command; echo \$? >../rc' >../log 2>&1 </dev/null & echo \$! >../pid"
+    run=$(quote "$RUN")
+    # shellcheck disable=SC2016
+    local keep_code='if [ -s ../environment ]; then
+while read -r -d ""; do case $REPLY in *=*) export "$REPLY" ;; esac; done <../environment; fi
+. ../command; echo $? >../rc; : >../environment'
+    ((${#ENVIRONMENT[@]} == 0)) || values="[ -s ../environment ] || { echo 'no values of --env' >&2; exit 1; }"
+    # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code. What runs
+    # already is not started twice: gcloud repeats a command whose connection broke, and another launcher may be faster.
+    on_workers all "set -e; cd crab_jax/$COMMIT
+if [ -e ../pid ] && kill -0 \"\$(cat ../pid)\" 2>/dev/null; then
+if [ \"\$(cat ../command)\" = $run ]; then exit; fi; echo 'another run was started meanwhile' >&2; exit 1; fi
+$values
+rm -f ../rc ../stopped; printf '%s\n' $run >../command; [ ! -e ../log ] || mv ../log ../log.previous
+setsid nohup bash -c $(quote "$keep_code") >../log 2>&1 </dev/null & echo \$! >../pid"
 }
 
 follow() {  # WORKER LINES: until its run ends or the connection breaks
@@ -389,12 +506,20 @@ follow() {  # WORKER LINES: until its run ends or the connection breaks
 # ----------------------------------------------------------------------------------------------------- the commands
 
 attach_or_start() {  # STATE: what run_state said
+    local rest=${1#*$'\n'} values=none
+    local theirs=${rest%%$'\n'*} running=${rest#*$'\n'}
     if [[ $1 == running* ]]; then
-        [[ ${1#*$'\n'} == "$RUN" ]] ||
-            input_error "$NAME" "another run is on it: ${1#*$'\n'}" "end that one first: $0 stop --name=$NAME --zone=$ZONE"
-        note "this run is on the slice already"
+        ((${#ENVIRONMENT[@]} == 0)) || values=$(environment | digest)
+        if [[ $running == "$RUN" && $theirs == "$values" || $running == "$OLD_RUN" && $theirs == none ]]; then
+            note "this run is on the slice already"
+            return
+        fi
+        [[ $running != "$RUN" ]] || running='the same, with other values of --env'
+        # Without what stands before the interpreter: launchers of before kept the values of --env there.
+        input_error "$NAME" "another run is on it: ${running##*../venv/bin/}" \
+            "end that one first: $0 stop --name=$NAME --zone=$ZONE"
     else
-        install && set_up && start
+        install && set_up && hand_over && start
     fi
 }
 

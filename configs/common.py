@@ -41,11 +41,12 @@ def base() -> ConfigDict:
         # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
         # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
         # `weights` multiply a task's natural share of the mixture, 0 leaves it out; with `caps` so many examples of a
-        # task count at most (0 = all). `curriculum` is the step from which a task is drawn.
+        # task count at most (0 = all). `curriculum` is the step from which a task is drawn. `allow_other`: go on with
+        # a run on other Examples than it was trained on.
         "data": {"root": "", "split": "train", "datasets": "", "variant": "train", "frames": "one",
                  "exclude_leaks": False, "limit": 0, "batch_size": 256, "workers": 0,
                  "weights": {name: 1.0 for name in TASKS}, "caps": {name: 0 for name in TASKS},
-                 "curriculum": {name: 0 for name in TASKS}, **decoding},
+                 "curriculum": {name: 0 for name in TASKS}, "allow_other": False, **decoding},
         "loss": loss,
         "optim": dataclasses.asdict(OptimConfig()),
         "mesh": {"data": 0, "fsdp": 1, "tensor": 1},  # devices per axis; 0 is inferred

@@ -34,6 +34,7 @@ from orbax.checkpoint import v1 as ocp
 from crab_jax import finite
 from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
+from crab_jax.files import write_whole
 from crab_jax.optim import merge
 
 FORMAT = 1
@@ -117,13 +118,26 @@ class RunCheckpoints:
         """Newest complete step, or None."""
         return None if self._steps.latest is None else self._steps.latest.step
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run was started with. Raises InputError when it cannot be read."""
+        file = self.folder / "manifest.json"
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(str(file), "", f"cannot be read ({type(error).__name__})",
+                             "copy the folder again, or start anew in another --workdir") from error
+
+    def note(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest."""
+        if jax.process_index() == 0:
+            write_whole(str(self.folder / "manifest.json"), json.dumps(manifest, indent=1))
+
     def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
         """Write the frozen tree once and the manifest that later restores are checked against."""
         ocp.save(self.folder / "frozen", frozen, overwrite=True)
-        manifest = {"format": FORMAT, "frozen_hash": tree_hash(frozen), **manifest,
-                    "packages": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}}
-        if jax.process_index() == 0:
-            (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        self.note({"format": FORMAT, "frozen_hash": tree_hash(frozen), **manifest, "packages": {
+            name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}})
 
     def load_frozen(self, wanted: Any) -> Any:
         """The frozen tree, straight into the dtypes and shards of `wanted`. Raises InputError when it is not what the
@@ -133,7 +147,7 @@ class RunCheckpoints:
         check_match(wanted, ocp.metadata(folder).metadata, str(folder))
         frozen = _load_orbax(folder, wanted)
         # Runs of an earlier version have another hash under another name.
-        kept = json.loads((self.folder / "manifest.json").read_text()).get("frozen_hash")
+        kept = self.manifest.get("frozen_hash")
         if kept and kept != tree_hash(frozen):
             raise InputError(str(folder), "frozen_hash", "the frozen weights are not those that the run started with",
                              "copy the folder again, or start anew in another --workdir")
@@ -264,7 +278,7 @@ def load_tree(file: str | Path, wanted: Any = None) -> Any:
 def save_packed(folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None) -> None:
     """Write parameters and config into one folder (the tokenizer saves itself beside them)."""
     save_tree(Path(folder) / PACKED, params, dtype)
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
+    write_whole(Path(folder) / "config.json", json.dumps(config, indent=1))
 
 
 def _partial_load() -> ocp.Context:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from crab_jax import predictions, runs, scoring
+from crab_jax.bounds import ANY_PATH, PATH
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.evaluate import DESCRIPTION, judge_folder
-from crab_jax.files import read_json
+from crab_jax.files import out_file, read_json, write_whole
 from crab_jax.scoring import Judged
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
@@ -90,6 +91,8 @@ def markdown(differences: dict[str, dict[str, Any]]) -> str:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Print the differences; returns the exit code, 0 or WORSE."""
+    if arguments.out:
+        out_file(arguments.out)
     tasks = [task for task in arguments.tasks.split(",") if task]
     a, b = (judged_samples(Path(folder), arguments.data, tasks) for folder in (arguments.a, arguments.b))
     common = sorted(a.keys() & b.keys())
@@ -106,10 +109,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print(markdown(differences))
     if arguments.out:
         text = json.dumps({"a": arguments.a, "b": arguments.b, "tasks": differences}, indent=1)
-        try:
-            Path(arguments.out).write_text(text)
-        except OSError as error:
-            raise InputError(arguments.out, "--out", f"cannot be written ({error.strerror})", "give a file") from error
+        write_whole(arguments.out, text)
     worse = [name for name, task in differences.items()
              if (row := task["metrics"].get(TASKS[name].headline)) and row["interval"][1] < 0]
     if worse:
@@ -120,12 +120,12 @@ def compare(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.compare")
-    parser.add_argument("a", metavar="A", help="folder of the first evaluation")
-    parser.add_argument("b", metavar="B", help="folder of the second evaluation")
-    parser.add_argument("--data", default="", help="data root (default: the one each was evaluated on)")
+    parser.add_argument("a", type=PATH, metavar="A", help="folder of the first evaluation")
+    parser.add_argument("b", type=PATH, metavar="B", help="folder of the second evaluation")
+    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one each was evaluated on)")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--gate", action="store_true", help=f"exit with {WORSE} when a headline metric got worse")
-    parser.add_argument("--out", default="", metavar="FILE", help="write the differences as JSON, too")
+    parser.add_argument("--out", type=ANY_PATH, default="", metavar="FILE", help="write the differences as JSON, too")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 

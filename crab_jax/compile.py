@@ -5,7 +5,7 @@
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:8x8 --sweep
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5p:2x2x4 --stage decode
 
-Needs libtpu (pip install 'crab_jax[tpu]') and no weights. Any config key can be overridden with --config.key=value.
+Needs libtpu (pip install -e '.[tpu]') and no weights. Any config key can be overridden with --config.key=value.
 The largest bucket of the config is compiled unless --bucket or --mix says otherwise. With --budget the exit code is 3
 when the step does not fit or leaves less than 15 % of the memory. As nothing will run, the compiler spends little on
 the speed of single operations, which takes a tenth of the time and changes neither sharding nor collectives; with
@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,9 +33,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from crab_jax import chips, flops, hlo, layout, optim, runs, sharding, train
+from crab_jax import bounds, chips, flops, hlo, layout, optim, runs, sharding, train
+from crab_jax.bounds import PATH, Whole
 from crab_jax.config import data_config, model_config, parse_flags
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_file
 from crab_jax.models.crab import Crab
 from crab_jax.models.llama import init_cache
 from data_pipelines.batching import Batch, Bucket, empty_batch
@@ -80,12 +81,12 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
     try:
         return get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except ModuleNotFoundError as error:
-        raise InputError("libtpu", "", "is not installed", "pip install 'crab_jax[tpu]'") from error
+        raise InputError("libtpu", "", "is not installed", "pip install -e '.[tpu]'") from error
     except Exception as error:
         reason = " ".join(str(error).split())
         if "libtpu" in reason.lower() or "unknown backend" in reason.lower():
             problem = f"cannot be loaded ({reason[:200]})"
-            raise InputError("libtpu", "", problem, "pip install 'crab_jax[tpu]'") from error
+            raise InputError("libtpu", "", problem, "pip install -e '.[tpu]'") from error
         raise InputError("command line", "--topology", f"{name!r} is refused ({reason[:200]})",
                          "give a shape that this chip is sold in") from error
 
@@ -449,7 +450,7 @@ def table_row(report: dict[str, Any]) -> str:
 def command_line() -> CommandLine:
     """The flags besides --config.key=value."""
     parser = CommandLine(__doc__, "python -m crab_jax.compile")
-    parser.add_argument("--config", required=True, metavar="FILE", help="configs/<stage>.py")
+    parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
     parser.add_argument("--stage", choices=("train", "prefill", "decode"), default="train")
     parser.add_argument("--bucket", action="append", type=_bucket, default=[], metavar="L,T,S,F,M",
@@ -458,17 +459,21 @@ def command_line() -> CommandLine:
     parser.add_argument("--budget", action="store_true", help="exit 3 unless it fits with 15 %% headroom")
     parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; print the best")
     parser.add_argument("--thorough", action="store_true", help="optimise as for a run; takes ten times longer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report of the largest bucket")
-    parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
+    parser.add_argument("--json", type=bounds.path, metavar="FILE", help="write the report of the largest bucket")
+    parser.add_argument("--hlo", type=bounds.path, metavar="FILE", help="write the compiled program's text")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
+# What L, T, S, F and M of a bucket may be.
+BUCKET = (Whole(8, 2**20), Whole(1, 1024), Whole(1, 1024), Whole(16, 2**16), Whole(0, 1))
+
+
 def _bucket(value: str) -> Bucket:
     sizes = value.split(",")
-    if len(sizes) != len(Bucket._fields) or not all(size.isdigit() for size in sizes):
+    if len(sizes) != len(Bucket._fields):
         raise argparse.ArgumentTypeError(f"{value!r} is not {','.join(Bucket._fields)}")
-    return Bucket(*map(int, sizes))
+    return Bucket(*(bound(size) for bound, size in zip(BUCKET, sizes, strict=True)))
 
 
 def main() -> None:
@@ -479,6 +484,9 @@ def main() -> None:
     """
     args, rest = command_line().parse_known_args()
     config, _ = parse_flags([sys.argv[0], f"--config={args.config}", *rest], None, workdir=False)
+    for file, flag in ((args.json, "--json"), (args.hlo, "--hlo")):
+        if file:
+            out_file(file, flag)
     devices = topology_devices(args.topology, args.thorough)
     if args.sweep:
         reports = sweep(config, args.topology, devices, largest_bucket(config))

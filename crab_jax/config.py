@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from crab_jax import losses, optim
+from crab_jax.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
 from crab_jax.compat import PRESETS
 from crab_jax.errors import InputError
 from crab_jax.losses import LossConfig
@@ -21,7 +24,9 @@ from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig
 from crab_jax.models.qformer import QFormerConfig
 from crab_jax.optim import OptimConfig, learning_rate
+from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
+from data_pipelines.datasets import DATASETS, VARIANTS
 
 
 def crab_7b() -> CrabConfig:
@@ -60,14 +65,17 @@ def size_overrides(sizes: Any) -> Any:
     return config_dict.placeholder(type(sizes))
 
 
-def _overlay(sizes: Any, overrides: ConfigDict) -> Any:
+def _overlay(sizes: Any, overrides: ConfigDict, at: str = "sizes") -> Any:
     changed = {}
     for name, value in overrides.items():
         if isinstance(value, ConfigDict):
-            changed[name] = _overlay(getattr(sizes, name), value)
+            changed[name] = _overlay(getattr(sizes, name), value, f"{at}.{name}")
         elif value is not None:
             changed[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(sizes, **changed)
+    try:
+        return dataclasses.replace(sizes, **changed)
+    except InputError as error:
+        raise InputError("--config", f"{at}.{error.field}", error.problem, error.fix) from None
 
 
 def model_config(config: ConfigDict) -> CrabConfig:
@@ -99,23 +107,116 @@ def data_config(config: ConfigDict, **changes: Any) -> DataConfig:
                          "clock": PRESETS[config.compat].clock, **changes})
 
 
+# What the keys of a run config may be. A key that is not named here is true or false.
+_DTYPE = Choice(("float32", "bfloat16", "float16"))
+_SIZE, _LAYERS = Whole(1, 2**20), Whole(1, 1024)
+_SHARE = Real(0, 0.99)
+BOUNDS: dict[str, Bound] = {
+    "model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "init_from": Place(), "tokenizer": Place(),
+    "fresh": Patterns(), "trainable": Patterns(least=1), "frozen": Patterns(), "frozen_dtype": _DTYPE,
+    "seed": Whole(), "steps": Whole(1), "log_every": Whole(1), "checkpoint_every": Whole(1), "keep": Whole(1),
+    "max_skipped": Whole(1), "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never"),
+    "data.root": Place(), "data.split": Name(), "data.datasets": Words(tuple(DATASETS)),
+    "data.variant": Choice(VARIANTS), "data.frames": Choice(("one", "all")),
+    "data.limit": Whole(note="0 = all"), "data.batch_size": Whole(1, 2**24),
+    "data.workers": Whole(0, 1024), "data.video_frames": Whole(1, 1024), "data.cache_dir": Place(),
+    "data.lengths": Wholes(1, 2**20, rising=True), "data.on_error": Choice(("raise", "skip")),
+    "data.prompt_only": Fixed(False, "there would be nothing to learn"),
+    **{f"data.weights.{task}": Real(1e-6, 1e6, zero=True) for task in TASKS},
+    **{f"data.caps.{task}": Whole(note="0 = all") for task in TASKS},
+    **{f"data.curriculum.{task}": Whole() for task in TASKS},
+    **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items() if term != "reduction"},
+    **{f"optim.{field}": bound for field, bound in optim.BOUNDS.items()},
+    **{f"mesh.{axis}": Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor")},
+}
+# Those of `sizes`, by the name of the field; `sizes.<module>.<field>` where modules differ.
+SIZE_BOUNDS: dict[str, Bound] = {
+    **dict.fromkeys(("image_size", "patch_size", "width", "heads", "mlp_dim", "embed_dim", "conv_pos",
+                     "conv_pos_groups", "max_distance", "in_dim", "out_dim", "queries", "hidden", "kv_heads", "rank",
+                     "llm_dim", "image_dim", "grid", "dim", "query_mlp_dim", "low_res"), _SIZE),
+    "layers": _LAYERS, "depth": _LAYERS, "query_layers": _LAYERS, "num_buckets": Whole(4, 2**20), "dtype": _DTYPE,
+    "taps": Wholes(0, 1024), "vocab_size": Whole(18, 2**24), "rope_theta": Real(1, 1e12), "rms_eps": Real(1e-30, 1),
+    "remat": Choice(("none", "full", "dots")), "dropout": _SHARE, "alpha": Real(1e-9, 1e9), "scales": Whole(2, 2),
+    "tokens_per_scale": Whole(3, 3), "classes": Whole(71, 2**16), "beats.patch_size": Whole(1, 98),
+}
+
+
+def bound_of(key: str) -> Bound:
+    """What the value of a key may be."""
+    if not key.startswith("sizes."):
+        return BOUNDS.get(key, Flag())
+    module, _, field = key.removeprefix("sizes.").partition(".")
+    return SIZE_BOUNDS.get(f"{module}.{field}") or SIZE_BOUNDS.get(field, Flag())
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raise InputError naming the first key whose value is not allowed (see BOUNDS and SIZE_BOUNDS)."""
+    for key, value in leaves(config):
+        if value is None and key.startswith("sizes."):  # the model's own
+            continue
+        if problem := bound_of(key).problem(value):
+            raise InputError("--config", key, f"is {' '.join(repr(value).split()):.60}", problem)
+
+
+def check_sizes(cfg: CrabConfig) -> None:
+    """Raise InputError naming the first size that does not go with another one."""
+    clip, beats, llama, seg, visual, audio = cfg.clip, cfg.beats, cfg.llama, cfg.seg, cfg.visual, cfg.audio
+    grid = clip.image_size // clip.patch_size
+    divided = (("clip.heads", clip.heads, "clip.width", clip.width),
+               ("beats.heads", beats.heads, "beats.width", beats.width),
+               ("beats.conv_pos_groups", beats.conv_pos_groups, "beats.width", beats.width),
+               ("visual.heads", visual.heads, "visual.width", visual.width),
+               ("audio.heads", audio.heads, "audio.width", audio.width),
+               ("llama.heads", llama.heads, "llama.hidden", llama.hidden),
+               ("llama.kv_heads", llama.kv_heads, "llama.heads", llama.heads))
+    equal = (("seg.grid", seg.grid, "clip.image_size / clip.patch_size", grid),
+             ("seg.image_size", seg.image_size, "clip.image_size", clip.image_size),
+             ("seg.image_dim", seg.image_dim, "clip.width", clip.width),
+             ("seg.llm_dim", seg.llm_dim, "llama.hidden", llama.hidden),
+             ("visual.in_dim", visual.in_dim, "clip.width", clip.width),
+             ("audio.in_dim", audio.in_dim, "beats.width", beats.width),
+             ("visual.out_dim", visual.out_dim, "llama.hidden", llama.hidden),
+             ("audio.out_dim", audio.out_dim, "llama.hidden", llama.hidden))
+    wrong = [(key, f"{by} does not divide sizes.{name} = {size}", "use a divisor")
+             for key, by, name, size in divided if size % by]
+    wrong += [(key, f"is {size}, and sizes.{name} is {wanted}", "make them equal")
+              for key, size, name, wanted in equal if size != wanted]
+    if llama.head_dim % 2:
+        wrong.append(("llama.heads", f"a head has {llama.head_dim} channels", "make it an even number"))
+    if beats.num_buckets % 2:
+        wrong.append(("beats.num_buckets", f"is {beats.num_buckets}", "make it even: half of them are for each sign"))
+    if beats.max_distance <= beats.num_buckets // 4:
+        wrong.append(("beats.max_distance", f"is {beats.max_distance}", f"use more than {beats.num_buckets // 4}, a "
+                      "quarter of sizes.beats.num_buckets"))
+    if len(clip.taps) <= max(cfg.seg_taps):
+        wrong.append(("clip.taps", f"has {len(clip.taps)} layers", f"give {max(cfg.seg_taps) + 1}"))
+    for key, problem, fix in wrong[:1]:
+        raise InputError("--config", f"sizes.{key}", problem, fix)
+
+
 def check_config(config: ConfigDict) -> None:
-    """Every derived dataclass can be built and every choice is known, before anything starts."""
-    model_config(config)
+    """Every value is in its bounds, all fit together and all dataclasses can be built, before anything starts."""
+    from configs.common import base  # which imports this file
+
+    if not isinstance(config, ConfigDict):
+        raise InputError("--config", "", f"is {type(config).__name__}", "get_config() must return a ConfigDict")
+    known, found = _keys(base()), _keys(config)
+    for key in sorted(known ^ found):
+        problem, fix = ("is missing", "start from configs.common.base()") if key in known else (
+            "is no key of a config", "see configs/common.py")
+        raise InputError("--config", key, problem, fix)
+    check_values(config)
+    check_sizes(model_config(config))
     loss_config(config)
     data_config(config)
-    optim = OptimConfig(**config.optim)
-    learning_rate(optim, config.steps)
-    for field in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped"):
-        if config[field] < 1:
-            raise InputError("--config", field, f"is {config[field]}", "must be at least 1")
-    for field in ("caps", "curriculum"):
-        for task, value in config.data[field].items():
-            if value < 0:
-                raise InputError("--config", f"data.{field}.{task}", f"is {value}", "must not be negative")
-    if optim.accumulate and config.data.batch_size % optim.accumulate:
-        raise InputError("--config", "data.batch_size", f"{config.data.batch_size} rows do not split into "
-                         f"{optim.accumulate} micro-batches", "use a multiple of optim.accumulate")
+    learning_rate(OptimConfig(**config.optim), config.steps)
+    for section in ("loss", "data.weights"):
+        if not any(value for key, value in leaves(config) if key.startswith(f"{section}.")):
+            raise InputError("--config", section, "is 0 for all, so that nothing is learned", "give one a weight")
+    rows, accumulate = config.data.batch_size, config.optim.accumulate
+    if accumulate and rows % accumulate:
+        raise InputError("--config", "data.batch_size", f"{rows} rows do not split into {accumulate} micro-batches",
+                         "use a multiple of optim.accumulate")
 
 
 def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple[ConfigDict, Path]:
@@ -135,22 +236,21 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         raise SystemExit(0)
     try:
         rest = values(argv)
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        config = values.config
+        keys, wanted = (_keys(config), _keys(_fresh(argv))) if config is not None else (set(), set())
+    except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error.args[0] if error.args else error).split())
-        raise InputError("command line", "", reason, "see --help and the keys in the config file") from error
+        raise InputError("command line", "", f"{reason or type(error).__name__:.300}",
+                         "see --help and the keys in the config file") from error
     for name in ("config", *(["workdir"] if workdir else [])):
         if values[name].value is None:
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
     if rest[1:]:
         raise InputError("command line", rest[1], "is not a flag", "write --config.key=value")
-    if "://" in (values.workdir or ""):
-        raise InputError("command line", "--workdir", f"{values.workdir!r} is no folder",
-                         "mount the bucket and give its path (launch_tpu.sh does)")
-    config = values.config
-    wanted = _keys(_fresh(argv))
-    if _keys(config) != wanted:
-        odd = sorted(_keys(config) ^ wanted)
-        raise InputError("command line", odd[0], "an override replaced or dropped a whole section",
+    if workdir and (problem := PATH.problem(values.workdir)):
+        raise InputError("command line", "--workdir", f"is {values.workdir!r}", problem)
+    if keys != wanted:
+        raise InputError("command line", min(keys ^ wanted), "an override replaced or dropped a whole section",
                          "override one key at a time: --config.section.key=value")
     check_config(config)
     return config, Path(values.workdir or "")
@@ -174,9 +274,15 @@ def _fresh(argv: list[str]) -> ConfigDict:
     return values.config
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> set[str]:
-    """Dotted paths of all leaves."""
-    out: set[str] = set()
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of all leaves; an empty section is one."""
     for name, value in config.items():
-        out |= _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name}
-    return out
+        if isinstance(value, ConfigDict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _keys(config: ConfigDict) -> set[str]:
+    """Dotted paths of all leaves."""
+    return {key for key, _ in leaves(config)}

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from crab_jax import runs, scoring
+from crab_jax.bounds import path
 from crab_jax.checkpoints import save_packed
 from crab_jax.config import model_config
 from crab_jax.errors import CommandLine, run_verb
 from crab_jax.files import write_whole
+from crab_jax.locks import locked
 from crab_jax.models.crab import Crab
 from crab_jax.recipe import command, recipe
 from data_pipelines.media import read_mask
@@ -97,11 +99,12 @@ def demo(out: Path, from_scratch: bool) -> None:
 def main() -> None:
     """Entry point of `python -m crab_jax.demo`."""
     parser = CommandLine(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=path, default=Path("runs/demo"))
     parser.add_argument("--from-scratch", action="store_true", help="do without the committed warm start")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
-    demo(args.out, args.from_scratch)
+    with locked(args.out):
+        demo(args.out, args.from_scratch)
 
 
 if __name__ == "__main__":

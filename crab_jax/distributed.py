@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax._src.distributed import global_state  # the only way to the key-value store that all processes share
 
+from crab_jax import locks
 from crab_jax.errors import InputError, report
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -31,7 +32,7 @@ def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
     - `JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i`: as said;
     - a SLURM step of several tasks: JAX reads the step's variables. A lone task of a node takes all its GPUs, several
-      take one each, by their local number;
+      take one each, by their local number. What runs in the batch script itself, without srun, is a single process;
     - a Cloud TPU VM: JAX asks the metadata server, or reads TPU_WORKER_HOSTNAMES on Kubernetes.
 
     Raises InputError when only some of the explicit variables are set, or one is no number.
@@ -48,9 +49,9 @@ def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
             raise InputError("environment", EXPLICIT[2], f"is {index}, of {count} processes", "count them from 0")
         return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index),
                 "cluster_detection_method": "deactivate"}
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
-        alone = environ["SLURM_NTASKS"] == environ.get("SLURM_STEP_NUM_NODES")
-        gpus = int(environ.get("SLURM_GPUS_ON_NODE", 0))
+    if "SLURM_PROCID" in environ and _in_step(environ) and _tasks(environ) > 1:
+        alone = str(_tasks(environ)) == environ.get("SLURM_STEP_NUM_NODES")
+        gpus = _number(environ, "SLURM_GPUS_ON_NODE", 0)
         return {"local_device_ids": list(range(gpus))} if alone and gpus else {}
     # JAX sets this on a TPU VM when it is imported.
     on_tpu = environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in environ.get("JAX_PLATFORMS", "tpu")
@@ -58,10 +59,29 @@ def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
     return {} if on_tpu and known else None
 
 
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise InputError("environment", name, f"is {value!r}", "give a number, or unset it")
+    return int(value)
+
+
+def _in_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process; a batch script has the variables of the job only."""
+    return any(name in environ for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST"))
+
+
+def _tasks(environ: Mapping[str, str]) -> int:
+    return _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
+
+
 def start(environ: Mapping[str, str] = os.environ) -> None:
     """Join the processes of this run, if there are several. To be called before JAX touches a device."""
     arguments = launch(environ)
     if arguments is None:
+        if "SLURM_PROCID" in environ and not _in_step(environ) and _tasks(environ) > 1:
+            print(f"SLURM has {_tasks(environ)} tasks for this job, but this process was not started by srun: it works "
+                  "alone", file=sys.stderr, flush=True)
         return
     try:
         jax.distributed.initialize(**arguments)
@@ -86,6 +106,17 @@ def barrier(name: str) -> None:
     """Wait for all processes; not on the devices, whose collectives may give up after seconds. Each name once."""
     if global_state.client is not None:
         global_state.client.wait_at_barrier(f"crab_jax/{name}", 1000 * BARRIER_SECONDS)
+
+
+def agree(name: str, value: str, what: str) -> None:
+    """Raise InputError where `value` is not that of the primary process. Each name once."""
+    if global_state.client is None:
+        return
+    if primary():
+        global_state.client.key_value_set(f"crab_jax/{name}", value)
+    elif global_state.client.blocking_key_value_get(f"crab_jax/{name}", 1000 * BARRIER_SECONDS) != value:
+        raise InputError(f"process {jax.process_index()}", what, "are not those of process 0",
+                         "give all hosts the same, or a disk that all of them see")
 
 
 def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -145,6 +176,7 @@ def _read(store: Any) -> str | None:
 def _leave(message: str) -> NoReturn:
     """End this process at once, by "<exit code> <why>"."""
     code, _, why = message.partition(" ")
+    locks.release_all()
     if why:
         print(f"error: stopped with the others: {why}", file=sys.stderr)
     sys.stdout.flush()

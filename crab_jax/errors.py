@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a disk or a person's rights do to any program, wherever it writes or reads.
+OF_THE_DISK = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EISDIR,
+                      errno.ENOTDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTEMPTY, errno.EEXIST}
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")  # of libraries that are not Python
 
 
 class InputError(ValueError):
@@ -32,11 +41,12 @@ class CommandLine(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError("command line", "", message, "see --help")
+        raise InputError("command line", "", f"{' '.join(message.split()):.500}", "see --help")
 
 
-def find_input_error(error: BaseException) -> InputError | None:
-    """The `InputError` behind an exception, if any (data workers wrap what they raise)."""
+def _behind(error: BaseException, context: bool) -> Iterator[BaseException]:
+    """An exception and what it was raised from (data workers and libraries wrap what they raise); `context`: also what
+    was being handled when it was raised."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -44,27 +54,58 @@ def find_input_error(error: BaseException) -> InputError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, InputError):
-            return current
-        queue += [current.__cause__, current.__context__]
+        yield current
+        queue += [current.__cause__, current.__context__ if context else None]
+
+
+def find_input_error(error: BaseException) -> InputError | None:
+    """The `InputError` behind an exception, if any; a full disk and a file that may not be written are one, too."""
+    if found := next((one for one in _behind(error, True) if isinstance(one, InputError)), None):
+        return found
+    return next((said for one in _behind(error, False) if (said := _of_the_disk(one))), None)
+
+
+def _of_the_disk(error: BaseException) -> InputError | None:
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK and not isinstance(error, BrokenPipeError):
+        where = " and ".join(os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+                             for name in (error.filename, error.filename2) if name is not None)
+        fix = "make room, then start again" if error.errno in FULL else "check the path and who may write to it"
+        return InputError(where or "a file", "", error.strerror or str(error), fix)
+    words = next((words for words in _FULL_WORDS if words in str(error)), None)
+    if words and not isinstance(error, OSError):
+        return InputError("the disk", "", f"{words} ({str(error).splitlines()[0]:.200})", "make room, then start again")
     return None
 
 
 def report(error: BaseException, debug: bool = False) -> int:
     """Show what ended a verb; its exit code: 2 for an `InputError` (one line on stderr), 1 for anything else."""
     found = find_input_error(error)
-    if debug or (found is None and not isinstance(error, KeyboardInterrupt)):
+    if debug or (found is None and not isinstance(error, KeyboardInterrupt | BrokenPipeError)):
         traceback.print_exception(error)
     if found is None:
         return 1
-    print(f"error: {found}", file=sys.stderr)
+    print(f"error: {' '.join(str(found).splitlines())}", file=sys.stderr)
     return 2
+
+
+def show_any_name() -> None:
+    """Let the console say what its encoding lacks (names of files, answers) by escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_verb(main: Callable[[], None], debug: bool = False) -> None:
     """Run a verb and exit: 0 done, otherwise as `report` says."""
+    show_any_name()
     try:
         main()
+        sys.stdout.flush()
     except (KeyboardInterrupt, Exception) as error:
-        sys.exit(report(error, debug))
+        code = report(error, debug)
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads it any more, or its disk is full: nothing to say at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(code)
     sys.exit(0)

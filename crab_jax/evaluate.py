@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from crab_jax import compile_cache, distributed, layout, predictions, results_page, runs, scoring
-from crab_jax.config import data_config
+from crab_jax import compile_cache, distributed, layout, locks, predictions, results_page, runs, scoring
+from crab_jax.bounds import ANY_PATH, PATH, Name, Whole
+from crab_jax.compat import PRESETS
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
@@ -141,21 +142,20 @@ def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example
 
 def from_model(arguments: argparse.Namespace) -> Source:
     """Answers of --checkpoint."""
-    mesh = layout.serving_mesh(runs.load_config(arguments.checkpoint), arguments.weights, arguments.batch_size,
-                               arguments.tensor)
+    config = runs.load_config(arguments.checkpoint)
+    root = runs.data_root(arguments.data, config)
+    split, examples = _read_split(arguments, root)  # a wrong --data is told before a model is loaded
+    mesh = layout.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
     if mesh.size > 1:
         print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
     model, params, config, tokenizer = runs.load_model(arguments.checkpoint, arguments.weights, mesh)
-    if not (arguments.data or config.data.root):
-        raise InputError("--data", "", "is not given, and the checkpoint was trained without one", "give --data=DIR")
-    root = Path(arguments.data or config.data.root)
-    split, examples = _read_split(arguments, root)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         # A bad file stops the run: leaving examples out would change what the scores mean.
         return predict_examples(
             model, params, config, tokenizer, todo, root, arguments.batch_size, arguments.max_new_tokens,
             decoding={"force_masks": arguments.force_masks}, mesh=mesh, on_error="raise",
+            cache_dir=arguments.cache_dir,
             mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
 
     identity = {"parameters": fingerprint(params), "max_new_tokens": arguments.max_new_tokens,
@@ -267,35 +267,45 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
                             for name, found in breakdowns.items() if found}
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
-    clock = data_config(runs.load_config(arguments.checkpoint)).clock if arguments.checkpoint else "shown"
-    shown = shown_examples(judged, out, examples, root, arguments.examples, clock)
+    preset = runs.load_config(arguments.checkpoint).compat if arguments.checkpoint and arguments.examples else "paper"
+    shown = shown_examples(judged, out, examples, root, arguments.examples, PRESETS[preset].clock)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
     results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
     print(scoring.headlines(results))
     print(f"every metric: {out / 'results.md'}\npage: {out / 'results.html'}")
 
 
+def use_of(arguments: argparse.Namespace, count: int) -> str:
+    """What the processes of one evaluation have in common; "" for one that runs alone."""
+    own = ("out", "data", "process", "examples", "batch_size", "tensor", "cache_dir", "debug")
+    same = {name: value for name, value in vars(arguments).items() if name not in own}
+    same["checkpoint"] = Path(arguments.checkpoint or "").resolve().name
+    return json.dumps([count, same], sort_keys=True) if count > 1 else ""
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation that the command line describes."""
-    out = out_folder(arguments.out)
+    out_folder(arguments.out)
     if not (arguments.predictions or arguments.process):
         distributed.start()
-    source = from_file(arguments) if arguments.predictions else from_model(arguments)
     index, count = arguments.process or (jax.process_index(), jax.process_count())
-    claim(out, source.description, index == 0)
-    collect(source, out, index, count)
-    if index == 0:
-        report_scores(arguments, out, source.root, source.examples)
+    with locks.locked(arguments.out, use=use_of(arguments, count), share=index) as out:
+        source = from_file(arguments) if arguments.predictions else from_model(arguments)
+        claim(out, source.description, index == 0)
+        collect(source, out, index, count)
+        if index == 0:
+            report_scores(arguments, out, source.root, source.examples)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.evaluate")
-    parser.add_argument("--checkpoint", help="workdir of a training run, or a packed model")
-    parser.add_argument("--predictions", metavar="FILE", help="score these answers instead of a model's")
-    parser.add_argument("--out", required=True, help="folder for results, predictions and masks")
-    parser.add_argument("--data", default="", help="data root (default: the one of training)")
-    parser.add_argument("--split", default="test", help="of <data>/<split>.jsonl, or of the datasets of a raw root")
+    parser.add_argument("--checkpoint", type=ANY_PATH, help="workdir of a training run, or a packed model")
+    parser.add_argument("--predictions", type=ANY_PATH, metavar="FILE", help="score these answers instead of a model's")
+    parser.add_argument("--out", type=PATH, required=True, help="folder for results, predictions and masks")
+    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one of training)")
+    parser.add_argument("--split", type=Name(), default="test",
+                        help="of <data>/<split>.jsonl, or of the datasets of a raw root")
     parser.add_argument("--datasets", default="", metavar="A,B", help="of a raw root (default: the joint stage's)")
     parser.add_argument("--variant", default="train", choices=VARIANTS, help="prompts of a raw root (default train)")
     parser.add_argument("--missing", default="raise", choices=("raise", "skip"),
@@ -303,12 +313,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--malformed", default="raise", choices=("raise", "skip"),
                         help="what to do about rows that cannot be read: stop, or leave them out")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
-    parser.add_argument("--limit", type=_positive, help="at most this many examples of each task")
-    parser.add_argument("--batch-size", type=_positive, default=16)
-    parser.add_argument("--max-new-tokens", type=_positive, default=256)
+    parser.add_argument("--limit", type=Whole(1), help="at most this many examples of each task")
+    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=16)
+    parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
     parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
                         "trained, or integers, smaller and less exact (docs/generation.md)")
-    parser.add_argument("--tensor", type=_positive, default=0, metavar="N", help="split each copy of the model over N "
+    parser.add_argument("--tensor", type=Whole(0, 2**16), default=0, metavar="N",
+                        help="split each copy of the model over N "
                         "devices (default: as few as hold it); every device takes part, see docs/generation.md")
     parser.add_argument("--mute-audio", action="store_true", help="replace all sound by silence")
     parser.add_argument("--blank-video", action="store_true",
@@ -316,7 +327,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--force-masks", action="store_true",
                         help="append the mask tokens where the model wrote none, so that every picture gets a mask")
     parser.add_argument("--process", type=_process, metavar="I/N", help="answer the share of process I of N, from 0/N")
-    parser.add_argument("--examples", type=int, default=2, metavar="K", help="worst and best examples to draw per task")
+    parser.add_argument("--examples", type=Whole(0, 10**4), default=2, metavar="K",
+                        help="worst and best examples to draw per task")
+    parser.add_argument("--cache-dir", type=ANY_PATH, default="", metavar="DIR",
+                        help="keep decoded media there for the next evaluation (default: decode every time)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if bool(arguments.checkpoint) == bool(arguments.predictions):
@@ -325,15 +339,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _process(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and len(text) < 12 and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
     return int(index), int(count)
 
@@ -341,8 +349,13 @@ def _process(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.evaluate`."""
     argv = sys.argv[1:] if argv is None else argv
-    compile_cache.enable()
-    run_verb(lambda: evaluate(parse_arguments(argv)), "--debug" in argv)
+
+    def verb() -> None:
+        arguments = parse_arguments(argv)
+        compile_cache.enable()
+        evaluate(arguments)
+
+    run_verb(verb, "--debug" in argv)
 
 
 if __name__ == "__main__":

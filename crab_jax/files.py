@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from crab_jax.errors import InputError
+from crab_jax.bounds import PATH
+from crab_jax.errors import FULL, InputError
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -16,18 +17,43 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write has none
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def out_folder(path: str | Path) -> Path:
-    """The folder of --out, made. Raises InputError where that cannot be done."""
+def out_folder(path: str | Path, flag: str = "--out") -> Path:
+    """The folder of --out, made. Raises InputError where that cannot be done, or nothing can be written into it."""
+    if problem := PATH.problem(str(path)):
+        raise InputError(str(path), flag, problem, "give a folder")
     out = Path(path)
+    probe = out / f".probe{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(4096))  # a full disk takes an empty file
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(str(out), "--out", f"cannot be written ({error.strerror})", "give another folder") from error
+        fix = "make room, or give another folder" if error.errno in FULL else "give a folder you may write to"
+        raise InputError(str(out), flag, f"cannot be written ({error.strerror})", fix) from error
     return out
+
+
+def out_file(path: str | Path, flag: str = "--out") -> Path:
+    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
+    file = Path(path)
+    out_folder(file.parent, flag)
+    if file.is_dir():
+        raise InputError(str(file), flag, "is a folder", "give a file")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
+    return file
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"

@@ -25,9 +25,10 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crab_jax import charts, compile_cache, losses, page, runs
+from crab_jax.bounds import ANY_PATH, PATH, Name, Whole
 from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_folder
+from crab_jax.locks import locked
 from crab_jax.models.crab import Crab
 from crab_jax.progress import Progress
 from crab_jax.tasks import TASKS
@@ -147,7 +148,8 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
 def answered_batches(examples: Sequence[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer,
                      batch_size: int) -> Iterator[Batch]:
     """Batches of prompts with their true answers, every example once."""
-    found = mixture.eval_batches(examples, root, tokenizer, data_config(config), batch_size, prompt_only=False)
+    found = mixture.eval_batches(examples, root, tokenizer, data_config(config, cache_dir=""), batch_size,
+                                  prompt_only=False)
     return (batch for _, batch in found)
 
 
@@ -220,16 +222,18 @@ def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[
 
 def router(arguments: argparse.Namespace) -> None:
     """Measure and write everything about the router."""
+    with locked(arguments.out) as out:
+        _router(arguments, out)
+
+
+def _router(arguments: argparse.Namespace, out: Path) -> None:
     model, params, config, tokenizer = runs.load_model(arguments.checkpoint)
-    root = arguments.data or config.data.root
-    if not root:
-        raise InputError("--data", "", "is not given, and the checkpoint was trained without one", "give --data=DIR")
+    root = runs.data_root(arguments.data, config)
     examples = spread(runs.read_examples(root, arguments.split), arguments.samples)
     untold = next((example for example in examples if not example.target), None)
     if untold is not None:
         raise InputError(f"example {untold.id!r}", "target", "is empty, but heads are judged on true answers",
                          "give another --split")
-    out = out_folder(arguments.out)
     batches = list(answered_batches(examples, root, config, tokenizer, arguments.batch_size))
     print(f"{len(examples)} examples in {len(batches)} batches", flush=True)
     routing = router_weights(model, params, Progress("batches routed", len(batches)).over(batches))
@@ -253,26 +257,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.inspect")
     parser.add_argument("what", choices=("router",), help="what to look at")
-    parser.add_argument("--checkpoint", required=True, help="workdir of a training run, or a packed model")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--data", default="", help="data root (default: the one of training)")
-    parser.add_argument("--split", default="test", help="reads <data>/<split>.jsonl")
-    parser.add_argument("--samples", type=int, default=16, help="examples of each task")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
+    parser.add_argument("--out", type=PATH, required=True, help="folder to write")
+    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one of training)")
+    parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
+    parser.add_argument("--samples", type=Whole(1), default=16, help="examples of each task")
+    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    for name in ("samples", "batch_size"):
-        if getattr(arguments, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError("command line", flag, f"is {getattr(arguments, name)}", "give at least 1")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.inspect`."""
     argv = sys.argv[1:] if argv is None else argv
-    compile_cache.enable()
-    run_verb(lambda: router(parse_arguments(argv)), "--debug" in argv)
+
+    def verb() -> None:
+        arguments = parse_arguments(argv)
+        compile_cache.enable()
+        router(arguments)
+
+    run_verb(verb, "--debug" in argv)
 
 
 if __name__ == "__main__":

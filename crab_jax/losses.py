@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crab_jax.errors import InputError
+from crab_jax import bounds
+from crab_jax.bounds import Bound, Choice, Real
 
 BINARY, SEMANTIC = 1, 2  # values of `seg_kind`; 0 is no mask
 
@@ -31,9 +32,12 @@ class LossConfig:
     ce: float = 1.0
     reduction: str = "mean"
 
-    def __post_init__(self):
-        if self.reduction not in ("mean", "released"):
-            raise InputError("LossConfig", "reduction", f"unknown value {self.reduction!r}", "use 'mean' or 'released'")
+    def __post_init__(self) -> None:
+        bounds.check("loss", self, BOUNDS)
+
+
+BOUNDS: dict[str, Bound] = {**{term: Real(1e-9, 1e9, zero=True) for term in ("text", "bce", "dice", "ce")},
+                            "reduction": Choice(("mean", "released"))}
 
 
 class Term(NamedTuple):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from crab_jax import bounds
+from crab_jax.bounds import Choice, Real, Whole
 from crab_jax.errors import InputError
 
 Params = dict[str, Any]
@@ -24,6 +26,7 @@ class OptimConfig:
 
     schedule: "cosine" (linear warm-up, cosine to zero) or "warmup_decay" (the released DeepSpeed WarmupDecayLR:
         logarithmic warm-up, linear decay to zero), or "constant" (linear warm-up, then flat).
+    clip_norm: the largest norm of the whole gradient, which is scaled down to it; 0 = no clipping.
     accumulate: micro-batches per step; the batch is split, gradients are summed and divided once by the global counts.
         0 infers it from the memory of a device (crab_jax/layout.py).
     """
@@ -38,8 +41,18 @@ class OptimConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        bounds.check("optim", self, BOUNDS)
+
 
 SCHEDULES = ("cosine", "warmup_decay", "constant")
+# Limits are where a value loses its meaning (a rate above 10, a float32 that is 0), not where it stops being wise.
+BOUNDS = {
+    "lr": Real(1e-12, 10), "schedule": Choice(SCHEDULES), "warmup_share": Real(0, 1),
+    "weight_decay": Real(1e-12, 100, zero=True), "b1": Real(0, 0.999999), "b2": Real(0, 0.999999),
+    "eps": Real(1e-30, 1), "clip_norm": Real(1e-12, 1e30, zero=True, note="0 = off"),
+    "accumulate": Whole(0, 2**24, note="0 = inferred"),
+}
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -49,20 +62,20 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, cfg.lr, warmup, max(steps, warmup + 1), 0.0)
     if cfg.schedule == "constant":
         return optax.linear_schedule(0.0, cfg.lr, warmup)
-    if cfg.schedule == "warmup_decay":
-        def schedule(step):
-            rising = jnp.log(step + 1.0) / math.log(warmup)
-            falling = (steps - step) / max(1, steps - warmup)
-            return cfg.lr * jnp.where(step < warmup, jnp.minimum(rising, 1.0), jnp.clip(falling, 0.0, 1.0))
-        return schedule
-    raise InputError("--config", "optim.schedule", f"unknown schedule {cfg.schedule!r}",
-                     f"use one of {', '.join(SCHEDULES)}")
+
+    def decay(step):
+        rising = jnp.log(step + 1.0) / math.log(warmup)
+        falling = (steps - step) / max(1, steps - warmup)
+        return cfg.lr * jnp.where(step < warmup, jnp.minimum(rising, 1.0), jnp.clip(falling, 0.0, 1.0))
+
+    return decay
 
 
 def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping then AdamW, over the trainable tree only."""
+    """Gradient clipping (none where `clip_norm` is 0) then AdamW, over the trainable tree only."""
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
+        # A state of its own in either case, so that checkpoints have the same tree.
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
 
 

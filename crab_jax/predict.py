@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crab_jax import clip_page, compile_cache, layout, overlay
+from crab_jax.bounds import ANY_PATH, PATH, Real, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_folder
 from crab_jax.inference import Prediction, predict_examples
+from crab_jax.locks import locked
 from crab_jax.models.fused import KINDS
 from crab_jax.request import (
     FREE,
@@ -86,7 +87,11 @@ def time_line(example: Example, tracks: Sequence[overlay.Track]) -> bytes:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Answer everything that the command line asks for."""
-    out = out_folder(arguments.out)
+    with locked(arguments.out) as out:
+        _predict(arguments, out)
+
+
+def _predict(arguments: argparse.Namespace, out: Path) -> None:
     given = {key: getattr(arguments, key) for key in KEYS if getattr(arguments, key, None) is not None}
     if arguments.samples:
         records = read_samples(Path(arguments.samples))
@@ -124,6 +129,7 @@ def predict(arguments: argparse.Namespace) -> None:
                     "further_masks": [name for kind, name in files.items() if kind.startswith("mask_")],
                     "warnings": warnings}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()  # a disk that is full later leaves what was answered
             if arguments.stream:
                 print()
             print(f"{example.id}: {prediction.text}")
@@ -146,35 +152,39 @@ def predict(arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.predict")
-    parser.add_argument("--checkpoint", required=True, help="workdir of a training run, or a packed model")
-    parser.add_argument("--out", required=True, help="folder for predictions.jsonl and pictures")
-    parser.add_argument("--samples", metavar="JSON", help="list of samples, instead of the flags below")
+    parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
+    parser.add_argument("--out", type=PATH, required=True, help="folder for predictions.jsonl and pictures")
+    parser.add_argument("--samples", type=ANY_PATH, metavar="JSON", help="list of samples, instead of the flags below")
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: a --question as it stands)")
     parser.add_argument("--all-tasks", action="store_true", help="ask everything about the media; writes page.html")
-    parser.add_argument("--video", dest="video_path", metavar="FILE")
-    parser.add_argument("--image", dest="image_path", metavar="FILE", help="with --audio, for boxes, masks, questions")
-    parser.add_argument("--audio", dest="audio_path", metavar="FILE", help="default: the video's own track")
-    parser.add_argument("--mask", dest="mask_path", metavar="FILE", help="a true mask to compare with")
+    parser.add_argument("--video", type=ANY_PATH, dest="video_path", metavar="FILE")
+    parser.add_argument("--image", type=ANY_PATH, dest="image_path", metavar="FILE",
+                        help="with --audio, for boxes, masks, questions")
+    parser.add_argument("--audio", type=ANY_PATH, dest="audio_path", metavar="FILE",
+                        help="default: the video's own track")
+    parser.add_argument("--mask", type=ANY_PATH, dest="mask_path", metavar="FILE", help="a true mask to compare with")
     parser.add_argument("--question", help="what to ask; with --task avqa in the prompt of MUSIC-AVQA")
     parser.add_argument("--expression", help="for ref-avs: what to segment, in words")
-    parser.add_argument("--second", type=int, metavar="K", help="which second (a tenth of a clip, or a fifth of a "
+    parser.add_argument("--second", type=Whole(), metavar="K", help="which second (a tenth of a clip, or a fifth of a "
                         "short one) to ask about, from 0 (default: the loudest)")
     parser.add_argument("--prompt-variant", metavar="V", help=f"{', '.join(VARIANTS)} (default: train, or quick for a "
                         "picture where the training prompt is about a video)")
     parser.add_argument("--windows", help=f"cuts of the sound: {', '.join(WINDOWS[:-1])} (default: by task and length)")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=1)
+    parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
     parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
                         "trained, or integers, smaller and less exact (docs/generation.md)")
-    parser.add_argument("--tensor", type=int, default=0, metavar="N", help="split the model over N devices "
+    parser.add_argument("--tensor", type=Whole(0, 2**16), default=0, metavar="N", help="split the model over N devices "
                         "(default: as few as hold it)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--temperature", type=Real(1e-3, 1e3, zero=True), default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-p", type=Real(1e-6, 1), default=1.0,
+                        help="sample among the likeliest tokens of this share")
+    parser.add_argument("--seed", type=Whole(), default=0, help="of sampling")
     parser.add_argument("--stream", action="store_true", help="show the text as it is written")
     parser.add_argument("--force-masks", action="store_true",
                         help="append the mask tokens where the model wrote none, so that there is a mask")
-    parser.add_argument("--mask-groups", type=int, default=1, metavar="G", help="draw a mask for each of the last G "
+    parser.add_argument("--mask-groups", type=Whole(1, 64), default=1, metavar="G",
+                        help="draw a mask for each of the last G "
                         "groups of mask tokens of an answer (default 1)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
@@ -185,18 +195,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, key) is not None:
             flag = f"--{key.removesuffix('_path').replace('_', '-')}"
             raise InputError("command line", flag, "cannot be combined with --all-tasks", "use one of the two")
-    for key, least in (("batch_size", 1), ("tensor", 0)):
-        if getattr(arguments, key) < least:
-            flag = f"--{key.replace('_', '-')}"
-            raise InputError("command line", flag, f"is {getattr(arguments, key)}", f"give at least {least}")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.predict`."""
     argv = sys.argv[1:] if argv is None else argv
-    compile_cache.enable()
-    run_verb(lambda: predict(parse_arguments(argv)), "--debug" in argv)
+
+    def verb() -> None:
+        arguments = parse_arguments(argv)
+        compile_cache.enable()
+        predict(arguments)
+
+    run_verb(verb, "--debug" in argv)
 
 
 if __name__ == "__main__":

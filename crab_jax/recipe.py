@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from crab_jax import runs
+from crab_jax.bounds import Real, path
 from crab_jax.checkpoints import save_packed
 from crab_jax.errors import CommandLine, run_verb
+from crab_jax.locks import locked
 
 SEED = 0  # of the recipe's scenes; the demo draws others
 
@@ -77,13 +79,14 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
 def main() -> None:
     """Entry point of `python -m crab_jax.recipe`."""
     parser = CommandLine(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
-    parser.add_argument("--pack", type=Path, default=Path("runs/recipe/warm_start"), help="where the result goes")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full recipe, for a quick look")
-    parser.add_argument("--start", type=Path, help="a packed model whose language model the warm-up goes on from")
+    parser.add_argument("--out", type=path, default=Path("runs/recipe"))
+    parser.add_argument("--pack", type=path, default=Path("runs/recipe/warm_start"), help="where the result goes")
+    parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0, help="share of the full recipe, for a quick look")
+    parser.add_argument("--start", type=path, help="a packed model whose language model the warm-up goes on from")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
-    recipe(args.out, args.pack, args.scale, args.start)
+    with locked(args.out):
+        recipe(args.out, args.pack, args.scale, args.start)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from crab_jax import charts, compile_cache, overlay, page, runs
+from crab_jax.bounds import PATH, Name, Whole
 from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import read_text
@@ -273,15 +274,17 @@ def report(arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.report")
-    parser.add_argument("--run", required=True, help="workdir of a training run, or a packed model")
-    parser.add_argument("--results", required=True, help="results.json of evaluate, optionally with baselines")
-    parser.add_argument("--data", required=True, help="data root that the examples come from")
-    parser.add_argument("--out", required=True, help="HTML file to write")
-    parser.add_argument("--split", default="test", help="reads <data>/<split>.jsonl")
-    parser.add_argument("--samples", type=int, default=3, help="examples shown of each task")
-    parser.add_argument("--routing-samples", type=int, default=16, help="examples of each task for the router weights")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--run", type=PATH, required=True, help="workdir of a training run, or a packed model")
+    parser.add_argument("--results", type=PATH, required=True,
+                        help="results.json of evaluate, optionally with baselines")
+    parser.add_argument("--data", type=PATH, required=True, help="data root that the examples come from")
+    parser.add_argument("--out", type=PATH, required=True, help="HTML file to write")
+    parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
+    parser.add_argument("--samples", type=Whole(1), default=3, help="examples shown of each task")
+    parser.add_argument("--routing-samples", type=Whole(1), default=16,
+                        help="examples of each task for the router weights")
+    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)
+    parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -289,8 +292,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m crab_jax.report`."""
     argv = sys.argv[1:] if argv is None else argv
-    compile_cache.enable()
-    run_verb(lambda: report(parse_arguments(argv)), "--debug" in argv)
+
+    def verb() -> None:
+        arguments = parse_arguments(argv)
+        compile_cache.enable()
+        report(arguments)
+
+    run_verb(verb, "--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
 
     ask, one_picture = _prompt(record, task, where, image is not None)
     picture = out / f"{name}_picture.png" if image or task in PICTURE_TASKS else None
-    odd = show(image, picture) if image and picture else ()  # a damaged picture is named before anything is loaded
+    odd = show(image, picture) if image and picture else ()  # what is damaged is named before a model is loaded
+    if video:
+        media.read_video(video, 10, 16)
     if mask := record.get("mask_path"):
         media.read_mask(mask, None, mask_kind, media.image_size(image) if image else media.video_size(str(video)))
     source, sound, warnings = listen(video, audio, out / f"{name}_sound.wav")
@@ -134,7 +136,7 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         source = _placed(sound, second, parts, out / f"{name}_sound.wav")
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
     if video and picture:
-        video_picture(video, second, parts).save(picture)
+        media.moment_picture(video, second, parts).save(picture)
     example = Example(
         id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
         video=None if one_picture else _absolute(video), image=_absolute(image or picture) if one_picture else None,
@@ -196,13 +198,6 @@ def show(image: str, picture: Path) -> tuple[str, ...]:
             f"{pixels.shape[1]}x{pixels.shape[0]}",)
 
 
-def video_picture(path: str, part: int, parts: int) -> Image.Image:
-    """The frame that is shown when part `part` of `parts` of a video begins, at the video's own size."""
-    size = media.video_size(path)
-    frame = media.read_moment(path, part, parts, max(size))
-    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
-
-
 # The sound.
 
 def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.ndarray, tuple[str, ...]]:
@@ -212,7 +207,7 @@ def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.nd
     a sound track gets silence. Raises InputError for a file that cannot be decoded.
     """
     clip = media.timing(video) if video else None
-    warnings = [*clip.remarks()] if clip and not audio else []
+    warnings = [*(clip._replace(sound=None) if audio else clip).remarks()] if clip else []
     if clip and not audio and clip.sound is None:
         sound = np.zeros(max(round(clip.seconds * media.SAMPLE_RATE), media.SAMPLE_RATE), np.float32)
         source = _save(sound, made)
@@ -223,7 +218,7 @@ def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.nd
         sound = heard.placed()
         if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
             warnings.append("the audio is silent: the answer can rest on the pictures only")
-        if remark := heard.remark():
+        if remark := heard.end_remark():
             warnings.append(remark)
         if sound is not heard.samples:
             source = _save(sound, made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
 import sys
 from collections import Counter
@@ -22,19 +21,20 @@ from ml_collections import ConfigDict
 
 from configs.common import base
 from crab_jax import optim, sharding
-from crab_jax.checkpoints import check_match, stored_params
+from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
-from crab_jax.files import read_json, write_whole
+from crab_jax.files import out_folder, read_json, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
-from data_pipelines import datasets, leaks, mixture
+from data_pipelines import datasets, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
-from data_pipelines.examples import Example
+from data_pipelines.examples import Example, learned
+from data_pipelines.mistakes import TrainingLabels
 from data_pipelines.tokens import Tokenizer
 
 # A resumed run may change these without becoming another run.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_skipped", "data.workers", "data.root",
-             "data.cache_dir", "mesh.data", "mesh.fsdp", "mesh.tensor")
+             "data.cache_dir", "data.allow_other", "mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
@@ -51,18 +51,11 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
 
     A key that is younger than the run counts as having had its default.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(str(workdir), "--workdir", f"cannot be written ({error.strerror})",
-                         "give a folder you may write to") from error
+    out_folder(workdir, "--workdir")
     file = workdir / "config.json"
     if not file.exists() or not (workdir / "checkpoints" / "manifest.json").exists():
         return
-    old = flat_config(base()) | traverse_util.flatten_dict(json.loads(file.read_text()), sep=".")
+    old = flat_config(base()) | traverse_util.flatten_dict(load_config(workdir).to_dict(), sep=".")
     new = flat_config(config)
     changed = sorted(k for k in old.keys() | new.keys() if k not in FREE_KEYS and old.get(k) != new.get(k))
     if changed:
@@ -75,7 +68,11 @@ def tokenizer_of(config: ConfigDict) -> Tokenizer:
     """The tokenizer of a run config."""
     if not config.tokenizer:
         raise InputError("--config", "tokenizer", "is not set", "give a tokenizer.json or a LLaMA directory")
-    return Tokenizer.load(config.tokenizer)
+    tokenizer, rows = Tokenizer.load(config.tokenizer), model_config(config).llama.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise InputError(config.tokenizer, "tokenizer", f"has {tokenizer.vocab_size} tokens with Crab's own, the model "
+                         f"{rows}", "give the model's tokenizer, or set sizes.llama.vocab_size")
+    return tokenizer
 
 
 def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]:
@@ -85,8 +82,8 @@ def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]
     return datasets.read_examples(root, split, **options)
 
 
-def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None = None) -> mixture.TrainOrder:
-    """What every batch of the run holds, with the share of each task as configured."""
+def train_examples(config: ConfigDict, skipped: Path | None = None) -> list[Example]:
+    """The Examples that a run may draw; what data.on_error=skip leaves out is listed beside `skipped`."""
     data = config.data
     left: list[datasets.LeftOut] = []
     found = read_examples(data.root, data.split, datasets=data.datasets.split(",") if data.datasets else (),
@@ -98,13 +95,62 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
     if leaking:
         _log.warning("%s", leaking)
     examples = [example for example in found if data.weights[example.task] > 0]
-    if config.data.limit:
-        examples = examples[:config.data.limit]
+    return examples[:data.limit] if data.limit else examples
+
+
+def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None = None,
+                examples: list[Example] | None = None) -> mixture.TrainOrder:
+    """What every batch of the run holds, with the share of each task as configured; `examples`, where they are read
+    already, are those of `train_examples`."""
+    data = config.data
+    examples = train_examples(config, skipped) if examples is None else examples
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
     weights = {task: min(n, data.caps[task] or n) * data.weights[task] for task, n in counts.items()}
-    return mixture.train_order(examples, tokenizer, data_config(config), data.batch_size, config.seed, weights, skipped,
-                               data.curriculum)
+    labels = TrainingLabels(data.root, data.split)
+    order = mixture.train_order(examples, tokenizer, data_config(config), data.batch_size, config.seed, weights,
+                                skipped, data.curriculum, labels.check)
+    labels.warn()
+    return order
+
+
+def data_identity(config: ConfigDict, examples: list[Example]) -> dict[str, Any]:
+    """What a run is trained on, as its checkpoints' manifest.json holds it: how many Examples, their hash, and that of
+    the media of a prepared root."""
+    prepared = shards.opened(config.data.root)
+    identity: dict[str, Any] = {"count": len(examples), "examples": learned(examples)}
+    if prepared:
+        listed = config.data.split in prepared.manifest["lists"]
+        names = {""} if listed else {e.meta["dataset"] for e in examples}
+        identity["prepared"] = prepared.digest(names, config.data.split)
+    return identity
+
+
+def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: ConfigDict) -> None:
+    """Whether a run goes on with what it was trained on. Raises InputError unless `data.allow_other`.
+
+    The manifest then says so, also of a run that is older than the note or changed from a raw to a prepared root.
+    """
+    manifest, root = checkpoints.manifest, str(config.data.root)
+    old = manifest.get("data", {})
+    if not old:
+        print(f"warning: {checkpoints.folder}/manifest.json does not say what this run was trained on, for it is "
+              f"older; the Examples of {root} are taken to be it", file=sys.stderr)
+    others = [problem for field, problem in (
+        ("examples", f"holds other Examples than this run was trained on ({identity['count']} now, {old.get('count')} "
+                     "then)"), ("prepared", "was prepared anew since this run was trained on it"))
+              if field in old and field in identity and old[field] != identity[field]]
+    if others and not config.data.allow_other:
+        raise InputError(root, "data.root", others[0], "give the data that it was trained on, or "
+                         "--config.data.allow_other=true to go on with this")
+    for problem in others:
+        print(f"warning: {root} {problem}; it goes on with this", file=sys.stderr)
+    if others:
+        for file in checkpoints.folder.parent.glob("skipped.*.jsonl"):  # positions in the list of before
+            file.rename(f"{file}.before")
+    now = identity if others else old | identity
+    if now != old:
+        checkpoints.note(manifest | {"data": now})
 
 
 def train_dataset(config: ConfigDict, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),
@@ -211,7 +257,7 @@ def parameter_table(trainable: Any, frozen: Any) -> str:
 
 def save_description(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """config.json and tokenizer.json: with the checkpoints, all that evaluate and predict need."""
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=1))
     tokenizer.save(workdir)
 
 
@@ -242,7 +288,20 @@ def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | No
     return model, jax.device_put(params, where), config, Tokenizer.load(path)
 
 
+def data_root(given: str, config: ConfigDict) -> Path:
+    """--data, or the root that the checkpoint was trained on where that is here. Raises InputError."""
+    root = given or config.data.root
+    if not root or not (given or Path(root).is_dir()):
+        where = f"on {root}, which is no folder here" if root else "without one"
+        raise InputError("--data", "", f"is not given, and the checkpoint was trained {where}", "give --data=DIR")
+    return Path(root)
+
+
 def eval_batches(examples: list[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer, batch_size: int,
                  **changes: Any) -> Iterator[tuple[Bucket, Batch]]:
-    """Prompt-only batches of `examples`, every example once; filler rows have index -1."""
-    return mixture.eval_batches(examples, root, tokenizer, data_config(config, **changes), batch_size)
+    """Prompt-only batches of `examples`, every example once; filler rows have index -1.
+
+    The cache of the machine that trained is no cache here: `cache_dir` is "" unless `changes` has it.
+    """
+    return mixture.eval_batches(examples, root, tokenizer, data_config(config, **{"cache_dir": "", **changes}),
+                                batch_size)

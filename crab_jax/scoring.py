@@ -14,7 +14,7 @@ import numpy as np
 
 from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.task import Stats
+from crab_jax.tasks.task import Stats, wrong_fields
 from data_pipelines.examples import Example
 
 RESAMPLES = 1000
@@ -50,16 +50,12 @@ class Judged:
 def check_label(example: Example) -> None:
     """Raise InputError when `meta` does not hold what the example's task is scored against.
 
-    Scores an empty answer, so that a bad label stops a run before hours of decoding rather than after.
+    So a bad label stops a run before hours of decoding rather than after.
     """
     task = TASKS[example.task]
-    fix = f"give the fields listed in crab_jax/tasks/{task.stats.__module__.rpartition('.')[2]}.py"
-    try:
-        task.stats(None, None, example.meta, np.zeros((1, 1), np.int32) if task.mask_kind != "none" else None)
-    except KeyError as error:
-        raise InputError(f"example {example.id!r}", f"meta.{error.args[0]}", "missing", fix) from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"example {example.id!r}", "meta", f"is no label of {task.name} ({error})", fix) from error
+    for name, problem, must_be in wrong_fields(task, example.meta):
+        fix = f"must be {must_be} (crab_jax/tasks/{task.stats.__module__.rpartition('.')[2]}.py)"
+        raise InputError(f"example {example.id!r}", f"meta.{name}", problem, fix)
 
 
 def judge(example: Example, prediction: Answer, gt_mask: np.ndarray | None) -> Judged:

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 from configs import common
 from crab_jax import runs
+from crab_jax.bounds import Real, path
 from crab_jax.checkpoints import save_packed
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.locks import locked
 from crab_jax.optim import split
 from crab_jax.recipe import command
 from crab_jax.tasks import TASKS
@@ -95,12 +97,14 @@ def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float
 def main() -> None:
     """Entry point of `python -m crab_jax.stages`."""
     parser = CommandLine(__doc__, "python -m crab_jax.stages")
-    parser.add_argument("--out", type=Path, default=Path("runs/stages"))
-    parser.add_argument("--start", type=Path, default=Path("warm_start"), help="whose encoders and language model")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the scenes and steps, for a quick look")
+    parser.add_argument("--out", type=path, default=Path("runs/stages"))
+    parser.add_argument("--start", type=path, default=Path("warm_start"), help="whose encoders and language model")
+    parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0,
+                        help="share of the scenes and steps, for a quick look")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
-    stages(args.out, args.start, args.scale)
+    with locked(args.out):
+        stages(args.out, args.start, args.scale)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ code 0.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -28,7 +29,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from crab_jax import compile_cache, distributed, layout, losses, optim, runs, sharding
+from crab_jax import compile_cache, distributed, layout, locks, losses, optim, runs, sharding
 from crab_jax.checkpoints import RunCheckpoints
 from crab_jax.config import loss_config, model_config, parse_flags
 from crab_jax.errors import InputError, run_verb
@@ -277,9 +278,10 @@ def abstract_state(config: Any, trainable: Any, mesh: jax.sharding.Mesh) -> Trai
                         sharding.state_shardings(state, trainable, mesh))
 
 
-def start_or_resume(config: Any, model: Crab, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints
-                    ) -> tuple[TrainState, Any]:
-    """(train state, frozen parameters), each leaf read or drawn straight into its shards."""
+def start_or_resume(config: Any, model: Crab, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints,
+                    manifest: dict[str, Any] | None = None) -> tuple[TrainState, Any]:
+    """(train state, frozen parameters), each leaf read or drawn straight into its shards; `manifest`: what to note of a
+    run that starts."""
     wanted = runs.wanted_params(config, model, mesh)
     trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
     state = abstract_state(config, trainable, mesh)
@@ -293,7 +295,7 @@ def start_or_resume(config: Any, model: Crab, mesh: jax.sharding.Mesh, checkpoin
 
     where = jax.tree.map(lambda x: x.sharding, (state.step, state.opt))
     step, opt = jax.jit(begin, out_shardings=where)(trainable)
-    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads})
+    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads, **(manifest or {})})
     return TrainState(step, trainable, opt), frozen
 
 
@@ -315,13 +317,18 @@ def train(config: Any, workdir: Path) -> None:
     tokenizer = runs.tokenizer_of(config)
     model = Crab(model_config(config))
     skipped, batch_at = runs.skipped_file(workdir), sharding.batch_sharding(mesh)
-    order = runs.train_order(config, tokenizer, skipped)
+    examples = runs.train_examples(config, skipped)
+    trained_on = runs.data_identity(config, examples)
+    distributed.agree("examples", trained_on["examples"], "its Examples")
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep)
+    resumed = checkpoints.latest is not None
+    if resumed and distributed.primary():
+        runs.check_data(checkpoints, trained_on, config)
+    order = runs.train_order(config, tokenizer, skipped, examples)
     name = f"process {jax.process_index()}" if jax.process_count() > 1 else ""
     watchdog = Watchdog(config.watchdog_seconds, name)
     with watchdog, StopRequest() as stop:
-        resumed = checkpoints.latest is not None
-        state, frozen = start_or_resume(config, model, mesh, checkpoints)
+        state, frozen = start_or_resume(config, model, mesh, checkpoints, {"data": trained_on})
         start = int(state.step)
         if distributed.primary():
             runs.save_description(workdir, config, tokenizer)
@@ -372,7 +379,8 @@ def main() -> None:
     config, workdir = parse_flags(sys.argv, __doc__)
     compile_cache.enable()
     distributed.start()
-    with distributed.errors_end_all("--debug" in sys.argv):
+    lock = locks.locked(workdir, "--workdir") if distributed.primary() else contextlib.nullcontext()
+    with distributed.errors_end_all("--debug" in sys.argv), lock:
         train(config, workdir)
 
 

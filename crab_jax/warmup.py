@@ -30,9 +30,11 @@ from PIL import Image
 
 from configs import tiny
 from crab_jax import compile_cache, losses, optim, runs
+from crab_jax.bounds import Real, path
 from crab_jax.checkpoints import load_params, load_tree, save_packed, save_tree
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import CommandLine, run_verb
+from crab_jax.locks import locked
 from crab_jax.models.beats import Beats
 from crab_jax.models.clip import Clip, normalize
 from crab_jax.models.crab import Crab, CrabConfig
@@ -370,16 +372,17 @@ def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None
 def main() -> None:
     """Entry point of `python -m crab_jax.warmup`."""
     parser = CommandLine(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="root of generated scenes")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the packed result")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
-    parser.add_argument("--start", type=Path, help="a packed model whose language model goes on")
+    parser.add_argument("--data", type=path, required=True, help="root of generated scenes")
+    parser.add_argument("--out", type=path, required=True, help="folder of the packed result")
+    parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0, help="share of the steps")
+    parser.add_argument("--start", type=path, help="a packed model whose language model goes on")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     compile_cache.enable()
     config = tiny.get_config()
     config.init_from = ""
-    warm_up(args.data, args.out, config, args.scale, args.start)
+    with locked(args.out):
+        warm_up(args.data, args.out, config, args.scale, args.start)
 
 
 if __name__ == "__main__":

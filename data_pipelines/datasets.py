@@ -185,8 +185,9 @@ def records(root: str | Path, name: str, split: str, variant: str = "train",
         yield from every
         return
     release.notes = release.notes if notes is None else notes
-    seen = set()
+    seen, count = set(), 0
     for found in every:
+        count += 1
         if isinstance(found, InputError):
             yield found
             continue
@@ -206,6 +207,9 @@ def records(root: str | Path, name: str, split: str, variant: str = "train",
         named = found.id if name == "own" else f"{name}-{found.id}"
         mark = {"one_of": f"{name}-{found.meta['one_of']}"} if "one_of" in found.meta else {}
         yield dataclasses.replace(found, id=named, meta={**found.meta, "dataset": name, **mark})
+    for place in dict.fromkeys(release.unended) if count < (dataset.sizes[split] or 0) else ():
+        release.note(str(release.base / place), "", "the last line has no line end, and the release has more rows: if "
+                     "the copy was cut off there, this row says less than it did")
 
 
 class LeftOut(NamedTuple):

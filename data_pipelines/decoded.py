@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,6 +18,14 @@ import safetensors.numpy
 
 from data_pipelines import fbank, media, memory, shards
 from data_pipelines.shards import Decoding, Shards
+
+CACHED = 2  # counted up when decoding gives other arrays, so that those of before are not taken from a cache
+_log = logging.getLogger(__name__)
+
+
+@functools.lru_cache
+def _no_cache(folder: str, problem: str) -> None:
+    _log.warning("data.cache_dir %s is done without: %s", folder, problem)
 
 
 class Files:
@@ -71,25 +82,31 @@ class Files:
         return media.read_mask(self.root / path, size, kind, picture)
 
     def _cached(self, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
-        """`decode()`, kept as a file under the cache directory; files appear there whole or not at all.
+        """`decode()`, kept as a file under the cache directory; files appear there whole or not at all. A cache that
+        cannot be read or written is done without, and that is said once.
 
         Safetensors rather than .npy: NumPy parses .npy headers with `ast`, which is not safe in threads on Python 3.11
         (it fails now and then with "AST constructor recursion depth mismatch").
         """
         if not self.cache_dir or not path.is_file():
             return decode()
-        key = "|".join(map(str, (*_stamp(path), *settings)))
+        key = "|".join(map(str, (CACHED, *_stamp(path), *settings)))
         folder = Path(self.cache_dir)
         kept = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
         try:
             return safetensors.numpy.load_file(kept)["value"]
-        except (FileNotFoundError, safetensors.SafetensorError):
+        except (OSError, safetensors.SafetensorError):
             pass
         value = decode()
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{uuid.uuid4().hex}.tmp"
-        safetensors.numpy.save_file({"value": np.ascontiguousarray(value)}, partial)
-        os.replace(partial, kept)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(safetensors.numpy.save({"value": np.ascontiguousarray(value)}))
+            os.replace(partial, kept)
+        except OSError as error:
+            _no_cache(self.cache_dir, error.strerror or "")
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
         return value
 
 

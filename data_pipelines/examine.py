@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from pathlib import Path
 
 import av
 import numpy as np
@@ -17,8 +17,10 @@ from data_pipelines import media
 from data_pipelines.status import CORRUPT, WARNING
 
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
+COVERED = 0.9  # share of a mask's border that what it shows rarely covers
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
 LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
+FRAMES = 10  # that the loader takes of a film, unless `data.video_frames` says otherwise
 USES = ("video", "audio", "picture", "binary", "semantic")  # the last two are kinds of masks
 
 
@@ -27,13 +29,14 @@ class Facts:
     """What a file holds.
 
     problems: (use, text) pairs, each text starting with its kind, as in `Problem`. seconds: of a video's pictures, 0 if
-    not looked at. samples: of its sound at 16 kHz. size: (width, height) of its pictures, upright. turned: whether EXIF
-    says that a picture is stored otherwise.
+    not looked at. samples: of its sound at 16 kHz; start: seconds from its first picture to the first of them. size:
+    (width, height) of its pictures, upright. turned: whether EXIF says that a picture is stored otherwise.
     """
 
     problems: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     samples: int = 0
+    start: float = 0.0
     size: tuple[int, int] | None = None
     turned: bool = False
 
@@ -50,11 +53,12 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
         except Exception as error:  # of a decoder, which no loader expects either
             found = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
         facts = Facts(facts.problems + found.problems, facts.seconds or found.seconds, facts.samples or found.samples,
-                      facts.size or found.size, facts.turned or found.turned)
+                      facts.start or found.start, facts.size or found.size, facts.turned or found.turned)
     return facts
 
 
 def _video(path: str) -> Facts:
+    media.read_video(path, FRAMES, 16)
     av.logging.set_level(av.logging.ERROR)
     with av.logging.Capture() as said:
         shown = media.watch(path)
@@ -63,20 +67,19 @@ def _video(path: str) -> Facts:
         problems.append(f"{CORRUPT}: {shown.damaged} of {shown.frames} frames are damaged")
     elif said:
         problems.append(f"{WARNING}: the decoder says {said[0][2].strip()!r:.100}")
+    with contextlib.suppress(InputError):  # of its sound, which is a use of its own
+        problems += [f"{WARNING}: {remark}" for remark in media.timing(path)._replace(sound=None).remarks()]
     return Facts(tuple(("video", problem) for problem in problems), shown.seconds, size=shown.size)
 
 
 def _audio(path: str) -> Facts:
-    sound = media.read_audio(path)
-    problems = []
+    heard = media.hear(path)
+    sound, problems = heard.samples, []
     if (peak := float(np.abs(sound).max())) < SILENT:
         problems.append(f"{WARNING}: is silent (the loudest sample is {peak:.1g} of full scale)")
-    if Path(path).suffix.lower() == ".mp3":
-        # libsndfile guesses the length of an MP3 without an index, and stops there.
-        stated, read = media.stated_seconds(path), len(sound) / media.SAMPLE_RATE
-        if mismatch(stated, read):
-            problems.append(f"{CORRUPT}: {read:.2f} s of {stated:.2f} s are read; export it as WAV")
-    return Facts(tuple(("audio", problem) for problem in problems), samples=len(sound))
+    if remark := heard.start_remark():
+        problems.append(f"{WARNING}: {remark}")
+    return Facts(tuple(("audio", problem) for problem in problems), heard.seconds, len(sound), heard.start)
 
 
 def _picture(path: str) -> Facts:
@@ -87,14 +90,24 @@ def _picture(path: str) -> Facts:
 
 def _binary(path: str) -> Facts:
     mask = media.read_mask(path, None, "binary")
-    return Facts(size=(mask.shape[1], mask.shape[0]))
+    return Facts(_covering(mask), size=(mask.shape[1], mask.shape[0]), turned=media.is_turned(path))
+
+
+def _covering(mask: np.ndarray) -> tuple[tuple[str, str], ...]:
+    """What is odd about a binary mask [H,W] that covers most of its picture and nearly all of the border."""
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if border.mean() <= COVERED or mask.mean() <= 0.5:
+        return ()
+    return (("binary", f"{WARNING}: {mask.mean():.0%} of the mask is set, its border too: is it inverted, or a "
+                       "photograph?"),)
 
 
 def _semantic(path: str) -> Facts:
     classes = media.read_mask(path, None, "semantic", unknown=-1)
     stray = int((classes < 0).sum())
     said = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
-    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]))
+    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]),
+                 turned=media.is_turned(path))
 
 
 def mismatch(one: float, other: float) -> bool:

@@ -178,6 +178,18 @@ def digest(examples: Iterable[Example]) -> str:
     return found.hexdigest()
 
 
+def learned(examples: Iterable[Example]) -> str:
+    """A hash of all that batches depend on in a list of Examples, in its order: not their ids and labels, nor the root
+    that their paths are relative to."""
+    found = hashlib.blake2b(digest_size=16)
+    for e in examples:
+        fields = (e.task, e.instruction, e.target, e.video or "", e.image or "", "\1".join(e.frames), e.audio or "",
+                  e.windows, str(e.second), e.seg_image or "", e.mask or "", e.mask_kind,
+                  str(e.meta.get("one_of", "")))
+        found.update("\0".join(fields).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()
+
+
 def choice(mark: str, count: int, seed: int, epoch: int) -> int:
     """Which of the `count` Examples whose meta has this `one_of` is taken in an epoch: the same in every process."""
     key = repr((seed, epoch, mark)).encode()

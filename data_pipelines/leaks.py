@@ -17,17 +17,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from crab_jax.errors import InputError
-from data_pipelines.datasets import PREPARED, annotated, is_there, media_of, selection
+from data_pipelines.datasets import DATASETS, PREPARED, annotated, is_there, media_of, selection
 from data_pipelines.examples import Example
 from data_pipelines.status import WARNING, Problem
 
-# No clips of videos, or those of a dataset beside it in the same splits.
-APART = ("lvis", "video_llava", "arig", "arig_object", "avqa_original")
+NO_CLIPS = ("lvis", "video_llava")  # pictures and videos of other places
+SAME = {"arig": "s4", "arig_object": "s4_object", "avqa_original": "avqa"}  # the same clips in the same splits
+PICTURES = ("s4", "ms3", "avss", "ref_avs")  # many Examples of a clip, side by side
 OWN = ("own", PREPARED)
-_SAME = {"avqa_original": "avqa"}  # one release, whose splits share videos
+_YOUTUBE = re.compile(r"[A-Za-z0-9_-]{11}")
 _SPAN = re.compile(r"(.+)_([0-9]+(?:\.[0-9]+)?)_([0-9]+(?:\.[0-9]+)?)")
 _NUMBERED = re.compile(r"(.{11})_[0-9]+")  # the second clip of a video
 _VGGSOUND = re.compile(r"(.{11})_([0-9]{6})")  # its first second, of ten
@@ -61,23 +62,22 @@ class Leak(NamedTuple):
 
 
 def dataset_of(example: Example, name: str = PREPARED) -> str:
-    """The dataset that an Example says it is from, or `name`."""
-    return str(example.meta.get("dataset", name))
+    """The dataset that an Example says it is from, or `name` where that is none that is known."""
+    said = example.meta.get("dataset")
+    return said if isinstance(said, str) and said in DATASETS else name
 
 
 def clip_of(example: Example, dataset: str) -> Clip | None:
     """The clip that an Example is about, by the names of its dataset; None where they tell no clip."""
-    video = example.meta.get("video")
-    if dataset in APART[:2]:
+    if dataset in NO_CLIPS:
         return None
+    if dataset in OWN:
+        return _stretch(_ENDING.sub("", PurePosixPath(own_name(example)).name))
     if dataset == "audiocaps":
         named, _, start = example.id.removeprefix("audiocaps-").rpartition("_")
         return Clip(named, (float(start), float(start) + 10)) if named and start.isdecimal() else None
-    if dataset == "avvp":
-        video = example.meta.get("filename", video)
+    video = example.meta.get("filename" if dataset == "avvp" else "video")
     if not isinstance(video, str):
-        video = own_name(example) if dataset not in ("ave", "avvp", "valor") else None
-    if not video:
         return None
     if dataset in ("s4", "arig"):  # its milliseconds are of the ten seconds that VGGSound took
         found = _SPAN.fullmatch(video)
@@ -85,13 +85,13 @@ def clip_of(example: Example, dataset: str) -> Clip | None:
     if dataset in ("ms3", "ms3_object"):
         found = _NUMBERED.fullmatch(video)
         return Clip(found[1] if found else video)
-    return _stretch(video if dataset not in OWN else _ENDING.sub("", PurePosixPath(video).name))
-
-
+    return _stretch(video)
 
 
 def _stretch(name: str) -> Clip:
     """The clip that a name tells, in the ways of AudioSet, AVSBench (milliseconds), VGGSound and yt-dlp."""
+    if _YOUTUBE.fullmatch(name):
+        return Clip(name)
     if found := _SPAN.fullmatch(name):
         start, end = float(found[2]), float(found[3])
         unit = 1000 if end - start >= 1000 else 1
@@ -113,8 +113,10 @@ def own_name(example: Example) -> str:
 def held_out(root: str | Path, split: str = "train", names: Sequence[str] = ()) -> Held:
     """The clips of every val and test of a data root (of the datasets `names`), but for the splits of `split`."""
     held = Held(defaultdict(lambda: defaultdict(set)), set(), [])
-    for name, part in _lists(root, names):
-        if part == "train" or part in split.split("+"):
+    lists = list(_lists(root, names))
+    own = any(name in OWN for name, _ in lists)
+    for name, part in lists:
+        if part == "train" or part in split.split("+") or name == "avqa" and not own:  # MUSIC-AVQA's names are its own
             continue
         for example in _read(root, name, part, held.unread):
             dataset = dataset_of(example, name)
@@ -127,7 +129,7 @@ def held_out(root: str | Path, split: str = "train", names: Sequence[str] = ()) 
 
 def _lists(root: str | Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name, part in selection(root, names):
-        if name not in APART and is_there(root, name):
+        if name not in (*NO_CLIPS, *SAME) and is_there(root, name):
             yield name, part
 
 
@@ -149,7 +151,7 @@ def leaks_of(example: Example, held: Held, name: str = PREPARED) -> list[Leak]:
     if (clip := clip_of(example, dataset)) is None:
         return found
     for other, spans in held.clips.get(clip.video, {}).items():
-        if other != _SAME.get(dataset, dataset):
+        if other not in (dataset, SAME.get(dataset)):
             found.append(Leak(clip, other, any(_overlap(clip.span, span) for span in spans)))
     return found
 
@@ -180,17 +182,15 @@ def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
     """A warning for each pair of datasets (of `names`, or all) of which one has in train what the other has in val or
     test, and one for each such clip. What the users' own train and test share is a problem of `validate` already."""
     held = held_out(root, "train", names)
-    found: dict[str, list[Leak]] = defaultdict(list)
+    found: dict[str, set[Leak]] = defaultdict(set)
     clips: list[Problem] = []
     for name in (name for name, part in _lists(root, names) if part == "train"):
-        seen: set[Leak] = set()
         for example in _read(root, name, "train", []):
+            dataset = dataset_of(example, name)
             for leak in leaks_of(example, held, name):
-                dataset = dataset_of(example, name)
-                if leak in seen or leak.other == dataset:
+                if leak in found[dataset] or leak.other == dataset:
                     continue
-                seen.add(leak)
-                found[dataset].append(leak)
+                found[dataset].add(leak)
                 if leak.same:
                     path = next((path for _, path in media_of(example)), "")
                     named = "dataset" in example.meta or name in OWN
@@ -209,11 +209,15 @@ def without(examples: Sequence[Example], root: str | Path, split: str, exclude: 
     exclude: leave those out whose clip is in val or test of another dataset of the root.
     """
     held = held_out(root, split)
-    found: dict[str, list[Leak]] = defaultdict(list)
-    kept = []
+    found: dict[str, set[Leak]] = defaultdict(set)
+    kept: list[Example] = []
+    last: Any = None
+    leaks: list[Leak] = []
     for example in examples:
-        leaks = leaks_of(example, held)
-        found[dataset_of(example)] += leaks
+        dataset, video = dataset_of(example), example.meta.get("video")
+        if (dataset, video) != last or dataset not in PICTURES:
+            last, leaks = (dataset, video), leaks_of(example, held)
+        found[dataset].update(leaks)
         if not any(leak.same for leak in leaks):
             kept.append(example)
     said = sentence(counted(found))

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,18 @@ def note_skipped(file: Path | None, index: int, example: Example, error: InputEr
 
 
 def group_by_bucket(
-    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, skipped: Path | None = None
+    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, skipped: Path | None = None,
+    check: Callable[[Example], None] = lambda example: None,
 ) -> dict[Bucket, dict[int, Fill]]:
     """Positions of the examples of each bucket and how much of it each fills, buckets in increasing order.
 
-    With `on_error="skip"` an example that fits no bucket is left out with a warning, and a line in the file `skipped`.
-    Raises InputError otherwise, and when nothing is left.
+    With `on_error="skip"` an example that fits no bucket, or that `check` refuses, is left out with a warning, and a
+    line in the file `skipped`. Raises InputError otherwise, and when nothing is left.
     """
     groups: dict[Bucket, dict[int, Fill]] = collections.defaultdict(dict)
     for index, example in enumerate(examples):
         try:
+            check(example)
             bucket, fill = place(example, tokenizer, config)
             groups[bucket][index] = fill
         except InputError as error:
@@ -193,6 +195,7 @@ def train_order(
     weights: Mapping[str, float] | None = None,
     skipped: Path | None = None,
     curriculum: Mapping[str, int] | None = None,
+    check: Callable[[Example], None] = lambda example: None,
 ) -> TrainOrder:
     """The order of training: every batch from one bucket, the same for any number of processes and workers.
 
@@ -203,8 +206,9 @@ def train_order(
     skipped: file that lists examples left out (see `group_by_bucket`).
     curriculum: task -> number of the first batch that may hold it (default 0). Whenever a task joins, the others are
         shuffled anew.
+    check: raises InputError for an example that must not be trained on.
     """
-    groups = group_by_bucket(examples, tokenizer, config, skipped)
+    groups = group_by_bucket(examples, tokenizer, config, skipped, check)
     choices = {bucket: _one_of_groups(examples, group) for bucket, group in groups.items()}
     kept = [indices[0] for group in choices.values() for indices in group]
     rate_of = dict(zip(kept, _rates(examples, kept, weights), strict=True))

@@ -31,8 +31,10 @@ import av
 import numpy as np
 from array_record.python import array_record_module
 
+from crab_jax.bounds import PATH, Whole, Words
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_folder, write_whole
+from crab_jax.files import write_whole
+from crab_jax.locks import LOCK, locked
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import datasets, fbank, media, shards
 from data_pipelines.decoded import Files
@@ -311,7 +313,7 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
             if ours.get(field) != value:
                 raise InputError(str(out), field, f"was prepared with {value!r}, not {ours.get(field)!r}",
                                  "use the same options, or another --out")
-    elif any(out.iterdir()):
+    elif any(not path.name.startswith(LOCK) for path in out.iterdir()):
         raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")
     lists = [*known, *(one for one in wanted if one not in known)]
     write_whole(plan, json.dumps({**settings.as_json(), "lists": lists}, indent=1))
@@ -436,27 +438,29 @@ def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[s
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines prepare")
-    parser.add_argument("--root", required=True, help="data root: releases in folders of their names, or <split>.jsonl")
-    parser.add_argument("--out", required=True, help="the prepared root: an empty folder, or one to complete")
-    parser.add_argument("--datasets", default="", metavar="A,B",
+    parser.add_argument("--root", type=PATH, required=True,
+                        help="data root: releases in folders of their names, or <split>.jsonl")
+    parser.add_argument("--out", type=PATH, required=True,
+                        help="the prepared root: an empty folder, or one to complete")
+    parser.add_argument("--datasets", type=Words(tuple(datasets.DATASETS)), default="", metavar="A,B",
                         help=f"of {','.join(datasets.DATASETS)} (default: those of the joint stage that are there)")
     parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
     parser.add_argument("--variants", default=",".join(datasets.VARIANTS), help="of prompts; default %(default)s")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of a side, of the model that will read it")
-    parser.add_argument("--video-frames", type=int, default=10, help="data.video_frames of the runs that will read it")
+    parser.add_argument("--image-size", type=Whole(1, 2**16), default=224,
+                        help="pixels of a side, of the model that will read it")
+    parser.add_argument("--video-frames", type=Whole(1, 1024), default=10,
+                        help="data.video_frames of the runs that will read it")
     parser.add_argument("--pad-short-audio", action="store_true", help="data.pad_short_audio of those runs")
     parser.add_argument("--clock", default="shown", choices=media.CLOCKS, help="by which frames and sound are placed: "
                         "counted for runs with compat=released (default: %(default)s)")
-    parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard before compression, in MB")
+    parser.add_argument("--shard-mb", type=Whole(1, 10**6), default=256,
+                        help="size of a shard before compression, in MB")
     parser.add_argument("--compress", action="store_true",
                         help="keep pictures in less room (a still clip in a third of it), read half as fast")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 = this one only")
+    parser.add_argument("--workers", type=Whole(0, 1024), default=os.cpu_count() or 1,
+                        help="processes; 0 = this one only")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    for name, low in (("image_size", 1), ("video_frames", 1), ("shard_mb", 1), ("workers", 0)):
-        if getattr(arguments, name) < low:
-            raise InputError("command line", f"--{name.replace('_', '-')}", f"is {getattr(arguments, name)}",
-                             f"must be at least {low}")
     if unknown := [v for v in arguments.variants.split(",") if v not in datasets.VARIANTS]:
         raise InputError("command line", "--variants", f"unknown variant {unknown[0]!r}",
                          f"use some of {','.join(datasets.VARIANTS)}")
@@ -466,7 +470,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Prepare what the command line asks for, and list what could not be decoded."""
     arguments = parse_arguments(argv)
-    root, out = Path(arguments.root), out_folder(arguments.out)
+    with locked(arguments.out) as out:
+        _run(arguments, out)
+
+
+def _run(arguments: argparse.Namespace, out: Path) -> None:
+    root = Path(arguments.root)
     if not root.is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
     if shards.opened(root):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from crab_jax.bounds import PATH, Name, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
 from crab_jax.overlay import TRUTH, event_tracks, figure_png, overlay_boxes, overlay_mask, side_by_side
@@ -343,17 +344,18 @@ def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: To
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines sample")
-    parser.add_argument("--root", required=True, help="data root, raw or prepared")
+    parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
     parser.add_argument("--datasets", default="", help=f"comma-separated, of {','.join(datasets.DATASETS)} (default: "
                         "all that are there)")
-    parser.add_argument("--split", default="train", help="(default: train)")
+    parser.add_argument("--split", type=Name(), default="train", help="(default: train)")
     parser.add_argument("--variant", default="train", help=f"of the prompts: {', '.join(datasets.VARIANTS)} (default: "
                         "train)")
-    parser.add_argument("--n", type=int, default=2, help="records of each task of each dataset (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed shows other records (default: 0)")
-    parser.add_argument("--tokenizer", default=str(TOKENIZER), help="tokenizer.json or a LLaMA directory (default: the "
+    parser.add_argument("--n", type=Whole(1), default=2, help="records of each task of each dataset (default: 2)")
+    parser.add_argument("--seed", type=Whole(), default=0, help="another seed shows other records (default: 0)")
+    parser.add_argument("--tokenizer", type=PATH, default=str(TOKENIZER),
+                        help="tokenizer.json or a LLaMA directory (default: the "
                         "small one of the tiny configs, whose sequences are longer than LLaMA's)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of index.html")
+    parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder of index.html")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -361,8 +363,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Write the page of the command line."""
     arguments = parse_arguments(argv)
-    if arguments.n < 1:
-        raise InputError("command line", "--n", f"is {arguments.n}", "must be at least 1")
     if not Path(arguments.root).is_dir():
         raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")
     tokenizer, file = Tokenizer.load(arguments.tokenizer), out_folder(arguments.out) / "index.html"

@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,6 +265,13 @@ class Shards:
         """Whether a dataset (or its split) is here."""
         splits = self.manifest["datasets"].get(name, {})
         return bool(splits) if split is None else split in splits
+
+    def digest(self, names: Iterable[str], split: str) -> str:
+        """A hash of the media that were decoded for one split of some datasets ("" is that of a `<split>.jsonl`)."""
+        titles = {f"{name}_{split}" if name else split for name in names}
+        ours = sorted((shard["file"], shard["sha256"]) for shard in self.shards
+                      if shard["file"].partition("/")[2].partition("-")[2].partition(".")[0] in titles)
+        return hashlib.blake2b(json.dumps([self.decoding, ours]).encode(), digest_size=16).hexdigest()
 
     def records(self, name: str, split: str, variant: str) -> Iterator[Found]:
         """What `datasets.records` gives for the root that this one was made from."""

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from crab_jax.bounds import ANY_PATH, PATH
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import media, shards
@@ -123,7 +124,8 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
-    count.notes = [f"{os.path.relpath(note.where, root)} [{note.field}]: {note.problem}" for note in notes]
+    count.notes = [f"{os.path.relpath(note.where, root)}{f' [{note.field}]' if note.field else ''}: {note.problem}"
+                   for note in notes]
 
 
 def damage(root: str | Path, path: str, field: str) -> str:
@@ -161,10 +163,10 @@ def table(counts: Sequence[Count]) -> str:
 def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
     """The arguments of a verb that looks through a data root."""
     parser = CommandLine(doc, prog)
-    parser.add_argument("--root", required=True, help="data root: releases in folders of their names")
+    parser.add_argument("--root", type=PATH, required=True, help="data root: releases in folders of their names")
     parser.add_argument("--datasets", default="", type=lambda text: [name for name in text.split(",") if name],
                         help=f"comma-separated, of {','.join(DATASETS)} (default: all)")
-    parser.add_argument("--json", default="", help="file to write the counts and every problem to")
+    parser.add_argument("--json", type=ANY_PATH, default="", help="file to write the counts and every problem to")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

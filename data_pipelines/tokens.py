@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import read_json, read_text, refuse_stand_in
 from data_pipelines.examples import read_jsonl
@@ -258,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train_from(argv: Sequence[str] | None) -> None:
     parser = CommandLine("Train the small tokenizer of the tiny configs.", "python -m data_pipelines.tokens")
-    parser.add_argument("--corpus", required=True, help="a .jsonl of examples, or a text file")
-    parser.add_argument("--out", required=True, help="the tokenizer.json to write")
-    parser.add_argument("--vocab-size", type=int, default=640)
+    parser.add_argument("--corpus", type=PATH, required=True, help="a .jsonl of examples, or a text file")
+    parser.add_argument("--out", type=PATH, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=Whole(300, 2**20), default=640)
     arguments = parser.parse_args(argv)
     train_tiny_tokenizer(corpus_texts(arguments.corpus), arguments.out, arguments.vocab_size)
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from crab_jax.bounds import Whole
 from crab_jax.errors import InputError, run_verb
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import fbank, media, shards
@@ -25,6 +26,7 @@ from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, reco
 from data_pipelines.examine import Facts, examine, mismatch
 from data_pipelines.examples import Example, seg_source
 from data_pipelines.leaks import leak_problems
+from data_pipelines.mistakes import Lists
 from data_pipelines.shards import Shards
 from data_pipelines.status import (
     CORRUPT,
@@ -125,6 +127,7 @@ class Look:
         self.root, self.facts = Path(root), facts
         self.dataset = ""
         self.clips: dict[str, str] = {}  # clip -> the last split of the dataset that has it
+        self.lists = Lists()
 
     def __call__(self, dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
         uses = list(uses_of(example))
@@ -138,6 +141,12 @@ class Look:
         yield from self._lengths(example)
         yield from self._turned(example)
         yield from self._leak(dataset, split, example, uses[0][1] if uses else "")
+        yield from self.lists.look(dataset, split, example, self._seconds(example))
+
+    def _seconds(self, example: Example) -> float:
+        """How long the clip of an Example is: its pictures, or else its sound; 0 where neither can be read."""
+        shown = self._of(example.video).seconds if example.video else 0.0
+        return shown or self._heard(example)[0] / media.SAMPLE_RATE
 
     def _of(self, path: str) -> Facts:
         return self.facts.get(path) or Facts()  # it has come since the annotations were read
@@ -148,13 +157,19 @@ class Look:
                 if of == use:
                     yield field, path, problem
 
-    def _sound(self, example: Example) -> int:
-        """Samples of an Example's sound, 0 where there is none or it cannot be read."""
+    def _heard(self, example: Example) -> tuple[int, float, float]:
+        """(samples of an Example's sound, 0 where there is none or it cannot be read; when it starts and how long its
+        pictures last, in seconds)."""
         path = example.audio or example.video
-        return self._of(path).samples if path and example.windows != "none" else 0
+        if not path or example.windows == "none":
+            return 0, 0.0, 0.0
+        facts, own = self._of(path), media.is_own(path, example.video)
+        seconds = self._of(example.video).seconds if example.video else facts.seconds
+        return facts.samples, facts.start if own else 0.0, seconds
 
     def _windows(self, example: Example) -> None:
-        if samples := self._sound(example):
+        if (heard := self._heard(example))[0]:
+            samples = media.placed_length(*heard, media.SAMPLE_RATE)
             fbank.check_windows(samples, example.windows, example.second, "", pad_short=False)
 
     def _mask(self, example: Example) -> None:
@@ -170,11 +185,11 @@ class Look:
             media.check_size(own, size, "")
 
     def _lengths(self, example: Example) -> Iterator[tuple[str, str, str]]:
-        """Sound and pictures of other lengths: both are read, so it is a warning. What the clock of one file shows (a
-        varying rate, sound that starts late) is in the problems of its Facts."""
-        shown = self._of(example.video).seconds if example.video else 0.0
-        heard = self._sound(example) / media.SAMPLE_RATE
-        if shown and heard and mismatch(shown, heard):
+        """Sound and pictures of other lengths: both are read, so it is a warning. What the clock of one file shows
+        (times that are not used, sound that starts late) is in the problems of its Facts."""
+        samples, start, shown = self._heard(example)
+        heard = samples / media.SAMPLE_RATE + start
+        if samples and shown and mismatch(shown, heard):
             yield ("audio" if example.audio else "video", example.audio or example.video or "",
                    f"{WARNING}: {heard:.2f} s of sound for {shown:.2f} s of video")
 
@@ -182,7 +197,8 @@ class Look:
         """A mask whose picture EXIF turns, and which nothing turns: it may be drawn on the picture as it is stored."""
         source = seg_source(example)
         drawn = example.mask and not example.mask.startswith(media.INLINE_MASK) and example.mask_kind != "none"
-        if source and drawn and self._of(source[1]).turned and not self._of(str(example.mask)).turned:
+        picture, mask = self._of(source[1] if source else ""), self._of(str(example.mask))
+        if source and drawn and picture.turned and not mask.turned and picture.size == mask.size:
             yield "mask", str(example.mask), (f"{WARNING}: EXIF turns its picture {source[1]}; the mask is read as "
                                               "drawn on the picture as viewers show it")
 
@@ -235,11 +251,10 @@ class PreparedLook(Look):
 def run(argv: Sequence[str]) -> bool:
     """Print the table, write the report when asked to; whether anything is bad."""
     parser = command_line(__doc__, "python -m data_pipelines validate")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: one per core)")
+    parser.add_argument("--workers", type=Whole(0, 1024), default=0,
+                        help="processes that decode (default: one per core)")
     parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
     arguments = parser.parse_args(argv)
-    if arguments.workers < 0:
-        raise InputError("command line", "--workers", f"is {arguments.workers}", "give a number of processes")
     if arguments.json and not Path(arguments.json).parent.is_dir():  # said before the work, not after it
         raise InputError(arguments.json, "--json", "cannot be written (no such folder)", "make the folder")
     counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, on_stderr)

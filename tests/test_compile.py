@@ -21,7 +21,7 @@ from crab_jax.models.llama import Llama, LlamaConfig
 from data_pipelines.batching import Bucket
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                                  reason="libtpu is not installed: pip install 'crab_jax[tpu]'")
+                                  reason="libtpu is not installed: pip install -e '.[tpu]'")
 LAYERS = 3
 BUCKET = Bucket(144, 2, 2, 98, 1)
 WIDE = Bucket(1024, 10, 10, 198, 0)

@@ -75,7 +75,7 @@ def test_sizes_override_the_named_model_and_presets_set_the_quirks():
 def test_caps_and_steps_of_a_mixture_are_not_negative(field):
     config = common.base()
     config.data[field].avqa = -1
-    with pytest.raises(InputError, match=f"data.{field}.avqa.*negative"):
+    with pytest.raises(InputError, match=f"data.{field}.avqa.*must be a whole number from 0"):
         check_config(config)
 
 

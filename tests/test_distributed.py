@@ -28,6 +28,13 @@ HOST, COUNT, INDEX = distributed.EXPLICIT
                                               "cluster_detection_method": "deactivate"}),
     ({"SLURM_JOB_ID": "7"}, None),  # inside an allocation, but not started by srun
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+    # What a batch script of eight tasks sees, without srun; then what `srun -n 1` in it does.
+    ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2",
+      "SLURM_GPUS_ON_NODE": "8"}, None),
+    ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1",
+      "SLURM_STEP_NUM_NODES": "1"}, None),
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, {}),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": ""}, None),
     ({"SLURM_PROCID": "1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, {}),
     ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
      {"local_device_ids": [0, 1, 2, 3, 4, 5, 6, 7]}),  # else JAX would use one GPU of each node
@@ -46,6 +53,15 @@ def test_how_processes_find_each_other_is_read_from_the_environment(environ, wan
 def test_half_an_explicit_start_is_refused(environ, named):
     with pytest.raises(InputError, match=named):
         distributed.launch(environ)
+
+
+def test_a_batch_script_without_srun_works_alone_and_says_so(capsys):
+    distributed.start({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"})
+    assert "8 tasks" in (said := capsys.readouterr().err) and "srun" in said
+    distributed.start({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
+    assert not capsys.readouterr().err
+    with pytest.raises(InputError, match="SLURM_NTASKS.*give a number"):
+        distributed.launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "eight", "SLURM_STEP_NUM_NODES": "1"})
 
 
 def test_a_process_loads_the_rows_of_its_devices():

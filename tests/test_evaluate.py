@@ -186,7 +186,7 @@ def answering(tmp_path, monkeypatch):
             decoding.append(changes["decoding"])
             return answered(todo, rng, deaths)
 
-        config = ConfigDict({"data": {"root": str(tmp_path)}})
+        config = ConfigDict({"data": {"root": str(tmp_path)}, "compat": "paper"})
         monkeypatch.setattr(runs, "load_config", lambda path: config)
         monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
         monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, None))
@@ -336,5 +336,5 @@ def test_help_shows_an_example_and_bad_flags_are_refused(capsys):
         parse_arguments(["--help"])
     assert stop.value.code == 0
     assert "python -m crab_jax.evaluate --checkpoint runs/x --tasks ave,s4" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--limit.*'0' is not a positive number"):
+    with pytest.raises(InputError, match="--limit.*'0' must be a whole number from 1"):
         parse_arguments(["--checkpoint", "x", "--out", "y", "--limit", "0"])

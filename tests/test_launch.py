@@ -2,8 +2,11 @@
 launch_slurm.sh against a fake srun. Nothing here reaches a cloud.
 """
 
+import configparser
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,13 +16,18 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parent.parent
 WORKERS = 2
 
 # One fake of the whole cloud. Its folder holds calls.jsonl (every argv), vm and queue (states; no file = no resource),
 # next_queue (states that a queued resource goes through, one per look), fail (a word: calls that hold it fail), and
-# worker0, worker1 (homes). A run that finds its slice gone sees ssh fail, as it would.
+# worker0, worker1 (homes). A run that finds its slice gone sees ssh fail, as it would. As with the real one, the
+# workers of --worker=all share one standard input. With a file watch_for, ps becomes a command line of this machine
+# that has its text. With a file odd, ssh commands that hold its first line meet its second: cut (input ends), lost
+# (the slice is, once) or twice.
 GCLOUD = r'''
 import json, os, subprocess, sys
 from pathlib import Path
@@ -28,6 +36,15 @@ cloud, argv = Path(os.environ["FAKE_CLOUD"]), sys.argv[1:]
 vm, queue, waiting = cloud / "vm", cloud / "queue", cloud / "next_queue"
 with open(cloud / "calls.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\n")
+if (cloud / "watch_for").exists():
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        if (cloud / "watch_for").read_text() in line:
+            (cloud / "ps").write_text(line)
+odd, how = (cloud / "odd").read_text().split("\n") if (cloud / "odd").exists() else ("no such command", "")
 fail = cloud / "fail"
 if fail.exists() and fail.read_text().strip() in " ".join(argv):
     sys.exit("ERROR: (gcloud) RESOURCE_EXHAUSTED: there is no more capacity")
@@ -71,8 +88,16 @@ elif verb in ("ssh", "scp"):
             source, target = [word for word in rest if not word.startswith("--")]
             codes.append(subprocess.call(["cp", source, home / target.split(":")[1]]))
         else:
-            codes.append(subprocess.call(["bash", "-c", flags["command"]], cwd=home,
-                                         env={**os.environ, "HOME": str(home), "WORKER": str(worker)}))
+            found = how if odd in flags["command"] else ""
+            if found == "lost":
+                vm.write_text("PREEMPTED")
+                (cloud / "odd").unlink()
+                sys.exit("ERROR: (gcloud) [/usr/bin/ssh] exited with return code [255].")
+            for _ in range(2 if found == "twice" else 1):
+                start = sys.stdin.buffer.read()[:20] if found == "cut" else None
+                code = subprocess.run(["bash", "-c", flags["command"]], cwd=home, input=start,
+                                      env={**os.environ, "HOME": str(home), "WORKER": str(worker)}).returncode
+            codes.append(code)
     sys.exit(next((code for code in codes if code), 0))
 else:
     sys.exit(f"ERROR: (gcloud) no such command: {argv}")
@@ -493,20 +518,35 @@ def test_delete(cloud, flags, verb):
 
 def test_dry_run_prints_commands_that_can_be_pasted(cloud):
     """The printed text, run by a shell, does what the run itself would have done."""
-    words = [*RUN, *HARD, "--setup=echo \"it's\" >done", "--env=NOTE=a b"]
+    words = [*RUN, *HARD, "--setup=echo \"it's\" >done", f"--env=NOTE={SECRET}"]
     printed = launch(cloud, *words, "--dry-run")
     assert printed.returncode == 0 and not calls(cloud)
-    pasted = subprocess.run(["bash"], input=printed.stdout, capture_output=True, text=True, cwd=cloud / "repo",
-                            env=environment(cloud), timeout=120)
-    by_hand = [argv[2:] for argv in calls(cloud)]
+    assert PIECE not in printed.stdout + printed.stderr and "NOTE=***" in printed.stdout
+    without = paste(cloud, printed.stdout)  # the value is not printed, so whoever pastes has to have it
+    assert "export it first" in without.stderr and not runs_of(cloud, 0)
+    (cloud / "vm").unlink()
+    (cloud / "calls.jsonl").unlink()
+    pasted = paste(cloud, printed.stdout, NOTE=SECRET)
+    by_hand = [scratched(argv[2:]) for argv in calls(cloud)]
     (argv, _, note), = runs_of(cloud, 1)
-    assert argv[3:] == ["--config=configs/tiny.py", *HARD, "--workdir=/mnt/runs/x"] and note == "a b", pasted.stderr
+    assert argv[3:] == ["--config=configs/tiny.py", *HARD, "--workdir=/mnt/runs/x"] and note == SECRET, pasted.stderr
     assert (cloud / "worker1" / "done").read_text() == "it's\n"
 
     launch(cloud, "delete", *PLACE)
     (cloud / "calls.jsonl").unlink()
     assert launch(cloud, *words).returncode == 0
-    assert [argv[2:] for argv in calls(cloud)] == by_hand
+    ours = [scratched(argv[2:]) for argv in calls(cloud)]
+    assert sorted(ours) == sorted(by_hand) and ours[-1] == by_hand[-1]  # values are handed over to all at once
+
+
+def paste(cloud: Path, text: str, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=cloud / "repo",
+                          env=environment(cloud, **more), timeout=120)
+
+
+def scratched(argv: list[str]) -> list[str]:
+    """Without the part of names that mktemp draws."""
+    return [re.sub(r"crab_jax\.\w{10}", "SCRATCH", word) for word in argv]
 
 
 def test_dry_run_of_a_queued_run_needs_no_gcloud(cloud):
@@ -518,6 +558,271 @@ def test_dry_run_of_a_queued_run_needs_no_gcloud(cloud):
     assert {"--spot", "--node-id=crab"} <= set(words[create:create + 8])
 
 
+# ----------------------------------------------------------------------------------------------------------- secrets
+
+PIECE = "hunter2"
+SECRET = f"{PIECE} 'q' \"d\" $HOME `x` \\ * \nsecond line=end\nß  "
+DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
+
+# What the run saw of its environment, and how its files lie there.
+LOOK = """
+import hashlib
+token = os.environ.get("TOKEN", "")
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        line = (process / "cmdline").read_text()
+    except OSError:
+        continue
+    if "hunter" + "2" in line: (cloud / "ps").write_text(line)
+mask = os.umask(0)
+(cloud / f"seen{worker}").write_text(json.dumps([hashlib.sha256(token.encode()).hexdigest(),
+    oct((home / "crab_jax").stat().st_mode & 0o777), oct((home / "crab_jax" / "environment").stat().st_mode & 0o777),
+    (home / "crab_jax" / "environment").is_symlink(), oct(mask)]))
+os.umask(mask)
+"""
+
+
+def holding(folder: Path, text: str) -> dict[str, str]:
+    """The files below a folder, links not followed, that hold a text, with their modes."""
+    return {str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777) for path in folder.rglob("*")
+            if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()}
+
+
+def assert_nowhere(cloud: Path, *done: subprocess.CompletedProcess) -> None:
+    """No file, recorded command line (calls.jsonl, ps) or output holds the secret."""
+    (cloud / "watch_for").unlink(missing_ok=True)
+    assert holding(cloud, PIECE) == {}
+    for one in done:
+        assert PIECE not in one.stdout + one.stderr
+
+
+def own_mask() -> str:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return oct(mask)
+
+
+@pytest.mark.parametrize(("words", "outside"), [
+    ([f"--env=TOKEN={SECRET}"], {}), (["--env", f"TOKEN={SECRET}"], {"TOKEN": "another"}),
+    (["--env=TOKEN"], {"TOKEN": SECRET}), (["--env", "TOKEN"], {"TOKEN": SECRET}),
+    ([f"--env=TOKEN={PIECE}", f"--env=TOKEN={SECRET}", "--env=PATH=/none"], {}),
+])
+def test_values_of_env_reach_every_worker_and_stand_nowhere(cloud, words, outside):
+    """Neither on a command line of gcloud or of any process, nor in an output, nor in a file that stays."""
+    (cloud / "watch_for").write_text(PIECE)
+    train_does(cloud, LOOK)
+    done = launch(cloud, *RUN, *words, **outside)
+    assert done.returncode == 0 and "TOKEN=***" in done.stderr, done.stderr
+    for worker in range(WORKERS):
+        digest, folder, file, link, mask = json.loads((cloud / f"seen{worker}").read_text())
+        assert digest == DIGEST and (folder, file, link) == ("0o700", "0o600", False)
+        assert mask == own_mask(), "what the run writes is as readable as before"
+    assert_nowhere(cloud, done)
+
+
+def test_while_a_run_goes_on_its_values_lie_in_one_private_file_per_worker(cloud):
+    train_does(cloud, UNTIL_TERM.replace("ON_REQUEST", ON_REQUEST))
+    token = [f"--env=TOKEN={SECRET}"]
+    process = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN, *token], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=environment(cloud), cwd=cloud)
+    wait_for(lambda: "going" in log_of(cloud, 0) and "going" in log_of(cloud, 1), process)
+    try:
+        assert holding(cloud, PIECE) == {f"worker{number}/crab_jax/environment": "0o600" for number in range(WORKERS)}
+        shown = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+        assert "--env=TOKEN" in shown and PIECE not in " ".join(shown)
+
+        other = launch(cloud, *RUN, "--config.steps=3")  # what another person is told
+        assert other.returncode == 2 and "another run is on it: python -u -m crab_jax.train" in other.stderr
+        changed = launch(cloud, *RUN, f"--env=TOKEN={PIECE} is another")
+        assert changed.returncode == 2 and "is on it: the same, with other values of --env" in changed.stderr
+        less = launch(cloud, *RUN)
+        assert less.returncode == 2 and "with other values" in less.stderr
+        for done in (other, changed, less):
+            assert PIECE not in done.stdout + done.stderr and done.stderr.count("\n") <= 2
+        again = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN, "--env=TOKEN"], stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True, env=environment(cloud, TOKEN=SECRET), cwd=cloud)
+        assert "step 1/2 of worker 0" in again.stdout.readline()
+    finally:
+        stopped = launch(cloud, "stop", *PLACE)
+    out, err = process.communicate(timeout=60)
+    out2, err2 = again.communicate(timeout=60)
+    assert process.returncode == again.returncode == 0 and PIECE not in out + err + out2 + err2
+    assert_nowhere(cloud, stopped)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_run_of_an_older_launcher_is_known_and_its_values_are_not_told(cloud, same):
+    """They stood in its file `command`."""
+    home = cloud / "worker0" / "crab_jax"
+    home.mkdir(parents=True)
+    (cloud / "vm").write_text("READY")
+    (home / "command").write_text(f"env 'TOKEN={PIECE} x' ../venv/bin/python -u -m crab_jax.train "
+                                  "--config=configs/tiny.py --workdir=/mnt/runs/x\n")
+    (home / "log").write_text("step 1\n")
+    with subprocess.Popen(["sleep", "60"]) as old:
+        (home / "pid").write_text(str(old.pid))
+        command = [str(cloud / "repo" / "launch_tpu.sh"), *RUN, f"--env=TOKEN={PIECE} {'x' if same else 'y'}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cloud,
+                              env=environment(cloud)) as ours:
+            said = ours.stdout.readline()
+            while said and "on the slice already" not in said and "another run is on it" not in said:
+                said = ours.stdout.readline()
+            ours.kill()
+        old.kill()
+    assert PIECE not in said
+    assert ("on the slice already" in said) == same
+    assert same or "another run is on it: python -u -m crab_jax.train" in said
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    ([f"--env={PIECE}"], "--env: number 1"), (["--env=A=1", f"--env=={PIECE}"], "--env: number 2"),
+    ([f"--env=1A={PIECE}"], "--env"), ([f"--env=A B={PIECE}"], "--env"), ([f"-env=TOKEN={PIECE}"], "'-env'"),
+    ([f"TOKEN={PIECE}"], "'TOKEN'"), ([f"--evn=TOKEN={PIECE}"], "--evn is not a flag"), (["--env"], "--env"),
+])
+def test_a_mistyped_env_is_named_without_its_value(cloud, words, named):
+    done = launch(cloud, *RUN, *words)
+    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
+    assert not calls(cloud)
+    assert_nowhere(cloud, done)
+
+
+def test_values_that_did_not_arrive_whole_start_nothing(cloud):
+    (cloud / "odd").write_text("mktemp environment\ncut")
+    done = launch(cloud, *RUN, f"--env=TOKEN={SECRET}")
+    assert done.returncode == 1 and "the values of --env did not arrive" in done.stderr
+    assert not runs_of(cloud, 0) and not runs_of(cloud, 1)
+    assert_nowhere(cloud, done)
+
+
+@pytest.mark.parametrize("word", ["set -e; mkdir", "echo set up", "mktemp environment", "setsid"])
+def test_a_slice_that_is_lost_on_the_way_to_the_start_is_replaced(cloud, word):
+    """At installing, setting up, handing over and starting."""
+    (cloud / "odd").write_text(f"{word}\nlost")
+    train_does(cloud, LOOK)
+    done = launch(cloud, *RUN, f"--env=TOKEN={SECRET}", "--setup=echo set up")
+    assert done.returncode == 0 and "restart 1 of" in done.stderr, done.stderr
+    for worker in range(WORKERS):
+        assert json.loads((cloud / f"seen{worker}").read_text())[0] == DIGEST
+    assert_nowhere(cloud, done)
+
+
+def test_a_start_that_gcloud_repeats_starts_one_run(cloud):
+    """It repeats a command whose connection broke."""
+    train_does(cloud, "time.sleep(2)")
+    (cloud / "odd").write_text("setsid\ntwice")
+    done = launch(cloud, *RUN, f"--env=TOKEN={SECRET}")
+    assert done.returncode == 0 and len(runs_of(cloud, 0)) == len(runs_of(cloud, 1)) == 1, done.stderr
+
+
+def test_links_that_wait_in_the_temporary_folder_are_not_followed(cloud):
+    """A folder that others can write to, with links of the names that could be guessed."""
+    commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=cloud / "repo", text=True).strip()
+    (cloud / "tmp").mkdir()
+    (cloud / "victim").write_text("precious")
+    planted = [f"crab_jax-{commit}.tar.gz", "crab_jax", "environment", "errors"]
+    for name in planted:
+        (cloud / "tmp" / name).symlink_to(cloud / "victim")
+    done = launch(cloud, *RUN, f"--env=TOKEN={SECRET}", TMPDIR=str(cloud / "tmp"))
+    assert done.returncode == 0, done.stderr
+    assert (cloud / "victim").read_text() == "precious"
+    assert sorted(path.name for path in (cloud / "tmp").iterdir()) == sorted(planted)  # and nothing of ours stays
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_launcher_that_is_ended_leaves_no_temporary_files(cloud, sent):
+    train_does(cloud, "time.sleep(3)")
+    (cloud / "tmp").mkdir()
+    process = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN, f"--env=TOKEN={SECRET}"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env=environment(cloud, TMPDIR=str(cloud / "tmp")), cwd=cloud)
+    wait_for(lambda: "step 1" in log_of(cloud, 0), process)
+    assert len(list((cloud / "tmp").iterdir())) == 1
+    os.killpg(process.pid, sent)
+    process.communicate(timeout=60)
+    assert list((cloud / "tmp").iterdir()) == []
+    launch(cloud, "stop", *PLACE)
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_one_line(cloud):
+    done = launch(cloud, *RUN, TMPDIR=str(cloud / "none"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {cloud}/none: no folder can be made")
+    assert not calls(cloud)
+
+
+# ---------------------------------------------------------------------------------------------- the same all through
+
+def test_a_restart_installs_the_commit_that_the_run_began_with(cloud):
+    """Work goes on in the checkout while a run is followed."""
+    change = """
+import subprocess
+if len((cloud / f"train{worker}.jsonl").read_text().splitlines()) == 1 and worker == "0":
+    (cloud / "repo" / "configs" / "tiny.py").write_text("# another\\n")
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "two"], cwd=cloud / "repo")
+    (cloud / "vm").write_text("PREEMPTED"); sys.exit(1)
+elif len((cloud / f"train{worker}.jsonl").read_text().splitlines()) == 1:
+    time.sleep(1); sys.exit(1)
+(cloud / f"config{worker}").write_text(Path("configs/tiny.py").read_text())
+"""
+    train_does(cloud, change)
+    done = launch(cloud, *RUN)
+    assert done.returncode == 0, done.stderr
+    first, second = runs_of(cloud, 0)
+    assert first == second and (cloud / "config0").read_text() == "# a config\n"
+
+
+def test_workers_install_what_the_lists_name_by_hash(cloud):
+    """A slice that replaces a preempted one has the same versions."""
+    assert launch(cloud, *RUN).returncode == 0
+    installs = [line.split(" ", 2) for line in (cloud / "installs").read_text().splitlines()]
+    pip = [words for worker, _, words in installs if worker == "0" and words.startswith("pip ")]
+    assert all("--require-hashes" in words or "--no-deps" in words for words in pip)
+    assert any("/py311.txt" in words and "/py311-tpu.txt" in words for words in pip)
+    lists = {word.rpartition("/")[2] for words in pip for word in words.split() if word.endswith(".txt")}
+    assert all((REPOSITORY / "constraints" / name).exists() for name in lists) and len(lists) == 3
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """Package -> version of a list in constraints/; each has a hash, and nothing names where to get them."""
+    found: dict[str, str] = {}
+    text = path.read_text()
+    assert "make lock" in text.split("\n")[1] and "://" not in text and "--index" not in text, path
+    for entry in re.sub(r"^#.*\n|\\\n", "", text, flags=re.MULTILINE).splitlines():
+        requirement, *hashes = entry.split()
+        hashes = [word for word in hashes if word.startswith("--hash=")]
+        assert hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes), (path, entry)
+        name, _, version = requirement.partition("==")
+        found[canonicalize_name(name.partition("[")[0])] = version
+    return found
+
+
+@pytest.mark.parametrize("python", ["py311", "py312", "py313"])
+def test_lists_of_versions_satisfy_what_the_project_asks_for(python):
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    asked = [line for text in (setup["options"]["install_requires"], setup["options.extras_require"]["dev"])
+             for line in text.splitlines() if line]
+    versions = pinned(REPOSITORY / "constraints" / f"{python}.txt")
+    for requirement in map(Requirement, asked):
+        assert canonicalize_name(requirement.name) in versions, f"{requirement} is new: make lock"
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+    for extra in ("tpu", "cuda12", "cuda13"):
+        added = pinned(REPOSITORY / "constraints" / f"{python}-{extra}.txt")
+        assert all(versions.get(name, version) == version for name, version in added.items())
+        assert added["jax"] == versions["jax"] and added.keys() - versions.keys()
+    assert pinned(REPOSITORY / "constraints" / "build.txt").keys() == {"setuptools"}
+    assert pinned(REPOSITORY / "constraints" / "uv.txt").keys() == {"uv"}
+
+
+def test_nothing_tells_to_install_a_name_that_is_not_ours():
+    """`crab_jax` on a package index would be somebody else's."""
+    files = [path for path in REPOSITORY.rglob("*") if path.suffix in (".md", ".py", ".sh", ".cfg", ".toml")
+             and not path.is_relative_to(REPOSITORY / ".venv") and "runs" not in path.parts]
+    wrong = re.compile(r"(pip|uv)3? +install[^\n`;]*[ '\"]crab[_-]jax(\[|['\"` ]|$)", re.MULTILINE)
+    assert len(files) > 50
+    assert not [path for path in files if wrong.search(path.read_text())]
+
+
 # ------------------------------------------------------------------------------------------------------------- SLURM
 
 SRUN = r'''
@@ -526,6 +831,7 @@ from pathlib import Path
 cloud = Path(os.environ["FAKE_CLOUD"])
 signal.signal(signal.SIGTERM, lambda *_: ((cloud / "srun_ended").touch(), sys.exit(int(os.environ.get("CODE", 0)))))
 (cloud / "srun.json").write_text(json.dumps(sys.argv[1:]))
+(cloud / "srun.env").write_text(os.environ.get("TOKEN", ""))
 while os.environ.get("GO_ON"): time.sleep(0.1)
 sys.exit(int(os.environ.get("CODE", 0)))
 '''
@@ -565,6 +871,23 @@ def test_slurm_runs_evaluate_too(slurm):
     assert words[words.index("py"):] == ["py", "-u", "-m", "crab_jax.evaluate", "--checkpoint", "a b"]
 
 
+@pytest.mark.parametrize("words", [[f"--env=TOKEN={PIECE}"], ["--env", f"TOKEN={PIECE}"],
+                                   ["evaluate", f"--env=TOKEN={PIECE}"]])
+def test_slurm_refuses_values_among_the_arguments_of_a_job(slurm, words):
+    """scontrol shows these to every user; the environment of sbatch is handed over instead."""
+    job = sbatch(slurm, *words)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 2 and err.startswith("error: --env: ") and err.count("\n") == 1
+    assert PIECE not in out + err and not (slurm / "srun.json").exists()
+
+
+def test_slurm_hands_the_environment_on(slurm):
+    job = sbatch(slurm, CODE="0", TOKEN=SECRET)
+    out, err = job.communicate(timeout=60)
+    assert (slurm / "srun.env").read_text() == SECRET
+    assert PIECE not in out + err + (slurm / "srun.json").read_text()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
 def test_slurm_requeues_after_the_run_ended_on_a_signal(slurm, sent):
     """At the time limit the batch shell gets USR1, at a preemption TERM; train gets TERM and time to save."""
@@ -587,6 +910,7 @@ def test_slurm_asks_for_as_many_tasks_as_gpus_and_for_a_warning():
 def test_scripts_are_well_formed(name):
     assert subprocess.run(["bash", "-n", REPOSITORY / name]).returncode == 0
     assert os.access(REPOSITORY / name, os.X_OK)
-    if shutil.which("shellcheck"):
-        found = subprocess.run(["shellcheck", REPOSITORY / name], capture_output=True, text=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck:
+        found = subprocess.run([shellcheck, REPOSITORY / name], capture_output=True, text=True)
         assert found.returncode == 0, found.stdout

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 from fractions import Fraction
 
 import av
+import clips
 import flax.linen as nn
 import jax
 import numpy as np
@@ -14,13 +16,16 @@ import soundfile
 from PIL import Image
 
 from configs import tiny
+from crab_jax import clip_page, runs
 from crab_jax import predict as verb
-from crab_jax import runs
 from crab_jax.checkpoints import save_packed
 from crab_jax.config import model_config
+from crab_jax.errors import InputError
 from crab_jax.inference import read_answer
 from crab_jax.models.crab import Crab
 from crab_jax.tasks import TASKS
+from data_pipelines import fbank
+from data_pipelines import media as data_media
 from data_pipelines.media import avss_palette, read_audio
 from data_pipelines.tokens import Tokenizer
 
@@ -197,6 +202,44 @@ def test_sound_of_another_length_is_put_in_step_with_the_video(media, tmp_path):
     assert len(sound_of(long)) == 2 * RATE
 
 
+@pytest.mark.parametrize(("clip", "second", "said"), [
+    ("late15", 3, "the sound starts 1.4 s after the pictures; silence is put in front"),
+    ("late3", 7, "the sound starts 2.9 s after the pictures; silence is put in front"),
+    ("early", 5, "the sound starts 2.0 s before the pictures; its beginning is cut off"),
+    ("varying", 7, None), ("still", 8, None), ("long", 7, "the audio lasts 14.0 s, but the video 10.0 s: "),
+    ("short", 4, "the audio lasts 6.0 s, but the video 10.0 s: the rest is filled with silence")])
+def test_the_loudest_second_is_that_of_the_picture_whatever_the_times_of_frames_and_sound(tmp_path, clip, second, said):
+    """What is asked, heard and shown is of the same second of the clip."""
+    times, sound, offset = {
+        "late15": (clips.steady(10), clips.beep(8.5, 1.6, 2.4), 1.5),
+        "late3": (clips.steady(10), clips.beep(7, 4.1, 4.9), 3.0),
+        "early": (clips.steady(10, start=2.0), clips.beep(12, 7.1, 7.9), 0.0),
+        "varying": ([*map(float, range(6)), *(6 + i / 60 for i in range(240))], clips.beep(10, 7.1, 7.9), 0.0),
+        "still": ([0.0, *(8 + i / 30 for i in range(60))], clips.beep(10, 8.1, 8.9), 0.0),
+        "long": (clips.steady(10), clips.beep(14, 7.1, 7.9), 0.0),
+        "short": (clips.steady(10), clips.beep(6, 4.1, 4.9), 0.0)}[clip]
+    path = clips.write_clip(tmp_path / "clip.mp4", times, sound, offset)
+    asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name)
+    assert asked.example.second == second
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+    assert f"the {words[second]} second" in asked.example.instruction
+    assert [said in warning for warning in asked.warnings] == ([True] if said else [])
+    with Image.open(asked.picture) as picture:
+        assert clips.seconds_of(np.array(picture)[None]) == [second]
+    heard = fbank.cut_windows(data_media.clip_sound(asked.example.audio, asked.example.video), "ten")
+    assert np.square(heard).sum(1).argmax() == second
+    for wanted in (0, 9):
+        asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name, second=wanted)
+        with Image.open(asked.picture) as picture:
+            assert clips.seconds_of(np.array(picture)[None]) == [wanted]
+
+
+def test_a_still_with_sound_is_shown_at_every_second(tmp_path):
+    path = clips.write_clip(tmp_path / "one.mp4", [0.0], clips.beep(10, 7.1, 7.9))
+    asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name)
+    assert asked.example.second == 7 and not asked.warnings and asked.picture.is_file()
+
+
 def test_silence_and_clips_shorter_than_their_windows_are_pointed_out(media, tmp_path):
     silent = ask(media, tmp_path, task="ave", video_path="clip.mp4", audio_path="silent.wav")
     assert silent.warnings == ("the audio is silent: the answer can rest on the pictures only",)
@@ -248,6 +291,83 @@ def test_class_maps_have_the_names_of_their_colours_beside_them(media, tmp_path)
     assert overlay.width > SIZE[0] + 40 and Image.open(tmp_path / names["mask"]).size == SIZE
     beside = np.array(overlay)[:, SIZE[0]:].reshape(-1, 3).tolist()
     assert avss_palette()[23].tolist() in beside and avss_palette()[1].tolist() not in beside
+
+
+def sideways(path, size=(240, 160)):
+    """A photo taken sideways: stored as `size`, shown turned to the right, white on its right as shown."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[: size[1] // 2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    return path
+
+
+def test_everything_about_a_turned_photo_is_upright(media, tmp_path):
+    sideways(tmp_path / "photo.jpg")
+    sound = str(media / "tone.wav")
+    truth = np.zeros((240, 160), np.uint8)
+    truth[:, 80:] = 255
+    Image.fromarray(truth).save(tmp_path / "truth.png")
+    asked = ask(tmp_path, tmp_path / "out", task="s4", image_path="photo.jpg", audio_path=sound, mask_path="truth.png")
+    out = tmp_path / "out"
+    shown = np.array(Image.open(out / "000_picture.png"))
+    assert shown.shape == (240, 160, 3) and shown[:, 90:].min() > 240 and shown[:, :70].max() < 15
+    assert asked.picture == out / "000_picture.png" and asked.example.image == str(tmp_path / "photo.jpg")
+    half = np.zeros((8, 8), np.float32)
+    half[:4] = 1
+    names = verb.draw(asked, read_answer(asked.example, "", half), out)
+    mask, drawn = (np.array(Image.open(out / names[kind])) for kind in ("mask", "overlay"))
+    assert mask.shape == (240, 160) and mask[:115].min() == 255 and not mask[125:].any()
+    assert drawn.shape == (240, 160, 3)
+    np.testing.assert_array_equal(drawn[130:235, 90:150], shown[130:235, 90:150])  # of the mask's outline only the edge
+    asked = ask(tmp_path, out, task="arig", image_path="photo.jpg", audio_path=sound)
+    names = verb.draw(asked, read_answer(asked.example, "(0,112) and (112,224)", None), out)
+    boxed = np.array(Image.open(out / names["overlay"]))
+    assert boxed.shape == (240, 160, 3) and (boxed[239, 5:75] == (213, 94, 0)).all()
+    with pytest.raises(InputError, match="is 240x160, but its picture is 160x240; .*upright where EXIF turns it"):
+        Image.fromarray(np.ascontiguousarray(truth.T)).save(tmp_path / "stored.png")
+        ask(tmp_path, out, task="s4", image_path="photo.jpg", audio_path=sound, mask_path="stored.png")
+
+
+def test_greys_of_16_bits_are_drawn_as_the_model_sees_them(media, tmp_path):
+    Image.fromarray(np.full(SIZE[::-1], 100 * 256, np.uint16)).save(tmp_path / "deep.png")
+    asked = ask(tmp_path, tmp_path / "out", task="s4", image_path="deep.png", audio_path=str(media / "tone.wav"))
+    names = verb.draw(asked, read_answer(asked.example, "", np.zeros((8, 8), np.float32)), tmp_path / "out")
+    for name in ("000_picture.png", names["overlay"]):
+        assert np.unique(np.array(Image.open(tmp_path / "out" / name))).tolist() == [100]
+
+
+def test_the_picture_that_was_asked_about_is_always_written(media, tmp_path):
+    for name, record in {"question": {"image_path": "picture.png", "audio_path": "tone.wav", "question": "What?"},
+                         "ms3": {"task": "ms3", "video_path": "clip.mp4", "second": 1}}.items():
+        asked = ask(media, tmp_path / name, **record)
+        assert asked.picture == tmp_path / name / "000_picture.png"
+        assert Image.open(asked.picture).size == SIZE and Image.open(asked.picture).mode == "RGB"
+    assert ask(media, tmp_path / "ave", task="ave", video_path="clip.mp4").picture is None
+
+
+def test_damage_is_named_before_a_model_is_loaded(media, tmp_path):
+    content = (media / "picture.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    Image.new("L", (9, 9)).save(tmp_path / "small.png")
+    sound = str(media / "tone.wav")
+    for record, said in (({"image_path": "cut.png"}, "ends before"),
+                         ({"image_path": str(media / "picture.png"), "mask_path": "small.png"}, "is 9x9, but its"),
+                         ({"image_path": str(media / "picture.png"), "mask_path": "cut.png"}, "ends before")):
+        with pytest.raises(InputError, match=said):
+            ask(tmp_path, tmp_path / "out", task="s4", audio_path=sound, **record)
+
+
+def test_a_name_that_is_no_text_is_drawn_and_shown(media, tmp_path):
+    name = os.fsdecode(b"caf\xe9 12:30 100%.png")
+    (tmp_path / name).write_bytes((media / "picture.png").read_bytes())
+    asked = ask(tmp_path, tmp_path / "out", task="s4", image_path=name, audio_path=str(media / "tone.wav"))
+    answer = read_answer(asked.example, "", np.zeros((8, 8), np.float32))
+    page = tmp_path / "page.html"
+    clip_page.write(page, [str(tmp_path / name)], [clip_page.Answered(answer, None, ())], None)
+    text = page.read_text()
+    assert "caf\\udce9 12:30 100%.png" in text and "data:image/jpeg;base64" in text
 
 
 ANSWERS = {

@@ -65,15 +65,20 @@ def test_answers_must_fit_the_examples():
 
 
 @pytest.mark.parametrize(("task", "meta", "field"), [
-    ("ave", {"event": "Dog", "start": 0}, "meta.end"), ("ave", {"event": "Dog", "start": "x", "end": None}, "meta"),
-    ("avqa", {}, "meta.answer"), ("avqa", {"answer": "yes", "type": "Audio"}, "meta"),
-    ("avvp", {"audio": []}, "meta.visual"), ("avcap", {"captions": "a dog"}, "meta"),
-    ("avcap", {"captions": []}, "meta"),
+    ("ave", {"event": "Dog", "start": 0}, "meta.end"), ("avqa", {}, "meta.answer"),
+    ("ave", {"event": "Dog", "start": "x", "end": None}, "meta.start"),
+    ("avqa", {"answer": "yes", "type": "Audio"}, "meta.type"),
+    ("avvp", {"audio": []}, "meta.visual"), ("avcap", {"captions": "a dog"}, "meta.captions"),
+    ("avcap", {"captions": []}, "meta.captions"), ("ave", {"event": "Dog", "start": 3, "end": 11}, "meta.end"),
+    ("ave", {"event": "Dog", "start": 3.0, "end": 8}, "meta.start"), ("avqa", {"answer": 2}, "meta.answer"),
+    ("ref-avs", {"expression": "it", "object": "", "split": "seen"}, "meta.split"),
+    ("arig", {"object": "dog", "box": [5, 5, 225, 9]}, "meta.box"), ("avvp", {"audio": [["Dog", 0, 12]]}, "meta.audio"),
 ])
 def test_a_bad_label_is_named(task, meta, field):
     with pytest.raises(InputError) as error:
         check_label(Example(id="x", task=task, instruction="?", meta=meta))
-    assert error.value.field == field and "'x'" in error.value.where and f"tasks/{task}.py" in error.value.fix
+    assert error.value.field == field and "'x'" in error.value.where
+    assert f"tasks/{task.replace('-', '_')}.py" in error.value.fix
 
 
 def test_bootstrap_interval_matches_the_normal_approximation():

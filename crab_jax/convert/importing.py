@@ -32,7 +32,7 @@ from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.errors import InputError
-from crab_jax.files import refuse_stand_in
+from crab_jax.files import refuse_stand_in, write_whole
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
@@ -129,8 +129,8 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
         "lora_heads": cfg.lora.heads, "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries,
                                                   "masks": cfg.seg.queries},
         "compat": choices.compat, "seed": files.seed, "sizes": _plain(cfg)}
-    (out / REPORT).write_text(json.dumps(report, indent=1))
-    (out / "config.json").write_text(json.dumps(_run_config(cfg, choices, config).to_dict(), indent=1))
+    write_whole(out / REPORT, json.dumps(report, indent=1))
+    write_whole(out / "config.json", json.dumps(_run_config(cfg, choices, config).to_dict(), indent=1))
     tokenizer.save(out)
     return report
 

@@ -51,7 +51,7 @@ class SegConfig:
     low_res: int = 112
     classes: int = 71
     chain_queries: bool = True
-    dtype: Any = jnp.float32
+    dtype: str = "float32"
 
     def __post_init__(self):
         if self.scales != 2:

@@ -17,7 +17,7 @@ import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, IMAGE
 from crab_jax.tasks.segmentation import Box, box_iou, complete_iou, success_auc, success_rate
-from crab_jax.tasks.task import AV_REASONER, NOTES, Published, Stats, Task, by_group
+from crab_jax.tasks.task import AV_REASONER, NOTES, TEXT, Field, Published, Stats, Task, by_group, is_list, is_number
 
 SIZE = 224
 METRICS = {
@@ -26,6 +26,12 @@ METRICS = {
     "auc": "area under that share over the thresholds 0, 0.05, ..., 1",
     "complete_iou": "mean Complete-IoU in (-2, 1]: IoU less distance and aspect penalties (utils/ciou.py, sign fixed)",
     "parse_rate": "answers with a readable box",
+}
+LABEL = {
+    "object": TEXT,
+    "box": Field(f"[x1, y1, x2, y2] in pixels of the {SIZE} x {SIZE} picture, x1 <= x2 and y1 <= y2",
+                 lambda value, meta: is_list(value, lambda edge: is_number(edge, 0, SIZE), 4) and len(value) == 4 and
+                 value[0] <= value[2] and value[1] <= value[3]),
 }
 _NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers are no pixels
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
@@ -99,7 +105,8 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 ARIG = Task(name="arig", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="mean_iou", metrics=METRICS,
+            constants=constants, headline="mean_iou", metrics=METRICS, label=LABEL,
+            windows=("five", "one_of_five", "ten", "one"),
             breakdown=by_group(lambda meta: [str(meta["object"])], reduce, "mean_iou"),
             published=[Published("Crab", {"mean_iou": 0.4178, "auc": 0.42}, NOTES),
                        Published("FNAC", {"mean_iou": 0.2715, "auc": 0.31}, NOTES),

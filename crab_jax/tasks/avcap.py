@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import Stats, Task
+from crab_jax.tasks.task import TEXTS, Stats, Task
 from crab_jax.tasks.text import plain
 
 METRICS = {
@@ -180,4 +180,5 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 AVCAP = Task(name="avcap", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-             constants=constants, headline="cider_d", metrics=METRICS)
+             constants=constants, headline="cider_d", metrics=METRICS, label={"captions": TEXTS},
+             windows=("ten", "none"))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import NOTES, Published, Stats, Task, by_group
+from crab_jax.tasks.task import NOTES, TEXT, Field, Published, Stats, Task, by_group, is_whole
 from crab_jax.tasks.text import find_tags, normalise
 from crab_jax.tasks.times import find_spans, read_ranges
 
@@ -24,6 +24,13 @@ METRICS = {
     "accuracy": "one-second segments whose event or background is right, end second exclusive (AVE, compute_acc)",
     "accuracy_inclusive": "the same with the end second counted in, in answer and label (some released scorers)",
     "event_accuracy": "clips whose event is named right, whatever the time range",
+}
+LABEL = {
+    "event": TEXT,
+    "start": Field(f"a whole second from 0 to {SECONDS}", lambda value, meta: is_whole(value, 0, SECONDS)),
+    "end": Field(f"a whole second from `start` to {SECONDS}, the first after the event",
+                 lambda value, meta: is_whole(value, meta["start"] if is_whole(meta.get("start"), 0, SECONDS) else 0,
+                                              SECONDS)),
 }
 _PROMPT = f"{VIDEO}{AUDIO}Please describe the events and time range that occurred in the video."
 _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
@@ -108,7 +115,7 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 AVE = Task(name="ave", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-           constants=constants, headline="accuracy", metrics=METRICS,
+           constants=constants, headline="accuracy", metrics=METRICS, label=LABEL, timed=True,
            breakdown=by_group(lambda meta: [str(meta["event"])], reduce, "accuracy"),
            published=[Published("Crab", {"accuracy": 0.8015}, NOTES),
                       Published("MM-Pyramid", {"accuracy": 0.7780}, NOTES)])

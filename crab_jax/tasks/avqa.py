@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import AV_REASONER, NOTES, Published, Stats, Task, by_group
+from crab_jax.tasks.task import AV_REASONER, NOTES, TEXT, Field, Meta, Published, Stats, Task, by_group, is_list
 from crab_jax.tasks.text import find_tags, normalise
 
 SUBTYPES = ("audio_counting", "audio_comparative", "visual_counting", "visual_location", "audio_visual_existential",
@@ -26,6 +26,19 @@ METRICS = {
     "accuracy_substring": "answers that contain the label (the rule of some released scorers; looser)",
     **{name: f"exact match over the {name.replace('_', '-')} questions" for name in MODALITIES},
     **{name: f"exact match over the {' '.join(name.rsplit('_', 1))} questions" for name in SUBTYPES},
+}
+
+
+def kind_of(meta: Meta) -> str:
+    """The question type in the words of SUBTYPES, "" for none."""
+    return "_".join(normalise(" ".join(meta.get("type", ()))).split())
+
+
+LABEL = {
+    "answer": TEXT,
+    "type": Field("[modality, kind] as in the release, such as [\"Audio-Visual\", \"Counting\"], or left out",
+                  lambda value, meta: is_list(value, lambda word: isinstance(word, str)) and
+                  kind_of(meta) in ("", *SUBTYPES), ""),
 }
 _MODALITY = {name: name.rpartition("_")[0] for name in SUBTYPES}
 _PROMPT = f"{VIDEO}{AUDIO}Please answer this question: "
@@ -52,7 +65,7 @@ def parse(text: str) -> str | None:
 def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
     """Whether one answer is right, exactly and by the substring rule of some scorers, and its question type."""
     answer, truth = normalise(parsed or ""), normalise(str(meta["answer"]))
-    kind = "_".join(normalise(" ".join(meta.get("type", ()))).split())
+    kind = kind_of(meta)
     if kind and kind not in SUBTYPES:
         raise ValueError(f"unknown question type {meta['type']!r}")
     return {"correct": float(answer == truth), "substring": float(truth in answer), "type": kind}
@@ -77,7 +90,7 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 AVQA = Task(name="avqa", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="accuracy", metrics=METRICS,
+            constants=constants, headline="accuracy", metrics=METRICS, label=LABEL, windows=("music_avqa", "ten"),
             breakdown=by_group(lambda meta: ["/".join(meta.get("type", ())) or "no type"], reduce, "accuracy"),
             published=[
                 Published("Crab", {"accuracy": 0.7894, "audio": 0.7658, "visual": 0.9073, "audio_visual": 0.7413},

@@ -17,7 +17,7 @@ import numpy as np
 from crab_jax.errors import InputError
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import NOTES, Breakdown, Meta, Published, Stats, Task, by_group
+from crab_jax.tasks.task import CLIP, NOTES, Breakdown, Field, Meta, Published, Stats, Task, by_group, is_list, is_text
 from crab_jax.tasks.text import object_words
 
 CLASSES = tuple("""
@@ -45,6 +45,8 @@ SEMANTIC_METRICS = {
     "object_accuracy": "answers that name the sounding objects, of the labels that say them, in whatever spelling",
     "mask_rate": "answers with six mask tokens",
 }
+_OBJECTS = Field("a list of names; [] where the annotation does not say what sounds",
+                 lambda value, meta: is_list(value, is_text))
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _ANSWER = re.compile(r"object making (?:the )?sound in the (?:video|image) is ")
 _MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
@@ -191,6 +193,8 @@ def _image_test(second: int) -> str:
 def _task(name: str, test: Callable[[int], str], published: Sequence[Published] = (), semantic: bool = False) -> Task:
     common: dict[str, Any] = {"name": name, "instruction": _instruction(test), "target": target, "parse": parse,
                               "headline": "miou", "published": published}
+    clip = CLIP._replace(needed="") if semantic else CLIP
+    common |= {"label": {"objects": _OBJECTS, "video": clip}, "windows": ("five", "one_of_five", "ten", "one")}
     if semantic:
         return Task(stats=_semantic_stats, reduce=_semantic_reduce, constants=_semantic_constants, mask_kind="semantic",
                     metrics=SEMANTIC_METRICS, breakdown=_class_breakdown, **common)

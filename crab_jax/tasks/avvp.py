@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import AV_REASONER, Published, Stats, Task, by_group
+from crab_jax.tasks.task import AV_REASONER, Field, Published, Stats, Task, by_group, is_list, is_text, is_whole
 from crab_jax.tasks.text import find_tags, normalise
 from crab_jax.tasks.times import find_spans
 
@@ -28,6 +28,16 @@ METRICS = {f"{level}_{name}": f"{level}-level F: {what} (AVVP-ECCV20)" for level
     "event_av": "audio and visual counts pooled per class (Event@AV)",
     "type_av": "mean of A, V and AV (Type@AV)"}.items()}
 Events = list[list[Any]]  # [[name, start, end], ...]
+
+
+def _is_event(event: Any) -> bool:
+    return is_list(event, lambda part: True, 3) and len(event) == 3 and is_text(event[0]) and all(
+        is_whole(second, 0, SECONDS) for second in event[1:])
+
+
+_EVENTS = Field(f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}",
+                lambda value, meta: is_list(value, _is_event))
+LABEL = {"audio": _EVENTS, "visual": _EVENTS}
 
 _PROMPT = (f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information in the "
            "video, as well as the start and end times of these events.")
@@ -195,7 +205,7 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 AVVP = Task(name="avvp", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="segment_type_av", metrics=METRICS,
+            constants=constants, headline="segment_type_av", metrics=METRICS, label=LABEL, timed=True,
             breakdown=by_group(lambda meta: {str(name) for name, *_ in (*meta["audio"], *meta["visual"])}, reduce,
                                "segment_type_av"),
             published=[  # which average is meant, Type@AV or Event@AV, the sources do not say

@@ -17,7 +17,7 @@ import numpy as np
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.avs import binary_stats, mean_scores, names_match, ordinal, video_f
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import Stats, Task, by_group
+from crab_jax.tasks.task import TEXT, Field, Stats, Task, by_group, is_text
 from crab_jax.tasks.text import object_words
 
 J_THRESHOLDS = {"": 0.5, "_04": 0.4}  # of the released Crab code, and of the Ref-AVS release
@@ -33,6 +33,14 @@ METRICS = {
     "s_null_04": "the same above 0.4",
     "object_accuracy": "answers that name the object, or say that there is none",
     "mask_rate": "answers with six mask tokens",
+}
+LABEL = {
+    "expression": TEXT,
+    "object": Field("the name of the object, \"\" where the expression refers to nothing",
+                    lambda value, meta: value == "" or is_text(value)),
+    "split": Field('"seen" or "unseen", and "null" where `object` is ""', lambda value, meta:
+                   value in ("seen", "unseen", "null") and (value == "null") == (meta.get("object", value) == ""),
+                   "score"),
 }
 _ANSWER, _NULL, _MASK_FOLLOWS = "second in the video, ", "does not appear", re.compile(r"\.\s*Its mask\b")
 
@@ -103,5 +111,5 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 REF_AVS = Task(name="ref-avs", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-               constants=constants, headline="j", metrics=METRICS, mask_kind="binary",
+               constants=constants, headline="j", metrics=METRICS, label=LABEL, mask_kind="binary",
                breakdown=by_group(lambda meta: [meta["object"]] if meta["object"] else [], reduce, "j"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,44 @@ Stats = dict[str, Any]  # sufficient statistics of one sample: floats or small a
 Meta = Mapping[str, Any]  # the label of one sample
 Constant = tuple[str, np.ndarray | None]  # an answer: its text and its mask
 Breakdown = dict[str, tuple[float, int]]  # class or question type -> its score and on how many samples
+
+
+class Field(NamedTuple):
+    """What one field of a task's `meta` must be: in words, and as a test of its value beside the whole label.
+
+    needed: "answer" without it no target can be written; "score" only scoring needs it; "" it may be left out.
+    """
+
+    must_be: str
+    holds: Callable[[Any, Meta], bool]
+    needed: str = "answer"
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that says something, and nothing that a tag or a line of a target could hide."""
+    return isinstance(value, str) and bool(value.strip()) and not any(mark in value for mark in "<>\n")
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value is a whole number in [low, high]; neither 3.0 nor True is one."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Whether a value is a finite number in [low, high]."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and (
+        low <= value <= high)
+
+
+def is_list(value: Any, holds: Callable[[Any], bool], least: int = 0) -> bool:
+    """Whether a value is a list of at least so many items that all hold."""
+    return isinstance(value, list | tuple) and len(value) >= least and all(map(holds, value))
+
+
+TEXT = Field("text, without angle brackets", lambda value, meta: is_text(value))
+TEXTS = Field("a list of at least one text",
+              lambda value, meta: is_list(value, lambda text: isinstance(text, str) and bool(text.strip()), 1))
+CLIP = Field("the name of the clip, or null", lambda value, meta: value is None or isinstance(value, str), "score")
 
 
 class Published(NamedTuple):
@@ -48,6 +87,9 @@ class Task:
     metrics: what each metric of `reduce` is, in one line, with whose convention it follows.
     breakdown: `(stats, metas) -> {class or question type: (score, samples)}`, for plots.
     published: rows of the paper's table and of tables that cite it, as far as they are known.
+    label: the fields of `meta` that the target and the score rest on; others may stand beside them.
+    windows: the audio windows (docs/architecture.md) that suit the task, the usual ones first.
+    timed: whether the label has seconds, which are tenths of the clip.
     """
 
     name: str
@@ -59,10 +101,23 @@ class Task:
     constants: Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray | None]], Sequence[Constant]]
     headline: str
     metrics: Mapping[str, str]
+    label: Mapping[str, Field]
     breakdown: Callable[[Sequence[Stats], Sequence[Meta]], Breakdown] = no_breakdown
     published: Sequence[Published] = ()
     mask_kind: str = "none"  # none | binary | semantic
     modalities: tuple[str, ...] = ("audio", "video")  # what the task cannot be answered without
+    windows: tuple[str, ...] = ("ten",)
+    timed: bool = False
+
+
+def wrong_fields(task: Task, meta: Meta, needed: Sequence[str] = ("answer", "score")) -> Iterator[tuple[str, str, str]]:
+    """(field, problem, what it must be) of every field of a label that is wrong, or missing where it is needed."""
+    for name, field in task.label.items():
+        if name not in meta:
+            if field.needed in needed:
+                yield name, "missing", field.must_be
+        elif not field.holds(meta[name], meta):
+            yield name, f"is {meta[name]!r:.60}", field.must_be
 
 
 def by_group(groups: Callable[[Meta], Iterable[str]], reduce: Callable[[Sequence[Stats]], dict[str, float]],

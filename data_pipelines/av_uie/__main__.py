@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crab_jax.bounds import PATH, Name, Real, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import write_whole
+from crab_jax.files import out_file, out_folder, write_whole
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import datasets
 from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
+    if args.out:  # said before the work, not after it
+        (out_folder if args.command in (_verify, _card) else out_file)(args.out)
     args.command(args)
 
 
@@ -79,13 +82,13 @@ def _parser() -> CommandLine:
 
     def add(name: str, doc: str, command: Any, out: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=doc.splitlines()[0], doc=doc)
-        one.add_argument("--out", required=name != "annotate", help=out)
+        one.add_argument("--out", type=PATH, required=name != "annotate", help=out)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         one.set_defaults(command=command)
         return one
 
     read = add("read", _READ, _read, "JSONL file to write")
-    read.add_argument("--labels", action="append", required=True, metavar="[NAME=]PATH",
+    read.add_argument("--labels", action="append", type=PATH, required=True, metavar="[NAME=]PATH",
                       help=f"released zip or unpacked folder, of {', '.join(released.ZIPS)}; may be repeated")
     read.add_argument("--skip-bad", action="store_true", help="leave out damaged label files instead of stopping")
     write = add("write", _WRITE, _write, "JSONL file to write")
@@ -94,28 +97,33 @@ def _parser() -> CommandLine:
         _plain_labels(one)
     _endpoint_arguments(llm)
     check = add("verify", _VERIFY, _verify, "folder to write")
-    check.add_argument("--examples", required=True, metavar="FILE", help="JSONL of Examples with targets")
-    check.add_argument("--root", metavar="DIR", help="where media and masks are (default: the folder of --examples)")
-    check.add_argument("--accept", metavar="FILE", help="ids, one a line, that a person found good")
-    check.add_argument("--reject", metavar="FILE", help="ids, one a line, that a person found bad")
-    check.add_argument("--sample", type=_natural, default=5, help="good Examples of each task on the page (default: 5)")
+    check.add_argument("--examples", type=PATH, required=True, metavar="FILE", help="JSONL of Examples with targets")
+    check.add_argument("--root", type=PATH, metavar="DIR",
+                       help="where media and masks are (default: the folder of --examples)")
+    check.add_argument("--accept", type=PATH, metavar="FILE", help="ids, one a line, that a person found good")
+    check.add_argument("--reject", type=PATH, metavar="FILE", help="ids, one a line, that a person found bad")
+    check.add_argument("--sample", type=Whole(1), default=5, help="good Examples of each task on the page (default: 5)")
     describe = add("card", _CARD, _card, "folder to write")
-    describe.add_argument("--examples", required=True, nargs="+", metavar="FILE", help="JSONL of Examples")
-    describe.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or folder, to count tokens too")
+    describe.add_argument("--examples", type=PATH, required=True, nargs="+", metavar="FILE", help="JSONL of Examples")
+    describe.add_argument("--tokenizer", type=PATH, metavar="PATH",
+                          help="tokenizer.json or folder, to count tokens too")
     describe.add_argument("--name", default="AV-UIE", help="title of the card")
     return parser
 
 
 def _plain_labels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", metavar="DIR", help="data root of original releases; or where the media of "
+    parser.add_argument("--root", type=PATH, metavar="DIR",
+                        help="data root of original releases; or where the media of "
                         "--examples are (default: its folder)")
     parser.add_argument("--datasets", default="", metavar="A,B", help="of the root (default: all that are there)")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", type=Name(), default="train")
     parser.add_argument("--missing", choices=("raise", "skip"), default="raise", help="what to do about media files "
                         "that are not there (default: raise)")
-    parser.add_argument("--examples", metavar="FILE", help="a JSONL file of Examples instead")
+    parser.add_argument("--malformed", choices=("raise", "skip"), default="raise", help="what to do about rows that "
+                        "cannot be read (default: raise)")
+    parser.add_argument("--examples", type=PATH, metavar="FILE", help="a JSONL file of Examples instead")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
-    parser.add_argument("--limit", type=_natural, help="the first so many Examples of each task")
+    parser.add_argument("--limit", type=Whole(1), help="the first so many Examples of each task")
 
 
 def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,25 +136,21 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: AV_UIE_API_KEY)")
     parser.add_argument("--parameters", type=json.loads, default=annotate.PARAMETERS, metavar="JSON",
                         help=f"of the request (default: {json.dumps(annotate.PARAMETERS)})")
-    parser.add_argument("--journal", metavar="FILE", help="answers received (default: <out>.journal)")
-    parser.add_argument("--workers", type=_natural, default=8, help="requests at a time (default: 8)")
-    parser.add_argument("--rpm", type=float, default=0.0, help="requests a minute (default: no limit)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one reply (default: 120)")
-    parser.add_argument("--attempts", type=_natural, default=6, help="tries of one request (default: 6)")
-    parser.add_argument("--backoff", type=float, default=1.0, help="seconds before a second try; doubles (default: 1)")
-    parser.add_argument("--corrections", type=int, default=1, choices=range(4),
+    parser.add_argument("--journal", type=PATH, metavar="FILE", help="answers received (default: <out>.journal)")
+    parser.add_argument("--workers", type=Whole(1), default=8, help="requests at a time (default: 8)")
+    parser.add_argument("--rpm", type=Real(1e-3, 1e9, zero=True), default=0.0,
+                        help="requests a minute (default: no limit)")
+    parser.add_argument("--timeout", type=Real(1e-3, 1e6), default=120.0, help="seconds for one reply (default: 120)")
+    parser.add_argument("--attempts", type=Whole(1), default=6, help="tries of one request (default: 6)")
+    parser.add_argument("--backoff", type=Real(0, 1e6), default=1.0,
+                        help="seconds before a second try; doubles (default: 1)")
+    parser.add_argument("--corrections", type=Whole(0, 3), default=1,
                         help="how often a target that disagrees is asked for again (default: 1)")
-    parser.add_argument("--price-in", type=float, default=0.0, help="of a million prompt tokens")
-    parser.add_argument("--price-out", type=float, default=0.0, help="of a million answer tokens")
-    parser.add_argument("--budget", type=float, default=0.0, help="stop before all answers cost more (default: none)")
+    parser.add_argument("--price-in", type=Real(), default=0.0, help="of a million prompt tokens")
+    parser.add_argument("--price-out", type=Real(), default=0.0, help="of a million answer tokens")
+    parser.add_argument("--budget", type=Real(), default=0.0, help="stop before all answers cost more (default: none)")
     parser.add_argument("--no-masks", action="store_true", help="do not read masks; nothing is said about places")
     parser.add_argument("--estimate", action="store_true", help="print requests, tokens and cost, and ask nothing")
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
 
 
 # Input and output.
@@ -162,7 +166,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
         root, examples = Path(args.root), []
         for name in datasets.choose(args.root, [n for n in args.datasets.split(",") if n], args.split):
             on_stderr(f"reading {name} {args.split}")
-            examples += datasets.read(args.root, name, args.split, "train", args.missing)
+            examples += datasets.read(args.root, name, args.split, "train", args.missing, args.malformed)
     return select(examples, [task for task in args.tasks.split(",") if task], args.limit), root
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import email.utils
-import fcntl
 import hashlib
 import http.client
 import json
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from crab_jax.errors import InputError
+from crab_jax.locks import locked_file
 from data_pipelines.av_uie import labels, prompts, verify
 from data_pipelines.av_uie.prompts import Messages
 from data_pipelines.examples import Example
@@ -123,15 +123,9 @@ class Journal:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
+        self._lock, self._held = threading.Lock(), contextlib.ExitStack()
+        self._held.enter_context(locked_file(self.path, "--journal"))
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._file)
-            raise InputError(str(self.path), "", "is in use by another run", "wait for it, or give another --journal"
-                             ) from None
         self.answers: dict[tuple[str, str], Reply] = {}
         self.lost = self.tokens_in = self.tokens_out = 0
         self._load()
@@ -145,7 +139,7 @@ class Journal:
             try:
                 self._keep(json.loads(line))
             except (ValueError, KeyError, TypeError):
-                os.close(self._file)
+                self.close()
                 raise InputError(f"{self.path}:{number}", "", "is no record of this journal",
                                  "remove the line; the answer in it is asked for again") from None
 
@@ -171,6 +165,7 @@ class Journal:
         with self._lock:
             os.close(self._file)
             self._file = -1
+            self._held.close()
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -21,7 +21,9 @@ START = 0.05  # a sound that starts so much earlier or later than the pictures i
 END = 0.25  # and one that ends so much earlier or later, which then is cut at its own shares, as in the reference
 JITTER = Fraction(1, 10)  # frames within it, and within one frame interval, of a constant rate have that rate
 STRAYS = 4  # the last frames of a clip, before which there may be holes where it was cut
+HELD = Fraction(1, 2)  # seconds of such holes at most; a longer one is a frame that is held
 GAP = 0.1  # a longer hole in a sound track is silence; times of blocks of sound waver by less
+SLOW = 1  # seconds of a frame and more are those of slides
 LONGEST = 600  # a frame, or all holes of a track, that last longer have wrong times
 SPLICE = 10  # the same where times may start anew in the middle of a file (MPEG streams), as ffmpeg has it
 COUNTED = ": frames are taken by their number, and the sound from its first sample"
@@ -54,10 +56,11 @@ class Stamp(NamedTuple):
     duration: int
 
 
-def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction | None, splices: bool = False
-                ) -> FrameTimes:
+def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction | None, splices: bool = False,
+                until: Fraction | None = None) -> FrameTimes:
     """The times of the frames that `stamps`, in the order of the file, are of. `rate`: frames a second as the container
-    has it; `splices`: whether times may start anew in the middle of such a file."""
+    has it; `splices`: whether times may start anew in the middle of such a file; `until`: the second, on the file's own
+    clock, to which the last frame is held where it would end before."""
     shown = [stamp.pts for stamp in stamps]
     if None in shown:
         shown = [stamp.dts for stamp in stamps]  # AVI knows no other; sorted, both are as far apart
@@ -74,9 +77,20 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
     ticks = tuple(known[place] - first for place in order)
     if period := _cut_period(ticks, tick):
         return FrameTimes(ticks, tick, first * tick, len(ticks) * period * tick, False, "")
-    end = _end(ticks, stamps[order[-1]].duration, tick)
+    duration = stamps[order[-1]].duration
+    end = _end(ticks, duration, tick)
+    if until is not None and len(ticks) > 1:
+        held = (until - first * tick) / tick - ticks[-1]
+        if 0 < held <= LONGEST / tick and (not duration or held > duration + Fraction(END) / tick):
+            end = ticks[-1] + held
     return FrameTimes(ticks, tick, first * tick, end * tick if len(ticks) > 1 else Fraction(0),
                       not _on_grid(ticks, end / len(ticks), tick), "")
+
+
+def is_held(times: FrameTimes) -> bool:
+    """Whether the last frame of a film stays as long as its sound, as in players: where frames come when the picture
+    changes (slides, screen recordings), and files seldom say how long the last of them is shown."""
+    return times.varies or len(times.ticks) > 1 and not times.odd and times.seconds >= SLOW * len(times.ticks)
 
 
 def _oddity(stamps: Sequence[Stamp], known: Sequence[int], tick: Fraction | None, longest: int) -> str:
@@ -120,7 +134,8 @@ def _cut_period(ticks: Sequence[int], tick: Fraction) -> Fraction:
     period = Fraction(body[-1], len(body) - 1)
     places = [round(time / period) - len(body) for time in ticks[len(body) :]]
     holes = places[-1] + 1 - STRAYS
-    cut = 0 < holes <= min(3 * STRAYS, len(ticks) // 10) and _on_grid(body, period, tick) and all(
+    few = 0 < holes <= min(3 * STRAYS, len(ticks) // 10) and holes * period * tick <= HELD
+    cut = few and _on_grid(body, period, tick) and all(
         abs(time - (place + len(body)) * period) * tick <= JITTER / 10
         for time, place in zip(ticks[len(body) :], places, strict=True))
     return period if cut else Fraction(0)
@@ -202,11 +217,13 @@ def place(samples: np.ndarray, start: float, seconds: float, rate: int) -> np.nd
     by less than START and END is left as it is.
     """
     shift, length = _span(len(samples), start, seconds, rate)
+    if not shift and length == len(samples):
+        return samples
     samples = samples[max(0, -shift):]
     front = np.zeros(min(max(0, shift), length), samples.dtype)
     samples = samples[: length - len(front)]
     behind = np.zeros(length - len(front) - len(samples), samples.dtype)
-    return np.concatenate([front, samples, behind]) if len(front) or len(behind) else samples
+    return np.concatenate([front, samples, behind])
 
 
 def placed_length(samples: int, start: float, seconds: float, rate: int) -> int:
@@ -235,14 +252,17 @@ class Timing(NamedTuple):
 
     def remarks(self) -> tuple[str, ...]:
         """What a person should know of it, a text each; none where all is as usual."""
-        said = []
-        if self.odd:
-            said.append(f"the file has {self.odd}")
-        if self.sound is not None and self.sound > TOLD:
-            said.append(f"the sound starts {self.sound:.1f} s after the pictures; silence is put in front")
-        elif self.sound is not None and self.sound < -TOLD:
-            said.append(f"the sound starts {-self.sound:.1f} s before the pictures; its beginning is cut off")
-        return tuple(said)
+        said = (f"the file has {self.odd}" if self.odd else "", start_remark(self.sound or 0.0))
+        return tuple(filter(None, said))
+
+
+def start_remark(start: float) -> str:
+    """What is done about a sound that starts so many seconds after the pictures, "" for nothing to speak of."""
+    if abs(start) <= TOLD:
+        return ""
+    if start > 0:
+        return f"the sound starts {start:.1f} s after the pictures; silence is put in front"
+    return f"the sound starts {-start:.1f} s before the pictures; its beginning is cut off"
 
 
 def check_clock(clock: str, where: str) -> None:

@@ -12,8 +12,9 @@ import av
 from av.stream import Disposition
 
 from crab_jax.errors import InputError
-from data_pipelines.media.content import not_supported
-from data_pipelines.media.outline import outline
+from data_pipelines.media.content import head, not_supported
+from data_pipelines.media.kinds import kind_of
+from data_pipelines.media.outline import encrypted, outline
 
 AGAIN = "copy or download the file again"
 # Formats that read other files than the one that is given, or take its name for a pattern or an address.
@@ -60,6 +61,10 @@ def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer
     except InputError:
         raise
     except (av.FFmpegError, OSError, EOFError, ValueError, MemoryError) as error:
+        if encrypted(path):
+            raise InputError(path, field, "is encrypted (DRM)", "give a copy without protection") from None
+        if (kind := kind_of(head(path))) and (kind.picture or kind.fix.startswith("export")):
+            raise InputError(path, field, f"is {kind.name}, no film or sound", "give a film or a sound") from None
         what = str(error) if type(error) is EOFError and error.args else error.__class__.__name__
         problem = f"cannot be decoded ({what}); the file is damaged or incomplete"
         raise InputError(path, field, problem, AGAIN) from None
@@ -69,7 +74,7 @@ def pictures_of(container: av.container.InputContainer) -> av.VideoStream | None
     """The video that players show, None where there is none: no cover, no thumbnails; the default one, the largest."""
     aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     films = [stream for stream in container.streams.video if not stream.disposition & aside]
-    return min(films, key=lambda film: (*_rank(film), -_pixels(film)), default=None)
+    return min(films, key=lambda film: (film.frames == 1, *_rank(film), -_pixels(film)), default=None)
 
 
 def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:

@@ -7,6 +7,7 @@ the end of a container (tags, junk) is no part of it. docs/datasets.md says what
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from data_pipelines.media.content import HEAD, id3_length
 
 _BLOCK = 1 << 20
+_PADDING = 8192  # bytes of zeros that may stand behind a file
 _LEAST = 12  # bytes that the head of any kind has
 Read = Callable[[int, int], bytes]  # (at, count): the bytes of the file from `at`, fewer at its end
 
@@ -54,6 +56,14 @@ def behind_id3(read: Read) -> int:
     return at
 
 
+def _behind(read: Read, at: int, size: int) -> str:
+    """What stands behind the last part of a file is no part of it, unless it is zeros to the end and many: room that
+    was made for a copy which stopped early."""
+    many = size - at >= max(_PADDING, size // 20)
+    zeros = many and not read(at, 4096).strip(b"\0") and not read(size - 4096, 4096).strip(b"\0")
+    return f"holds nothing but zeros from byte {at} on; the copy stopped early" if zeros else ""
+
+
 def _short(what: str, missing: int) -> str:
     return f"ends inside of its {what}, {missing} bytes short"
 
@@ -73,6 +83,8 @@ def _mp4(read: Read, size: int) -> str:
         if kind not in MP4_BOXES and {b"moov", b"mdat"} <= kinds:
             if b"moof" in kinds and 0 < size - at < 8 and not length:
                 return f"ends inside of the head of a box, at byte {at}"  # another fragment began
+            if zeros := _behind(read, at, size):
+                return zeros
             break  # something else behind the film
         length = int.from_bytes(header[8:16], "big") if length == 1 else length or size - at
         if at + length > size:
@@ -93,6 +105,14 @@ def _mp4(read: Read, size: int) -> str:
     if last == b"moof":
         return "ends before the data of its last fragment"
     return f"ends before byte {end}, to which its index points" if end > size else ""
+
+
+def encrypted(path: str | Path) -> bool:
+    """Whether the tracks of an MP4 are protected: its boxes are whole, and nothing can be decoded."""
+    with open(path, "rb") as file:
+        number = file.fileno()
+        return any(kind == b"moov" and b"sinf" in os.pread(number, min(end - start, _BLOCK), start) for kind, start, end
+                   in _boxes(lambda at, count: os.pread(number, count, at), 0, os.fstat(number).st_size))
 
 
 def _boxes(read: Read, at: int, end: int) -> list[tuple[bytes, int, int]]:
@@ -124,7 +144,7 @@ def _last_chunk(read: Read, at: int, end: int) -> int:
             count = min(int.from_bytes(read(start + 4, 4), "big"), (stop - start - 8) // wide)
             table = read(start + 8, count * wide)
             places = struct.unpack(f">{len(table) // wide}{'I' if wide == 4 else 'Q'}", table)
-            last = max(last, max(places, default=-1) + 1)
+            last = max(last, max(places, default=0))
     return 0 if external else last
 
 
@@ -144,24 +164,27 @@ _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 _IN_SEGMENT = (0x114D9B74, 0x1549A966, 0x1654AE6B, _CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367)
 _IN_CLUSTER = (0xE7, 0xA3, 0xA0, 0xAB, 0xA7, 0x5854, 0xAF)
 _ANYWHERE = (0xEC, 0xBF)  # void, checksum
+_ELEMENTS = {_EBML, _SEGMENT, *_IN_SEGMENT, *_IN_CLUSTER, *_ANYWHERE}
 
 
 def _matroska(read: Read, size: int) -> str:
     """Elements must fit into the file; those of unknown length (live recordings) are looked into."""
-    at = 0
+    at = segment = 0
     while at < size:
         header = read(at, 12)
         first = _vint_length(header[0])
         kind = int.from_bytes(header[:first], "big")
-        second = _vint_length(header[first]) if len(header) > first else 9
-        if len(header) < first + second:
+        second = _vint_length(header[first]) if len(header) > first else 1
+        if len(header) < first < 5 or (kind in _ELEMENTS and len(header) < first + second):
             return f"ends inside of the head of an element, at byte {at}"
-        if kind not in (_EBML, _SEGMENT, *_IN_SEGMENT, *_IN_CLUSTER, *_ANYWHERE):
-            return ""  # something else behind the film
+        if kind not in _ELEMENTS:
+            broken = at < segment and not header[4:].strip(b"\0")
+            return f"has a broken element at byte {at}" if broken else _behind(read, at, size)
         unknown = (1 << 7 * second) - 1
         length = int.from_bytes(header[first : first + second], "big") & unknown
         at += first + second
-        if length == unknown:
+        if length == unknown or (kind == _SEGMENT and at + length <= size):
+            segment = 0 if length == unknown else at + length
             continue  # its children come next
         if at + length > size:
             return _short({_SEGMENT: "segment", _CLUSTER: "cluster"}.get(kind, "element"), at + length - size)
@@ -181,7 +204,7 @@ def _ogg(read: Read, size: int) -> str:
     while at < size:
         header = read(at, 27 + 255)
         if not header.startswith(b"OggS"[: len(header)]):
-            break  # something else behind the last page
+            return _behind(read, at, size)
         lengths = header[27 : 27 + header[26]] if len(header) > 26 else b""
         end = at + 27 + header[26] + sum(lengths) if len(header) > 26 else size + 1
         if end > size:
@@ -192,6 +215,20 @@ def _ogg(read: Read, size: int) -> str:
     return "ends inside of a packet" if going_on else ""
 
 
+def chained(path: str | Path) -> bool:
+    """Whether an Ogg or FLAC file is several behind each other, of which libsndfile reads the first only."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"fLaC":
+            return b"fLaC\0\0\0\x22" in file.read()
+        number, at, begun = file.fileno(), 0, False
+        while (header := os.pread(number, 27 + 255, at)).startswith(b"OggS") and len(header) > 26:
+            if header[5] & 2 and begun:
+                return True
+            begun = begun or not header[5] & 2
+            at += 27 + header[26] + sum(header[27 : 27 + header[26]])
+    return False
+
+
 # Flash
 
 def _flash(read: Read, size: int) -> str:
@@ -200,7 +237,7 @@ def _flash(read: Read, size: int) -> str:
         header = read(at, 11)
         kind, length = header[0] & 0x1F, int.from_bytes(header[1:4], "big")
         if kind not in (8, 9, 18):
-            break  # something else behind the film
+            return _behind(read, at, size)
         if at + 11 + length + 4 > size:
             return _short("last tag", at + 11 + length + 4 - size)
         if kind == 18 and not stated:
@@ -223,6 +260,8 @@ def _transport(start: bytes) -> int:
 def _mpegts(read: Read, size: int) -> str:
     length = _transport(read(0, HEAD))
     rest = size % length
+    if size > 2 * _PADDING and not read(size - _PADDING, _PADDING).strip(b"\0"):
+        return "ends in nothing but zeros; the copy stopped early"
     begins = read(size - rest, rest)[4 if length == 192 else 0 :][:1]
     return _short("last packet", length - rest) if rest and begins in (b"\x47", b"") else ""
 
@@ -234,7 +273,7 @@ def _mpegps(read: Read, size: int) -> str:
         if len(header) < 6:
             return _short("last packet", 6 - len(header)) if header.startswith(b"\0\0\1"[: len(header)]) else ""
         if header[:3] != b"\0\0\1" or header[3] < 0xB9:
-            return ""  # something else behind the film
+            return _behind(read, at, size)
         if header[3] == 0xBA:
             length = 12 if header[4] & 0xC0 != 0x40 else 14 + (header[13] & 7 if len(header) > 13 else 0)
         else:
@@ -284,17 +323,19 @@ def _avi(read: Read, size: int) -> str:
             return _chunks(read, size, at + 12)
         if at + 8 + length > size:
             return _short("RIFF chunk", at + 8 + length - size)
+        if zeros := _chunks(read, at + 8 + length, at + 12):
+            return zeros
         at += 8 + length + length % 2
     return ""
 
 
 def _chunks(read: Read, size: int, at: int) -> str:
-    """The chunks of an AVI of unknown length."""
+    """The chunks of an AVI: they must fit in, and go on to the end."""
     while at < size:
         header = read(at, 12)
         kind, length = header[:4], int.from_bytes(header[4:8], "little")
         if not kind.isalnum():
-            return ""
+            return _behind(read, at, size)
         if len(header) < 8:
             return _short("last chunk", 8 - len(header))
         if kind == b"LIST" and (header[8:] in (b"movi", b"rec ") or _unknown(length)):
@@ -355,8 +396,10 @@ def _asf(read: Read, size: int) -> str:
                 return _short("last packet", packet - rest) if rest else ""
             at = end
             continue
+        if header[:16] == _ASF_DATA and packet and not read(min(size, at + length) - packet, packet).strip(b"\0"):
+            return "ends in nothing but zeros; the copy stopped early"
         if header[3:4] not in (b"\x75", b"\x33", b"\xd6", b"\xfe") or length < 24:
-            return ""  # something else behind
+            return _behind(read, at, size)
         at += length
     return _short("last object", at - size) if at > size else ""
 
@@ -390,7 +433,8 @@ class Frames(NamedTuple):
 
     begin: of the first frame. index_size: bytes of that frame where it holds an index and no sound, else 0. whole:
     frames of sound that are. samples: of each; rate: in Hz. stated: how many the index says there are, 0 without one;
-    at: where the number stands in the file, 0 for nowhere. short: bytes that the last frame lacks.
+    at: where the number stands in the file, 0 for nowhere. short: bytes that the last frame lacks; end: where
+    it ends.
     """
 
     begin: int
@@ -401,6 +445,7 @@ class Frames(NamedTuple):
     stated: int
     at: int
     short: int
+    end: int
 
 
 _RATES = (44100, 48000, 32000)
@@ -414,6 +459,7 @@ _KBITS = {  # (is MPEG-1, layer) -> for each of 14 numbers
 _RESYNC = 1 << 16  # bytes of something else between two frames
 
 
+@functools.lru_cache(256)
 def _frame(header: bytes) -> tuple[int, int, int] | None:
     """(length in bytes, samples, rate) of the MPEG audio frame with this header; None for no such frame."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
@@ -431,8 +477,17 @@ def _frame(header: bytes) -> tuple[int, int, int] | None:
     return samples // 8 * per_second // hertz + padding, samples, hertz
 
 
-def mpeg_frames(read: Read, size: int) -> Frames | None:
-    """Follow the frames of an mp3 file from the first to the last; None where there are none to follow."""
+@functools.lru_cache(2)
+def mpeg_frames(content: bytes) -> Frames | None:
+    """Follow the frames of an mp3 file from the first to the last; None where there are none to follow.
+
+    Kept, because the outline is looked at before the sound is read.
+    """
+    size = len(content)
+
+    def read(at: int, count: int) -> bytes:
+        return content[at : at + count]
+
     begin = _next_frame(read, behind_id3(read), size, None)
     if begin < 0:
         return None
@@ -458,7 +513,7 @@ def mpeg_frames(read: Read, size: int) -> Frames | None:
             break
         at, count = at + found[0], count + 1
     index, stated, where = _index(read(begin, first[0]))
-    return Frames(begin, index, count - (index > 0), *first[1:], stated, begin + where if where else 0, short)
+    return Frames(begin, index, count - (index > 0), *first[1:], stated, begin + where if where else 0, short, at)
 
 
 def _next_frame(read: Read, at: int, end: int, like: tuple[int, int] | None) -> int:
@@ -525,14 +580,14 @@ SLACK = 2  # frames: some encoders count the one that holds the index, or one of
 
 
 def _mpeg_audio(read: Read, size: int) -> str:
-    frames = mpeg_frames(read, size)
+    frames = mpeg_frames(read(0, size))
     if frames is None:
         return ""
     if frames.short:
         return f"{_short('last frame', frames.short)}; the file is truncated"
     if frames.whole + SLACK < frames.stated:
         return f"holds {frames.whole} of {frames.stated} frames; the file is truncated"
-    return ""
+    return _behind(read, frames.end, size)
 
 
 def _adts(read: Read, size: int) -> str:
@@ -541,7 +596,7 @@ def _adts(read: Read, size: int) -> str:
     while at < end:
         header = read(at, 7)
         if not _is_adts(header) and len(header) == 7:
-            return ""  # something else between or behind
+            return _behind(read, at, size)
         length = (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5 if len(header) == 7 else 7
         if at + length > end:
             return "" if tagged else f"{_short('last frame', at + length - end)}; the file is truncated"

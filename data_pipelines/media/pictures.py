@@ -74,7 +74,7 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
         head = content[:kinds.HEAD]
     kind = kinds.kind_of(head)
     if kind is None:
-        other = None if content is not None else not_supported(path)
+        other = not_supported(path) if os.path.isfile(path) else None
         problem, fix = other or ("is of no known kind; the file is damaged or not a picture", AGAIN)
         raise InputError(str(path), field, problem, fix)
     if not kind.picture:
@@ -139,11 +139,12 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
     Raises InputError for what is missing, damaged, cut off, too large or of a kind that is not read, also for what a
     decoder raises while the picture is in use.
     """
-    kind, where = kind_of(path, field, content), str(path)
+    where = str(path)
     with _refused(where, field):
-        source: str | bytes = where if content is None else content
-        if kind.name == "JPEG" and content is None:
-            source = Path(path).read_bytes()  # it is looked at besides
+        if content is None:
+            with open(require(path, field), "rb") as file:
+                content = file.read()
+        kind = kind_of(path, field, content)
         stored: dict[str, Any] = {}
 
         def decode(picture: Image.Image) -> Image.Image:
@@ -151,8 +152,8 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
             stored.update(size=picture.size, raw=str(picture.tile[0][3]) if picture.tile else "")
             return _decoded(picture, whole)
 
-        with contextlib.closing(_with_metadata_or_without(kind, source, decode)) as picture:
-            if kind.name == "JPEG" and _ends_early(picture, bytes(source)):  # type: ignore[arg-type]
+        with contextlib.closing(_with_metadata_or_without(kind, content, decode)) as picture:
+            if kind.name == "JPEG" and _ends_early(picture, content):
                 problem = "its data end before the picture does and the rest is grey; the file is damaged"
                 raise InputError(where, field, problem, AGAIN)
             turn, size = _orientation(picture), stored["size"]
@@ -168,7 +169,8 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     while size[0] * size[1] > LARGE * factor**2 and not whole:
         factor *= 2
     small = max(1, size[0] // factor), max(1, size[1] // factor)
-    picture.draft(picture.mode, small)  # where the format can; it changes nothing at factor 1
+    if factor > 1:
+        picture.draft(picture.mode, small)  # where the format can
     picture.load()
     made = picture
     if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
@@ -179,8 +181,8 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     return made
 
 
-def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
-    """(width, height) of a picture file as a viewer shows it, from its header."""
+def _header(path: str | Path, field: str) -> tuple[tuple[int, int], int]:
+    """((width, height) as a viewer shows it, EXIF orientation) of a picture file; nothing is decoded."""
     kind = kind_of(path, field)
     with _refused(str(path), field):
         def look(picture: Image.Image) -> Image.Image:
@@ -188,7 +190,18 @@ def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
             return picture
 
         with contextlib.closing(_with_metadata_or_without(kind, str(path), look)) as picture:
-            return picture.size[::-1] if _orientation(picture) > 4 else picture.size
+            turn = _orientation(picture)
+            return picture.size[::-1] if turn > 4 else picture.size, turn
+
+
+def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
+    """(width, height) of a picture file as a viewer shows it, from its header."""
+    return _header(path, field)[0]
+
+
+def is_turned(path: str | Path, field: str = "image") -> bool:
+    """Whether EXIF says that a picture file is stored otherwise than it is shown."""
+    return _header(path, field)[1] > 1
 
 
 def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
@@ -296,18 +309,21 @@ _SOS, _EOI, _FRAMES = 0xDA, 0xD9, (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC
 _PROGRESSIVE = (0xC2, 0xCA)
 
 
-def _jpeg_segments(content: bytes) -> Iterator[_Segment]:
-    """The segments of the first picture of a JPEG, up to its end or to where they cannot be followed."""
+def _jpeg_segments(content: bytes, coded: bool = True) -> Iterator[_Segment]:
+    """The segments of the first picture of a JPEG, up to its end or to where they cannot be followed; without `coded`
+    up to the coded data of its first scan, which takes long to look through."""
     at = 2
     while found := _NEXT_MARKER.match(content, at):
         start, body, marker = at, found.end(), content[found.end() - 1]
         if marker == _EOI:
             return
         at = header = body + int.from_bytes(content[body:body + 2], "big")
-        if marker == _SOS:
+        if marker == _SOS and coded:
             behind = _NEXT_MARKER.search(content, header)
             at = behind.start() if behind else len(content)
         yield _Segment(marker, start, body, header, at)
+        if marker == _SOS and not coded:
+            return
 
 
 def _bare_jpeg(content: bytes) -> bytes:
@@ -335,17 +351,18 @@ def _ends_early(picture: Image.Image, content: bytes) -> bool:
     Costs next to nothing where one scan holds all and the last pixel has another colour than that grey. Otherwise the
     picture is decoded again with something behind its data, which changes it only where data are missing.
     """
-    segments = list(_jpeg_segments(content))
-    scans = [segment for segment in segments if segment.marker == _SOS]
-    frame = next((segment for segment in segments if segment.marker in _FRAMES), None)
-    if frame is None or not scans:
+    heads = {segment.marker: segment for segment in _jpeg_segments(content, coded=False)}
+    frame = next((heads[marker] for marker in _FRAMES if marker in heads), None)
+    if frame is None or _SOS not in heads:
         return False
+    corner = picture.getpixel((picture.width - 1, picture.height - 1))
+    grey = all(level in (127, 128) for level in (corner if isinstance(corner, tuple) else (corner,)))
+    in_one_scan = frame.marker not in _PROGRESSIVE and content[frame.body + 7] == content[heads[_SOS].body + 2]
+    if in_one_scan and not grey:
+        return False
+    scans = [segment for segment in _jpeg_segments(content) if segment.marker == _SOS]
     if frame.marker in _PROGRESSIVE and not _refined(content, frame, scans):
         return True
-    corner = picture.getpixel((picture.width - 1, picture.height - 1))
-    levels = corner if isinstance(corner, tuple) else (corner,)
-    if len(scans) == 1 and not all(level in (127, 128) for level in levels):
-        return False
     filled = content[:scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
     with Image.open(io.BytesIO(filled), formats=("JPEG",)) as other:
         other.draft(picture.mode, picture.size)

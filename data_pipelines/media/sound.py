@@ -27,7 +27,7 @@ from data_pipelines.media.container import (
     sound_stream,
     whole,
 )
-from data_pipelines.media.outline import SLACK, behind_tags, is_mpeg_audio, mpeg_frames, with_index
+from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
@@ -46,11 +46,18 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
     try:
         with soundfile.SoundFile(os.fsencode(os.path.abspath(path))) as file:
             rate, stated, kind = file.samplerate, file.frames, file.format
+            if (kind != "MP3" and file.subtype.startswith("MPEG")) or (kind in ("OGG", "FLAC") and chained(path)):
+                return None  # whose ends it does not find
             samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
-    except (soundfile.SoundFileError, OSError, MemoryError):
-        return None
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:
+        start = behind_tags(path)
+        if not start.startswith(b"fLaC") or not int.from_bytes(start[21:26], "big") & 0xFFFFFFFFF:
+            return None
+        # It says how many samples it has: of one that was cut off libav gives what is there.
+        problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or incomplete"
+        raise InputError(path, "audio", problem, AGAIN) from None
     exact = kind not in ("MP3", "OGG")  # else the number is guessed
     if len(samples) < (1 if exact else 0.9) * stated < _UNKNOWN:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
@@ -75,13 +82,13 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
     """
     with open(path, "rb") as file:
         content = file.read()
-    frames = mpeg_frames(lambda at, count: content[at : at + count], len(content))
+    frames = mpeg_frames(content)
     if frames is None or (frames.stated + SLACK >= frames.whole if frames.stated
                           else len(samples) >= frames.whole * frames.samples):
         return samples
     with soundfile.SoundFile(io.BytesIO(with_index(content, frames))) as file:
         every = file.read(dtype="float32", always_2d=True)
-    if frames.stated:
+    if frames.stated or every.shape[1] != samples.shape[1]:
         return every
     # With an index, the delay of the decoder is taken off the start.
     return np.concatenate([samples, every[len(samples) - (frames.whole * frames.samples - len(every)) :]])
@@ -128,7 +135,7 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
                     take(waiting.read())
         take(waiting.read())
         if pictures and times is None:
-            times = videos.times_of(stamps, pictures)
+            times = videos.times_of(stamps, pictures, path)
         return _Track(np.concatenate(mono), stream.rate, first, times)
 
 
@@ -141,13 +148,6 @@ def _holes(container: av.container.InputContainer) -> Holes:
     """AVI has no times of sound: libav makes them up from the bytes, so what looks like a hole is none."""
     return Holes(0 if container.format.name == "avi" else clocks.LONGEST, clocks.SPLICE if videos.splices(container)
                  else clocks.LONGEST)
-
-
-def stated_seconds(path: str | Path) -> float:
-    """How long the audio track of a file is by the lengths of its packets, without decoding them."""
-    with opened(path, "audio") as container:
-        stream = sound_stream(container, path)
-        return float(sum(packet.duration or 0 for packet in container.demux(stream)) * (stream.time_base or 0))
 
 
 def read_audio(path: str | Path) -> np.ndarray:
@@ -191,7 +191,11 @@ class Heard(NamedTuple):
         """float32[N]: in step with the pictures, see `clock.place`."""
         return clocks.place(self.samples, self.start, self.seconds, SAMPLE_RATE)
 
-    def remark(self) -> str:
+    def start_remark(self) -> str:
+        """What `placed` does about the start of the sound, "" for nothing to speak of."""
+        return clocks.start_remark(self.start)
+
+    def end_remark(self) -> str:
         """What `placed` does about the end of the sound, "" for nothing."""
         end = len(self.samples) / SAMPLE_RATE + (self.start if abs(self.start) > clocks.START else 0.0)
         if not self.seconds or abs(end - self.seconds) <= clocks.END:
@@ -232,10 +236,9 @@ def timing(path: str | Path) -> Timing:
     with opened(path, "video") as container:
         if (stream := sound_of(container)) is not None:
             decode_alone(stream)
-            heard = next(container.decode(stream), None)
+            heard, sound = next(container.decode(stream), None), 0.0
             first = _heard(heard) if heard else None
             length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-            sound = 0.0 if heard else None
     odd = times.odd
     if sound is not None:
         sound, odd = clocks.sound_start(first, length, times)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from crab_jax.errors import InputError
 from data_pipelines.media import clock as clocks
 from data_pipelines.media.clock import FrameTimes, Stamp
-from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened
+from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened, sound_of
 
 _TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT of libavformat
 _REMEMBERED = 64  # files whose times of frames are kept: the sound of a clip is read after its pictures
@@ -64,7 +66,8 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
     one, hidden ones too: what is shown may refer to them. None when the times do not tell.
     """
     times = [packet.pts for packet in packets if packet.pts is not None]
-    if not packets or len(set(times)) < len(packets) or any(map(_changes_decoder, packets[1:])):
+    if (not packets or len(set(times)) < len(packets) or any(map(_changes_decoder, packets[1:]))
+            or _only_decoding_times(packets)):
         return None
     order = sorted(time for time, packet in zip(times, packets, strict=True) if not packet.is_discard)
     wanted = {order[number]: number for number in numbers}
@@ -86,6 +89,12 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
         if places := [place for place in group if times[place] in wanted]:
             decoded.update(range(group.start, places[-1] + 1))
     return decoded, wanted
+
+
+def _only_decoding_times(packets: Sequence[av.Packet]) -> bool:
+    """Whether frames may be shown in another order than they are stored in, and the times say the latter only."""
+    stream = packets[0].stream
+    return stream.container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
 
 def _changes_decoder(packet: av.Packet) -> bool:
@@ -142,7 +151,7 @@ def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int
                 if len(stamps) in wanted:
                     picked[len(stamps)] = _small(frame, size, scaler)
                 stamps.append(stamp(frame))
-        return picked, times_of(stamps, stream)
+        return picked, times_of(stamps, stream, path)
 
 
 def read_video(path: str | Path, count: int, size: int, clock: str = "shown") -> np.ndarray:
@@ -162,6 +171,12 @@ def read_moment(path: str | Path, part: int, parts: int, size: int) -> np.ndarra
     return _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)[0]
 
 
+def moment_picture(path: str | Path, part: int, parts: int) -> Image.Image:
+    """The frame of `read_moment` at the video's own size."""
+    size = video_size(path)
+    return Image.fromarray(read_moment(path, part, parts, max(size))).resize(size, Image.Resampling.LANCZOS)
+
+
 def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int) -> np.ndarray:
     """uint8[n, size, size, 3]: the frames whose numbers `choose` gives.
 
@@ -172,7 +187,7 @@ def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int
         stream = film_stream(container, path)
         packets, total = _packets(container, stream)
         declared = _declared(container, stream, len(packets), len(packets) - total)
-        times = times_of(shown(packets), stream)
+        times = times_of(shown(packets), stream, path)
         numbers = choose(times)
         if total >= 0.9 * declared and (needed := _needed(packets, numbers)):
             picked = _decode_needed(stream, packets, *needed, size)
@@ -191,10 +206,22 @@ def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int
 
 # When frames are shown.
 
-def times_of(stamps: Iterable[Stamp], stream: av.VideoStream) -> FrameTimes:
-    """The times of the shown frames of a stream, in the order of the file."""
-    rate = stream.average_rate or stream.guessed_rate
-    return clocks.frame_times([*stamps], stream.time_base, rate, splices(stream.container))
+def times_of(stamps: Iterable[Stamp], stream: av.VideoStream, path: str | Path) -> FrameTimes:
+    """The times of the shown frames of the stream of a file, in the order of the file."""
+    given = [*stamps], stream.time_base, stream.average_rate or stream.guessed_rate, splices(stream.container)
+    times = clocks.frame_times(*given)
+    return clocks.frame_times(*given, _end_of_sound(path)) if clocks.is_held(times) else times
+
+
+def _end_of_sound(path: str | Path) -> Fraction | None:
+    """The second, on the file's own clock, at which its audio track ends; None for none."""
+    with opened(path, "video") as container:
+        stream = sound_of(container)
+        if stream is None or not stream.time_base:
+            return None
+        ends = (packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None)
+        last = max(ends, default=None)
+        return None if last is None else last * stream.time_base
 
 
 def shown(packets: Iterable[av.Packet]) -> list[Stamp]:
@@ -217,7 +244,7 @@ def video_times(path: str | Path) -> FrameTimes:
     if (known := remembered_times(path)) is None:
         with opened(path, "video") as container:
             stream = film_stream(container, path)
-            known = times_of(shown(container.demux(stream)), stream)
+            known = times_of(shown(container.demux(stream)), stream, path)
         _remember(path, known)
     return known
 
@@ -269,6 +296,6 @@ def watch(path: str | Path) -> Watched:
                     size = (frame.height, frame.width) if _quarter_turns(frame) % 2 else (frame.width, frame.height)
                 damaged += frame.is_corrupt
                 stamps.append(stamp(frame))
-        declared, times = _declared(container, stream, packets, hidden), times_of(stamps, stream)
+        declared, times = _declared(container, stream, packets, hidden), times_of(stamps, stream, path)
     _check_frames(len(stamps), declared, path)
     return Watched(len(stamps), damaged, float(times.seconds), size)

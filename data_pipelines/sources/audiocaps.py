@@ -18,7 +18,7 @@ from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
-_PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
+PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
@@ -46,7 +46,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         audio = next((name for name in names if release.kind(name)), names[0])
         captions = [row.words("caption") for row in rows]
         yield Example(
-            id=clip, task="avcap", instruction=_PROMPT, target=captions[0],
+            id=clip, task="avcap", instruction=PROMPT, target=captions[0],
             audio=release.inside(audio, rows[0].where, "audiocap_id"),
             meta={"captions": captions, "video": _video(rows[0], listed) or clip, "row": rows[0].place})
 

@@ -37,6 +37,8 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     def examples(row: Row) -> Iterator[Example]:
         event, video = row.one_of(category, CATEGORIES), row.name(clip, "RUhOCu3LNXM")
         start, end = row.integer(starts, 0, ave.SECONDS), row.integer(ends, 0, ave.SECONDS)
+        if row.unended and end == 1:  # no released event lasts one second
+            raise row.error(ends, "is 1, and the file ends there without a line end: was it 10?", "copy the file again")
         if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: all background
             raise row.error(ends, f"the event lasts from {start} to {end}", "the end must come after the start")
         yield Example(

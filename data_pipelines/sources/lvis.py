@@ -40,7 +40,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         if not isinstance(found, list):
             raise InputError(str(release.base / name), key, "is no list", "use the annotation file as released")
         parts[key] = found
-    images, categories = _by_id(parts["images"]), _by_id(parts["categories"])
+    images, categories = (_by_id(parts[key], str(release.base / name), key) for key in ("images", "categories"))
 
     def examples(row: Row) -> Iterator[Example]:
         if _small(row):
@@ -86,8 +86,13 @@ def _listed(release: Release, row: Row) -> Iterator[Example]:
     yield _example(row, row, release.inside(image, row.where, "image_id"), release.inside(mask, row.where, "id"))
 
 
-def _by_id(items: list[Any]) -> dict[int, Mapping[str, Any]]:
-    return {item["id"]: item for item in items if isinstance(item, dict) and isinstance(item.get("id"), int)}
+def _by_id(items: list[Any], where: str, field: str) -> dict[int, Mapping[str, Any]]:
+    """id -> item. Raises InputError for an id that two different items have."""
+    found: dict[int, Mapping[str, Any]] = {}
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("id"), int) and found.setdefault(item["id"], item) != item:
+            raise InputError(where, field, f"the id {item['id']} comes twice", "use the annotation file as released")
+    return found
 
 
 def rasterise(row: Row, height: int, width: int) -> dict[str, Any]:

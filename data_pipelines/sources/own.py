@@ -22,6 +22,8 @@ from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_OTHERS = {".jsonl.txt": "rename it", ".JSONL": "rename it",
+           ".csv": "make the list with python -m data_pipelines own --csv"}
 PATHS = ("video", "image", "audio", "seg_image", "mask")
 SAMPLES = "samples.json"
 _FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # of a prompt
@@ -31,6 +33,10 @@ _WINDOWS = {"avqa": "music_avqa", "arig": "one_of_five", "s4": "one_of_five", "m
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     """The Examples as they are written; they hold their prompts, so `variant` changes nothing."""
+    if not any(release.kind(name) == "file" for name in files(split)):
+        for other, fix in _OTHERS.items():
+            if release.kind(split + other) == "file":
+                raise InputError(str(release.base / f"{split}.jsonl"), "", f"is not there, but {split}{other} is", fix)
     name = release.annotation(*files(split))
     if name.endswith(".json"):
         yield from each(release.records(name), lambda row: _sample(release, row))

@@ -41,15 +41,17 @@ class MissingFile(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One record of an annotation file. `place` is file:line (file:item for JSON) within the release."""
+    """One record of an annotation file. `place` is file:line (file:item for JSON) within the release. `unended`: it is
+    the last line of its file and has no line end, so it may be the beginning of a row."""
 
     base: Path
     place: str
     values: Mapping[str, Any]
+    unended: bool = False
 
     @property
     def where(self) -> str:
-        return str(self.base / self.place)
+        return os.path.join(self.base, self.place)
 
     def error(self, field: str, problem: str, fix: str) -> InputError:
         return InputError(self.where, field, problem, fix)
@@ -137,7 +139,9 @@ class Release:
         self.root, self.folder, self.base = Path(root), folder, Path(root) / folder
         self._real = os.path.realpath(self.base)
         self._listed: dict[str, dict[str, str] | None] = {}
+        self._unended: set[str] = set()  # files whose last line has no line end
         self.notes: list[InputError] = []
+        self.unended: list[str] = []  # rows that may be cut off: file:line
 
     def note(self, where: str, field: str, problem: str, fix: str = "") -> None:
         """Say something about the annotations that is no fault of a row that is read."""
@@ -178,10 +182,12 @@ class Release:
             return data.decode("utf-8-sig", "surrogateescape")
 
     def lines(self, name: str) -> list[str]:
-        """Lines of a text file; CRLF and CR ends and empty lines at the end of the file are dropped. `check_line` says
-        whether one of them is text."""
+        """Lines of a text file; CRLF ends and empty lines at the end of the file are dropped. `check_line` says whether
+        one of them is text."""
         text = self.text(name, whole=False)
-        lines = [line.rstrip("\r") for line in (text if "\n" in text else text.replace("\r", "\n")).split("\n")]
+        if not text.endswith("\n"):
+            self._unended.add(name)
+        lines = [line.rstrip("\r") for line in text.split("\n")]
         while lines and not lines[-1].strip():
             lines.pop()
         return lines
@@ -214,10 +220,12 @@ class Release:
                              f"the header of the release has {delimiter.join(columns)!r}")
         if twice := [column for column in columns if names.count(column) > 1]:
             raise InputError(f"{self.base / name}:1", twice[0], "comes twice in the header", "keep one of the columns")
-        at = first
+        at, still_open = first, False
         while at < len(lines):
             number, cells, taken = at + 1, *_row(lines, at, delimiter, quoted, len(names))
             at += taken
+            if quoted and (cells is None or still_open and lines[at - 1].count('"') % 2):
+                cells, still_open = None, not still_open  # an end of a quotation that is no whole row
             try:
                 for k in range(taken):
                     self.check_line(name, number + k, lines[number - 1 + k])
@@ -225,7 +233,11 @@ class Release:
                     problem = f"has {len(cells)} fields, not {len(names)}" if cells else "has an unfinished quotation"
                     raise InputError(f"{self.base / name}:{number}", "", f"{problem}: {lines[number - 1]!r:.60}",
                                      "restore the row from the release")
-                yield Row(self.base, f"{name}:{number}", dict(zip(names, cells, strict=True)))
+                row = Row(self.base, f"{name}:{number}", dict(zip(names, cells, strict=True)),
+                          at == len(lines) and name in self._unended)
+                if row.unended:
+                    self.unended.append(row.place)
+                yield row
             except InputError as error:
                 yield error
 
@@ -273,8 +285,6 @@ class Release:
                 raise
             lines = [(number, line) for number, line in enumerate(self.lines(name), 1) if line.strip()]
             return [number for number, _ in lines], [self._record(name, *line) for line in lines], damaged
-        if isinstance(content, dict) and key in content:  # one record in one line
-            return None, [content], damaged
         if isinstance(content, dict) and len(lists := [v for v in content.values() if _is_list_of_objects(v)]) == 1:
             content = lists[0]
         elif isinstance(content, dict) and content and key and all(isinstance(v, dict) for v in content.values()):
@@ -398,7 +408,7 @@ def _row(lines: Sequence[str], at: int, delimiter: str, quoted: bool, width: int
     cells = _cells(lines[at], delimiter, quoted)
     if cells is None and quoted:
         for end in range(at + 1, min(at + 20, len(lines))):
-            if len(_cells(lines[end], delimiter, quoted) or []) == width:
+            if lines[end].count('"') % 2 == 0 and len(_cells(lines[end], delimiter, quoted) or []) == width:
                 break
             joined = _cells(" ".join(lines[at : end + 1]), delimiter, quoted)
             if joined is not None:

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.locks import locked
 from crab_jax.progress import Progress
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
@@ -279,15 +281,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write_from(argv: Sequence[str]) -> None:
     parser = CommandLine(__doc__, "python -m data_pipelines.sources.scenes")
-    parser.add_argument("--out", required=True, help="data root to write")
+    parser.add_argument("--out", type=PATH, required=True, help="data root to write")
     for split, default in zip(SPLITS, (2000, 200, 400), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=default, help=f"scenes of the {split} split")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+        parser.add_argument(f"--{split}", type=Whole(0, 10**7), default=default, help=f"scenes of the {split} split")
+    parser.add_argument("--seed", type=Whole(), default=0)
+    parser.add_argument("--workers", type=Whole(0, 1024), default=os.cpu_count() or 1)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in SPLITS}
-    write(args.out, counts, args.seed, args.workers, lambda line: print(line, file=sys.stderr))
+    with locked(args.out):
+        write(args.out, counts, args.seed, args.workers, lambda line: print(line, file=sys.stderr))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from data_pipelines.sources.release import Found, MissingFile, Release, Row, eac
 PARTS, MERGED = ("llava_image_.json", "valley_.json"), "valley_llavaimage.json"
 CRAB = "valid_valley_.json"  # the released code's own list of the videos that can be read, in place of valley_.json
 FILES = (*PARTS, MERGED)
+SPEAKERS = (("human", "user"), ("gpt", "assistant"))  # of the question, of the answer
 _BLOCKS = {"image": IMAGE, "video": VIDEO}
 
 
@@ -77,6 +78,9 @@ def _turn(row: Row, number: int) -> str:
     turns = row.values.get("conversations")
     turn = turns[number] if isinstance(turns, list) and len(turns) > number else None
     value = turn.get("value") if isinstance(turn, dict) else None
+    if isinstance(turn, dict) and turn.get("from", SPEAKERS[number][0]) not in SPEAKERS[number]:
+        raise row.error(f"conversations[{number}]", f"is said by {turn['from']!r:.40}",
+                        f"a question by {SPEAKERS[0][0]} and an answer by {SPEAKERS[1][0]} must come first")
     if not isinstance(value, str):
         raise row.error(f"conversations[{number}]", "holds no text", "restore the record from the release")
     return " ".join(value.replace("<image>", " ").replace("<video>", " ").split())

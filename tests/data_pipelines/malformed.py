@@ -108,9 +108,38 @@ def interlaced(pixels: np.ndarray) -> bytes:
         rows += b"".join(b"\0" + row.tobytes() for row in part) if part.size else b""
     height, width = pixels.shape
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in ((b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 1)),
-                           (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+        chunk(kind, body) for kind, body in ((b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 1)),
+                                             (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+
+
+def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum or zlib.crc32(kind + body))
+
+
+def with_chunk(png: bytes, kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    """The PNG with a chunk in front of its pixels."""
+    return png[:33] + chunk(kind, body, checksum) + png[33:]
+
+
+def with_segment(jpeg: bytes, marker: int, body: bytes) -> bytes:
+    """The JPEG with a segment of metadata in front of all others."""
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + jpeg[2:]
+
+
+def grey_of(bits: int, values: np.ndarray) -> bytes:
+    """A grey PNG of 1, 2 or 4 bits, which Pillow reads but does not write; the width is whole bytes."""
+    height, width = values.shape
+    digits = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 8 - bits:].reshape(height, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in digits)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, bits, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def huge(width: int, height: int) -> bytes:
+    """The beginning of a large PNG."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -268,9 +297,8 @@ def pictures(corpus: Corpus) -> None:
     add("cut.png", png[: len(png) // 2], "ends before")
     add("hole.png", png[:200] + bytes(400) + png[600:], "cannot be decoded")
     add("wrong-sum.png", png[:29] + bytes(4) + png[33:], "cannot be decoded")
-    add("bomb.png", png[:16] + struct.pack(">2I", 60000, 60000) + png[24:29]
-        + struct.pack(">I", zlib.crc32(b"IHDR" + struct.pack(">2I", 60000, 60000) + png[24:29])) + png[33:],
-        "DecompressionBomb")
+    add("bomb.png", huge(60000, 60000), "has 3,600 megapixels, and at most 179 are read")
+    add("200-megapixels.png", huge(16320, 12240), "has 200 megapixels")
     add("zero-length.png", b"", "is empty")
     add("text.jpg", b"not found\n" * 9, "but text")
     add("cut.jpg", jpeg[: len(jpeg) // 2], "ends before")
@@ -287,6 +315,117 @@ def pictures(corpus: Corpus) -> None:
     add("one.png", encoded(np.full((1, 1, 3), 9, np.uint8)))
     add("two-pictures.gif", encoded(Image.fromarray(pixels), "GIF", save_all=True,
                                     append_images=[Image.new("RGB", SIZE)]))
+    look_odd(corpus, pixels)
+    not_read(corpus, pixels)
+
+
+def look_odd(corpus: Corpus, pixels: np.ndarray) -> None:
+    """Pictures under other names, with metadata of every sort, and of every mode that is read."""
+    image, smooth = Image.fromarray(pixels), Image.fromarray(pixels[:6, :8]).resize(SIZE)
+    png, jpeg = encoded(pixels), encoded(smooth, "JPEG", quality=95)
+    grey = (np.arange(32 * 48).reshape(32, 48) // 6).astype(np.uint8)
+    deep = grey.astype(np.uint16) * 256
+
+    def add(name: str, content: bytes) -> None:
+        corpus.file(name, content, "", "image")
+
+    add("png-inside.jpg", png)
+    add("jpeg-inside.png", jpeg)
+    add("webp-inside.jpg", encoded(image, "WEBP", lossless=True))
+    add("gif-inside.png", encoded(image.quantize(64), "GIF"))
+    add("no-ending", png)
+    add("CAPITALS.JPEG", jpeg)
+    add("moving.png", encoded(image, save_all=True, append_images=[Image.new("RGB", SIZE)]))
+    add("two-pictures.mpo", encoded(image, "MPO", save_all=True, append_images=[Image.new("RGB", SIZE)]))
+    add("motion-photo.jpg", jpeg + b"\0\0\0\x18ftypmp42" + bytes(20_000))
+    add("junk-behind.png", png + b"\xff\xd9" * 9000)
+    add("progressive.jpg", encoded(smooth, "JPEG", progressive=True))
+    add("restarts.jpg", encoded(smooth, "JPEG", restart_marker_blocks=2))
+    add("grey-128.jpg", encoded(np.full_like(pixels, 128), "JPEG"))
+    add("grey-128-progressive.jpg", encoded(np.full_like(pixels, 128), "JPEG", progressive=True))
+    for name, exif in (("junk", b"Exif\0\0" + bytes(range(200))), ("short", b"Exif\0\0MM"),
+                       ("circle", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x87\x69\0\x04\0\0\0\1\0\0\0\x08\0\0\0\x08")):
+        add(f"exif-{name}.jpg", with_segment(jpeg, 0xE1, exif))
+        add(f"exif-{name}.png", with_chunk(png, b"eXIf", exif[6:]))
+        add(f"exif-{name}.webp", encoded(image, "WEBP", exif=exif))
+    add("xmp-latin.jpg", with_segment(jpeg, 0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>\xe9\xff</x:xmpmeta>"))
+    add("multi-picture-junk.jpg", with_segment(jpeg, 0xE2, b"MPF\0" + bytes(range(60))))
+    add("colours-junk.jpg", with_segment(jpeg, 0xE2, b"ICC_PROFILE\0\1\1" + b"\xff" * 50))
+    add("adobe-junk.jpg", with_segment(jpeg, 0xED, b"Photoshop 3.0\0" + b"8BIM\4\4" + b"\xff" * 5))
+    add("comment-latin.jpg", with_segment(jpeg, 0xFE, b"caf\xe9 \xff\xfe"))
+    add("colours-junk.png", with_chunk(png, b"iCCP", b"sRGB\0\0no zlib"))
+    add("colours-method.png", with_chunk(png, b"iCCP", b"sRGB\0\7"))
+    add("text-latin.png", with_chunk(png, b"tEXt", b"Caf\xe9\0\xff\xfe"))
+    add("text-long.png", with_chunk(png, b"zTXt", b"k\0\0" + zlib.compress(bytes(3_000_000))))
+    add("text-wrong-sum.png", with_chunk(png, b"tEXt", b"a\0b", 1))
+    add("text-empty.png", with_chunk(png, b"iTXt", b""))
+    add("16-bit-colour.png", encoded_16(np.stack([deep, deep // 2, deep[::-1]], 2)))
+    add("16-bit.tif", encoded(deep, "TIFF"))
+    add("16-bit.pgm", encoded(deep, "PPM"))
+    add("16-bit-white-is-0.tif", encoded(0xFFFF - deep, "TIFF", tiffinfo={262: 0}))
+    add("2-bit.png", grey_of(2, grey // 64))
+    add("4-bit.png", grey_of(4, grey // 16))
+    for mode, kind in (("1", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("CMYK", "TIFF"), ("LAB", "TIFF"),
+                       ("YCbCr", "TIFF"), ("RGB", "BMP"), ("RGB", "PPM"), ("RGB", "JPEG2000"), ("RGB", "AVIF")):
+        add(f"{mode}.{kind.lower()}", encoded(image.convert(mode), kind))
+    see_through = image.quantize(16)
+    see_through.info["transparency"] = 3
+    add("palette-see-through.png", encoded(see_through))
+    (corpus.media / "http:").mkdir()
+    for name in ("2024-05-01T12:30:05.jpg", "100%25.jpg", "%03d.jpg", "file:x.jpg", "http:/x.jpg", "a?b#c.jpg",
+                 "-x.jpg"):
+        add(name, jpeg)
+
+
+def encoded_16(values: np.ndarray) -> bytes:
+    """uint16[H,W,3] as a PNG, which Pillow reads but does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    height, width = values.shape[:2]
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def not_read(corpus: Corpus, pixels: np.ndarray) -> None:
+    """Pictures that are cut off, and what is whole but of a kind that is not read."""
+    image, smooth = Image.fromarray(pixels), Image.fromarray(pixels[:6, :8]).resize((480, 320))
+
+    def add(name: str, content: bytes, problem: str) -> None:
+        corpus.file(name, content, problem, "image")
+
+    for name, content in (("gif", encoded(image.quantize(64), "GIF")), ("webp", encoded(image, "WEBP", lossless=True)),
+                          ("bmp", encoded(image, "BMP")), ("tif", encoded(image, "TIFF")),
+                          ("jp2", encoded(image, "JPEG2000")), ("avif", encoded(smooth, "AVIF")),
+                          ("ppm", encoded(image, "PPM")), ("interlaced.png", interlaced(pixels[..., 0])),
+                          ("progressive.jpg", encoded(smooth, "JPEG", progressive=True))):
+        add(f"cut.{name}", content[: len(content) * 3 // 5], "ends before|cannot be decoded")
+    for name, options in (("progressive", {"progressive": True}), ("restarts", {"restart_marker_blocks": 4}),
+                          ("grey", {})):
+        jpeg = encoded(smooth.convert("L") if name == "grey" else smooth, "JPEG", **options)
+        add(f"cut-{name}-closed.jpg", jpeg[: len(jpeg) * 4 // 5] + b"\xff\xd9", "data end before the picture does")
+    add("zeros-behind.jpg", jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2), "ends before")
+    add("float.tif", encoded(pixels[..., 0].astype(np.float32) / 255, "TIFF"), "decimal numbers")
+    add("32-bit.tif", encoded(pixels[..., 0].astype(np.int32), "TIFF"), "numbers of 32 bits")
+    add("raw.dng", encoded(image, "TIFF", tiffinfo={50706: b"\1\4\0\0"}), "raw file")
+    add("preview-first.tif", encoded(image, "TIFF", tiffinfo={254: 1}), "preview only")
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    for name, content, problem in (
+            ("photo.heic", heic, "is HEIC"), ("heic-inside.jpg", heic, "is HEIC"),
+            ("mif1.heif", b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf" + bytes(99), "is HEIC"),
+            ("raw.cr2", b"II*\0\x10\0\0\0CR\2\0" + bytes(99), r"raw file \(CR2"),
+            ("raw.cr3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99), r"raw file \(CR3"),
+            ("raw.raf", b"FUJIFILMCCD-RAW 0201" + bytes(99), "raw file"),
+            ("drawing.psd", b"8BPS\0\1" + bytes(99), "Photoshop"), ("new.jxl", b"\xff\x0a" + bytes(99), "JPEG XL"),
+            ("boxed.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
+            ("drawing.svg", b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg width='1' height='1'/>", "is SVG"),
+            ("svg-inside.png", b"<svg width='1' height='1'></svg>", "is SVG"),
+            ("postscript-inside.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+            ("paper.pdf", b"%PDF-1.7\n" + bytes(99), "PDF"), ("icon.ico", b"\0\0\1\0\1\0" + bytes(99), "ICO"),
+            ("web-page.jpg", b"<!DOCTYPE html><title>Sign in</title>", "web page"),
+            ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "LFS pointer"),
+            ("zeros.png", bytes(5000), "zeros"), ("zip-inside.jpg", b"PK\3\4" + bytes(99), "ZIP"),
+            ("film-inside.jpg", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(99), "is a film"),
+            ("unknown.jpg", b"\1\2\3\4\xff" * 99, "no known kind")):
+        add(name, content, problem)
 
 
 def masks(corpus: Corpus) -> None:
@@ -310,6 +449,32 @@ def masks(corpus: Corpus) -> None:
     add("small.png", encoded(ids[::2, ::2]), "is 24x16, but its picture is 48x32", SEGMENT)
     add("see-through.png", encoded(np.stack([0 * ids, 25 * ids], 2)), "opaque", SEGMENT)
     add("cut-mask.png", encoded(noise(1)[0])[:600], "ends before", SEGMENT)
+    full = Image.fromarray(np.where(ids > 0, 255, 0).astype(np.uint8))
+    add("blurred.jpg", encoded(full, "JPEG"), "", SEGMENT)
+    add("dim.jpg", encoded((ids > 0).astype(np.uint8) * 9 + 3 * np.eye(32, 48, dtype=np.uint8), "JPEG"),
+        "not black and white", SEGMENT)
+    add("shaded.jpg", encoded(Image.fromarray(np.arange(1536).reshape(32, 48).astype(np.uint8)), "JPEG"),
+        "not black and white", SEGMENT)
+    objects = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]])
+    add("objects.png", indexed(objects, ids // 9 * 2), "", SEGMENT)
+    add("black-and-white.gif", encoded(full.convert("P"), "GIF"), "", SEGMENT)
+    add("white-first.png", indexed(np.array([[255] * 3, [0] * 3]), (ids == 0).astype(np.uint8)), "", SEGMENT)
+    add("bright-background.png", indexed(objects[::-1] + 100, ids // 9), "bright colour for index 0", SEGMENT)
+    add("black-object.png", indexed(0 * objects, ids // 9), "has black for index 1", SEGMENT)
+    add("dark-object.png", encoded(np.where(ids[..., None] > 0, [0, 0, 1], 0).astype(np.uint8)), "so dark", SEGMENT)
+    add("float-mask.tif", encoded((ids / 9).astype(np.float32), "TIFF"), "decimal numbers", SEGMENT)
+    add("32-bit-mask.tif", encoded(ids.astype(np.int32), "TIFF"), "", SEGMENT)
+    add("1-bit-mask.png", encoded(Image.fromarray(ids > 0)), "", SEGMENT)
+    add("ids-4-bit.png", grey_of(4, ids))
+    add("ids.jpg", encoded(ids, "JPEG"), "does not keep class ids")
+    add("greys-in-colour.png", encoded(ids[..., None].repeat(3, 2)), "768 of 1536 pixels have a colour of no class")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned_picture = {**SEGMENT, "image": "media/exif.jpg"}
+    add("upright.png", encoded(np.ascontiguousarray(np.rot90(ids, -1))), "warning: EXIF turns its picture",
+        turned_picture)
+    add("turned-alike.png", encoded(Image.fromarray(ids), exif=exif), "", turned_picture)
+    add("sideways.png", encoded(ids), "is 48x32, but its picture is 32x48", turned_picture)
     add("ids.png", encoded(ids))
     add("colours.png", encoded(colours))
     add("ids-with-palette.png", indexed(avss_palette()))

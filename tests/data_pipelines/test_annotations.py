@@ -18,6 +18,7 @@ from crab_jax.tasks import TASKS, avvp
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.datasets import DATASETS, list_of, read, read_examples, read_jsonl, records
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
+from data_pipelines.prepare import main as prepare
 from data_pipelines.sources.avsbench import S4_CATEGORIES, object_names
 from data_pipelines.sources.release import MissingFile, Release, Row, safe_name
 from data_pipelines.status import status, table
@@ -63,7 +64,6 @@ def as_float(rows):
 SAME = {
     "byte order mark": lambda rows, d: "\ufeff" + saved(rows, d),
     "crlf": lambda rows, d: saved(rows, d).replace("\n", "\r\n"),
-    "cr": lambda rows, d: saved(rows, d).replace("\n", "\r"),
     "doubled cr": lambda rows, d: saved(rows, d).replace("\n", "\r\r\n"),
     "every field quoted": lambda rows, d: saved(rows, d, csv.QUOTE_ALL),
     "semicolons": lambda rows, d: saved(rows, ";"),
@@ -114,6 +114,8 @@ MALFORMED = [
     ("avqa", "train", "data/json_update/avqa-train.json", b'"three"', b"NaN", "anser", "not text"),
     ("avqa", "train", "data/json_update/avqa-train.json", b"sounding", b"sound\xefng", "", "not UTF-8"),
     ("valor", "train", "desc_train.json", b'"0_3-a_bcdef_0.000_7.000"', b"null", "video_id", "is missing"),
+    ("video_llava", "train", "valley_.json", b'"human", "value": "<video>', b'"system", "value": "<video>',
+     "conversations[0]", "said by 'system'"),
     ("own", "train", "train.jsonl", b'"A drum."', b'"A dr\xfcm."', "", "not UTF-8"),
     ("own", "train", "train.jsonl", b'{"captions": ["A drum."]}', b'{"captions": ["A drum."]', "", "not valid JSON"),
     ("own", "train", "train.jsonl", b'{"captions": ["A drum."]}', b'{"one_of": 3}', "meta", "must be text"),
@@ -310,6 +312,30 @@ def test_both_forms_of_video_llava_are_read_once(copied, caplog):
     assert len(read(root, "video_llava", "train")) == len(parts[0])
 
 
+def test_a_last_row_that_may_be_cut_off_is_said(copied, caplog):
+    root = copied("ave", "llp")
+    file = root / "llp/data/AVVP_train.csv"
+    releases.text(file, file.read_text().replace("AP0061o0Nvk_101.8_111.8\tCar\n", "AP0061o0Nvk_101.8_111.8\tCar"))
+    assert read(root, "avvp", "train")[2].meta["labels"] == ["Car"]  # or more than that
+    note, = next(c for c in status(root, ["avvp"])[0] if c.split == "train").notes
+    assert note.startswith("llp/data/AVVP_train.csv:4") and "no line end" in note and "no line end" in caplog.text
+    releases.text(root / "ave/testSet.txt", "Bark&RUhOCu3LNXM&good&0&10\nBark&MH3m4AwEcRY&good&0&1")
+    with pytest.raises(InputError, match=r"testSet.txt:2 \[EndTime\].*was it 10"):
+        read(root, "ave", "test")
+    releases.text(root / "ave/testSet.txt", "Bark&RUhOCu3LNXM&good&0&10\nBark&MH3m4AwEcRY&good&0&1\n")
+    assert read(root, "ave", "test")[1].meta["end"] == 1
+
+
+def test_two_categories_of_one_number_are_refused(copied):
+    root = copied("lvis")
+    file = root / "lvis/lvis_v1_train.json"
+    content = json.loads(file.read_text())
+    content["categories"].append({**content["categories"][0], "name": "bow_(weapon)"})
+    releases.text(file, json.dumps(content))
+    with pytest.raises(InputError, match=r"\[categories\]: the id 36 comes twice"):
+        read(root, "lvis", "train")
+
+
 # JSON in other shapes.
 
 @pytest.mark.parametrize(("name", "file", "key"), LISTS)
@@ -348,6 +374,20 @@ def test_a_lost_quotation_mark_costs_one_row_and_a_broken_line_none(copied):
     with pytest.raises(InputError, match=r"train.csv:3: has an unfinished quotation"):
         read(root, "audiocaps", "train")
     assert [e.id for e in read(root, "audiocaps", "train", malformed="skip")] == [before[0].id, before[2].id]
+
+
+@pytest.mark.parametrize(("lines", "rows"), [
+    (['1,"open', "", 'more, and"', "3,y"], [("1", "open  more, and"), ("3", "y")]),
+    (['1,"open', 'more, and"x', "3,y"], [2, 3, ("3", "y")]),  # the rest of a row is no row
+    (['1,"lost, x', "2,x", '3,"q, r"'], [2, ("2", "x"), ("3", "q, r")]),
+    (['1,"open', '2,"x"', "3,y"], [2, ("2", "x"), ("3", "y")]),
+    (['1,"He said \\"hi\\", then"', "2,x"], [2, ("2", "x")]),  # quotation marks are doubled in a csv, not escaped
+    (['1,5" pipe', "2,x"], [("1", '5" pipe'), ("2", "x")]), (['"1,2"', "2,x"], [2, ("2", "x")])])
+def test_quotations(tmp_path, lines, rows):
+    releases.text(tmp_path / "t.csv", "\n".join(["a,b", *lines]) + "\n")
+    found = [tuple(row.values.values()) if isinstance(row, Row) else int(row.where.rpartition(":")[2])
+             for row in Release(tmp_path).table("t.csv", ("a", "b"))]
+    assert found == rows
 
 
 @pytest.mark.parametrize(("text", "field", "message"), [
@@ -413,6 +453,21 @@ def test_all_pictures_of_a_list_count_when_they_are_asked_for(tmp_path):
     assert sorted(epoch, key=int) == [str(clip) for clip in range(40)]
     assert len(read_examples(tmp_path, "train", frames="one")) == 40
     assert read_examples(tmp_path, "train") == read_jsonl(tmp_path, "train")  # as it is written, unless asked
+
+
+def test_a_prepared_list_counts_the_same(root, tmp_path):
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    for k in range(5):
+        releases.copy(root / f"{k}.png", listed / f"{k}.png")
+    write_jsonl(listed / "train.jsonl", marked(4, 5))
+    with pytest.raises(SystemExit, match="0"):
+        prepare(["--root", str(listed), "--out", str(tmp_path / "out"), "--image-size", "16", "--workers", "1"])
+    for frames, count in (("all", 20), ("one", 4)):
+        orders = [order_of(place, frames) for place in (listed, tmp_path / "out")]
+        assert list(orders[0].examples) == list(orders[1].examples)
+        epochs = [[int(i) for number in range(count // 2) for i in order.batches[number]] for order in orders]
+        assert epochs[0] == epochs[1] and len(set(epochs[0])) == count
 
 
 def test_marks_that_are_no_text_are_refused(tmp_path):

@@ -23,7 +23,7 @@ def example(named=None, **fields):
 
 
 @pytest.mark.parametrize(("dataset", "video", "clip"), [
-    ("ave", ID, Clip(ID)), ("ave", "-a_b_10_20", Clip("-a_b", (10, 20))),
+    ("ave", ID, Clip(ID)), ("ave", "ab-c_10_200", Clip("ab-c_10_200")),  # an id as it comes
     ("valor", f"{ID}_30.000_40.000", Clip(ID, (30, 40))), ("valor", ID, Clip(ID)),
     ("avss", f"{ID}_1000_11000", Clip(ID, (1, 11))), ("ref_avs", f"{ID}_14000_24000", Clip(ID, (14, 24))),
     ("s4", f"{ID}_0_5000", Clip(ID)), ("arig", f"{ID}_0_5000", Clip(ID)), ("s4_object", ID, Clip(ID)),

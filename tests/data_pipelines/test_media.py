@@ -88,8 +88,13 @@ def test_semantic_mask_from_palette_indices_and_from_colours(tmp_path):
 
 
 def test_unknown_colours_are_background(tmp_path):
-    path = write_picture(tmp_path / "a.png", np.full((4, 4, 3), (1, 2, 3), np.uint8))
-    assert not media.read_mask(path, 2, "semantic").any()
+    """As in the reference, where they are slips of a drawing tool; more of them are no mask of these classes."""
+    colours = np.zeros((40, 50, 3), np.uint8)
+    colours[0, :2] = (1, 2, 3)
+    assert not media.read_mask(write_picture(tmp_path / "a.png", colours), None, "semantic").any()
+    colours[0, 2] = (3, 2, 1)
+    with pytest.raises(InputError, match="3 of 2000 pixels have a colour of no class"):
+        media.read_mask(write_picture(tmp_path / "b.png", colours), None, "semantic")
 
 
 def test_bad_videos(tmp_path):

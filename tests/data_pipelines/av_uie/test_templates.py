@@ -131,7 +131,7 @@ def test_writing_needs_no_state_and_covers_every_task():
 
 
 @pytest.mark.parametrize("task, change, field", [
-    ("ave", {"start": 9, "end": 3}, "start"), ("ave", {"end": 11}, "start"), ("ave", {"event": "<event>"}, "event"),
+    ("ave", {"start": 9, "end": 3}, "end"), ("ave", {"end": 11}, "end"), ("ave", {"event": "<event>"}, "event"),
     ("ave", {"end": None}, "end"), ("ave", {"start": True}, "start"), ("avvp", {"audio": [["Dog", 0.5, 2]]}, "audio"),
     ("avvp", {"visual": "Dog"}, "visual"), ("arig", {"box": [1, 2, 3]}, "box"), ("arig", {"box": [9, 9, 3, 3]}, "box"),
     ("arig", {"box": [0, 0, 300, 9]}, "box"), ("s4", {"objects": "dog"}, "objects"),

@@ -1,4 +1,4 @@
-"""Clips whose picture says the second (grey 20 + 22 * second) and whose sound is a beep, with any times of both."""
+"""Clips whose picture says the second (0 to 11, grey 20 + 20 * second) and whose sound is a beep, at any times."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -63,9 +63,9 @@ def write_clip(path: Path, times: Sequence[float], sound: np.ndarray | None = No
 
 def grey(second: float) -> int:
     """The grey of the picture of a second."""
-    return 20 + 22 * int(second + 1e-6)
+    return 20 + 20 * int(second + 1e-6)
 
 
 def seconds_of(frames: np.ndarray) -> list[int]:
     """The seconds that frames uint8[n,h,w,3] say."""
-    return np.round((frames.mean((1, 2, 3)) - 19) / 22).astype(int).tolist()
+    return np.round((frames.mean((1, 2, 3)) - 19) / 20).astype(int).tolist()

@@ -1,0 +1,269 @@
+"""Folders and files that are one process's alone while it writes them: who has them, and whose lock is left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from crab_jax.errors import InputError
+from crab_jax.files import out_folder
+
+LOCK = ".lock"
+BEAT_SECONDS = 20.0  # how often a lock is refreshed
+# A lock of another machine that was not refreshed for so long is left over. A share may show a change a minute late.
+STALE_SECONDS = 120.0
+_held: dict[Path, _Holder] = {}  # the locks of this process
+
+
+class Owner(NamedTuple):
+    """Whose a lock is. machine: one running system and its process ids; a container has its own. started: of the
+    process, so that another one with its id is not taken for it. since: seconds of the epoch. use: what it is locked
+    for; owners of one use and another share go together."""
+
+    host: str
+    machine: str
+    pid: int
+    started: str
+    since: float
+    command: str
+    use: str
+    share: int
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host} since {since} ({self.command:.120})"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _machine() -> str:
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {_read('/proc/sys/kernel/random/boot_id').strip()} {space}"
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine was started; "" when there is none (one that has ended but was not waited for is
+    none)."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if fields:
+        return "" if fields[0] in ("Z", "X") else fields[19]
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _me(use: str, share: int) -> Owner:
+    command = " ".join(sys.argv).encode("utf-8", "backslashreplace").decode()
+    return Owner(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()), time.time(), command, use, share)
+
+
+def _owner_of(lock: Path) -> Owner | None:
+    """The owner of a lock that is there; one that cannot be read is being written, or was left by a full disk."""
+    try:
+        text = lock.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        found = Owner(**json.loads(text))
+        str(found), int(found.pid)
+        return found
+    except (ValueError, TypeError, OverflowError, OSError):
+        return Owner("an unknown host", "", 0, "", 0.0, "its lock cannot be read", "", 0)
+
+
+class _Holder(NamedTuple):
+    owner: Owner
+    done: threading.Event
+
+
+def _take(lock: Path, owner: Owner) -> bool:
+    """Make a lock file that is not there yet; it appears with its content."""
+    partial = lock.with_name(f"{lock.name}.{owner.pid}.{threading.get_ident()}")
+    content = json.dumps(owner._asdict()).encode()
+    try:
+        partial.write_bytes(content)
+        try:
+            os.link(partial, lock)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # no links on this disk (gcsfuse)
+            pass
+        try:
+            with open(lock, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return _owner_of(lock) == owner
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _age(lock: Path) -> float:
+    """Seconds since a lock was refreshed, by the clock of its disk; 0 for one that is gone."""
+    probe = lock.with_name(f"{lock.name}.clock{os.getpid()}")
+    try:
+        probe.write_bytes(b"")
+        return max(0.0, probe.stat().st_mtime - lock.stat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _left_over(lock: Path, owner: Owner) -> bool | None:
+    """Whether the owner of a lock is gone; None when only time tells."""
+    if owner.machine == _machine():
+        return not owner.started or _started(owner.pid) != owner.started
+    return True if _age(lock) > STALE_SECONDS else None
+
+
+def _gone(lock: Path, owner: Owner, what: Path) -> bool:
+    """Whether the owner of a lock is gone. One of another machine is waited for, until its lock is refreshed or was not
+    for STALE_SECONDS."""
+    try:
+        stamp, told = lock.stat().st_mtime_ns, False
+        while (left := _left_over(lock, owner)) is None:
+            if lock.stat().st_mtime_ns != stamp or _owner_of(lock) != owner:
+                return _owner_of(lock) is None
+            if not told:
+                print(f"{what} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
+                      file=sys.stderr, flush=True)
+                told = True
+            time.sleep(min(1.0, STALE_SECONDS / 10))
+        return left
+    except FileNotFoundError:  # given free
+        return True
+
+
+def _drop(lock: Path, owner: Owner) -> None:
+    """Remove a lock that is still this owner's: by renaming it first, so that of two that find it left over one does
+    not remove the new lock of the other."""
+    aside = lock.with_name(f"{lock.name}.left{os.getpid()}.{threading.get_ident()}")
+    try:
+        lock.rename(aside)
+    except FileNotFoundError:
+        return
+    if _owner_of(aside) != owner and not lock.exists():
+        try:
+            os.link(aside, lock)
+        except OSError:
+            pass
+    aside.unlink(missing_ok=True)
+
+
+def _refused(what: Path, lock: Path, flag: str, owner: Owner) -> InputError:
+    return InputError(str(what), flag, f"is in use by {owner}",
+                      f"wait for it, end it or give another {flag}; remove {lock} only if you know that it is gone")
+
+
+def _beat(lock: Path, holder: _Holder) -> None:
+    """Refresh a lock until it is released. One that was taken over, after this process stood still for long, ends the
+    process: another one writes now."""
+    while not holder.done.wait(BEAT_SECONDS):
+        try:
+            found = _owner_of(lock)
+            if holder.done.is_set():
+                return
+            if found is None:
+                _take(lock, holder.owner)
+            elif found == holder.owner:
+                os.utime(lock)
+            elif found.pid:
+                print(f"error: {lock.parent}: was taken over by {found}, while this process stood still; start again "
+                      "when that one is done", file=sys.stderr, flush=True)
+                os._exit(2)
+        except OSError:  # a full or absent disk: the next beat may find it better
+            pass
+
+
+@contextmanager
+def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 0) -> Iterator[Path]:
+    """The folder, made, and this process's alone until the end of the context or of the process.
+
+    Processes that give the same `use` and different `share` have it together. A lock whose owner is gone is replaced:
+    of this machine at once, of another when it was not refreshed for STALE_SECONDS. Raises InputError when the folder
+    is in use or cannot be written.
+    """
+    out = out_folder(folder, flag)
+    lock = out.absolute() / f"{LOCK}.{share}"
+    with _lock(lock, _me(use, share), out, flag):
+        for other in sorted(lock.parent.glob(f"{LOCK}.*")):
+            if other != lock and other.name.removeprefix(f"{LOCK}.").isdecimal():
+                found = _owner_of(other)
+                if found is None or use and found.use == use:
+                    continue
+                # Of two uses that start at once both may be refused, and never both let in.
+                if not _gone(other, found, out):
+                    raise _refused(out, other, flag, found)
+                _drop(other, found)
+        yield out
+
+
+@contextmanager
+def locked_file(file: str | Path, flag: str = "--out") -> Iterator[Path]:
+    """The same for one file in a folder that others may use."""
+    path = Path(file)
+    out_folder(path.parent, flag)
+    with _lock(path.absolute().with_name(f".{path.name}{LOCK}"), _me("", 0), path, flag):
+        yield path
+
+
+@contextmanager
+def _lock(lock: Path, owner: Owner, what: Path, flag: str) -> Iterator[None]:
+    try:
+        while not _take(lock, owner):
+            if (found := _owner_of(lock)) is None:
+                continue
+            if not _gone(lock, found, what):
+                raise _refused(what, lock, flag, found)
+            print(f"{what}: the lock of {found} is left over, and is replaced", file=sys.stderr, flush=True)
+            _drop(lock, found)
+    except OSError as error:
+        raise InputError(str(what), flag, f"cannot be locked ({error.strerror})", "give another one") from error
+    holder = _held[lock] = _Holder(owner, threading.Event())
+    threading.Thread(target=_beat, args=(lock, holder), daemon=True, name="lock").start()
+    try:
+        yield
+    finally:
+        _release(lock)
+
+
+def _release(lock: Path) -> None:
+    holder = _held.pop(lock, None)
+    if holder is None or holder.owner.pid != os.getpid():  # a forked child has a copy
+        return
+    holder.done.set()
+    try:
+        if _owner_of(lock) == holder.owner:
+            lock.unlink()
+    except OSError:
+        pass
+
+
+def release_all() -> None:
+    """Give up all locks of this process, before it ends without the usual clean-up."""
+    for lock in list(_held):
+        _release(lock)

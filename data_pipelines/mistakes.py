@@ -1,0 +1,461 @@
+"""What people get wrong in their own lists of Examples, found without opening a file.
+
+A mistake that would train or score something wrong is malformed: `validate` exits 3 over it, and training refuses the
+example (or leaves it out, with data.on_error=skip). What only looks odd is a warning. docs/your_data.md lists them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import json
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from crab_jax.errors import InputError
+from crab_jax.tasks import TASKS, arig, avqa, ref_avs
+from crab_jax.tasks.ave import SECONDS
+from crab_jax.tasks.avs import CLASSES, ORDINALS
+from crab_jax.tasks.task import wrong_fields
+from crab_jax.tasks.text import normalise
+from data_pipelines import fbank, labels
+from data_pipelines.batching import check_sources
+from data_pipelines.datasets import DATASETS, PREPARED
+from data_pipelines.examples import Example, seg_source
+from data_pipelines.media import INLINE_MASK
+from data_pipelines.sources.ave import CATEGORIES as AVE_EVENTS
+from data_pipelines.sources.avvp import CATEGORIES as AVVP_EVENTS
+from data_pipelines.status import MALFORMED, WARNING
+
+_log = logging.getLogger(__name__)
+# The names that a benchmark knows; others can be trained on, but are often slips.
+KNOWN = {"ave": AVE_EVENTS, "avvp": AVVP_EVENTS, "avss": CLASSES[1:]}
+PRETRAINING = tuple(name for name, dataset in DATASETS.items() if dataset.stage == "pretrain")
+MANY = 10  # examples after which something that never changes looks odd
+ABOUT_TEN = 8.0, 12.0  # seconds of a clip whose tenths are as good as seconds
+LONGEST = {"ten": 30.0, "one": 30.0, "five": 15.0, "one_of_five": 15.0}  # seconds of a clip; longer ones are half heard
+_WRAP = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>|<\|\w+\|>|^\s*(?:USER|ASSISTANT|Human|GPT)\s*:",
+                   re.IGNORECASE)
+NOTHING = "nothing"  # what the generated scenes call the object of a frame in which nothing sounds
+_EMPTY_WORDS = ("null", "none", "nan", "n a", "na", "undefined", "unknown")
+_FREE = ("avcap",)  # tasks that people ask in their own words
+
+
+class Finding(NamedTuple):
+    """kind: MALFORMED or WARNING. field: of the Example; fix: what to do."""
+
+    kind: str
+    field: str
+    problem: str
+    fix: str
+
+
+def findings(example: Example, train: bool, seconds: float | None = None) -> Iterator[Finding]:
+    """What is wrong with one Example, whatever else is in its list.
+
+    train: whether it is to be learnt from. seconds: of its clip, 0 where not known; None when nothing has been decoded,
+    and then what decoding would show is looked at as well, as far as possible.
+    """
+    if example.meta.get("dataset") in PRETRAINING:
+        return  # other tasks under the name of one of the nine
+    yield from _text(example, train)
+    yield from _prompt(example)
+    yield from _meta(example, train)
+    if labels.weak(example) or not any(wrong_fields(TASKS[example.task], example.meta, ("answer",))):
+        yield from _names(example)
+        yield from _box(example)
+        yield from _times(example, seconds)
+        if not _WRAP.search(example.target):
+            yield from _target(example)
+    yield from _mask(example, train, seconds)
+    yield from _windows(example, seconds)
+
+
+def has_label(example: Example) -> bool:
+    """Whether `meta` has anything of a label. A row without one is looked at only for what would be read wrongly."""
+    return any(name in example.meta for name in (*TASKS[example.task].label, "labels"))
+
+
+def _text(example: Example, train: bool) -> Iterator[Finding]:
+    if train and not example.target.strip():
+        yield Finding(MALFORMED, "target", "is empty, so there is nothing to learn", "write the answer")
+    for field in ("instruction", "target"):
+        if wrap := _WRAP.search(getattr(example, field)):
+            yield Finding(MALFORMED, field, f"holds {wrap[0].strip()!r}, a part of the chat wrap, which is added later",
+                          "leave it out")
+
+
+# Prompts.
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+class _Prompt(NamedTuple):
+    """What an instruction asks: the tasks whose prompt it is, about which second, and what fills its gap."""
+
+    tasks: frozenset[str]
+    second: int | None = None
+    filling: str = ""
+
+
+@functools.cache
+def _fixed_prompts() -> dict[str, _Prompt]:
+    """Every prompt without a gap."""
+    found: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+    for name, task in TASKS.items():
+        for variant in ("train", "test", "quick") if name not in ("avqa", "ref-avs") else ():
+            if name in labels.AVS:
+                for second in range(len(ORDINALS)):
+                    text = _flat(task.instruction(variant=variant, second=second))
+                    asked = [number for number, word in enumerate(ORDINALS) if f" {word} second" in text]
+                    found[text, asked[0] if asked else None].add(name)
+            else:
+                found[_flat(task.instruction(variant=variant)), None].add(name)
+    return {text: _Prompt(frozenset(tasks), second) for (text, second), tasks in found.items()}
+
+
+_QUESTION = _flat(avqa.instruction(question=""))
+_EXPRESSIONS = [re.compile(re.escape(_flat(ref_avs.instruction(variant, "0gap0", 0))).replace("0gap0", "(?P<gap>.+)")
+                           .replace(r"\ first\ ", r"\ (?P<second>\w+)\ "))
+                for variant in ("train", "test", "quick")]
+
+
+def read_prompt(instruction: str) -> _Prompt | None:
+    """What an instruction asks, None when it is no prompt of any task."""
+    text = _flat(instruction)
+    if found := _fixed_prompts().get(text):
+        return found
+    if text.startswith(_QUESTION):
+        return _Prompt(frozenset(["avqa"]), None, text[len(_QUESTION):].strip())
+    for pattern in _EXPRESSIONS:
+        if match := pattern.fullmatch(text):
+            word = match.groupdict().get("second")
+            return _Prompt(frozenset(["ref-avs"]), ORDINALS.index(word) if word in ORDINALS else None, match["gap"])
+    return None
+
+
+def _prompt(example: Example) -> Iterator[Finding]:
+    has_clip = bool(example.video or example.frames)
+    for shown, placeholder, field in ((has_clip, "<video>", "video"), (bool(example.image), "<image>", "image")):
+        other = "<image>" if placeholder == "<video>" else "<video>"
+        if shown and placeholder not in example.instruction and other in example.instruction:
+            yield Finding(MALFORMED, "instruction", f"says {other}, but the example has {field!r}",
+                          f"put {placeholder} where the pictures go")
+    prompt = read_prompt(example.instruction)
+    if prompt is None:
+        if example.task not in _FREE and has_label(example):
+            yield Finding(WARNING, "instruction", f"is no prompt that {example.task} is trained with",
+                          f"use crab_jax.tasks.TASKS[{example.task!r}].instruction(...)")
+        return
+    if example.task not in prompt.tasks:
+        yield Finding(MALFORMED, "instruction", f"is the prompt of {' and '.join(sorted(prompt.tasks))}, but the task "
+                      f"is {example.task}", "correct one of them")
+        return
+    if prompt.second is not None and prompt.second != example.second:
+        # The released MS3 evaluation asks about the third second whatever the picture is.
+        kind = WARNING if example.task == "ms3" and prompt.second == 2 and example.second is not None else MALFORMED
+        yield Finding(kind, "second", f"is {example.second}, but the prompt asks about the {ORDINALS[prompt.second]} "
+                      f"second, which is {prompt.second}", "count seconds from 0 in `second`")
+    if example.task == "avqa" and not prompt.filling:
+        yield Finding(MALFORMED, "instruction", "asks no question", "write it behind the prompt")
+    said = example.meta.get({"avqa": "question", "ref-avs": "expression"}.get(example.task, ""))
+    if isinstance(said, str) and normalise(said) != normalise(prompt.filling):
+        what = "question" if example.task == "avqa" else "expression"
+        yield Finding(MALFORMED if what == "expression" else WARNING, "instruction",
+                      f"asks {prompt.filling!r:.60}, but meta.{what} is {said!r:.60}", "correct one of them")
+
+
+# The label, and the target beside it.
+
+def _meta(example: Example, train: bool) -> Iterator[Finding]:
+    task = TASKS[example.task]
+    if not example.meta.keys() - {"row", "dataset", "one_of"}:
+        if example.task in _FREE or (task.mask_kind != "none" and not train):
+            return  # only to be answered or decoded; `evaluate` refuses it
+        yield Finding(WARNING, "meta", "is empty, so the target cannot be compared with a label, nor an answer scored",
+                      f"give {', '.join(name for name, field in task.label.items() if field.needed)}")
+    elif not labels.weak(example) or not train:
+        for name, problem, must_be in wrong_fields(task, example.meta):
+            lacking = problem == "missing"
+            if lacking and not train and not example.target:
+                continue  # one of those
+            others = [key for key in example.meta if key not in task.label]
+            close = difflib.get_close_matches(name, others, 1) if lacking else []
+            only_score = lacking and task.label[name].needed == "score"
+            yield Finding(WARNING if train and only_score else MALFORMED, f"meta.{name}",
+                          problem + (f" (there is {close[0]!r})" if close else ""), f"must be {must_be}")
+
+
+def _target(example: Example) -> Iterator[Finding]:
+    try:
+        found = labels.disagreements(example)
+    except InputError as error:  # a label that no target can be written from
+        yield Finding(MALFORMED, error.field, error.problem, error.fix)
+        return
+    for problem in found:
+        yield Finding(MALFORMED, "target", problem, "write it with crab_jax.tasks.TASKS"
+                      f"[{example.task!r}].target(...), or correct meta")
+
+
+def _name_field(example: Example) -> str:
+    return next(iter(TASKS[example.task].label)) if example.task != "ref-avs" else "object"
+
+
+def _names(example: Example) -> Iterator[Finding]:
+    field = _name_field(example)
+    for name in (example.meta["answer"],) if example.task == "avqa" else labels.names(example):
+        if normalise(name) in _EMPTY_WORDS:
+            kind = WARNING if example.task == "avqa" else MALFORMED
+            yield Finding(kind, f"meta.{field}", f"is {name!r}, which stands for no value", "give the name")
+        elif re.fullmatch(r"[0-9.]+", name):
+            kind, fix = (WARNING, "MUSIC-AVQA answers in words, such as 'two'") if example.task == "avqa" else (
+                MALFORMED, "give the name, not the number of a class")
+            yield Finding(kind, f"meta.{field}", f"is {name!r}, a number", fix)
+
+
+def _box(example: Example) -> Iterator[Finding]:
+    if example.task == "arig":
+        x1, y1, x2, y2 = example.meta["box"]
+        if max(x2, y2) <= 1:
+            yield Finding(MALFORMED, "meta.box", f"is {example.meta['box']}, which seem to be shares of the picture",
+                          f"multiply by {arig.SIZE}")
+        elif x1 == x2 or y1 == y2:
+            yield Finding(WARNING, "meta.box", f"is {example.meta['box']}, which has no area", "check it")
+
+
+def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
+    if not (events := _events(example)):
+        return
+    for name, start, end in events:
+        if start >= end and (example.task, start, end) != ("ave", 0, 0):
+            yield Finding(MALFORMED, "meta", f"{name!r:.60} lasts from {start} to {end}, which is no time",
+                          "the end is the first second after the event, as in 2,3 for the third second alone")
+    if example.task == "avvp":
+        for sense in ("audio", "visual"):
+            for (one, _, end), (other, start, _) in itertools.pairwise(sorted(map(tuple, example.meta[sense]))):
+                if one == other and start < end:
+                    yield Finding(WARNING, f"meta.{sense}", f"spans of {one!r:.60} overlap", "join them")
+    last = max(end for _, _, end in events)
+    if seconds and last > seconds + 0.5:
+        yield Finding(MALFORMED, "meta", f"has an event until {last}, but the clip lasts {seconds:.1f} s",
+                      f"cut clips of {SECONDS} seconds")
+    elif seconds and not ABOUT_TEN[0] <= seconds <= ABOUT_TEN[1]:
+        yield Finding(WARNING, "meta", f"counts {SECONDS} seconds, but the clip lasts {seconds:.1f} s, whose tenths "
+                      "they are taken as", f"cut clips of {SECONDS} seconds")
+
+
+def _events(example: Example) -> list[tuple[str, int, int]]:
+    """(name, start, end) of every event of a timed label."""
+    meta = example.meta
+    if example.task == "ave":
+        return [(meta["event"], meta["start"], meta["end"])]
+    if example.task == "avvp" and not labels.weak(example):
+        return [(name, start, end) for sense in ("audio", "visual") for name, start, end in meta[sense]]
+    return []
+
+
+# Masks, seconds and windows.
+
+def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Finding]:
+    wanted = TASKS[example.task].mask_kind
+    # Without mask and tokens the text alone is asked for.
+    kind = MALFORMED if example.mask or "<mask_" in example.target else WARNING
+    if not train and not example.target and not example.mask and example.mask_kind == "none":
+        return  # only to be answered
+    if example.mask_kind != wanted:
+        yield Finding(kind, "mask_kind", f"is {example.mask_kind!r}, but {example.task} has "
+                      f"{'no mask' if wanted == 'none' else f'{wanted} masks'}", f"must be {wanted!r}")
+    elif wanted == "none" and example.mask:
+        yield Finding(WARNING, "mask", f"is given, but {example.task} has none", "leave it out")
+    elif wanted != "none" and not example.mask:
+        yield Finding(kind, "mask", "is missing", "give the mask file, or rle:empty where nothing is to be seen")
+    elif wanted != "none" and seconds is None and seg_source(example) is None:
+        yield Finding(MALFORMED, "second", f"is {example.second}, which is no picture of the example",
+                      "give the number of a picture, or the picture in 'seg_image'")
+    if wanted != "none" and example.windows == "five" and seg_source(example) == ("video", example.video):
+        yield Finding(MALFORMED, "windows", "count fifths of the clip, but its picture is the one at `second` tenths",
+                      "give the picture in 'seg_image', or windows 'ten'")
+
+
+def _windows(example: Example, seconds: float | None) -> Iterator[Finding]:
+    task, windows = TASKS[example.task], example.windows
+    if windows not in task.windows and (task.timed and windows != "none" or has_label(example)):
+        kind, how = (WARNING, "without sound") if windows == "none" else (
+            MALFORMED if task.timed else WARNING, "so")
+        yield Finding(kind, "windows", f"are {windows!r}, but {example.task} is not asked {how}",
+                      f"use {' or '.join(task.windows)}")
+    parts = 5 if windows in ("five", "one_of_five") else 10
+    if example.second is not None and (windows not in fbank.SINGLE or seconds is None) and not (
+            0 <= example.second < parts):
+        yield Finding(MALFORMED, "second", f"is {example.second}, but windows {windows!r} have {parts} seconds",
+                      f"count from 0 to {parts - 1}")
+    elif example.second is None and windows in fbank.SINGLE and seconds is None:
+        yield Finding(MALFORMED, "second", f"is missing, and windows {windows!r} read one of {parts}",
+                      f"give a number from 0 to {parts - 1}")
+    if seconds and not task.timed:
+        frame_of_video = task.mask_kind != "none" and seg_source(example) == ("video", example.video)
+        if seconds > LONGEST.get(windows, seconds) or (frame_of_video and not (
+                ABOUT_TEN[0] <= seconds <= ABOUT_TEN[1])) or (windows == "music_avqa" and seconds < 15):
+            yield Finding(WARNING, "windows", f"are {windows!r}, but the clip lasts {seconds:.1f} s",
+                          "cut clips of ten seconds" if windows != "music_avqa" else "use ten")
+
+
+# What only a whole list shows.
+
+class Mistakes:
+    """Looks at the Examples of one list, one after the other; keeps what it compares them by, a few numbers each."""
+
+    def __init__(self, train: bool):
+        self.train = train
+        self.answers: dict[int, tuple[int, str]] = {}  # question about a clip -> (answer, id)
+        self.told: set[tuple[str, str]] = set()  # names that were called unknown
+        self.first: dict[str, str] = {}  # task -> its first answer
+        self.other: set[str] = set()  # tasks with more than one answer
+        self.count: Counter[str] = Counter()
+        self.times: dict[str, list[tuple[int, int]]] = defaultdict(list)  # the first MANY events of a task
+        self.pictures: dict[str, Any] = {}  # mask -> its picture
+        self.videos: dict[str, str] = {}  # sound -> its video
+        self.stems: dict[str, str] = {}  # name of a clip -> its path
+
+    def of(self, example: Example, seconds: float | None = None) -> list[Finding]:
+        """What is wrong with an Example, by itself and beside those before it."""
+        found = [*findings(example, self.train, seconds)]
+        if not has_label(example):
+            return found
+        if not any(one.kind == MALFORMED for one in found):
+            found += [*self._again(example), *self._alike(example), *self._counted_from(example)]
+        return found + list(self._sound_and_mask(example))
+
+    def unknown_names(self, example: Example) -> Iterator[Finding]:
+        """Each name that the benchmark does not know, once; people bring names of their own, and misspell others."""
+        known = KNOWN.get(example.task, ())
+        if not known or any(wrong_fields(TASKS[example.task], example.meta, ("answer",))) and not labels.weak(example):
+            return
+        for name in labels.names(example):
+            if name not in known and name != NOTHING and (example.task, name) not in self.told:
+                self.told.add((example.task, name))
+                same = [other for other in known if normalise(other) == normalise(name)]
+                close = same or difflib.get_close_matches(name, known, 1, 0.75)
+                yield Finding(WARNING, f"meta.{_name_field(example)}",
+                              f"{name!r:.60} is none of the {len(known)} names of {example.task}",
+                              f"did you mean {close[0]!r}?" if close else "leave it where it is a name of your own")
+
+    def _again(self, example: Example) -> Iterator[Finding]:
+        media = (example.video, example.image, example.frames, example.audio, example.seg_image)
+        key = hash((example.task, media, example.second, _flat(example.instruction)))
+        label = {name: example.meta.get(name) for name in TASKS[example.task].label}
+        answer = json.dumps(label, sort_keys=True, default=str) + example.target + str(example.mask)
+        before, id = self.answers.setdefault(key, (hash(answer), example.id))
+        if id == example.id:
+            return
+        if before == hash(answer):
+            yield Finding(WARNING, "id", f"asks and answers the same as {id!r}", "leave one of them out")
+        elif example.task not in _FREE:
+            released = example.task == "ave" or example.meta.get("dataset", "own") != "own"  # some ask twice
+            yield Finding(WARNING if released else MALFORMED, "target",
+                          f"answers the same question about the same clip otherwise than {id!r}", "keep one of them")
+
+    def _alike(self, example: Example) -> Iterator[Finding]:
+        """One answer for everything."""
+        task = example.task
+        if task in labels.MASKED or not example.target:
+            return
+        self.count[task] += 1
+        if self.first.setdefault(task, example.target) != example.target:
+            self.other.add(task)
+        if self.count[task] == MANY and task not in self.other:
+            yield Finding(WARNING, "target", f"is the same in the first {MANY} examples of {task}",
+                          "check the column that it was made from")
+
+    def _counted_from(self, example: Example) -> Iterator[Finding]:
+        """Seconds that seem to count from 1, or ends that seem to be inside."""
+        times = self.times[example.task]
+        if len(times) >= MANY or not example.meta or any(wrong_fields(TASKS[example.task], example.meta, ("answer",))):
+            return
+        times += [(start, end) for _, start, end in _events(example)]
+        if len(times) >= MANY:
+            if min(start for start, _ in times) == 1:
+                yield Finding(WARNING, "meta", f"no event of the first {len(times)} of {example.task} starts at 0",
+                              "count seconds from 0")
+            if max(end for _, end in times) == SECONDS - 1:
+                yield Finding(WARNING, "meta", f"no event of the first {len(times)} of {example.task} ends at "
+                              f"{SECONDS}", "the end is the first second after the event")
+
+    def _sound_and_mask(self, example: Example) -> Iterator[Finding]:
+        """A file that stands in a row of another clip."""
+        nothing = example.meta.get("object") == "" or example.meta.get("objects") == [NOTHING]
+        if example.mask and not example.mask.startswith(INLINE_MASK) and not nothing:
+            source = (seg_source(example), example.second)
+            if self.pictures.setdefault(example.mask, source) != source:
+                yield Finding(WARNING, "mask", f"{example.mask} belongs to another picture in an earlier example",
+                              "check the path")
+        if not example.video:
+            return
+        self.stems.setdefault(PurePosixPath(example.video).stem, example.video)
+        if example.audio:
+            stem = PurePosixPath(example.audio).stem
+            owner = self.videos.setdefault(example.audio, example.video)
+            named = self.stems.get(stem, example.video) if stem != PurePosixPath(example.video).stem else example.video
+            if other := next((video for video in (owner, named) if video != example.video), None):
+                yield Finding(WARNING, "audio", f"{example.audio} seems to be the sound of {other}", "check the path")
+
+
+class Lists:
+    """The mistakes of the users' own lists of a data root, for `validate`; every list is looked at by itself."""
+
+    def __init__(self) -> None:
+        self.lists: dict[tuple[str, str], Mistakes] = {}
+
+    def look(self, dataset: str, split: str, example: Example, seconds: float) -> Iterator[tuple[str, str, str]]:
+        """(field, path, text) as of `status.Look`; nothing for a release, whose labels its reader makes."""
+        if dataset in ("own", PREPARED):
+            mistakes = self.lists.setdefault((dataset, split), Mistakes(split == "train"))
+            for kind, field, problem, fix in (*mistakes.of(example, seconds), *mistakes.unknown_names(example)):
+                yield field, "", f"{kind}: {problem}; {fix}"
+
+
+class TrainingLabels:
+    """Refuses Examples of a run's own list whose label or target is wrong, naming the line; counts what looks odd."""
+
+    def __init__(self, root: str | Path, split: str):
+        self.file = Path(root) / f"{split}.jsonl"
+        self.is_list, self.mistakes = self.file.is_file(), Mistakes(train=True)
+        self.odd = 0
+        self.first_odd = ""
+
+    def check(self, example: Example) -> None:
+        """Raise InputError naming file and line for an Example that would train something wrong."""
+        if not self.is_list and example.meta.get("dataset") != "own":
+            return
+        found = self.mistakes.of(example)
+        for kind, field, problem, fix in found:
+            if kind == MALFORMED:
+                raise InputError(self.where(example), field, problem, fix)
+        try:
+            check_sources(example)
+        except InputError as error:
+            raise InputError(self.where(example), error.field, error.problem, error.fix) from None
+        if found:
+            self.odd += 1
+            self.first_odd = self.first_odd or f"{self.where(example)} [{found[0].field}]: {found[0].problem}"
+
+    def warn(self) -> None:
+        """Say how many looked odd, once."""
+        if self.odd:
+            _log.warning("%d examples look odd, the first: %s; `python -m data_pipelines validate` lists them",
+                         self.odd, self.first_odd)
+
+    def where(self, example: Example) -> str:
+        """File and line of an Example."""
+        if "row" in example.meta:
+            return str(self.file.parent / "own" / example.meta["row"])
+        for number, line in enumerate(self.file.read_text(encoding="utf-8-sig").split("\n"), 1):
+            if line.strip() and json.loads(line)["id"] == example.id:
+                return f"{self.file}:{number}"
+        return str(self.file)
