@@ -126,11 +126,19 @@ def full_levels(paths: Iterable[Path]) -> dict[int, int]:
     """{8: level, 16: level}: the grey level that stands for 1 in the files of a run that do not say it themselves, by
     their depth. It is the lowest of 1, 255 and 65535 that no file exceeds: 1 where all of them hold 0 and 1 alone."""
     full: dict[int, int] = {}
+    shown: dict[int, set[int]] = {}  # the levels above 0, up to two of each depth
     for path in paths:
         levels, bits = grey_levels(path)
         if bits:
+            if len(shown.setdefault(bits, set())) < 2:
+                shown[bits] |= {int(level) for level in np.unique(levels)[:3] if level}
             highest = levels.max(initial=0)
             full[bits] = max(full.get(bits, 0), next(most for most in (1, LEVELS, 0xFFFF) if highest <= most))
+    for bits, most in full.items():
+        if len(shown[bits]) == 1 and (level := min(shown[bits])) <= most // 2:  # a class, or a mask of its own kind
+            raise InputError(str(path), "mask", f"holds grey level {level} beside 0, and so do all {bits}-bit masks: "
+                             f"it would be read as {level} of {most}, that is as nothing",
+                             "write 0 and 1, or 0 and 255")
     return full
 
 
@@ -332,6 +340,9 @@ def assign(rows: Sequence[Row], examples: Sequence[Example], where: str,
     found: dict[str, Row] = {}
     for number, row in enumerate(rows, 1):
         line = f"{where}:{number}"
+        for name in ("id", "image_path", "video_path"):
+            if not isinstance(row.get(name), str | int | None) or (name != "id" and isinstance(row.get(name), int)):
+                raise InputError(line, name, f"is {row[name]!r:.60}", "must be text")
         if row.get("id") in ignored:
             continue
         if "id" in row:

@@ -50,6 +50,28 @@ def test_class_ids_and_masks_of_others_are_read(tmp_path):
             files.load_mask(bad, kind, tmp_path)
 
 
+@pytest.mark.parametrize("level, bits, refused", [(1, 8, 0), (2, 8, 1), (100, 8, 1), (128, 8, 0), (255, 8, 0),
+                                                  (7, 16, 1), (255, 16, 0), (1000, 16, 1), (65535, 16, 0)])
+def test_masks_of_one_dark_level_are_not_read_as_nothing(tmp_path, level, bits, refused):
+    """A class id, or 0 and 100: a hundredth of a probability everywhere is no answer of any program."""
+    Image.fromarray((np.eye(4) * level).astype(np.uint8 if bits == 8 else np.uint16)).save(tmp_path / "m.png")
+    Image.fromarray(np.zeros((4, 4), np.uint8 if bits == 8 else np.uint16)).save(tmp_path / "empty.png")
+    paths = [tmp_path / "m.png", tmp_path / "empty.png"]
+    if refused:
+        with pytest.raises(InputError, match=f"grey level {level} beside 0.*as nothing"):
+            files.full_levels(paths)
+    else:
+        full = files.full_levels(paths)
+        assert (files.load_mask("m.png", "binary", tmp_path, full) > 0.5).sum() == 4
+
+
+@pytest.mark.parametrize("row", [{"id": ["a"]}, {"id": {}}, {"id": 3}, {"id": None}, {"video_path": 3},
+                                 {"image_path": ["a"]}, {"question_id": [1]}])
+def test_what_names_an_example_is_text(row):
+    with pytest.raises(InputError, match="f:1"):
+        files.assign([{**row, "text": "x"}], EXAMPLES, "f")
+
+
 EXAMPLES = [Example(id=f"e{i}", task="avcap", instruction="?", meta={"captions": ["é"]}) for i in range(4)]
 
 

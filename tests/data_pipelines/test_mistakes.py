@@ -395,6 +395,14 @@ def test_a_run_refuses_a_wrong_label_before_it_starts(media_root, tmp_path):
     assert order.batches[0].tolist() == [0] and len((tmp_path / "skipped").read_text().splitlines()) == 1
 
 
+def test_a_run_of_other_than_ten_frames_refuses_the_mask_of_a_tenth(media_root, tmp_path):
+    write(tmp_path, media_root, [good("s4")])
+    run = tiny.get_config()
+    run.data.root, run.data.batch_size, run.data.video_frames = str(tmp_path), 1, 5
+    with pytest.raises(InputError, match="data.video_frames.*is 5, but example 's4-1' has the mask of a tenth"):
+        runs.train_order(run, runs.tokenizer_of(run))
+
+
 def test_validate_exits_3_over_a_label(media_root, tmp_path):
     write(tmp_path, media_root, changed("ave", {"end": 12}))
     with pytest.raises(SystemExit) as done:
