@@ -41,6 +41,15 @@ def png(picture: np.ndarray | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """A matplotlib figure of so many inches, in which names show as they are: no dollar sign begins a formula."""
+    import matplotlib  # takes a quarter of a second, and most answers need no figure
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height))
+
+
 def figure_png(figure: Figure, dpi: int = 110) -> bytes:
     """PNG file of a matplotlib figure, cropped to what is drawn."""
     buffer = io.BytesIO()
@@ -200,11 +209,9 @@ def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], 
 
     All share one axis of ten parts: seconds for a clip of ten seconds, else tenths of the clip.
     """
-    from matplotlib.figure import Figure  # takes a quarter of a second to import, and most answers need no figure
-
     rows = max(1, len(tracks))
     strip = 0.9 * 10 / max(1, len(frames)) if len(frames) else 0.0
-    figure = Figure(figsize=(9, strip + 1.0 + 0.36 * rows + 0.6))
+    figure = new_figure(9, strip + 1.0 + 0.36 * rows + 0.6)
     heights = [max(strip, 0.01), 1.0, 0.36 * rows + 0.2]
     pictures, sound, events = figure.subplots(3, 1, sharex=True, height_ratios=heights, gridspec_kw={"hspace": 0.06})
     for index, frame in enumerate(frames):
