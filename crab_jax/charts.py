@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from crab_jax.overlay import figure_png, new_figure
+from crab_jax.overlay import figure_png, label_of, new_figure
 from crab_jax.tasks import TASKS
 
 # Okabe-Ito colours, which stay apart for colour-blind readers; the trained model comes first.
@@ -56,7 +56,7 @@ def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
             axes.barh(row, scores[metric], xerr=error, color=COLOURS[0] if row == 0 else "0.72",
                       error_kw={"linewidth": 1, "ecolor": "0.25"})
         axes.set_title(f"{task}: {metric}", fontsize=10, loc="left")
-        axes.set_yticks(range(len(columns)), list(columns))
+        axes.set_yticks(range(len(columns)), list(map(label_of, columns)))
         axes.set_ylim(len(columns) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.tick_params(labelsize=8)
@@ -150,7 +150,7 @@ def breakdown_bars(breakdown: Mapping[str, tuple[float, int]], label: str) -> by
     axes.barh(range(len(values)), values, color=COLOURS[5], height=0.7)
     for row, (value, count) in enumerate(breakdown.values()):
         axes.text(max(value, 0), row, f" {value:.2f}  (n {count})", va="center", fontsize=7.5, color="0.3")
-    axes.set_yticks(range(len(values)), list(breakdown), fontsize=8)
+    axes.set_yticks(range(len(values)), list(map(label_of, breakdown)), fontsize=8)
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlim(0, max(1.0, *values) * 1.12)
     axes.set_xlabel(label, fontsize=9)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from crab_jax.errors import printable
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.media import avss_palette
 
@@ -22,6 +23,7 @@ TRUTH: Colour = (0, 158, 115)
 BOX_SPACE = 224  # side of the square that ARIG coordinates live in
 SMALL = 4_000_000  # pixels of a picture that is worth compressing well
 ROWS = 256  # of a picture that are painted at once: a large one would take its size in float64 several times
+LONGEST_LABEL = 60  # characters of a name in a picture
 PARTS = 10  # AVE and AVVP count time in tenths of the clip, which are seconds in clips of ten seconds
 
 
@@ -55,6 +57,12 @@ def figure_png(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
+
+
+def label_of(value: object) -> str:
+    """A name as it is written into a picture: one line, and not so long that the picture grows with it."""
+    text = printable(value)
+    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL - 1]}…"
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -142,7 +150,7 @@ def overlay_boxes(picture: np.ndarray, boxes: Iterable[tuple[Sequence[float], Co
         if right <= left or bottom <= top:
             continue
         draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=min(width, right - left, bottom - top))
-        if label:
+        if label := label_of(label):
             _, _, wide, high = map(round, draw.textbbox((0, 0), label, font=font))
             labels.append(_label_place((left, top, right, bottom), (wide + 4, high + 4), size, labels))
             draw.rectangle(labels[-1], fill=colour)
@@ -227,7 +235,7 @@ def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], 
             events.text(0.05, row, "no time inside the clip", va="center", fontsize=9, color="0.4")
     if not tracks:
         events.text(PARTS / 2, 0, "no event could be read", ha="center", va="center", color="0.4")
-    events.set_yticks(range(len(tracks)), [track.label for track in tracks])
+    events.set_yticks(range(len(tracks)), [label_of(track.label) for track in tracks])
     events.set_ylim(rows - 0.5, -0.5)
     events.set_xlim(0, PARTS)
     events.set_xticks(range(PARTS + 1))

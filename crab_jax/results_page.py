@@ -15,10 +15,10 @@ from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import Breakdown, Published
 
 INTRO = Html(
-    "<p>Numbers are fractions (0.8 is 80 %) with 95 % bootstrap intervals over the samples. <b>All</b> counts an answer "
-    "that cannot be used as wrong; <b>answered</b> leaves it out, as the released evaluation does: text that cannot be "
-    "read, or for tasks with masks an answer without one. Published numbers were measured on the benchmarks and compare "
-    "only with an evaluation on the same data.</p>")
+    "<p>Numbers are fractions (0.8 is 80 %) with 95 % bootstrap intervals over the samples. <b>All</b> counts an "
+    "answer that cannot be used as wrong; <b>answered</b> leaves it out, as the released evaluation does: text that "
+    "cannot be read, or for tasks with masks an answer without one. Published numbers were measured on the benchmarks "
+    "and compare only with an evaluation on the same data.</p>")
 
 
 def _tables(tasks: Mapping[str, Any]) -> Html:

@@ -25,7 +25,16 @@ import numpy as np
 from crab_jax.bounds import PATH, Name, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
-from crab_jax.overlay import TRUTH, event_tracks, figure_png, new_figure, overlay_boxes, overlay_mask, side_by_side
+from crab_jax.overlay import (
+    TRUTH,
+    event_tracks,
+    figure_png,
+    label_of,
+    new_figure,
+    overlay_boxes,
+    overlay_mask,
+    side_by_side,
+)
 from crab_jax.page import NONE, Html, Section, image, jpeg, table, write
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.tasks.avs import CLASSES
@@ -69,7 +78,7 @@ class Group(NamedTuple):
 
 def rank(example: Example, seed: int) -> bytes:
     """A key whose order is a shuffle that depends on the seed alone, not on the other records."""
-    return hashlib.blake2b(f"{seed} {example.id}".encode()).digest()
+    return hashlib.blake2b(f"{seed} {example.id}".encode("utf-8", "surrogatepass")).digest()
 
 
 def groups(root: str | Path, names: Sequence[str], split: str, variant: str, seed: int, keep: int,
@@ -174,7 +183,7 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
     for line, track in enumerate(tracks):
         events.broken_barh([(start, end - start) for start, end in track.spans], (line - 0.35, 0.7),
                            color=np.array(track.colour) / 255)
-    events.set_yticks(range(len(tracks)), [track.label for track in tracks], fontsize=9)
+    events.set_yticks(range(len(tracks)), [label_of(track.label) for track in tracks], fontsize=9)
     events.set_ylim(len(tracks) - 0.5, -0.5) if tracks else None
     events.grid(axis="x", color="0.88")
     events.set_axisbelow(True)
@@ -335,7 +344,10 @@ def page(file: Path, chosen: Sequence[Group], bad: Mapping[str, int], n: int, sp
 
 def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: Tokenizer, config: DataConfig) -> Html:
     """The table of padding, in which each task of a dataset counts with all of its records."""
-    groups = group_by_bucket(measured, tokenizer, dataclasses.replace(config, on_error="skip"))
+    try:
+        groups = group_by_bucket(measured, tokenizer, dataclasses.replace(config, on_error="skip"))
+    except InputError as error:  # none of them can be read, which is shown above
+        return Html('<p class="bad">{}</p>').format(error)
     weight = [group.records / len(group.examples) for group in chosen for _ in group.examples]
     rates = {index: weight[index] for fills in groups.values() for index in fills}
     rows = padding.padding(groups, rates)

@@ -43,7 +43,7 @@ def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
     return [example for found in by_task.values()
-            for example in sorted(found, key=lambda e: hashlib.sha256(e.id.encode()).digest())[:per_task]]
+            for example in sorted(found, key=lambda e: hashlib.sha256(e.id.encode("utf-8", "surrogatepass")).digest())[:per_task]]
 
 
 def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root: str | Path | None = None,
@@ -51,7 +51,7 @@ def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root
     """The page. `most` quarantined Examples are shown, evenly from all of them, and it says how many there are."""
     shown = [bad[i * len(bad) // min(len(bad), most)] for i in range(min(len(bad), most))]
     reasons = Counter(_kind(reason) for _, found in bad for reason in found)
-    rows: list[tuple[object, ...]] = [(n, reason) for reason, n in reasons.most_common(30)] or [("nothing is in quarantine",)]
+    rows = [(str(n), reason) for reason, n in reasons.most_common(30)] or [("", "nothing is in quarantine")]
     picked = sample(good, per_task)
     return document("AV-UIE targets", Html("""
 <p>{good} agree with their labels, {bad} are in quarantine.</p>
