@@ -43,7 +43,11 @@ def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
     return [example for found in by_task.values()
-            for example in sorted(found, key=lambda e: hashlib.sha256(e.id.encode("utf-8", "surrogatepass")).digest())[:per_task]]
+            for example in sorted(found, key=_rank)[:per_task]]
+
+
+def _rank(example: Example) -> bytes:
+    return hashlib.sha256(example.id.encode("utf-8", "surrogatepass")).digest()
 
 
 def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root: str | Path | None = None,

@@ -27,11 +27,13 @@ from data_pipelines.media.container import (
     sound_stream,
     whole,
 )
+from data_pipelines.media.limits import check_sound, limits
 from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _AUDIO_BLOCK = 1 << 16  # samples
+_LARGE = 1 << 26  # samples of all channels, 256 MB
 _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
 
 
@@ -48,7 +50,9 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
             rate, stated, kind = file.samplerate, file.frames, file.format
             if (kind != "MP3" and file.subtype.startswith("MPEG")) or (kind in ("OGG", "FLAC") and chained(path)):
                 return None  # whose ends it does not find
-            samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
+            check_sound(path, stated / rate if rate and stated < _UNKNOWN else 0, rate, file.channels)
+            large = stated * file.channels > _LARGE
+            samples = _blocks(file, path) if large else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
@@ -63,14 +67,23 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
                          "the file is truncated", AGAIN)
     # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
-    return sum(samples.T[1:], samples.T[0]) / samples.shape[1], rate
+    return _mean(samples), rate
 
 
-def _blocks(file: soundfile.SoundFile) -> np.ndarray:
-    """The samples of a file that does not say how many it has."""
-    blocks = [file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)]
-    while len(blocks[-1]):
-        blocks.append(file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True))
+def _mean(samples: np.ndarray) -> np.ndarray:
+    """float32[N]: the mean of the channels of float32[N, C]."""
+    with np.errstate(over="ignore"):  # infinite samples are refused
+        return sum(samples.T[1:], samples.T[0]) / samples.shape[1]
+
+
+def _blocks(file: soundfile.SoundFile, path: str) -> np.ndarray:
+    """float32[N, 1]: the mean of the channels of a file that is large or does not say how many samples it has; all its
+    channels are never held at once."""
+    blocks, count = [np.zeros((0, 1), np.float32)], 0
+    while len(block := file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(_mean(block)[:, None])
+        count += len(block)
+        check_sound(path, count / file.samplerate, file.samplerate, file.channels)
     return np.concatenate(blocks)
 
 
@@ -113,7 +126,7 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
         times = videos.remembered_times(path) if pictures else None
         stamps: list[Stamp] = []
         to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
-        holes, first, begun = _holes(container), None, False
+        holes, first, begun, count = _holes(container), None, False, 0
 
         def take(frame: av.AudioFrame | None) -> None:
             if frame is not None:
@@ -130,6 +143,8 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
                     mono.append(np.zeros(silence, np.float32))
                 frame.pts = None  # else the fifo takes a gap for an error
                 waiting.write(frame)
+                count += frame.samples
+                check_sound(path, count / frame.sample_rate, frame.sample_rate, 1)
                 if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
                     take(waiting.read())
         take(waiting.read())
@@ -178,8 +193,12 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     if not len(mono):
         raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
-    if not np.isfinite(mono).all():
+    loudest = max(float(mono.max()), -float(mono.min()))
+    if not np.isfinite(loudest):
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
+    if loudest > limits().loudest:
+        raise InputError(str(path), "audio", f"holds samples of {loudest:,.3g} times full scale",
+                         "export it again: samples of decimal numbers lie between -1 and 1")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     return mono.astype(np.float32, copy=False), track.first, track.times
