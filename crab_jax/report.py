@@ -32,7 +32,7 @@ from crab_jax.scoring import PARSED
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.text import normalise
 from data_pipelines import media, shards
-from data_pipelines.decoded import read_mask
+from data_pipelines.decoded import inside, read_mask
 from data_pipelines.examples import Example
 from data_pipelines.fbank import envelope
 from data_pipelines.shards import all_windows
@@ -71,10 +71,10 @@ def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
         size = prepared.picture_size(path, "image") if path else prepared.video_size(str(example.video))
         return np.array(Image.fromarray(small).resize(size))
     if path is None:
-        size = media.video_size(root / str(example.video))
-        frame = media.read_video(root / str(example.video), 10, max(size), clock)[example.second or 0]
+        size = media.video_size(inside(root, str(example.video)))
+        frame = media.read_video(inside(root, str(example.video)), 10, max(size), clock)[example.second or 0]
         return np.array(Image.fromarray(frame).resize(size))
-    return media.read_picture(root / path)
+    return media.read_picture(inside(root, path))
 
 
 def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
@@ -121,9 +121,9 @@ def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndar
         bands = prepared.sound(path, all_windows(example.windows), None, example.video)
         return (envelope(bands), prepared.video(example.video) if example.video else frames,
                 prepared.seconds(path, example.windows, example.video))
-    sound = media.clip_sound(root / path, example.video and root / example.video, clock)
+    sound = media.clip_sound(inside(root, path), example.video and inside(root, example.video), clock)
     if example.video:
-        frames = media.read_video(root / example.video, overlay.PARTS, 96, clock)
+        frames = media.read_video(inside(root, example.video), overlay.PARTS, 96, clock)
     return sound, frames, len(sound) / media.SAMPLE_RATE
 
 

@@ -35,7 +35,7 @@ from crab_jax.overlay import (
     overlay_mask,
     side_by_side,
 )
-from crab_jax.page import NONE, Html, Section, image, jpeg, table, write
+from crab_jax.page import NONE, Html, Section, escape, image, jpeg, table, write
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines import datasets, padding, shards
@@ -306,7 +306,7 @@ def _pieces(row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]],
             before = tokenizer.decode(ids[at - 1:at], skip_special_tokens=False) if at else ""
             text = tokenizer.decode(ids[max(0, at - 1):at + 1], skip_special_tokens=False)[len(before):]
             style = f"background:{colour}" + (f";outline:2px solid {_MASK}" if at in masks else "")
-            out.append(piece.format(at, ids[at], style, text.replace("\n", "↵\n") or "\xa0"))
+            out.append(piece.format(at, ids[at], style, Html(escape(text).replace("\n", "&crarr;\n") or "&nbsp;")))
     return Html('<div class="pieces">{}</div>').format(NONE.join(out))
 
 

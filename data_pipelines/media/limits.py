@@ -16,6 +16,7 @@ from typing import NamedTuple
 from crab_jax.errors import InputError
 
 VARIABLE = "CRAB_JAX_MEDIA_LIMITS"
+LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 
 
 class Limits(NamedTuple):
@@ -68,5 +69,7 @@ def check(path: str | Path, field: str, **found: float) -> None:
 
 def check_sound(path: str | Path, seconds: float, rate: float, channels: int) -> None:
     """`check` what the header of a sound says; `seconds` 0 for unknown."""
+    if rate < LOWEST_RATE:
+        raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     check(path, "audio", channels=channels, kilohertz=rate / 1e3, hours=seconds / 3600,
           gigasamples=seconds * rate * channels / 1e9)

@@ -29,6 +29,7 @@ from data_pipelines.media.limits import VARIABLE, check, limits
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, and of what is an error here
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel of more than 8 bits
 LARGE = 50_000_000  # pixels; a larger picture is made smaller while it is decoded, which saves gigabytes
+_PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 AGAIN = "copy or download the file again"
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -87,7 +88,8 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
 def _with_metadata_or_without(kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
                               ) -> Image.Image:
     """A picture, opened from its path or bytes and put to `use`; anew without its metadata where that fails."""
-    Image.MAX_IMAGE_PIXELS = round(limits().megapixels * 1e6) // 2  # Pillow refuses twice as many, before it decodes
+    # Pillow refuses twice as many, before it decodes; a lower limit is ours alone.
+    Image.MAX_IMAGE_PIXELS = max(_PILLOWS, round(limits().megapixels * 1e6) // 2)
 
     def tried(source: str | io.BytesIO) -> Image.Image:
         picture = Image.open(source, formats=kind.picture)

@@ -31,7 +31,6 @@ from data_pipelines.media.limits import check_sound, limits
 from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
-_LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _AUDIO_BLOCK = 1 << 16  # samples
 _LARGE = 1 << 26  # samples of all channels, 256 MB
 _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
@@ -189,8 +188,6 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     sound = _read_soundfile(path) if _is_soundfile(behind_tags(path)) else None
     track = _Track(*sound, None, None) if sound else _read_track(path, timed)
     mono, rate = track.mono, track.rate
-    if rate < _LOWEST_RATE:
-        raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     if not len(mono):
         raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     loudest = max(float(mono.max()), -float(mono.min()))
