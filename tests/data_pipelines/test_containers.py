@@ -266,6 +266,45 @@ def test_files_behind_each_other_are_all_heard(tmp_path, kind):
     assert abs(len(media.read_audio(tmp_path / "two")) - 2 * len(media.read_audio(tmp_path / "one"))) < 0.2 * RATE
 
 
+@pytest.mark.parametrize(("rate", "channels"), [(RATE, 1), (2 * RATE, 2), (2 * RATE, 1)])
+def test_rate_and_channels_may_change_within_a_track(tmp_path, rate, channels):
+    """Broadcasts, and files behind each other; libav ends the process where nobody looks after it."""
+    (tmp_path / "a.aac").write_bytes(adts(RATE, 2) + adts(rate, channels))
+    sound = media.read_audio(tmp_path / "a.aac")
+    assert abs(len(sound) / RATE - 4) < 0.25  # encoders fill up their first and last frames
+    for second in range(4):  # the loudest tone is the same in each
+        part = sound[second * RATE + RATE // 4:][: RATE // 2]
+        assert abs(np.abs(np.fft.rfft(part)).argmax() * 2 - 440) <= 2 and 0.4 < np.abs(part).max() < 0.6
+    np.testing.assert_array_equal(media.clip_sound(tmp_path / "a.aac"), sound)
+
+
+def adts(rate: int, channels: int) -> bytes:
+    """Two seconds of a tone."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="adts") as container:
+        stream = container.add_stream("aac", rate=rate, layout="stereo" if channels == 2 else "mono", bit_rate=96000)
+        frame = av.AudioFrame.from_ndarray(np.stack([tone(2.0, rate)] * channels), "fltp", stream.layout.name)
+        frame.rate = rate
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
+
+
+def test_a_codec_in_which_nothing_can_be_looked_up_is_read(tmp_path):
+    (tmp_path / "a.wav").write_bytes(wave(tone(2.0, 8000), 8000, "GSM610"))
+    assert abs(len(media.read_audio(tmp_path / "a.wav")) / RATE - 2) < 0.1 and abs(hertz(tmp_path / "a.wav") - 440) < 3
+
+
+@pytest.mark.parametrize("riff", [b"\0\0\0\0", wave(tone(2.0))[4:8]])
+def test_a_recorder_that_did_not_come_to_write_the_length(tmp_path, riff):
+    """libav reads what is there, libsndfile nothing."""
+    wav = wave(tone(2.0))
+    (tmp_path / "a.wav").write_bytes(wav[:4] + riff + wav[8:40] + bytes(4) + wav[44:])
+    np.testing.assert_allclose(media.read_audio(tmp_path / "a.wav"), tone(2.0), atol=1e-3)
+    (tmp_path / "a.wav").write_bytes(wav[:4] + (36).to_bytes(4, "little") + wav[8:40] + bytes(4))
+    with pytest.raises(InputError, match="has no samples"):
+        media.read_audio(tmp_path / "a.wav")
+
+
 def test_lengths_that_were_not_known_are_not_asked_for(tmp_path):
     """Written to a pipe: no number of samples in a FLAC, all ones in a WAV."""
     flac, wav = bytearray(SOUNDS["flac"]()), SOUNDS["wav"]()
