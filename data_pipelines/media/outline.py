@@ -298,18 +298,14 @@ def _wave(read: Read, size: int) -> str:
     while at + 8 <= size and (kind != b"data" or at < stated):  # what follows the RIFF is no part of it
         header = read(at, 8)
         kind, length = header[:4], int.from_bytes(header[4:], "little")
-        if not _is_chunk(kind):
+        if not kind.isascii() or not kind.strip(b" \0").isalnum():
             return f"has no chunk at byte {at}, where its header says so; samples would be lost"
-        if kind == b"data" and (_unknown(length) or (not length and not _is_chunk(read(at + 8, 4)))):
+        if kind == b"data" and _unknown(length):
             return ""
         if at + 8 + length > size:
             return f"its {kind.decode()!r} chunk holds {size - at - 8} of {length} bytes; the file is truncated"
         at += 8 + length + length % 2
     return "" if kind else "ends before the samples"
-
-
-def _is_chunk(kind: bytes) -> bool:
-    return kind.isascii() and kind.strip(b" \0").isalnum()
 
 
 def _wave64(read: Read, size: int) -> str:

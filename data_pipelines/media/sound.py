@@ -115,10 +115,11 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
         stream = sound_stream(container, path)
         pictures = pictures_of(container) if timed else None
         times = videos.remembered_times(path) if pictures else None
-        stamps: list[Stamp] = []
+        stamps, coded = list[Stamp](), None  # of the pictures, and the first of them
         holes, first, begun, parts = _holes(container), None, False, list[_Part]()
         for packet in demuxed(container, stream, *([pictures] if pictures and times is None else [])):
             if packet.stream is pictures:
+                coded = coded or (packet if packet.size else None)
                 stamps += videos.shown([packet])
                 continue
             for frame in stream.decode(packet):
@@ -129,7 +130,8 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
                     parts[-1].rest(silence)
                 parts[-1].add(frame)
         if pictures and times is None:
-            times = videos.times_of(stamps, pictures, path)
+            whole = videos.begins_whole(coded, stamps)
+            times = videos.times_of(stamps, pictures, path) if whole else videos.video_times(path)
         rate = parts[0].kind[0] if parts else stream.rate
         mono = [soxr.resample(part.samples(), part.kind[0], rate, quality="HQ") for part in parts]
         return _Track(np.concatenate([np.zeros(0, np.float32), *mono]), rate, first, times)
@@ -210,12 +212,12 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     mono, rate = track.mono, track.rate
     if rate < _LOWEST_RATE:
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
-    if not len(mono):
-        raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     if not np.isfinite(mono).all():
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if not len(mono):
+        raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     return mono.astype(np.float32, copy=False), track.first, track.times
 
 

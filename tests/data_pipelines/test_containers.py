@@ -294,15 +294,15 @@ def test_a_codec_in_which_nothing_can_be_looked_up_is_read(tmp_path):
     assert abs(len(media.read_audio(tmp_path / "a.wav")) / RATE - 2) < 0.1 and abs(hertz(tmp_path / "a.wav") - 440) < 3
 
 
-@pytest.mark.parametrize("riff", [b"\0\0\0\0", wave(tone(2.0))[4:8]])
-def test_a_recorder_that_did_not_come_to_write_the_length(tmp_path, riff):
+def test_a_recorder_that_did_not_come_to_write_the_lengths(tmp_path):
     """libav reads what is there, libsndfile nothing."""
     wav = wave(tone(2.0))
-    (tmp_path / "a.wav").write_bytes(wav[:4] + riff + wav[8:40] + bytes(4) + wav[44:])
+    (tmp_path / "a.wav").write_bytes(wav[:4] + bytes(4) + wav[8:40] + bytes(4) + wav[44:])
     np.testing.assert_allclose(media.read_audio(tmp_path / "a.wav"), tone(2.0), atol=1e-3)
-    (tmp_path / "a.wav").write_bytes(wav[:4] + (36).to_bytes(4, "little") + wav[8:40] + bytes(4))
-    with pytest.raises(InputError, match="has no samples"):
-        media.read_audio(tmp_path / "a.wav")
+    for samples in (wave(np.zeros(0)), wave(np.full(1, 0.5), 48000)):  # a single one is none at 16 kHz
+        (tmp_path / "a.wav").write_bytes(samples)
+        with pytest.raises(InputError, match="has no samples"):
+            media.read_audio(tmp_path / "a.wav")
 
 
 def test_lengths_that_were_not_known_are_not_asked_for(tmp_path):
