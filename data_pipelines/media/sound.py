@@ -30,9 +30,11 @@ from data_pipelines.media.container import (
 from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
+SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _AUDIO_BLOCK = 1 << 16  # samples
 _GENERIC_INDEX = 0x0100  # AVFMT_GENERIC_INDEX of libavformat: nothing in such a file says when a part of it is heard
+_PLANES = 8  # from so many channels on PyAV looks for one more than a frame has, and ends the process
 _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
 
 
@@ -147,7 +149,8 @@ class _Part:
 
     def __init__(self, like: av.AudioFrame):
         self.kind = _kind(like)
-        self._to_float, self._waiting = av.AudioResampler(format="fltp"), av.AudioFifo()
+        self._together = self.kind[1] if self.kind[1] >= _PLANES else 0  # channels that lie side by side
+        self._to_float, self._waiting = av.AudioResampler("flt" if self._together else "fltp"), av.AudioFifo()
         self._mono: list[np.ndarray] = [np.zeros(0, np.float32)]
 
     def add(self, frame: av.AudioFrame) -> None:
@@ -169,7 +172,10 @@ class _Part:
 
     def _take(self) -> None:
         if (frame := self._waiting.read()) is not None:
-            self._mono.append(frame.to_ndarray().mean(axis=0))
+            channels = frame.to_ndarray()
+            if self._together:
+                channels = channels.reshape(-1, self._together).T
+            self._mono.append(channels.mean(axis=0))
 
 
 def _heard(frame: av.AudioFrame) -> Fraction | None:
@@ -219,6 +225,21 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     if not len(mono):
         raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     return mono.astype(np.float32, copy=False), track.first, track.times
+
+
+def cancels(path: str | Path) -> bool:
+    """Whether the channels of a sound are each other's opposite, so that their mean, which is read, is next to nothing.
+
+    Raises InputError as `read_audio` does.
+    """
+    loudest, left, to_packed = SILENT, 0.0, av.AudioResampler("flt")
+    with opened(path, "audio") as container:
+        for frame in container.decode(sound_stream(container, path)):
+            for out in to_packed.resample(frame):
+                channels = out.to_ndarray().reshape(-1, out.layout.nb_channels)
+                loudest = max(loudest, np.abs(channels).max(initial=0.0))
+                left = max(left, np.abs(channels.mean(axis=1)).max(initial=0.0))
+    return loudest > SILENT and left < loudest / 10
 
 
 class Heard(NamedTuple):

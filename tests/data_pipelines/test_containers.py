@@ -278,6 +278,44 @@ def test_rate_and_channels_may_change_within_a_track(tmp_path, rate, channels):
     np.testing.assert_array_equal(media.clip_sound(tmp_path / "a.aac"), sound)
 
 
+@pytest.mark.parametrize(("layout", "codec", "form"), [
+    ("7.1", "aac", "fltp"), ("7.1", "pcm_s24le", "s32"), ("hexadecagonal", "pcm_s16le", "s16")])
+def test_films_of_many_channels_are_heard(tmp_path, layout, codec, form):
+    """PyAV's planes of eight channels and more end the process."""
+    path, channels = tmp_path / "a.mkv", av.AudioLayout(layout).nb_channels
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, layout=layout)
+        block = np.repeat((tone(2.0) * 32767).astype(np.int16), channels)[None]
+        frame = av.AudioFrame.from_ndarray(block, "s16", layout)
+        frame.rate = RATE
+        size = stream.codec_context.frame_size or 1024
+        for part in av.AudioResampler(form, layout, RATE, frame_size=size).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode())
+    sound = media.read_audio(path)
+    assert abs(len(sound) / RATE - 2) < 0.15 and abs(hertz(path) - 440) < 3 and abs(np.abs(sound).max() - 0.5) < 0.06
+
+
+@pytest.mark.parametrize("kind", ["WAV", "MKV"])
+def test_channels_that_cancel_each_other_out_are_called_that(tmp_path, kind):
+    """Their mean, which is read, is silence; players play a tone."""
+    path = tmp_path / "a.mkv"
+    path.write_bytes(wave(np.stack([tone(2.0), -tone(2.0)], 1), kind="WAV"))
+    if kind == "MKV":
+        with av.open(str(tmp_path / "b.mkv"), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=RATE, layout="stereo")
+            frame = av.AudioFrame.from_ndarray((np.stack([tone(2.0), -tone(2.0)]) * 32767).astype(np.int16), "s16p",
+                                               "stereo")
+            frame.rate = RATE
+            container.mux([*stream.encode(av.AudioResampler("s16").resample(frame)[0]), *stream.encode()])
+        path = tmp_path / "b.mkv"
+    assert np.abs(media.read_audio(path)).max() < 1e-3 and media.cancels(path)
+    assert ("audio", "warning: is silent: its channels cancel each other out, and their mean is read; export it as mono"
+            ) in examine((str(tmp_path), path.name, ("audio",))).problems
+    path.write_bytes(wave(np.zeros((2 * RATE, 2))))
+    assert not media.cancels(path)
+
+
 def adts(rate: int, channels: int) -> bytes:
     """Two seconds of a tone."""
     file = io.BytesIO()
