@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -36,6 +37,9 @@ from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
 from crab_jax.files import write_whole
 from crab_jax.optim import merge
+
+# Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 FORMAT = 1
 PACKED, IMPORTED = "params.safetensors", "params"

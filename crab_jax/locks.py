@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,7 @@ class _Holder(NamedTuple):
 
 def _take(lock: Path, owner: Owner) -> bool:
     """Make a lock file that is not there yet; it appears with its content."""
-    partial = lock.with_name(f"{lock.name}.{owner.pid}.{threading.get_ident()}")
+    partial = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     content = json.dumps(owner._asdict()).encode()
     try:
         partial.write_bytes(content)
@@ -123,7 +124,7 @@ def _take(lock: Path, owner: Owner) -> bool:
 
 def _age(lock: Path) -> float:
     """Seconds since a lock was refreshed, by the clock of its disk; 0 for one that is gone."""
-    probe = lock.with_name(f"{lock.name}.clock{os.getpid()}")
+    probe = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     try:
         probe.write_bytes(b"")
         return max(0.0, probe.stat().st_mtime - lock.stat().st_mtime)
@@ -158,20 +159,23 @@ def _gone(lock: Path, owner: Owner, what: Path) -> bool:
         return True
 
 
-def _drop(lock: Path, owner: Owner) -> None:
-    """Remove a lock that is still this owner's: by renaming it first, so that of two that find it left over one does
-    not remove the new lock of the other."""
-    aside = lock.with_name(f"{lock.name}.left{os.getpid()}.{threading.get_ident()}")
+def _drop(lock: Path, owner: Owner, what: Path) -> None:
+    """Remove the lock of an owner that is gone. Of several that find it so one does, behind a guard, so that none
+    removes the new lock of another."""
+    guard = lock.with_name(f"{lock.name}.drop")
     try:
-        lock.rename(aside)
-    except FileNotFoundError:
+        guard.touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(0.05)
+        if _age(guard) > STALE_SECONDS:  # of a process that was killed right there
+            guard.unlink(missing_ok=True)
         return
-    if _owner_of(aside) != owner and not lock.exists():
-        try:
-            os.link(aside, lock)
-        except OSError:
-            pass
-    aside.unlink(missing_ok=True)
+    try:
+        if _owner_of(lock) == owner:
+            print(f"{what}: the lock of {owner} is left over, and is replaced", file=sys.stderr, flush=True)
+            lock.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def _refused(what: Path, lock: Path, flag: str, owner: Owner) -> InputError:
@@ -218,7 +222,7 @@ def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 
                 # Of two uses that start at once both may be refused, and never both let in.
                 if not _gone(other, found, out):
                     raise _refused(out, other, flag, found)
-                _drop(other, found)
+                _drop(other, found, out)
         yield out
 
 
@@ -238,9 +242,8 @@ def _lock(lock: Path, owner: Owner, what: Path, flag: str) -> Iterator[None]:
             if (found := _owner_of(lock)) is None:
                 continue
             if not _gone(lock, found, what):
-                raise _refused(what, lock, flag, found)
-            print(f"{what}: the lock of {found} is left over, and is replaced", file=sys.stderr, flush=True)
-            _drop(lock, found)
+                raise _refused(what, lock, flag, _owner_of(lock) or found)
+            _drop(lock, found, what)
     except OSError as error:
         raise InputError(str(what), flag, f"cannot be locked ({error.strerror})", "give another one") from error
     holder = _held[lock] = _Holder(owner, threading.Event())

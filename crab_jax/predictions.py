@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 
 from crab_jax import overlay
 from crab_jax.errors import InputError
-from crab_jax.files import refuse_utf16, text_of_bytes, write_whole
+from crab_jax.files import refuse_stand_in, refuse_utf16, text_of_bytes, write_whole
 from crab_jax.inference import Prediction
 from crab_jax.scoring import Answer
 from data_pipelines.examples import Example, strict_json
@@ -208,6 +208,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise InputError(str(path), "predictions", "no such file", "give a JSONL file of predictions")
+    refuse_stand_in(path, "predictions")
     data = path.read_bytes()
     refuse_utf16(data, str(path))
     whole = data.rfind(b"\n") + 1

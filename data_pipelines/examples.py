@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crab_jax.errors import InputError
-from crab_jax.files import text_of_bytes, write_whole
+from crab_jax.files import read_text, write_whole
 
 TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
 WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
@@ -141,7 +141,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     if not path.is_file():
         raise InputError(str(path), "", "no such file", "check --data and the split name")
     examples, seen = [], set()
-    for number, line in enumerate(text_of_bytes(path.read_bytes(), str(path)).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

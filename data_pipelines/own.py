@@ -34,6 +34,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
+
 from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import write_whole
@@ -291,10 +293,12 @@ class Media:
 @functools.lru_cache(1 << 16)
 def facts(path: str, field: str) -> tuple[float, bool]:
     """(seconds, whether there is sound) of a film or a sound. Raises InputError."""
-    if field == "audio":
-        return media.stated_seconds(path), True
-    clip = media.timing(path)
-    return clip.seconds, clip.sound is not None
+    if field == "video":
+        clip = media.timing(path)
+        return clip.seconds, clip.sound is not None
+    with media.opened(path, field) as container:
+        stated, has_sound = (container.duration or 0) / av.time_base, media.sound_of(container) is not None
+    return stated or (len(media.read_audio(path)) / media.SAMPLE_RATE if has_sound else 0.0), has_sound
 
 
 # One Example of a row.

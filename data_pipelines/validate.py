@@ -2,8 +2,9 @@
 
     python -m data_pipelines validate --root R --datasets ave,avqa --json runs/validate.json --workers 8
 
-Exits 0 when all is well and 3 when anything is bad: a file that is damaged, silent, too short or of another length or
-size than what belongs to it, a malformed row, a clip in two splits, and a missing file unless --allow-missing is given.
+Exits 0 when all is well and 3 when anything is bad: a file that the loader refuses (damaged, too short, a mask of
+another size than its picture), a malformed row, a clip in two splits, and, unless --allow-missing is given, a missing
+file.
 docs/datasets.md lists the checks. A file is decoded once, whatever uses it, and one that crashes or hangs its decoder
 is a problem like any other.
 """

@@ -64,6 +64,24 @@ def test_a_batch_script_without_srun_works_alone_and_says_so(capsys):
         distributed.launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "eight", "SLURM_STEP_NUM_NODES": "1"})
 
 
+@pytest.mark.parametrize("index, value, fits", [(0, "a", True), (1, "a", True), (1, "b", False)])
+def test_processes_that_read_other_data_are_told_which(monkeypatch, index, value, fits):
+    class Store:
+        def key_value_set(self, key, value):
+            assert (key, value) == ("crab_jax/examples", "a")
+
+        def blocking_key_value_get(self, key, milliseconds):
+            return "a"
+
+    monkeypatch.setattr(distributed.global_state, "client", Store())
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    if fits:
+        distributed.agree("examples", value, "its Examples")
+    else:
+        with pytest.raises(InputError, match="process 1 .*its Examples.*not those of process 0"):
+            distributed.agree("examples", value, "its Examples")
+
+
 def test_a_process_loads_the_rows_of_its_devices():
     class Where:  # two of four devices, each of which holds a row block that is also on another one's
         def addressable_devices_indices_map(self, shape):

@@ -10,6 +10,7 @@ from crab_jax import files
 from crab_jax.checkpoints import PACKED, stored_params
 from crab_jax.convert import importing, released, torch_file
 from crab_jax.errors import InputError
+from crab_jax.predictions import read_rows
 from crab_jax.request import read_samples
 from crab_jax.runs import load_config
 from data_pipelines.examples import read_jsonl
@@ -37,6 +38,7 @@ READERS = {
     "rows.npz": importing.read_arrays, "tuned.safetensors": released.crab_source, "tuned.bin": released.crab_source,
     "config.json": lambda path: load_config(path.parent), "tokenizer.json": tokenizer_json,
     "tokenizer.model": llama_directory, "tokenizer_config.json": llama_directory,
+    "predictions.jsonl": read_rows, "train.jsonl": read_jsonl,
     "model.safetensors.index.json": lambda path: torch_file.read_model_dir(path.parent)}
 
 

@@ -143,13 +143,31 @@ def test_of_many_that_start_at_once_one_passes(tmp_path, links, left):
         with locks.locked(folder):
             owner = json.loads((folder / ".lock.0").read_text())
         (folder / ".lock.0").write_text(json.dumps(owner | {"started": "1"}))
-    no_links = "def link(*a):\n    raise OSError(95, 'no')\nimport os\nos.link = link\n"
-    at = time.time() + 1.5
-    code = ("" if links else no_links) + HOLD.replace("def main", f"time.sleep(max(0, {at} - time.time()))\ndef main")
-    all_of_them = [subprocess.Popen([sys.executable, "-c", code, str(folder), "", "0", "3"], text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)]
-    ended = [(process.communicate(timeout=60), process.returncode) for process in all_of_them]
-    assert sorted(code for _, code in ended) == [0, 2, 2, 2, 2, 2], ended
+    code = ("" if links else "def link(*a):\n    raise OSError(95, 'no')\nimport os\nos.link = link\n") + """
+import sys, time
+from pathlib import Path
+from crab_jax import locks
+from crab_jax.errors import run_verb
+def wait_for(name):
+    while not Path(name).exists():
+        time.sleep(0.001)
+def main():
+    print("ready", flush=True)
+    wait_for(sys.argv[2] + "/go")
+    with locks.locked(sys.argv[1]):
+        wait_for(sys.argv[2] + "/end")
+run_verb(main)
+"""
+    started = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 6
+    (tmp_path / "go").touch()
+    deadline = time.monotonic() + 60
+    while sum(process.poll() is None for process in started) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (tmp_path / "end").touch()
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert sorted(process.returncode for process in started) == [0, 2, 2, 2, 2, 2], said
     assert not list(folder.iterdir())
 
 

@@ -144,7 +144,7 @@ def test_the_hash_of_many_examples_is_a_small_part_of_reading_them(tmp_path):
     assert time.process_time() - began < 0.5 * read
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_by_the_command_line_is_locked_and_refuses_other_data(scenes_root, fewer, tmp_path):
     """Cases w9 and w13: two at once, then a resume on a part of the data, then asked for by name."""
     one_task = [f"--config.data.weights.{task}=0.0" for task in

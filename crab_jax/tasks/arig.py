@@ -36,7 +36,8 @@ LABEL = {
 _NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers are no pixels
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
 _BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*\d[^()\[\]{}]*[)\]}]")
-_NO_CORNERS = re.compile(r"\b(?:width|height|size|cent(?:er|re)|radius)\b", re.IGNORECASE)
+_NO_CORNERS = re.compile(r"\b(?:width|height|size|cent(?:er|re)|radius|(?:bottom|lower)[\s-]*left|"
+                         r"(?:top|upper)[\s-]*right)\b", re.IGNORECASE)  # nor are they those two
 _QUESTIONS = {
     "train": "Please recognize the category of object that makes the sound and then output its location coordinates.",
     "test": "Please recognize the category of object that makes the sound and then output the location coordinates.",

@@ -65,6 +65,8 @@ def parse(text: str) -> str | None:
 def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
     """Whether one answer is right, exactly and by the substring rule of some scorers, and its question type."""
     answer, truth = normalise(parsed or ""), normalise(str(meta["answer"]))
+    if not truth:  # then every unread answer would be right
+        raise ValueError(f"the answer {meta['answer']!r} holds no word")
     kind = kind_of(meta)
     if kind and kind not in SUBTYPES:
         raise ValueError(f"unknown question type {meta['type']!r}")

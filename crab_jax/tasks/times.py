@@ -135,7 +135,10 @@ def read_ranges(text: str) -> list[tuple[float, float]] | None:
         pair = _pair(tokens, at, any(one.text == "between" for one in tokens[max(0, at - 2):at]))
         if pair:
             in_brackets = at > 0 and tokens[at - 1].kind in _OPENING
-            if pair.times is None or (joined == (glue or " ") and not in_brackets):  # "0,2,5,7" may list four seconds
+            if pair.times is None or (not in_brackets and joined and joined == (
+                    glue or joined)):  # "0,2,5,7" may list four seconds, and "1,5 2,5" hold decimal commas
+                return None
+            if pair.past < len(tokens) and tokens[pair.past].text == "of":  # "0.3-0.5 of the clip" are shares
                 return None
             ranges.append(pair.times)
             at, glue, joined = pair.past, "", pair.join
@@ -155,32 +158,54 @@ def find_spans(text: str) -> list[Span]:
     tokens, spans = _tokens(text), []
     at = 0
     while at < len(tokens):
-        span, at = _bracketed(text, tokens, at) if tokens[at].kind in _OPENING else _bare(tokens, at)
-        spans += [span] if span else []
+        found, at = _bracketed(text, tokens, at) if tokens[at].kind in _OPENING else _bare(tokens, at)
+        spans += found
     return spans
 
 
-def _bracketed(text: str, tokens: Sequence[_Token], at: int) -> tuple[Span | None, int]:
-    """The span in the brackets that open at `at`, None without numbers, and the index to go on from."""
+def _bracketed(text: str, tokens: Sequence[_Token], at: int) -> tuple[list[Span], int]:
+    """The span in the brackets that open at `at`, none without numbers, and the index to go on from."""
     close = next((i for i in range(at + 1, len(tokens)) if tokens[i].kind in (*_OPENING, *_CLOSING)), len(tokens))
     if close == len(tokens) or tokens[close].kind in _OPENING:  # cut off, or others inside
-        return None, at + 1
+        return [], at + 1
     inside = text[tokens[at].last:tokens[close].first]
     if not re.search(r"\d", inside):
-        return None, at + 1
+        return [], at + 1
     ranges = read_ranges(inside) or []
     start, end = ranges[0] if len(ranges) == 1 else (0, 0)
-    return Span(start, end, tokens[at].first, tokens[close].last, len(ranges) == 1), close + 1
+    return [Span(start, end, tokens[at].first, tokens[close].last, len(ranges) == 1)], close + 1
 
 
-def _bare(tokens: Sequence[_Token], at: int) -> tuple[Span | None, int]:
-    """The span without brackets that starts at `at`, if any, and the index to go on from."""
-    opening = tokens[at].text if tokens[at].text in ("from", "between") else ""
-    found = _pair(tokens, at + bool(opening), opening == "between")
-    if found is None or found.times is None or found.join == " ":
-        return None, at + 1
-    following = tokens[found.past] if found.past < len(tokens) else None
+def _bare(tokens: Sequence[_Token], at: int) -> tuple[list[Span], int]:
+    """The spans without brackets that start at `at`, and the index to go on from.
+
+    Times that follow each other, as in "from 0 to 3 and 5 to 8", are read together or not at all: what may list
+    seconds ("3 s, 5 s, 7 s") or hold decimal commas ("1,5 s - 2,5 s") is passed over whole.
+    """
+    first, past, sound = at, at, True
+    spans: list[Span] = []
+    pairs: list[tuple[str, _Pair]] = []
+    while True:
+        opening = tokens[at].text if at < len(tokens) and tokens[at].text in ("from", "between") else ""
+        pair = _pair(tokens, at + bool(opening), opening == "between")
+        if pair is None:
+            if pairs and at + bool(opening) < len(tokens) and tokens[at + bool(opening)].kind == "time":
+                sound, past = False, at + bool(opening) + 1
+            break
+        signed = tokens[at].kind == "time" and at > 0 and tokens[at - 1].kind == "other" and (
+            tokens[at - 1].last == tokens[at].first)  # "-3 to 5 s"
+        sound &= pair.times is not None and pair.join != " " and not signed
+        pairs.append((opening, pair))
+        start, end = pair.times or (0, 0)
+        spans.append(Span(start, end, tokens[at].first, tokens[pair.past - 1].last, True))
+        at = past = pair.past
+        if at < len(tokens) and (tokens[at].kind in (",", ";", "dash") or tokens[at].text in ("and", "or", *_TO)):
+            at += 1
+    if not pairs:
+        return [], first + 1
+    following = tokens[past] if past < len(tokens) else None
     ends = following is None or following.kind in (",", ";", ".", *_OPENING) or following.text in ("and", "then")
-    if not (tokens[found.past - 1].unit or (opening and ends)):
-        return None, at + 1
-    return Span(*found.times, tokens[at].first, tokens[found.past - 1].last, True), found.past
+    opening, last = pairs[-1]
+    sound &= all(pair.join not in (",", ";") for _, pair in pairs) or (len(pairs) == 1 and bool(opening))
+    sound &= bool(tokens[last.past - 1].unit or (pairs[0][0] and ends))
+    return (spans if sound else []), past

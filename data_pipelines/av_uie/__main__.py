@@ -23,7 +23,7 @@ from typing import Any
 
 from crab_jax.bounds import PATH, Name, Real, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_file, out_folder, write_whole
+from crab_jax.files import out_file, write_whole
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import datasets
 from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    if args.out:  # said before the work, not after it
-        (out_folder if args.command in (_verify, _card) else out_file)(args.out)
+    if args.out and args.command not in (_verify, _card):  # said before the work, not after it
+        out_file(args.out)
     args.command(args)
 
 

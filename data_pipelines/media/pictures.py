@@ -175,6 +175,10 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     made = picture
     if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
         made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow leaves as it is for 16 bits
+    if picture.format == "TIFF" and picture.mode == "P":
+        colours = np.array(picture.tag_v2.get(320, ()))  # type: ignore[attr-defined]
+        if colours.max(initial=0) < 256:  # written by programs that take its 16 bits for 8; Pillow shows black
+            made.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
     if factor > 1 and made.size == size:
         made = made.resize(small, Image.Resampling.NEAREST)
     made.format, made.info = picture.format, picture.info
@@ -244,16 +248,14 @@ def rgb(picture: Picture, where: str, field: str) -> Image.Image:
 def outline(path: str | Path, field: str = "image") -> str:
     """What is wrong with a picture file as far as its kind, header and end show it; "" when nothing is.
 
-    Decodes nothing, and finds nothing wrong with what `open_picture` reads.
+    Decodes only what seems to be cut off, and finds nothing wrong with what `open_picture` reads.
     """
     try:
         kind = kind_of(path, field)
         image_size(path, field)
         with _refused(str(path), field), open(path, "rb") as file:
-            if kind.name == "JPEG" and not _has_end(file):
-                raise EOFError
-            if kind.name == "PNG" and not _holds_data(file):
-                raise EOFError
+            if (kind.name == "JPEG" and not _has_end(file)) or (kind.name == "PNG" and not _holds_data(file)):
+                read_picture(path, field)
     except InputError as error:
         return error.problem
     return ""

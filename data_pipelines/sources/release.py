@@ -26,7 +26,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCIENTIFIC = re.compile(r"-?[0-9]+(\.[0-9]+)?[eE]\+[0-9]+")  # how a spreadsheet writes a long number
 _UNDECODED = re.compile(r"[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
-_NOTHING = ("", "nan", "NaN", "<NA>", "None", "null", "NULL", "N/A", "#N/A")  # how a cell without a value is written
+_NOTHING = re.compile(r"(nan|NaN|<NA>|None|NULL|#?N/A)?")  # how a cell without a value is written
 _AGAIN = "copy the annotation file again"
 
 
@@ -66,7 +66,7 @@ class Row:
 
     def words(self, field: str) -> str:
         """A text that says something, without the white space around it."""
-        if (value := _plain(self.text(field))) in _NOTHING:
+        if _NOTHING.fullmatch(value := self.text(field).strip()):
             raise self.error(field, f"is empty ({value})" if value else "is empty", "restore the row from the release")
         return value
 
@@ -79,7 +79,7 @@ class Row:
         if _SCIENTIFIC.fullmatch(value):
             raise self.error(field, f"is {value!r}, a name that a spreadsheet turned into a number",
                              f"restore the row from the release; it must look like {example}")
-        if value in _NOTHING or not safe_name(value):
+        if _NOTHING.fullmatch(value) or not safe_name(value):
             raise self.error(field, f"is {value!r:.60}",
                              f"must look like {example}: the name of a file, without / or \\ or control characters")
         return value

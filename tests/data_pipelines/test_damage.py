@@ -66,6 +66,7 @@ def test_a_damaged_file_is_read_or_refused(whole, tmp_path, ending, count):
         for read in readers:
             try:
                 read(path)
-                assert not outline or field == "video", outline  # the outline never blames what is read
+                # The outline never blames what is read; a header is read of what is cut off, too.
+                assert not outline or field == "video" or read is media.image_size, outline
             except InputError as error:
                 assert error.where == str(path)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ HEADERS = {"avvp": "filename\tonset\toffset\tevent_labels", "s4": "uid,a_obj,spl
 LETTERS = "ABYZabyz019_-"
 CLIP = st.text(LETTERS, min_size=11, max_size=11)
 WORDS = st.text(st.characters(exclude_characters="\0\r\n<>", exclude_categories=("Cs",)), max_size=20)
-SPACED = WORDS.filter(str.strip)
+SPACED = WORDS.filter(lambda text: not re.fullmatch(r"(nan|NaN|<NA>|None|NULL|#?N/A)?", text.strip()))  # says something
 STYLE = st.tuples(st.sampled_from(["\n", "\r\n"]), st.booleans())  # line ends, byte order mark
 
 

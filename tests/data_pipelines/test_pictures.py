@@ -93,6 +93,18 @@ def test_every_mode_is_what_a_viewer_shows(read, colours):
         np.testing.assert_allclose(read(content), 255 - cmyk[..., :3].astype(int), atol=25)  # Adobe's are inverted
 
 
+def test_a_tiff_palette_of_8_bits_where_16_belong_is_read(read, colours):
+    image = Image.fromarray(colours).quantize(256)
+    content = encoded(image, "TIFF")
+    levels = np.array(image.getpalette("RGB"), np.uint16).reshape(-1, 3).T
+    stored = np.zeros((3, 256), np.uint16)
+    stored[:, : levels.shape[1]] = levels
+    wide = (stored * 256).astype("<u2").tobytes()
+    assert wide in content
+    np.testing.assert_array_equal(read(content.replace(wide, stored.astype("<u2").tobytes())), read(content))
+    assert read(content).max() > 100
+
+
 def test_metadata_of_every_sort_change_nothing(read, colours):
     png, jpeg = encoded(colours), encoded(colours, "JPEG", quality=95)
     plain = read(jpeg)

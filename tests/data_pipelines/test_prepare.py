@@ -311,7 +311,7 @@ def test_bad_command_lines(ave, tmp_path):
             (["--root", str(root / "no"), "--out", str(out)], "no.*--root.*is no folder"),
             (["--root", str(root), "--out", str(tmp_path / "full")], "holds something that prepare did not write"),
             (["--root", str(root), "--out", str(out), "--variants", "x"], "unknown variant 'x'"),
-            (["--root", str(root), "--out", str(out), "--image-size", "0"], "--image-size.*at least 1"),
+            (["--root", str(root), "--out", str(out), "--image-size", "0"], "--image-size.*a whole number from 1"),
             (["--root", str(root), "--out", str(out), "--splits", "no"], "holds none of no")):
         with pytest.raises(InputError, match=message):
             prepare.run(arguments)

@@ -44,7 +44,8 @@ def test_other_ways_to_write_a_box_are_read(text, box):
     assert ARIG.parse(text) == box
 
 
-@pytest.mark.parametrize("text", ["", "dog", "top left corner is (1,2)", "(1,2) and 3,4", "(30,40) and (1,2)",
+@pytest.mark.parametrize("text", ["", "dog", "top left (1,2), bottom left (30,40)", "top left (1,2), top-right (30,9)",
+                                  "top left corner is (1,2)", "(1,2) and 3,4", "(30,40) and (1,2)",
                                   "(a,b) and (c,d)", "(1,2,3,4)", "[1,2] [3,4]",
                                   "(-5,-7) and (3,9) (10,20)", "(1,2,3) (4,5) (6,7)", "(10%,20%) (3,4) (5,6)",
                                   "(0.1,0.2) and (0.5,0.6)", "(0.0,0.0) and (1.0,1.0)", "(1;2) (3,4) (5,6)",

@@ -92,3 +92,10 @@ def test_a_question_without_a_type_counts_overall():
 def test_the_first_constant_is_the_most_frequent_answer():
     metas = [{"answer": a} for a in ("no", "yes", "yes", "two")]
     assert constants(metas, [None] * 4)[0] == (target("yes"), None)
+
+
+@pytest.mark.parametrize("answer", ["", " ", "?", "--", "😀"])
+def test_a_label_without_a_word_is_refused(answer):
+    """An answer that cannot be read would equal it."""
+    with pytest.raises(ValueError, match="holds no word"):
+        stats(None, None, {"answer": answer, "type": META["type"]}, None)

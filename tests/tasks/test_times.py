@@ -34,7 +34,8 @@ def test_spellings_that_are_read(text, ranges):
     "3rd to 5th", "3am to 5am", "3m to 5m", "3.5.2,5", "3..5", "3,5-4,5", "00:00:03,500 --> 00:00:05,000", "1:20:00",
     "00:00:03:12-00:00:04:01", "0:03-5", "3 to 0:05", "1 min to 2", "3000 ms to 5", "٣,٤", "３,５", "3½,5", "3²,5",
     "$3,5",
-    "t1,t2 3", "start_time: 0 end_time: 8", "3 s to 5 kg", "1 of 2", "0.5.5,1", "v3.5 6", "8 to the 9"])
+    "t1,t2 3", "start_time: 0 end_time: 8", "3 s to 5 kg", "1 of 2", "0.5.5,1", "v3.5 6", "8 to the 9",
+    "0.3-0.5 of the clip", "1,5 2,5", "3 to 5 of 10", "throughout 10 s", "from the start to 4 s"])
 def test_spellings_that_may_mean_anything_are_not_read(text):
     assert read_ranges(text) is None
     parsed = ave.parse(f"<event> Dog </event> <range> {text} </range>")
@@ -108,6 +109,11 @@ def test_every_number_of_a_text_that_is_read_is_one_of_its_times(text):
     ("Dog,(8 2),(1 2)", [["Dog", 1, 2]]), ("Dog,(0 8 10)", []), ("Dog,(-3 5)", []), ("Dog from 2 to 5 dogs", []),
     ("Dog in 2010,(0 8)", [["Dog in 2010", 0, 8]]), ("Dog 0 8", []), ("Dog,(0 1), Cat,(900 950)", [["Dog", 0, 1],
                                                                                                    ["Cat", 900, 950]]),
+    ("Dog from 0 to 3 and 5 to 8", [["Dog", 0, 3], ["Dog", 5, 8]]), ("Dog 0-3, 5-8 s", [["Dog", 0, 3], ["Dog", 5, 8]]),
+    ("Dog 3 s, 5 s, 7 s", []), ("Dog at 3 s, 5 s", []), ("Dog from 0,3,5,8", []), ("Dog 1,5 s - 2,5 s", []),
+    ("Dog 1,5 s to 3 s", []), ("Dog from 1,5 to 2,5 s", []), ("Dog -3 to 5 s", []), ("Dog 2, 5 s to 8 s", []),
+    ("Dog between 3 and 5 and 7", []), ("Dog from 5 to 3, 7 to 9", []),
+    ("Dog from 3 to 5, Cat from 0 to 9", [["Dog", 3, 5], ["Cat", 0, 9]]),
     ("Dog,(0.5 1.5)", [["Dog", 0.5, 1.5]]), ("Dog,(3rd 5th)", []), ("Dog,(0%-80%)", [])])
 def test_spans_behind_names(text, events):
     assert avvp.parse(f"<audio_event> {text} </audio_event>") == {"audio": events, "visual": []}

@@ -89,7 +89,7 @@ def test_released_labels_reach_the_rows_of_the_releases(releases, tmp_path, caps
     (["write", "--root", "ROOT"], "--out"), (["annotate", "--root", "ROOT", "--out", "x"], "--url"),
     (["annotate", "--root", "ROOT", "--url", "http://h/v1", "--model", "m", "--parameters", "[]"], "no JSON object"),
     (["annotate", "--root", "ROOT", "--url", "http://h/v1", "--model", "m"], "--out is missing"),
-    (["annotate", "--root", "ROOT", "--workers", "0"], "no positive whole number"),
+    (["annotate", "--root", "ROOT", "--workers", "0"], "must be a whole number from 1"),
     (["verify", "--examples", "none.jsonl", "--out", "x"], "no such file"), ([], "required")])
 def test_bad_commands_end_in_one_line(releases, capsys, arguments, problem):
     code, _, said = run(capsys, *[str(releases) if word == "ROOT" else word for word in arguments])
