@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
 _EXPORT, _NOT_A_PICTURE = "export it as JPEG or PNG", "give a picture: a JPEG or PNG file"
 _MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (JPEG, Kind("JPEG", picture=("JPEG", "MPO"))),
+    (JPEG + b"\xf7", Kind("JPEG-LS", _EXPORT)), (JPEG, Kind("JPEG", picture=("JPEG", "MPO"))),
     (PNG, Kind("PNG", picture=("PNG",))),
     (b"GIF87a", Kind("GIF", picture=("GIF",))), (b"GIF89a", Kind("GIF", picture=("GIF",))),
     (b"\0\0\0\x0cjP  \r\n\x87\n", Kind("JPEG 2000", picture=("JPEG2000",))),

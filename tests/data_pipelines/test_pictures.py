@@ -231,7 +231,8 @@ def test_the_border_of_pascal_voc_is_refused_in_a_mask_of_something(tmp_path):
 
 @pytest.mark.parametrize(("content", "name"), [
     (b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\1", "PAM"), (b"\x0a\5\1\x08" + bytes(200), "PCX"),
-    (b"\x01\xda\1\1" + bytes(600), "SGI"), (b"\0\5\x16\7" + bytes(80), "beside its content .*give the file without")])
+    (b"\x01\xda\1\1" + bytes(600), "SGI"), (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(99), "JPEG-LS"),
+    (b"\0\5\x16\7" + bytes(80), "beside its content .*give the file without")])
 def test_what_is_whole_but_not_read_is_called_by_its_name(read, content, name):
     with pytest.raises(InputError, match=f"is .*{name}") as refused:
         read(content)
