@@ -61,8 +61,8 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
     Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
 
-    A loss or gradient that is not finite changes no parameter and no moment and sets the metric `skipped` to 1; the
-    step and the schedule's count go on.
+    A loss, a gradient or what would be applied (new parameters and moments) that is not finite changes no parameter and
+    no moment and sets the metric `skipped` to 1; the step and the schedule's count go on.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
@@ -97,7 +97,7 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
 
     updates, opt = tx.update(grads, state.opt, state.trainable)
     trainable, norm = optax.apply_updates(state.trainable, updates), optax.global_norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & optim.all_finite((trainable, opt))
 
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
@@ -217,6 +217,12 @@ class SkipGuard:
         self.pending.append((step, metrics, batch))
         self.settle(RUN_AHEAD)
 
+    @staticmethod
+    def cause(metrics: dict[str, Any]) -> str:
+        """What to add where loss and gradient are numbers, and the step was skipped all the same."""
+        fine = np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["grad_norm"]))
+        return "; the parameters or moments after it would not be finite" if fine else ""
+
     def settle(self, ahead: int = 0) -> None:
         """Wait until at most `ahead` dispatched steps are unfinished."""
         while len(self.pending) > ahead:
@@ -226,11 +232,12 @@ class SkipGuard:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
                 distributed.say(f"step {step} skipped: loss {float(metrics['loss'])}, "
-                                f"gradient norm {float(metrics['grad_norm'])}")
+                                f"gradient norm {float(metrics['grad_norm'])}{self.cause(metrics)}")
             if self.in_a_row == self.limit:
                 file = save_batch(self.workdir, step, batch, self.examples)
-                raise InputError(str(file), "loss", f"the loss or its gradient was not finite in {self.limit} steps up "
-                                 f"to {step}; this is the last one's batch", "look at it with "
+                raise InputError(str(file), "loss", "the loss, its gradient or the parameters it leads to were not "
+                                 f"finite in {self.limit} steps up to {step}; this is the last one's batch",
+                                 "look at it with "
                                  "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
                                  "are in the .jsonl beside it), then correct the data or lower optim.lr")
 
