@@ -33,6 +33,7 @@ from crab_jax import compile_cache, distributed, layout, locks, losses, optim, r
 from crab_jax.checkpoints import RunCheckpoints
 from crab_jax.config import loss_config, model_config, parse_flags
 from crab_jax.errors import InputError, run_verb
+from crab_jax.files import cut_tail, json_object, write_whole
 from crab_jax.models.crab import Crab, CrabOutput
 from crab_jax.preemption import StopRequest
 from crab_jax.tasks import TASKS
@@ -192,9 +193,14 @@ def part_means(values: list[dict[str, Any]]) -> dict[str, float]:
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`, which a resumed run will write again."""
+    cut_tail(path)
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = [line for line in path.read_bytes().split(b"\n") if line]
+        steps = [(json_object(line) or {}).get("step") for line in lines]
+        if damaged := sum(not isinstance(number, int) for number in steps):
+            print(f"warning: {path}: {damaged} lines cannot be read; they are left out", file=sys.stderr)
+        write_whole(path, b"".join(line + b"\n" for line, number in zip(lines, steps, strict=True)
+                                   if isinstance(number, int) and number <= step))
 
 
 def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch:
@@ -324,6 +330,9 @@ def train(config: Any, workdir: Path) -> None:
     tokenizer = runs.tokenizer_of(config)
     model = Crab(model_config(config))
     skipped, batch_at = runs.skipped_file(workdir), sharding.batch_sharding(mesh)
+    cut_tail(skipped)
+    if distributed.primary():
+        cut_tail(workdir / runs.LEFT_OUT)
     examples = runs.train_examples(config, skipped)
     trained_on = runs.data_identity(config, examples)
     distributed.agree("examples", trained_on["examples"], "its Examples")
@@ -373,7 +382,7 @@ def train(config: Any, workdir: Path) -> None:
             checkpoints.wait()
     if logger:
         logger.close()
-        (workdir / "compilations.json").write_text(json.dumps({"train_step": step_fn._cache_size()}))
+        write_whole(workdir / "compilations.json", json.dumps({"train_step": step_fn._cache_size()}))
     if int(state.step) < config.steps:
         distributed.say(f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "
                         "start the same command again to resume")
