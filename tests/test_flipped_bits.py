@@ -1,5 +1,6 @@
 """A checkpoint, a model and prepared shards know themselves: flipped bits are found, or change nothing."""
 
+import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 
 from crab_jax import checkpoints, optim
 from crab_jax.errors import InputError
+from data_pipelines import datasets, prepare, shards
+from data_pipelines.tokens import Tokenizer
 
 FLIPS = 100
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -98,3 +101,62 @@ def test_bits_of_a_checkpoint(two_steps, tmp_path, capsys):
             counts["refused"] += 1
     print(dict(counts))
     assert counts["fell back"] > FLIPS // 3 and counts["refused"]
+
+
+def test_bits_of_a_packed_model(tmp_path, golden):
+    params = {**FROZEN, "q": {"w": np.float32(train_tree(1)["trainable"]["q"]["w"]), "n": np.int32([3, 4])}}
+    tokenizer = Tokenizer.load(golden / "weights/llama")
+    checkpoints.save_packed(tmp_path, params, {"alpha": 16, "lr": 0.5}, tokenizer=tokenizer)
+    rng, found, harmless = np.random.default_rng(2), 0, 0
+    whole = checkpoints.load_params(tmp_path)
+    for number in range(FLIPS):
+        # Half of them in the parameters, which are small beside the tokenizer.
+        file, before = flip(tmp_path, rng, lambda path, half=number % 2: half and path.name != checkpoints.PACKED)
+        try:
+            assert same(checkpoints.load_params(tmp_path), whole) and file.name == checkpoints.MANIFEST, (number, file)
+            harmless += 1
+        except InputError as error:
+            assert str(tmp_path) in error.where and "\n" not in str(error)
+            found += 1
+        file.write_bytes(before)
+    print({"refused": found, "harmless": harmless})
+    assert found > 0.9 * FLIPS
+
+
+@pytest.fixture(scope="module")
+def prepared_scenes(scenes_root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "root"
+    prepare.run(["--root", str(scenes_root), "--out", str(out), "--image-size", "8", "--video-frames", "2",
+                 "--workers", "0", "--splits", "test"])
+    return out
+
+
+def read_prepared(root: Path) -> list:
+    """Every Example of the test split and every medium of it."""
+    opened = shards.Shards(root)
+    examples = datasets.read_jsonl(root, "test")
+    found: list = [dataclasses.asdict(example) for example in examples]
+    for example in examples:
+        for medium in shards.media_of(example, opened.decoding):
+            record = opened._record(medium, medium.kind)
+            found.append({name: value if isinstance(value, int) else bytes(value) for name, value in record.items()})
+    return found
+
+
+def test_bits_of_prepared_shards(prepared_scenes):
+    rng, found, harmless = np.random.default_rng(3), 0, 0
+    whole = read_prepared(prepared_scenes)
+    read = ("frames", "sounds", "masks")
+    for number in range(FLIPS):
+        # Half of them in the lists, the index and the manifest, which are small beside the shards.
+        file, before = flip(prepared_scenes, rng, lambda path, half=number % 2: half and path.parent.name in read)
+        try:
+            shards._opened.cache_clear()
+            assert read_prepared(prepared_scenes) == whole, (number, file)
+            harmless += 1
+        except InputError as error:
+            assert str(prepared_scenes) in error.where and "\n" not in str(error)
+            found += 1
+        file.write_bytes(before)
+    print({"refused": found, "harmless": harmless})
+    assert found > 0.8 * FLIPS

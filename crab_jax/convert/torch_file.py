@@ -200,7 +200,7 @@ def _pickle_of(archive: zipfile.ZipFile, path: Path, record: str) -> bytes:
         raise InputError(str(path), record, f"has {size:,} bytes, more than {LARGEST_PICKLE:,}", _CONTAINERS)
     data = archive.read(record)
     for code, place, _ in pickletools.genops(data):
-        if code.name == "LONG_BINPUT" and place > len(data):
+        if code.name == "LONG_BINPUT" and isinstance(place, int) and place > len(data):
             raise pickle.UnpicklingError(f"puts a value at place {place:,}")
     return data
 
