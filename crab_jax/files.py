@@ -52,19 +52,27 @@ def replaced(folder: str | Path) -> Iterator[Path]:
     """A new folder beside `folder`, which takes its place when all is written: whoever is killed leaves the old or the
     new. What the new one lacks of the old is carried over, locks among it.
 
-    One rename exchanges the two where the file system can do so; elsewhere the names are free for an instant.
+    One rename exchanges the two where the file system can do so; elsewhere the names are free for an instant. In a
+    folder that has nothing beside it (a mounted disk) each name is taken on its own, a manifest before what it vouches
+    for.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.new")
+    alone = os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)
+    new = folder / ".new" if alone else folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of one that was killed
     new.mkdir()
     try:
         yield new
         sync_folder(new)
+        if alone:
+            for path in sorted(new.iterdir(), key=lambda path: path.name != "manifest.json"):
+                shutil.rmtree(folder / path.name) if (folder / path.name).is_dir() else None
+                path.replace(folder / path.name)
+            return
         _exchange(new, folder)
         sync_folder(folder.parent)
-        for path in new.iterdir():  # the old one now
+        for path in list(new.iterdir()):  # the old one now
             if not (folder / path.name).exists():
                 path.rename(folder / path.name)
     finally:

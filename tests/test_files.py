@@ -143,3 +143,38 @@ def test_a_file_is_on_disk_with_its_folder_before_it_is_named(tmp_path, monkeypa
     monkeypatch.setattr(files.os, "fsync", lambda number: (done.append("sync"), fsync(number))[1])
     files.write_whole(tmp_path / "manifest.json", "{}")
     assert done == ["sync", "rename", "sync"] and (tmp_path / "manifest.json").read_text() == "{}"
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_as_a_whole_or_left_as_it_was(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **options: object())
+    folder = tmp_path / "model"
+    for number in (1, 2):
+        with files.replaced(folder) as new:
+            (new / "params").mkdir()
+            (new / "params" / "w").write_text(str(number))
+            (new / "config.json").write_text(str(number))
+        (folder / ".lock").write_text("mine")
+    whole = tree(folder)
+    assert whole == {"params/w": "2", "config.json": "2", ".lock": "mine"}
+    with pytest.raises(KeyboardInterrupt), files.replaced(folder) as new:
+        (new / "config.json").write_text("3")
+        raise KeyboardInterrupt
+    assert tree(folder) == whole and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_stands_alone_is_replaced_within(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: True)
+    folder = tmp_path / "volume"
+    for number in (1, 2):
+        with files.replaced(folder) as new:
+            assert new.parent == folder
+            (new / "params").mkdir()
+            for name in ("params/w", "manifest.json"):
+                (new / name).write_text(str(number))
+    assert tree(folder) == {"params/w": "2", "manifest.json": "2"}

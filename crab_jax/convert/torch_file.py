@@ -41,7 +41,7 @@ STORAGES = {
     "ComplexDoubleStorage": "complex128", "UntypedStorage": "uint8",
 }
 LARGEST_PICKLE = 32 * 2**20  # bytes of the names of tensors and their plain values; a model of 7 B has under one
-MOST_VALUES = 10**6
+MOST_VALUES = 300_000
 _CONTAINERS = "save a plain dict of tensors again with torch.save, or as safetensors"
 
 
