@@ -199,6 +199,12 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             write_whole(str(self.folder / MANIFEST), json.dumps(manifest, indent=1))
 
+    def note_description(self) -> None:
+        """Note in the manifest what the config and the tokenizer beside the checkpoints are."""
+        manifest, files = self.manifest, _hashes_beside(self.folder.parent)
+        if manifest.get("files") != files:
+            self.note(manifest | {"files": files})
+
     def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
         """Write the frozen tree once and the manifest that later restores are checked against."""
         self._set_foreign_aside()
@@ -400,10 +406,26 @@ def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
 
 def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:
     """Write the manifest.json of an imported or packed model: the digests of its leaves and of the files beside."""
-    folder = Path(folder)
-    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE
-             if (folder / name).is_file()}
-    write_whole(folder / MANIFEST, json.dumps({"format": FORMAT, "params": dict(digests), "files": files}, indent=1))
+    described = {"format": FORMAT, "params": dict(digests), "files": _hashes_beside(Path(folder))}
+    write_whole(Path(folder) / MANIFEST, json.dumps(described, indent=1))
+
+
+def _hashes_beside(folder: Path | epath.Path) -> dict[str, str]:
+    """SHA-256 of the config and the tokenizer in a folder, by name."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE
+            if (folder / name).is_file()}
+
+
+def _check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.Path) -> None:
+    """Raise InputError unless the config and the tokenizer in a folder are those that were written."""
+    if not isinstance(kept, dict):
+        raise InputError(str(manifest), "files", "is no object", COPY_AGAIN)
+    found = _hashes_beside(folder)
+    for name in BESIDE:
+        if name in kept and kept[name] != found.get(name):
+            problem = "is not what was written with this model" if name in found else "is missing"
+            raise InputError(str(folder / name), "", problem, f"{COPY_AGAIN}; if you changed it on purpose, "
+                             f"remove files from {manifest}")
 
 
 def _model_digests(folder: Path) -> dict[str, str] | None:
@@ -412,18 +434,9 @@ def _model_digests(folder: Path) -> dict[str, str] | None:
     if not (folder / MANIFEST).is_file():
         return None
     manifest = _manifest(folder, COPY_AGAIN)
-    params, files = manifest.get("params"), manifest.get("files")
-    if not (isinstance(params, dict) and isinstance(files, dict)):
-        raise InputError(str(folder / MANIFEST), "params, files", "are no objects", COPY_AGAIN)
-    for name in BESIDE:
-        if name in files or (folder / name).is_file() and files:
-            try:
-                found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            except OSError as error:
-                raise InputError(str(folder / name), "", f"cannot be read ({error.strerror})", COPY_AGAIN) from None
-            if found != files.get(name, found):
-                raise InputError(str(folder / name), "", "is not what was written with this model", "it is damaged: "
-                                 f"copy or make it again; if you changed it on purpose, remove {folder / MANIFEST}")
+    if not isinstance(params := manifest.get("params"), dict):
+        raise InputError(str(folder / MANIFEST), "params", "is no object", COPY_AGAIN)
+    _check_beside(folder, manifest.get("files", {}), folder / MANIFEST)
     return params
 
 
@@ -665,7 +678,9 @@ def _of_run(folder: epath.Path) -> StoredParams:
             return saved.load_checkpointables(steps[-1], {"train": {"trainable": wanted}})["train"]["trainable"]
 
     read_trained = plainly(lambda: _as_written(load, trained, kept and kept["train"], str(step), "trainable/"))
-    digests = _manifest(folder, COPY_AGAIN).get("frozen") if (folder / MANIFEST).exists() else None
+    manifest = _manifest(folder, COPY_AGAIN) if (folder / MANIFEST).exists() else {}
+    _check_beside(folder.parent, manifest.get("files", {}), folder / MANIFEST)
+    digests = manifest.get("frozen")
     if digests is not None and not isinstance(digests, dict):
         raise InputError(str(folder / MANIFEST), "frozen", "is no object", COPY_AGAIN)
     frozen = _imported(folder / "frozen", digests)

@@ -348,6 +348,7 @@ def train(config: Any, workdir: Path) -> None:
         start = int(state.step)
         if distributed.primary():
             runs.save_description(workdir, config, tokenizer)
+            checkpoints.note_description()
         if resumed:
             distributed.say(f"resumed from step {start} of {workdir}")
         distributed.say(runs.parameter_table(state.trainable, frozen))

@@ -309,3 +309,17 @@ def test_a_packed_model_knows_its_values_its_config_and_its_tokenizer(tmp_path, 
 def test_integers_of_the_width_of_the_floats_do_not_fit_a_model():
     (line,) = checkpoints.describe_mismatch({"a": np.zeros(2, np.float32)}, {"a": np.zeros(2, np.int32)})
     assert line == "a: checkpoint int32, model float32"
+
+
+def test_the_config_and_the_tokenizer_of_a_run_are_those_that_it_wrote(two_steps):
+    for name in ("config.json", "tokenizer.json"):
+        (two_steps / name).write_text('{"alpha": 16}')
+    run = checkpoints.RunCheckpoints(two_steps / "checkpoints")
+    run.note_description()
+    checkpoints.load_params(two_steps)
+    for name, content in (("config.json", '{"alpha": 17}'), ("tokenizer.json", None)):
+        (two_steps / name).write_text(content) if content else (two_steps / name).unlink()
+        with pytest.raises(InputError, match=f"{name}.*(not what was written|is missing)"):
+            checkpoints.load_params(two_steps)
+        (two_steps / name).write_text('{"alpha": 16}')
+    assert run.manifest["frozen_hash"]
