@@ -13,6 +13,7 @@ for `frozen`, and in that of a model, and what is read is checked against them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +23,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -48,6 +49,16 @@ from crab_jax.optim import merge
 
 # Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+# After the first error of a read its loop is closed, and each read that is under way still wants to tell it of its own.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
+def _tell_unraisable(told: Any, others: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    if not (isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)):
+        others(told)
+
+
+sys.unraisablehook = _tell_unraisable
 
 FORMAT = 1
 PACKED, IMPORTED = "params.safetensors", "params"
@@ -180,8 +191,9 @@ class RunCheckpoints:
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = epath.Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._steps = ocp.training.Checkpointer(
-            self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+        with _unsaid():  # of folders that are no steps
+            self._steps = ocp.training.Checkpointer(
+                self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
         self._frozen = ""  # hash of the frozen tree, as far as it is known
 
     @property
@@ -359,23 +371,46 @@ def _first_line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
-def _plainly(folder: epath.Path, read: Callable[[], Any]) -> Any:
-    """What a function of Orbax gives. Raises InputError that names the file, where it is known, or the folder."""
+def _plainly(folder: epath.Path, read: Callable[[], Any], said: list[str] | None = None) -> Any:
+    """What a function of Orbax gives; `said` gets what it warns of. Raises InputError that names the file, where it is
+    known, or the folder."""
     try:
-        return read()
+        with _unsaid(said):
+            return read()
     except InputError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds, the bare Exception among them
-        named = re.search(re.escape(str(folder)) + r"[^\s\"',;:\]\)]*", str(error))
-        raise InputError(named.group().rstrip("./") if named else str(folder), "",
-                         f"cannot be read ({_first_line(error)})", COPY_AGAIN) from error
+        raise _unreadable(folder, str(error) or type(error).__name__) from error
+
+
+def _unreadable(folder: epath.Path, words: str) -> InputError:
+    named = re.findall(re.escape(str(folder)) + r"[^\s\"',;:\]\)]*", words)
+    return InputError(max(named, key=len).rstrip("./") if named else str(folder), "",
+                      f"cannot be read ({' '.join(words.split())[:200]})", COPY_AGAIN)
+
+
+@contextlib.contextmanager
+def _unsaid(kept: list[str] | None = None) -> Iterator[None]:
+    """While inside, what Orbax warns of, tracebacks among it, goes to `kept` and is not shown: we say what is wrong."""
+    def keep(record: logging.LogRecord) -> bool:
+        if kept is not None:
+            kept.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("absl")
+    logger.filters.insert(0, keep)  # of several, the innermost hears it
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _metadata(folder: epath.Path, name: str | None = None) -> Any:
     """Shapes and dtypes of a tree on disk. Raises InputError."""
-    tree = _plainly(folder, lambda: (ocp.metadata(folder, name) if name else ocp.metadata(folder)).metadata)
+    said: list[str] = []
+    tree = _plainly(folder, lambda: (ocp.metadata(folder, name) if name else ocp.metadata(folder)).metadata, said)
     if not isinstance(tree, dict):
-        raise InputError(str(folder), "", "holds no tree of parameters", COPY_AGAIN)
+        raise _unreadable(folder, " ".join(said).rpartition("Error details:")[2] or "it holds no tree of parameters")
     return tree
 
 

@@ -17,7 +17,6 @@ from data_pipelines import datasets, prepare, shards
 from data_pipelines.tokens import Tokenizer
 
 FLIPS = 100
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def flip(folder: Path, rng: np.random.Generator, skip: Callable[[Path], bool] = lambda path: False
