@@ -26,9 +26,9 @@ from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
 from crab_jax.files import json_object, out_folder, read_json, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
-from data_pipelines import datasets, leaks, mixture, shards
+from data_pipelines import datasets, fbank, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
-from data_pipelines.examples import Example, learned
+from data_pipelines.examples import Example, learned, seg_source
 from data_pipelines.mistakes import TrainingLabels
 from data_pipelines.tokens import Tokenizer
 
@@ -37,6 +37,7 @@ FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_s
              "data.cache_dir", "data.allow_other", "mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
+TENTHS = fbank.WINDOW_COUNT["ten"]  # `second` of a video
 LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
 _log = logging.getLogger(__name__)
 
@@ -104,6 +105,14 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
     already, are those of `train_examples`."""
     data = config.data
     examples = train_examples(config, skipped) if examples is None else examples
+    if data.video_frames != TENTHS:
+        for example in examples:  # whose mask is that of a tenth
+            if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
+                raise InputError("--config", "data.video_frames", f"is {data.video_frames}, but example {example.id!r} "
+                                 f"has the mask of a tenth of its video", f"use {TENTHS}, or give the pictures in "
+                                 "'seg_image'")
+    if data.batch_size > len(examples):
+        _log.warning("a batch of %d holds examples several times: there are %d", data.batch_size, len(examples))
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
     weights = {task: min(n, data.caps[task] or n) * data.weights[task] for task, n in counts.items()}
@@ -216,6 +225,10 @@ def initial_params(config: ConfigDict, model: Crab, wanted: Any = None) -> Any:
     device and no host holds more than its part; without it the tree is whole on this host, in the stored dtypes.
     """
     shapes = traverse_util.flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    for pattern in config.fresh:
+        if not any(re.fullmatch(pattern, path) for path in shapes):
+            raise InputError("--config", "fresh", f"{pattern!r} is no parameter of the model", "see the patterns of "
+                             "configs/common.py")
     stored = stored_params(config.init_from) if config.init_from else None
     found = traverse_util.flatten_dict(stored.shapes, sep="/") if stored else {}
     missing = sorted(path for path in shapes if path not in found and (

@@ -291,6 +291,11 @@ def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), va
                                              left) for part in splits])
     if list_of(root, split):
         listed = read_jsonl(root, split, malformed, left)
+        if any(example.meta.get("dataset") not in datasets for example in listed):
+            for name, value in (("datasets", ",".join(datasets)), ("variant", variant if variant != "train" else "")):
+                if value:
+                    _log.warning("%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
+                                 Path(root) / f"{split}.jsonl", name, value)
         return listed if frames is None else _of_epoch(listed, frames, seed, epoch)
     frames = frames or ("one" if split == "train" else "all")
     if not any(is_there(root, name) for name in DATASETS):

@@ -309,6 +309,7 @@ class _Segment(NamedTuple):
 _NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _SOS, _EOI, _FRAMES = 0xDA, 0xD9, (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PROGRESSIVE = (0xC2, 0xCA)
+_ARITHMETIC = range(0xC9, 0xD0)
 
 
 def _jpeg_segments(content: bytes, coded: bool = True) -> Iterator[_Segment]:
@@ -365,6 +366,8 @@ def _ends_early(picture: Image.Image, content: bytes) -> bool:
     scans = [segment for segment in _jpeg_segments(content) if segment.marker == _SOS]
     if frame.marker in _PROGRESSIVE and not _refined(content, frame, scans):
         return True
+    if frame.marker in _ARITHMETIC:
+        return False  # encoders leave out zeros at the end: something behind the data changes whole pictures too
     filled = content[:scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
     with Image.open(io.BytesIO(filled), formats=("JPEG",)) as other:
         other.draft(picture.mode, picture.size)

@@ -30,8 +30,11 @@ from data_pipelines.media.container import (
 from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
+SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 _LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _AUDIO_BLOCK = 1 << 16  # samples
+_GENERIC_INDEX = 0x0100  # AVFMT_GENERIC_INDEX of libavformat: nothing in such a file says when a part of it is heard
+_PLANES = 8  # from so many channels on PyAV looks for one more than a frame has, and ends the process
 _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
 
 
@@ -48,7 +51,10 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
             rate, stated, kind = file.samplerate, file.frames, file.format
             if (kind != "MP3" and file.subtype.startswith("MPEG")) or (kind in ("OGG", "FLAC") and chained(path)):
                 return None  # whose ends it does not find
-            samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
+            if kind in ("WAV", "WAVEX") and not stated:
+                return None  # libav reads to the end of the file where a recorder did not come to write the length
+            in_blocks = stated >= _UNKNOWN or not file.seekable()
+            samples = _blocks(file) if in_blocks else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
@@ -67,7 +73,7 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
 
 
 def _blocks(file: soundfile.SoundFile) -> np.ndarray:
-    """The samples of a file that does not say how many it has."""
+    """The samples of a file that does not say how many it has, or in whose codec nothing can be looked up (GSM)."""
     blocks = [file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)]
     while len(blocks[-1]):
         blocks.append(file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True))
@@ -111,31 +117,65 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
         stream = sound_stream(container, path)
         pictures = pictures_of(container) if timed else None
         times = videos.remembered_times(path) if pictures else None
-        stamps: list[Stamp] = []
-        to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
-        holes, first, begun = _holes(container), None, False
-
-        def take(frame: av.AudioFrame | None) -> None:
-            if frame is not None:
-                mono.append(frame.to_ndarray().mean(axis=0))
-
+        stamps, coded = list[Stamp](), None  # of the pictures, and the first of them
+        holes, first, begun, parts = _holes(container), None, False, list[_Part]()
         for packet in demuxed(container, stream, *([pictures] if pictures and times is None else [])):
             if packet.stream is pictures:
+                coded = coded or (packet if packet.size else None)
                 stamps += videos.shown([packet])
                 continue
-            for frame in (out for decoded in stream.decode(packet) for out in to_float.resample(decoded)):
+            for frame in stream.decode(packet):
                 first, begun = first if begun else _heard(frame), True
+                if not parts or parts[-1].kind != _kind(frame):
+                    parts.append(_Part(frame))
                 if timed and (silence := holes.before(_seconds(frame), frame.samples, frame.sample_rate)):
-                    take(waiting.read())
-                    mono.append(np.zeros(silence, np.float32))
-                frame.pts = None  # else the fifo takes a gap for an error
-                waiting.write(frame)
-                if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
-                    take(waiting.read())
-        take(waiting.read())
+                    parts[-1].rest(silence)
+                parts[-1].add(frame)
         if pictures and times is None:
-            times = videos.times_of(stamps, pictures, path)
-        return _Track(np.concatenate(mono), stream.rate, first, times)
+            whole = videos.begins_whole(coded, stamps)
+            times = videos.times_of(stamps, pictures, path) if whole else videos.video_times(path)
+        rate = parts[0].kind[0] if parts else stream.rate
+        mono = [soxr.resample(part.samples(), part.kind[0], rate, quality="HQ") for part in parts]
+        return _Track(np.concatenate([np.zeros(0, np.float32), *mono]), rate, first, times)
+
+
+def _kind(frame: av.AudioFrame) -> tuple[int, int, str]:
+    """(rate, channels, format) of a frame. All may change within a track: broadcasts, files behind each other."""
+    return frame.sample_rate, frame.layout.nb_channels, frame.format.name
+
+
+class _Part:
+    """Decoded frames of one `kind`, put together."""
+
+    def __init__(self, like: av.AudioFrame):
+        self.kind = _kind(like)
+        self._together = self.kind[1] if self.kind[1] >= _PLANES else 0  # channels that lie side by side
+        self._to_float, self._waiting = av.AudioResampler("flt" if self._together else "fltp"), av.AudioFifo()
+        self._mono: list[np.ndarray] = [np.zeros(0, np.float32)]
+
+    def add(self, frame: av.AudioFrame) -> None:
+        for out in self._to_float.resample(frame):
+            out.pts = None  # else the fifo takes a gap for an error
+            self._waiting.write(out)
+        if self._waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
+            self._take()
+
+    def rest(self, samples: int) -> None:
+        """Silence comes next."""
+        self._take()
+        self._mono.append(np.zeros(samples, np.float32))
+
+    def samples(self) -> np.ndarray:
+        """float32[N], mono."""
+        self._take()
+        return np.concatenate(self._mono)
+
+    def _take(self) -> None:
+        if (frame := self._waiting.read()) is not None:
+            channels = frame.to_ndarray()
+            if self._together:
+                channels = channels.reshape(-1, self._together).T
+            self._mono.append(channels.mean(axis=0))
 
 
 def _heard(frame: av.AudioFrame) -> Fraction | None:
@@ -152,9 +192,11 @@ def _seconds(frame: av.AudioFrame) -> float | None:
 
 
 def _holes(container: av.container.InputContainer) -> Holes:
-    """AVI has no times of sound: libav makes them up from the bytes, so what looks like a hole is none."""
-    return Holes(0 if container.format.name == "avi" else clocks.LONGEST, clocks.SPLICE if videos.splices(container)
-                 else clocks.LONGEST)
+    """AVI and streams without a container (ADTS, AC-3) have no times of sound: libav makes them up from the bytes and
+    the first rate, so what looks like a hole is none."""
+    splices = videos.splices(container)
+    made_up = container.format.name == "avi" or (container.format.flags & _GENERIC_INDEX and not splices)
+    return Holes(0 if made_up else clocks.LONGEST, clocks.SPLICE if splices else clocks.LONGEST)
 
 
 def read_audio(path: str | Path) -> np.ndarray:
@@ -176,13 +218,28 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     mono, rate = track.mono, track.rate
     if rate < _LOWEST_RATE:
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
-    if not len(mono):
-        raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     if not np.isfinite(mono).all():
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if not len(mono):
+        raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     return mono.astype(np.float32, copy=False), track.first, track.times
+
+
+def cancels(path: str | Path) -> bool:
+    """Whether the channels of a sound are each other's opposite, so that their mean, which is read, is next to nothing.
+
+    Raises InputError as `read_audio` does.
+    """
+    loudest, left, to_packed = SILENT, 0.0, av.AudioResampler("flt")
+    with opened(path, "audio") as container:
+        for frame in container.decode(sound_stream(container, path)):
+            for out in to_packed.resample(frame):
+                channels = out.to_ndarray().reshape(-1, out.layout.nb_channels)
+                loudest = max(loudest, np.abs(channels).max(initial=0.0))
+                left = max(left, np.abs(channels.mean(axis=1)).max(initial=0.0))
+    return loudest > SILENT and left < loudest / 10
 
 
 class Heard(NamedTuple):

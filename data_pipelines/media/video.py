@@ -187,9 +187,11 @@ def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int
         stream = film_stream(container, path)
         packets, total = _packets(container, stream)
         declared = _declared(container, stream, len(packets), len(packets) - total)
-        times = times_of(shown(packets), stream, path)
+        stamps = shown(packets)
+        times = times_of(stamps, stream, path)
         numbers = choose(times)
-        if total >= 0.9 * declared and (needed := _needed(packets, numbers)):
+        whole = total >= 0.9 * declared and begins_whole(next(iter(packets), None), stamps)
+        if whole and (needed := _needed(packets, numbers)):
             picked = _decode_needed(stream, packets, *needed, size)
             if numbers and len(picked) == len(set(numbers)):
                 _remember(path, times)
@@ -244,9 +246,23 @@ def video_times(path: str | Path) -> FrameTimes:
     if (known := remembered_times(path)) is None:
         with opened(path, "video") as container:
             stream = film_stream(container, path)
-            known = times_of(shown(container.demux(stream)), stream, path)
+            first, stamps = None, list[Stamp]()
+            for packet in container.demux(stream):
+                first = first or (packet if packet.size else None)
+                stamps += shown([packet])
+            known = times_of(stamps, stream, path) if begins_whole(first, stamps) else None
+        if known is None:
+            _, known = _decode_all(path, set(), 1)
         _remember(path, known)
     return known
+
+
+def begins_whole(first: av.Packet | None, frames: Iterable[Stamp]) -> bool:
+    """Whether the first coded frame stands for itself, and none of the shown `frames` comes before it. Of what was
+    recorded or cut in the middle of a broadcast decoders leave out what refers to frames that are not there: only they
+    know when it begins."""
+    return first is None or (first.is_keyframe and not any(
+        first.pts is not None and frame.pts is not None and frame.pts < first.pts for frame in frames))
 
 
 def _key(path: str | Path) -> tuple[str, int, int]:
