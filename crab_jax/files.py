@@ -17,9 +17,10 @@ from crab_jax.bounds import PATH
 from crab_jax.errors import FULL, InputError
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) so that it is there completely or not at all, also after a power cut; its folder is
-    made."""
+def write_whole(path: str | Path, content: str | bytes, lasting: bool = True) -> None:
+    """Write a file (text as UTF-8) so that it is there completely or not at all, also after a power cut unless
+    `lasting` is False (for many files that can be made again, since waiting for the disk takes milliseconds). Its
+    folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -27,9 +28,11 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         with open(partial, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        if lasting:
+            sync_folder(path.parent)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = str(path)  # a write has none

@@ -257,7 +257,7 @@ def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction
             example, mask = prediction.example, None
             if prediction.mask is not None:
                 mask = mask_name(example.id)
-                write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)))
+                write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)), lasting=False)
             row = {"id": example.id, "task": example.task, "prompt": example.instruction, "text": prediction.text,
                    "parsed": prediction.parsed, "mask": mask, "label": example.meta}
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
