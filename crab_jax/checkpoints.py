@@ -115,7 +115,7 @@ def leaf_digests(tree: Any) -> dict[str, str]:
     here = {path: leaf for path, leaf in flat.items() if path not in placed}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sums = np.array(list(pool.map(_checksum, here.values())), np.uint32)
-    if jax.process_count() > 1:
+    if here and jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
     totals = dict(zip(here, sums.tolist(), strict=True)) | {path: int(x) for path, x in jax.device_get(placed).items()}
     return {path: f"{tuple(leaf.shape)}{leaf.dtype}{totals[path]}" for path, leaf in flat.items()}
@@ -469,7 +469,9 @@ def _model_digests(folder: Path) -> dict[str, str] | None:
     if not (folder / MANIFEST).is_file():
         return None
     manifest = _manifest(folder, COPY_AGAIN)
-    if not isinstance(params := manifest.get("params"), dict):
+    if "params" not in manifest:  # of another program
+        return None
+    if not isinstance(params := manifest["params"], dict):
         raise InputError(str(folder / MANIFEST), "params", "is no object", COPY_AGAIN)
     _check_beside(folder, manifest.get("files", {}), folder / MANIFEST)
     return params
