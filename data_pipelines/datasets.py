@@ -344,6 +344,8 @@ def read_jsonl(root: str | Path, split: str, malformed: str = "raise", left: lis
 
     malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` gets them.
     """
+    if prepared := shards.opened(root):
+        prepared.check_file(f"{split}.jsonl")
     release, examples, seen = Release(root), [], set()
     wrong: list[InputError] = []
     for found in own.read(release, split, "train"):
