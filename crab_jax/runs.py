@@ -24,7 +24,7 @@ from crab_jax import optim, sharding
 from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
 from crab_jax.config import data_config, model_config
 from crab_jax.errors import InputError
-from crab_jax.files import out_folder, read_json, write_whole
+from crab_jax.files import json_object, out_folder, read_json, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
 from data_pipelines import datasets, fbank, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
@@ -184,8 +184,9 @@ def skipped_file(workdir: Path) -> Path:
 
 def skipped_examples(workdir: Path) -> dict[int, dict[str, Any]]:
     """Position -> {"index", "id", "task", "error"} of every example that any process or worker of a run skipped."""
-    lines = [line for file in sorted(workdir.glob("skipped.*.jsonl")) for line in file.read_text().splitlines(True)]
-    return {record["index"]: record for record in (json.loads(line) for line in lines if line.endswith("\n"))}
+    lines = [line for file in sorted(workdir.glob("skipped.*.jsonl")) for line in file.read_bytes().split(b"\n")]
+    records = [record for line in lines if (record := json_object(line)) is not None]
+    return {record["index"]: record for record in records if isinstance(record.get("index"), int)}
 
 
 def init_batch(model: Crab) -> Batch:
