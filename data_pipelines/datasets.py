@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.errors import InputError, printable
 from data_pipelines import shards
 from data_pipelines.examples import Example, choice
 from data_pipelines.media import INLINE_MASK
@@ -246,7 +246,7 @@ def read(root: str | Path, name: str, split: str, variant: str = "train", missin
             raise found
     if notes:
         _log.warning("%s %s: %d notes on the annotations, which `status` lists; the first: %s %s", name, split,
-                     len(notes), notes[0].where, notes[0].problem)
+                     len(notes), printable(notes[0].where), printable(notes[0].problem))
     if absent:
         _log.warning("%s %s: %d of %d examples are left out because files are missing, the first: %s",
                      name, split, len(absent), len(absent) + len(wrong) + len(examples), absent[0])

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.errors import InputError, printable
 from crab_jax.tasks import TASKS, arig, avqa, ref_avs
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.avs import CLASSES, ORDINALS
@@ -478,7 +478,7 @@ class TrainingLabels:
         """Say how many looked odd, once."""
         if self.odd:
             _log.warning("%d examples look odd, the first: %s; `python -m data_pipelines validate` lists them",
-                         self.odd, self.first_odd)
+                         self.odd, printable(self.first_odd))
 
     def where(self, example: Example) -> str:
         """File and line of an Example."""

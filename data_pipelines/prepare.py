@@ -32,7 +32,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from crab_jax.bounds import PATH, Whole, Words
-from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.files import write_whole
 from crab_jax.locks import LOCK, locked
 from crab_jax.progress import Progress, on_stderr
@@ -494,7 +494,7 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
     wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
     failed = prepare(settings, out, wanted, arguments.workers, on_stderr)
     for line in failed[:10]:
-        print(f"cannot be decoded: {line}")
+        print(f"cannot be decoded: {printable(line)}")
     if failed[10:]:
         print(f"and {len(failed) - 10} more")
     manifest = json.loads((out / MANIFEST).read_text())

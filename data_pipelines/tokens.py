@@ -117,7 +117,11 @@ class Tokenizer:
         """Ids of a text; added tokens are recognised, nothing is put around."""
         if self._legacy is False and text and not text.startswith(self._added):
             text = "▁" + text
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InputError("a prompt or target", "", f"holds bytes that are no text: {text!r:.200}",
+                             "write it in UTF-8") from None
 
     def encode(self, instruction: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32[N], is_target bool[N]) of the wrapped instruction, followed by `target + "</s>"` unless None.

@@ -67,7 +67,11 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
     known = [time for time in shown if time is not None]
     odd = _oddity(stamps, known, tick, SPLICE if splices else LONGEST)
     if odd or not tick or not stamps:
-        # Without times, a constant rate is the best guess; where that is unknown too, so is the length.
+        # Without times, a constant rate is the best guess; where that is unknown too, so is the length. In a
+        # stream without a container the frames know the rate; libav takes 25 a second for granted.
+        lengths = {stamp.duration for stamp in stamps}
+        if tick and not known and len(lengths) == 1 and max(lengths) > 0:
+            rate = 1 / (max(lengths) * tick)
         believable = rate if rate and 1 <= rate <= 240 else None
         period = 1 / believable if believable else Fraction(0)
         return FrameTimes(tuple(range(len(stamps))), period, None, len(stamps) * period if len(stamps) > 1 else

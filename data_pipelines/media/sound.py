@@ -27,14 +27,15 @@ from data_pipelines.media.container import (
     sound_stream,
     whole,
 )
+from data_pipelines.media.limits import check_sound, limits
 from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
-_LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
 _AUDIO_BLOCK = 1 << 16  # samples
 _GENERIC_INDEX = 0x0100  # AVFMT_GENERIC_INDEX of libavformat: nothing in such a file says when a part of it is heard
 _PLANES = 8  # from so many channels on PyAV looks for one more than a frame has, and ends the process
+_LARGE = 1 << 26  # samples of all channels, 256 MB
 _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
 
 
@@ -53,8 +54,9 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
                 return None  # whose ends it does not find
             if kind in ("WAV", "WAVEX") and not stated:
                 return None  # libav reads to the end of the file where a recorder did not come to write the length
-            in_blocks = stated >= _UNKNOWN or not file.seekable()
-            samples = _blocks(file) if in_blocks else file.read(dtype="float32", always_2d=True)
+            check_sound(path, stated / rate if rate and stated < _UNKNOWN else 0, rate, file.channels)
+            in_blocks = stated * file.channels > _LARGE or not file.seekable()
+            samples = _blocks(file, path) if in_blocks else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
@@ -69,14 +71,23 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
                          "the file is truncated", AGAIN)
     # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
-    return sum(samples.T[1:], samples.T[0]) / samples.shape[1], rate
+    return _mean(samples), rate
 
 
-def _blocks(file: soundfile.SoundFile) -> np.ndarray:
-    """The samples of a file that does not say how many it has, or in whose codec nothing can be looked up (GSM)."""
-    blocks = [file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)]
-    while len(blocks[-1]):
-        blocks.append(file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True))
+def _mean(samples: np.ndarray) -> np.ndarray:
+    """float32[N]: the mean of the channels of float32[N, C]."""
+    with np.errstate(over="ignore"):  # infinite samples are refused
+        return sum(samples.T[1:], samples.T[0]) / samples.shape[1]
+
+
+def _blocks(file: soundfile.SoundFile, path: str) -> np.ndarray:
+    """float32[N, 1]: the mean of the channels of a file that is large, does not say how many samples it has, or in
+    whose codec nothing can be looked up (GSM); all its channels are never held at once."""
+    blocks, count = [np.zeros((0, 1), np.float32)], 0
+    while len(block := file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(_mean(block)[:, None])
+        count += len(block)
+        check_sound(path, count / file.samplerate, file.samplerate, file.channels)
     return np.concatenate(blocks)
 
 
@@ -118,7 +129,7 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
         pictures = pictures_of(container) if timed else None
         times = videos.remembered_times(path) if pictures else None
         stamps, coded = list[Stamp](), None  # of the pictures, and the first of them
-        holes, first, begun, parts = _holes(container), None, False, list[_Part]()
+        holes, first, begun, parts, seconds = _holes(container), None, False, list[_Part](), 0.0
         for packet in demuxed(container, stream, *([pictures] if pictures and times is None else [])):
             if packet.stream is pictures:
                 coded = coded or (packet if packet.size else None)
@@ -131,6 +142,8 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
                 if timed and (silence := holes.before(_seconds(frame), frame.samples, frame.sample_rate)):
                     parts[-1].rest(silence)
                 parts[-1].add(frame)
+                seconds += frame.samples / frame.sample_rate
+                check_sound(path, seconds, frame.sample_rate, frame.layout.nb_channels)
         if pictures and times is None:
             whole = videos.begins_whole(coded, stamps)
             times = videos.times_of(stamps, pictures, path) if whole else videos.video_times(path)
@@ -216,10 +229,12 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     sound = _read_soundfile(path) if _is_soundfile(behind_tags(path)) else None
     track = _Track(*sound, None, None) if sound else _read_track(path, timed)
     mono, rate = track.mono, track.rate
-    if rate < _LOWEST_RATE:
-        raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
-    if not np.isfinite(mono).all():
+    loudest = max(float(mono.max(initial=0)), -float(mono.min(initial=0)))
+    if not np.isfinite(loudest):
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
+    if loudest > limits().loudest:
+        raise InputError(str(path), "audio", f"holds samples of {loudest:,.3g} times full scale",
+                         "export it again: samples of decimal numbers lie between -1 and 1")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if not len(mono):

@@ -18,6 +18,7 @@ from crab_jax.errors import InputError
 from data_pipelines.media import clock as clocks
 from data_pipelines.media.clock import FrameTimes, Stamp
 from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened, sound_of
+from data_pipelines.media.limits import check
 
 _TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT of libavformat
 _REMEMBERED = 64  # files whose times of frames are kept: the sound of a clip is read after its pictures
@@ -212,7 +213,9 @@ def times_of(stamps: Iterable[Stamp], stream: av.VideoStream, path: str | Path) 
     """The times of the shown frames of the stream of a file, in the order of the file."""
     given = [*stamps], stream.time_base, stream.average_rate or stream.guessed_rate, splices(stream.container)
     times = clocks.frame_times(*given)
-    return clocks.frame_times(*given, _end_of_sound(path)) if clocks.is_held(times) else times
+    times = clocks.frame_times(*given, _end_of_sound(path)) if clocks.is_held(times) else times
+    check(path, "video", hours=float(times.seconds) / 3600)
+    return times
 
 
 def _end_of_sound(path: str | Path) -> Fraction | None:

@@ -165,6 +165,9 @@ class Release:
         the rows that hold one are malformed.
         """
         path = self.base / name
+        if not self._contains(path):
+            raise InputError(str(path), "", "is a link out of the data root",
+                             "put the file there, or link the dataset's whole folder")
         try:
             data = path.read_bytes()
         except OSError as error:

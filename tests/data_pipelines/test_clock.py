@@ -275,6 +275,20 @@ def test_a_recording_that_begins_in_the_middle_of_a_broadcast_begins_with_what_c
     assert loud[0] == pytest.approx(5.06, abs=0.05) and loud[-1] == pytest.approx(5.86, abs=0.05)
 
 
+def test_a_stream_without_a_container_has_the_rate_that_its_frames_say(tmp_path):
+    """H.264 of an action camera: no times, and libav takes 25 frames a second for granted."""
+    with av.open(str(tmp_path / "a.h264"), "w") as container:
+        film = container.add_stream("libx264", rate=10, width=64, height=48)
+        for number in range(50):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), grey(number / 10), np.uint8), "rgb24")))
+        container.mux(film.encode())
+    soundfile.write(tmp_path / "a.wav", beep(5, 3.1, 3.9), RATE, subtype="FLOAT")
+    assert media.timing(tmp_path / "a.h264").seconds == media.watch(tmp_path / "a.h264").seconds == 5
+    assert seconds_of(media.read_video(tmp_path / "a.h264", 5, 16)) == list(range(5))
+    assert len(media.clip_sound(tmp_path / "a.wav", tmp_path / "a.h264")) == 5 * RATE
+
+
 # What reads them.
 
 @pytest.fixture(scope="module")
