@@ -54,7 +54,9 @@ logging.getLogger("asyncio").addFilter(lambda record: "exception was never retri
 
 
 def _tell_unraisable(told: Any, others: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    if not (isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)):
+    error = told.exc_value
+    late = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+    if not late and not isinstance(getattr(error, "__cause__", None), GeneratorExit):
         others(told)
 
 

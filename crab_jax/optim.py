@@ -79,6 +79,20 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
         optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
 
 
+def apply(tx: optax.GradientTransformation, grads: Params, opt: Any, trainable: Params, sound: jax.Array
+          ) -> tuple[Params, Any, jax.Array]:
+    """(parameters, optimizer state, whether the step was taken) after one step: those of before, save its counts, where
+    it is not `sound` (bool[]) or where a parameter or a moment would not be finite."""
+    updates, new_opt = tx.update(grads, opt, trainable)
+    new = optax.apply_updates(trainable, updates), new_opt
+    taken = sound & all_finite(new)
+
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(taken, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return *jax.tree.map(kept, new, (trainable, opt)), taken
+
+
 def all_finite(tree: Any) -> jax.Array:
     """bool[]: whether every floating value is a number."""
     floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]

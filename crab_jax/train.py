@@ -96,16 +96,11 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
 
         (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))
 
-    updates, opt = tx.update(grads, state.opt, state.trainable)
-    trainable, norm = optax.apply_updates(state.trainable, updates), optax.global_norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & optim.all_finite((trainable, opt))
-
-    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
-
-    trainable, opt = jax.tree.map(kept, (trainable, opt), (state.trainable, state.opt))
+    norm = optax.global_norm(grads)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
     metrics |= {"grad_norm": norm, "tokens": batch.text_mask.sum(), "slots": batch.text_mask.size,
-                "skipped": (~finite).astype(jnp.int32)}
+                "skipped": (~taken).astype(jnp.int32)}
     return TrainState(state.step + 1, trainable, opt), metrics
 
 
