@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from crab_jax.errors import InputError
+from crab_jax.structured import json_line, strict_json
 from crab_jax.tasks import ave as ave_task
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.datasets import DATASETS, records
-from data_pipelines.examples import MASK_KINDS, TASK_NAMES, WINDOWS, Example, json_line, strict_json, to_json
+from data_pipelines.examples import MASK_KINDS, TASK_NAMES, WINDOWS, Example, to_json
 from data_pipelines.sources import ave, avqa, avsbench, avvp, own
 from data_pipelines.sources.release import Release
 
@@ -95,7 +96,7 @@ def test_any_bytes_are_examples_or_input_errors(tmp_path, name, count):
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | FINITE | WORDS,
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | FINITE | WORDS,
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=9)
 
 
