@@ -37,6 +37,7 @@ from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
 from crab_jax.files import write_whole
 from crab_jax.optim import merge
+from crab_jax.structured import read_json
 
 # Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
@@ -125,12 +126,8 @@ class RunCheckpoints:
     @property
     def manifest(self) -> dict[str, Any]:
         """What the run was started with. Raises InputError when it cannot be read."""
-        file = self.folder / "manifest.json"
-        try:
-            return json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(str(file), "", f"cannot be read ({type(error).__name__})",
-                             "copy the folder again, or start anew in another --workdir") from error
+        return read_json(str(self.folder / "manifest.json"),
+                         fix="copy the folder again, or start anew in another --workdir")
 
     def note(self, manifest: dict[str, Any]) -> None:
         """Write the manifest."""

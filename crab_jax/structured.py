@@ -27,13 +27,14 @@ from crab_jax.files import refuse_stand_in
 SETTINGS, LIST = 2**28, 2**31  # bytes of a file of settings (manifests, tokenizers), and of a list (LVIS has 1.1 GB)
 LONGEST_LINE = 2**24  # characters of one line of JSONL
 DEPTH = 64  # brackets inside each other
+DIGITS = 300  # of a whole number: model_max_length of tokenizers has 31
 ENTRIES = 2**20  # of one object or list of settings
 HEADER, TENSORS, AXES = 2**25, 2**17, 32  # of a safetensors file: bytes of its header, tensors, axes of a tensor
 _AGAIN = "fetch or copy the file again"
 # Half of a pair that stands for one character, or a backslash before such letters.
 _HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
                    r"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]")
-_LARGE = re.compile(r"[0-9](?:[eE]\+?[0-9]{3}|[0-9]{18})")  # without one, every number is finite and has 64 bits
+_LARGE = re.compile(r"[0-9](?:[eE]\+?[0-9]{3}|[0-9]{18})")  # without one, no number is large
 
 
 # Bytes and text.
@@ -106,9 +107,9 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
-        raise ValueError(f"{text:.20}{'...' * (len(text) > 20)} has more than 64 bits")
-    return number
+    if len(text) > DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits, of at most {DIGITS}")
+    return int(text)
 
 
 # (NaN and Infinity are accepted, a number may be large): numbers are looked at one by one only where one may be.
@@ -122,7 +123,7 @@ def strict_json(text: str, constants: bool = False) -> Any:
     """The value of a JSON text. constants: accept NaN, Infinity and 1e400, which are no JSON.
 
     Raises ValueError also for what would be read as something else than was meant or could not be written again: a key
-    that an object has twice (one value would be lost), half of a surrogate pair, a whole number of more than 64 bits,
+    that an object has twice (one value would be lost), half of a surrogate pair, a whole number that no float holds,
     and more than DEPTH brackets inside each other.
     """
     try:
@@ -252,7 +253,7 @@ def check(value: Any, schema: Any, where: str, at: str = "") -> None:
             if name in value:
                 check(value[name], inner, where, f"{at}.{name}".lstrip("."))
             elif name == key:
-                raise InputError(where, f"{at}.{name}".lstrip("."), "is missing", _AGAIN)
+                raise InputError(where, f"{at}.{name}".lstrip("."), "is missing", f"the file is damaged or another one: {_AGAIN}")
     elif not isinstance(value, list) or len(value) > ENTRIES or (
             isinstance(schema, tuple) and len(value) != len(schema)):
         must_be = f"a list of {len(schema)}" if isinstance(schema, tuple) else f"a list of at most {ENTRIES}"

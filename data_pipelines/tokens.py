@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -176,7 +177,8 @@ class Tokenizer:
 
 _ID = Whole(0, 2**24)
 TOKENIZER = {"model": {}, "added_tokens?": [{"id": _ID, "content": Text(1)}]}
-VOCABULARY = {"vocab?": Anything(), "type?": Null(Text(1))}  # a Unigram model has a list
+# A Unigram model has a list as its vocabulary. A long prefix is what the Rust library panics of.
+VOCABULARY = {"vocab?": Anything(), "type?": Null(Text(1)), "continuing_subword_prefix?": Null(Text(0, 2))}
 CONFIG = {"tokenizer_class?": Null(Text())}
 
 
@@ -229,7 +231,7 @@ def _merging_by_score(pieces: Any) -> models.BPE:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return read_json(path, CONFIG, "tokenizer") if path.is_file() else {}
+    return read_json(path, CONFIG, "tokenizer") if os.path.lexists(path) else {}
 
 
 def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: int = 640) -> None:

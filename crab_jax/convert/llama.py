@@ -83,7 +83,7 @@ def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides:
     check(hf, {"model_type?": Null(Text()), "rope_parameters?": Null({})}, where)
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen2"):
-        raise InputError(where, "model_type", f"{kind!r} is not supported", "give a LLaMA or Qwen2 directory")
+        raise InputError(where, "model_type", f"{kind!r:.60} is not supported", "give a LLaMA or Qwen2 directory")
     rope = hf.get("rope_parameters") or {}  # where newer transformers keep rope_theta and the scaling
     unsupported = {field: hf[field] for field in ("rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias",
                                                   "use_sliding_window") if hf.get(field)}

@@ -190,8 +190,8 @@ def load(path: str | Path) -> Scene:
     try:
         record = read_json(path, SCENE, fix=fix)
         return Scene(record["split"], record["index"], record["seed"], tuple(map(_thing, record["things"])))
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(error.where, error.field, f"not a scene ({error.problem})", fix) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(str(path), "", f"not a scene ({error!r:.80})", fix) from None
 
