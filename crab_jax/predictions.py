@@ -234,11 +234,12 @@ def read_rows(path: Path) -> list[Row]:
         lines += [last] if strict_json(last) is not None else []
     rows = []
     for number, line in enumerate(lines, 1):
-        row = json_line(line, f"{path}:{number}") if line.strip() else None
-        if row is not None and not isinstance(row, dict):
+        if not line.strip():
+            continue
+        row = json_line(line, f"{path}:{number}")
+        if not isinstance(row, dict):
             raise InputError(f"{path}:{number}", "", "is not a JSON object", "one object per line")
-        if row is not None:
-            check(row, LINE, f"{path}:{number}")
+        check(row, LINE, f"{path}:{number}")
         rows += [row] if row else []
     return rows
 

@@ -8,6 +8,7 @@ names the file, the field and the fix. docs/architecture.md lists the files, the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -154,7 +155,9 @@ def _too_deep(value: Any) -> bool:
 def json_line(line: str, where: str, constants: bool = False) -> Any:
     """The JSON value of one line. Raises InputError naming `where`."""
     fix = "write one JSON object per line"
-    if len(line) > LONGEST_LINE:
+    if len(line) > LONGEST_LINE or line.startswith("\0"):
+        if line.startswith("\0"):
+            raise InputError(where, "", "holds zeros, as a power cut leaves them", "copy the file again")
         raise InputError(where, "", f"is a line of {len(line) >> 20} MB, of at most {LONGEST_LINE >> 20}", fix)
     try:
         return strict_json(line, constants)
@@ -171,6 +174,17 @@ def read_lines(path: str | Path, schema: Any, constants: bool = False) -> Iterat
             value = json_line(line, f"{path}:{number}", constants)
             check(value, schema, f"{path}:{number}")
             yield value
+
+
+def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(file:line, text) of the lines of a JSONL file of any size, one in memory at a time. Raises InputError."""
+    refuse_special(path)
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            yield f"{path}:{number}", text_of_bytes(line, f"{path}:{number}")
 
 
 def read_json(path: str | Path, schema: Any = None, field: str = "", fix: str = _AGAIN, constants: bool = False) -> Any:
@@ -291,7 +305,10 @@ def safetensors_header(path: str | Path) -> tuple[dict[str, Any], dict[str, str]
                 raise refuse("its header is longer than the file")
             if length > HEADER:
                 raise refuse(f"its header has {length:,} bytes, of at most {HEADER:,}")
-            header = strict_json(file.read(length).decode())
+            data = file.read(length)
+            if data.count(b"{") > TENSORS + 2:
+                raise refuse(f"its header holds more than {TENSORS:,} tensors")
+            header = strict_json(data.decode())
     except struct.error:
         raise refuse("it has less than 8 bytes") from None
     except InputError:

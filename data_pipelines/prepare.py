@@ -313,7 +313,7 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
         ours = settings.as_json()
         for field, value in old.items():
             if ours.get(field) != value:
-                raise InputError(str(out), field, f"was prepared with {value!r}, not {ours.get(field)!r}",
+                raise InputError(str(out), field, f"was prepared with {value!r:.60}, not {ours.get(field)!r:.60}",
                                  "use the same options, or another --out")
     elif any(not path.name.startswith(LOCK) for path in out.iterdir()):
         raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.bounds import Anything, Choice, Flag, Inside, Text, Whole
+from crab_jax.bounds import Choice, Flag, Inside, Text, Whole
 from crab_jax.errors import InputError
-from crab_jax.structured import Each, check, json_line, read_json, strict_json
+from crab_jax.structured import Each, check, json_line, read_json, stream_lines, strict_json
 from data_pipelines import fbank, media, memory
 from data_pipelines.examples import Example, from_json, seg_source, to_json
 from data_pipelines.sources.release import Found, MissingFile
@@ -202,7 +202,7 @@ class Shards:
     def __init__(self, root: str | Path):
         memory.keep_freed()
         self.root = Path(root)
-        self.manifest = read_json(self.root / MANIFEST, {"format": Anything()}, fix="run prepare again")
+        self.manifest = read_json(self.root / MANIFEST, {"format": Whole()}, fix="run prepare again")
         if self.manifest.get("format") not in (FORMAT, COUNTED):
             raise InputError(str(self.root / MANIFEST), "format", f"is {self.manifest.get('format')!r}, not {FORMAT}",
                              "prepare the data again with this version")
@@ -298,17 +298,15 @@ class Shards:
         path = self.root / examples_file(name, split, variant)
         if not path.is_file():
             raise InputError(str(path), "", "no such file", "run prepare again")
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                record = json_line(line, f"{path}:{number}")
-                if not isinstance(record, dict) or "error" not in record:
-                    yield from_json(record, f"{path}:{number}")
-                    continue
-                check(record, {"error": ERROR, "whole": Flag()}, f"{path}:{number}")
-                if record["whole"]:
-                    raise error_of(record["error"])
-                else:
-                    yield error_of(record["error"])
+        for where, line in stream_lines(path):
+            record = json_line(line, where)
+            if not isinstance(record, dict) or "error" not in record:
+                yield from_json(record, where)
+                continue
+            check(record, {"error": ERROR, "whole": Flag()}, where)
+            if record["whole"]:
+                raise error_of(record["error"])
+            yield error_of(record["error"])
 
     def _pixels(self, record: Mapping[str, Any]) -> np.ndarray:
         size = self.decoding.image_size
