@@ -267,7 +267,8 @@ def check(value: Any, schema: Any, where: str, at: str = "") -> None:
             if name in value:
                 check(value[name], inner, where, f"{at}.{name}".lstrip("."))
             elif name == key:
-                raise InputError(where, f"{at}.{name}".lstrip("."), "is missing", f"the file is damaged or another one: {_AGAIN}")
+                fix = f"the file is damaged or another one: {_AGAIN}"
+                raise InputError(where, f"{at}.{name}".lstrip("."), "is missing", fix)
     elif not isinstance(value, list) or len(value) > ENTRIES or (
             isinstance(schema, tuple) and len(value) != len(schema)):
         must_be = f"a list of {len(schema)}" if isinstance(schema, tuple) else f"a list of at most {ENTRIES}"

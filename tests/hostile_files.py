@@ -1,8 +1,8 @@
 """Every kind of structured file, sound, and what may be found in its place: hostile contents, hostile fields.
 
-`python -m tests.hostile_files` puts all of it before the readers and prints how many were tried and held, per kind. One
-holds when it is refused with an InputError of one line that names the file, within ten seconds; where a file may also be
-read (a field that nobody needs was changed), reading it without any other exception holds, too.
+`python -m tests.hostile_files` puts all of it before the readers and prints how many were tried and held, per kind.
+One holds when it is refused with an InputError of one line that names the file, within ten seconds; where a file may
+also be read (a field that nobody needs was changed), reading it without any other exception holds, too.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ KINDS = (
     Kind("clip/config.json", _CLIP, lambda path: clip_config(structured.read_json(path), (14, 22, 23), "float32",
                                                              str(path))),
     Kind("model.safetensors.index.json", {"weight_map": {"w": "a.safetensors"}}, _index),
-    Kind("checkpoints/manifest.json", {"format": 1, "frozen_hash": "0" * 64, "packages": {}},  # of an old run, without most keys
+    Kind("checkpoints/manifest.json", {"format": 1, "frozen_hash": "0" * 64, "packages": {}},
          lambda path: RunCheckpoints(path.parent).manifest, lenient=("an empty object",)),
     Kind("prepared.json", PREPARED, _prepared),
     Kind("plan.json", {"root": "/r", **_DECODING, "variants": ["train"], "shard_bytes": 1000, "compress": False,
@@ -381,7 +381,8 @@ WEIGHTS: dict[str, Callable[[], bytes]] = {
     "metadata that are a list": lambda: safetensors({"__metadata__": [1], "a": _tensor()}, bytes(8)),
     "metadata that are numbers": lambda: safetensors({"__metadata__": {"a": 1}, "a": _tensor()}, bytes(8)),
     "a page": lambda: b"<!doctype html><html>", "a Git LFS pointer": lambda: CONTENTS["a Git LFS pointer"](""),
-    "a zip": lambda: b"PK\x03\x04" + bytes(64), "zeros": lambda: bytes(4096), "a gzip": lambda: gzip.compress(b"x" * 99),
+    "a zip": lambda: b"PK\x03\x04" + bytes(64), "zeros": lambda: bytes(4096),
+    "a gzip": lambda: gzip.compress(b"x" * 99),
 }
 
 
@@ -407,8 +408,8 @@ def try_indices(folder: Path, tally: Tally) -> None:
     kind = next(kind for kind in KINDS if kind.name == "model.safetensors.index.json")
     outside = Path(tempfile.mkdtemp(dir=folder)) / "a.safetensors"
     outside.write_bytes(safetensors({"w": _tensor()}, bytes(8)))
-    for name in ("../a.safetensors", str(outside), "/dev/zero", "/dev/stdin", "link", "zero", "pipe", "sub/a", ".", "..",
-                 "", "a\0b", "a" * 300, "a\nb", "missing.safetensors", "folder", "C:\\a", "~/a", "loop"):
+    for name in ("../a.safetensors", str(outside), "/dev/zero", "/dev/stdin", "link", "zero", "pipe", "sub/a", ".",
+                 "..", "", "a\0b", "a" * 300, "a\nb", "missing.safetensors", "folder", "C:\\a", "~/a", "loop"):
         for suffix in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             path = file_of(kind, folder).with_name(suffix)
             (path.parent / "link").symlink_to(outside)

@@ -36,7 +36,7 @@ from urllib.parse import urlsplit
 from crab_jax.bounds import Flag, Text, Whole
 from crab_jax.errors import InputError
 from crab_jax.locks import locked_file
-from crab_jax.structured import LIST, check, read_bytes, strict_json
+from crab_jax.structured import LIST, check, read_bytes, refuse_special, strict_json
 from data_pipelines.av_uie import labels, prompts, verify
 from data_pipelines.av_uie.prompts import Messages
 from data_pipelines.examples import Example
@@ -130,6 +130,8 @@ class Journal:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock, self._held = threading.Lock(), contextlib.ExitStack()
+        if os.path.lexists(self.path):
+            refuse_special(self.path, "--journal", LIST)
         self._held.enter_context(locked_file(self.path, "--journal"))
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self.answers: dict[tuple[str, str], Reply] = {}

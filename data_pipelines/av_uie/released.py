@@ -77,7 +77,8 @@ def read(path: str | Path, name: str = "", strict: bool = True) -> Labels:
             except UnicodeDecodeError as error:
                 problem = f"is not UTF-8 at byte {error.start}"
             else:
-                problem = "is empty" if not text else "is there twice" if stem in texts else None
+                problem = ("is empty" if not text else "holds zeros" if "\0" in text else "is there twice"
+                           if stem in texts else None)
         if problem:
             problems.append(f"{entry} {problem}")
         else:
