@@ -102,7 +102,9 @@ def _index(path: Path) -> Any:
 
 
 def _annotations(name: str, path: Path) -> Any:
-    root = path.parents[2] if path.parent.name == "json_update" else path.parents[1]
+    root = path.parents[2]
+    (path.parents[1] / "videos").mkdir(exist_ok=True)
+    (path.parents[1] / "videos/v.mp4").touch()
     return _all(records(root, name, "train"))
 
 

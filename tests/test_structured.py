@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from crab_jax import structured
 from crab_jax.bounds import Text, Whole
 from crab_jax.errors import InputError
+from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import wrong_fields
 from tests import hostile_files
 from tests.hostile_files import KINDS, Tally, changed, file_of, text_of, verdict
 
@@ -96,3 +98,18 @@ def test_links_of_a_hugging_face_cache_lead_to_its_blobs(tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
     assert structured.shard_index(index) == {"w": "a.safetensors"}
+
+
+HOSTILE = (None, True, -1, 10**300, 1e308, float("nan"), float("inf"), " ", [[]], [None], [["a"]], [["a", 5, 2]],
+           [["a", 0, 11]], [["a", -1, 3]], [["a", 1.5, 3]], [["a", "1", "3"]], [[[], 0, 3]], [["a", 0, float("inf")]],
+           [10, 10, 5, 5], [0, 0, 1e9, 1], [0, 0, 10**300, 1], [0, 0, float("nan"), 1], [-5, 0, 10, 10], 11, {"a": 1})
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_no_label_takes_a_value_of_another_kind(task):
+    for name, field in task.label.items():
+        if name == "video":  # null where the clip has no name, and any text
+            continue
+        for value in HOSTILE:
+            found = list(wrong_fields(task, {name: value}, ()))
+            assert [wrong for wrong, *_ in found] == [name], (name, value)
