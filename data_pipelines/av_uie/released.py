@@ -115,6 +115,8 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
                 else:
                     yield entry, read_bytes(file) if file.stat().st_size <= _LARGEST else "is too large for a label"
         return
+    if not path.exists():
+        raise InputError(str(path), "", "no such file", "give the released zip, or its unpacked folder")
     refuse_special(path, "", _LARGEST_ZIP, "give the released zip, or its unpacked folder")
     try:
         with zipfile.ZipFile(path) as archive:
