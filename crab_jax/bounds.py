@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from crab_jax.errors import InputError
 
 INT32 = 2**31 - 1
+_SCHEME = re.compile(r"(?P<kind>[a-z][a-z0-9+.-]*):[/\\]", re.IGNORECASE)  # gs://b/x, gs:/b/x and C:\x
 
 
 class Bound:
@@ -139,10 +141,11 @@ class Words(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
-        return f"some of {','.join(self.known)}"
+        return f"some of {','.join(self.known)}, each once"
 
     def fits(self, value: Any) -> bool:
-        return isinstance(value, str) and all(word in self.known for word in value.split(",") if value)
+        words = value.split(",") if isinstance(value, str) and value else []
+        return isinstance(value, str) and len(words) == len(set(words)) and all(word in self.known for word in words)
 
 
 class Name(Bound):
@@ -171,12 +174,23 @@ class Place(Bound):
     def problem(self, value: Any) -> str:
         if not isinstance(value, str) or "\0" in value or not (value.strip() or self.empty and not value):
             return f"must be {self.wanted}"
-        if "://" not in value:
-            return ""
-        kind = value.partition("://")[0].lower()
+        scheme = _SCHEME.match(value)
+        if "://" not in value and not (scheme and not os.path.lexists(scheme[0].rstrip("/\\"))):
+            return "" if not value or os.path.lexists(value) else _unexpanded(value)
+        kind = scheme["kind"].lower() if scheme else ""
         fix = ("give the path itself" if kind == "file" else "download it and give its path" if kind.startswith("http")
+               else "give the path that this machine has for it" if len(kind) == 1
                else "mount the bucket and give its path, see docs/training.md")
-        return f"is a URL, which is no file or folder here: {fix}"
+        return f"is a {'path of Windows' if len(kind) == 1 else 'URL'}, which is no file or folder here: {fix}"
+
+
+def _unexpanded(value: str) -> str:
+    """What is wrong with a path of no file, which would be made as it stands: a shell usually reads it otherwise."""
+    if re.match(r"~[\w.-]*(/|$)|\$\{?[a-z_]\w*", value, re.IGNORECASE):
+        return "was not expanded by the shell: write the whole path"
+    if value != value.strip():
+        return "begins or ends in white space, and there is no such file: leave it out"
+    return "is no path: give one (./- for a file of that name)" if value == "-" else ""
 
 
 def check(section: str, values: Any, bounds: Mapping[str, Bound]) -> None:

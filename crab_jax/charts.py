@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from crab_jax.overlay import figure_png
+from crab_jax.overlay import figure_png, label_of, new_figure
 from crab_jax.tasks import TASKS
 
 # Okabe-Ito colours, which stay apart for colour-blind readers; the trained model comes first.
@@ -19,7 +18,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
     """PNG: one line per name over the steps of metrics.jsonl; "loss" is the total, others stand under `loss/`."""
-    figure = Figure(figsize=(8, 3.6))
+    figure = new_figure(8, 3.6)
     axes = figure.subplots()
     for number, name in enumerate(names):
         key = name if name == "loss" else f"loss/{name}"
@@ -42,7 +41,7 @@ def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
     tasks = [task for task in TASKS if any(task in rows for rows in columns.values())]
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
-    figure = Figure(figsize=(3.3 * across, (0.26 * len(columns) + 0.8) * down))
+    figure = new_figure(3.3 * across, (0.26 * len(columns) + 0.8) * down)
     grid = figure.subplots(down, across, squeeze=False, gridspec_kw={"hspace": 0.6, "wspace": 0.12}, sharey=True)
     for axes in grid.flat[len(tasks):]:
         axes.axis("off")
@@ -57,7 +56,7 @@ def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
             axes.barh(row, scores[metric], xerr=error, color=COLOURS[0] if row == 0 else "0.72",
                       error_kw={"linewidth": 1, "ecolor": "0.25"})
         axes.set_title(f"{task}: {metric}", fontsize=10, loc="left")
-        axes.set_yticks(range(len(columns)), list(columns))
+        axes.set_yticks(range(len(columns)), list(map(label_of, columns)))
         axes.set_ylim(len(columns) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.tick_params(labelsize=8)
@@ -94,7 +93,7 @@ def _head_panels(means: Mapping[str, np.ndarray], ticks: Sequence[str], axis: st
     spread = max(0.02, max(float(np.nanmax(np.abs(mean - 1 / heads))) for mean in means.values()))
     across = min(3, len(means))
     down = -(-len(means) // across)
-    figure = Figure(figsize=(3.2 * across, (0.3 * heads + 0.75) * down))
+    figure = new_figure(3.2 * across, (0.3 * heads + 0.75) * down)
     gaps = {"hspace": 0.55, "wspace": 0.08}
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True, gridspec_kw=gaps)
     for axes in grid.flat[len(means):]:
@@ -114,7 +113,7 @@ def _head_panels(means: Mapping[str, np.ndarray], ticks: Sequence[str], axis: st
 def entropy_heatmap(entropy: Mapping[str, np.ndarray], heads: int) -> bytes:
     """PNG: tasks by layers, the entropy (bits) of a token's head weights, from float[layers, projections] per task."""
     table = np.stack([array.mean(axis=1) for array in entropy.values()])
-    figure = Figure(figsize=(7, 0.32 * len(table) + 0.9))
+    figure = new_figure(7, 0.32 * len(table) + 0.9)
     axes = figure.subplots()
     image = axes.imshow(table, cmap="viridis", vmin=0, vmax=np.log2(heads) if heads > 1 else 1, aspect="auto")
     axes.set_yticks(range(len(table)), list(entropy), fontsize=9)
@@ -128,7 +127,7 @@ def table_heatmap(rows: Mapping[str, Mapping[str, float]], label: str) -> bytes:
     """PNG: rows by columns of signed numbers with the number in each cell, colours centred on zero."""
     columns = list(next(iter(rows.values())))
     values = np.array([[row[column] for column in columns] for row in rows.values()])
-    figure = Figure(figsize=(1.3 * len(columns) + 1.5, 0.34 * len(rows) + 1.1))
+    figure = new_figure(1.3 * len(columns) + 1.5, 0.34 * len(rows) + 1.1)
     axes = figure.subplots()
     # One row of large numbers must not bleach the others: the colour is of the share of the row's largest.
     largest = np.abs(values).max(axis=1, keepdims=True)
@@ -145,13 +144,13 @@ def table_heatmap(rows: Mapping[str, Mapping[str, float]], label: str) -> bytes:
 
 def breakdown_bars(breakdown: Mapping[str, tuple[float, int]], label: str) -> bytes:
     """PNG: one bar per class or question type {name: (score, samples)}, in the given order."""
-    figure = Figure(figsize=(7, 0.24 * len(breakdown) + 0.8))
+    figure = new_figure(7, 0.24 * len(breakdown) + 0.8)
     axes = figure.subplots()
     values = [value for value, _ in breakdown.values()]
     axes.barh(range(len(values)), values, color=COLOURS[5], height=0.7)
     for row, (value, count) in enumerate(breakdown.values()):
         axes.text(max(value, 0), row, f" {value:.2f}  (n {count})", va="center", fontsize=7.5, color="0.3")
-    axes.set_yticks(range(len(values)), list(breakdown), fontsize=8)
+    axes.set_yticks(range(len(values)), list(map(label_of, breakdown)), fontsize=8)
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlim(0, max(1.0, *values) * 1.12)
     axes.set_xlabel(label, fontsize=9)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from crab_jax import overlay, page
 from crab_jax.inference import Prediction
-from crab_jax.page import Picture, Section, escape, figure, jpeg, table
+from crab_jax.page import NONE, Html, Picture, Section, figure, jpeg, table
 from crab_jax.tasks.placeholders import MASK
 from data_pipelines.media.kinds import HEAD, kind_of
 from data_pipelines.media.pictures import read_picture
@@ -41,7 +41,7 @@ def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
             if one.prediction.example.task == task for track in overlay.event_tracks(task, one.prediction.parsed)]
 
 
-def player(path: str) -> str:
+def player(path: str) -> Html:
     """HTML that shows or plays a media file from within the page; its name alone when it is large or of another kind.
 
     A picture is shown as the model saw it, which not every browser does.
@@ -52,31 +52,32 @@ def player(path: str) -> str:
     if known and known.picture:
         shown = Image.fromarray(read_picture(file))
         shown.thumbnail((WIDEST, WIDEST))
-        return f"<p>{jpeg(np.array(shown), file.name)}</p>"
+        return Html("<p>{}</p>").format(jpeg(np.array(shown), file.name))
     kind = PLAYED.get(file.suffix.lower(), "")
     if not kind or file.stat().st_size > LARGEST:
-        return f"<p>{escape(file.name)}</p>"
-    source = f'src="data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"'
-    return f'<p><{kind[:5]} controls {"height=240" if kind[:5] == "video" else ""} {source}></{kind[:5]}></p>'
+        return Html("<p>{}</p>").format(file.name)
+    size = Html(' height="240"') if kind[:5] == "video" else NONE
+    return Html('<p><{tag} controls{size} src="data:{kind};base64,{data}"></{tag}></p>').format(
+        tag=kind[:5], size=size, kind=kind, data=base64.b64encode(file.read_bytes()).decode())
 
 
 def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_line: bytes | None) -> None:
     """Write the page of a clip from its media files, the answers about it and the time line of its events (None for a
     picture)."""
     warnings = list(dict.fromkeys(warning for one in answers for warning in one.warnings))
-    noted = "".join(f"<p><b>Note:</b> {escape(warning)}.</p>" for warning in warnings)
-    times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else ""
-    said = [(escape(_question(one)), escape(_short(one))) for one in answers if one.prediction.example.task in
+    noted = NONE.join(Html("<p><b>Note:</b> {}.</p>").format(warning) for warning in warnings)
+    times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else NONE
+    said = [(_question(one), _short(one)) for one in answers if one.prediction.example.task in
             ("avqa", "avcap")]
-    places = "".join(_place(one) for one in answers if one.prediction.example.task in TITLES)
-    whole = [(escape(one.prediction.example.task), escape(_question(one)), escape(one.prediction.text),
-              escape("; ".join(one.warnings))) for one in answers]
-    sections = [Section("clip", "The clip", "".join(map(player, media)) + noted),
+    places = NONE.join(_place(one) for one in answers if one.prediction.example.task in TITLES)
+    whole = [(one.prediction.example.task, _question(one), one.prediction.text, "; ".join(one.warnings))
+             for one in answers]
+    sections = [Section("clip", "The clip", NONE.join(map(player, media)) + noted),
                 Section("times", "What happens when", times),
-                Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else ""),
-                Section("places", "Where it is", f'<div class="grid">{places}</div>' if places else ""),
+                Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else NONE),
+                Section("places", "Where it is", Html('<div class="grid">{}</div>').format(places) if places else NONE),
                 Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole))]
-    page.write(path, f"What is in {Path(media[0]).name}", "", [section for section in sections if section.body])
+    page.write(path, f"What is in {Path(media[0]).name}", NONE, [section for section in sections if section.body])
 
 
 def _question(one: Answered) -> str:
@@ -92,10 +93,10 @@ def _short(one: Answered) -> str:
     return parsed if isinstance(parsed, str) else text[max(text.rfind("The sounding object"), 0):]
 
 
-def _place(one: Answered) -> str:
+def _place(one: Answered) -> Html:
     """The picture of an answer, or why there is none."""
     said = f"{TITLES[one.prediction.example.task]}: {_short(one)}"
     if one.picture is None:
         why = "; ".join(one.prediction.warnings) or "nothing was drawn"
-        return f"<figure><p>No picture: {escape(why)}.</p><figcaption>{escape(said)}</figcaption></figure>"
+        return Html("<figure><p>No picture: {}.</p><figcaption>{}</figcaption></figure>").format(why, said)
     return figure(Picture(one.picture, said))

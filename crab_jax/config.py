@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def check_sizes(cfg: CrabConfig) -> None:
              for key, by, name, size in divided if size % by]
     wrong += [(key, f"is {size}, and sizes.{name} is {wanted}", "make them equal")
               for key, size, name, wanted in equal if size != wanted]
+    if cfg.lora.rank > llama.hidden:
+        wrong.append(("lora.rank", f"is {cfg.lora.rank}, more than sizes.llama.hidden = {llama.hidden}", "use less"))
     if llama.head_dim % 2:
         wrong.append(("llama.heads", f"a head has {llama.head_dim} channels", "make it an even number"))
     if beats.num_buckets % 2:
@@ -213,6 +216,15 @@ def check_config(config: ConfigDict) -> None:
     for section in ("loss", "data.weights"):
         if not any(value for key, value in leaves(config) if key.startswith(f"{section}.")):
             raise InputError("--config", section, "is 0 for all, so that nothing is learned", "give one a weight")
+    weights, loss = config.data.weights, config.loss
+    if not loss.text and not any(weights[name] and (loss.ce if task.mask_kind == "semantic" else loss.bce + loss.dice)
+                                 for name, task in TASKS.items() if task.mask_kind != "none"):
+        raise InputError("--config", "loss.text", "is 0, and no task of the run has another loss, so that nothing is "
+                         "learned", "give loss.text, or a task with masks, a weight")
+    for name, step in config.data.curriculum.items():
+        if weights[name] and step >= config.steps:
+            raise InputError("--config", f"data.curriculum.{name}", f"is {step}, but the run ends after step "
+                             f"{config.steps}", f"use fewer, or leave the task out with data.weights.{name}=0")
     rows, accumulate = config.data.batch_size, config.optim.accumulate
     if accumulate and rows % accumulate:
         raise InputError("--config", "data.batch_size", f"{rows} rows do not split into {accumulate} micro-batches",
@@ -234,6 +246,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         print(doc)
         print("Flags: --config=FILE  --workdir=DIR  --config.key=value ...  --debug")
         raise SystemExit(0)
+    sys.modules.pop("config_config", None)  # the file of an earlier command line, whose names would stay
     try:
         rest = values(argv)
         config = values.config

@@ -35,8 +35,8 @@ def save_untrained(run: Path, out: Path) -> None:
     """The run's model with random weights, as a packed model: the baseline of not having learned."""
     config = runs.load_config(run)
     config.init_from = ""
-    save_packed(out, runs.initial_params(config, Crab(model_config(config))), config.to_dict())
-    runs.tokenizer_of(config).save(out)
+    save_packed(out, runs.initial_params(config, Crab(model_config(config))), config.to_dict(),
+                tokenizer=runs.tokenizer_of(config))
 
 
 def collect_results(out: Path, scenes: Path, image_size: int) -> None:

@@ -6,16 +6,43 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a disk or a person's rights do to any program, wherever it writes or reads.
 OF_THE_DISK = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EISDIR,
                       errno.ENOTDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTEMPTY, errno.EEXIST}
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")  # of libraries that are not Python
+
+# Characters that move the cursor, colour or hide text, turn its direction, end a line, or are no characters at all.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
+_UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+def printable(value: object) -> str:
+    """A value as one line of text that says and shows the same anywhere: control characters, escape sequences, line
+    ends and marks of direction are written as Python writes them, such as \\x1b and \\u202e."""
+    return _UNSEEN.sub(_escaped, str(value))
+
+
+def printable_lines(value: object) -> str:
+    """`printable` text that keeps its line ends and tabs."""
+    return _UNSEEN_BUT_LINES.sub(_escaped, str(value).replace("\r\n", "\n"))
+
+
+def cell(value: object) -> str:
+    """A value as the text of one cell of a Markdown table: no markup, link, HTML or formula of a spreadsheet in it."""
+    text = re.sub(r"([\\`\[\]<>|&])", r"\\\1", printable(value))
+    return f"'{text}" if text[:1] in ("=", "+", "@") else text
 
 
 class InputError(ValueError):
@@ -30,7 +57,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         field = f" [{self.field}]" if self.field else ""
-        return f"{self.where}{field}: {self.problem}; {self.fix}"
+        return printable(" ".join(f"{self.where}{field}: {self.problem}; {self.fix}".splitlines()))
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -84,15 +111,22 @@ def report(error: BaseException, debug: bool = False) -> int:
         traceback.print_exception(error)
     if found is None:
         return 1
-    print(f"error: {' '.join(str(found).splitlines())}", file=sys.stderr)
+    print(f"error: {found}", file=sys.stderr)
     return 2
 
 
 def show_any_name() -> None:
-    """Let the console say what its encoding lacks (names of files, answers) by escapes."""
+    """Let the console say by escapes what its encoding lacks (names of files, answers) and what is not `printable`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if not hasattr(stream, "written_raw"):
+                _escape_what_is_written(stream)
+
+
+def _escape_what_is_written(stream: Any) -> None:
+    raw = stream.written_raw = stream.write
+    stream.write = lambda text: raw(printable_lines(text))
 
 
 def run_verb(main: Callable[[], None], debug: bool = False) -> None:

@@ -31,6 +31,7 @@ from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
 from crab_jax.models.fused import KINDS
+from crab_jax.page import NONE, Html
 from crab_jax.progress import Progress
 from crab_jax.scoring import Judged
 from crab_jax.structured import read_json
@@ -247,14 +248,15 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
 
 
 def shown_examples(judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path,
-                   count: int, clock: str) -> Iterator[tuple[str, str]]:
+                   count: int, clock: str) -> Iterator[tuple[str, Html]]:
     """(heading, HTML) of the worst and the best `count` samples of each task, drawn by the model's `clock`."""
     by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
     for name, ours in scoring.by_task(judged).items():
         values = {one.id: results_page.sample_score(one) for one in ours}
         for heading, ids in zip(("worst", "best"), results_page.extremes(values, count), strict=True):
             found = read_predictions(folder, rows, [by_id[one] for one in ids])
-            yield f"{name}, {heading}", "".join(results_page.drawn(p, values[p.example.id], root, clock) for p in found)
+            drawn = (results_page.drawn(one, values[one.example.id], root, clock) for one in found)
+            yield f"{name}, {heading}", NONE.join(drawn)
 
 
 def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples: Sequence[Example]) -> None:

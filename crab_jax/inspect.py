@@ -245,8 +245,8 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
     for group in pictures.values():
         for name, picture in group.items():
             (out / f"{name}.png").write_bytes(picture.data)
-    page.write(out / "router.html", f"LoRA heads of {Path(arguments.checkpoint).resolve().name}", "",
-               [page.Section(title.lower().replace(" ", "-"), title, "".join(map(page.figure, group.values())))
+    page.write(out / "router.html", f"LoRA heads of {Path(arguments.checkpoint).resolve().name}", page.NONE,
+               [page.Section(title.lower().replace(" ", "-"), title, page.NONE.join(map(page.figure, group.values())))
                 for title, group in pictures.items()])
     for task, variants in increases(effects, "text").items():
         print(f"{task}: " + ", ".join(f"{name} {value:+.3f}" for name, value in variants.items()) + " nats per token")

@@ -79,6 +79,12 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
         optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """bool[]: whether every floating value is a number."""
+    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floating]).all() if floating else jnp.bool_(True)
+
+
 def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tuple[Params, Params]:
     """(trainable, frozen) trees of the leaves whose '/'-joined path fully matches a pattern of each list.
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
+from crab_jax.errors import printable
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines.media import avss_palette
 
@@ -22,6 +24,7 @@ TRUTH: Colour = (0, 158, 115)
 BOX_SPACE = 224  # side of the square that ARIG coordinates live in
 SMALL = 4_000_000  # pixels of a picture that is worth compressing well
 ROWS = 256  # of a picture that are painted at once: a large one would take its size in float64 several times
+LONGEST_LABEL = 60  # characters of a name in a picture
 PARTS = 10  # AVE and AVVP count time in tenths of the clip, which are seconds in clips of ten seconds
 
 
@@ -41,11 +44,26 @@ def png(picture: np.ndarray | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """A matplotlib figure of so many inches, in which names show as they are: no dollar sign begins a formula."""
+    import matplotlib  # takes a quarter of a second, and most answers need no figure
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height))
+
+
 def figure_png(figure: Figure, dpi: int = 110) -> bytes:
     """PNG file of a matplotlib figure, cropped to what is drawn."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
+
+
+def label_of(value: object) -> str:
+    """A name as it is written into a picture: one line, and not so long that the picture grows with it."""
+    text = printable(value)
+    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL - 1]}…"
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -73,12 +91,11 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
     The edge of the picture bounds a region too.
     """
     edge = np.zeros(mask.shape, bool)
-    for _ in range(width):
-        mask = np.where(edge, mask.dtype.type(0), mask)
-        padded, inner = np.pad(mask, 1), np.zeros(mask.shape, bool)
-        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-            inner |= neighbour != mask
-        edge |= inner & (mask != 0)
+    for value in np.unique(mask):
+        if value:
+            region = np.pad(mask == value, 1)  # in steps to the sides; as long as it takes once, however wide the line
+            steps = ndimage.distance_transform_cdt(region, "taxicab")
+            edge |= (region & (steps <= width))[1:-1, 1:-1]
     return edge
 
 
@@ -133,7 +150,7 @@ def overlay_boxes(picture: np.ndarray, boxes: Iterable[tuple[Sequence[float], Co
         if right <= left or bottom <= top:
             continue
         draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=min(width, right - left, bottom - top))
-        if label:
+        if label := label_of(label):
             _, _, wide, high = map(round, draw.textbbox((0, 0), label, font=font))
             labels.append(_label_place((left, top, right, bottom), (wide + 4, high + 4), size, labels))
             draw.rectangle(labels[-1], fill=colour)
@@ -200,11 +217,9 @@ def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], 
 
     All share one axis of ten parts: seconds for a clip of ten seconds, else tenths of the clip.
     """
-    from matplotlib.figure import Figure  # takes a quarter of a second to import, and most answers need no figure
-
     rows = max(1, len(tracks))
     strip = 0.9 * 10 / max(1, len(frames)) if len(frames) else 0.0
-    figure = Figure(figsize=(9, strip + 1.0 + 0.36 * rows + 0.6))
+    figure = new_figure(9, strip + 1.0 + 0.36 * rows + 0.6)
     heights = [max(strip, 0.01), 1.0, 0.36 * rows + 0.2]
     pictures, sound, events = figure.subplots(3, 1, sharex=True, height_ratios=heights, gridspec_kw={"hspace": 0.06})
     for index, frame in enumerate(frames):
@@ -220,7 +235,7 @@ def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], 
             events.text(0.05, row, "no time inside the clip", va="center", fontsize=9, color="0.4")
     if not tracks:
         events.text(PARTS / 2, 0, "no event could be read", ha="center", va="center", color="0.4")
-    events.set_yticks(range(len(tracks)), [track.label for track in tracks])
+    events.set_yticks(range(len(tracks)), [label_of(track.label) for track in tracks])
     events.set_ylim(rows - 0.5, -0.5)
     events.set_xlim(0, PARTS)
     events.set_xticks(range(PARTS + 1))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from crab_jax import clip_page, compile_cache, layout, overlay
 from crab_jax.bounds import ANY_PATH, PATH, Real, Whole
-from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.locks import locked
 from crab_jax.models.fused import KINDS
@@ -111,7 +111,7 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
 
     def tell(example: Example, text: str) -> None:
         several = arguments.batch_size > 1  # then pieces of different answers take turns, a line each
-        print(f"  {example.id} ... {text}" if several else text, end="\n" if several else "", flush=True)
+        print(f"  {printable(example.id)} ... {text}" if several else text, end="\n" if several else "", flush=True)
 
     answers = predict_examples(model, params, config, tokenizer, examples, "/", arguments.batch_size,
                                arguments.max_new_tokens, seed=arguments.seed, decoding=decoding,
@@ -132,9 +132,9 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
             file.flush()  # a disk that is full later leaves what was answered
             if arguments.stream:
                 print()
-            print(f"{example.id}: {prediction.text}")
+            print(f"{printable(example.id)}: {prediction.text}")
             for warning in warnings:
-                print(f"  warning: {warning}")
+                print(f"  warning: {printable(warning)}")
             for kind, name in files.items():
                 print(f"  {kind}: {out / name}", flush=True)
             shown = (out / files["overlay"]).read_bytes() if "overlay" in files else None

@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from crab_jax import overlay
 from crab_jax.bounds import Number, Text
 from crab_jax.errors import InputError
-from crab_jax.files import write_whole
+from crab_jax.files import cut_tail, end_of_lines, write_whole
 from crab_jax.inference import Prediction
 from crab_jax.scoring import Answer
 from crab_jax.structured import (
@@ -218,14 +218,16 @@ _ONE = Null(Either((Text(), Number())))
 LINE = {"id?": Text(1), "question_id?": _ONE, "qid?": _ONE, "image_path?": Null(Text()), "video_path?": Null(Text())}
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a file. A last line that breaks off, which a killed program leaves, does not count.
+def read_rows(path: Path, own: bool = False) -> list[Row]:
+    """The lines of a file. A last line that breaks off, which a killed program leaves, does not count; in a file of our
+    `own` nothing does that follows the last whole line.
 
     Raises InputError for a missing file, one that is no UTF-8, or a line that is no JSON object.
     """
     if not path.is_file():
         raise InputError(str(path), "predictions", "no such file", "give a JSONL file of predictions")
     data = read_bytes(path, "predictions", LIST)
+    data = data[:end_of_lines(data)] if own else data
     refuse_utf16(data, str(path))
     whole = data.rfind(b"\n") + 1
     lines = text_of_bytes(data[:whole], str(path)).split("\n")
@@ -244,20 +246,6 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def repair(path: Path) -> None:
-    """End the last line, or cut it off when it is not whole, so that more lines can be appended."""
-    if not path.is_file():
-        return
-    with open(path, "rb+") as file:
-        start = file.read().rfind(b"\n") + 1
-        file.seek(start)
-        try:
-            json.loads(file.read())
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(start)
-
-
 def parts(folder: Path) -> list[Path]:
     """The prediction files of an evaluation: that of one process, or of each of several (predictions.2.jsonl)."""
     return sorted(path for path in folder.glob("predictions*.jsonl"))
@@ -265,24 +253,20 @@ def parts(folder: Path) -> list[Path]:
 
 def read_all(folder: Path) -> dict[str, Row]:
     """Every complete line of an evaluation by id; each sample once, whichever process wrote it."""
-    rows: dict[str, Row] = {}
-    for path in reversed(parts(folder)):
-        for row in read_rows(path):
-            check(row, {"id": Text(1)}, str(path))
-            rows[row["id"]] = row
-    return rows
+    rows = (row for path in reversed(parts(folder)) for row in read_rows(path, own=True))
+    return {row["id"]: row for row in rows if isinstance(row.get("id"), str)}
 
 
 def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
     """Write each prediction as it passes: its mask first, then its line, so that a line's mask is always there."""
-    repair(path)
+    cut_tail(path)
     (path.parent / "masks").mkdir(exist_ok=True)
     with open(path, "ab") as file:
         for prediction in predictions:
             example, mask = prediction.example, None
             if prediction.mask is not None:
                 mask = mask_name(example.id)
-                write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)))
+                write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)), lasting=False)
             row = {"id": example.id, "task": example.task, "prompt": example.instruction, "text": prediction.text,
                    "parsed": prediction.parsed, "mask": mask, "label": example.meta}
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

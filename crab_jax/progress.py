@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from crab_jax.errors import printable
+
 T = TypeVar("T")
 
 
 def on_stderr(line: str) -> None:
     """Print a line apart from what a verb prints as its result."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -42,8 +42,7 @@ def pack(run: Path, out: Path) -> None:
     """A run's newest parameters as one float16 file, with its config, tokenizer and training log."""
     _, params, config, tokenizer = runs.load_model(run)
     out.mkdir(parents=True, exist_ok=True)
-    save_packed(out, params, config.to_dict(), np.float16)
-    tokenizer.save(out)
+    save_packed(out, params, config.to_dict(), np.float16, tokenizer)
     shutil.copy(run / "metrics.jsonl", out / "metrics.jsonl")
 
 

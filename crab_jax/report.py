@@ -25,13 +25,13 @@ from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
 from crab_jax.models.crab import fuse_model
-from crab_jax.page import Picture, Section, escape, figure, score, table
+from crab_jax.page import NONE, Html, Picture, Section, figure, score, table
 from crab_jax.scoring import PARSED
 from crab_jax.structured import Each, check, read_json, read_lines
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.text import normalise
 from data_pipelines import media, shards
-from data_pipelines.decoded import read_mask
+from data_pipelines.decoded import inside, read_mask
 from data_pipelines.examples import Example
 from data_pipelines.fbank import envelope
 from data_pipelines.shards import all_windows
@@ -70,10 +70,10 @@ def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
         size = prepared.picture_size(path, "image") if path else prepared.video_size(str(example.video))
         return np.array(Image.fromarray(small).resize(size))
     if path is None:
-        size = media.video_size(root / str(example.video))
-        frame = media.read_video(root / str(example.video), 10, max(size), clock)[example.second or 0]
+        size = media.video_size(inside(root, str(example.video)))
+        frame = media.read_video(inside(root, str(example.video)), 10, max(size), clock)[example.second or 0]
         return np.array(Image.fromarray(frame).resize(size))
-    return media.read_picture(root / path)
+    return media.read_picture(inside(root, path))
 
 
 def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
@@ -120,9 +120,9 @@ def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndar
         bands = prepared.sound(path, all_windows(example.windows), None, example.video)
         return (envelope(bands), prepared.video(example.video) if example.video else frames,
                 prepared.seconds(path, example.windows, example.video))
-    sound = media.clip_sound(root / path, example.video and root / example.video, clock)
+    sound = media.clip_sound(inside(root, path), example.video and inside(root, example.video), clock)
     if example.video:
-        frames = media.read_video(root / example.video, overlay.PARTS, 96, clock)
+        frames = media.read_video(inside(root, example.video), overlay.PARTS, 96, clock)
     return sound, frames, len(sound) / media.SAMPLE_RATE
 
 
@@ -162,18 +162,17 @@ def collect(predictions: Iterable[Prediction], root: Path, clock: str = "shown")
 
 # The HTML.
 
-def _run_section(data: ReportData) -> str:
+def _run_section(data: ReportData) -> Html:
     shown = [(key, data.config[key]) for key in CONFIG_KEYS if key in data.config]
     counts = [(f"test examples of {task}", scores["n"]) for task, scores in data.results.get("tasks", {}).items()]
-    rows = [(escape(key), escape(value)) for key, value in [*shown, *counts]]
     full = "\n".join(f"{key} = {value!r}" for key, value in sorted(data.config.items()))
-    every = f"<details><summary>Every setting</summary><pre>{escape(full)}</pre></details>"
-    return table(("setting", "value"), rows) + every
+    every = Html("<details><summary>Every setting</summary><pre>{}</pre></details>").format(full)
+    return table(("setting", "value"), [*shown, *counts]) + every
 
 
-def _loss_section(data: ReportData) -> str:
+def _loss_section(data: ReportData) -> Html:
     if not data.metrics:
-        return ""
+        return NONE
     by_part = charts.loss_curves(data.metrics, ("loss", "text", "bce", "dice", "ce"))
     by_task = charts.loss_curves(data.metrics, tuple(TASKS))
     return (figure(Picture(by_part, "Loss of each part: every line should fall and level off; a part that rises again "
@@ -181,48 +180,49 @@ def _loss_section(data: ReportData) -> str:
             + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others.")))
 
 
-def every_metric(tasks: Mapping[str, Any]) -> str:
+def every_metric(tasks: Mapping[str, Any]) -> Html:
     """Each metric with what it is, over all samples and over the answered ones, and the counts."""
     parts = []
     for name, row in tasks.items():
-        rows = [(f"<b>{escape(m)}</b>" if m == TASKS[name].headline else escape(m), escape(what), score(row, m),
+        rows = [(Html("<b>{}</b>").format(m) if m == TASKS[name].headline else m, what, score(row, m),
                  score(row, m + PARSED)) for m, what in TASKS[name].metrics.items() if m in row]
-        counts = (f"<p>N {row['n']}, unreadable text {row['n_unparsed']}"
-                  + (f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else "") + "</p>")
-        parts.append(f"<h3>{escape(name)}</h3>{counts}" + table(("metric", "what it is", "all", "answered"), rows))
-    return "".join(parts)
+        counts = (f"N {row['n']}, unreadable text {row['n_unparsed']}"
+                  + (f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else ""))
+        parts.append(Html("<h3>{}</h3><p>{}</p>").format(name, counts)
+                     + table(("metric", "what it is", "all", "answered"), rows))
+    return NONE.join(parts)
 
 
-def _scores_section(data: ReportData) -> str:
+def _scores_section(data: ReportData) -> Html:
     tasks = data.results.get("tasks", {})
     if not tasks:
-        return ""
+        return NONE
     columns = {"trained": tasks, **data.results.get("baselines", {})}
     heads = ("task", "metric", "n", *columns)
-    rows = [(escape(task), escape(TASKS[task].headline), str(scores["n"]),
+    rows = [(task, TASKS[task].headline, scores["n"],
              *(score(column.get(task, {}), TASKS[task].headline) for column in columns.values()))
             for task, scores in tasks.items()]
-    unread = [(escape(task), str(s["n"]), str(s.get("n_unparsed", 0)), str(s.get("n_no_mask", 0)))
-              for task, s in tasks.items()]
+    unread = [(task, s["n"], s.get("n_unparsed", 0), s.get("n_no_mask", 0)) for task, s in tasks.items()]
     chart = Picture(charts.score_bars(columns), "Headline metric of each task with its interval: the top bar, the "
                     "trained model, should end right of every baseline, with intervals apart.")
-    note = "<p>Headline metric of each task, with 95 % bootstrap intervals over the examples.</p>"
+    note = Html("<p>Headline metric of each task, with 95 % bootstrap intervals over the examples.</p>")
     return (note + table(heads, rows) + figure(chart)
-            + f"<details><summary>Every metric of the trained model</summary>{every_metric(tasks)}</details>"
-            + "<h3>Answers that could not be used</h3>" + table(("task", "n", "unreadable text", "no mask"), unread))
+            + Html("<details><summary>Every metric of the trained model</summary>{}</details>").format(
+                every_metric(tasks))
+            + Html("<h3>Answers that could not be used</h3>")
+            + table(("task", "n", "unreadable text", "no mask"), unread))
 
 
-def _routing_section(data: ReportData) -> str:
-    return "".join(map(figure, routing_pictures(data.routing).values())) if data.routing else ""
+def _routing_section(data: ReportData) -> Html:
+    return NONE.join(map(figure, routing_pictures(data.routing).values())) if data.routing else NONE
 
 
-def _answers_section(data: ReportData) -> str:
-    rows = [tuple(map(escape, row)) for row in data.answers]
-    return table(("task", "question", "truth", "answer"), rows) if rows else ""
+def _answers_section(data: ReportData) -> Html:
+    return table(("task", "question", "truth", "answer"), data.answers) if data.answers else NONE
 
 
-def _pictures_section(key: str, data: ReportData) -> str:
-    return "".join(map(figure, data.pictures.get(key, ())))
+def _pictures_section(key: str, data: ReportData) -> Html:
+    return NONE.join(map(figure, data.pictures.get(key, ())))
 
 
 _BODIES = {"run": _run_section, "loss": _loss_section, "scores": _scores_section, "answers": _answers_section,

@@ -215,7 +215,9 @@ def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.nd
         heard = media.hear(source, video)
         sound = heard.placed()
         if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
-            warnings.append("the audio is silent: the answer can rest on the pictures only")
+            warnings.append("the audio is silent: the answer can rest on the pictures only" if not media.cancels(source)
+                            else "the channels of the audio cancel each other out, and their mean, which is read, is "
+                            "silent: export it as mono")
         if remark := heard.end_remark():
             warnings.append(remark)
         if sound is not heard.samples:

@@ -9,38 +9,39 @@ from typing import Any
 from crab_jax import charts, page, report
 from crab_jax.errors import InputError
 from crab_jax.inference import Prediction
-from crab_jax.page import Picture, Section, escape, figure, score, table
+from crab_jax.page import NONE, Html, Picture, Section, figure, score, table
 from crab_jax.scoring import PARSED, Judged
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import Breakdown, Published
 
-INTRO = ("<p>Numbers are fractions (0.8 is 80 %) with 95 % bootstrap intervals over the samples. <b>All</b> counts an "
-         "answer that cannot be used as wrong; <b>answered</b> leaves it out, as the released evaluation does: text "
-         "that cannot be read, or for tasks with masks an answer without one. Published numbers were measured on the "
-         "benchmarks and compare only with an evaluation on the same data.</p>")
+INTRO = Html(
+    "<p>Numbers are fractions (0.8 is 80 %) with 95 % bootstrap intervals over the samples. <b>All</b> counts an "
+    "answer that cannot be used as wrong; <b>answered</b> leaves it out, as the released evaluation does: text that "
+    "cannot be read, or for tasks with masks an answer without one. Published numbers were measured on the benchmarks "
+    "and compare only with an evaluation on the same data.</p>")
 
 
-def _tables(tasks: Mapping[str, Any]) -> str:
+def _tables(tasks: Mapping[str, Any]) -> Html:
     """Per task our rows above the published ones, over the headline and the metrics that somebody published."""
     parts = []
     for name, row in tasks.items():
         task = TASKS[name]
         shown = list(dict.fromkeys([task.headline, *(metric for other in task.published for metric in other.scores)]))
         answered = row["n"] - (row["n_no_mask"] if task.mask_kind != "none" else row["n_unparsed"])
-        rows = [["<b>ours, all</b>", str(row["n"]), *(score(row, m) for m in shown), ""],
-                ["<b>ours, answered</b>", str(answered), *(score(row, m + PARSED) for m in shown), ""]]
+        rows = [[Html("<b>ours, all</b>"), row["n"], *(score(row, m) for m in shown), ""],
+                [Html("<b>ours, answered</b>"), answered, *(score(row, m + PARSED) for m in shown), ""]]
         # Crab's own row is always there: what is not known of it stays blank.
         published = [other for other in task.published if other.model == "Crab"] or [Published("Crab", {}, "not known")]
         published = [*published, *(other for other in task.published if other.model != "Crab")]
-        rows += [[escape(model), "", *(f"{scores[m]:.4f}" if m in scores else "" for m in shown), escape(source)]
+        rows += [[model, "", *(f"{scores[m]:.4f}" if m in scores else "" for m in shown), source]
                  for model, scores, source in published]
-        parts.append(f"<h3>{escape(name)}</h3>" + table(("model", "n", *shown, "source"), rows))
-    return "".join(parts)
+        parts.append(Html("<h3>{}</h3>").format(name) + table(("model", "n", *shown, "source"), rows))
+    return NONE.join(parts)
 
 
-def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> str:
+def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> Html:
     """One bar chart per task."""
-    return "".join(figure(Picture(
+    return NONE.join(figure(Picture(
         charts.breakdown_bars(found, f"{name}: {_broken_down(name)}"),
         f"{name} by class or question type, with the number of samples: look for classes far below the others."))
         for name, found in breakdowns.items() if found)
@@ -71,26 +72,26 @@ def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[s
     return worst, [name for name in ranked[::-1] if name not in worst][:count]
 
 
-def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown") -> str:
-    """One answered example as HTML: its picture where the media are at hand, else what was asked and answered."""
+def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown") -> Html:
+    """One answered example: its picture where the media are at hand, else what was asked and answered."""
     example = prediction.example
-    head = f"<p><b>{escape(example.id)}</b>: {sample_metric(example.task)} {value:.3f}</p>"
+    head = Html("<p><b>{}</b>: {} {}</p>").format(example.id, sample_metric(example.task), f"{value:.3f}")
     try:
         found = report.collect([prediction], root, clock)
     except InputError as error:
         asked = example.instruction.rpartition("\n")[2]
         return head + table(("asked", "truth", "answer", ""), [
-            tuple(map(escape, (asked, example.target or example.meta, prediction.text, f"not drawn: {error}")))])
-    pictures = "".join(figure(picture) for group in found["pictures"].values() for picture in group)
-    rows = [tuple(map(escape, row[1:])) for row in found["answers"]]
+            (asked, example.target or example.meta, prediction.text, f"not drawn: {error}")])
+    pictures = NONE.join(figure(picture) for group in found["pictures"].values() for picture in group)
+    rows = [row[1:] for row in found["answers"]]
     return head + (table(("asked", "truth", "answer"), rows) if rows else pictures)
 
 
 def write(path: Path, title: str, results: Mapping[str, Any], breakdowns: Mapping[str, Breakdown],
-          examples: Iterable[tuple[str, str]]) -> None:
-    """Write the page; `examples` are (heading, HTML)."""
+          examples: Iterable[tuple[str, Html]]) -> None:
+    """Write the page; `examples` are (heading, what is shown)."""
     tasks = results["tasks"]
-    shown = "".join(f"<h3>{escape(heading)}</h3>{body}" for heading, body in examples)
+    shown = NONE.join(Html("<h3>{}</h3>{}").format(heading, body) for heading, body in examples)
     page.write(path, title, INTRO + page.LEGEND, [
         Section("published", "Beside published numbers", _tables(tasks)),
         Section("metrics", "Every metric", report.every_metric(tasks)),

@@ -26,12 +26,12 @@ from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
 from crab_jax.compat import PRESETS
 from crab_jax.config import MODELS, bound_of, check_sizes, data_config, leaves, model_config
 from crab_jax.errors import InputError
-from crab_jax.files import out_folder, write_whole
+from crab_jax.files import json_object, out_folder, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
 from crab_jax.structured import Each, read_json
-from data_pipelines import datasets, leaks, mixture, shards
+from data_pipelines import datasets, fbank, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
-from data_pipelines.examples import Example, learned
+from data_pipelines.examples import Example, learned, seg_source
 from data_pipelines.mistakes import TrainingLabels
 from data_pipelines.tokens import Tokenizer
 
@@ -46,6 +46,7 @@ RUN_CONFIG = {"model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), 
 # What of a config decides the arrays of a run that is there; the bounds of its other keys may be younger than the run.
 _DECIDING = re.compile(r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
                        r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)")
+TENTHS = fbank.WINDOW_COUNT["ten"]  # `second` of a video
 LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
 _log = logging.getLogger(__name__)
 
@@ -113,6 +114,14 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
     already, are those of `train_examples`."""
     data = config.data
     examples = train_examples(config, skipped) if examples is None else examples
+    if data.video_frames != TENTHS:
+        for example in examples:  # whose mask is that of a tenth
+            if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
+                raise InputError("--config", "data.video_frames", f"is {data.video_frames}, but example {example.id!r} "
+                                 f"has the mask of a tenth of its video", f"use {TENTHS}, or give the pictures in "
+                                 "'seg_image'")
+    if data.batch_size > len(examples):
+        _log.warning("a batch of %d holds examples several times: there are %d", data.batch_size, len(examples))
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
     weights = {task: min(n, data.caps[task] or n) * data.weights[task] for task, n in counts.items()}
@@ -184,8 +193,9 @@ def skipped_file(workdir: Path) -> Path:
 
 def skipped_examples(workdir: Path) -> dict[int, dict[str, Any]]:
     """Position -> {"index", "id", "task", "error"} of every example that any process or worker of a run skipped."""
-    lines = [line for file in sorted(workdir.glob("skipped.*.jsonl")) for line in file.read_text().splitlines(True)]
-    return {record["index"]: record for record in (json.loads(line) for line in lines if line.endswith("\n"))}
+    lines = [line for file in sorted(workdir.glob("skipped.*.jsonl")) for line in file.read_bytes().split(b"\n")]
+    records = [record for line in lines if (record := json_object(line)) is not None]
+    return {record["index"]: record for record in records if isinstance(record.get("index"), int)}
 
 
 def init_batch(model: Crab) -> Batch:
@@ -224,6 +234,10 @@ def initial_params(config: ConfigDict, model: Crab, wanted: Any = None) -> Any:
     device and no host holds more than its part; without it the tree is whole on this host, in the stored dtypes.
     """
     shapes = traverse_util.flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    for pattern in config.fresh:
+        if not any(re.fullmatch(pattern, path) for path in shapes):
+            raise InputError("--config", "fresh", f"{pattern!r} is no parameter of the model", "see the patterns of "
+                             "configs/common.py")
     stored = stored_params(config.init_from) if config.init_from else None
     found = traverse_util.flatten_dict(stored.shapes, sep="/") if stored else {}
     missing = sorted(path for path in shapes if path not in found and (

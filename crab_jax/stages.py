@@ -48,8 +48,7 @@ def save_base(start: Path, out: Path) -> None:
     _, params, config, tokenizer = runs.load_model(start)
     _, base = split(params, ADDED, (*common.ENCODERS, *common.LLAMA))
     out.mkdir(parents=True, exist_ok=True)
-    save_packed(out, base, config.to_dict())
-    tokenizer.save(out)
+    save_packed(out, base, config.to_dict(), tokenizer=tokenizer)
 
 
 def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str, ...]:

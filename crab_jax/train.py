@@ -33,6 +33,7 @@ from crab_jax import compile_cache, distributed, layout, locks, losses, optim, r
 from crab_jax.checkpoints import RunCheckpoints
 from crab_jax.config import loss_config, model_config, parse_flags
 from crab_jax.errors import InputError, run_verb
+from crab_jax.files import cut_tail, json_object, write_whole
 from crab_jax.models.crab import Crab, CrabOutput
 from crab_jax.preemption import StopRequest
 from crab_jax.tasks import TASKS
@@ -61,8 +62,8 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
     Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
 
-    A loss or gradient that is not finite changes no parameter and no moment and sets the metric `skipped` to 1; the
-    step and the schedule's count go on.
+    A loss, a gradient or what would be applied (new parameters and moments) that is not finite changes no parameter and
+    no moment and sets the metric `skipped` to 1; the step and the schedule's count go on.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
@@ -97,7 +98,7 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
 
     updates, opt = tx.update(grads, state.opt, state.trainable)
     trainable, norm = optax.apply_updates(state.trainable, updates), optax.global_norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & optim.all_finite((trainable, opt))
 
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
@@ -192,9 +193,14 @@ def part_means(values: list[dict[str, Any]]) -> dict[str, float]:
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`, which a resumed run will write again."""
+    cut_tail(path)
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = [line for line in path.read_bytes().split(b"\n") if line]
+        steps = [(json_object(line) or {}).get("step") for line in lines]
+        if damaged := sum(not isinstance(number, int) for number in steps):
+            print(f"warning: {path}: {damaged} lines cannot be read; they are left out", file=sys.stderr)
+        write_whole(path, b"".join(line + b"\n" for line, number in zip(lines, steps, strict=True)
+                                   if isinstance(number, int) and number <= step))
 
 
 def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch:
@@ -217,6 +223,12 @@ class SkipGuard:
         self.pending.append((step, metrics, batch))
         self.settle(RUN_AHEAD)
 
+    @staticmethod
+    def cause(metrics: dict[str, Any]) -> str:
+        """What to add where loss and gradient are numbers, and the step was skipped all the same."""
+        fine = np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["grad_norm"]))
+        return "; the parameters or moments after it would not be finite" if fine else ""
+
     def settle(self, ahead: int = 0) -> None:
         """Wait until at most `ahead` dispatched steps are unfinished."""
         while len(self.pending) > ahead:
@@ -226,11 +238,12 @@ class SkipGuard:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
                 distributed.say(f"step {step} skipped: loss {float(metrics['loss'])}, "
-                                f"gradient norm {float(metrics['grad_norm'])}")
+                                f"gradient norm {float(metrics['grad_norm'])}{self.cause(metrics)}")
             if self.in_a_row == self.limit:
                 file = save_batch(self.workdir, step, batch, self.examples)
-                raise InputError(str(file), "loss", f"the loss or its gradient was not finite in {self.limit} steps up "
-                                 f"to {step}; this is the last one's batch", "look at it with "
+                raise InputError(str(file), "loss", "the loss, its gradient or the parameters it leads to were not "
+                                 f"finite in {self.limit} steps up to {step}; this is the last one's batch",
+                                 "look at it with "
                                  "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
                                  "are in the .jsonl beside it), then correct the data or lower optim.lr")
 
@@ -317,6 +330,9 @@ def train(config: Any, workdir: Path) -> None:
     tokenizer = runs.tokenizer_of(config)
     model = Crab(model_config(config))
     skipped, batch_at = runs.skipped_file(workdir), sharding.batch_sharding(mesh)
+    cut_tail(skipped)
+    if distributed.primary():
+        cut_tail(workdir / runs.LEFT_OUT)
     examples = runs.train_examples(config, skipped)
     trained_on = runs.data_identity(config, examples)
     distributed.agree("examples", trained_on["examples"], "its Examples")
@@ -332,6 +348,7 @@ def train(config: Any, workdir: Path) -> None:
         start = int(state.step)
         if distributed.primary():
             runs.save_description(workdir, config, tokenizer)
+            checkpoints.note_description()
         if resumed:
             distributed.say(f"resumed from step {start} of {workdir}")
         distributed.say(runs.parameter_table(state.trainable, frozen))
@@ -366,7 +383,7 @@ def train(config: Any, workdir: Path) -> None:
             checkpoints.wait()
     if logger:
         logger.close()
-        (workdir / "compilations.json").write_text(json.dumps({"train_step": step_fn._cache_size()}))
+        write_whole(workdir / "compilations.json", json.dumps({"train_step": step_fn._cache_size()}))
     if int(state.step) < config.steps:
         distributed.say(f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "
                         "start the same command again to resume")

@@ -365,8 +365,7 @@ def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None
     sounds = encoded(lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, np.float16)
     learned["al_projector"] = kept(parts, "al_projector", lambda: warm_bridge(
         "audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4)))
-    save_packed(out, params | learned, config.to_dict())
-    tokenizer.save(out)
+    save_packed(out, params | learned, config.to_dict(), tokenizer=tokenizer)
 
 
 def main() -> None:

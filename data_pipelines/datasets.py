@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.errors import InputError, printable
 from data_pipelines import shards
 from data_pipelines.examples import Example, choice
 from data_pipelines.media import INLINE_MASK
@@ -246,7 +246,7 @@ def read(root: str | Path, name: str, split: str, variant: str = "train", missin
             raise found
     if notes:
         _log.warning("%s %s: %d notes on the annotations, which `status` lists; the first: %s %s", name, split,
-                     len(notes), notes[0].where, notes[0].problem)
+                     len(notes), printable(notes[0].where), printable(notes[0].problem))
     if absent:
         _log.warning("%s %s: %d of %d examples are left out because files are missing, the first: %s",
                      name, split, len(absent), len(absent) + len(wrong) + len(examples), absent[0])
@@ -291,6 +291,11 @@ def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), va
                                              left) for part in splits])
     if list_of(root, split):
         listed = read_jsonl(root, split, malformed, left)
+        if any(example.meta.get("dataset") not in datasets for example in listed):
+            for name, value in (("datasets", ",".join(datasets)), ("variant", variant if variant != "train" else "")):
+                if value:
+                    _log.warning("%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
+                                 Path(root) / f"{split}.jsonl", name, value)
         return listed if frames is None else _of_epoch(listed, frames, seed, epoch)
     frames = frames or ("one" if split == "train" else "all")
     if not any(is_there(root, name) for name in DATASETS):
@@ -339,6 +344,8 @@ def read_jsonl(root: str | Path, split: str, malformed: str = "raise", left: lis
 
     malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` gets them.
     """
+    if prepared := shards.opened(root):
+        prepared.check_file(f"{split}.jsonl")
     release, examples, seen = Release(root), [], set()
     wrong: list[InputError] = []
     for found in own.read(release, split, "train"):

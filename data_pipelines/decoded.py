@@ -16,7 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from data_pipelines import fbank, media, memory, shards
+from crab_jax.errors import InputError
+from data_pipelines import datasets, fbank, media, memory, shards
 from data_pipelines.shards import Decoding, Shards
 
 CACHED = 2  # counted up when decoding gives other arrays, so that those of before are not taken from a cache
@@ -26,6 +27,27 @@ _log = logging.getLogger(__name__)
 @functools.lru_cache
 def _no_cache(folder: str, problem: str) -> None:
     _log.warning("data.cache_dir %s is done without: %s", folder, problem)
+
+
+@functools.lru_cache
+def _bases(root: Path) -> tuple[str, ...]:
+    """What the files of a data root may lie in: the root, and a dataset's folder in it, which may be on another disk;
+    in a root that has a list of its own nothing else."""
+    folders = [] if any(root.glob("*.jsonl")) else [
+        root / folder for name in datasets.DATASETS if (root / (folder := datasets.folder_of(root, name))).is_dir()]
+    return tuple(dict.fromkeys(os.path.realpath(folder) for folder in (root, *folders)))
+
+
+def inside(root: str | Path, path: str | Path) -> Path:
+    """The file of a path in a data root. Raises InputError for a link out of it; an absolute path, which no list may
+    hold, is as good as its giver."""
+    full = Path(root) / path
+    if not os.path.isabs(path):
+        real = os.path.realpath(full)
+        if not any(real.startswith(base.rstrip(os.sep) + os.sep) for base in _bases(Path(root))):
+            raise InputError(str(full), "", "is a link out of the data root",
+                             "put the file there, or link the dataset's whole folder")
+    return full
 
 
 class Files:
@@ -40,46 +62,49 @@ class Files:
         self.root, self.decoding, self.cache_dir = Path(root), decoding, cache_dir
         self._pictures: dict[str, np.ndarray] = {}
 
+    def _at(self, path: str) -> Path:
+        return inside(self.root, path)
+
     def video(self, path: str) -> np.ndarray:
         """uint8[n, S, S, 3]: evenly spaced frames of a video."""
         size, count, clock = self.decoding.image_size, self.decoding.video_frames, self.decoding.clock
-        full = self.root / path
+        full = self._at(path)
         return self._cached(full, ("video", count, size, clock), lambda: media.read_video(full, count, size, clock))
 
     def video_size(self, path: str) -> tuple[int, int]:
         """(width, height) of the video itself."""
-        return media.video_size(self.root / path)
+        return media.video_size(self._at(path))
 
     def picture(self, path: str, field: str) -> np.ndarray:
         """uint8[S, S, 3]."""
         if path not in self._pictures:
-            size, full = self.decoding.image_size, self.root / path
+            size, full = self.decoding.image_size, self._at(path)
             self._pictures[path] = self._cached(full, ("image", size), lambda: media.read_image(full, size, field))
         return self._pictures[path]
 
     def picture_size(self, path: str, field: str) -> tuple[int, int]:
         """(width, height) of the picture itself."""
-        return media.image_size(self.root / path, field)
+        return media.image_size(self._at(path), field)
 
     def samples(self, path: str, video: str | None) -> np.ndarray:
         """float32[N] at 16 kHz: the sound of a clip, of its `video` or a file beside it."""
-        return media.clip_sound(self.root / path, video and self.root / video, self.decoding.clock)
+        return media.clip_sound(self._at(path), video and self._at(video), self.decoding.clock)
 
     def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
         """float32[windows, frames, 128]: the filter banks of the audio windows of a clip; see `samples`."""
-        full, short = self.root / path, self.decoding.pad_short_audio
+        full, short = self._at(path), self.decoding.pad_short_audio
 
         def decode() -> np.ndarray:
             return fbank.fbank(fbank.cut_windows(self.samples(path, video), windows, second, str(full), short))
 
         beside = shards.beside(path, video, self.decoding)
         settings = ("fbank", windows, second if windows in fbank.SINGLE else "", short, self.decoding.clock,
-                    *(_stamp(self.root / beside) if beside else ()))
+                    *(_stamp(self._at(beside)) if beside else ()))
         return self._cached(full, settings, decode)
 
     def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
         """int32[size, size]: a ground-truth mask, at any size; `picture` is the (width, height) it must have."""
-        return media.read_mask(self.root / path, size, kind, picture)
+        return media.read_mask(self._at(path), size, kind, picture)
 
     def _cached(self, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
         """`decode()`, kept as a file under the cache directory; files appear there whole or not at all. A cache that
@@ -130,4 +155,4 @@ def source(root: str | Path, decoding: Decoding, cache_dir: str = "") -> Files |
 def read_mask(root: str | Path, path: str, kind: str, size: int) -> np.ndarray:
     """int32[size, size]: the mask of an Example of any data root."""
     prepared = shards.opened(root)
-    return prepared.mask(path, kind, size) if prepared else media.read_mask(Path(root) / path, size, kind)
+    return prepared.mask(path, kind, size) if prepared else media.read_mask(inside(root, path), size, kind)

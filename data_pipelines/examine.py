@@ -16,7 +16,6 @@ from crab_jax.errors import InputError
 from data_pipelines import media
 from data_pipelines.status import CORRUPT, WARNING
 
-SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 COVERED = 0.9  # share of a mask's border that what it shows rarely covers
 LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
 LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
@@ -75,7 +74,10 @@ def _video(path: str) -> Facts:
 def _audio(path: str) -> Facts:
     heard = media.hear(path)
     sound, problems = heard.samples, []
-    if (peak := float(np.abs(sound).max())) < SILENT:
+    if (peak := float(np.abs(sound).max())) < media.SILENT and media.cancels(path):
+        problems.append(f"{WARNING}: is silent: its channels cancel each other out, and their mean is read; export it "
+                        "as mono")
+    elif peak < media.SILENT:
         problems.append(f"{WARNING}: is silent (the loudest sample is {peak:.1g} of full scale)")
     if remark := heard.start_remark():
         problems.append(f"{WARNING}: {remark}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.errors import InputError, printable
 from crab_jax.tasks import TASKS, arig, avqa, ref_avs
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.avs import CLASSES, ORDINALS
@@ -42,7 +42,11 @@ LONGEST = {"ten": 30.0, "one": 30.0, "five": 15.0, "one_of_five": 15.0}  # secon
 _WRAP = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>|<\|\w+\|>|^\s*(?:USER|ASSISTANT|Human|GPT)\s*:",
                    re.IGNORECASE)
 NOTHING = "nothing"  # what the generated scenes call the object of a frame in which nothing sounds
-_EMPTY_WORDS = ("null", "none", "nan", "n a", "na", "undefined", "unknown")
+_EMPTY_WORDS = ("", "null", "none", "nan", "n a", "na", "undefined", "unknown")
+# What programs leave in text that they wrote wrongly: entities, other encodings, escapes, control characters.
+_SPOILT = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\w{1,6});|\u00e2\u20ac|\u00c3[\u0080-\u00bf]|\ufffd|\\[nrt\"]|"
+                     r"[\x00-\x08\x0b-\x1f\x7f\u0080-\u009f\u2028\u2029]", re.IGNORECASE)
+_GAP = re.compile(r"<[A-Za-z]+>|\{\w*\}")  # of a template
 _FREE = ("avcap",)  # tasks that people ask in their own words
 
 
@@ -88,6 +92,13 @@ def _text(example: Example, train: bool) -> Iterator[Finding]:
         if wrap := _WRAP.search(getattr(example, field)):
             yield Finding(MALFORMED, field, f"holds {wrap[0].strip()!r}, a part of the chat wrap, which is added later",
                           "leave it out")
+        if spoilt := _SPOILT.search(getattr(example, field)):
+            yield Finding(WARNING, field, f"holds {spoilt[0]!r}, which a program seems to have left there",
+                          "correct it")
+    if example.target != example.target.strip():
+        yield Finding(WARNING, "target", "begins or ends in white space, which would be learnt", "leave it out")
+    if not example.id.strip() or re.search(r"[\x00-\x1f]", example.id):
+        yield Finding(MALFORMED, "id", f"is {example.id!r:.60}", "give one line of text")
 
 
 # Prompts.
@@ -164,6 +175,8 @@ def _prompt(example: Example) -> Iterator[Finding]:
                       f"second, which is {prompt.second}", "count seconds from 0 in `second`")
     if example.task == "avqa" and not prompt.filling:
         yield Finding(MALFORMED, "instruction", "asks no question", "write it behind the prompt")
+    if gap := _GAP.search(prompt.filling):
+        yield Finding(WARNING, "instruction", f"asks about {gap[0]!r}, the gap of a template", "fill it in")
     said = example.meta.get({"avqa": "question", "ref-avs": "expression"}.get(example.task, ""))
     if isinstance(said, str) and normalise(said) != normalise(prompt.filling):
         what = "question" if example.task == "avqa" else "expression"
@@ -217,6 +230,15 @@ def _names(example: Example) -> Iterator[Finding]:
             kind, fix = (WARNING, "MUSIC-AVQA answers in words, such as 'two'") if example.task == "avqa" else (
                 MALFORMED, "give the name, not the number of a class")
             yield Finding(kind, f"meta.{field}", f"is {name!r}, a number", fix)
+        elif example.task == "avqa" and re.fullmatch(r"[A-E]|.*[.!?;:]|(?:\S+\s+){5,}\S+", name.strip(), re.DOTALL):
+            yield Finding(WARNING, "meta.answer", f"is {name!r:.60}, a letter or a sentence; it is compared word for "
+                          "word", "give the answer in a word or two")
+    if example.task == "avcap":
+        for caption in example.meta["captions"]:
+            if normalise(caption) in _EMPTY_WORDS or re.fullmatch(r"\S+\.\w{2,4}", caption.strip()):
+                yield Finding(MALFORMED, "meta.captions", f"holds {caption!r:.60}, which is no caption", "write one")
+    if len(set(names := labels.names(example))) < len(names) and example.task in labels.AVS:
+        yield Finding(WARNING, "meta.objects", f"names one twice: {list(names)}", "name each once")
 
 
 def _box(example: Example) -> Iterator[Finding]:
@@ -225,6 +247,8 @@ def _box(example: Example) -> Iterator[Finding]:
         if max(x2, y2) <= 1:
             yield Finding(MALFORMED, "meta.box", f"is {example.meta['box']}, which seem to be shares of the picture",
                           f"multiply by {arig.SIZE}")
+        elif (x1, y1, x2, y2) == (0, 0, arig.SIZE, arig.SIZE):
+            yield Finding(WARNING, "meta.box", f"is {example.meta['box']}, the whole picture", "check it")
         elif x1 == x2 or y1 == y2:
             yield Finding(WARNING, "meta.box", f"is {example.meta['box']}, which has no area", "check it")
 
@@ -271,6 +295,8 @@ def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Find
     if example.mask_kind != wanted:
         yield Finding(kind, "mask_kind", f"is {example.mask_kind!r}, but {example.task} has "
                       f"{'no mask' if wanted == 'none' else f'{wanted} masks'}", f"must be {wanted!r}")
+    elif wanted != "none" and example.mask and example.mask in (example.image, example.seg_image, *example.frames):
+        yield Finding(MALFORMED, "mask", f"{example.mask} is the picture itself", "give the file of its mask")
     elif wanted == "none" and example.mask:
         yield Finding(WARNING, "mask", f"is given, but {example.task} has none", "leave it out")
     elif wanted != "none" and not example.mask:
@@ -285,6 +311,9 @@ def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Find
 
 def _windows(example: Example, seconds: float | None) -> Iterator[Finding]:
     task, windows = TASKS[example.task], example.windows
+    if task.timed and example.frames and len(example.frames) < 5:
+        yield Finding(WARNING, "frames", f"are {len(example.frames)}, and {example.task} is asked about "
+                      f"{SECONDS} seconds", "give a picture of each second")
     if windows not in task.windows and (task.timed and windows != "none" or has_label(example)):
         kind, how = (WARNING, "without sound") if windows == "none" else (
             MALFORMED if task.timed else WARNING, "so")
@@ -449,7 +478,7 @@ class TrainingLabels:
         """Say how many looked odd, once."""
         if self.odd:
             _log.warning("%d examples look odd, the first: %s; `python -m data_pipelines validate` lists them",
-                         self.odd, self.first_odd)
+                         self.odd, printable(self.first_odd))
 
     def where(self, example: Example) -> str:
         """File and line of an Example."""

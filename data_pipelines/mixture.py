@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from crab_jax.errors import InputError
+from crab_jax.errors import InputError, printable
 from data_pipelines import decoded
 from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
 from data_pipelines.examples import Example, choice
@@ -52,7 +52,7 @@ def group_by_bucket(
         except InputError as error:
             if config.on_error == "raise":
                 raise
-            _log.warning("left out example %s: %s", example.id, error)
+            _log.warning("left out example %s: %s", printable(example.id), error)
             note_skipped(skipped, index, example, error)
     if not groups:
         raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
@@ -108,7 +108,7 @@ class BatchLoader:
             if self.config.on_error == "raise":
                 raise
             self.bad[index] = str(error)
-            _log.warning("skipped example %s (%d so far): %s", self.examples[index].id, len(self.bad), error)
+            _log.warning("skipped example %s (%d so far): %s", printable(self.examples[index].id), len(self.bad), error)
             note_skipped(self.skipped, index, self.examples[index], error)
             return None
 

@@ -32,7 +32,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from crab_jax.bounds import PATH, Text, Whole, Words
-from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.files import write_whole
 from crab_jax.locks import LOCK, locked
 from crab_jax.progress import Progress, on_stderr
@@ -402,7 +402,9 @@ def _finish(settings: Settings, out: Path, counts: dict[str, dict[str, int]], to
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {
             "python": sys.version.split()[0], **{k: ".".join(map(str, v)) for k, v in av.library_versions.items()}},
         "shards": [{key: note[key] for key in kept} for note in notes],
+        shards.SUMS: {name: shards.file_sum(out / name) for name in (shards.INDEX, *_lists(settings, counts))},
     }
+    manifest[shards.SUM] = shards.sum_of(manifest)
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1))
     ours = {shard.file for shard in todo}
     for path in (path for kind in KINDS for path in (out / kind).glob("*.array_record-*-of-?????")):
@@ -411,6 +413,12 @@ def _finish(settings: Settings, out: Path, counts: dict[str, dict[str, int]], to
             path.unlink()
     for path in (path for kind in KINDS for path in (out / kind).glob(".*.partial")):
         path.unlink()
+
+
+def _lists(settings: Settings, counts: dict[str, dict[str, int]]) -> list[str]:
+    """The lists of Examples that `read_list` wrote, relative to the root."""
+    return [shards.examples_file(name, split, variant) if name else f"{split}.jsonl" for name, splits in counts.items()
+            for split in splits for variant in (settings.variants if name else ("",))]
 
 
 def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[str, Any]]) -> None:
@@ -488,7 +496,7 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
     wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
     failed = prepare(settings, out, wanted, arguments.workers, on_stderr)
     for line in failed[:10]:
-        print(f"cannot be decoded: {line}")
+        print(f"cannot be decoded: {printable(line)}")
     if failed[10:]:
         print(f"and {len(failed) - 10} more")
     manifest = read_json(out / MANIFEST)

@@ -21,13 +21,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from crab_jax.bounds import PATH, Name, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
-from crab_jax.overlay import TRUTH, event_tracks, figure_png, overlay_boxes, overlay_mask, side_by_side
-from crab_jax.page import Section, escape, image, jpeg, table, write
+from crab_jax.overlay import (
+    TRUTH,
+    event_tracks,
+    figure_png,
+    label_of,
+    new_figure,
+    overlay_boxes,
+    overlay_mask,
+    side_by_side,
+)
+from crab_jax.page import NONE, Html, Section, escape, image, jpeg, table, write
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines import datasets, padding, shards
@@ -45,7 +53,7 @@ _KINDS = {  # of the positions of a sequence: colour, what it is
     "text": ("#c3c9d1", "text of the prompt"), "visual": ("#56b4e9", "visual slots"),
     "audio": ("#e69f00", "audio slots"), "target": ("#009e73", "target, with loss"),
     "padding": ("#ffffff", "padding")}
-_MASK = "#d55e00"
+_MASK, _PREDICTS = "#d55e00", "predicts a mask token"
 _STYLE = """
 body{max-width:72rem} article{border-top:1px solid #ccc;padding:.7rem 0 1.2rem;break-inside:avoid-page}
 h2+article{border:0} h3{font-size:1rem;margin:.2rem 0;overflow-wrap:anywhere} .small{color:#555;font-size:.85rem}
@@ -70,7 +78,7 @@ class Group(NamedTuple):
 
 def rank(example: Example, seed: int) -> bytes:
     """A key whose order is a shuffle that depends on the seed alone, not on the other records."""
-    return hashlib.blake2b(f"{seed} {example.id}".encode()).digest()
+    return hashlib.blake2b(f"{seed} {example.id}".encode("utf-8", "surrogatepass")).digest()
 
 
 def groups(root: str | Path, names: Sequence[str], split: str, variant: str, seed: int, keep: int,
@@ -114,55 +122,56 @@ def _found(root: str | Path, names: Sequence[str], split: str, variant: str) -> 
 
 # One record.
 
-def article(example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig) -> str:
-    """HTML of one record: what its row of a batch holds."""
-    head = (f'<h3>{escape(example.id)}</h3><div class="small">{escape(example.meta.get("row", ""))}'
-            f"{_media(example)}</div>")
+def article(example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig) -> Html:
+    """One record: what its row of a batch holds."""
+    head = Html('<h3>{}</h3><div class="small">{}{}</div>').format(
+        example.id, example.meta.get("row", ""), _media(example))
     try:
         bucket = bucket_for(example, tokenizer, config)
         row = load(example, root, tokenizer, dataclasses.replace(config, prompt_only=not example.target))
         shown = (_size(bucket, row, config) + _pictures(row) + _sound(example, row) + _answer(example, row)
                  + _text(example) + _layout(row, bucket, tokenizer, config))
     except InputError as error:
-        shown = f'<p class="bad">{escape(error)}</p>' + _text(example)
+        shown = Html('<p class="bad">{}</p>').format(error) + _text(example)
     label = {key: value for key, value in example.meta.items() if key != "row"}
-    return (f"<article>{head}{shown}<details><summary>label</summary>"
-            f"<pre>{escape(json.dumps(label, ensure_ascii=False, indent=1))}</pre></details></article>\n")
+    return Html("<article>{}{}<details><summary>label</summary><pre>{}</pre></details></article>\n").format(
+        head, shown, json.dumps(label, ensure_ascii=False, indent=1))
 
 
 def _media(example: Example) -> str:
     paths = [path for _, path in datasets.media_of(example)]
-    return f" &middot; {escape(', '.join(paths[:3]))}" + (f" and {len(paths) - 3} more" if paths[3:] else "")
+    return f" · {', '.join(paths[:3])}" + (f" and {len(paths) - 3} more" if paths[3:] else "")
 
 
-def _size(bucket: Bucket, row: Mapping[str, np.ndarray], config: DataConfig) -> str:
+def _size(bucket: Bucket, row: Mapping[str, np.ndarray], config: DataConfig) -> Html:
     text, frames, sound = (int(row[name].sum()) for name in ("text_mask", "frame_mask", "audio_mask"))
     longest = config.lengths[-len(LONGER) - 1]
-    note = (f' <span class="bad">longer than {longest}, the longest of data.lengths</span>'
-            if bucket.length > longest else "")
-    return (f'<p class="small">Bucket: {text} of {bucket.length} positions, {frames} of {bucket.frames} frames, '
+    note = (Html(' <span class="bad">longer than {}, the longest of data.lengths</span>').format(longest)
+            if bucket.length > longest else NONE)
+    said = (f"Bucket: {text} of {bucket.length} positions, {frames} of {bucket.frames} frames, "
             f"{sound} of {bucket.windows} audio windows of {bucket.fbank_frames} filter-bank frames, {bucket.masks} "
-            f"masks.{note}</p>")
+            f"masks.")
+    return Html('<p class="small">{}{}</p>').format(said, note)
 
 
-def _pictures(row: Mapping[str, np.ndarray]) -> str:
+def _pictures(row: Mapping[str, np.ndarray]) -> Html:
     frames = row["frames"][row["frame_mask"]]
     if not len(frames):
-        return ""
+        return NONE
     named = [(frame, f"frame {number}") for number, frame in enumerate(frames)]
     strip = side_by_side(named, 110 if len(frames) > 1 else 220)
     return jpeg(strip, f"{len(frames)} frames as the model gets them")
 
 
-def _sound(example: Example, row: Mapping[str, np.ndarray]) -> str:
+def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
     """The filter banks of the windows, and below them what happens when, where windows are tenths of the clip."""
     windows = row["fbank"][row["audio_mask"]]
     if not len(windows):
-        return ""
+        return NONE
     timed = example.windows == "ten" and "audio" in example.meta if example.task == "avvp" else example.task == "ave"
     tracks = event_tracks(example.task, example.meta, TRUTH) if timed else []
     rows = 0.3 * len(tracks) + 0.25 if tracks else 0.01
-    figure = Figure(figsize=(10.5, 1.7 + rows))
+    figure = new_figure(10.5, 1.7 + rows)
     banks, events = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, rows], gridspec_kw={"hspace": 0.05})
     for number, window in enumerate(windows):
         drawn = banks.imshow(window.T, origin="lower", aspect="auto", cmap="magma", vmin=-1.3, vmax=1.3,
@@ -174,7 +183,7 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> str:
     for line, track in enumerate(tracks):
         events.broken_barh([(start, end - start) for start, end in track.spans], (line - 0.35, 0.7),
                            color=np.array(track.colour) / 255)
-    events.set_yticks(range(len(tracks)), [track.label for track in tracks], fontsize=9)
+    events.set_yticks(range(len(tracks)), [label_of(track.label) for track in tracks], fontsize=9)
     events.set_ylim(len(tracks) - 0.5, -0.5) if tracks else None
     events.grid(axis="x", color="0.88")
     events.set_axisbelow(True)
@@ -188,7 +197,7 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> str:
     return image(figure_png(figure), f"filter banks of {len(windows)} audio windows, {example.windows}")
 
 
-def _answer(example: Example, row: Mapping[str, np.ndarray]) -> str:
+def _answer(example: Example, row: Mapping[str, np.ndarray]) -> Html:
     """The picture beside the same with its mask, or its box, drawn over it."""
     shown = []
     for picture, mask, kind in zip(row["seg_frame"], row["seg_target"], row["seg_kind"], strict=True):
@@ -197,25 +206,25 @@ def _answer(example: Example, row: Mapping[str, np.ndarray]) -> str:
         names = [f"{CLASSES[number]} {np.mean(mask == number):.1%}" for number in np.unique(mask) if number]
         said = f"{np.mean(mask > 0):.1%} of the picture is in the mask" if binary else ", ".join(names) or "empty"
         pictures = side_by_side([(picture, "picture to segment"), (over, "mask")], 224)
-        shown.append(jpeg(pictures, "mask") + f'<p class="small">Mask ({example.mask_kind}): {escape(said)}.'
-                     + ("" if binary else _classes(np.unique(mask))) + "</p>")
+        shown.append(jpeg(pictures, "mask") + Html('<p class="small">Mask ({}): {}.{}</p>').format(
+            example.mask_kind, said, NONE if binary else _classes(np.unique(mask))))
     if "box" in example.meta and row["frame_mask"].any():
         over = overlay_boxes(row["frames"][row["frame_mask"]][-1], [(example.meta["box"], TRUTH, "")])
         shown.append(jpeg(side_by_side([(over, f"box {tuple(example.meta['box'])}")], 224), "box"))
-    return "".join(shown)
+    return NONE.join(shown)
 
 
-def _classes(numbers: np.ndarray) -> str:
+def _classes(numbers: np.ndarray) -> Html:
     colours = avss_palette()
-    return ' <span class="key">' + "".join(
-        f'<span><i style="background:rgb{tuple(int(v) for v in colours[number])}"></i>{escape(CLASSES[number])}</span>'
-        for number in numbers if number) + "</span>"
+    return Html(' <span class="key">{}</span>').format(NONE.join(
+        Html('<span><i style="background:rgb{}"></i>{}</span>').format(
+            tuple(int(v) for v in colours[number]), CLASSES[number]) for number in numbers if number))
 
 
-def _text(example: Example) -> str:
-    target = escape(example.target) or "none: the annotations say too little, so training leaves this record out"
-    return (f'<div class="said"><b>prompt</b>{escape(example.instruction)}</div>'
-            f'<div class="said"><b>target</b>{target}</div>')
+def _text(example: Example) -> Html:
+    target = example.target or "none: the annotations say too little, so training leaves this record out"
+    return Html('<div class="said"><b>prompt</b>{}</div><div class="said"><b>target</b>{}</div>').format(
+        example.instruction, target)
 
 
 # The sequence.
@@ -238,7 +247,7 @@ def segments(kinds: Sequence[str]) -> list[tuple[str, int, int]]:
     return runs
 
 
-def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer, config: DataConfig) -> str:
+def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer, config: DataConfig) -> Html:
     """A strip of all positions, a table of its parts, and the tokens themselves."""
     runs = segments(kinds(row, bucket, config))
     masks = row["mask_positions"].ravel().tolist() if row["loss_mask"].any() else []
@@ -252,15 +261,15 @@ def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer,
         here = [position for position in masks if start <= position < start + count]
         if here:
             what += f"; {', '.join(map(str, here))} predict the mask tokens"
-        swatch = f'<i style="background:{_KINDS[kind][0]}"></i>'
+        swatch = Html('<span class="key"><i style="background:{}"></i></span>').format(_KINDS[kind][0])
         last = start + count - 1
-        lines.append((f'<span class="key">{swatch}</span>{kind}', f"{start}&ndash;{last}", str(count), what))
-    return (_strip(runs, masks, bucket.length) + f"<details><summary>positions</summary>"
-            f"{table(('', 'positions', 'count', 'what'), lines)}</details>"
-            f"<details><summary>tokens</summary>{_pieces(row, runs, masks, tokenizer)}</details>")
+        lines.append((swatch + kind, f"{start}–{last}", count, what))
+    return Html("{}<details><summary>positions</summary>{}</details><details><summary>tokens</summary>{}</details>"
+                ).format(_strip(runs, masks, bucket.length), table(("", "positions", "count", "what"), lines),
+                         _pieces(row, runs, masks, tokenizer))
 
 
-def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: int) -> str:
+def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: int) -> Html:
     """An SVG of the sequence: parts in proportion, with their first position above and their length inside."""
     width, top, height = 1080, 16, 26
     parts = []
@@ -276,27 +285,29 @@ def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: i
         x = width * (position + 0.5) / length
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height + 7}" stroke="{_MASK}" '
                      f'stroke-width="1.1"><title>{position} predicts a mask token</title></line>')
-    return (f'<svg viewBox="0 0 {width} {top + height + 9}" width="100%" font-family="system-ui,sans-serif" '
+    return Html(  # of numbers and our own words alone
+            f'<svg viewBox="0 0 {width} {top + height + 9}" width="100%" font-family="system-ui,sans-serif" '
             f'font-size="11" fill="#222" role="img" aria-label="token layout">{"".join(parts)}</svg>')
 
 
 def _pieces(row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]], masks: Sequence[int],
-            tokenizer: Tokenizer) -> str:
+            tokenizer: Tokenizer) -> Html:
     """The text tokens one by one, runs of slots and padding as a whole; those that predict a mask token are framed."""
-    ids, out = row["tokens"].tolist(), []
+    ids, out = row["tokens"].tolist(), list[Html]()
+    block = Html('<span class="piece" style="background:{};border:1px solid #777">{} {}</span>')
+    piece = Html('<span class="piece" title="{}: id {}" style="{}">{}</span>')
     for kind, start, count in runs:
         colour = _KINDS[kind][0]
         if kind in ("visual", "audio", "padding"):
-            out.append(f'<span class="piece" style="background:{colour};border:1px solid #777">{count} {kind}</span>')
+            out.append(block.format(colour, count, kind))
             continue
         for at in range(start, start + count):
             # A token's text depends on the one before it: a leading space is dropped at the start of a text.
             before = tokenizer.decode(ids[at - 1:at], skip_special_tokens=False) if at else ""
-            piece = tokenizer.decode(ids[max(0, at - 1):at + 1], skip_special_tokens=False)[len(before):]
+            text = tokenizer.decode(ids[max(0, at - 1):at + 1], skip_special_tokens=False)[len(before):]
             style = f"background:{colour}" + (f";outline:2px solid {_MASK}" if at in masks else "")
-            shown = escape(piece).replace("\n", "&crarr;\n") or "&nbsp;"
-            out.append(f'<span class="piece" title="{at}: id {ids[at]}" style="{style}">{shown}</span>')
-    return f'<div class="pieces">{"".join(out)}</div>'
+            out.append(piece.format(at, ids[at], style, Html(escape(text).replace("\n", "&crarr;\n") or "&nbsp;")))
+    return Html('<div class="pieces">{}</div>').format(NONE.join(out))
 
 
 # The page.
@@ -308,37 +319,41 @@ def page(file: Path, chosen: Sequence[Group], bad: Mapping[str, int], n: int, sp
     sections, total = [], sum(len(group.examples[:n]) for group in chosen)
     drawn = Progress("records drawn", total, progress)
     for group in chosen:
-        body = ""
+        body = NONE
         for example in group.examples[:n]:
             body += article(example, root, tokenizer, longer)
             drawn.add()
         title = f"{group.task}: {group.dataset}" if group.dataset not in ("", group.task) else group.task
         title += f" ({len(group.examples[:n])} of {group.records:,})"
         sections.append(Section(f"{group.task}-{group.dataset}", title, body))
-    key = "".join(f'<span><i style="background:{colour}"></i>{what}</span>' for colour, what in _KINDS.values())
-    wrong = "".join(f"<li>{escape(name or split)}: {count:,} records</li>" for name, count in bad.items())
-    key += f'<span><i style="background:{_MASK};width:.2rem"></i>predicts a mask token</span>'
-    intro = (f"<p>Split <b>{escape(split)}</b> of {escape(root)}, decoded, cut and tokenised as a batch of training "
-             f"has it (tokenizer of {tokenizer.vocab_size:,} tokens).</p>"
-             f'<p class="key">{key}</p>'
-             '<p class="small">Numbers above a strip are positions, those inside it lengths. The loss at a target '
-             "position is of the prediction one position earlier. Each window of sound is one input of the audio "
-             "encoder.</p>"
-             + (f'<p class="bad">Not readable, see <code>status</code>:</p><ul>{wrong}</ul>' if wrong else ""))
+    meaning = Html('<span><i style="background:{}"></i>{}</span>')
+    key = NONE.join(meaning.format(*kind) for kind in (*_KINDS.values(), (f"{_MASK};width:.2rem", _PREDICTS)))
+    wrong = NONE.join(Html("<li>{}: {} records</li>").format(name or split, f"{n:,}") for name, n in bad.items())
+    intro = (Html("<p>Split <b>{}</b> of {}, decoded, cut and tokenised as a batch of training has it (tokenizer of {} "
+                  'tokens).</p><p class="key">{}</p>').format(split, root, f"{tokenizer.vocab_size:,}", key)
+             + Html('<p class="small">Numbers above a strip are positions, those inside it lengths. The loss at a '
+                    "target position is of the prediction one position earlier. Each window of sound is one input of "
+                    "the audio encoder.</p>")
+             + (Html('<p class="bad">Not readable, see <code>status</code>:</p><ul>{}</ul>').format(wrong)
+                if wrong else NONE))
     measured = [example for group in chosen for example in group.examples]
     sections.append(Section("padding", "Padding of the batches", _padding(measured, chosen, tokenizer, longer)))
     write(file, "Data sample", intro, sections, _STYLE)
     return total
 
 
-def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: Tokenizer, config: DataConfig) -> str:
+def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: Tokenizer, config: DataConfig) -> Html:
     """The table of padding, in which each task of a dataset counts with all of its records."""
-    groups = group_by_bucket(measured, tokenizer, dataclasses.replace(config, on_error="skip"))
+    try:
+        groups = group_by_bucket(measured, tokenizer, dataclasses.replace(config, on_error="skip"))
+    except InputError as error:  # none of them can be read, which is shown above
+        return Html('<p class="bad">{}</p>').format(error)
     weight = [group.records / len(group.examples) for group in chosen for _ in group.examples]
     rates = {index: weight[index] for fills in groups.values() for index in fills}
     rows = padding.padding(groups, rates)
-    return (f"<p>From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
-            f"{', '.join(map(str, config.lengths))} positions.</p>" + table(padding.HEAD, padding.cells(rows)))
+    said = (f"From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
+            f"{', '.join(map(str, config.lengths))} positions.")
+    return Html("<p>{}</p>{}").format(said, table(padding.HEAD, padding.cells(rows)))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """A prepared root: the Examples of a data root as text, their media decoded in ArrayRecord shards. `prepare` writes it.
 
-    prepared.json                                   settings, shards with checksums, versions; written last
+    prepared.json                                   settings, shards, lists and index with checksums, versions, and its
+                                                    own checksum; written last
     index.bin                                       where every medium is (`PLACE`), sorted by the hash of its key
     examples/<dataset>-<split>-<variant>.jsonl      what `datasets.records` gives, errors included; of a root of
                                                     <split>.jsonl, those files
@@ -39,6 +40,7 @@ from data_pipelines.sources.release import Found, MissingFile
 FORMAT = 3
 COUNTED = 2  # the format before it, whose clips all are by the clock "counted"; it is read as well
 MANIFEST, PLAN, INDEX = "prepared.json", "plan.json", "index.bin"
+SUMS, SUM = "sums", "sum"  # of prepared.json: hashes of the index and the lists by file, and of all but itself
 KINDS = ("frames", "sounds", "masks")
 # Of a record that `read_at` reads: where it begins in its file, how long it is, and its `checksum`; otherwise at is 0.
 PLACE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("row", "<u4"), ("at", "<u8"), ("length", "<u8"), ("sum", "<u8")])
@@ -171,6 +173,21 @@ def checksum(data: bytes | memoryview) -> int:
     return (int(words.sum()) + int.from_bytes(bytes(data[whole:]), "little")) % 2**64
 
 
+def file_sum(path: Path) -> str:
+    """A hash of a file, read piece by piece. Raises InputError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise InputError(str(path), "", f"cannot be read ({error.strerror})", "run prepare again") from None
+
+
+def sum_of(manifest: Mapping[str, Any]) -> str:
+    """A hash of a prepared.json without the field that holds it."""
+    said = json.dumps({name: value for name, value in manifest.items() if name != SUM}, sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+
 # Errors as text.
 
 def error_json(error: InputError) -> dict[str, Any]:
@@ -206,6 +223,9 @@ class Shards:
         if self.manifest.get("format") not in (FORMAT, COUNTED):
             raise InputError(str(self.root / MANIFEST), "format", f"is {self.manifest.get('format')!r}, not {FORMAT}",
                              "prepare the data again with this version")
+        if self.manifest.get(SUM, sum_of(self.manifest)) != sum_of(self.manifest):
+            raise InputError(str(self.root / MANIFEST), SUM, "is not that of what it holds; it is damaged",
+                             "run prepare again with the same options")
         check(self.manifest, MANIFEST_SCHEMA, str(self.root / MANIFEST))
         self.decoding = Decoding(**{"clock": "counted", **{
             field: value for field, value in self.manifest["decoding"].items() if field in Decoding._fields}})
@@ -215,6 +235,7 @@ class Shards:
             _check_size(self.root / shard["file"], shard["bytes"])
         places = self.manifest["records"]
         _check_size(self.root / INDEX, places * PLACE.itemsize)
+        self.check_file(INDEX)
         self._places = np.asarray(np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE))
         if places and self._places["shard"].max() >= len(self.shards):
             raise _damaged(self.root / INDEX, f"names a shard that {MANIFEST} does not have")
@@ -232,6 +253,13 @@ class Shards:
             elif ours != asked:
                 raise InputError(str(self.root), field, f"was prepared with {ours}, but {asked} is asked for",
                                  f"prepare it anew with --{field.replace('_', '-')}, or read the raw data")
+
+    def check_file(self, name: str) -> None:
+        """Raise InputError unless the index or a list of Examples is what was written. Older roots do not know."""
+        kept = self.manifest.get(SUMS, {}).get(name)
+        if kept is not None and kept != file_sum(self.root / name):
+            raise InputError(str(self.root / name), "", "is not what prepare wrote; it is damaged",
+                             "run prepare again with the same options: it writes lists and index anew")
 
     def _tell_age(self) -> None:
         if not self._told:
@@ -298,6 +326,7 @@ class Shards:
         path = self.root / examples_file(name, split, variant)
         if not path.is_file():
             raise InputError(str(path), "", "no such file", "run prepare again")
+        self.check_file(examples_file(name, split, variant))
         for where, line in stream_lines(path):
             record = json_line(line, where)
             if not isinstance(record, dict) or "error" not in record:

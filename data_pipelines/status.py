@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from crab_jax.bounds import ANY_PATH, PATH
-from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import media, shards
 from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, records, selection
@@ -185,12 +185,12 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
     print(table(counts))
     for problem in sorted(problems, key=lambda problem: KINDS.index(problem.kind))[:10]:
         line = f"  {problem.dataset} {problem.split}, {problem.id} [{problem.field}]: {problem.problem}"
-        print(line[:300].encode("utf-8", "backslashreplace").decode())  # names may be long, or no text
+        print(printable(line)[:300])  # names may be long, or no text
     if problems[10:]:
         print(f"  and {len(problems) - 10} more; --json FILE lists them")
     for c in (c for c in counts if c.notes):
         more = f" (and {len(c.notes) - 1} more notes; --json FILE lists them)" if c.notes[1:] else ""
-        print(f"  note on {c.dataset} {c.split}, {c.notes[0]}{more}".encode("utf-8", "backslashreplace").decode())
+        print(printable(f"  note on {c.dataset} {c.split}, {c.notes[0]}{more}"))
 
 
 def run(argv: Sequence[str]) -> None:

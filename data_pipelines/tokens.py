@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from crab_jax.bounds import PATH, Anything, Text, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import refuse_stand_in
+from crab_jax.files import refuse_stand_in, write_whole
 from crab_jax.structured import SETTINGS, Null, check, read_json, read_text, refuse_special
 from data_pipelines.examples import read_jsonl
 
@@ -107,10 +107,10 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write what `load(folder)` needs: tokenizer.json, and tokenizer_config.json for a LLaMA one."""
-        self._backend.save(str(Path(folder) / "tokenizer.json"))
+        write_whole(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True))
         if self._legacy is not None:
             config = {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
-            (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config))
+            write_whole(Path(folder) / "tokenizer_config.json", json.dumps(config))
 
     def id(self, token: str) -> int:
         """Id of one token of the vocabulary."""
@@ -123,7 +123,11 @@ class Tokenizer:
         """Ids of a text; added tokens are recognised, nothing is put around."""
         if self._legacy is False and text and not text.startswith(self._added):
             text = "▁" + text
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InputError("a prompt or target", "", f"holds bytes that are no text: {text!r:.200}",
+                             "write it in UTF-8") from None
 
     def encode(self, instruction: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32[N], is_target bool[N]) of the wrapped instruction, followed by `target + "</s>"` unless None.

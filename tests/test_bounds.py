@@ -143,6 +143,12 @@ def test_every_key_has_a_bound_of_its_own_type():
     (("trainable=()",), "trainable.*at least one"), (("trainable=('(',)",), "regular expression"),
     (("optim.lr=0",), "optim.lr"), (("optim.lr=1e-60",), "optim.lr"), (("optim.b2=1",), "optim.b2"),
     (("data.lengths=(192,144)",), "data.lengths.*increasing"), (("seed=-1",), "seed"),
+    (("sizes.lora.rank=4096",), "lora.rank.*sizes.llama.hidden = 128"), (("data.datasets=ave,ave",), "each once"),
+    (("data.curriculum.ave=600",), "curriculum.ave.*ends after step 600"),
+    (("loss.text=0", "loss.bce=0", "loss.dice=0", "data.weights.avss=0"), "loss.text.*nothing is learned"),
+    (("init_from=~/run",), "init_from.*not expanded"), (("tokenizer=$HOME/t",), "tokenizer.*not expanded"),
+    (("data.root=s3:/b/x",), "data.root.*is a URL"), (("data.cache_dir=C:\\x",), "cache_dir.*path of Windows"),
+    (("data.root=here ",), "data.root.*white space"), (("init_from=-",), "init_from.*is no path"),
     (("init_from=gs://bucket/run",), r"init_from.*is a URL.*mount the bucket"),
     (("data.root=hf://datasets/x",), r"data.root.*is a URL"),
     (("tokenizer=https://h/t.json",), "tokenizer.*download it"),
@@ -152,10 +158,18 @@ def test_what_a_refusal_says(flags, said):
         parse_flags(["train", "--config=configs/tiny.py", *(f"--config.{flag}" for flag in flags)], None, False)
 
 
-@pytest.mark.parametrize("workdir", ["gs://b/run", "s3://b", "file:///x", ""])
+@pytest.mark.parametrize("workdir", ["gs://b/run", "s3://b", "file:///x", "", "~/x", "gs:/b/run", "$HOME/x", " x", "-"])
 def test_a_workdir_is_a_folder(workdir):
     with pytest.raises(InputError, match="--workdir"):
         parse_flags(["train", "--config=configs/tiny.py", f"--workdir={workdir}"], None)
+
+
+def test_a_path_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~", "$x", " a ", "-", "b:"):
+        (tmp_path / name).mkdir()
+    for path in ("~/", "$x", " a ", "-", "b:/new", "file:x.mp4", "12:30:05.mp4", "./~", "$5 bill.mp4", "c:x", "%20"):
+        assert not Place().problem(path), path
 
 
 @pytest.mark.parametrize("content, said", [

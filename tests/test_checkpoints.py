@@ -1,5 +1,6 @@
 """Checkpoints restore exactly, and refuse what does not fit."""
 
+import json
 import tracemalloc
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from crab_jax import checkpoints, optim
 from crab_jax.errors import InputError
+from data_pipelines.tokens import Tokenizer
 
 TRAINABLE = {"q": {"w": jnp.arange(6.0).reshape(2, 3)}}
 FROZEN = {"llama": {"w": jnp.ones(3, jnp.bfloat16)}}
@@ -182,3 +184,142 @@ def test_saves_in_quick_succession_are_all_kept(tmp_path):
         run.save(step, {"step": jnp.int32(step), "trainable": {"kernel": jnp.full((4096, 1024), step, float)}})
     run.wait()
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"1", "2", "3"}
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    run = checkpoints.RunCheckpoints(tmp_path / "checkpoints", keep=3)
+    run.save_frozen(FROZEN, {})
+    for step in (3, 6):
+        run.save(step, train_tree() | {"step": jnp.int32(step)})
+    run.wait()
+    return tmp_path
+
+
+def damage(step):
+    """Change one value that is stored, as a program would that knows nothing of digests."""
+    for file in step.rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+
+
+def test_a_damaged_step_is_set_aside_and_the_one_before_taken(two_steps, capsys):
+    damage(two_steps / "checkpoints" / "6" / "train")
+    with pytest.raises(InputError, match=r"checkpoints/6.*this step is damaged: .*step 3, the one before"):
+        checkpoints.load_params(two_steps)
+    run = checkpoints.RunCheckpoints(two_steps / "checkpoints", keep=3)
+    assert run.latest == 6
+    assert int(run.restore(train_tree())["step"]) == 3 and run.latest == 3
+    said = capsys.readouterr().err
+    assert "checkpoints/6" in said and "set aside as 6.damaged" in said and "goes on from step 3" in said
+    run.save(6, train_tree() | {"step": jnp.int32(6)})
+    run.wait()
+    assert {path.name for path in (two_steps / "checkpoints").iterdir()} >= {"3", "6", "6.damaged"}
+    np.testing.assert_array_equal(checkpoints.load_params(two_steps)["q"]["w"], TRAINABLE["q"]["w"])
+
+
+def test_without_a_sound_step_nothing_is_moved_and_the_newest_is_named(two_steps):
+    for step in ("3", "6"):
+        damage(two_steps / "checkpoints" / step / "train")
+    with pytest.raises(InputError, match="checkpoints/6"):
+        checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())
+    assert {"3", "6"} <= {path.name for path in (two_steps / "checkpoints").iterdir()}
+
+
+def test_a_step_under_the_name_of_another_is_not_taken_for_it(two_steps, capsys):
+    (two_steps / "checkpoints" / "6").rename(two_steps / "checkpoints" / "9")
+    assert int(checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 3
+    assert "is step 6" in capsys.readouterr().err
+
+
+def test_what_is_no_step_stops_no_run(two_steps, capsys):
+    for name in ("9", "12", "lost+found", "6 (copy)", "tmp", "007"):
+        (two_steps / "checkpoints" / name).mkdir()
+    (two_steps / "checkpoints" / "12" / "notes.txt").write_text("mine")
+    (two_steps / "checkpoints" / "15").write_text("a file")
+    np.testing.assert_array_equal(checkpoints.load_params(two_steps)["q"]["w"], TRAINABLE["q"]["w"])
+    run = checkpoints.RunCheckpoints(two_steps / "checkpoints", keep=9)
+    assert int(run.restore(train_tree())["step"]) == 6
+    assert "checkpoints/12 holds no step; it is set aside as 12.damaged" in capsys.readouterr().err
+    assert (two_steps / "checkpoints" / "12.damaged" / "notes.txt").read_text() == "mine"
+    for step in (9, 12, 15):
+        run.save(step, train_tree() | {"step": jnp.int32(step)})
+    run.wait()
+    assert checkpoints.RunCheckpoints(two_steps / "checkpoints").latest == 15
+
+
+def test_a_run_without_digests_goes_on_and_says_that_it_is_not_verified(two_steps, capsys):
+    for step in ("3", "6"):
+        file = two_steps / "checkpoints" / step / checkpoints.STEP_METADATA
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
+    manifest = json.loads((two_steps / "checkpoints" / "manifest.json").read_text())
+    del manifest["frozen"]
+    (two_steps / "checkpoints" / "manifest.json").write_text(json.dumps(manifest))
+    assert int(checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 6
+    checkpoints.load_params(two_steps)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("it is not verified" in line for line in said)
+
+
+def test_values_that_are_not_finite_are_not_saved_in_silence(two_steps, capsys):
+    run = checkpoints.RunCheckpoints(two_steps / "checkpoints")
+    ruined = train_tree() | {"trainable": {"q": {"w": TRAINABLE["q"]["w"].at[0, 0].set(jnp.inf)}}}
+    run.save(9, ruined | {"step": jnp.int32(9)})
+    run.wait()
+    assert "checkpoints/9 is saved although 1 tensors are not finite: trainable/q/w" in capsys.readouterr().err
+    assert int(checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.int32, np.int8, bool])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (2, 0)])
+def test_what_lies_on_an_accelerator_has_the_same_digest(dtype, shape):
+    leaf = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    assert int(checkpoints._placed_checksum(jnp.asarray(leaf))) == checkpoints._checksum(leaf)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8, np.float64, np.int64])
+def test_every_single_bit_changes_the_digest(dtype):
+    leaf = np.zeros((2, 3), dtype)
+    bits, digests = leaf.view(np.uint8), set()
+    for place in np.ndindex(bits.shape):
+        for bit in range(8):
+            bits[place] ^= 1 << bit
+            digests.add(checkpoints.leaf_digests({"w": leaf})["w"])
+            bits[place] ^= 1 << bit
+    assert checkpoints.leaf_digests({"w": leaf})["w"] not in digests
+
+
+def test_a_packed_model_knows_its_values_its_config_and_its_tokenizer(tmp_path, golden):
+    tokenizer = Tokenizer.load(golden / "weights/llama")
+    checkpoints.save_packed(tmp_path, {"a": {"w": np.float32([0.5, 2])}}, {"alpha": 16}, tokenizer=tokenizer)
+    checkpoints.load_params(tmp_path)
+    for name, change in ((checkpoints.PACKED, lambda c: c[:-1] + bytes([c[-1] ^ 1])),
+                         (checkpoints.PACKED, lambda c: c.replace(b"F32", b"I32")),
+                         ("config.json", lambda c: c.replace(b"16", b"17")),
+                         ("tokenizer.json", lambda c: c + b" ")):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(change(before))
+        with pytest.raises(InputError, match=f"{name}.*written"):
+            checkpoints.load_params(tmp_path)
+        (tmp_path / name).write_bytes(before)
+    checkpoints.load_params(tmp_path)
+
+
+def test_integers_of_the_width_of_the_floats_do_not_fit_a_model():
+    (line,) = checkpoints.describe_mismatch({"a": np.zeros(2, np.float32)}, {"a": np.zeros(2, np.int32)})
+    assert line == "a: checkpoint int32, model float32"
+
+
+def test_the_config_and_the_tokenizer_of_a_run_are_those_that_it_wrote(two_steps):
+    for name in ("config.json", "tokenizer.json"):
+        (two_steps / name).write_text('{"alpha": 16}')
+    run = checkpoints.RunCheckpoints(two_steps / "checkpoints")
+    run.note_description()
+    checkpoints.load_params(two_steps)
+    for name, content in (("config.json", '{"alpha": 17}'), ("tokenizer.json", None)):
+        (two_steps / name).write_text(content) if content else (two_steps / name).unlink()
+        with pytest.raises(InputError, match=f"{name}.*(not what was written|is missing)"):
+            checkpoints.load_params(two_steps)
+        (two_steps / name).write_text('{"alpha": 16}')
+    assert run.manifest["frozen_hash"]

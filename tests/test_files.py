@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from crab_jax import files
+from crab_jax import files, predictions, runs, train
 from crab_jax.checkpoints import PACKED, stored_params
 from crab_jax.convert import importing, released, torch_file
 from crab_jax.errors import InputError
@@ -103,3 +103,80 @@ def test_weights_with_a_byte_order_mark_in_their_index_are_read(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}),
                                                            encoding="utf-8-sig")
     assert torch_file.read_model_dir(tmp_path)["w"].tolist() == [1, 1]
+
+
+LINES = b'{"step": 1, "index": 1, "id": "a"}\n{"step": 2, "index": 2, "id": "b"}\n'
+TAILS = [b'{"step": 3, "ind', bytes(4096), b"\xff\xfe\x00garbage", b"\n\n\n", b"garbage\nmore\n",
+         b'{"a": 1}\0\0\0\n', b"7\n", b"[" * 100_000, b'"half', b"\x00\n\x00\n"]
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
+def test_what_a_power_cut_leaves_at_the_end_of_a_log_is_cut_off(tail, tmp_path, capsys):
+    path = tmp_path / "skipped.0.jsonl"
+    path.write_bytes(LINES + tail)
+    assert list(runs.skipped_examples(tmp_path)) == [1, 2]
+    files.cut_tail(path)
+    assert path.read_bytes() == LINES
+    assert (f"{path}: the last {len(tail):,} bytes" in capsys.readouterr().err) == bool(tail.strip())
+    (tmp_path / "predictions.jsonl").write_bytes(LINES + tail)
+    assert list(predictions.read_all(tmp_path)) == ["a", "b"]
+    (tmp_path / "metrics.jsonl").write_bytes(LINES + tail)
+    train.keep_until(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[:LINES.index(b"\n") + 1]
+
+
+def test_a_line_without_its_end_is_ended_and_one_that_cannot_be_read_left_out(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(LINES[:-1])
+    files.cut_tail(path)
+    assert path.read_bytes() == LINES and not capsys.readouterr().err
+    path.write_bytes(LINES.replace(b"\n", b"\n\0\0\0\n", 1))
+    train.keep_until(path, 2)
+    assert path.read_bytes() == LINES and "1 lines cannot be read" in capsys.readouterr().err
+    path.write_bytes(bytes(100))
+    files.cut_tail(path)
+    assert path.read_bytes() == b""
+
+
+def test_a_file_is_on_disk_with_its_folder_before_it_is_named(tmp_path, monkeypatch):
+    done = []
+    replace, fsync = files.Path.replace, files.os.fsync
+    monkeypatch.setattr(files.Path, "replace", lambda self, to: (done.append("rename"), replace(self, to))[1])
+    monkeypatch.setattr(files.os, "fsync", lambda number: (done.append("sync"), fsync(number))[1])
+    files.write_whole(tmp_path / "manifest.json", "{}")
+    assert done == ["sync", "rename", "sync"] and (tmp_path / "manifest.json").read_text() == "{}"
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_as_a_whole_or_left_as_it_was(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **options: object())
+    folder = tmp_path / "model"
+    for number in (1, 2):
+        with files.replaced(folder) as new:
+            (new / "params").mkdir()
+            (new / "params" / "w").write_text(str(number))
+            (new / "config.json").write_text(str(number))
+        (folder / ".lock").write_text("mine")
+    whole = tree(folder)
+    assert whole == {"params/w": "2", "config.json": "2", ".lock": "mine"}
+    with pytest.raises(KeyboardInterrupt), files.replaced(folder) as new:
+        (new / "config.json").write_text("3")
+        raise KeyboardInterrupt
+    assert tree(folder) == whole and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_stands_alone_is_replaced_within(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: True)
+    folder = tmp_path / "volume"
+    for number in (1, 2):
+        with files.replaced(folder) as new:
+            assert new.parent == folder
+            (new / "params").mkdir()
+            for name in ("params/w", "manifest.json"):
+                (new / name).write_text(str(number))
+    assert tree(folder) == {"params/w": "2", "manifest.json": "2"}

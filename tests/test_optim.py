@@ -55,3 +55,11 @@ def test_clipping_bounds_the_first_update_direction():
     big, _ = tx.update({"w": jnp.array([3e4, 4e4, 0.0])}, tx.init(params), params)
     unit, _ = tx.update({"w": jnp.array([0.6, 0.8, 0.0])}, tx.init(params), params)
     np.testing.assert_allclose(big["w"], unit["w"], rtol=1e-5)
+
+
+def test_one_value_that_is_no_number_is_seen_in_any_leaf():
+    tree = {"a": jnp.ones((2, 3)), "b": (jnp.int32(3), jnp.zeros(4, jnp.bfloat16))}
+    assert bool(optim.all_finite(tree)) and bool(optim.all_finite({"n": jnp.int32(1)}))
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        assert not bool(optim.all_finite({**tree, "c": jnp.zeros(5).at[4].set(value)}))
+        assert not bool(optim.all_finite({**tree, "b": (jnp.int32(1), jnp.zeros(4, jnp.bfloat16).at[0].set(value))}))

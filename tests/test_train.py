@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
@@ -121,6 +122,15 @@ def test_no_recompilation_after_the_first_pass_over_the_buckets_and_the_loss_fal
         assert np.array_equal(new, old + (new.dtype == np.int32)), "moments stay, the schedule goes on"
     state, metrics = step(state, frozen, batches[0])
     assert int(metrics["skipped"]) == 0 and np.isfinite(metrics["loss"])
+
+    momentum = jax.tree.map(lambda x: jnp.full_like(x, 1e38), optax.tree_utils.tree_get(state.opt, "mu"))
+    for ruined in ({"mu": momentum, "nu": jax.tree.map(jnp.zeros_like, momentum)},  # parameters would be infinite
+                   {"nu": jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), momentum)}):  # moments are already
+        state = state.replace(opt=optax.tree_utils.tree_set(state.opt, **ruined))
+        before = jax.device_get(state)
+        state, metrics = step(state, frozen, batches[0])
+        assert int(metrics["skipped"]) == 1 and np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+        assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(state.trainable), before.trainable))
 
 
 def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):

@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,14 +24,14 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crab_jax import finite, runs
-from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, save_streamed
+from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, note_model, save_streamed
 from crab_jax.config import COMPAT_FIELDS
 from crab_jax.convert import released, torch_file
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.errors import InputError
-from crab_jax.files import refuse_stand_in, write_whole
+from crab_jax.files import refuse_stand_in, replaced, write_whole
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
@@ -114,10 +113,6 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
 
     broken: dict[str, finite.Faults] = {}
     leaves = _leaves(parts, vocab, extra, shapes, cfg, files.seed, broken)
-    save_streamed(out / IMPORTED, _with_progress(leaves))
-    if broken:
-        shutil.rmtree(out / IMPORTED)
-        finite.refuse(broken, "import")
 
     report = {
         "sources": {source.where: {"keys": len(source.tensors), "used": len(used.get(source.where, ())),
@@ -129,9 +124,13 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
         "lora_heads": cfg.lora.heads, "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries,
                                                   "masks": cfg.seg.queries},
         "compat": choices.compat, "seed": files.seed, "sizes": _plain(cfg)}
-    write_whole(out / REPORT, json.dumps(report, indent=1))
-    write_whole(out / "config.json", json.dumps(_run_config(cfg, choices, config).to_dict(), indent=1))
-    tokenizer.save(out)
+    with replaced(out) as new:
+        digests = save_streamed(new / IMPORTED, _with_progress(leaves))
+        finite.refuse(broken, "import")
+        write_whole(new / REPORT, json.dumps(report, indent=1))
+        write_whole(new / "config.json", json.dumps(_run_config(cfg, choices, config).to_dict(), indent=1))
+        tokenizer.save(new)
+        note_model(new, digests)
     return report
 
 

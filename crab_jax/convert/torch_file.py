@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import collections
+import io
+import itertools
 import math
+import os
 import pickle
+import pickletools
 import struct
+import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +40,8 @@ STORAGES = {
     "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128", "UntypedStorage": "uint8",
 }
+LARGEST_PICKLE = 32 * 2**20  # bytes of the names of tensors and their plain values; a model of 7 B has under one
+MOST_VALUES = 300_000
 _CONTAINERS = "save a plain dict of tensors again with torch.save, or as safetensors"
 
 
@@ -141,9 +150,10 @@ class _Unpickler(pickle.Unpickler):
     """Unpickler that builds tensors and plain containers, and nothing else."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path, record: str):
-        super().__init__(archive.open(record))
+        super().__init__(io.BytesIO(_pickle_of(archive, path, record)))
         self._archive, self._path, self._record = archive, path, record
         self._storages: dict[str, _Record] = {}
+        self.sums: dict[str, tuple[_Record, int]] = {}  # of each storage, by its record: its bytes and their CRC-32
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _FUNCTIONS:
@@ -178,7 +188,36 @@ class _Unpickler(pickle.Unpickler):
         start = info.header_offset + 30 + name + extra
         if start + info.file_size > self._path.stat().st_size:
             raise InputError(str(self._path), record, "this storage ends after the file", "fetch the file again")
-        return _Record(self._path, start, info.file_size)
+        found = _Record(self._path, start, info.file_size)
+        self.sums[record] = found, info.CRC
+        return found
+
+
+def _pickle_of(archive: zipfile.ZipFile, path: Path, record: str) -> bytes:
+    """The pickle, bounded before it is unpacked, whose places in memory are no further than it is long."""
+    size = archive.getinfo(record).file_size
+    if size > LARGEST_PICKLE:
+        raise InputError(str(path), record, f"has {size:,} bytes, more than {LARGEST_PICKLE:,}", _CONTAINERS)
+    data = archive.read(record)
+    for code, place, _ in pickletools.genops(data):
+        if code.name == "LONG_BINPUT" and isinstance(place, int) and place > len(data):
+            raise pickle.UnpicklingError(f"puts a value at place {place:,}")
+    return data
+
+
+def _check_sums(sums: Mapping[str, tuple[_Record, int]], path: Path) -> None:
+    """Raise InputError where a storage is not what was written, by the CRC-32 of its zip record.
+
+    A file in which no storage has the right one was written without them, as PyTorch can be told to.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda one: zlib.crc32(one[0].map().data), sums.values())
+        wrong = [name for (name, (_, kept)), now in zip(sums.items(), found, strict=True) if now != kept]
+    if wrong and len(wrong) == len(sums) > 1:
+        print(f"warning: {path} was written without checksums: it is not verified", file=sys.stderr)
+    elif wrong:
+        raise InputError(str(path), wrong[0], f"{len(wrong)} storages are damaged (their CRC-32 differs)",
+                         "fetch the file again")
 
 
 def read(path: str | Path) -> LazyTensors:
@@ -206,14 +245,17 @@ def _load(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Callable[[], 
         raise InputError(str(path), "data.pkl", f"the zip file holds {len(records)} of this record, not one",
                          "give a file written by torch.save")
     order = records[0].removesuffix("data.pkl") + "byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
+    if order in archive.namelist() and archive.open(order).read(16) != b"little":
         raise InputError(str(path), order, "only little-endian files are read", "save it on a little-endian machine")
     try:
         tensors: dict[str, Callable[[], np.ndarray]] = {}
-        value = _Unpickler(archive, path, records[0]).load()
+        reader = _Unpickler(archive, path, records[0])
+        value = reader.load()
         if not isinstance(value, Mapping):
             raise pickle.UnpicklingError(f"holds a {type(value).__name__}, not a dict")
-        return tensors, _take_tensors(value, "", tensors)
+        metadata = _take_tensors(value, "", tensors, itertools.count())
+        _check_sums(reader.sums, path)
+        return tensors, metadata
     except (InputError, zipfile.BadZipFile):
         raise
     except Exception as error:  # a damaged pickle can fail in any way
@@ -221,17 +263,22 @@ def _load(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Callable[[], 
                          f"fetch it again, or {_CONTAINERS}") from error
 
 
-def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.ndarray]]) -> Any:
-    """Put every tensor under a dict or list into `tensors`; return the plain values that remain, nested as before."""
+def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.ndarray]], seen: Iterator[int]) -> Any:
+    """Put every tensor under a dict or list into `tensors`; return the plain values that remain, nested as before.
+
+    `seen` counts values: lists that hold the same list many times, and so on, are no larger file.
+    """
     if not isinstance(value, Mapping | list | tuple):
         return value
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     rest = {}
     for key, item in items:
+        if next(seen) > MOST_VALUES:
+            raise pickle.UnpicklingError(f"holds more than {MOST_VALUES:,} values")
         if isinstance(item, _Tensor):
             tensors[f"{prefix}{key}"] = item.build
         else:
-            rest[key] = _take_tensors(item, f"{prefix}{key}.", tensors)
+            rest[key] = _take_tensors(item, f"{prefix}{key}.", tensors, seen)
     return rest if isinstance(value, Mapping) else list(rest.values())
 
 

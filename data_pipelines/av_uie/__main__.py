@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crab_jax.bounds import PATH, Name, Real, Whole
-from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.files import out_file, write_whole
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.structured import read_text, strict_json
@@ -269,6 +269,8 @@ def _ids(path: str | None, examples: Sequence[Example]) -> set[str]:
         return set()
     lines = read_text(path).splitlines()
     ids = {line.strip() for line in lines if line.strip()}
+    shown = {printable(example.id): example.id for example in examples}  # as the review page shows them
+    ids = {shown.get(name, name) for name in ids}
     if unknown := ids - {example.id for example in examples}:
         raise InputError(path, "", f"{min(unknown)!r} is the id of no example", "copy the ids from the review page")
     return ids

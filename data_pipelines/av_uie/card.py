@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from crab_jax.errors import cell
 from data_pipelines.av_uie.labels import reasoning_of
 from data_pipelines.examples import TASK_NAMES, Example
 
@@ -75,7 +76,7 @@ def _shares(names: Iterable[str]) -> dict[str, dict[str, float]]:
 def markdown(found: Mapping[str, Any], name: str) -> str:
     """The card as a page."""
     words = found["target_words"]
-    lines = [f"# {name}", "", f"{found['samples']:,} samples; {found['coverage']:.1%} reason before they answer. "
+    lines = [f"# {cell(name)}", "", f"{found['samples']:,} samples; {found['coverage']:.1%} reason before they answer. "
              f"Targets have {words['mean']} words on average, {words['max']:g} at most.", "",
              "| task | samples | share | sources | written by | reasoning | distinct | words mean / p95 / max |"
              + (" tokens mean / p95 / max |" if _has_tokens(found) else ""),
@@ -87,7 +88,7 @@ def markdown(found: Mapping[str, Any], name: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for title, key in (("Granularity", "granularity"), ("Sources", "sources"), ("Reasoning written by", "writers")):
         lines += ["", f"## {title}", "", "| | samples | share |", "|---|---|---|"]
-        lines += [f"| {name} | {row['samples']:,} | {row['share']:.1%} |" for name, row in found[key].items()]
+        lines += [f"| {cell(name)} | {row['samples']:,} | {row['share']:.1%} |" for name, row in found[key].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -96,7 +97,7 @@ def _has_tokens(found: Mapping[str, Any]) -> bool:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in counts.items()).replace("|", "\\|")
+    return ", ".join(f"{cell(name)} {n:,}" for name, n in counts.items())
 
 
 def _lengths(row: Mapping[str, float]) -> str:

@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from crab_jax.errors import InputError
+from crab_jax.errors import InputError, printable
 from crab_jax.overlay import TRUTH, overlay_boxes, overlay_mask
-from crab_jax.page import document, escape, jpeg
+from crab_jax.page import NONE, Html, document, escape, jpeg, table
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import media
 from data_pipelines.av_uie.labels import BOX_SPACE, reasoning_of
+from data_pipelines.decoded import inside
 from data_pipelines.examples import Example
 
 _STYLE = """
@@ -43,7 +44,11 @@ def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
     return [example for found in by_task.values()
-            for example in sorted(found, key=lambda e: hashlib.sha256(e.id.encode()).digest())[:per_task]]
+            for example in sorted(found, key=_rank)[:per_task]]
+
+
+def _rank(example: Example) -> bytes:
+    return hashlib.sha256(example.id.encode("utf-8", "surrogatepass")).digest()
 
 
 def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root: str | Path | None = None,
@@ -51,21 +56,22 @@ def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root
     """The page. `most` quarantined Examples are shown, evenly from all of them, and it says how many there are."""
     shown = [bad[i * len(bad) // min(len(bad), most)] for i in range(min(len(bad), most))]
     reasons = Counter(_kind(reason) for _, found in bad for reason in found)
-    rows = "".join(f"<tr><td>{n}</td><td>{escape(reason)}</td></tr>" for reason, n in reasons.most_common(30))
+    rows = [(str(n), reason) for reason, n in reasons.most_common(30)] or [("", "nothing is in quarantine")]
     picked = sample(good, per_task)
-    return document("AV-UIE targets", f"""
-<p>{len(good)} agree with their labels, {len(bad)} are in quarantine.</p>
-<h2>Why</h2><table>{rows or '<tr><td>nothing is in quarantine</td></tr>'}</table>
-<h2>Quarantined: {len(shown)} of {len(bad)}</h2>
-{''.join(_article(example, root, found) for example, found in shown)}
-<h2>Good: a sample of {len(picked)}</h2>
-{''.join(_article(example, root, []) for example in picked)}
+    return document("AV-UIE targets", Html("""
+<p>{good} agree with their labels, {bad} are in quarantine.</p>
+<h2>Why</h2>{reasons}
+<h2>Quarantined: {shown} of {bad}</h2>
+{quarantined}
+<h2>Good: a sample of {picked}</h2>
+{sample}
 <h2>Your decisions</h2>
 <p>Save each box as a file and give it to <code>verify</code>.</p>
 <label>--accept<textarea id="accept" spellcheck="false"></textarea></label>
 <label>--reject<textarea id="reject" spellcheck="false"></textarea></label>
-<script>{_SCRIPT}</script>
-""", _STYLE)
+""").format(good=len(good), bad=len(bad), shown=len(shown), picked=len(picked), reasons=table((), rows),
+            quarantined=NONE.join(_article(example, root, found) for example, found in shown),
+            sample=NONE.join(_article(example, root, []) for example in picked)), _STYLE, _SCRIPT)
 
 
 def _kind(reason: str) -> str:
@@ -73,42 +79,43 @@ def _kind(reason: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\d+(?:\.\d+)?", "…", reason)
 
 
-def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) -> str:
+def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) -> Html:
     question = example.instruction
     for block in (VIDEO, AUDIO, IMAGE):
         question = question.replace(block, "")
     before = reasoning_of(example)
     answer = example.target[example.target.find(before) + len(before):] if before else example.target
     what, verb = ("reject", "reject") if not reasons else ("accept", "accept all the same")
-    name = escape(example.id)
-    listed = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
-    problems = f"<ul class=bad>{listed}</ul>" if reasons else ""
+    listed = NONE.join(Html("<li>{}</li>").format(reason) for reason in reasons)
+    problems = Html('<ul class="bad">{}</ul>').format(listed) if reasons else NONE
     label = json.dumps({**example.meta, "second": example.second}, ensure_ascii=False, indent=1)
-    return (f"<article>{_picture(example, root)}<div><span class=id>{name}</span> · {escape(example.task)} "
-            f"<span class=by>{escape(str(example.meta.get('reasoning', 'plain')))}</span> "
-            f"<label class=by><input type=checkbox name={what} value=\"{name}\"> {verb}</label></div>{problems}"
-            f"<div class=by>{escape(question)}</div>"
-            f"<p>{_marked(before)} <span class=answer>{_marked(answer)}</span></p>"
-            f"<details><summary>label</summary><pre>{escape(label)}</pre></details></article>\n")
+    return Html(
+        '<article>{picture}<div><span class="id">{name}</span> · {task} <span class="by">{by}</span> <label class="by">'
+        '<input type="checkbox" name="{what}" value="{name}"> {verb}</label></div>{problems}'
+        '<div class="by">{question}</div><p>{before} <span class="answer">{answer}</span></p>'
+        "<details><summary>label</summary><pre>{label}</pre></details></article>\n").format(
+            picture=_picture(example, root), name=printable(example.id), task=example.task,
+            by=example.meta.get("reasoning", "plain"), what=what, verb=verb, problems=problems, question=question,
+            before=_marked(before), answer=_marked(answer), label=label)
 
 
-def _marked(text: str) -> str:
-    """HTML of a text with its tags set apart."""
-    return re.sub(r"&lt;/?[\w ]{0,40}&gt;", lambda tag: f"<span class=tag>{tag[0]}</span>", escape(text))
+def _marked(text: str) -> Html:
+    """A text with its tags set apart."""
+    return Html(re.sub(r"&lt;/?[\w ]{0,40}&gt;", lambda tag: f'<span class="tag">{tag[0]}</span>', escape(text)))
 
 
-def _picture(example: Example, root: str | Path | None) -> str:
-    """An <img> of the frame with the labelled mask or box; "" where there is none or it cannot be read."""
+def _picture(example: Example, root: str | Path | None) -> Html:
+    """An <img> of the frame with the labelled mask or box; NONE where there is none or it cannot be read."""
     path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
     if root is None or path is None or not (example.mask or "box" in example.meta):
-        return ""
+        return NONE
     try:
-        picture = media.read_image(Path(root) / path, BOX_SPACE)
+        picture = media.read_image(inside(root, path), BOX_SPACE)
         if example.mask:
-            mask = media.read_mask(Path(root) / example.mask, BOX_SPACE, example.mask_kind)
+            mask = media.read_mask(inside(root, example.mask), BOX_SPACE, example.mask_kind)
             picture = overlay_mask(picture, mask.astype(bool) if example.mask_kind == "binary" else mask, TRUTH)
         else:
             picture = overlay_boxes(picture, [(example.meta["box"], TRUTH, "")])
     except (InputError, IndexError, TypeError, ValueError):  # shown without: bad labels and files are what is reviewed
-        return ""
+        return NONE
     return jpeg(picture, "")

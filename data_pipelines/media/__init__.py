@@ -18,7 +18,9 @@ from data_pipelines.media.pictures import image_size, is_turned, open_picture, r
 from data_pipelines.media.pictures import outline as picture_outline
 from data_pipelines.media.sound import (
     SAMPLE_RATE,
+    SILENT,
     Heard,
+    cancels,
     clip_sound,
     hear,
     is_own,
@@ -28,9 +30,9 @@ from data_pipelines.media.sound import (
 from data_pipelines.media.video import Watched, moment_picture, read_moment, read_video, video_size, watch
 
 __all__ = [
-    "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "Heard", "Timing", "Watched",
-    "avss_palette", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers", "hear", "image_size",
-    "inline_mask", "is_own", "is_turned", "moment_picture", "not_supported", "open_picture", "opened", "outline",
-    "picture_outline", "pictures_of", "placed_length", "read_audio", "read_image", "read_mask", "read_moment",
-    "read_picture", "read_video", "rgb", "sound_of", "timing", "video_size", "watch",
+    "CLOCKS", "EMPTY_MASK", "INLINE_MASK", "SAMPLE_RATE", "SEMANTIC_CLASSES", "SILENT", "Heard", "Timing",
+    "Watched", "avss_palette", "cancels", "check_clock", "check_size", "clip_sound", "decode_runs", "frame_numbers",
+    "hear", "image_size", "inline_mask", "is_own", "is_turned", "moment_picture", "not_supported", "open_picture",
+    "opened", "outline", "picture_outline", "pictures_of", "placed_length", "read_audio", "read_image", "read_mask",
+    "read_moment", "read_picture", "read_video", "rgb", "sound_of", "timing", "video_size", "watch",
 ]

@@ -67,7 +67,11 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
     known = [time for time in shown if time is not None]
     odd = _oddity(stamps, known, tick, SPLICE if splices else LONGEST)
     if odd or not tick or not stamps:
-        # Without times, a constant rate is the best guess; where that is unknown too, so is the length.
+        # Without times, a constant rate is the best guess; where that is unknown too, so is the length. In a
+        # stream without a container the frames know the rate; libav takes 25 a second for granted.
+        lengths = {stamp.duration for stamp in stamps}
+        if tick and not known and len(lengths) == 1 and max(lengths) > 0:
+            rate = 1 / (max(lengths) * tick)
         believable = rate if rate and 1 <= rate <= 240 else None
         period = 1 / believable if believable else Fraction(0)
         return FrameTimes(tuple(range(len(stamps))), period, None, len(stamps) * period if len(stamps) > 1 else
@@ -193,18 +197,18 @@ class Holes:
     def __init__(self, longest: float, splice: float):
         self._left, self._splice = longest, splice
         self._base: float | None = None  # when the first block since the last jump of times is heard, in seconds
-        self._since = 0  # samples since then
+        self._since, self._rate = 0, 1  # samples since then, and how many there are in a second
 
     def before(self, start: Fraction | float | None, samples: int, rate: int) -> int:
         """How many samples of silence belong in front of a block of `samples`, heard at `start` seconds."""
         silence = 0
         if start is not None:
-            gap = 0.0 if self._base is None else float(start) - self._base - self._since / rate
+            gap = 0.0 if self._base is None else float(start) - self._base - self._since / self._rate
             if GAP < gap <= min(self._left, self._splice):
                 silence = round(gap * rate)
                 self._left -= gap
-            if self._base is None or abs(gap) > GAP:
-                self._base, self._since = float(start), 0
+            if self._base is None or abs(gap) > GAP or rate != self._rate:
+                self._base, self._since, self._rate = float(start), 0, rate
         self._since += samples
         return silence
 

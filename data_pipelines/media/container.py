@@ -14,13 +14,18 @@ from av.stream import Disposition
 from crab_jax.errors import InputError
 from data_pipelines.media.content import head, not_supported
 from data_pipelines.media.kinds import kind_of
+from data_pipelines.media.limits import check, check_sound
 from data_pipelines.media.outline import encrypted, outline
 
 AGAIN = "copy or download the file again"
-# Formats that read other files than the one that is given, or take its name for a pattern or an address.
-_ELSEWHERE = {"applehttp", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty",
-              "vobsub", "webm_dash_manifest"}
-_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(sorted(av.formats_available - _ELSEWHERE))}
+# The formats that are read. None of them reads another file, or takes a name for a pattern or an address, as playlists,
+# `concat`, `image2` or `lavfi` do, or a device.
+_FORMATS = """3g2 3gp aa aac ac3 aiff alaw amr amrnb amrwb ape apng asf asf_o ast au av1 avi avs2 avs3 caf dts dtshd dv
+eac3 f4v flac flv gif gxf h261 h263 h264 hevc ircam ivf kux live_flv loas m4v matroska matroska,webm mjpeg mlp mmf
+mov mov,mp4,m4a,3gp,3g2,mj2 mp3 mp4 mpc mpc8 mpeg mpegts mpegvideo mxf nistsphere nsv nut obu ogg oma pva pvf qcp rm
+roq rpl shn sln smk sox swf tak truehd tta ty vc1 vc1test voc vvc w64 wav webm wsd wtv wv xwma yuv4mpegpipe""".split()
+_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(_FORMATS)}
+MOST_PACKETS = 20_000_000  # of a file, whose header may say anything of its length
 _SIZED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi")  # formats whose packets have a length
 _STILLS = ("apng", "bmp", "gif", "jpeg2000", "jpegls", "mjpeg", "png", "tiff", "webp")  # codecs of covers, too
 
@@ -102,6 +107,7 @@ def film_stream(container: av.container.InputContainer, path: str | Path) -> av.
     if stream is None:
         what = "has no video stream" + (", only a cover picture" if container.streams.video else "")
         raise InputError(str(path), "video", what, "give a video file, or leave the field out")
+    check(path, "video", film_megapixels=_pixels(stream) / 1e6, hours=_seconds(container, stream) / 3600)
     decode_alone(stream)
     return stream
 
@@ -112,8 +118,17 @@ def sound_stream(container: av.container.InputContainer, path: str | Path) -> av
     if stream is None:
         fix = "give an audio file in the 'audio' field, or set windows to 'none'"
         raise InputError(str(path), "audio", "has no audio track", fix)
+    if stream.codec_context is not None:
+        check_sound(path, _seconds(container, stream), stream.codec_context.sample_rate or 0, stream.channels)
     decode_alone(stream)
     return stream
+
+
+def _seconds(container: av.container.InputContainer, stream: Any) -> float:
+    """How long a stream is as its header says, 0 for unknown."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base
 
 
 def decode_alone(stream: Any) -> None:
@@ -129,7 +144,9 @@ def demuxed(container: av.container.InputContainer, *streams: Any) -> Iterator[a
     Raises EOFError where the last packet ends early, in a file that does not say how long it is.
     """
     last = None
-    for packet in container.demux(*streams):
+    for number, packet in enumerate(container.demux(*streams)):
+        if number > MOST_PACKETS:
+            raise EOFError(f"more than {MOST_PACKETS:,} packets")
         if packet.size:
             last = packet
         elif packet.dts is not None:

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
 _EXPORT, _NOT_A_PICTURE = "export it as JPEG or PNG", "give a picture: a JPEG or PNG file"
 _MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (JPEG, Kind("JPEG", picture=("JPEG", "MPO"))),
+    (JPEG + b"\xf7", Kind("JPEG-LS", _EXPORT)), (JPEG, Kind("JPEG", picture=("JPEG", "MPO"))),
     (PNG, Kind("PNG", picture=("PNG",))),
     (b"GIF87a", Kind("GIF", picture=("GIF",))), (b"GIF89a", Kind("GIF", picture=("GIF",))),
     (b"\0\0\0\x0cjP  \r\n\x87\n", Kind("JPEG 2000", picture=("JPEG2000",))),
@@ -37,6 +37,8 @@ _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (b"SIMPLE  =", Kind("FITS", _EXPORT)), (b"gimp xcf", Kind("a GIMP file (XCF)", _EXPORT)),
     (b"\0\0\1\0", Kind("a Windows icon (ICO)", _EXPORT)), (b"icns", Kind("a macOS icon (ICNS)", _EXPORT)),
     (b"DDS ", Kind("DDS", _EXPORT)), (b"qoif", Kind("QOI", _EXPORT)), (b"BPG\xfb", Kind("BPG", _EXPORT)),
+    (b"P7\n", Kind("PAM", _EXPORT)), (b"\x0a\x05\x01", Kind("PCX", _EXPORT)), (b"\x01\xda", Kind("SGI", _EXPORT)),
+    (b"\0\5\x16\7", Kind("the part of a macOS file beside its content (._NAME)", "give the file without ._")),
     (b"\x93NUMPY", Kind("a NumPy array", _EXPORT)), (b"\x89HDF", Kind("HDF5", _EXPORT)),
     (b"\x1aE\xdf\xa3", Kind("a film (Matroska or WebM)", _NOT_A_PICTURE)), (b"OggS", Kind("Ogg", _NOT_A_PICTURE)),
     (b"ID3", Kind("MP3", _NOT_A_PICTURE)), (b"fLaC", Kind("FLAC", _NOT_A_PICTURE)))
@@ -61,7 +63,7 @@ def kind_of(head: bytes) -> Kind | None:
     if head[:2] == b"BM" and len(head) > 18 and int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108,
                                                                                          124):
         return Kind("BMP", picture=("BMP",))
-    if re.match(rb"P[1-7yfF]\s", head):
+    if re.match(rb"P[1-6yfF]\s", head):
         return (Kind("a float map (PFM)", _EXPORT) if head[1:2] in b"fF" else Kind("PNM", picture=("PPM",)))
     if head[128:132] == b"DICM":
         return Kind("DICOM", _EXPORT)

@@ -149,6 +149,8 @@ def _grey(mask: Picture) -> tuple[np.ndarray, str]:
 
 def _palette_against(image: Image.Image) -> str:
     """What of a palette contradicts that black is the background, and index 0 too; "" when nothing does."""
+    if (image.getpalette("RGB") or [])[3 * 255:] == [224, 224, 192] and image.histogram()[255]:
+        return "its index 255 has the colour that Pascal VOC gives to pixels of no class, which count as something"
     every = Image.frombytes("P", (256, 1), bytes(range(256)))
     every.putpalette(image.getpalette("RGB") or [])
     seen, used = np.asarray(every.convert("L"))[0] > 0, np.flatnonzero(image.histogram())
@@ -236,5 +238,13 @@ def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int,
                 raise InputError(str(path), "mask", problem, fix)
             return _binary(grey, size)
         image = _ids(mask, str(path))
+        if mask.image.has_transparency_data:
+            if problem := _opacity_against(mask.image, _classes(np.array(image), 0)):
+                raise InputError(str(path), "mask", problem, "export it without opacity")
         values = np.array(image if size is None else image.resize((size, size), Image.Resampling.NEAREST))
+    return _classes(values, unknown)
+
+
+def _classes(values: np.ndarray, unknown: int) -> np.ndarray:
+    """int32[H, W] class ids of a semantic mask's values or colours; `unknown` stands for a colour of no class."""
     return _labels_of_colours(values, unknown) if values.ndim == 3 else values.astype(np.int32)

@@ -24,10 +24,12 @@ from crab_jax.errors import InputError
 from data_pipelines.media import kinds
 from data_pipelines.media.container import require
 from data_pipelines.media.content import not_supported
+from data_pipelines.media.limits import VARIABLE, check, limits
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, and of what is an error here
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel of more than 8 bits
 LARGE = 50_000_000  # pixels; a larger picture is made smaller while it is decoded, which saves gigabytes
+_PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 AGAIN = "copy or download the file again"
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -58,7 +60,8 @@ def _refused(where: str, field: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
         raise InputError(where, field, f"has {pixels:,.0f} megapixels, and at most {limit:,.0f} are read",
-                         "make the picture smaller") from None
+                         f"make the picture smaller, or raise the limit for one command: {VARIABLE}=megapixels=NUMBER"
+                         ) from None
     except _UNREADABLE as error:
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         problem = "ends before the picture does" if cut else f"cannot be decoded ({error.__class__.__name__})"
@@ -85,6 +88,9 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
 def _with_metadata_or_without(kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
                               ) -> Image.Image:
     """A picture, opened from its path or bytes and put to `use`; anew without its metadata where that fails."""
+    # Pillow refuses twice as many, before it decodes; a lower limit is ours alone.
+    Image.MAX_IMAGE_PIXELS = max(_PILLOWS, round(limits().megapixels * 1e6) // 2)
+
     def tried(source: str | io.BytesIO) -> Image.Image:
         picture = Image.open(source, formats=kind.picture)
         try:
@@ -125,6 +131,7 @@ def _orientation(picture: Image.Image) -> int:
 
 def _check_header(picture: Image.Image, where: str, field: str) -> None:
     """Raise InputError for what Pillow opens but does not read as a viewer shows it."""
+    check(where, field, megapixels=picture.width * picture.height / 1e6)
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
         if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail of another one
@@ -309,6 +316,7 @@ class _Segment(NamedTuple):
 _NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _SOS, _EOI, _FRAMES = 0xDA, 0xD9, (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PROGRESSIVE = (0xC2, 0xCA)
+_ARITHMETIC = range(0xC9, 0xD0)
 
 
 def _jpeg_segments(content: bytes, coded: bool = True) -> Iterator[_Segment]:
@@ -365,6 +373,8 @@ def _ends_early(picture: Image.Image, content: bytes) -> bool:
     scans = [segment for segment in _jpeg_segments(content) if segment.marker == _SOS]
     if frame.marker in _PROGRESSIVE and not _refined(content, frame, scans):
         return True
+    if frame.marker in _ARITHMETIC:
+        return False  # encoders leave out zeros at the end: something behind the data changes whole pictures too
     filled = content[:scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
     with Image.open(io.BytesIO(filled), formats=("JPEG",)) as other:
         other.draft(picture.mode, picture.size)

@@ -27,11 +27,15 @@ from data_pipelines.media.container import (
     sound_stream,
     whole,
 )
+from data_pipelines.media.limits import check_sound, limits
 from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
 
 SAMPLE_RATE = 16000
-_LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
+SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
 _AUDIO_BLOCK = 1 << 16  # samples
+_GENERIC_INDEX = 0x0100  # AVFMT_GENERIC_INDEX of libavformat: nothing in such a file says when a part of it is heard
+_PLANES = 8  # from so many channels on PyAV looks for one more than a frame has, and ends the process
+_LARGE = 1 << 26  # samples of all channels, 256 MB
 _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
 
 
@@ -48,7 +52,11 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
             rate, stated, kind = file.samplerate, file.frames, file.format
             if (kind != "MP3" and file.subtype.startswith("MPEG")) or (kind in ("OGG", "FLAC") and chained(path)):
                 return None  # whose ends it does not find
-            samples = _blocks(file) if stated >= _UNKNOWN else file.read(dtype="float32", always_2d=True)
+            if kind in ("WAV", "WAVEX") and not stated:
+                return None  # libav reads to the end of the file where a recorder did not come to write the length
+            check_sound(path, stated / rate if rate and stated < _UNKNOWN else 0, rate, file.channels)
+            in_blocks = stated * file.channels > _LARGE or not file.seekable()
+            samples = _blocks(file, path) if in_blocks else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
@@ -63,14 +71,23 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
         raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
                          "the file is truncated", AGAIN)
     # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
-    return sum(samples.T[1:], samples.T[0]) / samples.shape[1], rate
+    return _mean(samples), rate
 
 
-def _blocks(file: soundfile.SoundFile) -> np.ndarray:
-    """The samples of a file that does not say how many it has."""
-    blocks = [file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)]
-    while len(blocks[-1]):
-        blocks.append(file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True))
+def _mean(samples: np.ndarray) -> np.ndarray:
+    """float32[N]: the mean of the channels of float32[N, C]."""
+    with np.errstate(over="ignore"):  # infinite samples are refused
+        return sum(samples.T[1:], samples.T[0]) / samples.shape[1]
+
+
+def _blocks(file: soundfile.SoundFile, path: str) -> np.ndarray:
+    """float32[N, 1]: the mean of the channels of a file that is large, does not say how many samples it has, or in
+    whose codec nothing can be looked up (GSM); all its channels are never held at once."""
+    blocks, count = [np.zeros((0, 1), np.float32)], 0
+    while len(block := file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(_mean(block)[:, None])
+        count += len(block)
+        check_sound(path, count / file.samplerate, file.samplerate, file.channels)
     return np.concatenate(blocks)
 
 
@@ -111,31 +128,67 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
         stream = sound_stream(container, path)
         pictures = pictures_of(container) if timed else None
         times = videos.remembered_times(path) if pictures else None
-        stamps: list[Stamp] = []
-        to_float, waiting, mono = av.AudioResampler(format="fltp"), av.AudioFifo(), [np.zeros(0, np.float32)]
-        holes, first, begun = _holes(container), None, False
-
-        def take(frame: av.AudioFrame | None) -> None:
-            if frame is not None:
-                mono.append(frame.to_ndarray().mean(axis=0))
-
+        stamps, coded = list[Stamp](), None  # of the pictures, and the first of them
+        holes, first, begun, parts, seconds = _holes(container), None, False, list[_Part](), 0.0
         for packet in demuxed(container, stream, *([pictures] if pictures and times is None else [])):
             if packet.stream is pictures:
+                coded = coded or (packet if packet.size else None)
                 stamps += videos.shown([packet])
                 continue
-            for frame in (out for decoded in stream.decode(packet) for out in to_float.resample(decoded)):
+            for frame in stream.decode(packet):
                 first, begun = first if begun else _heard(frame), True
+                if not parts or parts[-1].kind != _kind(frame):
+                    parts.append(_Part(frame))
                 if timed and (silence := holes.before(_seconds(frame), frame.samples, frame.sample_rate)):
-                    take(waiting.read())
-                    mono.append(np.zeros(silence, np.float32))
-                frame.pts = None  # else the fifo takes a gap for an error
-                waiting.write(frame)
-                if waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
-                    take(waiting.read())
-        take(waiting.read())
+                    parts[-1].rest(silence)
+                parts[-1].add(frame)
+                seconds += frame.samples / frame.sample_rate
+                check_sound(path, seconds, frame.sample_rate, frame.layout.nb_channels)
         if pictures and times is None:
-            times = videos.times_of(stamps, pictures, path)
-        return _Track(np.concatenate(mono), stream.rate, first, times)
+            whole = videos.begins_whole(coded, stamps)
+            times = videos.times_of(stamps, pictures, path) if whole else videos.video_times(path)
+        rate = parts[0].kind[0] if parts else stream.rate
+        mono = [soxr.resample(part.samples(), part.kind[0], rate, quality="HQ") for part in parts]
+        return _Track(np.concatenate([np.zeros(0, np.float32), *mono]), rate, first, times)
+
+
+def _kind(frame: av.AudioFrame) -> tuple[int, int, str]:
+    """(rate, channels, format) of a frame. All may change within a track: broadcasts, files behind each other."""
+    return frame.sample_rate, frame.layout.nb_channels, frame.format.name
+
+
+class _Part:
+    """Decoded frames of one `kind`, put together."""
+
+    def __init__(self, like: av.AudioFrame):
+        self.kind = _kind(like)
+        self._together = self.kind[1] if self.kind[1] >= _PLANES else 0  # channels that lie side by side
+        self._to_float, self._waiting = av.AudioResampler("flt" if self._together else "fltp"), av.AudioFifo()
+        self._mono: list[np.ndarray] = [np.zeros(0, np.float32)]
+
+    def add(self, frame: av.AudioFrame) -> None:
+        for out in self._to_float.resample(frame):
+            out.pts = None  # else the fifo takes a gap for an error
+            self._waiting.write(out)
+        if self._waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
+            self._take()
+
+    def rest(self, samples: int) -> None:
+        """Silence comes next."""
+        self._take()
+        self._mono.append(np.zeros(samples, np.float32))
+
+    def samples(self) -> np.ndarray:
+        """float32[N], mono."""
+        self._take()
+        return np.concatenate(self._mono)
+
+    def _take(self) -> None:
+        if (frame := self._waiting.read()) is not None:
+            channels = frame.to_ndarray()
+            if self._together:
+                channels = channels.reshape(-1, self._together).T
+            self._mono.append(channels.mean(axis=0))
 
 
 def _heard(frame: av.AudioFrame) -> Fraction | None:
@@ -152,9 +205,11 @@ def _seconds(frame: av.AudioFrame) -> float | None:
 
 
 def _holes(container: av.container.InputContainer) -> Holes:
-    """AVI has no times of sound: libav makes them up from the bytes, so what looks like a hole is none."""
-    return Holes(0 if container.format.name == "avi" else clocks.LONGEST, clocks.SPLICE if videos.splices(container)
-                 else clocks.LONGEST)
+    """AVI and streams without a container (ADTS, AC-3) have no times of sound: libav makes them up from the bytes and
+    the first rate, so what looks like a hole is none."""
+    splices = videos.splices(container)
+    made_up = container.format.name == "avi" or (container.format.flags & _GENERIC_INDEX and not splices)
+    return Holes(0 if made_up else clocks.LONGEST, clocks.SPLICE if splices else clocks.LONGEST)
 
 
 def read_audio(path: str | Path) -> np.ndarray:
@@ -174,15 +229,32 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     sound = _read_soundfile(path) if _is_soundfile(behind_tags(path)) else None
     track = _Track(*sound, None, None) if sound else _read_track(path, timed)
     mono, rate = track.mono, track.rate
-    if rate < _LOWEST_RATE:
-        raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
-    if not len(mono):
-        raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
-    if not np.isfinite(mono).all():
+    loudest = max(float(mono.max(initial=0)), -float(mono.min(initial=0)))
+    if not np.isfinite(loudest):
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
+    if loudest > limits().loudest:
+        raise InputError(str(path), "audio", f"holds samples of {loudest:,.3g} times full scale",
+                         "export it again: samples of decimal numbers lie between -1 and 1")
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if not len(mono):
+        raise InputError(str(path), "audio", "has no samples", "give an audio file that is not empty")
     return mono.astype(np.float32, copy=False), track.first, track.times
+
+
+def cancels(path: str | Path) -> bool:
+    """Whether the channels of a sound are each other's opposite, so that their mean, which is read, is next to nothing.
+
+    Raises InputError as `read_audio` does.
+    """
+    loudest, left, to_packed = SILENT, 0.0, av.AudioResampler("flt")
+    with opened(path, "audio") as container:
+        for frame in container.decode(sound_stream(container, path)):
+            for out in to_packed.resample(frame):
+                channels = out.to_ndarray().reshape(-1, out.layout.nb_channels)
+                loudest = max(loudest, np.abs(channels).max(initial=0.0))
+                left = max(left, np.abs(channels.mean(axis=1)).max(initial=0.0))
+    return loudest > SILENT and left < loudest / 10
 
 
 class Heard(NamedTuple):

@@ -18,6 +18,7 @@ from crab_jax.errors import InputError
 from data_pipelines.media import clock as clocks
 from data_pipelines.media.clock import FrameTimes, Stamp
 from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened, sound_of
+from data_pipelines.media.limits import check
 
 _TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT of libavformat
 _REMEMBERED = 64  # files whose times of frames are kept: the sound of a clip is read after its pictures
@@ -187,9 +188,11 @@ def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int
         stream = film_stream(container, path)
         packets, total = _packets(container, stream)
         declared = _declared(container, stream, len(packets), len(packets) - total)
-        times = times_of(shown(packets), stream, path)
+        stamps = shown(packets)
+        times = times_of(stamps, stream, path)
         numbers = choose(times)
-        if total >= 0.9 * declared and (needed := _needed(packets, numbers)):
+        whole = total >= 0.9 * declared and begins_whole(next(iter(packets), None), stamps)
+        if whole and (needed := _needed(packets, numbers)):
             picked = _decode_needed(stream, packets, *needed, size)
             if numbers and len(picked) == len(set(numbers)):
                 _remember(path, times)
@@ -210,7 +213,9 @@ def times_of(stamps: Iterable[Stamp], stream: av.VideoStream, path: str | Path) 
     """The times of the shown frames of the stream of a file, in the order of the file."""
     given = [*stamps], stream.time_base, stream.average_rate or stream.guessed_rate, splices(stream.container)
     times = clocks.frame_times(*given)
-    return clocks.frame_times(*given, _end_of_sound(path)) if clocks.is_held(times) else times
+    times = clocks.frame_times(*given, _end_of_sound(path)) if clocks.is_held(times) else times
+    check(path, "video", hours=float(times.seconds) / 3600)
+    return times
 
 
 def _end_of_sound(path: str | Path) -> Fraction | None:
@@ -244,9 +249,23 @@ def video_times(path: str | Path) -> FrameTimes:
     if (known := remembered_times(path)) is None:
         with opened(path, "video") as container:
             stream = film_stream(container, path)
-            known = times_of(shown(container.demux(stream)), stream, path)
+            first, stamps = None, list[Stamp]()
+            for packet in container.demux(stream):
+                first = first or (packet if packet.size else None)
+                stamps += shown([packet])
+            known = times_of(stamps, stream, path) if begins_whole(first, stamps) else None
+        if known is None:
+            _, known = _decode_all(path, set(), 1)
         _remember(path, known)
     return known
+
+
+def begins_whole(first: av.Packet | None, frames: Iterable[Stamp]) -> bool:
+    """Whether the first coded frame stands for itself, and none of the shown `frames` comes before it. Of what was
+    recorded or cut in the middle of a broadcast decoders leave out what refers to frames that are not there: only they
+    know when it begins."""
+    return first is None or (first.is_keyframe and not any(
+        first.pts is not None and frame.pts is not None and frame.pts < first.pts for frame in frames))
 
 
 def _key(path: str | Path) -> tuple[str, int, int]:

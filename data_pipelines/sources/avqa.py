@@ -88,5 +88,6 @@ def _listed(row: Row, field: str, length: int | None = None) -> list[str]:
             values = None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or (
             length is not None and len(values) != length):
-        raise row.error(field, f"is {row.values.get(field)!r:.60}", 'must be a JSON list of texts, such as ["Audio", ...]')
+        raise row.error(field, f"is {row.values.get(field)!r:.60}",
+                        'must be a JSON list of texts, such as ["Audio", ...]')
     return values

@@ -166,6 +166,9 @@ class Release:
         the rows that hold one are malformed.
         """
         path = self.base / name
+        if not self._contains(path):
+            raise InputError(str(path), "", "is a link out of the data root",
+                             "put the file there, or link the dataset's whole folder")
         data = read_bytes(path, "", LIST, _AGAIN)
         if not data.strip():
             raise InputError(str(path), "", "is empty", _AGAIN)

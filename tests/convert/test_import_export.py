@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import struct
 import zipfile
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from crab_jax import checkpoints, evaluate, predict, runs, train
-from crab_jax.convert import torch_file, torch_writer
+from crab_jax.convert import importing, torch_file, torch_writer
 from crab_jax.convert.__main__ import main, parser
 from crab_jax.convert.exporting import export
 from crab_jax.convert.importing import REPORT, Files, import_weights
@@ -382,3 +383,33 @@ def test_predict_evaluate_and_train_take_an_import(files, imported, scenes_root,
     export(tmp_path / "run", "crab", tmp_path / "trained")
     ours, released = (torch_file.read(file) for file in (tmp_path / "trained/finetune_weights.bin", files.crab[0]))
     assert ROUTE in ours and all(ours[key].shape == released[key].shape for key in ours)
+
+
+def test_an_import_that_ends_anywhere_leaves_the_older_one(files, choices, imported, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(imported[0], out)
+    whole = checkpoints.tree_hash(checkpoints.load_params(out))
+    other = dataclasses.replace(files, seed=99)
+    for place in ("save_streamed", "write_whole", "note_model"):
+        with monkeypatch.context() as patch:
+            real = getattr(importing, place)
+
+            def dies(*args, real=real, **options):
+                real(*args, **options)
+                raise KeyboardInterrupt
+
+            patch.setattr(importing, place, dies)
+            with pytest.raises(KeyboardInterrupt):
+                import_weights(other, out, choices)
+        assert checkpoints.tree_hash(checkpoints.load_params(out)) == whole, place
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_flipped_bit_of_an_import_is_named(imported, tmp_path):
+    shutil.copytree(imported[0], tmp_path / "out")
+    largest = max((tmp_path / "out" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match="params .*are not those that were written"):
+        checkpoints.load_params(tmp_path / "out")

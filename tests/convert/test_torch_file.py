@@ -1,8 +1,11 @@
 """PyTorch files are read without PyTorch, and a file that would run code is refused before it does."""
 
 import json
+import os
 import struct
+import time
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -219,3 +222,66 @@ def test_damaged_safetensors_directories_are_refused(tmp_path):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(InputError, match=problem):
             torch_file.read_model_dir(tmp_path)
+
+
+def test_a_flipped_bit_in_a_storage_is_found_by_the_checksum_of_its_record(golden, tmp_path):
+    path = tmp_path / "w.bin"
+    values = np.arange(64, dtype=np.float32).tobytes()
+    tensors = dictionary(a=tensor("FloatStorage", (64,), (1,)), b=tensor("FloatStorage", (64,), (1,), key="1"))
+    write(path, tensors, **{"0": values, "1": values})
+    content = path.read_bytes()
+    at = content.index(values)
+    for place in (at, at + 100, at + len(values) - 1):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1:])
+        with pytest.raises(InputError, match=r"data/0.*1 storages are damaged \(their CRC-32 differs\)"):
+            torch_file.read(path)
+    path.write_bytes(content)
+    assert torch_file.read(path)["a"][63] == 63
+
+
+def test_a_file_that_was_written_without_checksums_is_read_and_said(tmp_path, capsys):
+    path = tmp_path / "w.bin"
+    write(path, dictionary(a=tensor("FloatStorage", (2,), (1,)), b=tensor("FloatStorage", (2,), (1,), key="1")),
+          **{"0": b"abcdefgh", "1": b"ijklmnop"})
+    content = path.read_bytes()
+    for values in (b"abcdefgh", b"ijklmnop"):
+        content = content.replace(zlib.crc32(values).to_bytes(4, "little"), bytes(4))
+    path.write_bytes(content)
+    assert len(torch_file.read(path)) == 2 and "was written without checksums" in capsys.readouterr().err
+
+
+def shared_lists(depth: int) -> bytes:
+    """A list of ten times the same list of ten times the same list, ..."""
+    made = b"]q\x00"
+    for level in range(depth):
+        made += b"0]q" + bytes([level + 1]) + b"(" + (b"h" + bytes([level])) * 10 + b"e"
+    return b"}X\x01\x00\x00\x00a" + made + b"s"
+
+
+@pytest.mark.parametrize(("pickled", "problem"), [
+    (shared_lists(12), "more than 300,000 values"), (b"}r\xff\xff\xff\x7f", "place 2,147,483,647"),
+    (b"\x8e\xff\xff\xff\xff\xff\x00\x00\x00", "damaged")], ids=["shared lists", "LONG_BINPUT", "BINBYTES8"])
+def test_what_a_pickle_asks_for_is_bounded(pickled, problem, tmp_path):
+    write(tmp_path / "w.bin", pickled)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=problem):
+        torch_file.read(tmp_path / "w.bin")
+    assert time.monotonic() - began < 20
+
+
+def test_a_large_pickle_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("w/data.pkl", "w",
+                                                                                                 force_zip64=True) as f:
+        for _ in range(64):
+            f.write(bytes(2**20))
+    with pytest.raises(InputError, match="67,108,864 bytes, more than 33,554,432"):
+        torch_file.read(tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("read", [torch_file.read, torch_file.read_safetensors])
+def test_pipes_and_devices_are_no_files(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(InputError, match=f"{name}: is a pipe or a device"):
+            read(tmp_path / name)

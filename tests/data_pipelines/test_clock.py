@@ -1,6 +1,7 @@
 """One clock for frames and sound: constant rates are the reference's, everything else is by the time it is shown."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from clips import RATE, beep, seconds_of, steady, write_clip
+from clips import RATE, beep, grey, seconds_of, steady, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from crab_jax.errors import InputError
 from data_pipelines import batching, decoded, media, prepare, shards
 from data_pipelines.batching import DataConfig
 from data_pipelines.examples import Example, read_jsonl, write_jsonl
-from data_pipelines.media import clock
+from data_pipelines.media import clock, video
 from data_pipelines.media.clock import Holes, Stamp, frame_times
 from data_pipelines.shards import Decoding
 from data_pipelines.validate import validate
@@ -241,6 +242,51 @@ def test_mpeg_streams_behind_each_other_are_counted(tmp_path):
     assert "run backwards" in media.timing(tmp_path / "two.ts").odd
     assert seconds_of(media.read_video(tmp_path / "two.ts", 10, 16)) == [0, 2, 4, 6, 8] * 2
     assert len(media.clip_sound(tmp_path / "two.ts")) == pytest.approx(20 * RATE, abs=RATE / 4)
+
+
+def test_a_recording_that_begins_in_the_middle_of_a_broadcast_begins_with_what_can_be_shown(tmp_path):
+    """A film of a key frame every two seconds, without its first 1.3 s: none of the first frames can be decoded."""
+    source, path = io.BytesIO(), tmp_path / "tail.ts"
+    with av.open(source, "w", format="mpegts") as container:
+        film = container.add_stream("mpeg2video", rate=25, width=64, height=48, options={"g": "50", "bf": "2"})
+        sound = container.add_stream("mp2", rate=48000, layout="mono")
+        waves = np.repeat(beep(10, 7.1, 7.9), 3)
+        for number in range(250):
+            level = np.full((48, 64, 3), grey(number / 25), np.uint8)
+            container.mux(film.encode(av.VideoFrame.from_ndarray(level, "rgb24")))
+            part = av.AudioFrame.from_ndarray(
+                (waves[None, number * 1920:][:, :1920] * 32767).astype(np.int16), "s16", "mono")
+            part.rate = 48000
+            container.mux(sound.encode(part))
+        container.mux([*film.encode(), *sound.encode()])
+    content = source.getvalue()
+    path.write_bytes(content[len(content) // 188 * 13 // 100 * 188:])
+    asked = {"frames": lambda: media.read_video(path, 8, 16), "moment": lambda: media.read_moment(path, 5, 8, 16),
+             "times": lambda: media.timing(path), "sound": lambda: media.hear(path)}
+    found = []
+    for first in asked:  # whatever is asked first, and remembered
+        video._remembered.clear()
+        asked[first]()
+        times, heard = media.timing(path), media.hear(path)
+        found.append((times, heard.start, heard.seconds, media.read_moment(path, 5, 8, 16).mean().round()))
+    assert len(set(found)) == 1 and found[0][0].frames == media.watch(path).frames < 201
+    assert seconds_of(media.read_video(path, 8, 16)) == list(range(2, 10)) and found[0][0].sound < -0.4
+    loud = np.flatnonzero(np.abs(media.clip_sound(path)) > 0.1) / RATE
+    assert loud[0] == pytest.approx(5.06, abs=0.05) and loud[-1] == pytest.approx(5.86, abs=0.05)
+
+
+def test_a_stream_without_a_container_has_the_rate_that_its_frames_say(tmp_path):
+    """H.264 of an action camera: no times, and libav takes 25 frames a second for granted."""
+    with av.open(str(tmp_path / "a.h264"), "w") as container:
+        film = container.add_stream("libx264", rate=10, width=64, height=48)
+        for number in range(50):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), grey(number / 10), np.uint8), "rgb24")))
+        container.mux(film.encode())
+    soundfile.write(tmp_path / "a.wav", beep(5, 3.1, 3.9), RATE, subtype="FLOAT")
+    assert media.timing(tmp_path / "a.h264").seconds == media.watch(tmp_path / "a.h264").seconds == 5
+    assert seconds_of(media.read_video(tmp_path / "a.h264", 5, 16)) == list(range(5))
+    assert len(media.clip_sound(tmp_path / "a.wav", tmp_path / "a.h264")) == 5 * RATE
 
 
 # What reads them.

@@ -266,6 +266,83 @@ def test_files_behind_each_other_are_all_heard(tmp_path, kind):
     assert abs(len(media.read_audio(tmp_path / "two")) - 2 * len(media.read_audio(tmp_path / "one"))) < 0.2 * RATE
 
 
+@pytest.mark.parametrize(("rate", "channels"), [(RATE, 1), (2 * RATE, 2), (2 * RATE, 1)])
+def test_rate_and_channels_may_change_within_a_track(tmp_path, rate, channels):
+    """Broadcasts, and files behind each other; libav ends the process where nobody looks after it."""
+    (tmp_path / "a.aac").write_bytes(adts(RATE, 2) + adts(rate, channels))
+    sound = media.read_audio(tmp_path / "a.aac")
+    assert abs(len(sound) / RATE - 4) < 0.25  # encoders fill up their first and last frames
+    for second in range(4):  # the loudest tone is the same in each
+        part = sound[second * RATE + RATE // 4:][: RATE // 2]
+        assert abs(np.abs(np.fft.rfft(part)).argmax() * 2 - 440) <= 2 and 0.4 < np.abs(part).max() < 0.6
+    np.testing.assert_array_equal(media.clip_sound(tmp_path / "a.aac"), sound)
+
+
+@pytest.mark.parametrize(("layout", "codec", "form"), [
+    ("7.1", "aac", "fltp"), ("7.1", "pcm_s24le", "s32"), ("hexadecagonal", "pcm_s16le", "s16")])
+def test_films_of_many_channels_are_heard(tmp_path, layout, codec, form):
+    """PyAV's planes of eight channels and more end the process."""
+    path, channels = tmp_path / "a.mkv", av.AudioLayout(layout).nb_channels
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, layout=layout)
+        block = np.repeat((tone(2.0) * 32767).astype(np.int16), channels)[None]
+        frame = av.AudioFrame.from_ndarray(block, "s16", layout)
+        frame.rate = RATE
+        size = stream.codec_context.frame_size or 1024
+        for part in av.AudioResampler(form, layout, RATE, frame_size=size).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode())
+    sound = media.read_audio(path)
+    assert abs(len(sound) / RATE - 2) < 0.15 and abs(hertz(path) - 440) < 3 and abs(np.abs(sound).max() - 0.5) < 0.06
+
+
+@pytest.mark.parametrize("kind", ["WAV", "MKV"])
+def test_channels_that_cancel_each_other_out_are_called_that(tmp_path, kind):
+    """Their mean, which is read, is silence; players play a tone."""
+    path = tmp_path / "a.mkv"
+    path.write_bytes(wave(np.stack([tone(2.0), -tone(2.0)], 1), kind="WAV"))
+    if kind == "MKV":
+        with av.open(str(tmp_path / "b.mkv"), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=RATE, layout="stereo")
+            frame = av.AudioFrame.from_ndarray((np.stack([tone(2.0), -tone(2.0)]) * 32767).astype(np.int16), "s16p",
+                                               "stereo")
+            frame.rate = RATE
+            container.mux([*stream.encode(av.AudioResampler("s16").resample(frame)[0]), *stream.encode()])
+        path = tmp_path / "b.mkv"
+    assert np.abs(media.read_audio(path)).max() < 1e-3 and media.cancels(path)
+    assert ("audio", "warning: is silent: its channels cancel each other out, and their mean is read; export it as mono"
+            ) in examine((str(tmp_path), path.name, ("audio",))).problems
+    path.write_bytes(wave(np.zeros((2 * RATE, 2))))
+    assert not media.cancels(path)
+
+
+def adts(rate: int, channels: int) -> bytes:
+    """Two seconds of a tone."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="adts") as container:
+        stream = container.add_stream("aac", rate=rate, layout="stereo" if channels == 2 else "mono", bit_rate=96000)
+        frame = av.AudioFrame.from_ndarray(np.stack([tone(2.0, rate)] * channels), "fltp", stream.layout.name)
+        frame.rate = rate
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
+
+
+def test_a_codec_in_which_nothing_can_be_looked_up_is_read(tmp_path):
+    (tmp_path / "a.wav").write_bytes(wave(tone(2.0, 8000), 8000, "GSM610"))
+    assert abs(len(media.read_audio(tmp_path / "a.wav")) / RATE - 2) < 0.1 and abs(hertz(tmp_path / "a.wav") - 440) < 3
+
+
+def test_a_recorder_that_did_not_come_to_write_the_lengths(tmp_path):
+    """libav reads what is there, libsndfile nothing."""
+    wav = wave(tone(2.0))
+    (tmp_path / "a.wav").write_bytes(wav[:4] + bytes(4) + wav[8:40] + bytes(4) + wav[44:])
+    np.testing.assert_allclose(media.read_audio(tmp_path / "a.wav"), tone(2.0), atol=1e-3)
+    for samples in (wave(np.zeros(0)), wave(np.full(1, 0.5), 48000)):  # a single one is none at 16 kHz
+        (tmp_path / "a.wav").write_bytes(samples)
+        with pytest.raises(InputError, match="has no samples"):
+            media.read_audio(tmp_path / "a.wav")
+
+
 def test_lengths_that_were_not_known_are_not_asked_for(tmp_path):
     """Written to a pipe: no number of samples in a FLAC, all ones in a WAV."""
     flac, wav = bytearray(SOUNDS["flac"]()), SOUNDS["wav"]()

@@ -199,6 +199,46 @@ def test_masks_of_few_bits_and_of_blurring_formats(tmp_path):
     np.testing.assert_array_equal(mask(encoded(picture), "semantic"), ids)
 
 
+def test_a_mask_that_is_in_the_opacity_only_is_refused_whatever_its_kind(tmp_path):
+    pixels = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    pixels[:16, :, 3] = 255
+    for kind in ("binary", "semantic"):
+        (tmp_path / "m.png").write_bytes(encoded(pixels))
+        with pytest.raises(InputError, match="what is opaque is not what is above black"):
+            media.read_mask(tmp_path / "m.png", None, kind)
+        pixels[:16, :, :3] = media.avss_palette()[3]
+        (tmp_path / "m.png").write_bytes(encoded(pixels))
+        assert media.read_mask(tmp_path / "m.png", None, kind)[:16].min() > 0
+        pixels[..., :3] = 0
+
+
+def test_the_border_of_pascal_voc_is_refused_in_a_mask_of_something(tmp_path):
+    """Its 255 is no object; a palette that gives 255 another colour is as good as any."""
+    ids = np.zeros((HEIGHT, WIDTH), np.uint8)
+    ids[4:20, 8:30], ids[3, 8:30] = 15, 255
+    palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
+    for void, refused in (((224, 224, 192), True), ((255, 255, 255), False)):
+        palette[255] = void
+        picture = Image.fromarray(ids, "P")
+        picture.putpalette(palette.tobytes())
+        picture.save(tmp_path / "m.png")
+        if refused:
+            with pytest.raises(InputError, match="index 255 has the colour that Pascal VOC gives"):
+                media.read_mask(tmp_path / "m.png", None, "binary")
+        else:
+            np.testing.assert_array_equal(media.read_mask(tmp_path / "m.png", None, "binary"), ids > 0)
+
+
+@pytest.mark.parametrize(("content", "name"), [
+    (b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\1", "PAM"), (b"\x0a\5\1\x08" + bytes(200), "PCX"),
+    (b"\x01\xda\1\1" + bytes(600), "SGI"), (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(99), "JPEG-LS"),
+    (b"\0\5\x16\7" + bytes(80), "beside its content .*give the file without")])
+def test_what_is_whole_but_not_read_is_called_by_its_name(read, content, name):
+    with pytest.raises(InputError, match=f"is .*{name}") as refused:
+        read(content)
+    assert "damaged" not in str(refused.value)
+
+
 # The cases that were reported.
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crab_jax.page import escape
 from data_pipelines import sample
 from data_pipelines.batching import DataConfig, bucket_for, load
 from data_pipelines.datasets import read
@@ -67,7 +68,7 @@ def test_the_page(releases_root, tmp_path, capsys):
     assert "10 frames of 32" in sections["avss-avss"] and "predict the mask tokens" in sections["avss-avss"]
     assert "Mask (semantic): " in sections["avss-avss"] and ">all<" in sections["padding"]
     example = sample.groups(releases_root, ["ave"], "train", "train", 0, 1)[0][0].examples[0]
-    assert example.id in sections["ave-ave"] and sample.escape(example.target) in sections["ave-ave"]
+    assert example.id in sections["ave-ave"] and escape(example.target) in sections["ave-ave"]
     tokens = re.search(r"<div class=\"pieces\">(.*?)</div>", sections["ave-ave"], re.DOTALL)[1]
     assert re.sub(r"<[^>]+>|&crarr;", "", tokens).startswith("&lt;s&gt;[INST] &lt;&lt;SYS&gt;&gt;\nYou are a helpful")
 
