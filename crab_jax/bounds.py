@@ -249,3 +249,44 @@ class Wholes(Bound):
     def read(self, text: str) -> tuple[int, ...]:
         return tuple(Whole(self.low, self.high).read(part) for part in text.split(","))
 
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Bound):
+    """Text of `least` to `most` characters."""
+
+    least: int = 0
+    most: int = 2**16
+
+    @property
+    def wanted(self) -> str:  # type: ignore[override]
+        return f"text of {self.least} to {self.most} characters"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, str) and self.least <= len(value) <= self.most
+
+
+class Inside(Bound):
+    """A path below the folder of the file that names it: relative, and without parts that climb."""
+
+    wanted = "a path inside the folder, with / between its parts"
+
+    def fits(self, value: Any) -> bool:
+        return (isinstance(value, str) and 0 < len(value) <= 1000 and value.isprintable() and "\\" not in value
+                and not {"", ".", ".."} & set(value.split("/")))
+
+
+class Number(Bound):
+    """Any number, also one that is not finite."""
+
+    wanted = "a number"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Anything(Bound):
+    """Whatever there is."""
+
+    def fits(self, value: Any) -> bool:
+        return True

@@ -44,8 +44,9 @@ from orbax.checkpoint import v1 as ocp
 from crab_jax import finite
 from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
-from crab_jax.files import read_json, write_whole
+from crab_jax.files import write_whole
 from crab_jax.optim import merge
+from crab_jax.structured import read_json
 
 # Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from crab_jax import predictions, runs, scoring
-from crab_jax.bounds import ANY_PATH, PATH
+from crab_jax.bounds import ANY_PATH, PATH, Text
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.evaluate import DESCRIPTION, judge_folder
-from crab_jax.files import out_file, read_json, write_whole
+from crab_jax.files import out_file, write_whole
 from crab_jax.scoring import Judged
+from crab_jax.structured import read_json
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
 
@@ -57,16 +58,16 @@ def differs(row: dict[str, Any]) -> bool:
     return low > 0 or high < 0
 
 
+EVALUATION = {"data": PATH, "split": Text(1, 200)}  # what is read of evaluation.json
+
+
 def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, Judged]:
     """The scored answers of an evaluation folder by id: those of `tasks` (all when empty) that it holds."""
     file = folder / DESCRIPTION
     if not file.is_file():
         raise InputError(str(folder), DESCRIPTION, "no such file", "give the --out folder of evaluate")
-    try:
-        description = read_json(file)
-        root, split = Path(data or description["data"]), description["split"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(str(file), "", f"is damaged ({error!r})", "run evaluate again") from None
+    description = read_json(file, EVALUATION, fix="run evaluate again")
+    root, split = Path(data or description["data"]), description["split"]
     known = predictions.read_all(folder)
 
     def wanted(example: Example) -> bool:

@@ -34,6 +34,7 @@ from crab_jax.models.fused import KINDS
 from crab_jax.page import NONE, Html
 from crab_jax.progress import Progress
 from crab_jax.scoring import Judged
+from crab_jax.structured import read_json
 from crab_jax.tasks import TASKS
 from data_pipelines.datasets import VARIANTS
 from data_pipelines.decoded import read_mask
@@ -81,8 +82,8 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
 
     def same() -> bool:
         try:
-            return json.loads(file.read_text())["identity"] == description["identity"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_json(file, {"identity": {}})["identity"] == description["identity"]
+        except InputError:
             return False
 
     if not first:

@@ -1,5 +1,5 @@
 """What verbs write: files that are there whole or not at all, in folders that may be written to. And what they are
-given: text, and files that only stand in for the one that was meant."""
+given: files that only stand in for the one that was meant (structured.py reads the others)."""
 
 from __future__ import annotations
 
@@ -190,41 +190,3 @@ def refuse_stand_in(path: str | Path, field: str = "") -> None:
     if start.startswith((b"<!doctype html", b"<html")):
         raise InputError(str(path), field, "is a web page, not the file itself",
                          "download the file that the page links to (raw or resolve, not blob)")
-
-
-def refuse_utf16(data: bytes, where: str) -> None:
-    """Raise InputError for text of two bytes a character, as some editors and shells write it."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
-        raise InputError(where, "", "is UTF-16 text", "save it as UTF-8")
-
-
-def text_of_bytes(data: bytes, where: str) -> str:
-    """UTF-8 text without a byte order mark. Raises InputError that names the line, or UTF-16."""
-    refuse_utf16(data, where)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{where}:{number}", "", "is not UTF-8 text", "save it as UTF-8") from None
-
-
-def read_text(path: str | Path, field: str = "") -> str:
-    """The text of a UTF-8 file, without a byte order mark. Raises InputError, also for what only stands in for it."""
-    refuse_stand_in(path, field)
-    try:
-        return text_of_bytes(Path(path).read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(str(path), field, f"cannot be read ({error.strerror})", "check the path") from None
-
-
-def read_json(path: str | Path, field: str = "") -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError."""
-    try:
-        value = json.loads(read_text(path, field))
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(path), field, f"not valid JSON ({error})", "fetch or copy the file again") from None
-    if not isinstance(value, dict):
-        raise InputError(str(path), field, "is no JSON object", "fetch or copy the file again")
-    return value

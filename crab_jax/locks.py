@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from crab_jax.errors import InputError
 from crab_jax.files import out_folder
+from crab_jax.structured import strict_json
 
 LOCK = ".lock"
 BEAT_SECONDS = 20.0  # how often a lock is refreshed
@@ -87,7 +88,7 @@ def _owner_of(lock: Path) -> Owner | None:
     except FileNotFoundError:
         return None
     try:
-        found = Owner(**json.loads(text))
+        found = Owner(**strict_json(text.decode()))
         str(found), int(found.pid)
         return found
     except (ValueError, TypeError, OverflowError, OSError):

@@ -20,18 +20,23 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from crab_jax import overlay
+from crab_jax.bounds import Number, Text
 from crab_jax.errors import InputError
-from crab_jax.files import (
-    cut_tail,
-    end_of_lines,
-    refuse_stand_in,
-    refuse_utf16,
-    text_of_bytes,
-    write_whole,
-)
+from crab_jax.files import cut_tail, end_of_lines, write_whole
 from crab_jax.inference import Prediction
 from crab_jax.scoring import Answer
-from data_pipelines.examples import Example, strict_json
+from crab_jax.structured import (
+    LIST,
+    Either,
+    Null,
+    check,
+    json_line,
+    read_bytes,
+    refuse_utf16,
+    strict_json,
+    text_of_bytes,
+)
+from data_pipelines.examples import Example
 from data_pipelines.media import avss_palette, decode_runs, image_size, read_mask
 from data_pipelines.media.pictures import DEEP, open_picture
 
@@ -216,6 +221,11 @@ def _square(scores: np.ndarray) -> np.ndarray:
 
 # Lines.
 
+_ONE = Null(Either((Text(), Number())))
+# What tells which example a line of whatever program answers; what it answers is looked at when it is scored.
+LINE = {"id?": Text(1), "question_id?": _ONE, "qid?": _ONE, "image_path?": Null(Text()), "video_path?": Null(Text())}
+
+
 def read_rows(path: Path, own: bool = False) -> list[Row]:
     """The lines of a file. A last line that breaks off, which a killed program leaves, does not count; in a file of our
     `own` nothing does that follows the last whole line.
@@ -224,23 +234,22 @@ def read_rows(path: Path, own: bool = False) -> list[Row]:
     """
     if not path.is_file():
         raise InputError(str(path), "predictions", "no such file", "give a JSONL file of predictions")
-    refuse_stand_in(path, "predictions")
-    data = path.read_bytes()
+    data = read_bytes(path, "predictions", LIST)
     data = data[:end_of_lines(data)] if own else data
     refuse_utf16(data, str(path))
     whole = data.rfind(b"\n") + 1
     lines = text_of_bytes(data[:whole], str(path)).split("\n")
     with contextlib.suppress(ValueError):
         last = data[whole:].decode("utf-8-sig" if not whole else "utf-8")
-        lines += [last] if json.loads(last) is not None else []
+        lines += [last] if strict_json(last) is not None else []
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = strict_json(line) if line.strip() else None
-        except ValueError as error:
-            raise InputError(f"{path}:{number}", "", f"not valid JSON ({error})", "one object per line") from None
-        if row is not None and not isinstance(row, dict):
+        if not line.strip():
+            continue
+        row = json_line(line, f"{path}:{number}")
+        if not isinstance(row, dict):
             raise InputError(f"{path}:{number}", "", "is not a JSON object", "one object per line")
+        check(row, LINE, f"{path}:{number}")
         rows += [row] if row else []
     return rows
 

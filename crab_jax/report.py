@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +19,15 @@ import numpy as np
 from PIL import Image
 
 from crab_jax import charts, compile_cache, overlay, page, runs
-from crab_jax.bounds import PATH, Name, Whole
+from crab_jax.bounds import PATH, Choice, Name, Number, Text, Whole
 from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import read_text
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
 from crab_jax.models.crab import fuse_model
 from crab_jax.page import NONE, Html, Picture, Section, figure, score, table
 from crab_jax.scoring import PARSED
+from crab_jax.structured import Each, check, read_json, read_lines
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.text import normalise
 from data_pipelines import media, shards
@@ -238,25 +237,34 @@ def write(out_html: str | Path, data: ReportData) -> None:
 
 # The verb.
 
-def _read_json(path: Path, flag: str, fix: str) -> Any:
+METRICS = Each(Text(1, 200), Number())  # a line of metrics.jsonl
+SCORES = {"n": Whole(), "n_unparsed?": Whole(), "n_no_mask?": Whole(),
+          "intervals?": Each(Text(1, 200), (Number(), Number()))}
+_TASK = Choice(tuple(TASKS))
+RESULTS = {"tasks": Each(_TASK, SCORES), "baselines?": Each(Text(1, 100), Each(_TASK, SCORES))}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What evaluate wrote. Raises InputError, also for a metric that is no number."""
+    fix = "give the results.json of evaluate"
     if not path.is_file():
-        raise InputError(str(path), flag, "no such file", fix)
-    try:
-        return json.loads(read_text(path, flag))
-    except json.JSONDecodeError as error:
-        raise InputError(str(path), flag, f"not valid JSON ({error})", fix) from None
+        raise InputError(str(path), "--results", "no such file", fix)
+    results = read_json(path, RESULTS, "--results", fix)
+    for at, tasks in (("tasks", results["tasks"]), *results.get("baselines", {}).items()):
+        for name, row in tasks.items():
+            check({key: value for key, value in row.items() if key != "intervals"}, Each(Text(), Number()), str(path),
+                  f"{at}.{name}")
+    return results
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Answer a few examples, look at the router, and write the report."""
     run, root = Path(arguments.run), Path(arguments.data)
-    results = _read_json(Path(arguments.results), "--results", "give the results.json of evaluate")
-    if not isinstance(results, dict) or "tasks" not in results:
-        raise InputError(arguments.results, "tasks", "is missing", "give the results.json of evaluate")
+    results = read_results(Path(arguments.results))
     examples = runs.read_examples(root, arguments.split)
     model, params, config, tokenizer = runs.load_model(run)
     log = run / "metrics.jsonl"
-    metrics = [json.loads(line) for line in log.read_text().splitlines() if line] if log.is_file() else []
+    metrics = list(read_lines(log, METRICS, constants=True)) if log.is_file() else []
 
     shown = spread(examples, arguments.samples)
     # As `evaluate` answers; the layout of generation does not tell router weights.

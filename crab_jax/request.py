@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from crab_jax.bounds import Anything
 from crab_jax.errors import InputError
+from crab_jax.structured import read_json
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import fbank, media
@@ -54,10 +55,7 @@ def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
     """The records of a --samples file with absolute paths, and where each one stands. Raises InputError."""
     if not path.is_file():
         raise InputError(str(path), "--samples", "no such file", "give a JSON list of samples")
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(str(path), "--samples", f"not valid JSON ({error})", "write a list of objects") from None
+    records = read_json(path, Anything(), "--samples", "write a list of objects")
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
         raise InputError(str(path), "--samples", "is not a list of objects", 'write [{"task": "ave", ...}, ...]')
     found = []
@@ -65,7 +63,7 @@ def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
         record = {"second" if key == "idx" else key: value for key, value in record.items()}
         for key in record.keys() - {"second"}:
             if not isinstance(record[key], str):
-                raise InputError(f"{path}[{number}]", key, f"is {record[key]!r}, not text", "write it in quotes")
+                raise InputError(f"{path}[{number}]", key, f"is {record[key]!r:.60}, not text", "write it in quotes")
             if key.endswith("_path"):
                 record[key] = str(path.parent / record[key])
         found.append((record, f"{path}[{number}]"))

@@ -21,11 +21,14 @@ from ml_collections import ConfigDict
 
 from configs.common import base
 from crab_jax import optim, sharding
+from crab_jax.bounds import Anything, Choice, Text
 from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
-from crab_jax.config import data_config, model_config
+from crab_jax.compat import PRESETS
+from crab_jax.config import MODELS, bound_of, check_sizes, data_config, leaves, model_config
 from crab_jax.errors import InputError
-from crab_jax.files import json_object, out_folder, read_json, write_whole
+from crab_jax.files import json_object, out_folder, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
+from crab_jax.structured import Each, read_json
 from data_pipelines import datasets, fbank, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.examples import Example, learned, seg_source
@@ -37,6 +40,12 @@ FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_s
              "data.cache_dir", "data.allow_other", "mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
+_SECTION = Each(Text(1, 100), Anything())
+RUN_CONFIG = {"model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "sizes?": Each(Text(1, 100), _SECTION),
+              **{f"{section}?": _SECTION for section in ("data", "optim", "loss", "mesh")}}
+# What of a config decides the arrays of a run that is there; the bounds of its other keys may be younger than the run.
+_DECIDING = re.compile(r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
+                       r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)")
 TENTHS = fbank.WINDOW_COUNT["ten"]  # `second` of a video
 LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
 _log = logging.getLogger(__name__)
@@ -276,11 +285,25 @@ def save_description(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) ->
 
 
 def load_config(path: str | Path) -> ConfigDict:
-    """The config that a run or a packed model was made with."""
-    file = Path(path) / "config.json"
+    """The config that a run or a packed model was made with; keys younger than it have their defaults. Raises
+    InputError naming the file and the key."""
+    file, fix = Path(path) / "config.json", "copy the file again"
     if not file.is_file():
         raise InputError(str(path), "--checkpoint", "has no config.json", "give a --workdir of train or a packed model")
-    return ConfigDict(read_json(file))
+    found = traverse_util.flatten_dict(read_json(file, RUN_CONFIG), sep=".")
+    try:
+        config = ConfigDict(traverse_util.unflatten_dict(flat_config(base()) | found, sep="."))
+        wrong = next(((key, problem) for key, value in leaves(config) if _DECIDING.fullmatch(key)
+                      and not (value is None and key.startswith("sizes."))
+                      and (problem := bound_of(key).problem(value))), None)
+        if wrong:
+            raise InputError(str(file), wrong[0], f"is {found.get(wrong[0])!r:.60}", wrong[1])
+        check_sizes(model_config(config))
+    except InputError as error:
+        raise InputError(str(file), error.field, error.problem, error.fix) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a value where a section is, or the reverse
+        raise InputError(str(file), "", f"is no config of a run ({error!r:.80})", fix) from None
+    return config
 
 
 def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None

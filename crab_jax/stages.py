@@ -9,7 +9,6 @@ type with the stage's own config and --config.model=tiny. A finished stage is no
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import mean
@@ -23,6 +22,8 @@ from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.locks import locked
 from crab_jax.optim import split
 from crab_jax.recipe import command
+from crab_jax.report import METRICS
+from crab_jax.structured import read_lines
 from crab_jax.tasks import TASKS
 
 ADDED = (*common.QFORMERS, *common.LORA, *common.SEGMENTATION, *common.FOURIER)  # to encoders and language model
@@ -65,8 +66,7 @@ def fallen(run: Path) -> tuple[float, float]:
 
     Raises InputError if it has not fallen.
     """
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    values = [line["loss"] for line in lines if "loss" in line]
+    values = [line["loss"] for line in read_lines(run / "metrics.jsonl", METRICS, constants=True) if "loss" in line]
     quarter = max(1, len(values) // 4)
     first, last = mean(values[:quarter]), mean(values[-quarter:])
     if not last < first:

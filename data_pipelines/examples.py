@@ -5,22 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from crab_jax.errors import InputError
-from crab_jax.files import read_text, write_whole
+from crab_jax.files import write_whole
+from crab_jax.structured import json_line, read_text
 
 TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
 WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
 MASK_KINDS = ("none", "binary", "semantic")
-LONGEST_LINE = 2**24  # characters of one Example
-# Half of a pair that stands for one character, or a backslash before such letters.
-_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
-                   r"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,47 +88,6 @@ def to_json(example: Example) -> dict[str, Any]:
     record = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()
             if k in ("id", "task", "instruction") or v != getattr(defaults, k)}
-
-
-def strict_json(text: str, constants: bool = True) -> Any:
-    """The value of a JSON text. constants: accept NaN and Infinity, which are no JSON.
-
-    Raises ValueError also for what would be read as something else than was meant or could not be written again: a key
-    that an object has twice (one value would be lost), and half of a surrogate pair. Brackets thousands deep raise
-    RecursionError, which is turned into a ValueError.
-    """
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-            raise ValueError(f"the key {twice!r:.60} comes twice in one object")
-        return found
-
-    def refused(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        value = json.loads(text, object_pairs_hook=object_of, parse_constant=None if constants else refused)
-        if _HALF.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair") from None
-    except RecursionError:
-        raise ValueError("brackets too deep") from None
-    return value
-
-
-def json_line(line: str, where: str) -> Any:
-    """The JSON value of one line. Raises InputError naming `where`."""
-    fix = "write one JSON object per line"
-    if len(line) > LONGEST_LINE:
-        raise InputError(where, "", f"is a line of {len(line) >> 20} MB, of at most {LONGEST_LINE >> 20}", fix)
-    try:
-        return strict_json(line, constants=False)
-    except json.JSONDecodeError as error:
-        raise InputError(where, "", f"not valid JSON ({error.msg})", fix) from None
-    except ValueError as error:  # numbers of thousands of digits, too
-        raise InputError(where, "", f"not readable JSON ({str(error):.100})", fix) from None
 
 
 def read_jsonl(path: str | Path) -> list[Example]:

@@ -40,11 +40,12 @@ from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import write_whole
 from crab_jax.progress import Progress, on_stderr
+from crab_jax.structured import LIST, json_line, read_bytes
 from crab_jax.tasks import TASKS, arig, avqa
 from crab_jax.tasks.ave import SECONDS
 from data_pipelines import media, validate
 from data_pipelines.datasets import DATASETS, SPLITS
-from data_pipelines.examples import Example, json_line, write_jsonl
+from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.media import EMPTY_MASK, INLINE_MASK
 from data_pipelines.sources.audiocaps import PROMPT as SOUND_PROMPT
 from data_pipelines.sources.own import PICTURES, pictures
@@ -109,10 +110,7 @@ class Row:
 
 def read_text(path: Path, flag: str, say: Say) -> str:
     """The text of a file, as programs for tables save it: UTF-8, UTF-16 with its mark, or Western Windows (said)."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), flag, f"cannot be read ({error.strerror})", "give a file") from None
+    data = read_bytes(path, flag, LIST, "give a file")
     if data.startswith(b"PK\x03\x04"):
         raise InputError(str(path), flag, "is a workbook, not text", "save it as CSV UTF-8")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):

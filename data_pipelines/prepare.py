@@ -31,11 +31,12 @@ import av
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.bounds import PATH, Whole, Words
+from crab_jax.bounds import PATH, Text, Whole, Words
 from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.files import write_whole
 from crab_jax.locks import LOCK, locked
 from crab_jax.progress import Progress, on_stderr
+from crab_jax.structured import read_json, strict_json
 from data_pipelines import datasets, fbank, media, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
@@ -241,7 +242,7 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
         for medium, stamp in zip(shard.media, shard.stamps, strict=True):
             record = record_of(medium, stamp, Files(files.root, files.decoding))
             if record["error"]:
-                failed.append(str(shards.error_of(json.loads(str(record["error"])))))
+                failed.append(str(shards.error_of(strict_json(str(record["error"])))))
             data = shards.encode(record)
             size += len(data)
             places.append((data[:_HEAD], len(data), shards.checksum(data)))
@@ -275,6 +276,10 @@ def _locate(path: Path, written: Sequence[tuple[bytes, int, int]]) -> list[tuple
     return found
 
 
+_PLACE = (Whole(0, 2**63), Whole(0, 2**63), Whole(0, 2**64 - 1))
+NOTE = {**shards.SHARD, "record_bytes": Whole(0, 2**63), "of": Text(1, 200), "failed": [Text()], "places": [_PLACE]}
+
+
 def _note(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
@@ -288,10 +293,10 @@ def finished(settings: Settings, out: Path, shard: Shard) -> dict[str, Any] | No
     """The note of a shard that is there, whole, and made from what is there now; None for any other."""
     path = out / shard.file
     try:
-        note = json.loads(_note(path).read_text())
+        note = read_json(_note(path), NOTE)
         whole = note["of"] == shard.digest(settings) and path.stat().st_size == note["bytes"]
         return note if whole and _sha256(path) == note["sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):  # an InputError is one
         return None
 
 
@@ -303,15 +308,12 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
     plan = out / PLAN
     known: list[tuple[str, str]] = []
     if plan.is_file():
-        try:
-            old = json.loads(plan.read_text())
-            known = [(name, split) for name, split in old.pop("lists")]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(str(plan), "", "is damaged", "give an empty --out") from None
+        old = read_json(plan, {"lists": [(Text(), Text(1))]}, fix="give an empty --out")
+        known = [(name, split) for name, split in old.pop("lists")]
         ours = settings.as_json()
         for field, value in old.items():
             if ours.get(field) != value:
-                raise InputError(str(out), field, f"was prepared with {value!r}, not {ours.get(field)!r}",
+                raise InputError(str(out), field, f"was prepared with {value!r:.60}, not {ours.get(field)!r:.60}",
                                  "use the same options, or another --out")
     elif any(not path.name.startswith(LOCK) for path in out.iterdir()):
         raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")
@@ -350,7 +352,7 @@ def _leave_older_format(out: Path) -> None:
     """Remove the manifest of an older format, whose shards are all made anew: until then nothing can be read."""
     manifest = out / MANIFEST
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(manifest.read_text()).get("format") != shards.FORMAT:
+        if read_json(manifest).get("format") != shards.FORMAT:
             manifest.unlink()
 
 
@@ -497,7 +499,7 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
         print(f"cannot be decoded: {printable(line)}")
     if failed[10:]:
         print(f"and {len(failed) - 10} more")
-    manifest = json.loads((out / MANIFEST).read_text())
+    manifest = read_json(out / MANIFEST)
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(f"{out}: {manifest['records']} media, {size / 1e9:.2f} GB in {len(manifest['shards'])} shards")
 

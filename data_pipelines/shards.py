@@ -30,9 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
+from crab_jax.bounds import Choice, Flag, Inside, Text, Whole
 from crab_jax.errors import InputError
+from crab_jax.structured import Each, check, json_line, read_json, stream_lines, strict_json
 from data_pipelines import fbank, media, memory
-from data_pipelines.examples import Example, from_json, json_line, seg_source, to_json
+from data_pipelines.examples import Example, from_json, seg_source, to_json
 from data_pipelines.sources.release import Found, MissingFile
 
 FORMAT = 3
@@ -55,6 +57,16 @@ class Decoding(NamedTuple):
     video_frames: int
     pad_short_audio: bool
     clock: str = "shown"
+
+
+_COUNT = Whole(0, 2**48)
+SHARD = {"file": Inside(), "records": _COUNT, "bytes": _COUNT, "sha256": Text(64, 64)}
+MANIFEST_SCHEMA = {
+    "format": Whole(), "records": _COUNT, "shards": [SHARD], "variants": [Choice(("train", "test", "quick"))],
+    "decoding": {"image_size": Whole(1, 2**15), "video_frames": Whole(1, 1024), "pad_short_audio": Flag(),
+                 "clock?": Choice(("shown", "counted"))},
+    "datasets": Each(Text(1, 100), Each(Text(1, 100), Whole()))}
+ERROR = {"where": Text(), "field": Text(), "problem": Text(), "fix": Text(), "missing": Flag()}  # see `error_json`
 
 
 class Medium(NamedTuple):
@@ -207,14 +219,16 @@ class Shards:
     def __init__(self, root: str | Path):
         memory.keep_freed()
         self.root = Path(root)
-        self.manifest = _json(self.root / MANIFEST)
+        self.manifest = read_json(self.root / MANIFEST, {"format": Whole()}, fix="run prepare again")
         if self.manifest.get("format") not in (FORMAT, COUNTED):
             raise InputError(str(self.root / MANIFEST), "format", f"is {self.manifest.get('format')!r}, not {FORMAT}",
                              "prepare the data again with this version")
         if self.manifest.get(SUM, sum_of(self.manifest)) != sum_of(self.manifest):
             raise InputError(str(self.root / MANIFEST), SUM, "is not that of what it holds; it is damaged",
                              "run prepare again with the same options")
-        self.decoding = Decoding(**{"clock": "counted", **self.manifest["decoding"]})
+        check(self.manifest, MANIFEST_SCHEMA, str(self.root / MANIFEST))
+        self.decoding = Decoding(**{"clock": "counted", **{
+            field: value for field, value in self.manifest["decoding"].items() if field in Decoding._fields}})
         self._told = False
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
@@ -223,6 +237,8 @@ class Shards:
         _check_size(self.root / INDEX, places * PLACE.itemsize)
         self.check_file(INDEX)
         self._places = np.asarray(np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE))
+        if places and self._places["shard"].max() >= len(self.shards):
+            raise _damaged(self.root / INDEX, f"names a shard that {MANIFEST} does not have")
         self._keys = np.ascontiguousarray(self._places["key"])  # searchsorted would copy them at every look
         self._readers: dict[int, Any] = {}
         self._files: dict[int, io.FileIO] = {}
@@ -311,15 +327,15 @@ class Shards:
         if not path.is_file():
             raise InputError(str(path), "", "no such file", "run prepare again")
         self.check_file(examples_file(name, split, variant))
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                record = json_line(line, f"{path}:{number}")
-                if "error" not in record:
-                    yield from_json(record, f"{path}:{number}")
-                elif record["whole"]:
-                    raise error_of(record["error"])
-                else:
-                    yield error_of(record["error"])
+        for where, line in stream_lines(path):
+            record = json_line(line, where)
+            if not isinstance(record, dict) or "error" not in record:
+                yield from_json(record, where)
+                continue
+            check(record, {"error": ERROR, "whole": Flag()}, where)
+            if record["whole"]:
+                raise error_of(record["error"])
+            yield error_of(record["error"])
 
     def _pixels(self, record: Mapping[str, Any]) -> np.ndarray:
         size = self.decoding.image_size
@@ -343,7 +359,7 @@ class Shards:
         except (ValueError, IndexError, KeyError, RuntimeError, OSError) as error:
             raise _damaged(self.root / self.shards[number]["file"], f"record {row} cannot be read") from error
         if len(record["error"]):
-            raise error_of(json.loads(bytes(record["error"])), field)
+            raise error_of(strict_json(bytes(record["error"]).decode()), field)
         return record
 
     def _reader(self, number: int) -> Any:
@@ -362,13 +378,6 @@ class Shards:
 
 def _size(record: Mapping[str, Any]) -> tuple[int, int]:
     return record["width"], record["height"]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), "", f"cannot be read ({type(error).__name__})", "run prepare again") from None
 
 
 def _damaged(path: Path, problem: str) -> InputError:

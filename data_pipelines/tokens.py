@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from crab_jax.bounds import PATH, Whole
+from crab_jax.bounds import PATH, Anything, Text, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import read_json, read_text, refuse_stand_in, write_whole
+from crab_jax.files import refuse_stand_in, write_whole
+from crab_jax.structured import SETTINGS, Null, check, read_json, read_text, refuse_special
 from data_pipelines.examples import read_jsonl
 
 # The released order (models/unified_arch.py): ids are base vocabulary size + position in this tuple. The first 11 are
@@ -61,6 +63,10 @@ class Tokenizer:
         if first is None:
             backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
             backend.add_tokens([AddedToken(t, normalized=False) for t in MASK_TOKENS])
+        if len(set(backend.get_vocab().values())) < backend.get_vocab_size() or max(
+                backend.get_vocab().values()) >= self.base + 17:
+            raise InputError("tokenizer", "vocab", "has ids that are not those from 0 on, one a token",
+                             "use the tokenizer of the base model")
         expected = list(range(self.base, self.base + 17))
         if [backend.token_to_id(token) for token in SPECIAL_TOKENS + MASK_TOKENS] != expected:
             problem = "has some of the multimodal tokens already, in another order"
@@ -173,18 +179,29 @@ class Tokenizer:
         return Expanded(tokens, slots, loss_mask, positions)
 
 
+_ID = Whole(0, 2**24)
+TOKENIZER = {"model": {}, "added_tokens?": [{"id": _ID, "content": Text(1)}]}
+# A Unigram model has a list as its vocabulary. A long prefix is what the Rust library panics of.
+VOCABULARY = {"vocab?": Anything(), "type?": Null(Text(1)), "continuing_subword_prefix?": Null(Text(0, 2))}
+CONFIG = {"tokenizer_class?": Null(Text())}
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(str(path), "tokenizer", "no such file", "give a tokenizer.json or a LLaMA directory")
-    refuse_stand_in(path, "tokenizer")
+    check(read_json(path, TOKENIZER, "tokenizer")["model"], VOCABULARY, str(path), "model")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise InputError(str(path), "tokenizer", f"cannot be read ({error})", "give a tokenizer.json") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the Rust library raises plain Exception, and where it panics no Exception at all
+        raise InputError(str(path), "tokenizer", f"cannot be read ({' '.join(str(error).split()):.200})",
+                         "give a tokenizer.json") from None
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
+    refuse_special(folder / "tokenizer.model", "tokenizer", SETTINGS)
     refuse_stand_in(folder / "tokenizer.model", "tokenizer")
     import sentencepiece  # needed for the conversion only, and so is transformers, which is slow to import
     from transformers import LlamaTokenizer
@@ -218,7 +235,7 @@ def _merging_by_score(pieces: Any) -> models.BPE:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return read_json(path, "tokenizer") if path.is_file() else {}
+    return read_json(path, CONFIG, "tokenizer") if os.path.lexists(path) else {}
 
 
 def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: int = 640) -> None:

@@ -13,6 +13,7 @@ from crab_jax.errors import InputError
 from crab_jax.predictions import read_rows
 from crab_jax.request import read_samples
 from crab_jax.runs import load_config
+from crab_jax.structured import read_json
 from data_pipelines.examples import read_jsonl
 from data_pipelines.tokens import Tokenizer
 
@@ -77,7 +78,8 @@ def test_a_legacy_flag_that_is_no_flag_is_refused(golden, legacy, tmp_path):
 
 EXAMPLE = {"id": "é", "task": "avqa", "instruction": "?"}
 TEXTS = {"train.jsonl": (read_jsonl, EXAMPLE), "samples.json": (read_samples, [{"task": "ave"}]),
-         "config.json": (lambda path: load_config(path.parent), {"lr": "é"}), "any.json": (files.read_json, {"a": "é"})}
+         "config.json": (lambda path: load_config(path.parent), {"model": "tiny", "compat": "paper", "é": 1}),
+         "any.json": (read_json, {"a": "é"})}
 
 
 @pytest.mark.parametrize("name", TEXTS)

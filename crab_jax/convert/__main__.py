@@ -16,11 +16,12 @@ from crab_jax.bounds import Real, Whole, Wholes, path
 from crab_jax.compat import PRESETS
 from crab_jax.convert.exporting import FORMATS, export
 from crab_jax.convert.importing import Files, describe, import_weights, load_run_config
-from crab_jax.convert.released import COMPONENTS, Choices, read_json
+from crab_jax.convert.released import COMPONENTS, Choices
 from crab_jax.convert.verify import verify
-from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.errors import CommandLine, run_verb
 from crab_jax.locks import locked
 from crab_jax.models.fused import KINDS
+from crab_jax.structured import read_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,9 +77,7 @@ def main(arguments: argparse.Namespace) -> None:
         found = verify(a.checkpoint, a.outputs, a.prefix, a.max_kl, a.weights)
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     else:
-        heads = read_json(a.bert).get("num_attention_heads") if a.bert else 12
-        if not isinstance(heads, int):
-            raise InputError(str(a.bert), "num_attention_heads", f"is {heads!r}", "give BERT's config.json")
+        heads = read_json(a.bert, {"num_attention_heads": Whole(1, 1024)})["num_attention_heads"] if a.bert else 12
         files = Files(a.clip, a.llama, a.beats, tuple(a.crab), a.tokenizer, a.position_buffers, a.token_rows, a.state,
                       tuple(a.fresh), a.seed)
         choices = Choices(heads, a.taps, a.lora_alpha, a.low_res, a.dtype, a.compat)

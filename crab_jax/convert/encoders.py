@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from crab_jax.bounds import Whole
 from crab_jax.convert.keymap import Rule
 from crab_jax.errors import InputError
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.qformer import QFormerConfig
+from crab_jax.structured import check
 
 # Tensors of the released files that the model does not use: regular expression (full match) -> why.
 CLIP_IGNORED = {
@@ -114,6 +116,7 @@ def clip_config(config: Mapping[str, Any], taps: Iterable[int], dtype: str = "bf
                 where: str = "config.json") -> ClipConfig:
     """Sizes from a Hugging Face CLIP `config.json`. Raises InputError if a size is missing or the formula differs."""
     vision = config.get("vision_config", config)
+    check(vision, {}, where, "vision_config")
     formula = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     _require(where, formula | vision, formula)  # files often leave these defaults out
     return ClipConfig(taps=tuple(taps), dtype=dtype, **_sizes(where, vision, {
@@ -123,6 +126,7 @@ def clip_config(config: Mapping[str, Any], taps: Iterable[int], dtype: str = "bf
 
 def beats_config(cfg: Mapping[str, Any], dtype: str = "bfloat16", where: str = "BEATs cfg") -> BeatsConfig:
     """Sizes from the `cfg` of a BEATs file. Raises InputError if a size is missing or the formula differs."""
+    check(cfg, {}, where, "cfg")
     _require(where, cfg, {"layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True, "activation_fn": "gelu",
                           "relative_position_embedding": True, "conv_bias": False})
     return BeatsConfig(dtype=dtype, **_sizes(where, cfg, {
@@ -132,11 +136,15 @@ def beats_config(cfg: Mapping[str, Any], dtype: str = "bfloat16", where: str = "
         "max_distance": "max_distance"}))
 
 
+SIZE = Whole(1, 2**24)
+
+
 def _sizes(where: str, config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
     """Our field -> value of their field."""
     for theirs in names.values():
-        if not isinstance(config.get(theirs), int):
-            raise InputError(where, theirs, f"{config.get(theirs)!r} is not a size", "give the config of this model")
+        if not SIZE.fits(config.get(theirs)):
+            raise InputError(where, theirs, f"{config.get(theirs)!r:.60} is not a size",
+                             f"give the config of this model: {SIZE.wanted}")
     return {ours: config[theirs] for ours, theirs in names.items()}
 
 
@@ -144,4 +152,4 @@ def _require(where: str, config: Mapping[str, Any], values: Mapping[str, Any]) -
     """The formula that is implemented, said in the config's words."""
     for name, value in values.items():
         if config.get(name) != value:
-            raise InputError(where, name, f"{config.get(name)!r} is not supported", f"use a model with {value!r}")
+            raise InputError(where, name, f"{config.get(name)!r:.60} is not supported", f"use a model with {value!r}")

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from crab_jax.bounds import Real, Text, Whole
 from crab_jax.convert.keymap import Rule
 from crab_jax.errors import InputError
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
+from crab_jax.structured import Null, check
 
 PROJECTIONS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
 PEFT = "base_model.model."  # what PEFT puts before the names of the wrapped model
@@ -70,11 +72,18 @@ def lora_sizes(tensors: Mapping[str, Any], where: str = "checkpoint") -> tuple[i
     return shapes["lora_A"].pop(), shapes["lora_route"].pop()
 
 
+_SIZE = Whole(1, 2**24)
+LLAMA = {**dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                          "intermediate_size"), _SIZE),
+         "num_key_value_heads?": Null(_SIZE), "rms_norm_eps": Real(1e-12, 1), "rope_theta?": Null(Real(1, 1e12))}
+
+
 def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides: Any) -> LlamaConfig:
     """LlamaConfig from a Hugging Face config.json (model_type llama or qwen2). Raises InputError on other models."""
+    check(hf, {"model_type?": Null(Text()), "rope_parameters?": Null({})}, where)
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen2"):
-        raise InputError(where, "model_type", f"{kind!r} is not supported", "give a LLaMA or Qwen2 directory")
+        raise InputError(where, "model_type", f"{kind!r:.60} is not supported", "give a LLaMA or Qwen2 directory")
     rope = hf.get("rope_parameters") or {}  # where newer transformers keep rope_theta and the scaling
     unsupported = {field: hf[field] for field in ("rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias",
                                                   "use_sliding_window") if hf.get(field)}
@@ -83,12 +92,14 @@ def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides:
     for field, value in unsupported.items():
         fix = "give a model whose lm_head has a matrix of its own, as LLaMA-2's has: Crab trains the two apart" \
             if field == "tie_word_embeddings" else "give a model without it"
-        raise InputError(where, field, f"{value!r} is not supported", fix)
+        raise InputError(where, field, f"{value!r:.60} is not supported", fix)
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "rms_norm_eps")
     for field in needed:
         if field not in hf:
             raise InputError(where, field, "it is missing", "give the config.json of the model's own directory")
+    check(hf, LLAMA, where)
+    check(rope, {"rope_theta?": LLAMA["rope_theta?"]}, where, "rope_parameters")
     vocab_size, hidden, layers, heads, mlp_dim, rms_eps = (hf[field] for field in needed)
     fields = dict(
         vocab_size=vocab_size, hidden=hidden, layers=layers, heads=heads, mlp_dim=mlp_dim, rms_eps=rms_eps,

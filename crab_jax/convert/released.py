@@ -29,13 +29,13 @@ from crab_jax.convert.keymap import Rule
 from crab_jax.convert.llama import LLAMA_IGNORED, PEFT, llama_config, llama_rules, lora_rules, lora_sizes, vocab_rules
 from crab_jax.convert.mask_decoder import position_rules, seg_rules
 from crab_jax.errors import InputError
-from crab_jax.files import read_json
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig
 from crab_jax.models.qformer import QFormerConfig
+from crab_jax.structured import read_json
 
 COMPONENTS = ("vl_projector", "al_projector", "lora", "seg_module")  # what Crab's files bring, and `fresh` may name
 SEG = f"{PEFT}model.seg_module."
@@ -171,12 +171,12 @@ def _seg_frame(llama: LlamaConfig, clip: ClipConfig, choices: Choices) -> dict[s
 def read_config(clip: Path, llama: Path, beats: Source, given: Mapping[str, Source], vocab_size: int,
                 choices: Choices) -> CrabConfig:
     """CrabConfig of the files; components that Crab's files lack get the default sizes. Raises InputError."""
-    vision = read_json(clip / "config.json")
+    vision = read_json(clip / "config.json", {"vision_config?": {}})
     layers = vision.get("vision_config", vision).get("num_hidden_layers")
-    taps = choices.taps or DEFAULT_TAPS.get(layers)
+    taps = choices.taps or (DEFAULT_TAPS.get(layers) if isinstance(layers, int) else None)
     if taps is None:
-        raise InputError(str(clip / "config.json"), "num_hidden_layers", f"the taps of {layers} layers are not known",
-                         "give --taps A,B,C")
+        raise InputError(str(clip / "config.json"), "num_hidden_layers",
+                         f"the taps of {layers!r:.40} layers are not known", "give --taps A,B,C")
     clip_cfg = clip_config(vision, taps, choices.dtype, str(clip / "config.json"))
     metadata = beats.tensors.metadata if isinstance(beats.tensors, torch_file.LazyTensors) else {}
     beats_cfg = beats_config(metadata.get("cfg", {}), choices.dtype, beats.where)

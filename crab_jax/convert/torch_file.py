@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import io
 import itertools
-import json
 import math
 import os
 import pickle
@@ -24,7 +23,8 @@ import ml_dtypes
 import numpy as np
 
 from crab_jax.errors import InputError
-from crab_jax.files import read_json, refuse_stand_in
+from crab_jax.files import refuse_stand_in
+from crab_jax.structured import safetensors_header, shard_index
 
 _DTYPES = {
     "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
@@ -299,14 +299,8 @@ def read_model_dir(folder: str | Path) -> LazyTensors:
 
 
 def _read_shards(index: Path, reader: Callable[[Path], LazyTensors]) -> LazyTensors:
-    try:
-        files: dict[str, str] = read_json(index)["weight_map"]
-        shards = {file: reader(index.parent / file) for file in sorted(set(files.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(str(index), "weight_map", f"it is no index of shards ({error!r})",
-                         "fetch the file again") from error
+    files = shard_index(index)
+    shards = {file: reader(index.parent / file) for file in sorted(set(files.values()))}
     for name, file in files.items():
         if name not in shards[file]:
             raise InputError(str(index.parent / file), name, "the index names this tensor but the shard lacks it",
@@ -325,27 +319,11 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 def read_safetensors(path: str | Path) -> LazyTensors:
     """Tensors of one safetensors file, memory-mapped one by one. Raises InputError when it is missing or damaged."""
     path = Path(path)
-    refuse_stand_in(path)
+    header, metadata, start = safetensors_header(path)
     tensors = {}
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        for name, entry in header.items():
-            first, end = entry["data_offsets"]
-            dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if not 0 <= first <= end <= size - 8 - length:
-                raise ValueError(f"the record {name!r} ends after the file")
-            if end - first != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-                raise ValueError(f"the record {name!r} has {end - first} bytes for shape {shape}")
-            strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
-            storage = _Storage(_Record(path, 8 + length + first, end - first), dtype)
-            tensors[name] = _Tensor(storage, dtype, 0, shape, strides).build
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(str(path), "", f"it cannot be read as safetensors ({error})",
-                         "fetch the file again, or give a directory that holds the whole model") from error
+    for name, entry in header.items():
+        (first, end), dtype, shape = entry["data_offsets"], _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+        storage = _Storage(_Record(path, start + first, end - first), dtype)
+        tensors[name] = _Tensor(storage, dtype, 0, shape, strides).build
     return LazyTensors(tensors, metadata)

@@ -38,8 +38,8 @@ def is_whole(value: Any, low: int, high: int) -> bool:
 
 def is_number(value: Any, low: float, high: float) -> bool:
     """Whether a value is a finite number in [low, high]."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and (
-        low <= value <= high)
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and (
+        math.isfinite(value))
 
 
 def is_list(value: Any, holds: Callable[[Any], bool], least: int = 0) -> bool:

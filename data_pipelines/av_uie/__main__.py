@@ -25,6 +25,7 @@ from crab_jax.bounds import PATH, Name, Real, Whole
 from crab_jax.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.files import out_file, write_whole
 from crab_jax.progress import Progress, on_stderr
+from crab_jax.structured import read_text, strict_json
 from data_pipelines import datasets
 from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
 from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, select, write_jsonl
@@ -134,7 +135,7 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key-env", default="AV_UIE_API_KEY", metavar="NAME",
                         help="environment variable that holds the key; unset for a server without one "
                         "(default: AV_UIE_API_KEY)")
-    parser.add_argument("--parameters", type=json.loads, default=annotate.PARAMETERS, metavar="JSON",
+    parser.add_argument("--parameters", type=strict_json, default=annotate.PARAMETERS, metavar="JSON",
                         help=f"of the request (default: {json.dumps(annotate.PARAMETERS)})")
     parser.add_argument("--journal", type=PATH, metavar="FILE", help="answers received (default: <out>.journal)")
     parser.add_argument("--workers", type=Whole(1), default=8, help="requests at a time (default: 8)")
@@ -266,10 +267,7 @@ def _ids(path: str | None, examples: Sequence[Example]) -> set[str]:
     """The ids in a file of decisions."""
     if path is None:
         return set()
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, "", f"cannot be read ({type(error).__name__})", "give ids, one a line") from None
+    lines = read_text(path).splitlines()
     ids = {line.strip() for line in lines if line.strip()}
     shown = {printable(example.id): example.id for example in examples}  # as the review page shows them
     ids = {shown.get(name, name) for name in ids}

@@ -33,8 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from crab_jax.bounds import Flag, Text, Whole
 from crab_jax.errors import InputError
 from crab_jax.locks import locked_file
+from crab_jax.structured import LIST, check, read_bytes, refuse_special, strict_json
 from data_pipelines.av_uie import labels, prompts, verify
 from data_pipelines.av_uie.prompts import Messages
 from data_pipelines.examples import Example
@@ -113,6 +115,10 @@ class Stopped(Exception):
     """The run was asked to stop before this request was sent."""
 
 
+JOURNAL = {"id": Text(1), "request": Text(1, 200), "lost?": Text()}  # a line of the journal
+ANSWER = {**JOURNAL, "text": Text(most=2**22), "tokens_in": Whole(), "tokens_out": Whole(), "estimated": Flag()}
+
+
 class Journal:
     """The append-only JSONL file of all answers. One process at a time; a record is on disk when `add` returns.
 
@@ -124,6 +130,8 @@ class Journal:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock, self._held = threading.Lock(), contextlib.ExitStack()
+        if os.path.lexists(self.path):
+            refuse_special(self.path, "--journal", LIST)
         self._held.enter_context(locked_file(self.path, "--journal"))
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self.answers: dict[tuple[str, str], Reply] = {}
@@ -131,14 +139,16 @@ class Journal:
         self._load()
 
     def _load(self) -> None:
-        data = self.path.read_bytes()
+        data = read_bytes(self.path, "--journal", LIST)
         end = data.rfind(b"\n") + 1
         if end < len(data):
             os.ftruncate(self._file, end)
         for number, line in enumerate(data[:end].splitlines(), 1):
             try:
-                self._keep(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+                record = strict_json(line.decode())
+                check(record, JOURNAL if "lost" in record else ANSWER, f"{self.path}:{number}")
+                self._keep(record)
+            except (ValueError, TypeError):
                 self.close()
                 raise InputError(f"{self.path}:{number}", "", "is no record of this journal",
                                  "remove the line; the answer in it is asked for again") from None
@@ -297,7 +307,7 @@ class Client:
 
     def _reply(self, data: str, messages: Messages) -> Reply:
         try:
-            content = json.loads(data)
+            content = strict_json(data)
             text = content["choices"][0]["message"]["content"]
             usage = content.get("usage") or {}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

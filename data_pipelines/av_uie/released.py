@@ -13,6 +13,7 @@ with its label is for verify.py to say, not for the reader.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from crab_jax.errors import InputError
+from crab_jax.structured import read_bytes, refuse_special
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
 from data_pipelines.av_uie import labels
@@ -31,6 +33,7 @@ ZIPS = {"ave": ("ave",), "avvp": ("avvp",), "music_avqa": ("avqa",), "arig": ("a
 SUFFIX = "_converted_label"
 _DOCUMENTED = ("ave", "avvp", "music_avqa")
 _LARGEST = 100_000  # bytes of one text; the released ones have a few hundred
+_LARGEST_ZIP, _UNPACKED, _MEMBERS = 2**27, 2**30, 10**6  # bytes of a zip, of all its texts, and how many they may be
 _SHOWN = 5  # problems named in an error
 
 
@@ -74,7 +77,8 @@ def read(path: str | Path, name: str = "", strict: bool = True) -> Labels:
             except UnicodeDecodeError as error:
                 problem = f"is not UTF-8 at byte {error.start}"
             else:
-                problem = "is empty" if not text else "is there twice" if stem in texts else None
+                problem = ("is empty" if not text else "holds zeros" if "\0" in text else "is there twice"
+                           if stem in texts else None)
         if problem:
             problems.append(f"{entry} {problem}")
         else:
@@ -106,20 +110,30 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             entry = file.relative_to(above).as_posix()
             if not _of_macos(entry):
-                yield entry, file.read_bytes() if file.stat().st_size <= _LARGEST else "is too large for a label"
+                if not os.path.realpath(file).startswith(os.path.realpath(path) + os.sep):
+                    yield entry, "is a link out of the folder"
+                else:
+                    yield entry, read_bytes(file) if file.stat().st_size <= _LARGEST else "is too large for a label"
         return
+    if not path.exists():
+        raise InputError(str(path), "", "no such file", "give the released zip, or its unpacked folder")
+    refuse_special(path, "", _LARGEST_ZIP, "give the released zip, or its unpacked folder")
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
+            infos = archive.infolist()
+            if len(infos) > _MEMBERS or sum(info.file_size for info in infos) > _UNPACKED:
+                raise InputError(str(path), "", f"holds {len(infos):,} files, or more than {_UNPACKED:,} bytes in all",
+                                 "download it again")
+            for info in infos:
                 if info.is_dir() or _of_macos(info.filename):
                     continue
                 if info.flag_bits & 1 or info.file_size > _LARGEST:
                     yield info.filename, "is encrypted" if info.flag_bits & 1 else "is too large for a label"
                 else:
                     yield info.filename, archive.read(info)
-    except FileNotFoundError:
-        raise InputError(str(path), "", "no such file", "give the released zip, or its unpacked folder") from None
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, ValueError) as error:
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, RuntimeError, zlib.error, OSError, EOFError, NotImplementedError, ValueError) as error:
         raise InputError(str(path), "", f"cannot be read as a zip ({error})", "download it again") from None
 
 

@@ -11,11 +11,11 @@ audio_data/<video_id>.mp3.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 
+from crab_jax.structured import strict_json
 from crab_jax.tasks import avqa
 from crab_jax.tasks.text import normalise
 from data_pipelines.examples import Example
@@ -83,10 +83,11 @@ def _listed(row: Row, field: str, length: int | None = None) -> list[str]:
     values = row.values.get(field)
     if not isinstance(values, list):
         try:
-            values = json.loads(row.text(field))
-        except (ValueError, RecursionError):
+            values = strict_json(row.text(field))
+        except ValueError:
             values = None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or (
             length is not None and len(values) != length):
-        raise row.error(field, f"is {row.values[field]!r:.60}", 'must be a JSON list of texts, such as ["Audio", ...]')
+        raise row.error(field, f"is {row.values.get(field)!r:.60}",
+                        'must be a JSON list of texts, such as ["Audio", ...]')
     return values

@@ -16,8 +16,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from crab_jax.errors import InputError
+from crab_jax.structured import json_line
 from crab_jax.tasks import TASKS
-from data_pipelines.examples import TASK_NAMES, Example, from_json, json_line
+from data_pipelines.examples import TASK_NAMES, Example, from_json
 from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 

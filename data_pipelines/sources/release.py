@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crab_jax.errors import InputError
-from data_pipelines.examples import Example, json_line, strict_json
+from crab_jax.structured import LIST, json_line, read_bytes, strict_json
+from data_pipelines.examples import Example
 
 Found = Example | InputError
 T = TypeVar("T")
@@ -168,10 +169,7 @@ class Release:
         if not self._contains(path):
             raise InputError(str(path), "", "is a link out of the data root",
                              "put the file there, or link the dataset's whole folder")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(str(path), "", f"cannot be read ({error.strerror})", _AGAIN) from None
+        data = read_bytes(path, "", LIST, _AGAIN)
         if not data.strip():
             raise InputError(str(path), "", "is empty", _AGAIN)
         try:
@@ -250,7 +248,7 @@ class Release:
 
     def _parsed(self, name: str, text: str) -> Any:
         try:
-            return strict_json(text)
+            return strict_json(text, constants=True)
         except json.JSONDecodeError as error:
             raise InputError(f"{self.base / name}:{error.lineno}", "", f"not valid JSON ({error.msg})",
                              "copy the file again") from None

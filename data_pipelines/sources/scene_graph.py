@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from crab_jax.bounds import Choice, Real, Text, Whole
 from crab_jax.errors import InputError
 from crab_jax.files import write_whole
+from crab_jax.structured import Null, read_json
 
 KINDS = ("piano", "drum", "violin", "flute", "accordion", "trumpet")
 CLASS_IDS = dict(zip(KINDS, (47, 19, 68, 24, 1, 63), strict=True))  # AVSBench-semantic
@@ -175,15 +177,22 @@ def save(path: Path, scene: Scene) -> None:
     write_whole(path, json.dumps(record) + "\n")  # it appears only when the scene is complete
 
 
+_NUMBER, _INTERVAL = Real(-1e6, 1e6), Null((Whole(0, SECONDS), Whole(0, SECONDS)))
+_THING = {"kind": Choice(tuple(KINDS)), "slot": Null(Text()), "visible": _INTERVAL, "sounding": _INTERVAL,
+          **dict.fromkeys(("x", "y", "size", "loudness", "pitch", "phase"), _NUMBER),
+          "boxes": (Null((_NUMBER,) * 4),) * SECONDS}
+SCENE = {"split": Choice(SPLITS), "index": Whole(), "seed": Whole(), "things": [_THING]}
+
+
 def load(path: str | Path) -> Scene:
     """Scene of a scene.json file. Raises InputError when it is missing or not one."""
     fix = "write the scenes again with `python -m data_pipelines.sources.scenes`"
     try:
-        record = json.loads(Path(path).read_text())
+        record = read_json(path, SCENE, fix=fix)
         return Scene(record["split"], record["index"], record["seed"], tuple(map(_thing, record["things"])))
-    except FileNotFoundError:
-        raise InputError(str(path), "", "no such file", fix) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except InputError as error:
+        raise InputError(error.where, error.field, f"not a scene ({error.problem})", fix) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(str(path), "", f"not a scene ({error!r:.80})", fix) from None
 
 

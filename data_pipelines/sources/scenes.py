@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.bounds import PATH, Whole
+from crab_jax.bounds import PATH, Choice, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.locks import locked
 from crab_jax.progress import Progress
+from crab_jax.structured import Each, read_json
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.sources.scene_graph import KINDS, LEVELS, SECONDS, SPLITS, Scene, Thing, load, sample, scene_table
@@ -185,7 +186,7 @@ def load_split(root: str | Path, split: str) -> list[Scene]:
     marker = Path(root) / "scenes.json"
     if not marker.is_file():
         raise InputError(str(marker), "", "no such file", "write scenes with `python -m data_pipelines.sources.scenes`")
-    counts = json.loads(marker.read_text())["counts"]
+    counts = read_json(marker, {"counts": Each(Choice(SPLITS), Whole())})["counts"]
     if split not in counts:
         raise InputError(str(marker), "counts", f"no split {split!r}", f"use one of {', '.join(counts)}")
     return [load(Path(root) / split / f"{i:06d}" / "scene.json") for i in range(counts[split])]
@@ -244,7 +245,7 @@ def write(out: str | Path, counts: Mapping[str, int], seed: int = 0, workers: in
                          f"give numbers >= 0 for {', '.join(SPLITS)} and a seed >= 0")
     settings = {"format": FORMAT, "seed": seed, "counts": {s: counts[s] for s in SPLITS if s in counts}}
     marker = out / "scenes.json"
-    state = json.loads(marker.read_text()) if marker.is_file() else None
+    state = read_json(marker) if marker.is_file() else None
     if state == settings | {"complete": True}:
         return
     if state and state != settings | {"complete": False}:
