@@ -62,8 +62,8 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
     Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
 
-    A loss, a gradient or what would be applied (new parameters and moments) that is not finite changes no parameter and
-    no moment and sets the metric `skipped` to 1; the step and the schedule's count go on.
+    A loss or gradient that is not finite changes no parameter and no moment and sets the metric `skipped` to 1; the
+    step and the schedule's count go on.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
@@ -98,9 +98,9 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
 
     norm = optax.global_norm(grads)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
+    trainable, opt = optim.apply(tx, grads, state.opt, state.trainable, sound)
     metrics |= {"grad_norm": norm, "tokens": batch.text_mask.sum(), "slots": batch.text_mask.size,
-                "skipped": (~taken).astype(jnp.int32)}
+                "skipped": (~sound).astype(jnp.int32)}
     return TrainState(state.step + 1, trainable, opt), metrics
 
 
@@ -218,12 +218,6 @@ class SkipGuard:
         self.pending.append((step, metrics, batch))
         self.settle(RUN_AHEAD)
 
-    @staticmethod
-    def cause(metrics: dict[str, Any]) -> str:
-        """What to add where loss and gradient are numbers, and the step was skipped all the same."""
-        fine = np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["grad_norm"]))
-        return "; the parameters or moments after it would not be finite" if fine else ""
-
     def settle(self, ahead: int = 0) -> None:
         """Wait until at most `ahead` dispatched steps are unfinished."""
         while len(self.pending) > ahead:
@@ -233,12 +227,11 @@ class SkipGuard:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
                 distributed.say(f"step {step} skipped: loss {float(metrics['loss'])}, "
-                                f"gradient norm {float(metrics['grad_norm'])}{self.cause(metrics)}")
+                                f"gradient norm {float(metrics['grad_norm'])}")
             if self.in_a_row == self.limit:
                 file = save_batch(self.workdir, step, batch, self.examples)
-                raise InputError(str(file), "loss", "the loss, its gradient or the parameters it leads to were not "
-                                 f"finite in {self.limit} steps up to {step}; this is the last one's batch",
-                                 "look at it with "
+                raise InputError(str(file), "loss", f"the loss or its gradient was not finite in {self.limit} steps up "
+                                 f"to {step}; this is the last one's batch", "look at it with "
                                  "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
                                  "are in the .jsonl beside it), then correct the data or lower optim.lr")
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from crab_jax import optim
@@ -58,37 +57,13 @@ def test_clipping_bounds_the_first_update_direction():
     np.testing.assert_allclose(big["w"], unit["w"], rtol=1e-5)
 
 
-def test_one_value_that_is_no_number_is_seen_in_any_leaf():
-    tree = {"a": jnp.ones((2, 3)), "b": (jnp.int32(3), jnp.zeros(4, jnp.bfloat16))}
-    assert bool(optim.all_finite(tree)) and bool(optim.all_finite({"n": jnp.int32(1)}))
-    for value in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not bool(optim.all_finite({**tree, "c": jnp.zeros(5).at[4].set(value)}))
-        assert not bool(optim.all_finite({**tree, "b": (jnp.int32(1), jnp.zeros(4, jnp.bfloat16).at[0].set(value))}))
-
-
-def huge(opt):
-    """A momentum that makes the next update infinite, while it is finite itself."""
-    full = jax.tree.map(lambda x: jnp.full_like(x, 1e38), optax.tree_utils.tree_get(opt, "mu"))
-    return optax.tree_utils.tree_set(opt, mu=full, nu=jax.tree.map(jnp.zeros_like, full))
-
-
-def infinite(opt):
-    full = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), optax.tree_utils.tree_get(opt, "nu"))
-    return optax.tree_utils.tree_set(opt, nu=full)
-
-
-@pytest.mark.parametrize("ruin", [huge, infinite])
-def test_a_step_after_which_a_value_would_not_be_finite_is_not_taken(ruin):
+def test_a_step_that_is_not_sound_changes_nothing_but_its_count():
     tx = optim.optimizer(optim.OptimConfig(lr=1.0, schedule="constant", clip_norm=0.0), 10)
     params = {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(4)}
-    grads = jax.tree.map(lambda x: x * 0, params) if ruin is huge else params
-    step = jax.jit(lambda opt, sound: optim.apply(tx, grads, opt, params, sound))
-    _, opt, taken = step(tx.init(params), jnp.bool_(True))
-    assert bool(taken)
-    ruined = ruin(opt)
-    kept, after, taken = step(ruined, jnp.bool_(True))
-    assert not bool(taken) and jax.tree.all(jax.tree.map(np.array_equal, kept, params))
-    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(ruined), strict=True):
-        assert np.array_equal(new, old + (new.dtype == np.int32)), "moments stay, the schedule goes on"
-    new, _, taken = step(opt, jnp.bool_(False))
-    assert not bool(taken) and jax.tree.all(jax.tree.map(np.array_equal, new, params)), "a loss that is none"
+    step = jax.jit(lambda opt, sound: optim.apply(tx, params, opt, params, sound))
+    new, opt = step(tx.init(params), jnp.bool_(True))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, step(opt, jnp.bool_(True))[0], params))
+    kept, after = step(opt, jnp.bool_(False))
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, params))
+    for now, old in zip(jax.tree.leaves(after), jax.tree.leaves(opt), strict=True):
+        assert np.array_equal(now, old + (now.dtype == np.int32)), "moments stay, the schedule goes on"
