@@ -32,10 +32,10 @@ Events = list[list[Any]]  # [[name, start, end], ...]
 
 def _is_event(event: Any) -> bool:
     return is_list(event, lambda part: True, 3) and len(event) == 3 and is_text(event[0]) and all(
-        is_whole(second, 0, SECONDS) for second in event[1:]) and event[1] <= event[2]
+        is_whole(second, 0, SECONDS) for second in event[1:])
 
 
-_EVENTS = Field(f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}, no end before its start",
+_EVENTS = Field(f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}",
                 lambda value, meta: is_list(value, _is_event))
 LABEL = {"audio": _EVENTS, "visual": _EVENTS}
 
