@@ -545,7 +545,7 @@ def rows(corpus: Corpus) -> None:
     corpus.line("infinity", text + ', "id": "i", "meta": {"end": -Infinity}}', "-Infinity is no number")
     corpus.line("deep", text + ', "id": "d", "meta": ' + "[" * 100_000 + "]" * 100_000 + "}", "brackets too deep|JSON")
     corpus.line("long", text + f', "id": "long", "target": "{"x" * 17_000_000}"}}', "line of 16 MB")
-    corpus.line("digits", text + f', "id": "digits", "second": {"9" * 5000}}}', "4300 digits")
+    corpus.line("digits", text + f', "id": "digits", "second": {"9" * 5000}}}', "5000 digits")
     corpus.line("half a character", text + r', "id": "\ud83d"}', "half of a surrogate pair")
     corpus.row("whole character", "", "", **{**good, "target": "\U0001f3bb"})  # written as two halves
     corpus.row("number for text", "is int 3", "target", **{**good, "target": 3})
@@ -611,7 +611,7 @@ ANNOTATIONS: list[tuple[str, str, str, bytes | None, str]] = [
     ("ref_avs/metadata.csv", "ref_avs", "train",
      b'vid,uid,split,fid,exp\r\n-8mcyL3kWNQ_8000_18000,-8mcyL3kWNQ_8000_18000_cat_1,train,11,"the cat, left"\r\n',
      "missing: .*-8mcyL3kWNQ_8000_18000/"),
-    ("valor/desc_train.json", "valor", "train", b'[{"video_id": ' + b"9" * 5000 + b"}]", "4300 digits"),
+    ("valor/desc_train.json", "valor", "train", b'[{"video_id": ' + b"9" * 5000 + b"}]", "5000 digits"),
     ("valor/desc_val.json", "valor", "val", b'[["video_id", "desc"]]', "not an object"),
     ("valor/desc_test.json", "valor", "test", PIPE, "missing: no such annotation file"),
     ("video_llava/valley_.json", "video_llava", "train",
