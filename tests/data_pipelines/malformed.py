@@ -618,7 +618,7 @@ ANNOTATIONS: list[tuple[str, str, str, bytes | None, str]] = [
      b'[{"id": {}, "video": "../x.mp4", "conversations": [{"value": "a"}, {"value": "b"}]}]', "leaves the data root"),
     ("audiocaps/train.csv", "audiocaps", "train", b"audiocap_id,youtube_id,start_time,caption\n1,\0,0,x\n",
      "is '.x00'"),
-    ("audiocaps/val.csv", "audiocaps", "val", b"<html><body>Sign in</body></html>\n", "no such column"),
+    ("audiocaps/val.csv", "audiocaps", "val", b"<html><body>Sign in</body></html>\n", "is a web page"),
     ("audiocaps/test.json", "audiocaps", "test", b'[{"audiocap_id": 1.5, "youtube_id": "r1nicOVtvkQ", "caption": "x"}]',
      "is 1.5"),
     ("lvis/lvis_v1_train.json", "lvis", "train", b'{"images": [], "categories": [], "annotations": [{"area": NaN}]}',
