@@ -227,7 +227,7 @@ def retimed(source, target, moved):
     (".ts", lambda kind, at: 2**33 / 90000 - 6, ""),  # the counter of MPEG starts anew in the middle
 ])
 def test_times_of_nonsense_neither_silence_a_clip_nor_fill_the_memory(tmp_path, ending, moved, said, monkeypatch):
-    monkeypatch.setenv("CRAB_JAX_MEDIA_LIMITS", "hours=1000")
+    monkeypatch.setenv("CRAB_JAX_MEDIA_LIMITS", "hours=1000 gigasamples=100")
     source = write_clip(tmp_path / f"source{ending}", steady(10), beep(10, 7.1, 7.9))
     path = retimed(source, tmp_path / f"odd{ending}", moved)
     found, heard = media.timing(path), media.hear(path)
