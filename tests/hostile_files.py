@@ -303,6 +303,11 @@ def try_contents(kind: Kind, folder: Path, tally: Tally) -> None:
         # A list of no lines is empty, which is for the verb to say; so is one that is cut off between two lines.
         lenient = name in kind.lenient or kind.lines and name in ("empty", "blank", "half")
         tally.add(kind.name, name, verdict(kind.read, path, lenient))
+    try_places(kind, folder, tally)
+
+
+def try_places(kind: Kind, folder: Path, tally: Tally) -> None:
+    """What stands where a file should, and is none."""
     for name, place in PLACES.items():
         path = file_of(kind, folder)
         place(path)
@@ -395,12 +400,7 @@ def try_weights(folder: Path, tally: Tally) -> None:
         path = file_of(kind, folder)
         path.write_bytes(make())
         tally.add(kind.name, name, verdict(kind.read, path))
-    for name, place in PLACES.items():
-        path = file_of(kind, folder)
-        place(path)
-        tally.add(kind.name, name, verdict(kind.read, path))
-        if path.is_file() and not path.is_symlink():
-            path.unlink()
+    try_places(kind, folder, tally)
 
 
 # Indices: the files that they name.
