@@ -208,7 +208,11 @@ def refuse_writes(monkeypatch, error: OSError = FULL) -> None:
         self.touch()  # a full disk makes the file and takes nothing
         raise error
 
+    def fsync(descriptor):
+        raise error  # or says so when it is asked to keep what it took
+
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 def test_a_full_disk_is_told_before_the_work_and_leaves_nothing(tmp_path, monkeypatch):

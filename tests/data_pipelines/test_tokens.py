@@ -97,9 +97,11 @@ def test_mask_positions_predict_the_mask_tokens_of_the_target(tokenizer):
 def test_bad_tokenizers(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         Tokenizer.load(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="cannot be read"):
-        Tokenizer.load(tmp_path)
+    for content, problem in (("{}", r"tokenizer.json \[model\]: is missing"), ('{"model": {}}', "tokenizer.json"),
+                             ("{", "not valid JSON")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match=problem):
+            Tokenizer.load(tmp_path)
 
 
 def test_command_line_trains_from_examples(tmp_path):
