@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from crab_jax import compile as verb
+from crab_jax.config import resolve
 
 STAGES = ("finetune", "pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune_avs", "finetune:prefill",
           "finetune:decode")
@@ -25,7 +26,7 @@ def report(stage: str, topology: str, out: Path) -> dict:
     file = out / f"{stage}-{topology}.json".replace(":", "_")
     if not file.exists():
         name, _, kind = stage.partition(":")
-        config = importlib.import_module(f"configs.{name}").get_config()
+        config = resolve(importlib.import_module(f"configs.{name}").get_config())
         devices = verb.topology_devices(topology)
         found, _ = verb.measure(config, topology, devices, verb.largest_bucket(config), kind or "train")
         file.write_text(json.dumps(found | {"stage": stage}, indent=1) + "\n")

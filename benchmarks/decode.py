@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from crab_jax import generate
-from crab_jax.config import MODELS
 from crab_jax.errors import CommandLine, run_verb
 from crab_jax.models.fused import FusedLlama
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
+from crab_jax.models.presets import MODELS
 
 SMALL = LlamaConfig(hidden=512, layers=4, heads=8, kv_heads=8, mlp_dim=1376, dtype="float32")
 LORA = LoraConfig()

@@ -24,10 +24,10 @@ import numpy as np
 
 from crab_jax import runs
 from crab_jax.checkpoints import StoredParams
-from crab_jax.config import tiny
 from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.exporting import write_crab, write_hugging_face
 from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.presets import tiny
 from data_pipelines.tokens import Tokenizer
 
 WIDTH, MLP = 2048, 5504

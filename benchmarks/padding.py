@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from crab_jax.config import data_config
+from crab_jax.config import resolve
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs import CLASSES
 from data_pipelines import padding
@@ -127,9 +127,9 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("stage", arguments.config)
     stage = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stage)
-    config = stage.get_config()
-    found = [example for example in examples(arguments.scale) if config.data.weights[example.task] > 0]
-    tokenizer, sizes = Tokenizer.load(arguments.tokenizer), data_config(config)
+    config = resolve(stage.get_config())
+    found = [example for example in examples(arguments.scale) if config.mixture.weights[example.task] > 0]
+    tokenizer, sizes = Tokenizer.load(arguments.tokenizer), config.data
     print(f"{arguments.config}: {len(found)} samples, data.lengths {sizes.lengths}")
     print(padding.table(train_order(found, tokenizer, sizes, 1).padding))
 

@@ -47,6 +47,7 @@ def on_gpu() -> str:
 def run_config(gpu: str, rows: int) -> Any:
     """The joint stage: crab_7b on a GPU, else a small width with every module."""
     from configs import finetune
+    from crab_jax.config import resolve
 
     config = finetune.get_config()
     config.data.batch_size, config.optim.accumulate, config.mesh.fsdp = rows, 1, 1
@@ -58,20 +59,19 @@ def run_config(gpu: str, rows: int) -> Any:
                  "lora": {"dropout": 0.05}}
         for module, changes in sizes.items():
             config.sizes[module].update(changes)
-    return config
+    return resolve(config)
 
 
 def bucket_rows(config: Any) -> list[tuple[Any, np.ndarray, int]]:
     """(bucket, tokens int32[B,L], real length of every row and target) of each batch: the buckets of the released
     tasks, rows filled to between 70 and 100 %."""
     from crab_jax.compile import bucket_mix
-    from crab_jax.config import model_config
 
     rng, out = np.random.default_rng(0), []
     buckets = bucket_mix(config)
-    for bucket in buckets if config.model == "crab_7b" else (buckets[0], buckets[-1]):
-        tokens = rng.integers(3, model_config(config).llama.vocab_size - 20, (config.data.batch_size, bucket.length))
-        real = rng.integers(int(0.7 * bucket.length), bucket.length + 1, config.data.batch_size)
+    for bucket in buckets if config.model_name == "crab_7b" else (buckets[0], buckets[-1]):
+        tokens = rng.integers(3, config.model.llama.vocab_size - 20, (config.mixture.batch_size, bucket.length))
+        real = rng.integers(int(0.7 * bucket.length), bucket.length + 1, config.mixture.batch_size)
         out.append((bucket, tokens.astype(np.int32), real))
     return out
 
@@ -98,12 +98,11 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from crab_jax import layout, optim, runs, sharding, train
-    from crab_jax.config import model_config
     from crab_jax.models.crab import Crab
     from data_pipelines.batching import empty_batch
 
     config = run_config(gpu, rows)
-    model, mesh = Crab(model_config(config)), layout.mesh_of(config, jax.devices()[:1])
+    model, mesh = Crab(config.model), layout.mesh_of(config, jax.devices()[:1])
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> Any:
@@ -113,7 +112,7 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
 
     params = jax.tree_util.tree_map_with_path(draw, runs.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
-    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
     state = train.TrainState(jnp.int32(0), trainable, jax.jit(tx.init)(trainable))
     where_at = train.abstract_state(config, trainable, mesh)
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, where_at))
@@ -146,10 +145,9 @@ def torch_side(gpu: str, rows: int, steps: int, heads: int) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from crab_jax.config import model_config
 
     config = run_config(gpu, rows)
-    cfg, device = model_config(config), "cuda" if gpu else "cpu"
+    cfg, device = config.model, "cuda" if gpu else "cpu"
     sizes = cfg.llama
     dtype = torch.bfloat16 if gpu else torch.float32
     with torch.device(device):
@@ -220,14 +218,13 @@ def multi_head(torch: Any, base: Any, lora: Any) -> Any:
 
 def side(name: str, gpu: str, rows: int, steps: int) -> dict[str, Any]:
     """Measure one side in this process."""
-    from crab_jax.config import model_config
 
     if name.startswith("ours"):
         out = ours(gpu, rows, steps, name == "ours-llm")
     else:
         out = torch_side(gpu, rows, steps, 3 if name == "multihead" else 0)
     config = run_config(gpu, rows)
-    sizes, made = model_config(config).llama, bucket_rows(config)
+    sizes, made = config.model.llama, bucket_rows(config)
     kv = sizes.kv_heads * sizes.head_dim
     weights = sizes.layers * (2 * sizes.hidden**2 + 2 * sizes.hidden * kv + 3 * sizes.hidden * sizes.mlp_dim)
     weights += sizes.hidden * sizes.padded_vocab

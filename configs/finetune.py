@@ -7,12 +7,22 @@ Global batch 512, 5 epochs: N = 5 * samples / 512. The released run had about 93
 Mesh and micro-batches are inferred: `python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:16x16`.
 """
 
-from configs import common
+from crab_jax import defaults
 
 
 def get_config():
     """Q-Formers, segmentation branch and LoRA."""
-    config = common.released()
+    config = defaults.released()
+    config.trainable = (*defaults.QFORMERS, *defaults.LORA, *defaults.SEGMENTATION)
+    config.frozen = (*defaults.ENCODERS, *defaults.LLAMA, *defaults.FOURIER)
+    config.sizes.lora.rank = 8
+    config.sizes.lora.heads = 3
     config.data.batch_size = 512
+    config.loss.text = 1.0
+    config.loss.bce = 1.0
+    config.loss.dice = 0.5
+    config.loss.ce = 1.0
+    config.optim.lr = 1e-4
+    config.optim.schedule = "cosine"
     config.steps = 910
     return config

@@ -7,19 +7,27 @@ Global batch 256, 30 epochs over every labelled frame: N = 30 * samples / 256. T
 S4, MS3 and Ref-AVS together (N = 17,130) and AVSS alone (N = 5,580; set the others' `data.weights` to 0).
 """
 
-from configs import common
+from crab_jax import defaults
 
 MASK_TASKS = ("s4", "ms3", "avss", "ref-avs")
 
 
 def get_config():
     """Segmentation branch, token embeddings and output matrix; LoRA and Q-Formers stay."""
-    config = common.released()
+    config = defaults.released()
+    config.data.batch_size = 256
     config.data.frames = "all"
     embeddings = ("llama/embed_tokens/.*", "llama/lm_head/.*")
-    config.trainable = (*common.SEGMENTATION, *embeddings)
-    config.frozen = (*common.ENCODERS, *common.QFORMERS, *common.LORA, *common.FOURIER, "llama/layers/(?!.*/lora_).*",
-                     "llama/norm/.*")
+    config.trainable = (*defaults.SEGMENTATION, *embeddings)
+    config.frozen = (*defaults.ENCODERS, *defaults.QFORMERS, *defaults.LORA, *defaults.FOURIER,
+                     "llama/layers/(?!.*/lora_).*", "llama/norm/.*")
     for task in config.data.weights:
         config.data.weights[task] = float(task in MASK_TASKS)
+    config.loss.text = 1.0
+    config.loss.bce = 1.0
+    config.loss.dice = 0.5
+    config.loss.ce = 1.0
+    config.optim.lr = 1e-4
+    config.optim.schedule = "cosine"
+    config.steps = 1000  # N of the launch line
     return config

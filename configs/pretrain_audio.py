@@ -6,14 +6,19 @@
 Global batch 256, 3 epochs: N = 3 * samples / 256.
 """
 
-from configs import common
+from crab_jax import defaults
 
 
 def get_config():
     """Only the audio Q-Former trains."""
-    config = common.released()
+    config = defaults.released()
+    config.data.batch_size = 256
     config.data.datasets = "audiocaps"
     config.data.lengths = (384, 416, 448, 512, 1024)
     config.trainable = ("al_projector/.*",)
-    config.frozen = (*common.ENCODERS, "vl_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
+    config.frozen = (*defaults.ENCODERS, "vl_projector/.*", *defaults.LLAMA, *defaults.LORA, "seg_module/.*")
+    config.loss.text = 1.0
+    config.optim.lr = 1e-4
+    config.optim.schedule = "cosine"
+    config.steps = 1000  # N of the launch line
     return config

@@ -6,14 +6,22 @@
 Global batch 256, 3 epochs: N = 3 * samples / 256.
 """
 
-from configs import common
+from crab_jax import defaults
 
 
 def get_config():
     """Only the segmentation branch trains."""
-    config = common.released()
+    config = defaults.released()
+    config.data.batch_size = 256
     config.data.datasets = "lvis"
     config.data.lengths = (112, 128, 160, 192, 256, 1024)
-    config.trainable = common.SEGMENTATION
-    config.frozen = (*common.ENCODERS, *common.QFORMERS, *common.LLAMA, *common.LORA, *common.FOURIER)
+    config.trainable = defaults.SEGMENTATION
+    config.frozen = (*defaults.ENCODERS, *defaults.QFORMERS, *defaults.LLAMA, *defaults.LORA, *defaults.FOURIER)
+    config.loss.text = 1.0
+    config.loss.bce = 1.0
+    config.loss.dice = 0.5
+    config.loss.ce = 1.0
+    config.optim.lr = 1e-4
+    config.optim.schedule = "cosine"
+    config.steps = 1000  # N of the launch line
     return config

@@ -6,15 +6,20 @@
 Global batch 256, 3 epochs: N = 3 * samples / 256.
 """
 
-from configs import common
+from crab_jax import defaults
 
 
 def get_config():
     """Only the visual Q-Former trains; the released code also trained the output matrix by mistake."""
-    config = common.released()
+    config = defaults.released()
+    config.data.batch_size = 256
     config.data.datasets = "video_llava"
     config.trainable = ("vl_projector/.*",)
-    config.frozen = (*common.ENCODERS, "al_projector/.*", *common.LLAMA, *common.LORA, "seg_module/.*")
+    config.frozen = (*defaults.ENCODERS, "al_projector/.*", *defaults.LLAMA, *defaults.LORA, "seg_module/.*")
     config.data.video_frames = 8
     config.data.lengths = (96, 112, 128, 160, 192, 256, 320, 352, 384, 448, 512, 1024)
+    config.loss.text = 1.0
+    config.optim.lr = 1e-4
+    config.optim.schedule = "cosine"
+    config.steps = 1000  # N of the launch line
     return config

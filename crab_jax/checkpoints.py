@@ -41,7 +41,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from crab_jax import finite
+from crab_jax import finite, packaged
 from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
 from crab_jax.files import write_whole
@@ -738,7 +738,7 @@ def _of_run(folder: epath.Path) -> StoredParams:
 
 def stored_params(path: str | Path) -> StoredParams:
     """The parameters of a run's workdir, an imported or a packed model. Raises InputError when it is none of them."""
-    path = Path(path)
+    path = packaged.located(path)
     if (path / PACKED).is_file():
         return _packed(path / PACKED)
     if (path / IMPORTED).is_dir():

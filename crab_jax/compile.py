@@ -15,7 +15,6 @@ the speed of single operations, which takes a tenth of the time and changes neit
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import itertools
 import json
@@ -31,11 +30,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from crab_jax import bounds, chips, flops, hlo, layout, optim, runs, sharding, train
 from crab_jax.bounds import PATH, Whole
-from crab_jax.config import data_config, model_config, parse_flags
+from crab_jax.config import MeshConfig, RunConfig, parse_flags
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_file
 from crab_jax.models.crab import Crab
@@ -91,15 +89,15 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
                          "give a shape that this chip is sold in") from error
 
 
-def largest_bucket(config: ConfigDict) -> Bucket:
+def largest_bucket(config: RunConfig) -> Bucket:
     """At least as large as every bucket of a stage in every size."""
     return Bucket(max(config.data.lengths), config.data.video_frames, 10, 198, 1)
 
 
-def bucket_mix(config: ConfigDict) -> list[Bucket]:
+def bucket_mix(config: RunConfig) -> list[Bucket]:
     """The buckets that the released tasks fall into: clips with sound (1-s and 2-s windows) and pictures with sound,
     with a mask and without, at the shortest length that leaves 128 positions for text."""
-    data, frames = data_config(config), config.data.video_frames
+    data, frames = config.data, config.data.video_frames
     kinds = ((frames, 10, 198, 0), (frames, 10, 98, 0), (frames, 10, 98, 1), (1, 10, 98, 0), (1, 1, 98, 1))
     out = []
     for t, s, f, m in kinds:
@@ -109,21 +107,21 @@ def bucket_mix(config: ConfigDict) -> list[Bucket]:
     return list(dict.fromkeys(out))
 
 
-def abstract_params(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any]:
+def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
     """(trainable, frozen) parameters of a run, as shapes with shardings, which stand for arrays when lowering."""
-    wanted = runs.wanted_params(config, Crab(model_config(config)), mesh)
+    wanted = runs.wanted_params(config, Crab(config.model), mesh)
     return optim.split(wanted, config.trainable, config.frozen)
 
 
-def abstract_state(config: ConfigDict, mesh: Mesh) -> tuple[train.TrainState, Any]:
+def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train.TrainState, Any]:
     """(train state, frozen parameters) of a run that has just begun."""
     trainable, frozen = abstract_params(config, mesh)
     return train.abstract_state(config, trainable, mesh), frozen
 
 
-def abstract_batch(config: ConfigDict, bucket: Bucket, rows: int, where: Any) -> Batch:
+def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, where: Any) -> Batch:
     """A batch of `rows` rows of a bucket."""
-    one = empty_batch(bucket, 1, data_config(config).image_size)
+    one = empty_batch(bucket, 1, config.data.image_size)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where), one)
 
 
@@ -141,29 +139,28 @@ class Program:
     accumulate: int = 1
 
 
-def train_program(config: ConfigDict, mesh: Mesh, bucket: Bucket) -> Program:
+def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
     """The train step of crab_jax/train.py."""
     state, frozen = abstract_state(config, mesh)
     accumulate = layout.micro_batches(config, mesh)
-    batch = abstract_batch(config, bucket, config.data.batch_size, sharding.batch_sharding(mesh))
+    batch = abstract_batch(config, bucket, config.mixture.batch_size, sharding.batch_sharding(mesh))
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        alone = copy.deepcopy(config)
-        alone.optim.accumulate = accumulate
+        alone = _micro_batches(config, accumulate)
         if not remat:
-            alone.sizes.llama.remat = "none"
-        single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.data.batch_size // _groups(mesh)
+            alone = _remat(alone, "none")
+        single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.mixture.batch_size // _groups(mesh)
         state, frozen = abstract_state(alone, single)
-        step = train.compile_step(alone, Crab(model_config(alone)), single, state)
+        step = train.compile_step(alone, Crab(alone.model), single, state)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
-    jitted = train.compile_step(config, Crab(model_config(config)), mesh, state)
-    return Program(jitted, (state, frozen, batch), own, config.data.batch_size, accumulate)
+    jitted = train.compile_step(config, Crab(config.model), mesh, state)
+    return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
 
 
-def serve_program(config: ConfigDict, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
+def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
     """Prefill of prompts, or one decode step, of crab_jax/generate.py; greedy, the cache donated."""
-    model = Crab(model_config(config))
+    model = Crab(config.model)
     bucket = bucket._replace(masks=0)
 
     def at(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
@@ -202,26 +199,26 @@ def _groups(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def program_of(config: ConfigDict, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
+def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
     """The program of a stage: "train", "prefill" or "decode"."""
     return train_program(config, mesh, bucket) if stage == "train" else serve_program(config, mesh, bucket, stage)
 
 
-def mesh_for(config: ConfigDict, devices: list[Any], stage: str) -> Mesh:
+def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
     """The run's mesh; for prefill and decode an inferred split of the parameters is along `tensor`, so that no weight
     travels at every token."""
     mesh = layout.mesh_of(config, devices)
     if stage == "train" or config.mesh.fsdp or config.mesh.tensor > 1:
         return mesh
     split = mesh.shape["fsdp"]
-    heads = model_config(config).llama.kv_heads
+    heads = config.model.llama.kv_heads
     tensor = max(n for n in range(1, split + 1) if split % n == 0 and heads % n == 0)
     return sharding.make_mesh(0, split // tensor, tensor, devices)
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
 
-def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucket, stage: str
+def measure(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str
             ) -> tuple[dict[str, Any], Compiled | None]:
     """(the report of one compilation, see `main`; the compiled program, None when it does not fit)."""
     chip = chips.chip_of(devices[0])
@@ -234,7 +231,7 @@ def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucke
     report: dict[str, Any] = {
         "topology": topology, "chips": len(devices), "stage": stage, "mesh": dict(mesh.shape),
         "bucket": bucket._asdict(), "rows": program.rows, "accumulate": program.accumulate,
-        "remat": model_config(config).llama.remat, "hbm_bytes": chip.hbm_bytes,
+        "remat": config.model.llama.remat, "hbm_bytes": chip.hbm_bytes,
         "model_flops_per_chip": useful.flops / tensor, "flops_per_chip": done.flops / tensor,
     }
     logical = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.args))
@@ -266,7 +263,7 @@ def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucke
     moves = hlo.collectives(program_ops)
     work = flops.Work(done.flops / tensor, done.bytes / tensor)
     times = flops.roofline(chip, work, moves)
-    llama = model_config(config).llama
+    llama = config.model.llama
     return report | {
         "fits": peak <= chip.hbm_bytes, "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes, "output_bytes": memory.output_size_in_bytes,
@@ -279,12 +276,12 @@ def measure(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucke
     }, compiled
 
 
-def findings(config: ConfigDict, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
+def findings(config: RunConfig, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
     """What a sharded step must not do: gather logits or a whole stack of frozen matrices, or keep a frozen matrix in
     float32. Fused conversions are no copies; matrices of less than SMALL elements do not matter.
     """
     _, frozen = abstract_params(config, mesh)
-    vocab = model_config(config).llama.padded_vocab
+    vocab = config.model.llama.padded_vocab
     matrices: dict[str, Any] = {}  # as JAX names the arguments of the step
     for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
         if str(path[-1].key).endswith(("kernel", "embedding")) and leaf.size >= SMALL:
@@ -357,13 +354,13 @@ def text(report: dict[str, Any]) -> str:
         *(f"WARNING      {finding}" for finding in report["findings"])])
 
 
-def sweep(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
+def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
     """Reports of the train step over mesh shapes, micro-batches and remat policies, the fastest roofline first.
 
     The less arithmetic a mesh and policy takes, the earlier it is tried; once that alone takes as long as the best step
     so far, nothing more is compiled. Their micro-batches are halved until the step fits with the headroom.
     """
-    heads, batch = model_config(config).llama.kv_heads, config.data.batch_size
+    heads, batch = config.model.llama.kv_heads, config.mixture.batch_size
     least = layout.mesh_of(config, devices).shape["fsdp"]
     splits = [(fsdp, tensor) for tensor in (1, 2, 4) for fsdp in sorted({least, 4 * least, len(devices) // tensor})
               if len(devices) % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0]
@@ -388,15 +385,22 @@ def sweep(config: ConfigDict, topology: str, devices: list[Any], bucket: Bucket)
     return sorted(fitting, key=lambda r: (r["roofline_s"]["step"], sum(r["roofline_s"].values())))
 
 
-def _on(config: ConfigDict, devices: list[Any], fsdp: int, tensor: int, remat: str) -> ConfigDict:
+def _on(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> RunConfig:
     """The config on this mesh of all devices, with this policy."""
-    trial = copy.deepcopy(config)
-    trial.mesh = {"data": len(devices) // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
-    trial.sizes.llama.remat = remat
-    return trial
+    mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor)
+    return _remat(dataclasses.replace(config, mesh=mesh), remat)
 
 
-def _by_arithmetic(config: ConfigDict, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
+def _remat(config: RunConfig, policy: str) -> RunConfig:
+    llama = dataclasses.replace(config.model.llama, remat=policy)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, llama=llama))
+
+
+def _micro_batches(config: RunConfig, accumulate: int) -> RunConfig:
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=accumulate))
+
+
+def _by_arithmetic(config: RunConfig, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
                    ) -> list[tuple[float, int, int, str]]:
     """((fsdp, tensor), remat) -> (seconds of its arithmetic alone, tensor, fsdp, remat), in this order."""
     chip = chips.chip_of(devices[0])
@@ -414,15 +418,13 @@ def _by_arithmetic(config: ConfigDict, devices: list[Any], bucket: Bucket, trial
     return sorted(out)
 
 
-def _halved(config: ConfigDict, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[ConfigDict]:
+def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[RunConfig]:
     """The config on this mesh with more and more micro-batches, at most four of them, from half the inferred number."""
-    trial = _on(config, devices, fsdp, tensor, remat)
-    trial.optim.accumulate = 0
+    trial = _micro_batches(_on(config, devices, fsdp, tensor, remat), 0)
     inferred = layout.micro_batches(trial, layout.mesh_of(trial, devices))
-    rows = config.data.batch_size // (len(devices) // tensor)
+    rows = config.mixture.batch_size // (len(devices) // tensor)
     for accumulate in [n for n in range(max(1, inferred // 2), rows + 1) if rows % n == 0][:4]:
-        trial.optim.accumulate = accumulate
-        yield copy.deepcopy(trial)
+        yield _micro_batches(trial, accumulate)
 
 
 def table(reports: list[dict[str, Any]]) -> str:

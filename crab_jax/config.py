@@ -1,272 +1,326 @@
-"""Model sizes by name, and the way from a run config (ml_collections) to the dataclasses that modules take."""
+"""Run configs: from the keys of files and command lines (ml_collections) to one frozen, typed RunConfig."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from flax import traverse_util
+from ml_collections import ConfigDict, config_flags
 
 from crab_jax import losses, optim
 from crab_jax.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
 from crab_jax.compat import PRESETS
+from crab_jax.defaults import COMPAT_SIZES, DERIVED_DATA, DERIVED_LOSS, base
 from crab_jax.errors import InputError
 from crab_jax.losses import LossConfig
-from crab_jax.models.beats import BeatsConfig
-from crab_jax.models.clip import ClipConfig
+from crab_jax.models import presets
 from crab_jax.models.crab import CrabConfig
-from crab_jax.models.llama import LlamaConfig
-from crab_jax.models.lora import LoraConfig
-from crab_jax.models.mask_decoder import SegConfig
-from crab_jax.models.qformer import QFormerConfig
-from crab_jax.optim import OptimConfig, learning_rate
+from crab_jax.models.presets import DTYPE, MODELS, check_sizes, with_sizes
+from crab_jax.optim import OptimConfig
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
 from data_pipelines.datasets import DATASETS, VARIANTS
 
-
-def crab_7b() -> CrabConfig:
-    """The paper's sizes: CLIP ViT-L/14, BEATs iter3+, two Q-Formers, LLaMA-2-7B-chat, LoRA r=8 with 3 heads."""
-    return CrabConfig()
-
-
-def tiny() -> CrabConfig:
-    """A Crab of about 3 M parameters that learns the generated scenes on two CPU cores."""
-    clip = ClipConfig(image_size=64, patch_size=8, width=128, layers=4, heads=4, mlp_dim=384, taps=(2, 3, 4),
-                      dtype="float32")
-    beats = BeatsConfig(layers=3, width=96, heads=4, mlp_dim=288, embed_dim=64, conv_pos=16, conv_pos_groups=4,
-                        dtype="float32")
-    llama = LlamaConfig(vocab_size=657, hidden=128, layers=4, heads=4, kv_heads=4, mlp_dim=384, remat="none",
-                        dtype="float32")
-    qformer: dict[str, Any] = dict(out_dim=128, width=96, heads=4, mlp_dim=256, layers=2, dropout=0.0,
-                                   dtype="float32")
-    return CrabConfig(
-        clip=clip, beats=beats, llama=llama,
-        visual=QFormerConfig(in_dim=128, queries=3, **qformer), audio=QFormerConfig(in_dim=96, queries=2, **qformer),
-        lora=LoraConfig(rank=8, alpha=16.0, heads=3, dropout=0.0),
-        seg=SegConfig(llm_dim=128, image_dim=128, grid=8, image_size=64, dim=64, queries=16, heads=4, mlp_dim=128,
-                      query_mlp_dim=128, low_res=32, dtype="float32"),
-    )
-
-
-MODELS = {"tiny": tiny, "crab_7b": crab_7b}
-COMPAT_FIELDS = ("seg_taps", "chain_queries", "dropout_per_head")  # set by `config.compat`, not one by one
-
-
-def size_overrides(sizes: Any) -> Any:
-    """A typed, empty place for every size: `--config.sizes.llama.layers=2` overrides the model's own."""
-    if dataclasses.is_dataclass(sizes):
-        return ConfigDict({f.name: size_overrides(getattr(sizes, f.name)) for f in dataclasses.fields(sizes)
-                           if f.name not in COMPAT_FIELDS})
-    return config_dict.placeholder(type(sizes))
-
-
-def _overlay(sizes: Any, overrides: ConfigDict, at: str = "sizes") -> Any:
-    changed = {}
-    for name, value in overrides.items():
-        if isinstance(value, ConfigDict):
-            changed[name] = _overlay(getattr(sizes, name), value, f"{at}.{name}")
-        elif value is not None:
-            changed[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return dataclasses.replace(sizes, **changed)
-    except InputError as error:
-        raise InputError("--config", f"{at}.{error.field}", error.problem, error.fix) from None
-
-
-def model_config(config: ConfigDict) -> CrabConfig:
-    """CrabConfig of a run config: the sizes of `config.model`, overridden by `config.sizes`, with its compat preset."""
-    if config.model not in MODELS:
-        raise InputError("--config", "model", f"unknown model {config.model!r}", f"use one of {', '.join(MODELS)}")
-    if config.compat not in PRESETS:
-        raise InputError("--config", "compat", f"unknown preset {config.compat!r}", f"use one of {', '.join(PRESETS)}")
-    compat = PRESETS[config.compat]
-    sizes = _overlay(MODELS[config.model](), config.sizes)
-    return dataclasses.replace(
-        sizes, seg_taps=compat.seg_taps,
-        seg=dataclasses.replace(sizes.seg, chain_queries=compat.chain_queries),
-        lora=dataclasses.replace(sizes.lora, dropout_per_head=compat.dropout_per_head))
-
-
-def loss_config(config: ConfigDict) -> LossConfig:
-    """LossConfig of a run config, with the reduction of its compat preset."""
-    return LossConfig(**config.loss, reduction=PRESETS[config.compat].mask_loss_reduction)
-
-
-def data_config(config: ConfigDict, **changes: Any) -> DataConfig:
-    """DataConfig of a run config: picture size and row counts come from the model, the clock from its compat preset."""
-    sizes = model_config(config)
-    names = {f.name for f in dataclasses.fields(DataConfig)}
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in config.data.items() if k in names}
-    return DataConfig(**{**chosen, "image_size": sizes.clip.image_size,
-                         "visual_queries": sizes.visual.queries, "audio_queries": sizes.audio.queries,
-                         "clock": PRESETS[config.compat].clock, **changes})
-
-
-# What the keys of a run config may be. A key that is not named here is true or false.
-_DTYPE = Choice(("float32", "bfloat16", "float16"))
-_SIZE, _LAYERS = Whole(1, 2**20), Whole(1, 1024)
-_SHARE = Real(0, 0.99)
-BOUNDS: dict[str, Bound] = {
+# What the values of keys may be, by section. A key that is not named is true or false.
+MIXTURE_BOUNDS: dict[str, Bound] = {
+    "root": Place(), "split": Name(), "datasets": Words(tuple(DATASETS)), "variant": Choice(VARIANTS),
+    "frames": Choice(("one", "all")), "exclude_leaks": Flag(), "limit": Whole(note="0 = all"),
+    "batch_size": Whole(1, 2**24), "workers": Whole(0, 1024), "allow_other": Flag()}
+TASK_BOUNDS: dict[str, Bound] = {"weights": Real(1e-6, 1e6, zero=True), "caps": Whole(note="0 = all"),
+                                 "curriculum": Whole()}
+DATA_BOUNDS: dict[str, Bound] = {
+    "video_frames": Whole(1, 1024), "cache_dir": Place(), "lengths": Wholes(1, 2**20, rising=True),
+    "on_error": Choice(("raise", "skip")), "prompt_only": Fixed(False, "there would be nothing to learn")}
+MESH_BOUNDS: dict[str, Bound] = {axis: Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor")}
+RUN_BOUNDS: dict[str, Bound] = {
     "model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "init_from": Place(), "tokenizer": Place(),
-    "fresh": Patterns(), "trainable": Patterns(least=1), "frozen": Patterns(), "frozen_dtype": _DTYPE,
+    "fresh": Patterns(), "trainable": Patterns(least=1), "frozen": Patterns(), "frozen_dtype": DTYPE,
     "seed": Whole(), "steps": Whole(1), "log_every": Whole(1), "checkpoint_every": Whole(1), "keep": Whole(1),
-    "max_skipped": Whole(1), "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never"),
-    "data.root": Place(), "data.split": Name(), "data.datasets": Words(tuple(DATASETS)),
-    "data.variant": Choice(VARIANTS), "data.frames": Choice(("one", "all")),
-    "data.limit": Whole(note="0 = all"), "data.batch_size": Whole(1, 2**24),
-    "data.workers": Whole(0, 1024), "data.video_frames": Whole(1, 1024), "data.cache_dir": Place(),
-    "data.lengths": Wholes(1, 2**20, rising=True), "data.on_error": Choice(("raise", "skip")),
-    "data.prompt_only": Fixed(False, "there would be nothing to learn"),
-    **{f"data.weights.{task}": Real(1e-6, 1e6, zero=True) for task in TASKS},
-    **{f"data.caps.{task}": Whole(note="0 = all") for task in TASKS},
-    **{f"data.curriculum.{task}": Whole() for task in TASKS},
-    **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items() if term != "reduction"},
+    "max_skipped": Whole(1), "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never")}
+BOUNDS: dict[str, Bound] = {
+    **RUN_BOUNDS, **{f"data.{name}": bound for name, bound in (MIXTURE_BOUNDS | DATA_BOUNDS).items()},
+    **{f"data.{name}.{task}": bound for name, bound in TASK_BOUNDS.items() for task in TASKS},
+    **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items() if term not in DERIVED_LOSS},
     **{f"optim.{field}": bound for field, bound in optim.BOUNDS.items()},
-    **{f"mesh.{axis}": Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor")},
+    **{f"mesh.{axis}": bound for axis, bound in MESH_BOUNDS.items()},
 }
-# Those of `sizes`, by the name of the field; `sizes.<module>.<field>` where modules differ.
-SIZE_BOUNDS: dict[str, Bound] = {
-    **dict.fromkeys(("image_size", "patch_size", "width", "heads", "mlp_dim", "embed_dim", "conv_pos",
-                     "conv_pos_groups", "max_distance", "in_dim", "out_dim", "queries", "hidden", "kv_heads", "rank",
-                     "llm_dim", "image_dim", "grid", "dim", "query_mlp_dim", "low_res"), _SIZE),
-    "layers": _LAYERS, "depth": _LAYERS, "query_layers": _LAYERS, "num_buckets": Whole(4, 2**20), "dtype": _DTYPE,
-    "taps": Wholes(0, 1024), "vocab_size": Whole(18, 2**24), "rope_theta": Real(1, 1e12), "rms_eps": Real(1e-30, 1),
-    "remat": Choice(("none", "full", "dots")), "dropout": _SHARE, "alpha": Real(1e-9, 1e9), "scales": Whole(2, 2),
-    "tokens_per_scale": Whole(3, 3), "classes": Whole(71, 2**16), "beats.patch_size": Whole(1, 98),
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Which Examples a run draws from a data root, and how: the keys of `data` that decode nothing.
+
+    root, split: the data root and the part of it. datasets: of a raw root, "" = those of the joint stage.
+    variant: of the prompts. frames: "one" picture of a clip of AVSS and Ref-AVS in an epoch, or "all".
+    exclude_leaks: leave out clips that another dataset of the root has in val or test. limit: so many Examples, 0 =
+    all. batch_size: rows of a step over all devices. workers: processes that decode. allow_other: go on with a run on
+    other Examples than it was trained on.
+    weights: {task: factor of its natural share of the mixture}, 0 leaves it out. caps: {task: so many Examples count},
+    0 = all. curriculum: {task: the step from which it is drawn}.
+    """
+
+    root: str = ""
+    split: str = "train"
+    datasets: tuple[str, ...] = ()
+    variant: str = "train"
+    frames: str = "one"
+    exclude_leaks: bool = False
+    limit: int = 0
+    batch_size: int = 256
+    workers: int = 0
+    allow_other: bool = False
+    weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    caps: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 0))
+    curriculum: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 0))
+
+    def __post_init__(self) -> None:
+        values = dataclasses.asdict(self)
+        _check("data", values | {"datasets": ",".join(self.datasets)}, MIXTURE_BOUNDS)
+        for name, bound in TASK_BOUNDS.items():
+            if unknown := values[name].keys() ^ TASKS.keys():
+                raise InputError("--config", f"data.{name}.{min(unknown)}", "is missing or no task",
+                                 f"give each of {', '.join(TASKS)}")
+            _check(f"data.{name}", values[name], dict.fromkeys(TASKS, bound))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; 0 is inferred from their number and memory (crab_jax/layout.py)."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _check("mesh", vars(self), MESH_BOUNDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is. Its parts check themselves; `resolve` also checks that they make a run together.
+
+    model: sizes, with the quirks of `compat` (crab_jax/compat.py), which also sets `loss.reduction` and `data.clock`.
+    model_name: the preset that `model` began as.
+    init_from: a run, a packed or an imported model; "" starts from random weights. fresh: parameter patterns that it
+    may lack. trainable, frozen: patterns ('/'-joined paths, full match) that divide the parameters. frozen_dtype: of
+    the frozen ones. tokenizer: a tokenizer.json or a Hugging Face folder.
+    log_every, checkpoint_every: in steps. keep: so many checkpoints. max_skipped: steps in a row that are not finite
+    before the run ends. watchdog_seconds: a longer wait is reported, 0 = never.
+    """
+
+    model_name: str
+    compat: str
+    model: CrabConfig
+    mixture: MixtureConfig
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    init_from: str
+    fresh: tuple[str, ...]
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    frozen_dtype: str
+    tokenizer: str
+    seed: int
+    steps: int
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    max_skipped: int
+    watchdog_seconds: float
+
+    def __post_init__(self) -> None:
+        _check("", {**vars(self), "model": self.model_name}, RUN_BOUNDS)
+        check_sizes(self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the nested keys of config.json, in JSON types and with every size said outright."""
+        sizes = dataclasses.asdict(self.model)
+        data = dataclasses.asdict(self.data) | dataclasses.asdict(self.mixture)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("model_name", "mixture"):
+            del own[name]
+        config = own | {
+            "model": self.model_name, "sizes": _without(sizes, COMPAT_SIZES),
+            "data": _without(data, DERIVED_DATA) | {"datasets": ",".join(self.mixture.datasets)},
+            "loss": _without(dataclasses.asdict(self.loss), DERIVED_LOSS), "optim": dataclasses.asdict(self.optim),
+            "mesh": dataclasses.asdict(self.mesh)}
+        return json.loads(json.dumps(config))
+
+    def flat(self) -> dict[str, Any]:
+        """Return {'optim.lr': 1e-4, ...}: `to_dict` by dotted keys."""
+        return traverse_util.flatten_dict(self.to_dict(), sep=".")
+
+
+def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """A nested dict without the fields of these names."""
+    return {name: _without(value, names) if isinstance(value, Mapping) else value for name, value in values.items()
+            if name not in names}
+
+
+def _check(section: str, values: Mapping[str, Any], limits: Mapping[str, Bound]) -> None:
+    for name, bound in limits.items():
+        if problem := bound.problem(values[name]):
+            shown = " ".join(repr(values[name]).split())
+            raise InputError("--config", f"{section}.{name}".lstrip("."), f"is {shown:.60}", problem)
 
 
 def bound_of(key: str) -> Bound:
-    """What the value of a key may be."""
+    """Return what the value of a key may be."""
     if not key.startswith("sizes."):
         return BOUNDS.get(key, Flag())
     module, _, field = key.removeprefix("sizes.").partition(".")
-    return SIZE_BOUNDS.get(f"{module}.{field}") or SIZE_BOUNDS.get(field, Flag())
+    return presets.bound_of(module, field)
 
 
-def check_values(config: ConfigDict) -> None:
-    """Raise InputError naming the first key whose value is not allowed (see BOUNDS and SIZE_BOUNDS)."""
-    for key, value in leaves(config):
-        if value is None and key.startswith("sizes."):  # the model's own
-            continue
-        if problem := bound_of(key).problem(value):
-            raise InputError("--config", key, f"is {' '.join(repr(value).split()):.60}", problem)
+def resolve(config: ConfigDict) -> RunConfig:
+    """Return the typed config of a run, checked whole before anything starts.
 
-
-def check_sizes(cfg: CrabConfig) -> None:
-    """Raise InputError naming the first size that does not go with another one."""
-    clip, beats, llama, seg, visual, audio = cfg.clip, cfg.beats, cfg.llama, cfg.seg, cfg.visual, cfg.audio
-    grid = clip.image_size // clip.patch_size
-    divided = (("clip.heads", clip.heads, "clip.width", clip.width),
-               ("beats.heads", beats.heads, "beats.width", beats.width),
-               ("beats.conv_pos_groups", beats.conv_pos_groups, "beats.width", beats.width),
-               ("visual.heads", visual.heads, "visual.width", visual.width),
-               ("audio.heads", audio.heads, "audio.width", audio.width),
-               ("llama.heads", llama.heads, "llama.hidden", llama.hidden),
-               ("llama.kv_heads", llama.kv_heads, "llama.heads", llama.heads))
-    equal = (("seg.grid", seg.grid, "clip.image_size / clip.patch_size", grid),
-             ("seg.image_size", seg.image_size, "clip.image_size", clip.image_size),
-             ("seg.image_dim", seg.image_dim, "clip.width", clip.width),
-             ("seg.llm_dim", seg.llm_dim, "llama.hidden", llama.hidden),
-             ("visual.in_dim", visual.in_dim, "clip.width", clip.width),
-             ("audio.in_dim", audio.in_dim, "beats.width", beats.width),
-             ("visual.out_dim", visual.out_dim, "llama.hidden", llama.hidden),
-             ("audio.out_dim", audio.out_dim, "llama.hidden", llama.hidden))
-    wrong = [(key, f"{by} does not divide sizes.{name} = {size}", "use a divisor")
-             for key, by, name, size in divided if size % by]
-    wrong += [(key, f"is {size}, and sizes.{name} is {wanted}", "make them equal")
-              for key, size, name, wanted in equal if size != wanted]
-    if cfg.lora.rank > llama.hidden:
-        wrong.append(("lora.rank", f"is {cfg.lora.rank}, more than sizes.llama.hidden = {llama.hidden}", "use less"))
-    if llama.head_dim % 2:
-        wrong.append(("llama.heads", f"a head has {llama.head_dim} channels", "make it an even number"))
-    if beats.num_buckets % 2:
-        wrong.append(("beats.num_buckets", f"is {beats.num_buckets}", "make it even: half of them are for each sign"))
-    if beats.max_distance <= beats.num_buckets // 4:
-        wrong.append(("beats.max_distance", f"is {beats.max_distance}", f"use more than {beats.num_buckets // 4}, a "
-                      "quarter of sizes.beats.num_buckets"))
-    if len(clip.taps) <= max(cfg.seg_taps):
-        wrong.append(("clip.taps", f"has {len(clip.taps)} layers", f"give {max(cfg.seg_taps) + 1}"))
-    for key, problem, fix in wrong[:1]:
-        raise InputError("--config", f"sizes.{key}", problem, fix)
-
-
-def check_config(config: ConfigDict) -> None:
-    """Every value is in its bounds, all fit together and all dataclasses can be built, before anything starts."""
-    from configs.common import base  # which imports this file
-
+    Raises InputError naming the key that is unknown, missing, out of its bounds, or does not go with another one.
+    """
     if not isinstance(config, ConfigDict):
         raise InputError("--config", "", f"is {type(config).__name__}", "get_config() must return a ConfigDict")
-    known, found = _keys(base()), _keys(config)
-    for key in sorted(known ^ found):
-        problem, fix = ("is missing", "start from configs.common.base()") if key in known else (
-            "is no key of a config", "see configs/common.py")
+    known, values = dict(leaves(base())), dict(leaves(config))
+    for key in sorted(known.keys() ^ values.keys()):
+        problem, fix = ("is missing", "start from crab_jax.defaults.base()") if key in known else (
+            "is no key of a config", "see crab_jax/defaults.py")
         raise InputError("--config", key, problem, fix)
-    check_values(config)
-    check_sizes(model_config(config))
-    loss_config(config)
-    data_config(config)
-    learning_rate(OptimConfig(**config.optim), config.steps)
-    for section in ("loss", "data.weights"):
-        if not any(value for key, value in leaves(config) if key.startswith(f"{section}.")):
-            raise InputError("--config", section, "is 0 for all, so that nothing is learned", "give one a weight")
-    weights, loss = config.data.weights, config.loss
-    if not loss.text and not any(weights[name] and (loss.ce if task.mask_kind == "semantic" else loss.bce + loss.dice)
+    for key, value in values.items():
+        if not (value is None and key.startswith("sizes.")) and (problem := bound_of(key).problem(value)):
+            raise InputError("--config", key, f"is {' '.join(repr(value).split()):.60}", problem)
+    run = built(values)
+    check_run(run)
+    return run
+
+
+def built(values: Mapping[str, Any]) -> RunConfig:
+    """Return the RunConfig of flat values, one for each key; a size of None is the model's own. Raises InputError."""
+    config = traverse_util.unflatten_dict({key: tuple(value) if isinstance(value, list) else value
+                                           for key, value in values.items()}, sep=".")
+    compat = PRESETS[config["compat"]]
+    sizes = with_sizes(MODELS[config["model"]](), config.pop("sizes", {}))
+    model = dataclasses.replace(
+        sizes, seg_taps=compat.seg_taps, seg=dataclasses.replace(sizes.seg, chain_queries=compat.chain_queries),
+        lora=dataclasses.replace(sizes.lora, dropout_per_head=compat.dropout_per_head))
+    data, mixture = config.pop("data"), {field.name for field in dataclasses.fields(MixtureConfig)}
+    drawn = {name: value for name, value in data.items() if name in mixture}
+    decoded = {name: value for name, value in data.items() if name not in mixture}
+    try:
+        return RunConfig(
+            model_name=config.pop("model"), model=model,
+            mixture=MixtureConfig(**drawn | {"datasets": tuple(filter(None, data["datasets"].split(",")))}),
+            data=DataConfig(**decoded, image_size=model.clip.image_size, visual_queries=model.visual.queries,
+                            audio_queries=model.audio.queries, clock=compat.clock),
+            loss=LossConfig(**config.pop("loss"), reduction=compat.mask_loss_reduction),
+            optim=OptimConfig(**config.pop("optim")), mesh=MeshConfig(**config.pop("mesh")), **config)
+    except TypeError as error:  # a key that is none
+        raise InputError("--config", "", f"has unknown keys ({error!s:.80})", "see crab_jax/defaults.py") from None
+
+
+def check_run(run: RunConfig) -> None:
+    """Raise InputError where the values of a config, each allowed, make no run together."""
+    mixture, loss = run.mixture, run.loss
+    if not (loss.text or loss.bce or loss.dice or loss.ce):
+        raise InputError("--config", "loss", "is 0 for all, so that nothing is learned", "give one a weight")
+    if not any(mixture.weights.values()):
+        raise InputError("--config", "data.weights", "is 0 for all, so that nothing is learned", "give one a weight")
+    if not loss.text and not any(mixture.weights[name] and
+                                 (loss.ce if task.mask_kind == "semantic" else loss.bce + loss.dice)
                                  for name, task in TASKS.items() if task.mask_kind != "none"):
         raise InputError("--config", "loss.text", "is 0, and no task of the run has another loss, so that nothing is "
                          "learned", "give loss.text, or a task with masks, a weight")
-    for name, step in config.data.curriculum.items():
-        if weights[name] and step >= config.steps:
+    for name, step in mixture.curriculum.items():
+        if mixture.weights[name] and step >= run.steps:
             raise InputError("--config", f"data.curriculum.{name}", f"is {step}, but the run ends after step "
-                             f"{config.steps}", f"use fewer, or leave the task out with data.weights.{name}=0")
-    rows, accumulate = config.data.batch_size, config.optim.accumulate
-    if accumulate and rows % accumulate:
-        raise InputError("--config", "data.batch_size", f"{rows} rows do not split into {accumulate} micro-batches",
-                         "use a multiple of optim.accumulate")
+                             f"{run.steps}", f"use fewer, or leave the task out with data.weights.{name}=0")
+    if run.optim.accumulate and mixture.batch_size % run.optim.accumulate:
+        raise InputError("--config", "data.batch_size", f"{mixture.batch_size} rows do not split into "
+                         f"{run.optim.accumulate} micro-batches", "use a multiple of optim.accumulate")
 
 
-def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple[ConfigDict, Path]:
-    """(config, workdir if it is needed) from `--config=FILE --workdir=DIR [--config.key=value]`.
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of all leaves; an empty section is one."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
-    Raises InputError for a missing flag, an unknown or mistyped key, and a whole sub-dict replaced by one override.
+
+# The command line: a config file, overrides of its keys, and where each value comes from.
+
+def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple[RunConfig, Path]:
+    """Return (config, workdir if it is needed) of `--config=FILE --workdir=DIR [--config.key=value]`.
+
+    `--print-config` prints every value and where it comes from, and ends with exit code 0. Raises InputError for a
+    missing flag, an unknown or mistyped key, a whole section replaced by one override, and what `resolve` refuses.
     """
     argv = [_bracketed(arg) for arg in argv]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configs/<stage>.py", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of this run", flag_values=values)
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
+    flags.DEFINE_bool("print-config", False, "print the config and end", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
     if "--help" in argv or "-h" in argv or len(argv) == 1:
         print(doc)
-        print("Flags: --config=FILE  --workdir=DIR  --config.key=value ...  --debug")
+        print("Flags: --config=FILE  --workdir=DIR  --config.key=value ...  --print-config  --debug")
         raise SystemExit(0)
     sys.modules.pop("config_config", None)  # the file of an earlier command line, whose names would stay
     try:
         rest = values(argv)
         config = values.config
-        keys, wanted = (_keys(config), _keys(_fresh(argv))) if config is not None else (set(), set())
+        fresh = _fresh(argv) if config is not None else None
+        keys, wanted = (set(dict(leaves(config))), set(dict(leaves(fresh)))) if config is not None else (set(), set())
     except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError("command line", "", f"{reason or type(error).__name__:.300}",
                          "see --help and the keys in the config file") from error
-    for name in ("config", *(["workdir"] if workdir else [])):
+    shown = values["print-config"].value
+    for name in ("config", *(["workdir"] if workdir and not shown else [])):
         if values[name].value is None:
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
     if rest[1:]:
         raise InputError("command line", rest[1], "is not a flag", "write --config.key=value")
-    if workdir and (problem := PATH.problem(values.workdir)):
+    if workdir and not shown and (problem := PATH.problem(values.workdir)):
         raise InputError("command line", "--workdir", f"is {values.workdir!r}", problem)
     if keys != wanted:
         raise InputError("command line", min(keys ^ wanted), "an override replaced or dropped a whole section",
                          "override one key at a time: --config.section.key=value")
-    check_config(config)
-    return config, Path(values.workdir or "")
+    run = resolve(config)
+    if shown:
+        print(described(run, config, fresh, values["config"].config_filename))
+        raise SystemExit(0)
+    return run, Path(values.workdir or "")
+
+
+def described(run: RunConfig, config: ConfigDict, fresh: ConfigDict, file: str) -> str:
+    """Return the resolved config, `key = value` a line, with where each value comes from.
+
+    config: with the overrides of the command line; fresh: as `file` has it.
+    """
+    default, written, given = (dict(leaves(one)) for one in (base(), fresh, config))
+    rows = []
+    for key, value in run.flat().items():
+        if given[key] != written[key]:
+            origin = "command line"
+        elif written[key] != default[key]:
+            origin = file
+        else:
+            origin = f"model {run.model_name}" if key.startswith("sizes.") else "default"
+        rows.append((key, json.dumps(value), origin))
+    quirks = {**dataclasses.asdict(PRESETS[run.compat])}
+    rows += [(f"({name})", json.dumps(value), f"compat {run.compat}") for name, value in quirks.items()]
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+    return "\n".join(f"{key:<{widths[0]}} = {value:<{widths[1]}}  # {origin}" for key, value, origin in rows)
 
 
 def _bracketed(argument: str) -> str:
@@ -285,17 +339,3 @@ def _fresh(argv: list[str]) -> ConfigDict:
                 (number and argv[number - 1] == "--config"))
     values(["fresh", file if file.startswith("--config=") else f"--config={file}"])
     return values.config
-
-
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of all leaves; an empty section is one."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict) and value:
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _keys(config: ConfigDict) -> set[str]:
-    """Dotted paths of all leaves."""
-    return {key for key, _ in leaves(config)}

@@ -8,6 +8,7 @@ Every step is a command a user would type. Finished parts are not repeated.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -15,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crab_jax import runs, scoring
+from crab_jax import packaged, runs, scoring
 from crab_jax.bounds import path
 from crab_jax.checkpoints import save_packed
-from crab_jax.config import model_config
 from crab_jax.errors import CommandLine, run_verb
 from crab_jax.files import write_whole
 from crab_jax.locks import locked
@@ -28,14 +28,12 @@ from data_pipelines.media import read_mask
 
 SEED = 1  # of the demo's scenes; the recipe's are others
 TRAIN_SCENES, TEST_SCENES, STEPS = 400, 150, 200
-WARM_START = Path("warm_start")
 
 
 def save_untrained(run: Path, out: Path) -> None:
     """The run's model with random weights, as a packed model: the baseline of not having learned."""
-    config = runs.load_config(run)
-    config.init_from = ""
-    save_packed(out, runs.initial_params(config, Crab(model_config(config))), config.to_dict(),
+    config = dataclasses.replace(runs.load_config(run), init_from="")
+    save_packed(out, runs.initial_params(config, Crab(config.model)), config.to_dict(),
                 tokenizer=runs.tokenizer_of(config))
 
 
@@ -69,7 +67,7 @@ def demo(out: Path, from_scratch: bool) -> None:
 
     part("scenes", command, "data_pipelines.sources.scenes", "--out", scenes, "--train", TRAIN_SCENES, "--val", 8,
          "--test", TEST_SCENES, "--seed", SEED, "--workers", 2)
-    start = WARM_START
+    start = Path(packaged.WARM_START)
     if from_scratch:
         start = out / "recipe" / "warm_start"
         part("recipe", recipe, out / "recipe", start, 0.1)

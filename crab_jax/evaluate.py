@@ -26,7 +26,6 @@ import numpy as np
 
 from crab_jax import compile_cache, distributed, layout, locks, predictions, results_page, runs, scoring
 from crab_jax.bounds import ANY_PATH, PATH, Name, Whole
-from crab_jax.compat import PRESETS
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
@@ -270,8 +269,9 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
                             for name, found in breakdowns.items() if found}
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
-    preset = runs.load_config(arguments.checkpoint).compat if arguments.checkpoint and arguments.examples else "paper"
-    shown = shown_examples(judged, out, examples, root, arguments.examples, PRESETS[preset].clock)
+    made = runs.load_config(arguments.checkpoint) if arguments.checkpoint and arguments.examples else None
+    clock = made.data.clock if made else "shown"
+    shown = shown_examples(judged, out, examples, root, arguments.examples, clock)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
     results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
     print(scoring.headlines(results))

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from crab_jax import sharding
+from crab_jax.config import RunConfig
 from crab_jax.errors import InputError
 from crab_jax.generate import GenerateOptions, Generation, generate, stream
 from crab_jax.models.crab import Crab
@@ -120,7 +120,7 @@ def _digest(*arrays: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def predict_examples(model: Crab, params: Any, config: ConfigDict, tokenizer: Tokenizer, examples: Sequence[Example],
+def predict_examples(model: Crab, params: Any, config: RunConfig, tokenizer: Tokenizer, examples: Sequence[Example],
                      root: str | Path, batch_size: int, max_new_tokens: int = 256, seed: int = 0,
                      decoding: Mapping[str, Any] | None = None, on_text: Callable[[Example, str], None] | None = None,
                      mesh: Mesh | None = None, **data_changes: Any) -> Iterator[Prediction]:

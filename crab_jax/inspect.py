@@ -11,6 +11,7 @@ Writes router.json, router.html and the plots as PNG into --out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from crab_jax import charts, compile_cache, losses, page, runs
 from crab_jax.bounds import ANY_PATH, PATH, Name, Whole
-from crab_jax.config import data_config
+from crab_jax.config import RunConfig
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.locks import locked
 from crab_jax.models.crab import Crab
@@ -145,10 +145,10 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
     return {name: found[name] for name in names if name in found}
 
 
-def answered_batches(examples: Sequence[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer,
+def answered_batches(examples: Sequence[Example], root: str | Path, config: RunConfig, tokenizer: Tokenizer,
                      batch_size: int) -> Iterator[Batch]:
     """Batches of prompts with their true answers, every example once."""
-    found = mixture.eval_batches(examples, root, tokenizer, data_config(config, cache_dir=""), batch_size,
+    found = mixture.eval_batches(examples, root, tokenizer, dataclasses.replace(config.data, cache_dir=""), batch_size,
                                   prompt_only=False)
     return (batch for _, batch in found)
 

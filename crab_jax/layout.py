@@ -7,10 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from crab_jax import chips, optim, quantize, runs, sharding
-from crab_jax.config import model_config
+from crab_jax.config import RunConfig
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab, CrabConfig
 
@@ -22,9 +21,9 @@ SERVING_SHARE = 0.6
 MEASURED = 1.5
 
 
-def state_bytes(config: ConfigDict) -> int:
+def state_bytes(config: RunConfig) -> int:
     """Bytes of all parameters and of the optimizer state: a trained scalar has a value, a gradient and two moments."""
-    shapes = nn.unbox(runs.abstract_params(Crab(model_config(config))))
+    shapes = nn.unbox(runs.abstract_params(Crab(config.model)))
     trainable, frozen = optim.split(shapes, config.trainable, config.frozen)
     return runs.count(frozen) * jax.numpy.dtype(config.frozen_dtype).itemsize + 16 * runs.count(trainable)
 
@@ -40,29 +39,29 @@ def row_bytes(cfg: CrabConfig, length: int) -> int:
     return int(MEASURED * (inputs + scores + feed_forward + logits))
 
 
-def mesh_of(config: ConfigDict, devices: Any = None) -> Mesh:
+def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
     """The mesh of a run config over `devices` (all, when None); sizes of 0 are inferred (see `sharding.make_mesh`)."""
     needed = 0 if config.mesh.fsdp else state_bytes(config)
-    return sharding.make_mesh(**config.mesh, devices=devices, state_bytes=needed)
+    return sharding.make_mesh(**vars(config.mesh), devices=devices, state_bytes=needed)
 
 
-def micro_batches(config: ConfigDict, mesh: Mesh) -> int:
+def micro_batches(config: RunConfig, mesh: Mesh) -> int:
     """`optim.accumulate`; 0 stands for the fewest micro-batches whose longest rows fit ACTIVATION_SHARE of a device.
 
     1 where a device's memory is unknown. Raises InputError when batch, mesh and micro-batches do not divide.
     """
     accumulate = config.optim.accumulate
-    sharding.check_batch(config.data.batch_size, mesh, accumulate or 1)
+    sharding.check_batch(config.mixture.batch_size, mesh, accumulate or 1)
     memory = chips.memory_of(mesh.devices.flat[0])
     if accumulate or memory is None:
         return accumulate or 1
-    rows = config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    each = row_bytes(model_config(config), max(config.data.lengths)) / mesh.shape["tensor"]
+    rows = config.mixture.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    each = row_bytes(config.model, max(config.data.lengths)) / mesh.shape["tensor"]
     fitting = ACTIVATION_SHARE * memory / each
     return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows / n <= fitting or n == rows))
 
 
-def serving_mesh(config: ConfigDict, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
+def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
     """The mesh on which this process answers batches of `batch_size` rows: copies of the model, each over `tensor` of
     its own devices (of `devices`, when given).
 
@@ -71,7 +70,7 @@ def serving_mesh(config: ConfigDict, weights: str, batch_size: int, tensor: int 
     InputError when `tensor` does not divide the devices, or is to split integers.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    model, integers = Crab(model_config(config)), weights in quantize.BITS
+    model, integers = Crab(config.model), weights in quantize.BITS
     if tensor > 1 and integers:
         raise InputError("command line", "--tensor", f"{weights} matrices are not split over devices",
                          "use --weights float, or --tensor 1")

@@ -1,6 +1,6 @@
 """The whole tiny recipe from nothing: scenes, warm-up, alignment, joint stage, packed warm start, evaluation.
 
-    python -m crab_jax.recipe --out runs/recipe --pack warm_start
+    python -m crab_jax.recipe --out runs/recipe --pack crab_jax/warm_start
 
 Every step is the command a user would type; each prints its own progress. A stage that is finished is not repeated,
 an interrupted one resumes.

@@ -20,7 +20,6 @@ from PIL import Image
 
 from crab_jax import charts, compile_cache, overlay, page, runs
 from crab_jax.bounds import PATH, Choice, Name, Number, Text, Whole
-from crab_jax.config import data_config
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
@@ -270,11 +269,11 @@ def report(arguments: argparse.Namespace) -> None:
     # As `evaluate` answers; the layout of generation does not tell router weights.
     answered = collect(predict_examples(*fuse_model(model, params), config, tokenizer, shown, root,
                                         arguments.batch_size, arguments.max_new_tokens, on_error="raise"), root,
-                       data_config(config).clock)
+                       config.data.clock)
     routed = spread(examples, arguments.routing_samples)
     batches = answered_batches(routed, root, config, tokenizer, arguments.batch_size)
     write(arguments.out, ReportData(
-        title=f"Report of {run.name}", config=runs.flat_config(config), metrics=metrics, results=results,
+        title=f"Report of {run.name}", config=config.flat(), metrics=metrics, results=results,
         **answered, routing=router_weights(model, params, batches)))
     print(f"report: {arguments.out} ({Path(arguments.out).stat().st_size / 1e6:.1f} MB)")
 

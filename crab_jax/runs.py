@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -17,17 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
-from configs.common import base
-from crab_jax import optim, sharding
+from crab_jax import optim, packaged, sharding
 from crab_jax.bounds import Anything, Choice, Text
 from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
 from crab_jax.compat import PRESETS
-from crab_jax.config import MODELS, bound_of, check_sizes, data_config, leaves, model_config
+from crab_jax.config import RunConfig, bound_of, built, leaves
+from crab_jax.defaults import base
 from crab_jax.errors import InputError
 from crab_jax.files import json_object, out_folder, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
+from crab_jax.models.presets import MODELS
 from crab_jax.structured import Each, read_json
 from data_pipelines import datasets, fbank, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
@@ -51,12 +52,7 @@ LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_erro
 _log = logging.getLogger(__name__)
 
 
-def flat_config(config: ConfigDict) -> dict[str, Any]:
-    """{'optim.lr': 1e-4, ...} in plain JSON types."""
-    return traverse_util.flatten_dict(json.loads(json.dumps(config.to_dict())), sep=".")
-
-
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: Path, config: RunConfig) -> None:
     """Make the workdir, or check that the run it holds has this config. Raises InputError.
 
     A key that is younger than the run counts as having had its default.
@@ -65,20 +61,20 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     file = workdir / "config.json"
     if not file.exists() or not (workdir / "checkpoints" / "manifest.json").exists():
         return
-    old = flat_config(base()) | traverse_util.flatten_dict(load_config(workdir).to_dict(), sep=".")
-    new = flat_config(config)
-    changed = sorted(k for k in old.keys() | new.keys() if k not in FREE_KEYS and old.get(k) != new.get(k))
+    stored, replaced = _stored_config(workdir)
+    old, new = stored.flat() | replaced, config.flat()
+    changed = sorted(key for key in new if key not in FREE_KEYS and old[key] != new[key])
     if changed:
         key = changed[0]
         raise InputError(str(file), key, f"this run was started with {old.get(key)!r}, not {new.get(key)!r}",
                          "use the same config to resume it, or another --workdir")
 
 
-def tokenizer_of(config: ConfigDict) -> Tokenizer:
+def tokenizer_of(config: RunConfig) -> Tokenizer:
     """The tokenizer of a run config."""
     if not config.tokenizer:
         raise InputError("--config", "tokenizer", "is not set", "give a tokenizer.json or a LLaMA directory")
-    tokenizer, rows = Tokenizer.load(config.tokenizer), model_config(config).llama.vocab_size
+    tokenizer, rows = Tokenizer.load(config.tokenizer), config.model.llama.vocab_size
     if tokenizer.vocab_size > rows:
         raise InputError(config.tokenizer, "tokenizer", f"has {tokenizer.vocab_size} tokens with Crab's own, the model "
                          f"{rows}", "give the model's tokenizer, or set sizes.llama.vocab_size")
@@ -92,64 +88,64 @@ def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]
     return datasets.read_examples(root, split, **options)
 
 
-def train_examples(config: ConfigDict, skipped: Path | None = None) -> list[Example]:
+def train_examples(config: RunConfig, skipped: Path | None = None) -> list[Example]:
     """The Examples that a run may draw; what data.on_error=skip leaves out is listed beside `skipped`."""
-    data = config.data
+    wanted = config.mixture
     left: list[datasets.LeftOut] = []
-    found = read_examples(data.root, data.split, datasets=data.datasets.split(",") if data.datasets else (),
-                          variant=data.variant, frames=data.frames, missing=data.on_error, malformed=data.on_error,
+    found = read_examples(wanted.root, wanted.split, datasets=wanted.datasets, variant=wanted.variant,
+                          frames=wanted.frames, missing=config.data.on_error, malformed=config.data.on_error,
                           left=left, epoch=None)
     if skipped and left and not jax.process_index():
         list_left_out(skipped.with_name(LEFT_OUT), left)
-    found, leaking = leaks.without(found, data.root, data.split, data.exclude_leaks)
+    found, leaking = leaks.without(found, wanted.root, wanted.split, wanted.exclude_leaks)
     if leaking:
         _log.warning("%s", leaking)
-    examples = [example for example in found if data.weights[example.task] > 0]
-    return examples[:data.limit] if data.limit else examples
+    examples = [example for example in found if wanted.weights[example.task] > 0]
+    return examples[:wanted.limit] if wanted.limit else examples
 
 
-def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None = None,
+def train_order(config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = None,
                 examples: list[Example] | None = None) -> mixture.TrainOrder:
     """What every batch of the run holds, with the share of each task as configured; `examples`, where they are read
     already, are those of `train_examples`."""
-    data = config.data
+    drawn, frames = config.mixture, config.data.video_frames
     examples = train_examples(config, skipped) if examples is None else examples
-    if data.video_frames != TENTHS:
+    if frames != TENTHS:
         for example in examples:  # whose mask is that of a tenth
             if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
-                raise InputError("--config", "data.video_frames", f"is {data.video_frames}, but example {example.id!r} "
-                                 f"has the mask of a tenth of its video", f"use {TENTHS}, or give the pictures in "
+                raise InputError("--config", "data.video_frames", f"is {frames}, but example {example.id!r} has the "
+                                 "mask of a tenth of its video", f"use {TENTHS}, or give the pictures in "
                                  "'seg_image'")
-    if data.batch_size > len(examples):
-        _log.warning("a batch of %d holds examples several times: there are %d", data.batch_size, len(examples))
+    if drawn.batch_size > len(examples):
+        _log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
-    weights = {task: min(n, data.caps[task] or n) * data.weights[task] for task, n in counts.items()}
-    labels = TrainingLabels(data.root, data.split)
-    order = mixture.train_order(examples, tokenizer, data_config(config), data.batch_size, config.seed, weights,
-                                skipped, data.curriculum, labels.check)
+    weights = {task: min(n, drawn.caps[task] or n) * drawn.weights[task] for task, n in counts.items()}
+    labels = TrainingLabels(drawn.root, drawn.split)
+    order = mixture.train_order(examples, tokenizer, config.data, drawn.batch_size, config.seed, weights,
+                                skipped, drawn.curriculum, labels.check)
     labels.warn()
     return order
 
 
-def data_identity(config: ConfigDict, examples: list[Example]) -> dict[str, Any]:
+def data_identity(config: RunConfig, examples: list[Example]) -> dict[str, Any]:
     """What a run is trained on, as its checkpoints' manifest.json holds it: how many Examples, their hash, and that of
     the media of a prepared root."""
-    prepared = shards.opened(config.data.root)
+    prepared = shards.opened(config.mixture.root)
     identity: dict[str, Any] = {"count": len(examples), "examples": learned(examples)}
     if prepared:
-        listed = config.data.split in prepared.manifest["lists"]
+        listed = config.mixture.split in prepared.manifest["lists"]
         names = {""} if listed else {e.meta["dataset"] for e in examples}
-        identity["prepared"] = prepared.digest(names, config.data.split)
+        identity["prepared"] = prepared.digest(names, config.mixture.split)
     return identity
 
 
-def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: ConfigDict) -> None:
+def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: RunConfig) -> None:
     """Whether a run goes on with what it was trained on. Raises InputError unless `data.allow_other`.
 
     The manifest then says so, also of a run that is older than the note or changed from a raw to a prepared root.
     """
-    manifest, root = checkpoints.manifest, str(config.data.root)
+    manifest, root = checkpoints.manifest, str(config.mixture.root)
     old = manifest.get("data", {})
     if not old:
         print(f"warning: {checkpoints.folder}/manifest.json does not say what this run was trained on, for it is "
@@ -158,7 +154,7 @@ def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: Co
         ("examples", f"holds other Examples than this run was trained on ({identity['count']} now, {old.get('count')} "
                      "then)"), ("prepared", "was prepared anew since this run was trained on it"))
               if field in old and field in identity and old[field] != identity[field]]
-    if others and not config.data.allow_other:
+    if others and not config.mixture.allow_other:
         raise InputError(root, "data.root", others[0], "give the data that it was trained on, or "
                          "--config.data.allow_other=true to go on with this")
     for problem in others:
@@ -171,11 +167,11 @@ def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: Co
         checkpoints.note(manifest | {"data": now})
 
 
-def train_dataset(config: ConfigDict, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),
+def train_dataset(config: RunConfig, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),
                   start: int = 0, skipped: Path | None = None) -> Any:
     """Grain dataset of the run's batches from number `start` on; `rows` of each (see data_pipelines/mixture.py)."""
-    return mixture.train_dataset(order, config.data.root, tokenizer, data_config(config), rows, start,
-                                 config.data.workers, skipped)
+    return mixture.train_dataset(order, config.mixture.root, tokenizer, config.data, rows, start,
+                                 config.mixture.workers, skipped)
 
 
 def list_left_out(file: Path, left: list[datasets.LeftOut]) -> None:
@@ -209,7 +205,7 @@ def abstract_params(model: Crab) -> Any:
     return jax.eval_shape(lambda rng: init_params(model, rng, init_batch(model)), jax.random.key(0))
 
 
-def wanted_params(config: ConfigDict, model: Crab, mesh: jax.sharding.Mesh) -> Any:
+def wanted_params(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh) -> Any:
     """Every parameter of a run as a ShapeDtypeStruct: trainables float32, the rest in the frozen dtype, with shardings.
 
     Raises InputError when the trainable and frozen patterns, or the mesh, do not divide the parameters.
@@ -227,7 +223,7 @@ def _of_dtype(shapes: Any, dtype: Any) -> Any:
     return jax.eval_shape(lambda tree: optim.cast_floating(tree, jnp.dtype(dtype)), shapes)
 
 
-def initial_params(config: ConfigDict, model: Crab, wanted: Any = None) -> Any:
+def initial_params(config: RunConfig, model: Crab, wanted: Any = None) -> Any:
     """Starting parameters: those of `init_from`, checked strictly; leaves named by `fresh` are newly drawn.
 
     With `wanted` (see `wanted_params`) every leaf is read or drawn straight into its shards and its dtype, so that no
@@ -237,7 +233,7 @@ def initial_params(config: ConfigDict, model: Crab, wanted: Any = None) -> Any:
     for pattern in config.fresh:
         if not any(re.fullmatch(pattern, path) for path in shapes):
             raise InputError("--config", "fresh", f"{pattern!r} is no parameter of the model", "see the patterns of "
-                             "configs/common.py")
+                             "crab_jax/defaults.py")
     stored = stored_params(config.init_from) if config.init_from else None
     found = traverse_util.flatten_dict(stored.shapes, sep="/") if stored else {}
     missing = sorted(path for path in shapes if path not in found and (
@@ -278,36 +274,50 @@ def parameter_table(trainable: Any, frozen: Any) -> str:
     return "\n".join([f"{'module':<14}{'trainable':>15}{'frozen':>15}", *rows, f"trainable share {share:.2%}"])
 
 
-def save_description(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def save_description(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     """config.json and tokenizer.json: with the checkpoints, all that evaluate and predict need."""
     write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=1))
     tokenizer.save(workdir)
 
 
-def load_config(path: str | Path) -> ConfigDict:
-    """The config that a run or a packed model was made with; keys younger than it have their defaults. Raises
-    InputError naming the file and the key."""
-    file, fix = Path(path) / "config.json", "copy the file again"
-    if not file.is_file():
-        raise InputError(str(path), "--checkpoint", "has no config.json", "give a --workdir of train or a packed model")
-    found = traverse_util.flatten_dict(read_json(file, RUN_CONFIG), sep=".")
-    try:
-        config = ConfigDict(traverse_util.unflatten_dict(flat_config(base()) | found, sep="."))
-        wrong = next(((key, problem) for key, value in leaves(config) if _DECIDING.fullmatch(key)
-                      and not (value is None and key.startswith("sizes."))
-                      and (problem := bound_of(key).problem(value))), None)
-        if wrong:
-            raise InputError(str(file), wrong[0], f"is {found.get(wrong[0])!r:.60}", wrong[1])
-        check_sizes(model_config(config))
-    except InputError as error:
-        raise InputError(str(file), error.field, error.problem, error.fix) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a value where a section is, or the reverse
-        raise InputError(str(file), "", f"is no config of a run ({error!r:.80})", fix) from None
+def load_config(path: str | Path) -> RunConfig:
+    """Return the config that a run or a packed model was made with; keys younger than it have their defaults.
+
+    A value that is allowed no more and decides no array has its default, too, and a warning says so. Raises InputError
+    naming the file and the key.
+    """
+    config, replaced = _stored_config(Path(path))
+    for key, problem in replaced.items():
+        print(f"warning: {Path(path) / 'config.json'}: {key} {problem}; it is left out, and decides no answer",
+              file=sys.stderr)
     return config
 
 
+def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:
+    """(the config of a run or model, what is wrong with the keys that have their defaults instead)."""
+    path = packaged.located(path)
+    file, fix = path / "config.json", "copy the file again"
+    if not file.is_file():
+        raise InputError(str(path), "--checkpoint", "has no config.json", "give a --workdir of train or a packed model")
+    found, usual = traverse_util.flatten_dict(read_json(file, RUN_CONFIG), sep="."), dict(leaves(base()))
+    for key in found.keys() - usual.keys():  # others are of another version
+        if key.startswith("sizes.") or any(key.startswith(f"{known}.") for known in usual):
+            raise InputError(str(file), key, "is no key of a config", fix)
+    values, replaced = {key: found.get(key, value) for key, value in usual.items()}, {}
+    for key, value in values.items():
+        if key.startswith("sizes.") and value is None or not (problem := bound_of(key).problem(value)):
+            continue
+        if _DECIDING.fullmatch(key):
+            raise InputError(str(file), key, f"is {value!r:.60}", problem)
+        values[key], replaced[key] = usual[key], f"is {value!r:.60} and {problem}"
+    try:
+        return built(values), replaced
+    except InputError as error:
+        raise InputError(str(file), error.field, error.problem, error.fix) from None
+
+
 def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None
-               ) -> tuple[Crab, Any, ConfigDict, Tokenizer]:
+               ) -> tuple[Crab, Any, RunConfig, Tokenizer]:
     """(model, parameters, config, tokenizer) of a run or a packed model. Raises InputError if they disagree.
 
     With `weights` (one of `fused.KINDS`) the model is laid out for generation and does nothing else. On a `mesh` (see
@@ -315,7 +325,7 @@ def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | No
     the first device.
     """
     config = load_config(path)
-    model, stored = Crab(model_config(config)), stored_params(path)
+    model, stored = Crab(config.model), stored_params(path)
     check_match(nn.unbox(abstract_params(model)), stored.shapes, str(path))
     if mesh is not None and mesh.shape["tensor"] > 1:
         return model, stored.load(wanted_params(config, model, mesh)), config, Tokenizer.load(path)
@@ -325,20 +335,20 @@ def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | No
     return model, jax.device_put(params, where), config, Tokenizer.load(path)
 
 
-def data_root(given: str, config: ConfigDict) -> Path:
+def data_root(given: str, config: RunConfig) -> Path:
     """--data, or the root that the checkpoint was trained on where that is here. Raises InputError."""
-    root = given or config.data.root
+    root = given or config.mixture.root
     if not root or not (given or Path(root).is_dir()):
         where = f"on {root}, which is no folder here" if root else "without one"
         raise InputError("--data", "", f"is not given, and the checkpoint was trained {where}", "give --data=DIR")
     return Path(root)
 
 
-def eval_batches(examples: list[Example], root: str | Path, config: ConfigDict, tokenizer: Tokenizer, batch_size: int,
+def eval_batches(examples: list[Example], root: str | Path, config: RunConfig, tokenizer: Tokenizer, batch_size: int,
                  **changes: Any) -> Iterator[tuple[Bucket, Batch]]:
     """Prompt-only batches of `examples`, every example once; filler rows have index -1.
 
     The cache of the machine that trained is no cache here: `cache_dir` is "" unless `changes` has it.
     """
-    return mixture.eval_batches(examples, root, tokenizer, data_config(config, **{"cache_dir": "", **changes}),
-                                batch_size)
+    decoding = dataclasses.replace(config.data, **{"cache_dir": "", **changes})
+    return mixture.eval_batches(examples, root, tokenizer, decoding, batch_size)

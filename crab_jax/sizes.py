@@ -11,7 +11,7 @@ import sys
 import flax.linen as nn
 
 from crab_jax import runs
-from crab_jax.config import model_config, parse_flags
+from crab_jax.config import parse_flags
 from crab_jax.errors import run_verb
 from crab_jax.models.crab import Crab
 from crab_jax.optim import split
@@ -20,7 +20,7 @@ from crab_jax.optim import split
 def main() -> None:
     """Entry point of `python -m crab_jax.sizes`."""
     config, _ = parse_flags(sys.argv, __doc__, workdir=False)
-    shapes = nn.unbox(runs.abstract_params(Crab(model_config(config))))
+    shapes = nn.unbox(runs.abstract_params(Crab(config.model)))
     print(runs.parameter_table(*split(shapes, config.trainable, config.frozen)))
 
 

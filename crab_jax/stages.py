@@ -14,8 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from configs import common
-from crab_jax import runs
+from crab_jax import defaults, packaged, runs
 from crab_jax.bounds import Real, path
 from crab_jax.checkpoints import save_packed
 from crab_jax.errors import CommandLine, InputError, run_verb
@@ -26,7 +25,8 @@ from crab_jax.report import METRICS
 from crab_jax.structured import read_lines
 from crab_jax.tasks import TASKS
 
-ADDED = (*common.QFORMERS, *common.LORA, *common.SEGMENTATION, *common.FOURIER)  # to encoders and language model
+# What Crab adds to the encoders and the language model.
+ADDED = (*defaults.QFORMERS, *defaults.LORA, *defaults.SEGMENTATION, *defaults.FOURIER)
 SEED = 2  # of the scenes; the recipe and the demo draw others
 CAPTIONS = ("avcap",)
 
@@ -46,7 +46,7 @@ STAGES = (Stage("pretrain_visual", CAPTIONS, 100), Stage("pretrain_audio", CAPTI
 def save_base(start: Path, out: Path) -> None:
     """Encoders and language model of a packed model, without what Crab adds."""
     _, params, config, tokenizer = runs.load_model(start)
-    _, base = split(params, ADDED, (*common.ENCODERS, *common.LLAMA))
+    _, base = split(params, ADDED, (*defaults.ENCODERS, *defaults.LLAMA))
     out.mkdir(parents=True, exist_ok=True)
     save_packed(out, base, config.to_dict(), tokenizer=tokenizer)
 
@@ -97,7 +97,8 @@ def main() -> None:
     """Entry point of `python -m crab_jax.stages`."""
     parser = CommandLine(__doc__, "python -m crab_jax.stages")
     parser.add_argument("--out", type=path, default=Path("runs/stages"))
-    parser.add_argument("--start", type=path, default=Path("warm_start"), help="whose encoders and language model")
+    parser.add_argument("--start", type=path, default=Path(packaged.WARM_START),
+                        help="whose encoders and language model")
     parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0,
                         help="share of the scenes and steps, for a quick look")
     parser.add_argument("--debug", action="store_true")

@@ -31,7 +31,7 @@ import safetensors.numpy
 
 from crab_jax import compile_cache, distributed, layout, locks, losses, optim, runs, sharding
 from crab_jax.checkpoints import RunCheckpoints
-from crab_jax.config import loss_config, model_config, parse_flags
+from crab_jax.config import RunConfig, parse_flags
 from crab_jax.errors import InputError, run_verb
 from crab_jax.files import cut_tail, json_object, write_whole
 from crab_jax.models.crab import Crab, CrabOutput
@@ -255,31 +255,30 @@ def save_batch(workdir: Path, step: int, batch: Batch, examples: Sequence[Exampl
     return file
 
 
-def compile_step(config: Any, model: Crab, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
+def compile_step(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
     """The jitted step: donated state, batch rows over the mesh."""
-    optim_cfg = optim.OptimConfig(**config.optim)
     accumulate = layout.micro_batches(config, mesh)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         with sharding.constrained(mesh):
-            return train_step(state, frozen, batch, model=model, tx=optim.optimizer(optim_cfg, config.steps),
-                              loss_cfg=loss_config(config), seed=config.seed, accumulate=accumulate)
+            return train_step(state, frozen, batch, model=model, tx=optim.optimizer(config.optim, config.steps),
+                              loss_cfg=config.loss, seed=config.seed, accumulate=accumulate)
 
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
                    out_shardings=(state_shardings, sharding.replicated(mesh)))
 
 
-def abstract_state(config: Any, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
-    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state,
                         sharding.state_shardings(state, trainable, mesh))
 
 
-def start_or_resume(config: Any, model: Crab, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints,
+def start_or_resume(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints,
                     manifest: dict[str, Any] | None = None) -> tuple[TrainState, Any]:
     """(train state, frozen parameters), each leaf read or drawn straight into its shards; `manifest`: what to note of a
     run that starts."""
@@ -289,7 +288,7 @@ def start_or_resume(config: Any, model: Crab, mesh: jax.sharding.Mesh, checkpoin
     if checkpoints.latest is not None:
         return TrainState(**checkpoints.restore(dataclasses.asdict(state))), checkpoints.load_frozen(frozen)
     trainable, frozen = optim.split(runs.initial_params(config, model, wanted), config.trainable, config.frozen)
-    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
 
     def begin(trainable: Any) -> tuple[jax.Array, Any]:
         return jnp.int32(0), tx.init(trainable)
@@ -308,7 +307,7 @@ def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, worke
     return f"input of step {step}: {worker}, on examples {shown}"
 
 
-def train(config: Any, workdir: Path) -> None:
+def train(config: RunConfig, workdir: Path) -> None:
     """Run (or resume) the stage that `config` describes in `workdir`."""
     if distributed.primary():
         runs.claim_workdir(workdir, config)
@@ -316,7 +315,7 @@ def train(config: Any, workdir: Path) -> None:
     mesh = layout.mesh_of(config)
     layout.micro_batches(config, mesh)  # refuses a batch that does not divide, before anything is loaded
     tokenizer = runs.tokenizer_of(config)
-    model = Crab(model_config(config))
+    model = Crab(config.model)
     skipped, batch_at = runs.skipped_file(workdir), sharding.batch_sharding(mesh)
     cut_tail(skipped)
     if distributed.primary():
@@ -342,24 +341,24 @@ def train(config: Any, workdir: Path) -> None:
         distributed.say(runs.parameter_table(state.trainable, frozen))
         distributed.say(padding.table(order.padding))
 
-        rows = distributed.own_rows(batch_at, config.data.batch_size)
+        rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(runs.train_dataset(config, tokenizer, order, rows, start, skipped))
         step_fn = compile_step(config, model, mesh, state)
-        schedule = optim.learning_rate(optim.OptimConfig(**config.optim), config.steps)
+        schedule = optim.learning_rate(config.optim, config.steps)
         logger = Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip"
                         ) if distributed.primary() else None
         guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
-            with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.data.workers)):
+            with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers)):
                 own = next(data)
             waited = time.monotonic() - asked
             with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):
-                state, metrics = step_fn(state, frozen, global_batch(own, batch_at, config.data.batch_size))
+                state, metrics = step_fn(state, frozen, global_batch(own, batch_at, config.mixture.batch_size))
             guard.add(step, metrics, own)
             with watchdog.waiting(device_wait(step)):
                 if logger:
-                    logger.add(step, metrics, config.data.batch_size, waited)
+                    logger.add(step, metrics, config.mixture.batch_size, waited)
             stopped = stop.reached(step)
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 guard.settle()  # what is saved has been looked at

@@ -14,6 +14,7 @@ With --start LLaMA goes on from that of an earlier warm start, for half the step
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,11 +29,10 @@ import numpy as np
 import optax
 from PIL import Image
 
-from configs import tiny
-from crab_jax import compile_cache, losses, optim, runs
+from crab_jax import compile_cache, defaults, losses, optim, runs
 from crab_jax.bounds import Real, path
 from crab_jax.checkpoints import load_params, load_tree, save_packed, save_tree
-from crab_jax.config import data_config, model_config
+from crab_jax.config import RunConfig, resolve
 from crab_jax.errors import CommandLine, run_verb
 from crab_jax.locks import locked
 from crab_jax.models.beats import Beats
@@ -326,11 +326,11 @@ def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
     return load_tree(file)
 
 
-def warm_up(root: Path, out: Path, config: Any, scale: float, start: Path | None) -> None:
+def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path | None) -> None:
     """All four trainings on `root`'s train split, LLaMA's from that of the packed model `start` where it is given;
     writes a packed model to `out`."""
-    cfg, parts = model_config(config), out / "parts"
-    tokenizer, decode = runs.tokenizer_of(config), data_config(config, cache_dir=str(out.parent / "cache"))
+    cfg, parts = config.model, out / "parts"
+    tokenizer, decode = runs.tokenizer_of(config), dataclasses.replace(config.data, cache_dir=str(out.parent / "cache"))
     boxes = scenes.examples(root, "train", tasks=["arig"], per_scene={"arig": BOXES})
     examples = [example for example in runs.read_examples(root, "train") if example.task != "arig"] + boxes
     folders = sorted({example.meta["scene"] for example in examples})
@@ -378,8 +378,7 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     compile_cache.enable()
-    config = tiny.get_config()
-    config.init_from = ""
+    config = resolve(defaults.tiny())
     with locked(args.out):
         warm_up(args.data, args.out, config, args.scale, args.start)
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crab_jax import packaged
 from crab_jax.bounds import PATH, Name, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder
@@ -46,7 +47,6 @@ from data_pipelines.mixture import group_by_bucket
 from data_pipelines.sources.release import Found
 from data_pipelines.tokens import Tokenizer
 
-TOKENIZER = Path(__file__).parent / "tiny_tokenizer.json"
 LONGER = (1280, 1536, 2048, 4096)  # so that what fits no bucket of training can be looked at too
 MEASURED = 500  # records of a task and dataset from which the padding is measured
 _KINDS = {  # of the positions of a sequence: colour, what it is
@@ -367,7 +367,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         "train)")
     parser.add_argument("--n", type=Whole(1), default=2, help="records of each task of each dataset (default: 2)")
     parser.add_argument("--seed", type=Whole(), default=0, help="another seed shows other records (default: 0)")
-    parser.add_argument("--tokenizer", type=PATH, default=str(TOKENIZER),
+    parser.add_argument("--tokenizer", type=PATH, default=packaged.TOKENIZER,
                         help="tokenizer.json or a LLaMA directory (default: the "
                         "small one of the tiny configs, whose sequences are longer than LLaMA's)")
     parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder of index.html")

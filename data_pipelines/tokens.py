@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from crab_jax import packaged
 from crab_jax.bounds import PATH, Anything, Text, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import refuse_stand_in, write_whole
@@ -88,7 +89,7 @@ class Tokenizer:
         a word mark before every run of text between added tokens; otherwise only the start of the whole text gets one.
         Raises InputError for a file that is missing, damaged, or stands in for one that was not fetched.
         """
-        path = Path(path)
+        path = packaged.located(path)
         folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
         config = _read_config(folder)
         has_model = path.is_dir() and (folder / "tokenizer.model").is_file()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crab_jax import compare, report, runs, structured
+from crab_jax import compare, packaged, report, runs, structured
 from crab_jax.checkpoints import RunCheckpoints
 from crab_jax.convert import torch_file
 from crab_jax.convert.encoders import clip_config
@@ -54,7 +54,7 @@ class Kind(NamedTuple):
 
 def _tokenizer_config(path: Path) -> Any:
     if not (path.parent / "tokenizer.json").exists():
-        (path.parent / "tokenizer.json").write_bytes((REPO / "data_pipelines/tiny_tokenizer.json").read_bytes())
+        (path.parent / "tokenizer.json").write_bytes((packaged.located(packaged.TOKENIZER)).read_bytes())
     return Tokenizer.load(path.parent)
 
 
@@ -118,7 +118,7 @@ _DECODING = {"image_size": 64, "video_frames": 10, "pad_short_audio": False, "cl
 PREPARED = {"format": shards.FORMAT, "root": "/r", "decoding": _DECODING, "variants": ["train"], "records": 0,
             "datasets": {"ave": {"train": 1}}, "lists": {},
             "shards": [{"file": f"frames/{n}", "records": n, "bytes": n, "sha256": "0" * 64} for n in (1, 2)]}
-_TINY = json.loads((REPO / "data_pipelines/tiny_tokenizer.json").read_bytes())
+_TINY = json.loads((packaged.located(packaged.TOKENIZER)).read_bytes())
 _SCENE = {"split": "train", "index": 0, "seed": 1, "things": [{
     "kind": next(iter(scene_graph.KINDS)), "slot": "left", "x": 0.5, "y": 0.5, "size": 0.3, "visible": [0, 9],
     "sounding": None, "loudness": 0.0, "pitch": 0.1, "phase": 0.2, "boxes": [[1, 2, 3, 4], *[None] * 9]}]}
@@ -133,7 +133,7 @@ _SCORES = {"accuracy": 0.5, "n": 4, "n_unparsed": 1, "n_no_mask": 0, "intervals"
 _QUESTION = {"video_id": "v", "question_id": 1, "type": "[\"Audio\", \"Counting\"]", "question_content": "How many?",
              "templ_values": "[]", "anser": "two"}
 KINDS = (
-    Kind("config.json", json.loads((REPO / "warm_start/config.json").read_bytes()),
+    Kind("config.json", json.loads((packaged.located(packaged.WARM_START) / "config.json").read_bytes()),
          lambda path: runs.load_config(path.parent)),
     Kind("tokenizer.json", _TINY, Tokenizer.load),
     Kind("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizer", "legacy": None}, _tokenizer_config,

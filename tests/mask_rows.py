@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax import hlo, sharding
-from crab_jax.config import tiny
 from crab_jax.models.mask_decoder import SegModule
+from crab_jax.models.presets import tiny
 
 ROWS = 7  # no other size of the tiny model is 7, 14, 28 or 56
 

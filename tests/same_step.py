@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from configs import tiny
 from crab_jax import distributed, optim, runs, sharding, train
-from crab_jax.config import model_config
+from crab_jax.config import resolve
 from crab_jax.models.crab import Crab
 from data_pipelines.batching import Batch
 
@@ -49,7 +49,7 @@ def config_of(accumulate: int, remat: str):
                         ("beats.layers", 1), ("visual.layers", 1), ("audio.layers", 1)):
         module, field = path.split(".")
         config.sizes[module][field] = value
-    return config
+    return resolve(config)
 
 
 def batch_of(side: int, masks: int) -> Batch:
@@ -85,13 +85,13 @@ def drawn(model: Crab):
 def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, remat: str, less: int = 0):
     """What is compared, by name, after STEPS steps from `params` on a mesh; `less` targets left out of the batch."""
     config = config_of(accumulate, remat)
-    model = Crab(model_config(config))
+    model = Crab(config.model)
     devices = jax.devices() if np.prod(shape) > 1 else jax.local_devices()[:1]
     mesh = sharding.make_mesh(*shape, devices=devices)
     placed = jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index]),
                           params, runs.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(placed, config.trainable, config.frozen)
-    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
     where = train.abstract_state(config, trainable, mesh)
     state = jax.jit(lambda params: train.TrainState(jnp.int32(0), params, tx.init(params)),
                     out_shardings=jax.tree.map(lambda x: x.sharding, where))(trainable)
@@ -129,7 +129,7 @@ def main(names: list[str]) -> None:
     distributed.start()
     masks = int("masks" in names)
     config = config_of(1, "none")
-    params = drawn(Crab(model_config(config)))
+    params = drawn(Crab(config.model))
     wanted = steps(params, masks, *ONE)
     trained, _ = optim.split(params, config.trainable, config.frozen)
     moved = min(float(np.abs(x - y).max()) for x, y in zip(

@@ -20,7 +20,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from crab_jax import evaluate, predict
+from crab_jax import evaluate, packaged, predict
 from crab_jax.config import parse_flags
 from crab_jax.errors import InputError
 from crab_jax.optim import OptimConfig, optimizer
@@ -31,7 +31,7 @@ from data_pipelines.__main__ import main as data_pipelines
 REPOSITORY = Path(__file__).resolve().parents[1]
 CASES = Path(os.environ.get("CRAB_CASES_DIR", REPOSITORY.parent / "shared/cases"))
 pytestmark = pytest.mark.skipif(not (CASES / "README.md").is_file(), reason="the reported cases are not here")
-CHECKPOINT = REPOSITORY / "warm_start"
+CHECKPOINT = packaged.located(packaged.WARM_START)
 
 
 def done(main, *words) -> int:

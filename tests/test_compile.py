@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import common, finetune
+from configs import finetune
 from crab_jax import compile as verb
-from crab_jax import hlo, layout, losses, optim, sharding, train
-from crab_jax.config import loss_config, model_config
+from crab_jax import defaults, hlo, layout, losses, optim, sharding, train
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.models.llama import Llama, LlamaConfig
@@ -41,7 +41,7 @@ def joint(values):
         for part in sections:
             section = section[part]
         section[name] = value
-    return config
+    return resolve(config)
 
 
 def small(**changes):
@@ -51,7 +51,8 @@ def small(**changes):
 
 def wide(*trainable):
     """The language model at its real width but three layers deep, split over four chips; two rows on each."""
-    groups = (*common.ENCODERS, *common.QFORMERS, *common.LORA, *common.LLAMA, *common.SEGMENTATION, *common.FOURIER)
+    groups = (*defaults.ENCODERS, *defaults.QFORMERS, *defaults.LORA, *defaults.LLAMA,
+              *defaults.SEGMENTATION, *defaults.FOURIER)
     return joint({"data.batch_size": 8, "mesh.fsdp": 4, "optim.accumulate": 1, "sizes.llama.layers": LAYERS,
                   "trainable": trainable, "frozen": tuple(group for group in groups if group not in trainable)})
 
@@ -71,7 +72,7 @@ def step(devices):
 @pytest.fixture(scope="module")
 def lora(devices):
     """(config, report) of a step that trains LoRA alone."""
-    config = wide(*common.LORA)
+    config = wide(*defaults.LORA)
     return config, verb.measure(config, "v5e:2x2", devices, WIDE, "train")[0]
 
 
@@ -147,8 +148,8 @@ def test_moments_and_gradients_exist_for_trainables_only(lora, devices):
     """Training the language model as well adds, for each of its weights, what LoRA alone does not hold: two moments and
     a value in float32 in place of bfloat16, a gradient in float32, and a copy in bfloat16 to compute with."""
     config, report = lora
-    whole, _ = verb.measure(wide(*common.LORA, *common.LLAMA), "v5e:2x2", devices, WIDE, "train")
-    cfg = model_config(config).llama
+    whole, _ = verb.measure(wide(*defaults.LORA, *defaults.LLAMA), "v5e:2x2", devices, WIDE, "train")
+    cfg = config.model.llama
     weights = (LAYERS * (4 * cfg.hidden**2 + 3 * cfg.hidden * cfg.mlp_dim) + 2 * cfg.padded_vocab * cfg.hidden) / 4
     more = {name: (whole[name] - report[name]) / weights for name in ("argument_bytes", "temporary_bytes")}
     print("bytes per weight and chip:", more)
@@ -160,16 +161,16 @@ def test_moments_and_gradients_exist_for_trainables_only(lora, devices):
 @pytest.mark.exhaustive
 def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora, devices):
     config, report = lora
-    mesh, model = layout.mesh_of(config, devices), Crab(model_config(config))
+    mesh, model = layout.mesh_of(config, devices), Crab(config.model)
     state, frozen = verb.abstract_state(config, mesh)
-    batch = verb.abstract_batch(config, WIDE, config.data.batch_size, sharding.batch_sharding(mesh))
+    batch = verb.abstract_batch(config, WIDE, config.mixture.batch_size, sharding.batch_sharding(mesh))
 
     def forward(trainable, frozen, batch):
         with sharding.constrained(mesh):
             out = model.apply({"params": optim.merge(trainable, frozen)}, batch, deterministic=False,
                               rngs={"dropout": jax.random.key(0)})
             rows = train.loss_rows(out, batch)
-            return losses.total({name: losses.pool(term) for name, term in rows.items()}, loss_config(config))
+            return losses.total({name: losses.pool(term) for name, term in rows.items()}, config.loss)
 
     memory = jax.jit(forward).lower(state.trainable, frozen, batch).compile().memory_analysis()
     # What was allocated, and what of it was in use at the fullest moment.
@@ -235,7 +236,7 @@ def test_a_wrong_flag_exits_with_2_and_one_line():
 
 @needs_libtpu
 def test_the_sweep_tries_fewer_rows_at_a_time_until_they_are_one():
-    trials = list(verb._halved(finetune.get_config(), verb.topology_devices("v5e:8x8"), 8, 1, "dots"))
+    trials = list(verb._halved(resolve(finetune.get_config()), verb.topology_devices("v5e:8x8"), 8, 1, "dots"))
     assert [trial.optim.accumulate for trial in trials] == [2, 4, 8], "4 are inferred; a chip has 8 rows"
     assert {(t.mesh.data, t.mesh.fsdp, t.sizes.llama.remat) for t in trials} == {(8, 8, "dots")}
 
@@ -246,7 +247,7 @@ def test_the_sweep_compiles_only_what_could_be_the_best(devices, monkeypatch, ca
     tried = []
 
     def measured(config, topology, devices, bucket, stage):
-        tried.append((config.mesh.fsdp, config.sizes.llama.remat, config.optim.accumulate))
+        tried.append((config.mesh.fsdp, config.model.llama.remat, config.optim.accumulate))
         fits = config.mesh.fsdp == 4 and config.optim.accumulate == 2
         return {"fits": fits, "headroom": 0.5, "roofline_s": {"step": 2.0}, "accumulate": config.optim.accumulate}, None
 
@@ -267,7 +268,7 @@ def test_the_policy_that_recomputes_less_is_tried_first(devices):
 
 
 def test_the_mix_holds_every_bucket_once_and_the_largest_covers_it():
-    config = finetune.get_config()
+    config = resolve(finetune.get_config())
     mix, largest = verb.bucket_mix(config), verb.largest_bucket(config)
     assert len(set(mix)) == len(mix) == 5
     assert all(size <= limit for bucket in mix for size, limit in zip(bucket, largest, strict=True))

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import pytest
 
-from configs import common
-from crab_jax import runs
-from crab_jax.config import MODELS, check_config, model_config, parse_flags
+from crab_jax import defaults, runs
+from crab_jax.config import parse_flags, resolve
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
+from crab_jax.models.presets import MODELS
 from crab_jax.optim import split
 
 STAGES = ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "finetune_avs", "tiny_pretrain", "tiny")
@@ -19,7 +19,7 @@ STAGES = ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "fine
 @pytest.fixture(scope="module")
 def shapes():
     """Parameter shapes of the full-size model; nothing is allocated."""
-    return nn.unbox(runs.abstract_params(Crab(model_config(common.base()))))
+    return nn.unbox(runs.abstract_params(Crab(resolve(defaults.base()).model)))
 
 
 def millions(tree, *parts: str) -> float:
@@ -32,7 +32,7 @@ def millions(tree, *parts: str) -> float:
 def test_the_7b_modules_have_the_published_sizes(shapes):
     lora = millions(shapes["llama"], "lora_")
     assert round(lora, 2) == 45.16  # n = 3
-    new_rows = 2 * (model_config(common.base()).llama.padded_vocab - 32000) * 4096 / 1e6
+    new_rows = 2 * (resolve(defaults.base()).model.llama.padded_vocab - 32000) * 4096 / 1e6
     assert round(millions(shapes["llama"]) - lora - new_rows, 1) == 6738.4  # LLaMA-2-7B
     assert round(millions(shapes["clip"])) == 303  # CLIP ViT-L/14
     assert round(millions(shapes["beats"])) == 90
@@ -41,7 +41,7 @@ def test_the_7b_modules_have_the_published_sizes(shapes):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_valid_and_covers_every_parameter_once(stage, shapes):
     config = importlib.import_module(f"configs.{stage}").get_config()
-    check_config(config)
+    resolve(config)
     trainable, frozen = split(shapes, config.trainable, config.frozen)
     assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(shapes))
     assert not millions(trainable, "positional_encoding"), "the Fourier matrices are saved state, never trained"
@@ -57,31 +57,31 @@ def test_stages_change_values_and_never_add_keys():
                 (keys(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name})}
 
     for stage in STAGES:
-        assert keys(importlib.import_module(f"configs.{stage}").get_config()) == keys(common.base()), stage
+        assert keys(importlib.import_module(f"configs.{stage}").get_config()) == keys(defaults.base()), stage
 
 
 def test_sizes_override_the_named_model_and_presets_set_the_quirks():
-    config = common.base()
+    config = defaults.base()
     config.model, config.compat = "tiny", "released"
     config.sizes.llama.layers = 2
-    cfg = model_config(config)
+    cfg = resolve(config).model
     assert cfg.llama.layers == 2 and cfg.llama.hidden == MODELS["tiny"]().llama.hidden
     assert cfg.seg_taps == (0, 1) and not cfg.seg.chain_queries and cfg.lora.dropout_per_head
     config.compat = "paper"
-    assert model_config(config).seg_taps == (0, 2) and model_config(config).seg.chain_queries
+    assert resolve(config).model.seg_taps == (0, 2) and resolve(config).model.seg.chain_queries
 
 
 @pytest.mark.parametrize("field", ["caps", "curriculum"])
 def test_caps_and_steps_of_a_mixture_are_not_negative(field):
-    config = common.base()
+    config = defaults.base()
     config.data[field].avqa = -1
     with pytest.raises(InputError, match=f"data.{field}.avqa.*must be a whole number from 0"):
-        check_config(config)
+        resolve(config)
 
 
 def test_a_key_with_a_hyphen_is_overridden_like_any_other():
     words = ["train", "--config=configs/tiny.py", "--config.data.weights.ref-avs=2.5", "--config.init_from=a-b.c-d=3"]
     config, _ = parse_flags(words, None, workdir=False)
-    assert config.data.weights["ref-avs"] == 2.5 and config.init_from == "a-b.c-d=3"
+    assert config.mixture.weights["ref-avs"] == 2.5 and config.init_from == "a-b.c-d=3"
     with pytest.raises(InputError, match="ref-av"):
         parse_flags([*words, "--config.data.weights.ref-av=2.5"], None, workdir=False)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from configs import tiny
 from crab_jax import compile_cache, inspect, runs
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from data_pipelines import decoded, mixture
 from data_pipelines.shards import Decoding
@@ -67,6 +68,7 @@ def test_the_cache_of_the_training_machine_is_none_here(monkeypatch):
     monkeypatch.setattr(mixture, "eval_batches", lambda e, r, t, config, *rest, **more: seen.append(config) or iter(()))
     config = tiny.get_config()
     config.data.cache_dir = "runs/recipe/cache"
+    config = resolve(config)
     runs.eval_batches([], "", config, None, 1)
     runs.eval_batches([], "", config, None, 1, cache_dir="asked/for")
     list(inspect.answered_batches([], "", config, None, 1))
@@ -76,12 +78,12 @@ def test_the_cache_of_the_training_machine_is_none_here(monkeypatch):
 def test_the_data_root_of_training_is_taken_where_it_is_there(tmp_path):
     config = tiny.get_config()
     config.data.root = str(tmp_path)
-    assert runs.data_root("", config) == tmp_path and runs.data_root("other", config) == Path("other")
+    assert runs.data_root("", resolve(config)) == tmp_path and runs.data_root("other", resolve(config)) == Path("other")
     for root, said in (("/on/that/machine", "trained on /on/that/machine, which is no folder here; give --data=DIR"),
                        ("", "trained without one")):
         config.data.root = root
         with pytest.raises(InputError, match=said):
-            runs.data_root("", config)
+            runs.data_root("", resolve(config))
 
 
 @pytest.mark.parametrize("environ, kept", [
@@ -109,7 +111,7 @@ def test_predict_works_in_a_folder_that_may_not_be_written_to(picture, scenes_ro
     repository = Path(__file__).parent.parent
     done = subprocess.run(
         ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", sys.executable, "-m",
-         "crab_jax.predict", "--checkpoint", repository / "warm_start", "--video",
+         "crab_jax.predict", "--checkpoint", "warm_start", "--video",
          next((scenes_root / "test").rglob("clip.mp4")), "--question", "What is heard?", "--max-new-tokens", "2",
          "--out", out], cwd=here, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(repository), "HOME": str(here), "PYTHONDONTWRITEBYTECODE": "1"})

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from crab_jax import charts, inference, layout, runs, scoring, sharding
+from crab_jax import charts, defaults, inference, layout, runs, scoring, sharding
 from crab_jax import evaluate as verb
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from crab_jax.evaluate import check_labels, parse_arguments, select
 from crab_jax.models.clip import ClipConfig
@@ -125,13 +125,19 @@ def model(tokenizer):
     return Scripted(ScriptConfig(tuple(tuple(tokenizer.ids(text)) + (tokenizer.eos_id,) for text in TEXTS)))
 
 
+def run_config(root):
+    config = defaults.tiny()
+    config.data.root = str(root)
+    return resolve(config)
+
+
 def run(root, monkeypatch, model, tokenizer, *flags):
     """Evaluate the scripted model on a small data root; returns what the data side was asked for."""
     asked = {}
     write_jsonl(root / "test.jsonl", EXAMPLES)
     for example in EXAMPLES[2:]:
         Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(root / example.mask)
-    config = ConfigDict({"data": {"root": str(root)}})
+    config = run_config(root)
     monkeypatch.setattr(runs, "load_config", lambda path: config)
     monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
     monkeypatch.setattr(runs, "load_model", lambda path, weights, mesh: (model, {}, config, tokenizer))
@@ -186,7 +192,7 @@ def answering(tmp_path, monkeypatch):
             decoding.append(changes["decoding"])
             return answered(todo, rng, deaths)
 
-        config = ConfigDict({"data": {"root": str(tmp_path)}, "compat": "paper"})
+        config = run_config(tmp_path)
         monkeypatch.setattr(runs, "load_config", lambda path: config)
         monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
         monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, None))

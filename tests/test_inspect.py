@@ -11,7 +11,7 @@ from flax import traverse_util
 from configs import tiny
 from crab_jax import inspect as verb
 from crab_jax import runs
-from crab_jax.config import model_config
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.tasks import TASKS
@@ -28,7 +28,7 @@ def small():
     config = tiny.get_config()
     config.update({"sizes": {"llama": {"layers": 2}, "beats": {"layers": 1}, "visual": {"layers": 1},
                              "audio": {"layers": 1}}})
-    model, rng = Crab(model_config(config)), np.random.default_rng(0)
+    model, rng = Crab(resolve(config).model), np.random.default_rng(0)
     shapes = nn.unbox(runs.abstract_params(model))
     return model, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 

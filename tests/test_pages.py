@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crab_jax import charts, clip_page, overlay, page, report, results_page
+from crab_jax import charts, clip_page, overlay, packaged, page, report, results_page
 from crab_jax.errors import InputError, cell, printable
 from crab_jax.errors import report as say
 from crab_jax.inference import Prediction
@@ -76,7 +76,7 @@ class Found(HTMLParser):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(sample.TOKENIZER)
+    return Tokenizer.load(packaged.TOKENIZER)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from configs import tiny
 from crab_jax import clip_page, runs
 from crab_jax import predict as verb
 from crab_jax.checkpoints import save_packed
-from crab_jax.config import model_config
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from crab_jax.inference import read_answer
 from crab_jax.models.crab import Crab
@@ -421,7 +421,8 @@ def save_small_model(folder):
     config.update({"init_from": "", "sizes": {"llama": {"layers": 1}, "beats": {"layers": 1},
                                               "visual": {"layers": 1}, "audio": {"layers": 1}}})
     rng = np.random.default_rng(0)
-    shapes = nn.unbox(runs.abstract_params(Crab(model_config(config))))
+    config = resolve(config)
+    shapes = nn.unbox(runs.abstract_params(Crab(config.model)))
     save_packed(folder, jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), shapes),
                 config.to_dict())
     Tokenizer.load(config.tokenizer).save(folder)

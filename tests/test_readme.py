@@ -28,7 +28,7 @@ def test_the_readme_opens_with_the_two_commands():
 @pytest.mark.slow
 def test_the_python_commands_run_in_order(scenes_root, tmp_path):
     scene = scenes_root / "test" / "000000"
-    places = {"runs/demo/train": REPOSITORY / "warm_start", "runs/demo/scenes": scenes_root,
+    places = {"runs/demo/train": REPOSITORY / "crab_jax/warm_start", "runs/demo/scenes": scenes_root,
               "clip.mp4": scene / "clip.mp4", "picture.jpg": scene / "frames" / "3.jpg",
               "sound.wav": scene / "audio.wav", "runs/": f"{tmp_path}/"}
     commands = readme_commands()

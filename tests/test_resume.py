@@ -11,6 +11,7 @@ import pytest
 from configs import tiny
 from crab_jax import runs
 from crab_jax.checkpoints import RunCheckpoints
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from data_pipelines import prepare
 from data_pipelines.examples import Example, learned, read_jsonl, write_jsonl
@@ -22,7 +23,8 @@ def run_on(root: Path, **data) -> tuple:
     config = tiny.get_config()
     config.data.root = str(root)
     config.data.update(data)
-    return config, runs.data_identity(config, runs.train_examples(config))
+    run = resolve(config)
+    return run, runs.data_identity(run, runs.train_examples(run))
 
 
 @pytest.fixture
@@ -86,7 +88,8 @@ def test_what_changes_no_batch_is_the_same_list(workdir, scenes_root, tmp_path):
 
 def test_weights_and_limits_choose_what_a_run_is_trained_on(scenes_root, fewer):
     config, _ = run_on(scenes_root)
-    config.data.weights.ave = 0.0
+    mixture = dataclasses.replace(config.mixture, weights={**config.mixture.weights, "ave": 0.0})
+    config = dataclasses.replace(config, mixture=mixture)
     assert runs.data_identity(config, runs.train_examples(config)) != run_on(scenes_root)[1]
     half = len(read_jsonl(fewer / "train.jsonl"))
     assert run_on(scenes_root, limit=half)[1] == run_on(fewer)[1]

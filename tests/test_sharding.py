@@ -21,9 +21,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from configs import finetune
 from crab_jax import chips, distributed, layout, runs, sharding
-from crab_jax.config import crab_7b, model_config
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
+from crab_jax.models.presets import crab_7b
 from tests import same_step
 
 GOLDEN = Path(__file__).parent / "crab_7b_shardings.json"
@@ -97,9 +98,9 @@ def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, c
     monkeypatch.setattr(chips, "memory_of", lambda device: memory)
     mesh = SimpleNamespace(shape={"data": chips_, "fsdp": 1, "tensor": 1}, devices=np.array([None]))
     config = finetune.get_config()
-    assert layout.micro_batches(config, mesh) == expected
+    assert layout.micro_batches(resolve(config), mesh) == expected
     config.optim.accumulate = 1
-    assert layout.micro_batches(config, mesh) == 1, "a given number is not changed"
+    assert layout.micro_batches(resolve(config), mesh) == 1, "a given number is not changed"
 
 
 @pytest.mark.parametrize("name, count, weights, batch, expected", [
@@ -109,16 +110,16 @@ def test_a_model_that_answers_is_split_no_more_than_it_must(monkeypatch, name, c
     memory = {chip.name: chip.hbm_bytes for chip in chips.CHIPS}.get(name)
     monkeypatch.setattr(chips, "memory_of", lambda device: memory)
     devices = [Device(number) for number in range(count)]
-    mesh = layout.serving_mesh(finetune.get_config(), weights, batch, devices=devices)
+    mesh = layout.serving_mesh(resolve(finetune.get_config()), weights, batch, devices=devices)
     assert tuple(mesh.shape.values()) == expected
 
 
 def test_a_model_that_answers_is_not_split_by_a_number_that_does_not_divide():
     devices = [Device(number) for number in range(8)]
     with pytest.raises(InputError, match="3 does not divide the 8 devices"):
-        layout.serving_mesh(finetune.get_config(), "float", 16, 3, devices)
+        layout.serving_mesh(resolve(finetune.get_config()), "float", 16, 3, devices)
     with pytest.raises(InputError, match="int4 matrices are not split"):
-        layout.serving_mesh(finetune.get_config(), "int4", 16, 2, devices)
+        layout.serving_mesh(resolve(finetune.get_config()), "int4", 16, 2, devices)
 
 
 def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
@@ -202,4 +203,4 @@ def test_two_processes_take_the_step_of_one_device():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(specs(), indent=0) + "\n")
-    print(f"wrote {GOLDEN}: {len(specs())} parameters; heads {model_config(finetune.get_config()).lora.heads}")
+    print(f"wrote {GOLDEN}: {len(specs())} parameters; heads {resolve(finetune.get_config()).model.lora.heads}")

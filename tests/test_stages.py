@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import common
-from crab_jax import optim, runs, stages
+from crab_jax import defaults, optim, runs, stages
 from crab_jax.checkpoints import load_params
 from crab_jax.tasks import TASKS
 
@@ -45,4 +44,4 @@ def test_every_stage_improves_what_it_trains_and_changes_nothing_else(tmp_path):
         assert all(np.array_equal(frozen[0][path], frozen[1][path]) for path in frozen[0])
         assert any(not np.array_equal(trained[0][path], trained[1][path]) for path in trained[0])
         before = run
-    assert set(common.ENCODERS) <= set(config.frozen)
+    assert set(defaults.ENCODERS) <= set(config.frozen)

@@ -17,7 +17,7 @@ import safetensors.numpy
 from configs import tiny
 from crab_jax import optim, runs, sharding, train
 from crab_jax.checkpoints import load_params
-from crab_jax.config import data_config, model_config
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.watchdog import Watchdog
@@ -70,9 +70,9 @@ def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_r
     again, first = (load_params(tmp_path / name) for name in ("whole", "killed"))
     assert jax.tree.all(jax.tree.map(np.array_equal, again, first))
     recompiled = json.loads((tmp_path / "whole" / "compilations.json").read_text())["train_step"]
-    config = tiny.get_config()
+    config = resolve(tiny.get_config())
     buckets = mixture.group_by_bucket(runs.read_examples(scenes_root, "train"), runs.tokenizer_of(config),
-                                      data_config(config))
+                                      config.data)
     assert 1 < recompiled <= len(buckets), "one compilation per bucket"
 
 
@@ -86,10 +86,11 @@ def small_run(root: Path) -> tuple:
         config.sizes[module][field] = value
     for task in TEXT_ONLY[2:-1]:
         config.data.weights[task] = float(task == "s4")
-    model, mesh = Crab(model_config(config)), sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    config = resolve(config)
+    model, mesh = Crab(config.model), sharding.make_mesh(data=1, devices=jax.devices()[:1])
     params = runs.initial_params(config, model, runs.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
-    tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
     state = train.TrainState(jnp.int32(0), trainable, tx.init(trainable))
     state = jax.device_put(state, sharding.state_shardings(state, trainable, mesh))
     tokenizer = runs.tokenizer_of(config)
@@ -145,6 +146,7 @@ def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
 def test_the_input_that_is_waited_for_is_named(scenes_root):
     config = tiny.get_config()
     config.data.root, config.data.batch_size = str(scenes_root), 4
+    config = resolve(config)
     order = runs.train_order(config, runs.tokenizer_of(config))
     asked = order.batches[6][[1, 3]]
     line = train.input_wait(order, 7, 4, np.array([1, 3]), workers=2)

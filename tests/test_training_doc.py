@@ -12,7 +12,7 @@ import pytest
 
 from crab_jax import compile as compile_verb
 from crab_jax import evaluate
-from crab_jax.config import _keys, parse_flags
+from crab_jax.config import parse_flags
 from crab_jax.convert import __main__ as convert
 from crab_jax.convert import importing
 from crab_jax.convert.released import COMPONENTS, Choices
@@ -69,13 +69,13 @@ def test_stage_table_agrees_with_the_configs(monkeypatch):
     assert len(rows) >= 5
     for file, batch in rows:
         config, _ = parse_flags(["train", f"--config={file}"], None, workdir=False)
-        assert config.data.batch_size == int(batch), file
+        assert config.mixture.batch_size == int(batch), file
 
 
 def test_named_keys_exist(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config, _ = parse_flags(["train", "--config=configs/finetune.py"], None, workdir=False)
-    keys = _keys(config)
+    keys = config.flat().keys()
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
     named = set(re.findall(rf"`(?:--config\.)?((?:{sections})\.[a-z_.0-9]+)[`=]", TEXT))
     assert len(named) > 6

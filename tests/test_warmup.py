@@ -6,7 +6,7 @@ import pytest
 
 from configs import tiny
 from crab_jax import runs, warmup
-from crab_jax.config import data_config, model_config
+from crab_jax.config import resolve
 from data_pipelines.sources import scene_graph
 
 
@@ -42,8 +42,8 @@ def test_pointed_map_holds_the_area_of_the_boxes_of_the_named_things(world):
 
 def test_a_batch_shows_the_second_that_its_picture_and_window_show(world):
     examples, _, numbers, tables = world
-    config = tiny.get_config()
-    tokenizer, decode = runs.tokenizer_of(config), data_config(config)
+    config = resolve(tiny.get_config())
+    tokenizer, decode = runs.tokenizer_of(config), config.data
     boxes = [e for e in examples if e.task == "arig"]
     groups = warmup.text_arrays(boxes, numbers, tables, tokenizer, decode)
     assert len(groups) == 1 and len(groups[0]["tokens"]) == len(boxes)
@@ -62,9 +62,9 @@ def test_a_batch_shows_the_second_that_its_picture_and_window_show(world):
 
 def test_mask_states_are_where_the_mask_tokens_are_predicted(world):
     examples, _, numbers, tables = world
-    config = tiny.get_config()
+    config = resolve(tiny.get_config())
     tokenizer = runs.tokenizer_of(config)
-    for group in warmup.text_arrays(examples, numbers, tables, tokenizer, data_config(config)):
+    for group in warmup.text_arrays(examples, numbers, tables, tokenizer, config.data):
         for tokens, states, pointed in zip(group["tokens"], group["states"], group["pointed"], strict=True):
             if states.max() < 0:
                 assert not pointed.any()
@@ -75,12 +75,12 @@ def test_mask_states_are_where_the_mask_tokens_are_predicted(world):
 def test_the_language_model_goes_on_from_the_one_that_is_given(world):
     """Two steps of 2e-3 at most move a weight by less than 0.01."""
     examples, _, numbers, tables = world
-    config = tiny.get_config()
+    config = resolve(tiny.get_config())
     captions = [e for e in examples if e.task == "avcap"]
-    groups = warmup.text_arrays(captions, numbers, tables, runs.tokenizer_of(config), data_config(config))
+    groups = warmup.text_arrays(captions, numbers, tables, runs.tokenizer_of(config), config.data)
 
     def learn(start=None):
-        learned = warmup.warm_llama(model_config(config), groups, tables, 2, np.random.default_rng(0), start)
+        learned = warmup.warm_llama(config.model, groups, tables, 2, np.random.default_rng(0), start)
         return jax.tree.map(np.asarray, learned["llama"])
 
     start = jax.tree.map(lambda x: x + 1, learn())

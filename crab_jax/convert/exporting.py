@@ -19,7 +19,6 @@ import numpy as np
 from flax import traverse_util
 
 from crab_jax.checkpoints import StoredParams, stored_params
-from crab_jax.config import model_config
 from crab_jax.convert import torch_writer
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
@@ -42,7 +41,7 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
     """Write the files of one format into `out`; returns their paths. Raises InputError for no checkpoint."""
     if form not in FORMATS:
         raise InputError("--format", form, "is unknown", f"use one of {', '.join(FORMATS)}")
-    cfg = model_config(load_config(checkpoint))
+    cfg = load_config(checkpoint).model
     params = stored_params(checkpoint)
     before = set(out.rglob("*")) if out.exists() else set()
     (write_crab if form == "crab" else write_hugging_face)(cfg, params, out)

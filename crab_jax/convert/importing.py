@@ -21,15 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from crab_jax import finite, runs
 from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, note_model, save_streamed
-from crab_jax.config import COMPAT_FIELDS
+from crab_jax.compat import PRESETS
+from crab_jax.config import RunConfig, resolve
 from crab_jax.convert import released, torch_file
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
+from crab_jax.defaults import released as paper_defaults
 from crab_jax.errors import InputError
 from crab_jax.files import refuse_stand_in, replaced, write_whole
 from crab_jax.models.crab import Crab, CrabConfig
@@ -80,7 +81,7 @@ class Part(NamedTuple):
         return permute(self.source.tensors[self.rule.source], self.rule.layout)
 
 
-def import_weights(files: Files, out: Path, choices: Choices | None = None, config: ConfigDict | None = None
+def import_weights(files: Files, out: Path, choices: Choices | None = None, config: RunConfig | None = None
                    ) -> dict[str, Any]:
     """Write the checkpoint into `out` and return the report, which is also written there. Raises InputError.
 
@@ -403,35 +404,25 @@ def _plain(cfg: Any) -> Any:
     return cfg if isinstance(cfg, str | int | float | bool) else list(cfg) if isinstance(cfg, tuple) else str(cfg)
 
 
-def _run_config(cfg: CrabConfig, choices: Choices, config: ConfigDict | None) -> ConfigDict:
-    """The run config with these sizes, all of them said outright."""
-    if config is None:
-        from configs import finetune
-
-        config = finetune.get_config()
-    config = config.copy_and_resolve_references()
-    config.model, config.compat = "crab_7b", choices.compat
-
-    def fill(node: ConfigDict, sizes: Any) -> None:
-        for f in dataclasses.fields(sizes):
-            value = getattr(sizes, f.name)
-            if dataclasses.is_dataclass(value):
-                fill(node[f.name], value)
-            elif f.name not in COMPAT_FIELDS and not isinstance(value, type) and not callable(value):
-                node[f.name] = value
-
-    fill(config.sizes, cfg)
-    return config
+def _run_config(cfg: CrabConfig, choices: Choices, config: RunConfig | None) -> RunConfig:
+    """The run config with these sizes."""
+    config = config or resolve(paper_defaults())
+    compat = PRESETS[choices.compat]
+    return dataclasses.replace(
+        config, model_name="crab_7b", compat=choices.compat, model=cfg,
+        data=dataclasses.replace(config.data, image_size=cfg.clip.image_size, visual_queries=cfg.visual.queries,
+                                 audio_queries=cfg.audio.queries, clock=compat.clock),
+        loss=dataclasses.replace(config.loss, reduction=compat.mask_loss_reduction))
 
 
-def load_run_config(file: Path) -> ConfigDict:
+def load_run_config(file: Path) -> RunConfig:
     """`get_config()` of a config file. Raises InputError."""
     spec = importlib.util.spec_from_file_location("run_config", file)
     if spec is None or spec.loader is None or not file.is_file():
         raise InputError(str(file), "--config", "is no Python config file", "give a file of configs/")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return resolve(module.get_config())
 
 
 def describe(report: Mapping[str, Any]) -> str:

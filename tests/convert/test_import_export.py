@@ -81,10 +81,10 @@ def test_the_report_accounts_for_every_key_and_parameter(files, imported, capsys
     assert len(drawn) == 2 and all("positional_encoding" in path for path in drawn)
     assert (report["lora_heads"], report["queries"]["visual"]) == (model.cfg.lora.heads, model.cfg.visual.queries)
     assert config.compat == report["compat"] == "released" and not model.cfg.seg.chain_queries
-    config.init_from = str(out)
+    config = dataclasses.replace(config, init_from=str(out))
     starting = runs.initial_params(config, model)  # what train begins with
     assert not capsys.readouterr().err
-    config.compat = "paper"
+    config = dataclasses.replace(config, compat="paper")
     runs.initial_params(config, model)
     assert "was made with compat='released'" in capsys.readouterr().err
     np.testing.assert_array_equal(starting["al_projector"]["query_tokens"], params["al_projector"]["query_tokens"])

@@ -11,7 +11,7 @@ import pytest
 
 from configs import tiny
 from crab_jax import runs
-from crab_jax.config import data_config
+from crab_jax.config import resolve
 from data_pipelines.batching import load
 from data_pipelines.datasets import DATASETS, read, read_examples
 from data_pipelines.examples import read_jsonl
@@ -55,7 +55,8 @@ def test_every_source_goes_from_its_release_to_scores(releases_root, tmp_path):
 
     config = tiny.get_config()
     config.data.lengths = (256,)
-    decoding, prepared = data_config(config), tmp_path / "prepared"
+    config = resolve(config)
+    decoding, prepared = config.data, tmp_path / "prepared"
     command("data_pipelines", "prepare", "--root", releases_root, "--out", prepared, "--datasets", ALL,
             "--splits", "train,val,test,test_s,test_u,test_n", "--image-size", decoding.image_size)
     tokenizer = runs.tokenizer_of(config)

@@ -7,6 +7,7 @@ import releases
 
 from configs import tiny
 from crab_jax import runs
+from crab_jax.config import resolve
 from data_pipelines.datasets import read, read_examples
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.leaks import Clip, clip_of, held_out, leak_problems, leaks_of, without
@@ -72,9 +73,9 @@ def config_of(root, **data):
 
 def test_training_says_them_or_leaves_them_out(shared, caplog):
     config = config_of(shared)
-    tokenizer = runs.tokenizer_of(config)
+    tokenizer = runs.tokenizer_of(resolve(config))
     assert config.data.exclude_leaks is False
-    every = runs.train_order(config, tokenizer).examples
+    every = runs.train_order(resolve(config), tokenizer).examples
     line, = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
     assert "2 clips (2 examples) of train are in val or test elsewhere: ave in avvp 1, valor in ref_avs 1 (2 " in line
     assert "--config.data.exclude_leaks=true leaves them out" in line and "\n" not in line
@@ -82,7 +83,7 @@ def test_training_says_them_or_leaves_them_out(shared, caplog):
 
     caplog.clear()
     config.data.exclude_leaks = True
-    kept = runs.train_order(config, tokenizer).examples
+    kept = runs.train_order(resolve(config), tokenizer).examples
     line, = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
     assert "they are left out (data.exclude_leaks)" in line
     assert [e.id for e in every if e not in kept] == [f"ave-{ID}-0", "valor---KCIeTv6PM_15.000_25.000"]
@@ -90,7 +91,7 @@ def test_training_says_them_or_leaves_them_out(shared, caplog):
 
 def test_it_is_the_whole_root_that_counts_not_what_is_trained_on(shared):
     config = config_of(shared, datasets="ave", exclude_leaks=True)
-    order = runs.train_order(config, runs.tokenizer_of(config))
+    order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
     assert ID not in {e.meta["video"] for e in order.examples} and len(order.examples) == 4
 
 
@@ -98,7 +99,7 @@ def test_a_root_without_leaks_says_nothing(copied, caplog):
     root = copied("ave", "valor", "music_avqa")  # AVE and MUSIC-AVQA share clips with their own test, as released
     config = config_of(root, exclude_leaks=True)
     with caplog.at_level(logging.WARNING):
-        order = runs.train_order(config, runs.tokenizer_of(config))
+        order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
     assert list(order.examples) == read_examples(root, "train") and not caplog.records
     assert leak_problems(root) == []
 
@@ -125,7 +126,7 @@ def test_a_prepared_root_has_the_same_leaks(shared, tmp_path, caplog):
                  "--image-size", "16", "--workers", "1"])
     assert [p.problem for p in leak_problems(out)] == [p.problem for p in leak_problems(shared, ["ave", "avvp"])] != []
     config = config_of(out, exclude_leaks=True)
-    order = runs.train_order(config, runs.tokenizer_of(config))
+    order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
     assert ID not in {e.meta["video"] for e in order.examples} and len(order.examples) == 4
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import finetune
-from crab_jax.config import data_config
+from crab_jax.config import resolve
 from data_pipelines import padding
 from data_pipelines.batching import Bucket, Fill, collate, load
 from data_pipelines.examples import Example
@@ -59,7 +59,7 @@ def test_av_uie_fills_nine_tenths_of_its_batches(av_uie, tmp_path):
     """The tokenizer here gives sequences about as long as LLaMA's, for which docs/datasets.md has the figures."""
     texts = [text for example in av_uie for text in (chat_prompt(example.instruction), example.target)]
     train_tiny_tokenizer(texts, tmp_path / "tokenizer.json", vocab_size=1200)
-    config = data_config(finetune.get_config())
+    config = resolve(finetune.get_config()).data
     assert (config.video_frames, config.visual_queries, config.audio_queries) == (10, 32, 32)
     rows = train_order(av_uie, Tokenizer.load(tmp_path / "tokenizer.json"), config, 1).padding
     assert sum(row.examples for row in rows) == len(av_uie) > 900

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crab_jax import packaged
 from crab_jax.page import escape
 from data_pipelines import sample
 from data_pipelines.batching import DataConfig, bucket_for, load
@@ -19,7 +20,7 @@ from data_pipelines.tokens import Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(sample.TOKENIZER)
+    return Tokenizer.load(packaged.TOKENIZER)
 
 
 def test_the_kinds_of_positions_are_those_of_the_batch(releases_root, tokenizer):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from crab_jax import runs
-from crab_jax.config import tiny
 from crab_jax.generate import GenerateOptions, generate
 from crab_jax.models.crab import Crab, init_params
+from crab_jax.models.presets import tiny
 from data_pipelines import batching
 from data_pipelines.tokens import Tokenizer
 

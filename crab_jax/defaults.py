@@ -1,0 +1,94 @@
+"""Defaults of a run config, as the ConfigDict that files of configs/ change and command lines override."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from crab_jax import packaged
+from crab_jax.losses import LossConfig
+from crab_jax.models.presets import crab_7b
+from crab_jax.optim import OptimConfig
+from crab_jax.tasks import TASKS
+from data_pipelines.batching import DataConfig
+
+# Paths ('/'-joined, full match) of the parameter groups that stages train or freeze.
+ENCODERS = ("clip/.*", "beats/.*")
+QFORMERS = ("vl_projector/.*", "al_projector/.*")
+LORA = ("llama/.*/lora_(A|B|route)",)
+LLAMA = ("llama/(?!.*/lora_).*",)
+# The random Fourier matrices are saved state, never trained (the released code registers them as buffers).
+FOURIER = ("seg_module/.*positional_encoding_gaussian_matrix",)
+SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
+
+
+# Fields that `compat` and the model set, which are no keys of their own.
+COMPAT_SIZES = ("seg_taps", "chain_queries", "dropout_per_head")
+DERIVED_DATA = ("image_size", "visual_queries", "audio_queries", "clock")
+DERIVED_LOSS = ("reduction",)
+
+
+def size_overrides(sizes: Any) -> Any:
+    """Return a typed, empty place for every size: `--config.sizes.llama.layers=2` overrides the model's own."""
+    if dataclasses.is_dataclass(sizes):
+        return ConfigDict({field.name: size_overrides(getattr(sizes, field.name))
+                           for field in dataclasses.fields(sizes) if field.name not in COMPAT_SIZES})
+    return config_dict.placeholder(type(sizes))
+
+
+def base() -> ConfigDict:
+    """Return all keys of a run config. Stages change values, never add keys."""
+    decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in DERIVED_DATA}
+    loss = {k: v for k, v in dataclasses.asdict(LossConfig()).items() if k not in DERIVED_LOSS}
+    return ConfigDict({
+        "model": "crab_7b",
+        "compat": "paper",
+        "sizes": size_overrides(crab_7b()),
+        "init_from": "",  # a run's workdir or a packed model; "" starts from random weights
+        "fresh": (),  # parameter patterns that `init_from` may lack
+        "trainable": (*QFORMERS, *LORA, *SEGMENTATION),
+        "frozen": (*ENCODERS, *LLAMA, *FOURIER),
+        "frozen_dtype": "bfloat16",
+        "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
+        # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
+        # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
+        # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
+        # `weights` multiply a task's natural share of the mixture, 0 leaves it out; with `caps` so many examples of a
+        # task count at most (0 = all). `curriculum` is the step from which a task is drawn. `allow_other`: go on with
+        # a run on other Examples than it was trained on.
+        "data": {"root": "", "split": "train", "datasets": "", "variant": "train", "frames": "one",
+                 "exclude_leaks": False, "limit": 0, "batch_size": 256, "workers": 0,
+                 "weights": {name: 1.0 for name in TASKS}, "caps": {name: 0 for name in TASKS},
+                 "curriculum": {name: 0 for name in TASKS}, "allow_other": False, **decoding},
+        "loss": loss,
+        "optim": dataclasses.asdict(OptimConfig()),
+        "mesh": {"data": 0, "fsdp": 1, "tensor": 1},  # devices per axis; 0 is inferred
+        "seed": 0,
+        "steps": 1000,
+        "log_every": 10,
+        "checkpoint_every": 500,
+        "keep": 2,
+        "max_skipped": 10,  # steps in a row whose loss or gradient is not finite, before the run ends
+        "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
+    })
+
+
+def released() -> ConfigDict:
+    """Return `base` for the stages of the paper: mesh and micro-batches follow from the devices and their memory."""
+    config = base()
+    config.mesh.fsdp = 0
+    config.optim.accumulate = 0
+    return config
+
+
+def tiny() -> ConfigDict:
+    """Return `base` for the tiny model on generated scenes, from random weights: see docs/tiny.md."""
+    config = base()
+    config.model = "tiny"
+    config.frozen_dtype = "float32"
+    config.tokenizer = packaged.TOKENIZER
+    config.data.batch_size = 16
+    config.data.lengths = (144, 192, 272)
+    return config
