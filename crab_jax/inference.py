@@ -11,7 +11,6 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from crab_jax.models.crab import Crab
 from crab_jax.runs import eval_batches
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Batch
+from data_pipelines.decoded import Root
 from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
 
@@ -121,7 +121,7 @@ def _digest(*arrays: np.ndarray) -> bytes:
 
 
 def predict_examples(model: Crab, params: Any, config: RunConfig, tokenizer: Tokenizer, examples: Sequence[Example],
-                     root: str | Path, batch_size: int, max_new_tokens: int = 256, seed: int = 0,
+                     root: Root, batch_size: int, max_new_tokens: int = 256, seed: int = 0,
                      decoding: Mapping[str, Any] | None = None, on_text: Callable[[Example, str], None] | None = None,
                      mesh: Mesh | None = None, **data_changes: Any) -> Iterator[Prediction]:
     """Predictions, one per Example, in the order of the batches: bucket by bucket, and task by task within one, because

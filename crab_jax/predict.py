@@ -43,6 +43,7 @@ from crab_jax.runs import load_config, load_model
 from crab_jax.tasks import TASKS
 from data_pipelines import media
 from data_pipelines.examples import WINDOWS, Example
+from data_pipelines.given import Given
 
 
 def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
@@ -100,7 +101,7 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
     asked = {}
     for number, (record, where) in enumerate(records):
         name = f"{number:03d}_{record.get('task', FREE)}"
-        asked[name] = request(record, where, name, out)
+        asked[name] = request(record, where, name, Given(out))
 
     mesh = layout.serving_mesh(load_config(arguments.checkpoint), arguments.weights, arguments.batch_size,
                                arguments.tensor)

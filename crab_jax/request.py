@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-from PIL import Image
 
 from crab_jax.bounds import Anything
 from crab_jax.errors import InputError
@@ -23,6 +21,7 @@ from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import fbank, media
 from data_pipelines.examples import WINDOWS, Example
+from data_pipelines.given import Given
 
 FREE = "question"  # the task of a question that is put to the model as it stands
 READER = "avcap"  # reads the answer to such a question: any text is one
@@ -47,7 +46,7 @@ class Request:
 
     task: str
     example: Example
-    picture: Path | None
+    picture: str | None
     warnings: tuple[str, ...]
 
 
@@ -88,8 +87,8 @@ def every_task(given: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request:
-    """Check one record and make it a question; a picture or sound that has to be made for it is saved in `out`.
+def request(record: dict[str, Any], where: str, name: str, given: Given) -> Request:
+    """Check one record and make it a question about `given`, which keeps a picture or sound that has to be made for it.
 
     Raises InputError for an unknown task or key, media that are missing or cannot be decoded, and a missing question.
     """
@@ -115,13 +114,12 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
             raise InputError(where, field, f"is missing, and {task} needs it", f"give the {field}")
 
     ask, one_picture = _prompt(record, task, where, image is not None)
-    picture = out / f"{name}_picture.png" if image or task in PICTURE_TASKS else None
-    odd = show(image, picture) if image and picture else ()  # what is damaged is named before a model is loaded
+    picture, odd = show(given, image, name) if image else (None, ())  # damage is named before a model is loaded
     if video:
-        media.read_video(video, 10, 16)
+        given.check_video(video)
     if mask := record.get("mask_path"):
-        media.read_mask(mask, None, mask_kind, media.image_size(image) if image else media.video_size(str(video)))
-    source, sound, warnings = listen(video, audio, out / f"{name}_sound.wav")
+        media.read_mask(mask, None, mask_kind, given.picture_size(image) if image else given.video_size(str(video)))
+    source, sound, warnings = listen(given, video, audio, name)
     windows = record.get("windows") or _windows(task, len(sound) / media.SAMPLE_RATE, one_picture)
     if windows not in WINDOWS or windows == "none":
         raise InputError(where, "windows", f"unknown value {windows!r}", f"use one of {', '.join(WINDOWS[:-1])}")
@@ -131,20 +129,20 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         raise InputError(where, "second", f"is {second}, but the clip has {parts} parts",
                          f"give a number from 0 to {parts - 1}")
     if image and len(sound) < fbank.SHORTEST_WINDOW * parts:
-        source = _placed(sound, second, parts, out / f"{name}_sound.wav")
+        source = given.keep_sound(name, _placed(sound, second, parts))
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
-    if video and picture:
-        media.moment_picture(video, second, parts).save(picture)
+    if video and task in PICTURE_TASKS:
+        picture = given.keep_picture(name, given.moment(video, second, parts))
+
+    def named(path: str | None) -> str | None:
+        return path if path is None or given.holds(path) else str(Path(path).absolute())
+
     example = Example(
         id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
-        video=None if one_picture else _absolute(video), image=_absolute(image or picture) if one_picture else None,
-        audio=_absolute(source), seg_image=None if one_picture else _absolute(picture),
-        mask=_absolute(record.get("mask_path")), mask_kind=mask_kind)
+        video=None if one_picture else named(video), image=named(image or picture) if one_picture else None,
+        audio=named(source), seg_image=None if one_picture else named(picture),
+        mask=named(record.get("mask_path")), mask_kind=mask_kind)
     return Request(task, example, picture, (*odd, *warnings))
-
-
-def _absolute(path: str | Path | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
 
 
 def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tuple[Callable[[int], str], bool]:
@@ -186,42 +184,42 @@ def _windows(task: str, seconds: float, one_picture: bool) -> str:
     return "five" if task in ("s4", "ms3") and seconds < 7.5 else "ten"
 
 
-def show(image: str, picture: Path) -> tuple[str, ...]:
-    """Save a picture of the user as the model sees it before it is resized; what is odd about it."""
-    (width, height), pixels = media.image_size(image), media.read_picture(image)
-    Image.fromarray(pixels).save(picture, compress_level=1)
+def show(given: Given, image: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """Keep a picture of the user as the model sees it before it is resized; its name, and what is odd about it."""
+    (width, height), pixels = given.picture_size(image), given.picture(image)
+    kept = given.keep_picture(name, pixels)
     if pixels.shape[:2] == (height, width):
-        return ()
-    return (f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
-            f"{pixels.shape[1]}x{pixels.shape[0]}",)
+        return kept, ()
+    return kept, (f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
+                  f"{pixels.shape[1]}x{pixels.shape[0]}",)
 
 
 # The sound.
 
-def listen(video: str | None, audio: str | None, made: Path) -> tuple[str, np.ndarray, tuple[str, ...]]:
-    """(file, samples float32[N] at 16 kHz, warnings): the sound of a clip, on the clock of its pictures.
+def listen(given: Given, video: str | None, audio: str | None, name: str) -> tuple[str, np.ndarray, tuple[str, ...]]:
+    """(name, samples float32[N] at 16 kHz, warnings): the sound of a clip, on the clock of its pictures.
 
-    Where it is another one than the file has from its first sample on, it is put into the file `made`. A video without
-    a sound track gets silence. Raises InputError for a file that cannot be decoded.
+    Where it is another one than was given from its first sample on, it is kept under `name`. A video without a sound
+    track gets silence. Raises InputError for a file that cannot be decoded.
     """
-    clip = media.timing(video) if video else None
+    clip = given.timing(video) if video else None
     warnings = [*(clip._replace(sound=None) if audio else clip).remarks()] if clip else []
     if clip and not audio and clip.sound is None:
         sound = np.zeros(max(round(clip.seconds * media.SAMPLE_RATE), media.SAMPLE_RATE), np.float32)
-        source = _save(sound, made)
+        source = given.keep_sound(name, sound)
         warnings.append("the video has no sound track; it is taken as silent")
     else:
         source = str(audio or video)
-        heard = media.hear(source, video)
+        heard = given.hear(source, video)
         sound = heard.placed()
         if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
-            warnings.append("the audio is silent: the answer can rest on the pictures only" if not media.cancels(source)
+            warnings.append("the audio is silent: the answer can rest on the pictures only" if not given.cancels(source)
                             else "the channels of the audio cancel each other out, and their mean, which is read, is "
                             "silent: export it as mono")
         if remark := heard.end_remark():
             warnings.append(remark)
         if sound is not heard.samples:
-            source = _save(sound, made)
+            source = given.keep_sound(name, sound)
     if video and len(sound) < fbank.SHORTEST_WINDOW * 10:
         warnings.append(f"the clip lasts {len(sound) / media.SAMPLE_RATE:.1f} s; its windows of sound are filled with "
                         "silence")
@@ -233,14 +231,9 @@ def loudest(sound: np.ndarray, parts: int) -> int:
     return int(np.argmax([np.square(part, dtype=np.float64).sum() for part in np.array_split(sound, parts)]))
 
 
-def _placed(sound: np.ndarray, second: int, parts: int, file: Path) -> str:
-    """Save a sound of less than two seconds as second `second` of a clip of `parts` seconds."""
+def _placed(sound: np.ndarray, second: int, parts: int) -> np.ndarray:
+    """A sound of less than two seconds as second `second` of a clip of `parts` seconds."""
     start, total = second * media.SAMPLE_RATE, parts * media.SAMPLE_RATE
     clip = np.zeros(max(total, start + len(sound)), np.float32)
     clip[start:start + len(sound)] = sound
-    return _save(clip[:total], file)
-
-
-def _save(sound: np.ndarray, file: Path) -> str:
-    soundfile.write(file, sound, media.SAMPLE_RATE, subtype="FLOAT")
-    return str(file)
+    return clip[:total]

@@ -30,7 +30,7 @@ from crab_jax.files import json_object, out_folder, write_whole
 from crab_jax.models.crab import Crab, fuse_model, init_params
 from crab_jax.models.presets import MODELS
 from crab_jax.structured import Each, read_json
-from data_pipelines import datasets, fbank, leaks, mixture, shards
+from data_pipelines import datasets, decoded, fbank, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.examples import Example, learned, seg_source
 from data_pipelines.mistakes import TrainingLabels
@@ -344,7 +344,7 @@ def data_root(given: str, config: RunConfig) -> Path:
     return Path(root)
 
 
-def eval_batches(examples: list[Example], root: str | Path, config: RunConfig, tokenizer: Tokenizer, batch_size: int,
+def eval_batches(examples: list[Example], root: decoded.Root, config: RunConfig, tokenizer: Tokenizer, batch_size: int,
                  **changes: Any) -> Iterator[tuple[Bucket, Batch]]:
     """Prompt-only batches of `examples`, every example once; filler rows have index -1.
 

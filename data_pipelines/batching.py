@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -265,7 +264,7 @@ def text_arrays(
 
 
 def load(
-    example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig, index: int = 0
+    example: Example, root: decoded.Root, tokenizer: Tokenizer, config: DataConfig, index: int = 0
 ) -> dict[str, np.ndarray]:
     """One Example decoded, tokenised and padded to its bucket: the fields of Batch without the leading axis.
 

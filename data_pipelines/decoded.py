@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -143,8 +143,21 @@ def _stamp(path: Path) -> tuple[Any, ...]:
     return path.resolve(), found.st_mtime_ns, found.st_size
 
 
-def source(root: str | Path, decoding: Decoding, cache_dir: str = "") -> Files | Shards:
-    """The media of a data root. Raises InputError for a prepared root that was made with another `decoding`."""
+class Decodable(Protocol):
+    """Media that are given instead of a data root."""
+
+    def source(self, decoding: Decoding) -> Files:
+        """Return them as a batch takes them."""
+
+
+Root = str | Path | Decodable
+
+
+def source(root: Root, decoding: Decoding, cache_dir: str = "") -> Files | Shards:
+    """The media of a data root, or such as are given themselves. Raises InputError for a prepared root that was made
+    with another `decoding`."""
+    if not isinstance(root, str | Path):
+        return root.source(decoding)
     prepared = shards.opened(root)
     if prepared is None:
         return Files(root, decoding, cache_dir)

@@ -71,7 +71,7 @@ class BatchLoader:
         self,
         examples: Sequence[Example],
         groups: Mapping[Bucket, Iterable[int]],
-        root: str | Path,
+        root: decoded.Root,
         tokenizer: Tokenizer,
         config: DataConfig,
         rows: Any = slice(None),
@@ -275,7 +275,7 @@ def train_dataset(
 
 def eval_batches(
     examples: Sequence[Example],
-    root: str | Path,
+    root: decoded.Root,
     tokenizer: Tokenizer,
     config: DataConfig,
     batch_size: int,

@@ -1,0 +1,308 @@
+"""The library: load a model, ask it about a clip, look inside it.
+
+    import crab_jax as cj
+
+    crab = cj.load("runs/x")
+    answer = crab.answer(cj.ask("clip.mp4", task="ms3", second=4))
+    trace = crab.trace(cj.ask("clip.mp4", task="avqa", question="How many instruments are there?"))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from crab_jax import defaults, layout, packaged, runs
+from crab_jax.config import RunConfig, resolve
+from crab_jax.errors import InputError
+from crab_jax.inference import Prediction, predict_examples
+from crab_jax.models.crab import Crab as Module
+from crab_jax.models.crab import CrabConfig
+from crab_jax.models.fused import KINDS
+from crab_jax.overlay import scale_box
+from crab_jax.request import Request, request
+from data_pipelines import batching
+from data_pipelines.given import Given
+from data_pipelines.tokens import Tokenizer
+
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """A question about media, checked: made by `ask`.
+
+    task: its name, "question" for one that is put as it stands. prompt: what the model reads. picture: uint8[H,W,3],
+    the picture that is asked about, as the model sees it before it is resized; None for a question about a clip.
+    warnings: what is odd about the media.
+    """
+
+    request: Request
+    given: Given
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.request.task
+
+    @property
+    def prompt(self) -> str:
+        """The text that the model reads, with placeholders for pictures and sound."""
+        return self.request.example.instruction
+
+    @property
+    def picture(self) -> np.ndarray | None:
+        """The picture that is asked about, uint8[H,W,3]."""
+        return None if self.request.picture is None else self.given.picture(self.request.picture)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd about the media."""
+        return self.request.warnings
+
+
+def ask(video: str | Path | np.ndarray | None = None, *, image: str | Path | np.ndarray | None = None,
+        audio: str | Path | tuple[np.ndarray, int] | None = None, seconds: float | None = None, task: str = "",
+        question: str = "", expression: str = "", second: int | None = None, windows: str = "",
+        prompt_variant: str = "") -> Ask:
+    """Return a question about a clip, or about a picture with its sound.
+
+    video: a file, or frames uint8[T,H,W,3] in RGB, evenly spaced over `seconds`. image: a file, or uint8[H,W,3].
+    audio: a file, or (samples float32[N] or float32[N, channels] between -1 and 1, their number a second); by default
+    the video's own track. task: one of the nine; "" puts the `question` as it stands. expression: for ref-avs, what to
+    segment, in words. second: which tenth of the clip (fifth of a short one) is asked about, by default the loudest.
+    windows, prompt_variant: as in `python -m crab_jax.predict --help`.
+
+    Raises InputError for what cannot be asked, and for media that are missing, damaged or of another form.
+    """
+    record: dict[str, Any] = {}
+    given, number = Given(), next(_numbers)  # numbered: several questions may be answered together
+    if isinstance(video, np.ndarray):
+        if seconds is None:
+            raise InputError("ask", "seconds", "is missing", "give the length of the clip that the frames are of")
+        record["video_path"] = given.add_clip(f"video {number}", video, seconds)
+    elif video is not None:
+        record["video_path"] = str(video)
+    if isinstance(image, np.ndarray):
+        record["image_path"] = given.add_picture(f"image {number}", image)
+    elif image is not None:
+        record["image_path"] = str(image)
+    if isinstance(audio, tuple):
+        record["audio_path"] = given.add_sound(f"sound {number}", *audio)
+    elif isinstance(audio, np.ndarray):
+        raise InputError("ask", "audio", "is samples without a rate", "give (samples, rate)")
+    elif audio is not None:
+        record["audio_path"] = str(audio)
+    named = {"task": task, "question": question, "expression": expression, "windows": windows,
+             "prompt_variant": prompt_variant}
+    record |= {name: value for name, value in named.items() if value}
+    if second is not None:
+        record["second"] = second
+    return Ask(request(record, "ask", f"{number}_{task or 'question'}", given), given)
+
+
+class Event(NamedTuple):
+    """Something that happens from `start` to `end`, in tenths of the clip (seconds of a clip of ten). sense: "heard",
+    "seen", or "heard and seen"."""
+
+    name: str
+    start: float
+    end: float
+    sense: str
+
+
+class Box(NamedTuple):
+    """A box in pixels of the picture that was asked about: its left, top, right and bottom edge."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    text: as written, without special tokens. parsed: what the task's parser reads in it, or None. masks: at the
+    model's picture size, float32[H,W] probabilities, or int32[H,W] class ids for avss. events: of ave and avvp. boxes:
+    of arig. warnings: what is odd about the media or missing in the answer.
+    """
+
+    text: str
+    parsed: Any
+    masks: tuple[np.ndarray, ...]
+    events: tuple[Event, ...]
+    boxes: tuple[Box, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What goes on inside the model while it reads a prompt, and the answer where one was given; L positions.
+
+    tokens: int32[L] ids, placeholders expanded. slots: int32[L], the row of the features (visual ones first) that a
+    position holds, -1 for text. hidden: float32[L,D] after the last layer and norm. router: {projection:
+    float32[layers,L,heads]}, the weights with which each token mixes the LoRA heads. pieces: the text of each token,
+    "" for a feature.
+    """
+
+    tokens: np.ndarray
+    slots: np.ndarray
+    hidden: np.ndarray
+    router: Mapping[str, np.ndarray]
+    pieces: tuple[str, ...]
+
+
+class Crab:
+    """A model with all that it needs to answer: `module` (Flax), `params`, `config` (RunConfig), `tokenizer`.
+
+    Made by `load`, or from sizes alone (`Crab(tiny())`) with random weights drawn from `seed`. In the layout that
+    training uses, it can be asked and traced; laid out for generation (`load(..., weights="float")`), only asked.
+    """
+
+    def __init__(self, config: CrabConfig | RunConfig, params: Any = None, tokenizer: Tokenizer | None = None,
+                 seed: int = 0):
+        if isinstance(config, CrabConfig):
+            config = dataclasses.replace(resolve(defaults.tiny()), model=config, seed=seed)
+            config = dataclasses.replace(config, data=dataclasses.replace(
+                config.data, image_size=config.model.clip.image_size, visual_queries=config.model.visual.queries,
+                audio_queries=config.model.audio.queries, lengths=_lengths(config.model)))
+        self.config = config
+        self.module = Module(config.model)
+        self.tokenizer = tokenizer or Tokenizer.load(packaged.TOKENIZER)
+        if self.tokenizer.vocab_size > config.model.llama.vocab_size:
+            raise InputError("Crab", "tokenizer", f"has {self.tokenizer.vocab_size} tokens, and the model "
+                             f"{config.model.llama.vocab_size} rows", "give the model's tokenizer")
+        self.params = runs.initial_params(config, self.module) if params is None else params
+        self._mesh: jax.sharding.Mesh | None = None
+
+    @overload
+    def answer(self, asked: Ask, **options: Any) -> Answer: ...
+
+    @overload
+    def answer(self, asked: Sequence[Ask], **options: Any) -> list[Answer]: ...
+
+    def answer(self, asked: Ask | Sequence[Ask], *, batch_size: int = 1, max_new_tokens: int = 256,
+               temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, force_masks: bool = False,
+               mask_groups: int = 1, on_text: Callable[[Ask, str], None] | None = None) -> Answer | list[Answer]:
+        """Return the answer to one question, or those to several, in their order.
+
+        temperature: 0 is greedy. force_masks: append the mask tokens where the model wrote none. mask_groups: draw a
+        mask for each of the last groups of mask tokens. on_text: hears of every piece of text as it is written.
+        Raises InputError for media that cannot be decoded, and for weights that give no numbers.
+        """
+        several = [asked] if isinstance(asked, Ask) else list(asked)
+        by_id = {one.request.example.id: one for one in several}
+        tell = None if on_text is None else (lambda example, text: on_text(by_id[example.id], text))
+        decoding = {"temperature": temperature, "top_p": top_p, "force_masks": force_masks, "mask_groups": mask_groups}
+        found: dict[str, Answer] = {}
+        given = Given.together([one.given for one in several])
+        for prediction in predict_examples(
+                self.module, self.params, self.config, self.tokenizer, [one.request.example for one in by_id.values()],
+                given, batch_size, max_new_tokens, seed=seed, decoding=decoding, on_text=tell, mesh=self._mesh,
+                on_error="raise", pad_short_audio=True, clock="shown"):
+            found[prediction.example.id] = _answer(by_id[prediction.example.id], prediction)
+        answers = [found[one.request.example.id] for one in several]
+        return answers[0] if isinstance(asked, Ask) else answers
+
+    def stream(self, asked: Ask, **options: Any) -> Iterator[str]:
+        """Yield the text of an answer piece by piece, as it is written; `options` are those of `answer`."""
+        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+
+        def work() -> None:
+            try:
+                self.answer(asked, on_text=lambda _, text: pieces.put(text), **options)
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+
+        threading.Thread(target=work, daemon=True, name="answer").start()
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def trace(self, asked: Ask, answer: str | None = None) -> Trace:
+        """Return what goes on inside the model while it reads the prompt, and `answer` behind it where it is given.
+
+        Raises InputError for a model that is laid out for generation, which does not tell router weights.
+        """
+        if self.module.weights:
+            raise InputError("trace", "weights", f"are laid out for generation ({self.module.weights!r}), which does not "
+                             "tell router weights", 'load the model with weights=""')
+        example = asked.request.example
+        if answer is not None:
+            example = dataclasses.replace(example, target=answer)
+        # Masks are drawn after the language model; what it reads does not depend on them.
+        example = dataclasses.replace(example, mask_kind="none", mask=None)
+        data = dataclasses.replace(self.config.data, prompt_only=answer is None, pad_short_audio=True, clock="shown",
+                                   cache_dir="")
+        row = batching.load(example, asked.given, self.tokenizer, data)
+        hidden, router = _look(self.module, self.params, jax.tree.map(jnp.asarray, batching.collate([row], 1)))
+        length = int(row["text_mask"].sum())
+        tokens, slots = row["tokens"][:length], row["slots"][:length]
+        pieces = tuple("" if slot >= 0 else self.tokenizer.decode([token], skip_special_tokens=False)
+                       for token, slot in zip(tokens, slots, strict=True))
+        weights = {path: np.asarray(value[:, 0, :length], np.float32) for path, value in router.items()}
+        return Trace(tokens, slots, np.asarray(hidden[0, :length], np.float32), weights, pieces)
+
+
+def load(checkpoint: str | Path, weights: str = "") -> Crab:
+    """Return the model of a run, a packed or an imported model; "warm_start" is the tiny one that comes with us.
+
+    weights: "" keeps the layout of training; "float", "int8" and "int4" lay it out for generation, which is faster and
+    cannot be traced. Raises InputError for a folder that is none of them, and for damaged files.
+    """
+    if weights not in ("", *KINDS):
+        raise InputError("load", "weights", f"is {weights!r}", f"use one of {', '.join(map(repr, ('', *KINDS)))}")
+    mesh = layout.serving_mesh(runs.load_config(checkpoint), weights or "float", 1) if weights else None
+    module, params, config, tokenizer = runs.load_model(checkpoint, weights, mesh)
+    crab = Crab(config, params, tokenizer)
+    crab.module, crab._mesh = module, mesh
+    return crab
+
+
+@partial(jax.jit, static_argnames="module")
+def _look(module: Module, params: Any, batch: batching.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(hidden states [1,L,D], {projection: router weights [layers,1,L,heads]}) of a batch of one row."""
+    output: Any
+    output, sown = module.apply({"params": params}, batch, mutable=["router"])
+    found = traverse_util.flatten_dict(sown["router"])
+    return output.hidden, {path[-2]: value[0] for path, value in found.items()}
+
+
+def _lengths(cfg: CrabConfig) -> tuple[int, ...]:
+    """Bucket lengths that hold ten frames and windows of a model of these sizes, with text around them."""
+    features = 10 * (cfg.visual.queries + cfg.audio.queries)
+    return tuple(features + text for text in (96, 160, 256, 512))
+
+
+def _answer(asked: Ask, prediction: Prediction) -> Answer:
+    parsed, masks = prediction.parsed, () if prediction.mask is None else (prediction.mask, *prediction.further_masks)
+    boxes: tuple[Box, ...] = ()
+    if asked.task == "arig" and parsed is not None and asked.picture is not None:
+        height, width = asked.picture.shape[:2]
+        boxes = (Box(*map(float, scale_box(parsed, (width, height)))),)
+    return Answer(prediction.text, parsed, masks, _events(asked.task, parsed), boxes,
+                  (*asked.warnings, *prediction.warnings))
+
+
+def _events(task: str, parsed: Any) -> tuple[Event, ...]:
+    if task == "ave" and parsed is not None:
+        return tuple(Event(parsed["event"], start, end, "heard and seen") for start, end in parsed["ranges"])
+    if task == "avvp" and parsed is not None:
+        return tuple(Event(name, start, end, sense) for key, sense in (("audio", "heard"), ("visual", "seen"))
+                     for name, start, end in parsed[key])
+    return ()
