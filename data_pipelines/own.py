@@ -43,6 +43,7 @@ from crab_jax.progress import Progress, on_stderr
 from crab_jax.structured import LIST, json_line, read_bytes
 from crab_jax.tasks import TASKS, arig, avqa
 from crab_jax.tasks.ave import SECONDS
+from crab_jax.tasks.task import windows_for
 from data_pipelines import media, validate
 from data_pipelines.datasets import DATASETS, SPLITS
 from data_pipelines.examples import Example, write_jsonl
@@ -347,15 +348,6 @@ def _seconds(row: Row, files: Media, sources: Mapping[str, str]) -> float:
     return seconds
 
 
-def windows_for(task: str, seconds: float, one_picture: bool) -> str:
-    """The audio windows with which a task's datasets ask about a clip of so many seconds, or about one picture."""
-    if one_picture and task not in ("ref-avs", "arig"):
-        return "one_of_five" if task in ("s4", "ms3") and seconds < 7.5 else "one"
-    if task == "avqa" and seconds > 30:
-        return "music_avqa"
-    return "five" if task in ("s4", "ms3", "arig") and seconds < 7.5 else "ten"
-
-
 Made = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]  # prompt, arguments of the target, meta, other fields
 
 
@@ -379,7 +371,7 @@ def _avqa(row: Row, files: Media, sources: Mapping[str, str], seconds: float) ->
                         f"{', '.join(avqa.SUBTYPES)}, or leave it empty")
     meta = {**label, "question": question} | ({"type": kinds} if kinds else {})
     return (TASKS["avqa"].instruction(question=question), label, meta,
-            {"windows": windows_for("avqa", seconds, False)})
+            {"windows": windows_for(TASKS["avqa"], seconds)})
 
 
 def _ave(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -> Made:
@@ -455,7 +447,7 @@ def _arig(row: Row, files: Media, sources: Mapping[str, str], seconds: float) ->
     _only(row, sources, "image")
     label = {"object": _one_name(row), "box": _box(row, files.root / sources["image"])}
     return (TASKS["arig"].instruction(), label, label,
-            {"windows": windows_for("arig", seconds, True), "second": row.second()})
+            {"windows": windows_for(TASKS["arig"], seconds), "second": row.second()})
 
 
 def _box(row: Row, picture: Path) -> list[int]:
@@ -501,7 +493,7 @@ def _moment(row: Row, files: Media, sources: Mapping[str, str], seconds: float) 
     if (second := row.second()) is None:
         raise row.error("second", f"is empty, and {task} is asked about one second",
                         "give the number of the second that the mask is of, counted from 0")
-    windows = windows_for(task, seconds, one_picture)
+    windows = windows_for(TASKS[task], seconds, one_picture)
     if "frames" in sources:
         count = len(_frames(row, files, sources))
         if count not in (5, SECONDS):
