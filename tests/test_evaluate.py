@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from configs.tiny import get_config
-from crab_jax import charts, inference, layout, runs, scoring, sharding
+from crab_jax import charts, inference, layout, report, runs, scoring, sharding
 from crab_jax import evaluate as verb
 from crab_jax.errors import InputError
 from crab_jax.evaluate import check_labels, parse_arguments, select
@@ -20,8 +20,10 @@ from crab_jax.models.clip import ClipConfig
 from crab_jax.models.llama import KVCache, LlamaConfig
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
+from data_pipelines.av_uie import labels
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.media import inline_mask
 from data_pipelines.tokens import Tokenizer, train_tiny_tokenizer
 
 SIZE = 8
@@ -363,6 +365,32 @@ def test_a_mask_of_another_shape_than_the_truth_is_refused(tmp_path, answering, 
         else:
             evaluate(*arguments, out=f"o{number}")
     assert json.loads((root / "o0/results.json").read_text())["tasks"]["s4"]["miou"] > 0.95
+
+
+@pytest.mark.parametrize("mask", ["m.png", "run lengths"])
+def test_a_true_mask_is_compared_with_its_picture_wherever_they_meet(tmp_path, mask):
+    """Its height and width exchanged: scoring, drawing and the reasoning about its place refuse it."""
+    truth = np.zeros((12, 20), np.uint8)
+    truth[2:9, 3:7] = 255
+    Image.fromarray(truth).save(tmp_path / "m.png")
+    if mask != "m.png":
+        mask = inline_mask(coco.encode(np.asfortranarray((truth > 0).astype(np.uint8))))
+    answer = inference.read_answer(picture("x", "s4", "binary"), f"It is {MASK}", HALF * 0.5)
+    for size, fits in (((20, 12), True), ((12, 20), False)):
+        Image.new("RGB", size).save(tmp_path / "p.png")
+        example = dataclasses.replace(answer.example, mask=mask, image="p.png", second=0)
+        write_jsonl(tmp_path / "test.jsonl", [example])
+        (tmp_path / "predictions.jsonl").write_text(json.dumps({"id": "x", "task": "s4", "text": "", "mask": None}))
+        for use, arguments in ((verb.judge_folder, (tmp_path, [example], tmp_path)),
+                               (report.mask_picture, (example, answer, tmp_path, "shown")),
+                               (labels.places, (example, tmp_path))):
+            if fits:
+                use(*arguments)
+            else:
+                with pytest.raises(InputError, match="is 20x12, but its picture is 12x20"):
+                    use(*arguments)
+    (tmp_path / "p.png").unlink()
+    verb.judge_folder(tmp_path, [example], tmp_path)  # what is scored needs masks alone
 
 
 def test_predictions_are_scored_without_a_model_as_with_one(answering):
