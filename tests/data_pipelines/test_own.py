@@ -16,10 +16,13 @@ from PIL import Image
 from crab_jax.scoring import check_label
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import windows_for
-from data_pipelines import mistakes, own
+from data_pipelines import mistakes
 from data_pipelines.batching import DataConfig, bucket_for, load
 from data_pipelines.examples import Example, from_json, read_jsonl, to_json
 from data_pipelines.labels import disagreements
+from data_pipelines.own import verb as own
+from data_pipelines.own.files import Media
+from data_pipelines.own.table import Row
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/your_data.md").read_text()
 LINES = re.findall(r"```jsonl\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -272,5 +275,5 @@ def test_what_validate_finds_is_the_exit_code(root, capsys):
 
 def test_a_large_table_is_quick(root):
     row = next(csv.reader(io.StringIO("avqa,clips/dog.mp4,How many?,two")))
-    rows = [own.Row("t", i, dict(zip(("task", "media", "question", "answer"), row, strict=True))) for i in range(2000)]
-    assert len(own.build(rows, own.Media(root, root), "train")["train"]) == 2000
+    rows = [Row("t", i, dict(zip(("task", "media", "question", "answer"), row, strict=True))) for i in range(2000)]
+    assert len(own.build(rows, Media(root, root), "train")["train"]) == 2000
