@@ -1,4 +1,4 @@
-"""Whether files of chunks behind each other are whole: WAV, AVI, AIFF, Wave64, CAF, ASF, AU."""
+"""Whether files of chunks behind each other are whole: WAV, AVI, AIFF, Wave64, CAF, ASF, AU, RealMedia, IVF, MXF."""
 
 from __future__ import annotations
 
@@ -122,3 +122,52 @@ def asf(read: Read, size: int) -> str:
             return behind(read, at, size)
         at += length
     return short("last object", at - size) if at > size else ""
+
+
+_HEAD_TWICE = 18  # bytes: libav counts some of the head of the DATA chunk twice
+
+
+def real(read: Read, size: int) -> str:
+    """RealMedia: chunks that state their lengths with their heads."""
+    at = 0
+    while at < size:
+        header = read(at, 8)
+        kind, length = header[:4], int.from_bytes(header[4:], "big")
+        if len(header) < 8 or kind not in (b".RMF", b"PROP", b"MDPR", b"CONT", b"DATA", b"INDX", b"RMMD"):
+            return behind(read, at, size)
+        if kind == b"DATA" and length <= 18:
+            return ""  # not known when it was written
+        at += max(8, length)
+    return short("last chunk", at - size) if at > size + _HEAD_TWICE else ""
+
+
+def ivf(read: Read, size: int) -> str:
+    """Frames with their lengths in front, behind a head that may say how many there are."""
+    at, count, stated = int.from_bytes(read(6, 2), "little"), 0, int.from_bytes(read(24, 4), "little")
+    while at < size and (count < stated or not stated):
+        header = read(at, 12)
+        at += 12 + int.from_bytes(header[:4], "little")
+        if len(header) < 12 or at > size:
+            return short("last frame", max(12 - len(header), at - size))
+        count += 1
+    return f"holds {count} of {stated} frames" if count < stated < 1 << 31 else ""
+
+
+_MXF_KEY = bytes.fromhex("060e2b34")
+
+
+def mxf(read: Read, size: int) -> str:
+    """Keys of 16 bytes, lengths and values; the first says where the last partition is, once that is known."""
+    at = 0
+    while at < size:
+        header = read(at, 25)
+        if not header.startswith(_MXF_KEY[: len(header)]):
+            return behind(read, at, size)
+        more = header[16] - 0x80 if len(header) > 16 and header[16] > 0x80 else 0
+        if len(header) < 17 + more or more > 8:
+            return short("last element", 17 + more - len(header)) if more <= 8 else ""
+        length = int.from_bytes(header[17 : 17 + more], "big") if more else header[16]
+        if not at and (footer := int.from_bytes(read(17 + more + 24, 8), "big")) >= size:
+            return f"ends before byte {footer}, where its last part begins"
+        at += 17 + more + length
+    return short("last element", at - size) if at > size else ""

@@ -1,4 +1,4 @@
-"""Sound in frames without a container: MPEG audio (mp3) and AAC, followed from the first frame to the last."""
+"""Sound in frames without a container: MPEG audio (mp3), AAC and AC-3, followed from the first frame to the last."""
 
 from __future__ import annotations
 
@@ -178,3 +178,35 @@ def is_mpeg_audio(start: bytes) -> bool:
 
 def is_adts(start: bytes) -> bool:
     return len(start) >= 7 and start[0] == 0xFF and start[1] & 0xF6 == 0xF0
+
+
+_AC3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640)
+
+
+def _ac3_length(header: bytes) -> int:
+    """Bytes of the AC-3 or Enhanced AC-3 frame with this header (6 bytes), 0 for no such frame."""
+    if len(header) < 6 or header[:2] != b"\x0b\x77":
+        return 0
+    if 10 < header[5] >> 3 <= 16:  # enhanced
+        return 2 * (((header[2] & 7) << 8 | header[3]) + 1)
+    rate, code = header[4] >> 6, header[4] & 0x3F
+    if header[5] >> 3 > 10 or rate == 3 or code >= 2 * len(_AC3_KBITS):
+        return 0
+    words = _AC3_KBITS[code // 2] * 96000 // (48000, 44100, 32000)[rate]
+    return 2 * (words + (code & 1 if rate == 1 else 0))
+
+
+def is_ac3(start: bytes) -> bool:
+    return _ac3_length(start) > 0
+
+
+def ac3(read: Read, size: int) -> str:
+    """AC-3 and Enhanced AC-3 in frames whose heads tell their lengths."""
+    at = 0
+    while at < size:
+        header = read(at, 6)
+        length = _ac3_length(header) if len(header) == 6 else 6 if header == b"\x0b\x77"[: len(header)] else 0
+        if not length:
+            return behind(read, at, size)
+        at += length
+    return f"{short('last frame', at - size)}; the file is truncated" if at > size else ""

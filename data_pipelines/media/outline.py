@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipelines.media.boxes import MP4_BOXES, matroska, mp4
-from data_pipelines.media.chunks import aiff, asf, au, avi, caf, sony, wave, wave64
+from data_pipelines.media.chunks import aiff, asf, au, avi, caf, ivf, mxf, real, sony, wave, wave64
 from data_pipelines.media.content import HEAD
 from data_pipelines.media.ends import PADDING, Read, behind, behind_id3, short
-from data_pipelines.media.frames import adts, is_adts, is_mpeg_audio, mpeg_audio
+from data_pipelines.media.frames import ac3, adts, is_ac3, is_adts, is_mpeg_audio, mpeg_audio
 
 _LEAST = 12  # bytes that the head of any kind has
 
@@ -174,6 +174,10 @@ _KINDS: Kinds = (
     (lambda start: start[:8] == b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", asf),
     (lambda start: start[:4] == b"\0\0\1\xba", _mpegps),
     (lambda start: start[:4] == b"GIF8", _gif),
+    (lambda start: start[:4] == b".RMF", real),
+    (lambda start: start[:4] == b"DKIF" and len(start) >= 32, ivf),
+    (lambda start: start[:14] == bytes.fromhex("060e2b34020501010d0102010102"), mxf),
+    (is_ac3, ac3),
     (_transport, _mpegts),
     *_TAGGED,
 )

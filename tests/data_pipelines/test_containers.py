@@ -494,6 +494,42 @@ def test_a_sound_that_was_cut_off_is_refused(tmp_path, kind, count):
     assert read <= (0.03 * count if kind in ("mp3 without index", "aac", "ogg", "opus") else 0)
 
 
+def one_stream(path: Path, form: str, codec: str) -> bytes:
+    """The bytes of a film of 20 frames without sound, or of two seconds of sound alone."""
+    film, rate = codec in ("libvpx-vp9", "libsvtav1", "mpeg2video", "rv20"), 48000
+    with av.open(str(path), "w", format=form) as container:
+        if film:
+            stream = container.add_stream(codec, rate=25, width=176, height=144, pix_fmt="yuv420p")
+            for pixels in greys(20, (176, 144)):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        else:
+            stream = container.add_stream(codec, rate=rate, layout="mono")
+            frame = av.AudioFrame.from_ndarray(tone(2.0, rate)[None], format="fltp", layout="mono")
+            frame.rate = rate
+            for part in av.AudioResampler(format="fltp", layout="mono", rate=rate,
+                                          frame_size=stream.codec_context.frame_size).resample(frame):
+                container.mux(stream.encode(part))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(("form", "codec"), [("ivf", "libvpx-vp9"), ("ivf", "libsvtav1"), ("mxf", "mpeg2video"),
+                                             ("rm", "rv20"), ("ac3", "ac3"), ("eac3", "eac3")])
+def test_rarer_forms_that_were_cut_off_are_refused_too(tmp_path, form, codec):
+    """At any byte, but for the edge of a frame of AC-3; what follows the end is no part of it."""
+    content, path, read = one_stream(tmp_path / "whole", form, codec), tmp_path / "x", 0
+    look = media.read_audio if codec.endswith("ac3") else media.watch
+    path.write_bytes(content + ID3V1)
+    assert not media.outline(path)
+    look(tmp_path / "whole")
+    for at in cuts(len(content) - 32, 40):
+        path.write_bytes(content[:at])
+        with contextlib.suppress(InputError):
+            look(path)
+            read += 1
+    assert read <= (1 if codec.endswith("ac3") else 0)
+
+
 @pytest.mark.parametrize("name", FILMS)
 def test_a_film_that_ends_in_zeros_is_refused(films, tmp_path, name):
     """Room was made for all of it before the copy, which stopped half-way."""
