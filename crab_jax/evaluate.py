@@ -12,6 +12,8 @@ the file is ours or the released code's; docs/evaluation.md has its schema. Seve
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -25,7 +27,8 @@ import jax
 import numpy as np
 
 from crab_jax import compile_cache, distributed, layout, locks, predictions, results_page, runs, scoring
-from crab_jax.bounds import ANY_PATH, PATH, Name, Whole
+from crab_jax.bounds import ANY_PATH, PATH, Anything, Name, Whole
+from crab_jax.config import RunConfig
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.inference import Prediction, predict_examples, read_answer
@@ -36,8 +39,9 @@ from crab_jax.scoring import Judged
 from crab_jax.structured import read_json
 from crab_jax.tasks import TASKS
 from data_pipelines.datasets import VARIANTS
-from data_pipelines.decoded import read_mask
+from data_pipelines.decoded import mask_size, read_mask
 from data_pipelines.examples import Example, digest, select
+from data_pipelines.tokens import Tokenizer
 
 DESCRIPTION = "evaluation.json"
 PATIENCE = 1800  # seconds without a new answer after which process 0 no longer waits for the others
@@ -65,6 +69,28 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
+# Of the settings of a run's data, those that no answer depends on: `lengths` only pad, the others are about training.
+NO_ANSWER = ("lengths", "prompt_only", "on_error", "cache_dir")
+
+
+FIRST = {"examples"}  # noted since there are evaluation folders
+
+
+def settings(arguments: argparse.Namespace, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that answers depend on beside the parameters and the questions, by name: what the sizes of arrays do not show
+    of the model (heads, scales, compat, dtypes), how media become arrays (the clock), tokens, and how text is written.
+
+    Not among them: batch size, mesh and device, which change the last bits of numbers, and what the media files hold,
+    which nobody hashes.
+    """
+    data = dataclasses.asdict(dataclasses.replace(config.data, mute_audio=arguments.mute_audio,
+                                                  blank_video=arguments.blank_video))
+    kept = {name: value for name, value in data.items() if name not in NO_ANSWER}
+    return {"max_new_tokens": arguments.max_new_tokens, "force_masks": arguments.force_masks,
+            "weights": arguments.weights, "tokenizer": tokenizer.digest(), **kept,
+            "model": json.loads(json.dumps(dataclasses.asdict(config.model)))}
+
+
 def describe(arguments: argparse.Namespace, root: Path, split: Sequence[Example], origin: Mapping[str, str],
              identity: Mapping[str, Any]) -> dict[str, Any]:
     """What `evaluation.json` holds: where the answers come from, and `identity`, all that they depend on."""
@@ -79,19 +105,29 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
     """
     file = out / DESCRIPTION
 
-    def same() -> bool:
+    identity = description["identity"]
+
+    def noted() -> dict[str, Any]:
         try:
-            return read_json(file, {"identity": {}})["identity"] == description["identity"]
-        except InputError:
-            return False
+            return dict(read_json(file, {"identity": Anything()})["identity"])
+        except (InputError, TypeError, ValueError):
+            return {}
 
     if not first:
-        _wait_for(same, bool, f"{file} of process 0")
+        _wait_for(lambda: noted() == identity, bool, f"{file} of process 0")
         return
-    if not same():
+    before = noted()
+    changed = [name for name, value in before.items() if identity.get(name, ...) != value]
+    unknown = [name for name in identity if name not in before]
+    if not changed and FIRST.issubset(before):
+        if unknown:
+            print(f"{file} is of an older version, which did not note {', '.join(unknown)}: taken to be the same",
+                  flush=True)
+    else:
         old = [path for path in (*predictions.parts(out), out / "masks", file) if path.exists()]
         if old:
-            print(f"answers of another model, split or setting are moved to {out / 'previous'}", flush=True)
+            print(f"answers of another model, split or setting are moved to {out / 'previous'}; what differs: "
+                  f"{', '.join(changed) or 'not known'}", flush=True)
             shutil.rmtree(out / "previous", ignore_errors=True)
             (out / "previous").mkdir()
             for path in old:
@@ -159,9 +195,7 @@ def from_model(arguments: argparse.Namespace) -> Source:
             cache_dir=arguments.cache_dir,
             mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
 
-    identity = {"parameters": fingerprint(params), "max_new_tokens": arguments.max_new_tokens,
-                "mute_audio": arguments.mute_audio, "blank_video": arguments.blank_video,
-                "force_masks": arguments.force_masks}
+    identity = {"parameters": fingerprint(params), **settings(arguments, config, tokenizer)}
     description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, identity)
     return Source(root, split, examples, description, {example.id for example in examples}, answers)
 
@@ -175,7 +209,8 @@ def from_file(arguments: argparse.Namespace) -> Source:
     tasks, wanted = {example.task for example in examples}, {example.id for example in examples}
     ours = [example for example in split if example.task in tasks]
     others = {example.id for example in split if example.task not in tasks}
-    found = predictions.assign(predictions.read_rows(file), ours, str(file), others)
+    lines = predictions.read_rows(file)
+    found = predictions.assign(lines, ours, str(file), others)
     if not found:
         raise InputError(str(file), "predictions", "has no line about these examples", "give the file of their answers")
     rows = {name: row for name, row in found.items() if name in wanted}  # --limit may want less than the file has
@@ -190,10 +225,12 @@ def from_file(arguments: argparse.Namespace) -> Source:
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         for example in todo:
             row, where = rows[example.id], f"{file}, {example.id}"
-            answer = predictions.answer_of(row, example, file.parent, where, levels.of(example.id, row, where))
+            answer = predictions.answer_of(row, example, file.parent, where, levels.of(example.id, row, where),
+                                           functools.partial(mask_size, root, example))
             yield read_answer(example, answer.text, answer.mask)
 
-    identity = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()}
+    identity = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest(),
+                "masks": predictions.masks_digest(lines, file.parent)}
     description = describe(arguments, root, split, {"predictions": str(file)}, identity)
     return Source(root, split, examples, description, set(rows), answers)
 
@@ -241,7 +278,7 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
     judged = []
     for found in read_predictions(folder, rows, examples):
         example, side = found.example, usual if found.mask is None else len(found.mask)
-        truth = read_mask(root, example.mask, example.mask_kind, side) if example.mask else None
+        truth = read_mask(root, example, side) if example.mask else None
         judged.append(scoring.judge(example, scoring.Answer(example.id, found.text, found.mask), truth))
     return judged
 

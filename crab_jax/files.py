@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -163,30 +164,30 @@ def out_file(path: str | Path, flag: str = "--out") -> Path:
 
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+HEAD = 1024  # bytes from the beginning of a file that tell what stands in its place
+_STAND_INS = (  # (how the file begins, what it is, what to do)
+    (rb"version https://git-lfs\.github\.com/spec/v1\n", "a Git LFS pointer", "run: git lfs pull"),
+    (rb"(\.\./)*(\.git/|/)annex/objects/", "a git-annex pointer", "run: git annex get"),
+    (rb"(\xef\xbb\xbf)?\s*(<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html)", "a web page",
+     "download the file itself (raw or resolve, not blob); a browser shows what the page says"))
 
 
-def git_lfs_pointer(path: str | Path) -> bool:
-    """Whether a file is what git checks out in place of a large file until `git lfs pull` fetches it."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
-    except OSError:
-        return False  # whoever reads the file says why
+def stand_in(start: bytes) -> tuple[str, str] | None:
+    """(problem, fix) of a file that begins so (HEAD bytes) and was not fetched: what git checks out in its place, or
+    the page that a browser was shown; None for any other."""
+    return next(((f"is {what}, not the file itself", fix) for pattern, what, fix in _STAND_INS
+                 if re.match(pattern, start, re.IGNORECASE | re.DOTALL)), None)
 
 
 def refuse_stand_in(path: str | Path, field: str = "") -> None:
-    """Raise InputError for a file that was not fetched: a Git LFS pointer, or the page that a browser was shown; also
-    for a pipe or a device, which have no end."""
+    """Raise InputError for a file that was not fetched, see `stand_in`; also for a pipe or a device, which have no end.
+    """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(str(path), field, "is a pipe or a device", "give a file")
     try:
         with open(path, "rb") as file:
-            start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+            found = stand_in(file.read(HEAD))
     except OSError:
         return  # whoever reads it says what is wrong
-    if git_lfs_pointer(path):
-        raise InputError(str(path), field, "is a Git LFS pointer, not the file itself", "run: git lfs pull")
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise InputError(str(path), field, "is a web page, not the file itself",
-                         "download the file that the page links to (raw or resolve, not blob)")
+    if found:
+        raise InputError(str(path), field, *found)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,20 +71,26 @@ def mask_picture(mask: np.ndarray) -> Image.Image:
     return picture
 
 
-def load_mask(mask: Any, kind: str, folder: Path, full: Mapping[int, int] | None = None) -> np.ndarray:
+def load_mask(mask: Any, kind: str, folder: Path, full: Mapping[int, int] | None = None,
+              truth: Callable[[], tuple[int, int] | None] = lambda: None, where: str = "") -> np.ndarray:
     """The mask of a line: a path relative to `folder`, or a COCO run-length encoding {"size": [h, w], "counts": text}.
 
     Returns float64[H,W] in [0, 1] (kind "binary") or int32[H,W] class ids ("semantic"), square: a mask of another shape
-    is resized to DEFAULT_SIZE. `full` is what `full_levels` found in all files of the run; without it the file is a run
-    of its own. Raises InputError for a missing or damaged file, and for one that cannot be told to be a mask.
+    must have that of the true mask, whose (width, height) `truth` gives where it is known, and is resized to
+    DEFAULT_SIZE. `where` names the line. `full` is what `full_levels` found in all files of the run; without it the
+    file is a run of its own. Raises InputError for a missing or damaged file, for another shape, and for what cannot be
+    told to be a mask.
     """
     if isinstance(mask, Mapping):
         if kind != "binary":
             raise InputError(str(folder), "mask", "is a run-length encoding, but class ids are needed", "give a PNG")
-        return _square(decode_runs(mask.get("size"), mask.get("counts"), str(folder)).astype(np.float64))
+        runs = decode_runs(mask.get("size"), mask.get("counts"), where or str(folder))
+        _check_shape(runs.shape[::-1], truth, where or str(folder))
+        return _square(runs.astype(np.float64))
     path = find_mask(folder, mask)
     if kind == "semantic":
         width, height = image_size(path, "mask")
+        _check_shape((width, height), truth, str(path), where)
         ids = read_mask(path, width if width == height else DEFAULT_SIZE, kind, unknown=-1)
         if (ids < 0).any():
             raise InputError(str(path), "mask", f"{(ids < 0).sum():,} pixels have a colour of no class",
@@ -95,6 +101,7 @@ def load_mask(mask: Any, kind: str, folder: Path, full: Mapping[int, int] | None
     if levels.max(initial=0) > most:
         raise InputError(str(path), "mask", f"has grey level {levels.max():g}, above {most}, which stands for 1",
                          f"give the right {MARK} in the line, or none")
+    _check_shape(levels.shape[::-1], truth, str(path), where)
     return _square(levels.astype(np.float64) / most)
 
 
@@ -210,6 +217,25 @@ class MaskLevels:
         if isinstance(stated, bool) or stated not in (1, LEVELS, 0xFFFF):
             raise InputError(where, MARK, f"is {stated!r:.40}", "give 1, 255 or 65535")
         return {8: stated, 16: stated}
+
+
+def _check_shape(size: tuple[int, ...], truth: Callable[[], tuple[int, int] | None], file: str, line: str = ""
+                 ) -> None:
+    """Raise InputError for a mask of (width, height) `size` that is neither square, as the model sees every picture,
+    nor of the shape of its true mask: stretched to a square it would be another picture."""
+    width, height = size
+    wanted = truth() if width != height else None
+    if wanted is not None and not _same_shape((width, height), wanted):
+        problem = f"is {width}x{height}, but the true mask is {wanted[0]}x{wanted[1]}"
+        exchanged = ": width and height are exchanged" if size == wanted[::-1] else ""
+        raise InputError(file, "mask", f"{problem}{exchanged}{f' ({line})' if line else ''}",
+                         "write masks at the size of the picture (run lengths: [height, width]), or square")
+
+
+def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one size is the other, but for its scale and a pixel of rounding."""
+    (width, height), (wide, high) = one, other
+    return abs(width * high / wide - height) < 1 or abs(height * wide / high - width) < 1
 
 
 def _square(scores: np.ndarray) -> np.ndarray:
@@ -390,11 +416,22 @@ def mask_of(row: Row) -> Any:
     return None if mask == "" else mask
 
 
-def answer_of(row: Row | None, example: Example, folder: Path, where: str,
-              full: Mapping[int, int] | None = None) -> Answer:
-    """The answer in a line; nothing at all without one. `full`: as of `load_mask`."""
+def masks_digest(rows: Iterable[Row], folder: Path) -> str:
+    """A hash of the mask files of lines, as far as they are there."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        mask = mask_of(row)
+        if isinstance(mask, str):
+            with contextlib.suppress(InputError):
+                found.update(hashlib.blake2b(find_mask(folder, mask).read_bytes()).digest())
+    return found.hexdigest()
+
+
+def answer_of(row: Row | None, example: Example, folder: Path, where: str, full: Mapping[int, int] | None = None,
+              truth: Callable[[], tuple[int, int] | None] = lambda: None) -> Answer:
+    """The answer in a line; nothing at all without one. `full`, `truth`: as of `load_mask`."""
     if row is None:
         return Answer(example.id, "")
     mask, kind = mask_of(row), example.mask_kind
-    drawn = load_mask(mask, kind, folder, full) if mask is not None and kind != "none" else None
+    drawn = load_mask(mask, kind, folder, full, truth, where) if mask is not None and kind != "none" else None
     return Answer(example.id, text_of(row, where), drawn)

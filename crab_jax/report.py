@@ -85,7 +85,7 @@ def mask_picture(example: Example, prediction: Prediction, root: Path, clock: st
     """Picture, true mask and predicted mask side by side; for class maps with the names of the colours."""
     picture = enlarged(picture_of(example, root, clock))
     size = picture.shape[1], picture.shape[0]
-    truth = overlay.resize_mask(read_mask(root, str(example.mask), example.mask_kind, max(size)), size)
+    truth = overlay.resize_mask(read_mask(root, example, max(size)), size)
     truth = truth.astype(bool) if example.mask_kind == "binary" else truth
     drawn, masks = [(picture, "picture"), (overlay.overlay_mask(picture, truth, overlay.TRUTH), "truth")], [truth]
     if prediction.mask is not None:

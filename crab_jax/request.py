@@ -19,12 +19,14 @@ from crab_jax.errors import InputError
 from crab_jax.structured import read_json
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
+from crab_jax.tasks.task import windows_for
 from data_pipelines import fbank, media
 from data_pipelines.examples import WINDOWS, Example
 from data_pipelines.given import Given
 
 FREE = "question"  # the task of a question that is put to the model as it stands
 READER = "avcap"  # reads the answer to such a question: any text is one
+LIKE_FREE = {False: "avcap", True: "avss"}  # which task's sound is cut as for a question about a clip, a picture
 # What to ask each task with, besides the media.
 FIELDS = {"avqa": ("question",), FREE: ("question",), "ref-avs": ("expression", "second"), "s4": ("second",),
           "ms3": ("second",), "avss": ("second",)}
@@ -120,7 +122,8 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
     if mask := record.get("mask_path"):
         media.read_mask(mask, None, mask_kind, given.picture_size(image) if image else given.video_size(str(video)))
     source, sound, warnings = listen(given, video, audio, name)
-    windows = record.get("windows") or _windows(task, len(sound) / media.SAMPLE_RATE, one_picture)
+    windows = record.get("windows") or windows_for(
+        TASKS[task if task in TASKS else LIKE_FREE[one_picture]], len(sound) / media.SAMPLE_RATE, one_picture)
     if windows not in WINDOWS or windows == "none":
         raise InputError(where, "windows", f"unknown value {windows!r}", f"use one of {', '.join(WINDOWS[:-1])}")
     parts = 5 if windows in ("five", "one_of_five") else 10
@@ -173,15 +176,6 @@ def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tu
         problem = f"{task} cannot be asked about {given}"
         raise InputError(where, "image" if is_image else "video", problem, f"give {other}")
     return functools.partial(ask, variant=fitting[0]), "<video>" not in variants[fitting[0]]
-
-
-def _windows(task: str, seconds: float, one_picture: bool) -> str:
-    """Audio windows of about a second each, as the task was trained with: see data_pipelines/fbank.py."""
-    if one_picture and task != "ref-avs":
-        return "one_of_five" if task in ("s4", "ms3", "arig") and seconds < 7.5 else "one"
-    if task == "avqa" and seconds > 30:
-        return "music_avqa"
-    return "five" if task in ("s4", "ms3") and seconds < 7.5 else "ten"
 
 
 def show(given: Given, image: str, name: str) -> tuple[str, tuple[str, ...]]:

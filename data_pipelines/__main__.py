@@ -21,7 +21,7 @@ VERBS = {
     "status": "data_pipelines.status",
     "validate": "data_pipelines.validate",
     "prepare": "data_pipelines.prepare",
-    "own": "data_pipelines.own",
+    "own": "data_pipelines.own.verb",
     "sample": "data_pipelines.sample",
 }
 

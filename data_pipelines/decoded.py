@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from crab_jax.errors import InputError
 from data_pipelines import datasets, fbank, media, memory, shards
+from data_pipelines.examples import Example, seg_source
 from data_pipelines.shards import Decoding, Shards
 
 CACHED = 2  # counted up when decoding gives other arrays, so that those of before are not taken from a cache
@@ -165,7 +166,38 @@ def source(root: Root, decoding: Decoding, cache_dir: str = "") -> Files | Shard
     return prepared
 
 
-def read_mask(root: str | Path, path: str, kind: str, size: int) -> np.ndarray:
-    """int32[size, size]: the mask of an Example of any data root."""
+def read_mask(root: str | Path, example: Example, size: int) -> np.ndarray:
+    """int32[size, size]: the true mask of an Example of any data root, which has one. Raises InputError for a damaged
+    one, and for one of another size than its picture, where that is there: what is scored needs masks alone."""
+    prepared, kind, mask = shards.opened(root), example.mask_kind, str(example.mask)
+    picture = picture_size(root, example)
+    if prepared:
+        return prepared.mask(mask, kind, size, picture)
+    return media.read_mask(inside(root, mask), size, kind, picture)
+
+
+def picture_size(root: str | Path, example: Example) -> tuple[int, int] | None:
+    """(width, height) of the picture that an Example's mask belongs to; None where it is not known, or not there."""
+    field, path = seg_source(example) or ("", "")
+    if not field:
+        return None
     prepared = shards.opened(root)
-    return prepared.mask(path, kind, size) if prepared else media.read_mask(inside(root, path), size, kind)
+    with contextlib.suppress(InputError):  # a damaged one is as good as none
+        if prepared:
+            return prepared.video_size(path) if field == "video" else prepared.picture_size(path, field)
+        full = inside(root, path)
+        return media.video_size(full) if field == "video" else media.image_size(full, field)
+    return None
+
+
+def mask_size(root: str | Path, example: Example) -> tuple[int, int] | None:
+    """(width, height) of the true mask of an Example of any data root; that of its picture for an empty one, where that
+    is there."""
+    mask = example.mask or media.EMPTY_MASK
+    if mask == media.EMPTY_MASK:
+        return picture_size(root, example)
+    if mask.startswith(media.INLINE_MASK):
+        height, width = media.read_mask(mask, None, "binary").shape
+        return width, height
+    prepared = shards.opened(root)
+    return prepared.mask_size(mask, example.mask_kind) if prepared else media.image_size(inside(root, mask), "mask")

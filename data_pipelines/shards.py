@@ -305,6 +305,9 @@ class Shards:
             return np.frombuffer(record["labels"], np.uint8).reshape(size, size).astype(np.int32)
         return media.read_mask(path, size, kind, picture, content=bytes(record["content"]))
 
+    def mask_size(self, path: str, kind: str) -> tuple[int, int]:
+        return _size(self._record(Medium("masks", path, kind), "mask"))
+
     def has(self, name: str, split: str | None = None) -> bool:
         """Whether a dataset (or its split) is here."""
         splits = self.manifest["datasets"].get(name, {})

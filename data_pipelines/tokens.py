@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -112,6 +113,10 @@ class Tokenizer:
         if self._legacy is not None:
             config = {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
             write_whole(Path(folder) / "tokenizer_config.json", json.dumps(config))
+
+    def digest(self) -> str:
+        """A hash of all that ids depend on."""
+        return hashlib.blake2b(f"{self._legacy} {self._backend.to_str()}".encode(), digest_size=16).hexdigest()
 
     def id(self, token: str) -> int:
         """Id of one token of the vocabulary."""

@@ -179,7 +179,8 @@ class Look:
         if example.mask_kind == "none" or not example.mask:
             return
         if source is None:
-            raise InputError("", "second", f"is {example.second}, which is no frame: what is to be segmented?", "")
+            raise InputError("", "second", f"is {example.second}, which is no frame of the example, so the "
+                             "picture to segment is unknown", "")
         if example.mask.startswith(media.INLINE_MASK):
             media.read_mask(self.root / example.mask, None, "binary", size)
         elif size and (own := self._of(example.mask).size):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco
 
-from crab_jax import charts, defaults, inference, layout, runs, scoring, sharding
+from crab_jax import charts, defaults, inference, layout, report, runs, scoring, sharding
 from crab_jax import evaluate as verb
 from crab_jax.config import resolve
 from crab_jax.errors import InputError
@@ -19,8 +20,10 @@ from crab_jax.models.clip import ClipConfig
 from crab_jax.models.llama import KVCache, LlamaConfig
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
+from data_pipelines.av_uie import labels
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.media import inline_mask
 from data_pipelines.tokens import Tokenizer, train_tiny_tokenizer
 
 SIZE = 8
@@ -125,9 +128,9 @@ def model(tokenizer):
     return Scripted(ScriptConfig(tuple(tuple(tokenizer.ids(text)) + (tokenizer.eos_id,) for text in TEXTS)))
 
 
-def run_config(root):
+def run_config(root, **changes):
     config = defaults.tiny()
-    config.data.root = str(root)
+    config.update_from_flattened_dict({"data.root": str(root), **changes})
     return resolve(config)
 
 
@@ -174,28 +177,28 @@ def answered(todo, rng=None, deaths=()):
         if number in deaths:
             raise Killed
         example = todo[index]
-        text = TEXTS[EXAMPLES.index(example)]
+        text = TEXTS[[one.id for one in EXAMPLES].index(example.id)]
         yield inference.read_answer(example, text, PICTURES.get(example.id))
 
 
 @pytest.fixture
-def answering(tmp_path, monkeypatch):
+def answering(tmp_path, monkeypatch, tokenizer):
     """(out folder, function that evaluates); the model answers as `answered` says, from params and flags."""
     write_jsonl(tmp_path / "test.jsonl", EXAMPLES)
     for example in EXAMPLES[2:]:
         Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(tmp_path / example.mask)
     asked, decoding = [], []
 
-    def evaluate(*flags, out="out", params=1.0, rng=None, deaths=()):
+    def evaluate(*flags, out="out", params=1.0, rng=None, deaths=(), changes=(), tokenizer=tokenizer):
         def predict_examples(model, params, config, tokenizer, todo, *rest, **changes):
             asked.append([example.id for example in todo])
             decoding.append(changes["decoding"])
             return answered(todo, rng, deaths)
 
-        config = run_config(tmp_path)
+        config = run_config(tmp_path, **dict(changes))
         monkeypatch.setattr(runs, "load_config", lambda path: config)
         monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
-        monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, None))
+        monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, tokenizer))
         monkeypatch.setattr(verb, "predict_examples", predict_examples)
         arguments = ["--out", str(tmp_path / out), "--examples", "0", *flags]
         if "--predictions" not in flags:
@@ -264,6 +267,134 @@ def test_answers_of_another_model_are_set_aside_not_mixed(answering, capsys):
     evaluate("--tasks", "avqa", "--mute-audio", "--force-masks", params=2.0)
     assert evaluate.asked[-1] == ["q/1", "q/2"]
     assert [one["force_masks"] for one in evaluate.decoding[-2:]] == [False, True]
+
+
+# What answers depend on, and a change of each.
+ANOTHER = {
+    "parameters": {"params": 2.0}, "max_new_tokens": ("--max-new-tokens", "9"), "force_masks": ("--force-masks",),
+    "weights": ("--weights", "int8"), "mute_audio": ("--mute-audio",), "blank_video": ("--blank-video",),
+    "video_frames": {"data.video_frames": 3}, "pad_short_audio": {"data.pad_short_audio": True},
+    "image_size": {"sizes.clip.image_size": 32}, "visual_queries": {"sizes.visual.queries": 5},
+    "audio_queries": {"sizes.audio.queries": 5}, "clock": {"compat": "released"}, "model": {"sizes.llama.heads": 2},
+    "tokenizer": {}, "examples": {}}
+SAME = [("--batch-size", "3"), ("--examples", "0"), ("--tensor", "1"), ("--cache-dir", "c"),
+        {"data.lengths": (64, 2048)}, {"data.on_error": "skip"}, {"seed": 5}, {"steps": 9}]
+
+
+@pytest.mark.parametrize("name", ANOTHER)
+def test_a_change_of_whatever_answers_depend_on_starts_anew(answering, capsys, name):
+    root, evaluate = answering
+    evaluate("--tasks", "avqa")
+    assert set(json.loads((root / "out/evaluation.json").read_text())["identity"]) == set(ANOTHER)
+    change, flags, keys = ANOTHER[name], (), {}
+    if name == "examples":
+        write_jsonl(root / "test.jsonl", [dataclasses.replace(EXAMPLES[0], instruction="Is it low?"), *EXAMPLES[1:]])
+    elif name == "tokenizer":
+        train_tiny_tokenizer(["It is <answer> no </answer>"] * 3, root / "tokenizer.json", 400)
+        keys = {"tokenizer": Tokenizer.load(root / "tokenizer.json")}
+    elif isinstance(change, tuple):
+        flags = change
+    else:
+        keys = change if name == "parameters" else {"changes": change}
+    evaluate("--tasks", "avqa", *flags, **keys)
+    assert evaluate.asked == [["q/1", "q/2"], ["q/1", "q/2"]]
+    said = capsys.readouterr().out
+    assert "what differs: " in said and name in said.partition("what differs: ")[2].splitlines()[0].split(", ")
+
+
+def test_what_answers_do_not_depend_on_changes_nothing(answering):
+    root, evaluate = answering
+    evaluate()
+    for change in SAME:
+        evaluate(*(change if isinstance(change, tuple) else ()), changes=change if isinstance(change, dict) else ())
+    assert len(evaluate.asked) == 1 and not (root / "out/previous").exists()
+
+
+def test_a_folder_of_an_older_version_goes_on_and_that_is_said(answering, capsys):
+    root, evaluate = answering
+    evaluate("--tasks", "avqa")
+    file = root / "out/evaluation.json"
+    description = json.loads(file.read_text())
+    old = ("parameters", "max_new_tokens", "mute_audio", "blank_video", "force_masks", "examples")
+    description["identity"] = {name: description["identity"][name] for name in old}
+    file.write_text(json.dumps(description))
+    evaluate("--tasks", "avqa")
+    assert len(evaluate.asked) == 1 and "did not note weights, tokenizer, " in capsys.readouterr().out
+    assert set(json.loads(file.read_text())["identity"]) == set(ANOTHER)
+    description["identity"]["max_new_tokens"] = 9
+    file.write_text(json.dumps(description))
+    evaluate("--tasks", "avqa")
+    assert len(evaluate.asked) == 2
+
+
+def test_other_masks_beside_the_same_predictions_are_scored_anew(answering):
+    root, evaluate = answering
+    evaluate()
+    file, masks = root / "out/predictions.jsonl", sorted((root / "out/masks").glob("s_1*"))
+    arguments = ("--predictions", str(file), "--data", str(root), "--tasks", "s4")
+    evaluate(*arguments, out="again")
+    Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(masks[0])
+    evaluate(*arguments, out="again")
+    assert (root / "again/previous").is_dir()
+    wrong = json.loads((root / "again/results.json").read_text())["tasks"]["s4"]["miou"]
+    assert wrong < json.loads((root / "out/results.json").read_text())["tasks"]["s4"]["miou"]
+
+
+@pytest.mark.parametrize("shape", ["run lengths", "png"])
+def test_a_mask_of_another_shape_than_the_truth_is_refused(tmp_path, answering, capsys, shape):
+    """Its height and width exchanged: a square made of it would be another picture."""
+    root, evaluate = answering
+    truth = np.zeros((12, 20), np.uint8)
+    truth[2:9, 3:7] = 255
+    Image.fromarray(truth).save(root / "s 1.png")
+    right, turned = np.asfortranarray(truth > 0).astype(np.uint8, order="F"), np.asfortranarray(truth.T > 0)
+    if shape == "png":
+        masks = []
+        for name, mask in (("right", truth), ("turned", truth.T), ("square", truth[:, :12]),
+                           ("half", truth[::2, ::2])):
+            Image.fromarray(mask).save(root / f"{name}.png")
+            masks.append(f"{name}.png")
+    else:
+        code = coco.encode(right)["counts"].decode()
+        masks = [{"size": [12, 20], "counts": code}, {"size": [20, 12], "counts": code}]
+        masks.append({"size": [20, 12], "counts": coco.encode(turned.astype(np.uint8, order="F"))["counts"].decode()})
+    for number, mask in enumerate(masks):
+        (root / "p.jsonl").write_text(json.dumps({"id": "s 1", "text": "", "mask": mask}) + "\n")
+        arguments = ("--predictions", str(root / "p.jsonl"), "--data", str(root), "--tasks", "s4", "--limit", "1")
+        if number == 1 or number == 2 and shape != "png":
+            with pytest.raises(InputError, match="is 12x20, but the true mask is 20x12: width and height are exchanged"
+                               ) as refused:
+                evaluate(*arguments, out=f"o{number}")
+            assert "p.jsonl, s 1" in str(refused.value)
+        else:
+            evaluate(*arguments, out=f"o{number}")
+    assert json.loads((root / "o0/results.json").read_text())["tasks"]["s4"]["miou"] > 0.95
+
+
+@pytest.mark.parametrize("mask", ["m.png", "run lengths"])
+def test_a_true_mask_is_compared_with_its_picture_wherever_they_meet(tmp_path, mask):
+    """Its height and width exchanged: scoring, drawing and the reasoning about its place refuse it."""
+    truth = np.zeros((12, 20), np.uint8)
+    truth[2:9, 3:7] = 255
+    Image.fromarray(truth).save(tmp_path / "m.png")
+    if mask != "m.png":
+        mask = inline_mask(coco.encode(np.asfortranarray((truth > 0).astype(np.uint8))))
+    answer = inference.read_answer(picture("x", "s4", "binary"), f"It is {MASK}", HALF * 0.5)
+    for size, fits in (((20, 12), True), ((12, 20), False)):
+        Image.new("RGB", size).save(tmp_path / "p.png")
+        example = dataclasses.replace(answer.example, mask=mask, image="p.png", second=0)
+        write_jsonl(tmp_path / "test.jsonl", [example])
+        (tmp_path / "predictions.jsonl").write_text(json.dumps({"id": "x", "task": "s4", "text": "", "mask": None}))
+        for use, arguments in ((verb.judge_folder, (tmp_path, [example], tmp_path)),
+                               (report.mask_picture, (example, answer, tmp_path, "shown")),
+                               (labels.places, (example, tmp_path))):
+            if fits:
+                use(*arguments)
+            else:
+                with pytest.raises(InputError, match="is 20x12, but its picture is 12x20"):
+                    use(*arguments)
+    (tmp_path / "p.png").unlink()
+    verb.judge_folder(tmp_path, [example], tmp_path)  # what is scored needs masks alone
 
 
 def test_predictions_are_scored_without_a_model_as_with_one(answering):

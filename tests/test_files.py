@@ -14,6 +14,7 @@ from crab_jax.predictions import read_rows
 from crab_jax.request import read_samples
 from crab_jax.runs import load_config
 from crab_jax.structured import read_json
+from data_pipelines import media
 from data_pipelines.examples import read_jsonl
 from data_pipelines.tokens import Tokenizer
 
@@ -53,10 +54,22 @@ def test_what_was_not_fetched_is_called_that(name, content, said, tmp_path):
     assert name in str(error.value) and "damaged" not in str(error.value)
 
 
-def test_pointers_are_told_from_files_that_speak_of_them(tmp_path):
+def test_pointers_are_told_from_files_that_speak_of_them():
     for content, pointer in ((POINTER, True), (b"", False), (b"version https://git", False), (b"x" + POINTER, False)):
-        (tmp_path / "f").write_bytes(content)
-        assert files.git_lfs_pointer(tmp_path / "f") == pointer
+        assert bool(files.stand_in(content)) == pointer
+
+
+@pytest.mark.parametrize("content", [POINTER, PAGE, b"\xef\xbb\xbf<HTML>", b"\n<?xml version='1.0'?><!-- x --><html>",
+                                     b"/annex/objects/MD5E-s1--x.mp4\n", b"<script>"])
+def test_what_was_not_fetched_is_called_the_same_whatever_was_wanted(tmp_path, content):
+    """A config, a list, a film, a sound and a picture."""
+    (tmp_path / "x").write_bytes(content)
+    wanted = files.stand_in(content)[0]
+    for read in (read_rows, lambda path: files.refuse_stand_in(path), media.read_picture, media.read_audio,
+                 media.video_size):
+        with pytest.raises(InputError) as refused:
+            read(tmp_path / "x")
+        assert refused.value.problem == wanted
 
 
 @pytest.mark.parametrize("content", [b"not a model", b"", b"\x00" * 64,

@@ -194,7 +194,8 @@ def _task(name: str, test: Callable[[int], str], published: Sequence[Published] 
     common: dict[str, Any] = {"name": name, "instruction": _instruction(test), "target": target, "parse": parse,
                               "headline": "miou", "published": published}
     clip = CLIP._replace(needed="") if semantic else CLIP
-    common |= {"label": {"objects": _OBJECTS, "video": clip}, "windows": ("five", "one_of_five", "ten", "one")}
+    usual = ("ten", "one", "five", "one_of_five") if semantic else ("five", "one_of_five", "ten", "one")
+    common |= {"label": {"objects": _OBJECTS, "video": clip}, "windows": usual}
     if semantic:
         return Task(stats=_semantic_stats, reduce=_semantic_reduce, constants=_semantic_constants, mask_kind="semantic",
                     metrics=SEMANTIC_METRICS, breakdown=_class_breakdown, **common)

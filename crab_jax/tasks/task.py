@@ -88,7 +88,7 @@ class Task:
     breakdown: `(stats, metas) -> {class or question type: (score, samples)}`, for plots.
     published: rows of the paper's table and of tables that cite it, as far as they are known.
     label: the fields of `meta` that the target and the score rest on; others may stand beside them.
-    windows: the audio windows (docs/architecture.md) that suit the task, the usual ones first.
+    windows: the audio windows (docs/architecture.md) that suit the task, the usual ones first; `windows_for` chooses.
     timed: whether the label has seconds, which are tenths of the clip.
     """
 
@@ -108,6 +108,21 @@ class Task:
     modalities: tuple[str, ...] = ("audio", "video")  # what the task cannot be answered without
     windows: tuple[str, ...] = ("ten",)
     timed: bool = False
+
+
+SHORT, LONG = 7.5, 30.0  # seconds: clips of AVSBench's first parts have 5, those of MUSIC-AVQA 60, all others 10
+
+
+def windows_for(task: Task, seconds: float, one_window: bool = False) -> str:
+    """The audio windows, of those that suit a task, for a clip of so many seconds: all of them, or the one of the
+    moment that is asked about, where the task knows that."""
+    whole = "ten"
+    if "music_avqa" in task.windows and seconds > LONG:
+        whole = "music_avqa"
+    elif task.windows[0] == "five" and seconds < SHORT:
+        whole = "five"
+    one = {"five": "one_of_five", "ten": "one"}.get(whole)
+    return one if one_window and one in task.windows else whole
 
 
 def wrong_fields(task: Task, meta: Meta, needed: Sequence[str] = ("answer", "score")) -> Iterator[tuple[str, str, str]]:

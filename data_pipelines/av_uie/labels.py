@@ -11,10 +11,9 @@ import numpy as np
 
 from crab_jax.tasks import TASKS, arig
 from crab_jax.tasks.avs import CLASSES
-from data_pipelines.decoded import inside
+from data_pipelines.decoded import read_mask
 from data_pipelines.examples import Example
 from data_pipelines.labels import answer, label, names, spans_of, weak
-from data_pipelines.media import read_mask
 from data_pipelines.sources.arig import box_of
 
 __all__ = ["ANSWER_STARTS", "BOX_SPACE", "Place", "answer", "box_place", "label", "mask_place", "names", "places",
@@ -85,7 +84,7 @@ def places(example: Example, root: str | Path | None) -> tuple[Place, ...] | Non
         return (box_place(label(example)["box"]),)
     if root is None or not example.mask or TASKS[example.task].mask_kind == "none":
         return None
-    mask = read_mask(inside(root, example.mask), BOX_SPACE, example.mask_kind)
+    mask = read_mask(root, example, BOX_SPACE)
     named = {CLASSES.index(name): name for name in names(example) if name in CLASSES[1:]}
     each = [mask_place(mask == number, name) for number, name in named.items() if example.mask_kind == "semantic"]
     return tuple(place for place in (each if any(each) else [mask_place(mask)]) if place)

@@ -19,7 +19,7 @@ from crab_jax.page import NONE, Html, document, escape, jpeg, table
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines import media
 from data_pipelines.av_uie.labels import BOX_SPACE, reasoning_of
-from data_pipelines.decoded import inside
+from data_pipelines.decoded import inside, read_mask
 from data_pipelines.examples import Example
 
 _STYLE = """
@@ -112,7 +112,7 @@ def _picture(example: Example, root: str | Path | None) -> Html:
     try:
         picture = media.read_image(inside(root, path), BOX_SPACE)
         if example.mask:
-            mask = media.read_mask(inside(root, example.mask), BOX_SPACE, example.mask_kind)
+            mask = read_mask(root, example, BOX_SPACE)
             picture = overlay_mask(picture, mask.astype(bool) if example.mask_kind == "binary" else mask, TRUTH)
         else:
             picture = overlay_boxes(picture, [(example.meta["box"], TRUTH, "")])

@@ -12,10 +12,11 @@ import av
 from av.stream import Disposition
 
 from crab_jax.errors import InputError
+from data_pipelines.media.boxes import encrypted
 from data_pipelines.media.content import head, not_supported
 from data_pipelines.media.kinds import kind_of
 from data_pipelines.media.limits import check, check_sound
-from data_pipelines.media.outline import encrypted, outline
+from data_pipelines.media.outline import outline
 
 AGAIN = "copy or download the file again"
 # The formats that are read. None of them reads another file, or takes a name for a pattern or an address, as playlists,

@@ -5,20 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from crab_jax.files import git_lfs_pointer
+from crab_jax.files import HEAD, stand_in
 
-HEAD = 1024  # bytes that tell
 _BLOCK = 1 << 20
 
 _AGAIN = "copy or download it again"
 _NO_MEDIA = "is no picture, film or sound but"
 _PLAYLIST = (f"{_NO_MEDIA} a playlist, which names other files", "give the film or sound itself")
 _TEXTS = [  # (how a text begins, what it is, what to do)
-    (rb"<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html", f"{_NO_MEDIA} a web page (HTML)",
-     "download the file itself: opened in a browser, the page says what went wrong"),
     (rb"#EXTM3U|#EXTINF|#EXT-X-|ffconcat version|\[playlist\]|<\?wpl|<asx|(<\?xml[^>]*>\s*)?<(MPD|playlist|smil)\b"
      rb"|v=0\s+o=|\[InternetShortcut\]|\[Reference\]|file '|file \S+\s|(https?|rtsp|rtmp)://\S+\s*$", *_PLAYLIST),
-    (rb"(\.\./)*(\.git/|/)annex/objects/", "is a git-annex pointer, not the file", "run `git annex get`"),
 ]
 _BINARIES = [  # (offset, bytes, what it is, what to do)
     (0, b"PK\3\4", "a ZIP archive", "unpack it"), (0, b"PK\5\6", "a ZIP archive", "unpack it"),
@@ -46,8 +42,8 @@ def not_supported(path: str | Path) -> tuple[str, str] | None:
     start = head(path)
     if not start:
         return "the file is empty; it is damaged or incomplete", _AGAIN
-    if git_lfs_pointer(path):
-        return "is a Git LFS pointer, not the file", "run `git lfs pull`"
+    if found := stand_in(start):
+        return found
     if not start.strip(b"\0") and _only_zeros(path):
         return "holds nothing but zeros; the copy stopped early", _AGAIN
     for at, magic, what, fix in _BINARIES:

@@ -228,7 +228,6 @@ def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int,
         check_size((grey.shape[1], grey.shape[0]), None if code == EMPTY_MASK else picture, str(path))
         return _binary(grey, size)
     with open_picture(path, "mask", content, whole=True) as mask:
-        check_size(mask.size, picture, str(path))
         if mask.image.mode == "F":
             raise InputError(str(path), "mask", "holds decimal numbers", "export it as PNG, with 8 bits")
         if kind == "binary":
@@ -236,11 +235,13 @@ def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int,
             if problem := problem or _opacity_against(mask.image, grey):
                 fix = "export it as PNG: black, and white where something is"
                 raise InputError(str(path), "mask", problem, fix)
+            check_size(mask.size, picture, str(path))  # of a mask: what is none is called that by all alike
             return _binary(grey, size)
         image = _ids(mask, str(path))
         if mask.image.has_transparency_data:
             if problem := _opacity_against(mask.image, _classes(np.array(image), 0)):
                 raise InputError(str(path), "mask", problem, "export it without opacity")
+        check_size(mask.size, picture, str(path))
         values = np.array(image if size is None else image.resize((size, size), Image.Resampling.NEAREST))
     return _classes(values, unknown)
 

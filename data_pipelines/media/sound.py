@@ -27,8 +27,9 @@ from data_pipelines.media.container import (
     sound_stream,
     whole,
 )
+from data_pipelines.media.frames import SLACK, is_mpeg_audio, mpeg_frames, with_index
 from data_pipelines.media.limits import check_sound, limits
-from data_pipelines.media.outline import SLACK, behind_tags, chained, is_mpeg_audio, mpeg_frames, with_index
+from data_pipelines.media.outline import behind_tags, chained
 
 SAMPLE_RATE = 16000
 SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding

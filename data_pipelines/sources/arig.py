@@ -85,7 +85,9 @@ def _boxes(release: Release, clips: Iterable[Clip | InputError]
             return clip
         try:
             release.check(clip.masks[second], clip.row.where, "mask")
-            return box_of(media.read_mask(release.root / clip.masks[second], arig.SIZE, "binary"))
+            picture = release.root / clip.frames[second]
+            size = media.image_size(picture) if picture.is_file() else None
+            return box_of(media.read_mask(release.root / clip.masks[second], arig.SIZE, "binary", size))
         except InputError as error:
             return error
 

@@ -18,6 +18,7 @@ from typing import Any
 from crab_jax.errors import InputError
 from crab_jax.structured import json_line
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import windows_for
 from data_pipelines.examples import TASK_NAMES, Example, from_json
 from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
@@ -29,7 +30,7 @@ PATHS = ("video", "image", "audio", "seg_image", "mask")
 SAMPLES = "samples.json"
 _FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # of a prompt
 # Of the quick start's prompts; "ten" of the other tasks.
-_WINDOWS = {"avqa": "music_avqa", "arig": "one_of_five", "s4": "one_of_five", "ms3": "one_of_five", "avss": "one"}
+_SECONDS = {"avqa": 60, "arig": 5, "s4": 5, "ms3": 5}  # of the clips of the quick start; 10 in other tasks
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
@@ -92,7 +93,8 @@ def _sample(release: Release, row: Row) -> Iterator[Example]:
         raise row.error("video_path", "is missing, and image_path too", "give one of them")
     yield Example(
         id=row.place.rpartition(" ")[2], task=task.name, instruction=task.instruction(variant="quick", **asked),
-        second=second, windows=_WINDOWS.get(task.name, "ten"), mask_kind=task.mask_kind if "mask" in paths else "none",
+        second=second, windows=windows_for(task, _SECONDS.get(task.name, 10), one_window=True),
+        mask_kind=task.mask_kind if "mask" in paths else "none",
         meta={**{k: v for k, v in asked.items() if k != "second"}, "row": row.place}, **paths)
 
 

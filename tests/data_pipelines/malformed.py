@@ -185,7 +185,7 @@ def videos(corpus: Corpus) -> None:
     corpus.row("clip.mp4", "", "", **BOTH, video="media/clip.mp4")
     add("zero-length.mp4", b"", "is empty")
     add("text.mp4", b"404: not found\n" * 40, "but text .'404: not found")
-    add("page.mp4", b"<!DOCTYPE html><title>Quota exceeded</title>" * 99, "but a web page")
+    add("page.mp4", b"<!DOCTYPE html><title>Quota exceeded</title>" * 99, "is a web page")
     add("random.mp4", np.random.default_rng(1).bytes(5000), "cannot be decoded")
     add("ftyp-cut.mp4", front[:10], "inside of its 'ftyp' box")
     add("ftyp-only.mp4", front[:index], "no index")

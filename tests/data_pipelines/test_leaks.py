@@ -1,17 +1,23 @@
 """Clips that one dataset has in train and another in val or test: named, counted, and left out when asked."""
 
 import logging
+from collections import Counter
 
+import numpy as np
 import pytest
 import releases
+from test_annotations import SAME, rows_of
 
 from configs import tiny
 from crab_jax import runs
 from crab_jax.config import resolve
+from crab_jax.errors import InputError
+from data_pipelines.batching import DataConfig, load
 from data_pipelines.datasets import read, read_examples
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.leaks import Clip, clip_of, held_out, leak_problems, leaks_of, without
 from data_pipelines.prepare import main as prepare
+from data_pipelines.status import status
 from data_pipelines.validate import validate
 
 ID = "RUhOCu3LNXM"  # in train of AVE
@@ -162,3 +168,64 @@ def test_annotations_that_cannot_be_read_are_said(shared):
     file.write_bytes(b"\xff\xfe")
     kept, line = without(read_examples(shared, "train"), shared, "train", True)
     assert "1 annotation files could not be read for this, the first: " in line and "AVVP_test_pd.csv" in line
+
+
+# (file, columns, delimiter, how it is saved again, what of a row is damaged)
+AGAIN = [
+    ("ave/trainSet.txt", ("Category", "VideoID", "Quality", "StartTime", "EndTime"), "&", "semicolons",
+     ("good;7;10", "good;7;11")),
+    ("llp/data/AVVP_train.csv", ("filename", "event_labels"), "\t", "an index column", ("Speech,Dog", "nan")),
+    ("avsbench_semantic/metadata.csv", ("uid", "a_obj", "split", "label"), ",", "every field quoted",
+     ('"jlhuZfcw61w', '"","nan","0","0","dog","train","v1m"\n"jlhuZfcw61w')),
+    ("ref_avs/metadata.csv", ("vid", "uid", "split", "fid", "exp"), ",", "another order",
+     ("The object making the longest sound duration.", "nan"))]
+
+
+def test_all_choices_at_once_are_the_same_data_raw_and_prepared(shared, copied, tmp_path_factory, tokenizer, caplog):
+    """Tables that other programs saved again, each with a damaged row, clips that are missing, cut off or held out by
+    another dataset, all pictures of a clip: the same Examples, counts and arrays from the files and from shards."""
+    root, out = copied("avsbench_semantic"), tmp_path_factory.mktemp("prepared")
+    for name, columns, delimiter, change, (old, new) in AGAIN:
+        text = SAME[change](rows_of(root / name, columns, delimiter), delimiter)
+        assert text.count(old) >= 1, name
+        releases.text(root / name, text.replace(old, new, 1))
+    cut = root / read(root, "ms3", "train", malformed="skip")[0].audio
+    (root / read(root, "valor", "train")[-1].video).unlink()
+    content = cut.read_bytes()
+    cut.unlink()
+    cut.write_bytes(content[: len(content) // 2])
+    names = "ave,avvp,s4,ms3,avss,ref_avs,valor"
+    with pytest.raises(SystemExit, match="0"):
+        prepare(["--root", str(root), "--out", str(out), "--datasets", names, "--image-size", "16", "--workers", "1"])
+
+    found, left = {}, {}
+    for place in (root, out):
+        config = config_of(place, datasets=names, on_error="skip", exclude_leaks=True, frames="all")
+        found[place] = runs.train_examples(config, tmp_path_factory.mktemp("run") / "skipped.0.jsonl")
+        rows = []
+        runs.read_examples(place, "train", datasets=names.split(","), missing="skip", malformed="skip", left=rows)
+        left[place] = [(one.dataset, one.error.field, one.error.problem) for one in rows]
+    raw, ours = found[root], found[out]
+    assert raw == ours and left[root] == left[out] and len(left[root]) >= 5
+    per_clip = Counter((e.task, e.id.rpartition("-")[0]) for e in raw if e.task in ("avss", "ref-avs"))
+    assert set(per_clip.values()) == {10}  # all pictures
+    assert caplog.text.count("they are left out (data.exclude_leaks)") == 2
+    assert {e.task for e in raw} >= {"ave", "s4", "ms3", "avss", "ref-avs"}  # LLP's train has weak labels
+    assert [(c.dataset, c.split, c.annotated, c.malformed) for c in status(root, names.split(","))[0]] == [
+        (c.dataset, c.split, c.annotated, c.malformed) for c in status(out, names.split(","))[0]]
+    decoding, loaded, refused = DataConfig(image_size=16, visual_queries=3, audio_queries=2, lengths=(1024,)), 0, 0
+    for one in raw[::2]:
+        outcomes = []
+        for place in (root, out):
+            try:
+                outcomes.append(load(one, place, tokenizer, decoding))
+            except InputError as error:
+                outcomes.append(error.problem)
+        assert type(outcomes[0]) is type(outcomes[1])
+        if isinstance(outcomes[0], str):
+            assert outcomes[0] == outcomes[1]
+            refused += 1
+            continue
+        assert all(np.array_equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
+        loaded += 1
+    assert loaded > 10 and 0 < refused < loaded, (loaded, refused)

@@ -14,6 +14,7 @@ from crab_jax.errors import InputError
 from data_pipelines import datasets, media
 from data_pipelines.decoded import Files, inside, read_mask
 from data_pipelines.examine import examine
+from data_pipelines.examples import Example
 from data_pipelines.media import limits
 from data_pipelines.shards import Decoding
 
@@ -126,7 +127,8 @@ def test_a_link_out_of_a_root_is_not_followed_by_the_loader(link, tmp_path):
         (root / "media/a.png").symlink_to(elsewhere / "a.png")
     files = Files(root, Decoding(32, 10, False))
     for read in (lambda path: files.picture(path, "image"), lambda path: files.mask(path, "binary", 8), files.video,
-                 lambda path: files.samples(path, None), lambda path: read_mask(root, path, "binary", 8)):
+                 lambda path: files.samples(path, None), lambda path: read_mask(
+                     root, Example("x", "s4", "", mask=path, mask_kind="binary"), 8)):
         with pytest.raises(InputError, match="is a link out of the data root"):
             read("media/a.png")
     (root / "inside.png").symlink_to(root / "b.png")

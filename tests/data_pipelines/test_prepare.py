@@ -111,7 +111,7 @@ def test_masks_of_any_size_are_those_of_the_files(releases_root, prepared):
         split = "val" if name == "lvis" else "test"
         example = next(e for e in read_examples(releases_root, split, [name]) if e.mask)
         for size in (16, 7, 300):
-            raw, ours = (decoded.read_mask(root, example.mask, example.mask_kind, size)
+            raw, ours = (decoded.read_mask(root, example, size)
                          for root in (releases_root, prepared))
             np.testing.assert_array_equal(raw, ours)
 

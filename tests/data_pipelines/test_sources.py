@@ -11,6 +11,7 @@ import pytest
 import releases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from crab_jax.errors import InputError
 from crab_jax.tasks import TASKS
@@ -182,6 +183,20 @@ def test_arig_boxes_are_the_first_and_last_pixels_of_the_mask(releases_root):
             assert f"({x1},{y1})" in example.target and f"({x2},{y2})" in example.target
     assert [e.second for e in examples] == [0, 1, 3, 4]  # nothing sounds in the third picture
     assert box_of(np.zeros((4, 4))) is None
+
+def test_an_arig_box_is_refused_where_its_mask_has_another_shape_than_the_picture(copied):
+    root = copied("avsbench_semantic")
+    clip = next(e for e in records(root, "arig", "test") if isinstance(e, Example))
+    picture = root / clip.image
+    mask = picture.parent.parent / f"labels_semantic/{picture.stem}.png"
+    wide = np.zeros((6, 10), np.uint8)
+    wide[1:3, 2:9] = 5
+    picture.unlink()
+    mask.unlink()  # links to files of other tests
+    Image.new("RGB", (6, 10)).save(picture)
+    Image.fromarray(wide).save(mask)
+    wrong = [str(found) for found in records(root, "arig", "test") if isinstance(found, InputError)]
+    assert len(wrong) == 1 and "is 10x6, but its picture is 6x10" in wrong[0]
 
 
 def test_ref_avs_rows(releases_root):

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,7 @@ import pytest
 import releases
 from malformed import ANNOTATIONS, SIZE
 from media_files import tone, write_audio
+from PIL import Image
 from test_status import cut
 
 from crab_jax.errors import InputError
@@ -73,8 +77,13 @@ class Verdict(NamedTuple):
 @pytest.fixture(scope="module")
 def verdicts(corpus, problems, tokenizer, tmp_path_factory):
     """{id: Verdict} of the Examples of the corpus."""
-    config = DataConfig(image_size=16, video_frames=4, visual_queries=1, audio_queries=1, lengths=(192,))
-    (root, _), out, found = corpus, tmp_path_factory.mktemp("asked"), {}
+    return verdicts_of(corpus[0], problems, tokenizer, tmp_path_factory.mktemp("asked"))
+
+
+def verdicts_of(root, problems, tokenizer, out):
+    """{id: Verdict} of the Examples of own/test.jsonl, of which `validate` found these problems."""
+    config = DataConfig(image_size=16, visual_queries=1, audio_queries=1, lengths=(192,))
+    found = {}
     for example in records(root, "own", "test"):
         if isinstance(example, Example):
             said = [p.problem for p in problems if (p.dataset, p.split, p.id) == ("own", "test", example.id)]
@@ -88,12 +97,17 @@ def verdicts(corpus, problems, tokenizer, tmp_path_factory):
     return found
 
 
+def disagreements(verdicts):
+    """The verdicts that are not one: taken by some and refused by others, or refused with other words."""
+    return {name: said[:3] for name, said in verdicts.items()
+            if len({text.removeprefix(f"{CORRUPT}: ").removeprefix(f"{MALFORMED}: ") for text in said[:3]
+                    if text is not None}) > 1}
+
+
 def test_loader_validate_status_and_predict_agree_on_every_file(corpus, verdicts):
     """Each file of the corpus alone: the loader refuses it, `validate` calls it bad, and `predict` refuses it before a
     model is loaded, or none of the three; `status`, which decodes nothing, calls bad only what `validate` does."""
-    wrong = {name: said for name, said in verdicts.items() if len({bool(text) for text in said[:3] if text is not None})
-             > 1}
-    assert not wrong
+    assert not disagreements(verdicts)
     bad = {name for name, said in verdicts.items() if said.loader}
     assert len(bad) > 100 and len(verdicts) - len(bad) > 100
     outline = {problem.id for problem in status(corpus[0], ["own"])[1] if problem.kind == CORRUPT}
@@ -123,6 +137,49 @@ def asks(example, root, out):
     except InputError as error:
         return error.problem
     return ""
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A raw root of the media of the reported cases, and of copies of each that are cut, empty, filled with zeros or
+    followed by others: films with a use of pictures, of sound and of both, sounds, and pictures also as masks."""
+    if not (CASES / "README.md").is_file():
+        pytest.skip("the reported cases are not here")
+    root, made = tmp_path_factory.mktemp("reported"), tmp_path_factory.mktemp("made")
+    shutil.copytree(CASES / "w0-shared", made / "w0-shared")
+    for case in ("w3-sound-starts-later", "w4-variable-frame-rate", "w16-validate-and-loader-disagree"):
+        (made / case).mkdir()
+        words = [str(made / case)] if case.startswith("w16") else []
+        subprocess.run([sys.executable, CASES / case / "make.py", *words], cwd=made / case, check=True)
+    found = [path for folder in (CASES, made) for path in sorted(folder.rglob("*")) if path.suffix in FORMS]
+    corpus = malformed.Corpus(root)
+    for number, path in enumerate(found):
+        content = path.read_bytes()
+        for how, changed in (("whole", content), ("cut", content[: len(content) * 2 // 3]), ("empty", b""),
+                             ("head", content[:40]), ("zeros", content[: len(content) // 2] + bytes(len(content) // 2)),
+                             ("page", b"<!doctype html>" + content[:500]), ("junk behind", content + b"junk" * 9)):
+            for form, row in FORMS[path.suffix].items():
+                corpus.file(f"{number}-{how}-{form}-{path.name}", changed, field=form, row=row)
+    Image.fromarray(malformed.noise(1)[0]).save(corpus.media / "picture.png")
+    write_audio(corpus.media / "mono.wav", 2.0)
+    releases.text(corpus.folder / "test.jsonl", "".join(case.line + "\n" for case in corpus.cases))
+    return root, len(found)
+
+
+CASES = Path(os.environ.get("CRAB_CASES_DIR", Path(__file__).resolve().parents[2].parent / "shared/cases"))
+_FILM = {"video": malformed.LOOK, "audio": malformed.HEAR}
+_PICTURE = {"image": malformed.SEE, "mask": malformed.SEGMENT}
+FORMS = {".mp4": _FILM, ".mkv": _FILM, ".wav": {"audio": malformed.HEAR}, ".mp3": {"audio": malformed.HEAR},
+         **dict.fromkeys((".png", ".jpg", ".heic", ".webp"), _PICTURE)}
+
+
+def test_validate_and_the_loader_never_disagree_about_the_reported_cases(reported, tokenizer, tmp_path):
+    root, count = reported
+    verdicts = verdicts_of(root, validate(root, workers=1)[1], tokenizer, tmp_path)
+    assert not disagreements(verdicts)
+    bad = sum(bool(said.loader) for said in verdicts.values())
+    assert count >= 15 and bad > 5 * count and len(verdicts) - bad > count
+    assert sum(said.predict is None for said in verdicts.values()) < len(verdicts) / 4
 
 
 DOC = Path(__file__).parents[2] / "docs/inputs.md"

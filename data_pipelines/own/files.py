@@ -1,0 +1,120 @@
+"""The media that a table names: found below the data root, copied there, and what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import functools
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import av
+
+from crab_jax.files import write_whole
+from data_pipelines import media
+from data_pipelines.own.table import Row
+from data_pipelines.sources.own import PICTURES
+
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".au", ".w64")
+PHOTOS = (*PICTURES, ".gif", ".tif", ".tiff", ".heic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """Finds the files that a table names, below the data root."""
+
+    root: Path
+    folder: Path  # of the table
+    copy: bool = False
+    overwrite: bool = False
+    moments: dict[str, tuple[str, int, int]] = dataclasses.field(default_factory=dict)  # pictures to be written
+
+    def moment(self, video: str, second: int, parts: int) -> str:
+        """The path of the picture at a second of a video, which `write_moments` writes."""
+        path = f"media/{video.replace('/', '_')}_{second}.png"
+        self.moments[path] = video, second, parts
+        return path
+
+    def write_moments(self) -> None:
+        """Write the pictures that rows are about and that only their videos hold."""
+        for path, (video, second, parts) in self.moments.items():
+            png = io.BytesIO()
+            media.moment_picture(self.root / video, second, parts).save(png, "PNG")
+            write_whole(self.root / path, png.getvalue())
+
+    def find(self, row: Row, field: str, given: Any) -> str:
+        """The path of a file relative to the root, copied there where that is wanted. Raises InputError."""
+        if not isinstance(given, str):
+            raise row.error(field, f"is {given!r:.60}, not a path", "write it in quotes")
+        if "://" in given:
+            raise row.error(field, f"is the address {given!r:.80}", "download the file, and give its path")
+        kinds = [given.strip(), given.strip().replace("\\", "/")]
+        found = next((path for text in kinds for base in (self.folder, self.root)
+                      if os.path.exists(path := os.path.join(base, text))), None)
+        if found is None:
+            raise row.error(field, f"no such file {given!r:.120}",
+                            f"give its path from the folder of the table ({self.folder}) or from --root")
+        if field != "frames" and not os.path.isfile(found):
+            raise row.error(field, f"{given!r:.120} is a folder", "give a file" + (
+                ", or the folder in the column `frames`" if field in ("media", "video") else ""))
+        real, root = os.path.realpath(found), os.path.realpath(self.root)
+        for path, base in ((os.path.abspath(found), os.path.abspath(self.root)), (real, root)):
+            if real.startswith(root + os.sep) and path.startswith(base + os.sep):
+                return os.path.relpath(path, base).replace(os.sep, "/")
+        if not self.copy:
+            raise row.error(field, f"{given!r:.120} lies outside of --root {self.root}",
+                            "put it there, or give --copy to have it copied")
+        return self._copied(row, field, found, kinds[1])
+
+    def _copied(self, row: Row, field: str, found: str, given: str) -> str:
+        parts = [part for part in re.split(r"[/\\]|^[A-Za-z]:", given) if part not in ("", ".", "..", "~")]
+        inside = "/".join(("media", *parts))
+        target = self.root / inside
+        if os.path.isdir(found):
+            for name in sorted(os.listdir(found)):
+                if name.lower().endswith(PICTURES):
+                    self._copied(row, field, os.path.join(found, name), f"{given.rstrip('/')}/{name}")
+            return inside
+        if target.is_file() and not filecmp.cmp(found, target, shallow=False) and not self.overwrite:
+            raise row.error(field, f"{target} is another file", "give --overwrite to replace it")
+        if not target.is_file() or not filecmp.cmp(found, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}")
+            try:
+                shutil.copyfile(found, partial)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+        return inside
+
+    def sources(self, row: Row) -> dict[str, str]:
+        """video, frames, image and audio of a row: those of its columns, and those in `media` by their kinds."""
+        named = [(field, row.given(field)) for field in ("video", "frames", "image", "audio") if row.given(field)]
+        several = row.given("media")
+        for path in several if isinstance(several, list) else re.split(r"\s*[;|\n]\s*", several) if isinstance(
+                several, str) else [several] if several is not None else []:
+            suffix = os.path.splitext(path)[1].lower() if isinstance(path, str) else ""
+            named.append(("image" if suffix in PHOTOS else "audio" if suffix in SOUNDS else "video", path))
+        found: dict[str, str] = {}
+        for field, path in named:
+            if field in found:
+                raise row.error(field, f"is given twice, {found[field]!r:.60} and {path!r:.60}", "keep one")
+            found[field] = self.find(row, field, path)
+        if "video" in found and "frames" in found:
+            raise row.error("frames", "are given beside a video", "give one clip")
+        return found
+
+
+@functools.lru_cache(1 << 16)
+def facts(path: str, field: str) -> tuple[float, bool]:
+    """(seconds, whether there is sound) of a film or a sound. Raises InputError."""
+    if field == "video":
+        clip = media.timing(path)
+        return clip.seconds, clip.sound is not None
+    with media.opened(path, field) as container:
+        stated, has_sound = (container.duration or 0) / av.time_base, media.sound_of(container) is not None
+    return stated or (len(media.read_audio(path)) / media.SAMPLE_RATE if has_sound else 0.0), has_sound
