@@ -130,7 +130,8 @@ def test_parameters_that_would_overflow_skip_the_step_though_loss_and_gradient_a
     {"loss_mask": np.zeros((ROWS, LENGTH), bool)}, {"seg_kind": np.zeros((ROWS, 1), np.int32)},
     {"seg_kind": np.ones((ROWS, 1), np.int32)}, {"seg_kind": np.full((ROWS, 1), 2, np.int32)},
     {"loss_mask": np.zeros((ROWS, LENGTH), bool), "seg_kind": np.zeros((ROWS, 1), np.int32)},
-    {"index": np.full(ROWS, -1, np.int32)}], ids=("no targets", "no masks", "binary", "semantic", "neither targets nor masks", "fillers"))
+    {"index": np.full(ROWS, -1, np.int32)}],
+    ids=("no targets", "no masks", "binary", "semantic", "neither targets nor masks", "fillers"))
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_no_targets_no_masks_one_kind_alone_or_fillers_alone_divide_by_nothing(changes, accumulate):
     _, after, metrics = step(batch_of(**changes), accumulate=accumulate)
