@@ -247,13 +247,15 @@ class RunCheckpoints:
     def save(self, step: int, train: Any) -> None:
         """Start writing one step in the background, with the digests of what is written and that of the frozen tree.
 
-        Values that are not finite are written as they are, and said.
+        Raises InputError for values that are not finite: nothing is written then, and the steps before stay.
         """
         try:
             finite.check(train, str(self.folder / str(step)))
         except InputError as error:
-            print(f"warning: {error.where} is saved although {error.problem}; no run can go on from it",
-                  file=sys.stderr, flush=True)
+            self.wait()
+            before = f"step {self.latest} before it is whole" if self.latest else "there is no step before it"
+            raise InputError(error.where, error.field, f"{error.problem}; it is not saved, {before}",
+                             "start again with a lower optim.lr or larger optim.eps, in another --workdir") from error
         # Forced: by default Orbax drops a save while the one before is being written.
         self._steps.save_checkpointables_async(step, {"train": train}, force=True, custom_metadata={
             "step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)})

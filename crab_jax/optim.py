@@ -80,17 +80,23 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def apply(tx: optax.GradientTransformation, grads: Params, opt: Any, trainable: Params, sound: jax.Array
-          ) -> tuple[Params, Any]:
-    """(parameters, optimizer state) after one step: those of before, save its counts, where it is not `sound` (bool[]).
+          ) -> tuple[Params, Any, jax.Array]:
+    """(parameters, optimizer state, whether the step was taken: bool[]) after one step: those of before, save its
+    counts, where it is not `sound` (bool[], that loss and norm of the gradient are finite) or where the norm of the new
+    parameters is not finite.
 
-    `sound` is what loss and gradient say. To look at every new value too makes the step compile ten times as long.
+    Moments need no look of their own: they are means of gradients and of their squares, which all add up to a finite
+    norm. The parameters are looked at through their norm because its root is what XLA computes once: the conjunction of
+    `isfinite` over all leaves it copies into what writes each leaf, and compiles three times as long.
     """
     updates, new_opt = tx.update(grads, opt, trainable)
+    new = optax.apply_updates(trainable, updates)
+    taken = sound & jnp.isfinite(optax.global_norm(new))
 
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(sound, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+        return jnp.where(taken, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
-    return jax.tree.map(kept, (optax.apply_updates(trainable, updates), new_opt), (trainable, opt))
+    return *jax.tree.map(kept, (new, new_opt), (trainable, opt)), taken
 
 
 def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tuple[Params, Params]:

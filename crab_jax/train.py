@@ -62,9 +62,11 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
     Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
 
-    A loss or gradient that is not finite changes no parameter and no moment and sets the metric `skipped` to 1; the
-    step and the schedule's count go on.
+    A loss, gradient or new parameter that is not finite changes no parameter and no moment and sets the metric
+    `skipped` to 1; the step and the schedule's count go on. `bad_rows` is how many rows have a loss that is not finite,
+    and `bad_index` the sum of their `index`. What a filler row holds reaches neither loss nor gradient.
     """
+    batch = batch.replace(fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
@@ -75,7 +77,9 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
         terms = {name: losses.pool(term) for name, term in rows.items()}
         total = losses.total(terms, loss_cfg, counts)
         by_task = losses.by_task(rows["text"], micro.task, len(TASKS))
-        return total, {"loss": total, "terms": terms, "by_task": by_task}
+        bad = ~finite_rows(rows, len(micro.index))
+        return total, {"loss": total, "terms": terms, "by_task": by_task, "bad_rows": bad.sum(dtype=jnp.int32),
+                       "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32)}
 
     def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
         return jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
@@ -98,9 +102,9 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
 
     norm = optax.global_norm(grads)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    trainable, opt = optim.apply(tx, grads, state.opt, state.trainable, sound)
+    trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
     metrics |= {"grad_norm": norm, "tokens": batch.text_mask.sum(), "slots": batch.text_mask.size,
-                "skipped": (~sound).astype(jnp.int32)}
+                "skipped": (~taken).astype(jnp.int32)}
     return TrainState(state.step + 1, trainable, opt), metrics
 
 
@@ -116,6 +120,11 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
         rows |= losses.mask_rows(flat(out.binary), flat(out.semantic), flat(batch.seg_target), flat(batch.seg_kind),
                                  flat(groups))
     return rows
+
+
+def finite_rows(rows: dict[str, losses.Term], count: int) -> jax.Array:
+    """bool[count]: whether every loss of a row, and of its mask groups, is finite."""
+    return jnp.stack([jnp.isfinite(term.sum).reshape(count, -1).all(1) for term in rows.values()]).all(0)
 
 
 class Logger:
@@ -227,13 +236,26 @@ class SkipGuard:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
                 distributed.say(f"step {step} skipped: loss {float(metrics['loss'])}, "
-                                f"gradient norm {float(metrics['grad_norm'])}")
+                                f"gradient norm {float(metrics['grad_norm'])}{self.cause(metrics)}")
             if self.in_a_row == self.limit:
                 file = save_batch(self.workdir, step, batch, self.examples)
-                raise InputError(str(file), "loss", f"the loss or its gradient was not finite in {self.limit} steps up "
-                                 f"to {step}; this is the last one's batch", "look at it with "
+                raise InputError(str(file), "loss", "the loss, its gradient or the parameters that it leads to were "
+                                 f"not finite in {self.limit} steps up to {step}; this is the last one's batch",
+                                 "look at it with "
                                  "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
                                  "are in the .jsonl beside it), then correct the data or lower optim.lr")
+
+
+    def cause(self, metrics: dict[str, Any]) -> str:
+        """What is known of why a step was skipped, to be added to its line."""
+        rows = int(metrics["bad_rows"])
+        if rows == 1:
+            return f"; of example {self.examples[int(metrics['bad_index'])].id!r} alone"
+        if rows:
+            return f"; of {rows} examples"
+        if np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["grad_norm"])):
+            return "; the parameters after it would not be finite"
+        return "; the loss of every example is finite"
 
 
 def device_wait(step: int) -> str:
@@ -267,6 +289,12 @@ def compile_step(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, state:
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
                    out_shardings=(state_shardings, sharding.replicated(mesh)))
+
+
+def learns_nothing(schedule: optax.Schedule, start: int, steps: int) -> bool:
+    """Whether no step after `start` has a learning rate above 0. Every schedule begins with 0, as those of
+    DeepSpeed and Hugging Face do, so a run of a single step learns nothing."""
+    return start < steps and not any(float(schedule(step)) for step in range(start, min(steps, start + 2)))
 
 
 def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
@@ -333,9 +361,13 @@ def train(config: RunConfig, workdir: Path) -> None:
     with watchdog, StopRequest() as stop:
         state, frozen = start_or_resume(config, model, mesh, checkpoints, {"data": trained_on})
         start = int(state.step)
+        schedule = optim.learning_rate(config.optim, config.steps)
         if distributed.primary():
             runs.save_description(workdir, config, tokenizer)
             checkpoints.note_description()
+        if learns_nothing(schedule, start, config.steps):
+            distributed.say(f"warning: --config: steps: is {config.steps}, and step {start + 1} of it has a learning "
+                            "rate of 0, where warm-up starts: nothing is learned; take more steps")
         if resumed:
             distributed.say(f"resumed from step {start} of {workdir}")
         distributed.say(runs.parameter_table(state.trainable, frozen))
@@ -344,7 +376,6 @@ def train(config: RunConfig, workdir: Path) -> None:
         rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(runs.train_dataset(config, tokenizer, order, rows, start, skipped))
         step_fn = compile_step(config, model, mesh, state)
-        schedule = optim.learning_rate(config.optim, config.steps)
         logger = Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip"
                         ) if distributed.primary() else None
         guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from crab_jax import optim
@@ -49,21 +50,63 @@ def test_unknown_schedule_is_refused():
         optim.learning_rate(optim.OptimConfig(schedule="cosnie"), 10)
 
 
-def test_clipping_bounds_the_first_update_direction():
+def test_a_larger_gradient_is_scaled_down_to_the_norm_and_a_smaller_one_stays():
+    """Seen in the first moments, which are a tenth of the gradient: Adam's first update hides the scale."""
     tx = optim.optimizer(optim.OptimConfig(lr=1e-1, schedule="constant", clip_norm=1.0), 10)
     params = {"w": jnp.zeros(3)}
-    big, _ = tx.update({"w": jnp.array([3e4, 4e4, 0.0])}, tx.init(params), params)
-    unit, _ = tx.update({"w": jnp.array([0.6, 0.8, 0.0])}, tx.init(params), params)
-    np.testing.assert_allclose(big["w"], unit["w"], rtol=1e-5)
+    for gradient, wanted in (([3e4, 4e4, 0.0], [0.6, 0.8, 0.0]), ([0.03, 0.04, 0.0], [0.03, 0.04, 0.0]),
+                             ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])):
+        _, opt = tx.update({"w": jnp.array(gradient)}, tx.init(params), params)
+        np.testing.assert_allclose(optax.tree.get(opt, "mu")["w"], 0.1 * np.array(wanted), rtol=1e-5)
+
+
+TREE = {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(4)}
+
+
+def assert_not_taken(before, after):
+    """Parameters and moments are those of before; the schedule goes on."""
+    (params, opt), (kept, moved, taken) = before, after
+    assert not bool(taken) and jax.tree.all(jax.tree.map(np.array_equal, kept, params))
+    for now, old in zip(jax.tree.leaves(moved), jax.tree.leaves(opt), strict=True):
+        assert np.array_equal(now, old + (now.dtype == np.int32))
 
 
 def test_a_step_that_is_not_sound_changes_nothing_but_its_count():
     tx = optim.optimizer(optim.OptimConfig(lr=1.0, schedule="constant", clip_norm=0.0), 10)
-    params = {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(4)}
-    step = jax.jit(lambda opt, sound: optim.apply(tx, params, opt, params, sound))
-    new, opt = step(tx.init(params), jnp.bool_(True))
-    assert not jax.tree.all(jax.tree.map(np.array_equal, step(opt, jnp.bool_(True))[0], params))
-    kept, after = step(opt, jnp.bool_(False))
-    assert jax.tree.all(jax.tree.map(np.array_equal, kept, params))
-    for now, old in zip(jax.tree.leaves(after), jax.tree.leaves(opt), strict=True):
-        assert np.array_equal(now, old + (now.dtype == np.int32)), "moments stay, the schedule goes on"
+    step = jax.jit(lambda opt, sound: optim.apply(tx, TREE, opt, TREE, sound))
+    _, opt, taken = step(tx.init(TREE), jnp.bool_(True))
+    new, _, again = step(opt, jnp.bool_(True))
+    assert bool(taken) and bool(again) and not jax.tree.all(jax.tree.map(np.array_equal, new, TREE))
+    assert_not_taken((TREE, opt), step(opt, jnp.bool_(False)))
+
+
+@pytest.mark.parametrize("name, config, moments, params, grads", [
+    # An old momentum over a second moment that is gone: the update is infinite, by values that are all in bounds.
+    ("eps", {"eps": 1e-30, "b1": 0.999999}, (1e20, 0.0), 1.0, 0.0),
+    ("decay", {"lr": 10.0, "weight_decay": 100.0}, (0.0, 0.0), 1e36, 0.0),
+    ("rate", {"lr": 10.0}, (-3e38, 0.01), 1.0, 0.0),
+    ("norm", {"lr": 1e-3}, (0.0, 0.0), 3e38, 0.0),  # finite parameters that nothing can be computed with
+])
+def test_a_step_after_which_a_parameter_would_not_be_finite_is_not_taken(name, config, moments, params, grads):
+    tx = optim.optimizer(optim.OptimConfig(**{"schedule": "constant", "clip_norm": 0.0, **config}), 10)
+    trainable = {**TREE, "b": jnp.full(4, params)}
+    opt = tx.update(jax.tree.map(jnp.zeros_like, TREE), tx.init(trainable), trainable)[1]  # past the rate of 0
+    opt = tx.update(jax.tree.map(jnp.zeros_like, TREE), opt, trainable)[1]
+    for key, value in zip(("mu", "nu"), moments, strict=True):
+        tree = optax.tree.get(opt, key)
+        opt = optax.tree.set(opt, **{key: {**tree, "b": jnp.full(4, value)}})
+    step = jax.jit(lambda opt, p: optim.apply(tx, jax.tree.map(lambda x: x * 0 + grads, p), opt, p, jnp.bool_(True)))
+    assert_not_taken((trainable, opt), step(opt, trainable))
+
+
+@pytest.mark.parametrize("b1, b2", [(0.9, 0.999), (0.0, 0.0), (0.999999, 0.999999), (0.0, 0.999999), (0.9, 0.0)])
+def test_moments_of_gradients_whose_norm_is_finite_are_finite(b1, b2):
+    """Why `apply` looks at parameters only: at the largest gradient that has a norm, for many steps."""
+    tx = optim.optimizer(optim.OptimConfig(lr=1e-12, b1=b1, b2=b2, clip_norm=0.0), 100)
+    params, largest = {"w": jnp.zeros(2)}, {"w": jnp.float32([1.8e19, 0])}
+    assert np.isfinite(optax.global_norm(largest)) and not np.isfinite(optax.global_norm({"w": jnp.float32([1.9e19])}))
+    step = jax.jit(lambda opt, params, sign: optim.apply(tx, {"w": sign * largest["w"]}, opt, params, jnp.bool_(True)))
+    opt = tx.init(params)
+    for number in range(50):
+        params, opt, taken = step(opt, params, 1.0 - 2 * (number % 3 == 1))
+        assert bool(taken) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, opt)))
