@@ -18,6 +18,7 @@ from PIL import Image
 
 from crab_jax.bounds import Anything
 from crab_jax.errors import InputError
+from crab_jax.files import whole
 from crab_jax.structured import read_json
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
@@ -134,7 +135,8 @@ def request(record: dict[str, Any], where: str, name: str, out: Path) -> Request
         source = _placed(sound, second, parts, out / f"{name}_sound.wav")
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
     if video and picture:
-        media.moment_picture(video, second, parts).save(picture)
+        with whole(picture) as partial:
+            media.moment_picture(video, second, parts).save(partial)
     example = Example(
         id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
         video=None if one_picture else _absolute(video), image=_absolute(image or picture) if one_picture else None,
@@ -189,7 +191,8 @@ def _windows(task: str, seconds: float, one_picture: bool) -> str:
 def show(image: str, picture: Path) -> tuple[str, ...]:
     """Save a picture of the user as the model sees it before it is resized; what is odd about it."""
     (width, height), pixels = media.image_size(image), media.read_picture(image)
-    Image.fromarray(pixels).save(picture, compress_level=1)
+    with whole(picture) as partial:
+        Image.fromarray(pixels).save(partial, compress_level=1)
     if pixels.shape[:2] == (height, width):
         return ()
     return (f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
@@ -242,5 +245,6 @@ def _placed(sound: np.ndarray, second: int, parts: int, file: Path) -> str:
 
 
 def _save(sound: np.ndarray, file: Path) -> str:
-    soundfile.write(file, sound, media.SAMPLE_RATE, subtype="FLOAT")
+    with whole(file) as partial:
+        soundfile.write(partial, sound, media.SAMPLE_RATE, subtype="FLOAT")
     return str(file)

@@ -38,7 +38,7 @@ import av
 
 from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import write_whole
+from crab_jax.files import out_folder, whole, write_whole
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.structured import LIST, json_line, read_bytes
 from crab_jax.tasks import TASKS, arig, avqa
@@ -261,13 +261,8 @@ class Media:
         if target.is_file() and not filecmp.cmp(found, target, shallow=False) and not self.overwrite:
             raise row.error(field, f"{target} is another file", "give --overwrite to replace it")
         if not target.is_file() or not filecmp.cmp(found, target, shallow=False):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
+            with whole(target) as partial:
                 shutil.copyfile(found, partial)
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
         return inside
 
     def sources(self, row: Row) -> dict[str, str]:
@@ -628,15 +623,12 @@ def run(argv: Sequence[str]) -> bool:
     examples = build(rows, files, arguments.split, on_stderr)
     for note in notes:
         on_stderr(note)
-    try:
-        files.write_moments()
-        for split, path in lists.items():
-            write_jsonl(path, examples[split])
-            tasks = Counter(example.task for example in examples[split])
-            print(f"{path}: {len(examples[split])} examples ({', '.join(f'{n} {task}' for task, n in tasks.items())})")
-    except OSError as error:
-        raise InputError(str(root), "--root", f"cannot be written ({error.strerror})",
-                         "give a folder that you may write to") from None
+    out_folder(root, "--root")
+    files.write_moments()
+    for split, path in lists.items():
+        write_jsonl(path, examples[split])
+        tasks = Counter(example.task for example in examples[split])
+        print(f"{path}: {len(examples[split])} examples ({', '.join(f'{n} {task}' for task, n in tasks.items())})")
     return validate.run(["--root", str(root), "--workers", str(arguments.workers)])
 
 

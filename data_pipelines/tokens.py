@@ -257,7 +257,7 @@ def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: in
     )
     added = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *MASK_TOKENS, BOS, EOS))))
     backend.train_from_iterator((piece for text in corpus for piece in added.split(text) if piece), trainer)
-    backend.save(str(path))
+    write_whole(path, backend.to_str(pretty=True))
 
 
 def corpus_texts(path: str | Path) -> Iterator[str]:
