@@ -200,9 +200,34 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
     """The folder of --out, made. Raises InputError where that cannot be done, or nothing can be written into it."""
     if problem := PATH.problem(str(path)):
         raise InputError(str(path), flag, problem, "give a folder")
-    out = Path(path)
-    probe = out / f".probe{os.getpid()}"
+    if os.path.realpath(path) == "/":
+        raise InputError(str(path), flag, "is a folder of the system", "give a folder of your own")
+    return _writable(Path(path), flag)
+
+
+def out_file(path: str | Path, flag: str = "--out") -> Path:
+    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(str(file), flag, "is a folder", "give a file")
+    _writable(file.parent, flag)
+    if file.exists() and not file.is_file():
+        raise InputError(str(file), flag, "is a pipe or a device", "give a file")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
+    return file
+
+
+def _writable(out: Path, flag: str) -> Path:
+    """A folder, made; nothing is left of what is written into it to see whether that can be done."""
+    real, probe = f"{os.path.realpath(out)}/", out / f".probe{os.getpid()}"
+    if real.startswith(_SYSTEM) and not real.startswith("/dev/shm/"):
+        raise InputError(str(out), flag, "is a folder of the system", "give a folder of your own")
     try:
+        if out.is_symlink() and not out.exists():
+            raise InputError(str(out), flag, f"is a link to {os.readlink(out)}, which is not there", "make that folder")
+        if out.exists() and not out.is_dir():
+            raise InputError(str(out), flag, "is no folder", "give a folder")
         out.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(bytes(4096))  # a full disk takes an empty file
@@ -214,18 +239,8 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
     return out
 
 
-def out_file(path: str | Path, flag: str = "--out") -> Path:
-    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
-    file = Path(path)
-    out_folder(file.parent, flag)
-    if file.is_dir():
-        raise InputError(str(file), flag, "is a folder", "give a file")
-    if file.exists() and not os.access(file, os.W_OK):
-        raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
-    return file
-
-
 _PARTIAL, _LONG_AGO = ".partial", 3600.0  # in the name of a file while it is written; seconds
+_SYSTEM = ("/proc/", "/sys/", "/dev/")
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 

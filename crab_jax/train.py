@@ -128,18 +128,24 @@ class Board:
         from tensorboardX.summary import scalar
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._event, self._scalar = Event, scalar
+        self._folder, self._event, self._scalar = folder, Event, scalar
         self._file = EventsWriter(str(folder / "events"))
         # Records of later steps are of a run that was stopped: they are not to be shown.
-        self._file.write_event(Event(step=start + 1, wall_time=time.time(),
-                                     session_log=SessionLog(status=SessionLog.START)))
-        self._file.flush()
+        self._write([Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of one step."""
-        for name, value in values.items():
-            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
-        self._file.flush()
+        self._write([self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+                     for name, value in values.items()])
+
+    def _write(self, events: Sequence[Any]) -> None:
+        try:
+            for event in events:
+                self._file.write_event(event)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._folder)  # a write has none
+            raise
 
     def close(self) -> None:
         """Close the file."""
