@@ -44,12 +44,15 @@ from orbax.checkpoint import v1 as ocp
 from crab_jax import finite, packaged
 from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
-from crab_jax.files import write_whole
+from crab_jax.files import need_room, whole, write_whole
 from crab_jax.optim import merge
 from crab_jax.structured import read_json
 
-# Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same.
-logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+# Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same; and it says that
+# it replaces what a run that was stopped has left half.
+_SAID_ELSEWHERE = ("_SignalingThread.run() raised", "in background save thread", "Save Finalize thread",
+                   "Removing existing directory since it is not finalized")
+logging.getLogger("absl").addFilter(lambda record: not any(said in record.getMessage() for said in _SAID_ELSEWHERE))
 # After the first error of a read its loop is closed, and each read that is under way still wants to tell it of its own.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
@@ -69,6 +72,7 @@ MANIFEST = "manifest.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, within each step; `custom_metadata` in it is ours
 BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")  # of a model, with its parameters
 COPY_AGAIN = "it is damaged: copy or make it again"
+LEAST = 0.6  # of the bytes of a tree that a checkpoint surely takes, compressed
 CHUNK = 32 * 2**20  # bytes; what a host reads at once of a large imported leaf, so that it can restore only its shard
 
 
@@ -194,10 +198,12 @@ class RunCheckpoints:
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = epath.Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
         with _unsaid():  # of folders that are no steps
             self._steps = ocp.training.Checkpointer(
                 self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
         self._frozen = ""  # hash of the frozen tree, as far as it is known
+        self._saving: Any = None  # a step that is being written
 
     @property
     def latest(self) -> int | None:
@@ -244,6 +250,22 @@ class RunCheckpoints:
         self._frozen = found
         return frozen
 
+    def need_room(self, train: Any, frozen: Any = None) -> None:
+        """Raise InputError where the disk cannot hold what a run will write: the frozen tree, if it is given, and the
+        steps that are kept, with the next beside them. Trees may be abstract."""
+        if jax.process_index() == 0:
+            steps = max(1, self._keep + 1 - len(_steps_of(self.folder)))
+            size = _tree_bytes(frozen or {}) + steps * _tree_bytes(train)
+            need_room(str(self.folder), int(LEAST * size), f"a run of this size, with {self._keep} checkpoints and the "
+                      "next,", "--workdir")
+
+    def raise_failed(self) -> None:
+        """Raise what has stopped the saving of a step, which else would be told when the next is saved."""
+        if self._saving is not None:
+            with contextlib.suppress(TimeoutError):  # it goes on
+                self._saving.result(timeout=0)
+                self._saving = None
+
     def save(self, step: int, train: Any) -> None:
         """Start writing one step in the background, with the digests of what is written and that of the frozen tree.
 
@@ -257,7 +279,7 @@ class RunCheckpoints:
             raise InputError(error.where, error.field, f"{error.problem}; it is not saved, {before}",
                              "start again with a lower optim.lr or larger optim.eps, in another --workdir") from error
         # Forced: by default Orbax drops a save while the one before is being written.
-        self._steps.save_checkpointables_async(step, {"train": train}, force=True, custom_metadata={
+        self._saving = self._steps.save_checkpointables_async(step, {"train": train}, force=True, custom_metadata={
             "step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)})
 
     def restore(self, train: Any) -> Any:
@@ -331,6 +353,10 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Block until everything started is on disk."""
         self._steps.close()
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _plain(tree: Any) -> dict[str, Any]:
@@ -434,14 +460,9 @@ def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
     file, flat = Path(file), _flat(params, dtype)
     finite.check(flat, str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    need_room(file.parent, sum(leaf.nbytes for leaf in flat.values()), file.name)
+    with whole(file) as partial_file:
         safetensors.numpy.save_file(flat, partial_file)
-        with open(partial_file, "rb") as written:
-            os.fsync(written.fileno())
-        partial_file.replace(file)
-    finally:
-        partial_file.unlink(missing_ok=True)
 
 
 def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:

@@ -35,7 +35,7 @@ from crab_jax import bounds, chips, flops, hlo, layout, optim, runs, sharding, t
 from crab_jax.bounds import PATH, Whole
 from crab_jax.config import MeshConfig, RunConfig, parse_flags
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_file
+from crab_jax.files import out_file, write_whole
 from crab_jax.models.crab import Crab
 from crab_jax.models.llama import init_cache
 from data_pipelines.batching import Batch, Bucket, empty_batch
@@ -501,11 +501,11 @@ def main() -> None:
             reports.append(report)
             print(text(report) + "\n", flush=True)
             if args.hlo and compiled is not None:
-                args.hlo.write_text(compiled.as_text())
+                write_whole(args.hlo, compiled.as_text())
     chosen = min if args.sweep else max
     worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
     if args.json and worst is not None:
-        args.json.write_text(json.dumps({key: worst[key] for key in KEYS}, indent=1) + "\n")
+        write_whole(args.json, json.dumps({key: worst[key] for key in KEYS}, indent=1) + "\n")
     if args.budget:
         chip = args.topology.partition(":")[0]
         if worst is None:

@@ -52,7 +52,7 @@ def collect_results(out: Path, scenes: Path, image_size: int) -> None:
         print(f"scoring the {kind} baseline", flush=True)
         baselines[kind] = scoring.baseline_results(examples, kind, mask_of)["tasks"]
     results = {"tasks": scores_of("trained"), "baselines": baselines}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_whole(out / "results.json", json.dumps(results, indent=1))
 
 
 def demo(out: Path, from_scratch: bool) -> None:

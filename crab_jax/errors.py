@@ -100,7 +100,10 @@ def _of_the_disk(error: BaseException) -> InputError | None:
         return InputError(where or "a file", "", error.strerror or str(error), fix)
     words = next((words for words in _FULL_WORDS if words in str(error)), None)
     if words and not isinstance(error, OSError):
-        return InputError("the disk", "", f"{words} ({str(error).splitlines()[0]:.200})", "make room, then start again")
+        first = str(error).splitlines()[0]
+        named = re.search(r"""["'](/[^"']+)["']""", first)
+        return InputError(named[1] if named else "the disk", "", words + ("" if named else f" ({first:.200})"),
+                          "make room, then start again")
     return None
 
 

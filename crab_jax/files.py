@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import glob
 import json
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,23 +25,83 @@ def write_whole(path: str | Path, content: str | bytes, lasting: bool = True) ->
     """Write a file (text as UTF-8) so that it is there completely or not at all, also after a power cut unless
     `lasting` is False (for many files that can be made again, since waiting for the disk takes milliseconds). Its
     folder is made."""
+    with _partial(Path(path), lasting) as partial, open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A path for what other code writes, beside `path`, whose place it takes when all is written; see `write_whole`.
+    For large files: what processes that were killed long ago had left of the same one is removed."""
     path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*{_PARTIAL}{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LONG_AGO:
+                left.unlink()
+    with _partial(path, lasting=True) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _partial(path: Path, lasting: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Several processes may write one file. The suffix stays, for libraries that go by it.
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{_PARTIAL}{path.suffix}")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            if lasting:
-                os.fsync(file.fileno())
+        yield partial
+        if lasting:
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
         partial.replace(path)
         if lasting:
             sync_folder(path.parent)
     except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a write has none
-        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(partial) in (str(error.filename or partial), str(error.filename2)):
+            error.filename, error.filename2 = str(path), None  # a write has none
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
+
+
+def append_line(path: str | Path, value: Any) -> None:
+    """Append a value as one line of JSON, whole or not at all: what a full disk took of it is cut off again. Several
+    processes may append to one file."""
+    data = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        append(descriptor, data, str(path))
+    finally:
+        os.close(descriptor)
+
+
+def append(descriptor: int, data: bytes, name: str) -> None:
+    """Append bytes to the open file `name`, all of them or none."""
+    try:
+        if (taken := os.write(descriptor, data)) == len(data):
+            return
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - taken)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        error.filename = name
+        raise
+
+
+def need_room(folder: str | Path, size: int, what: str, flag: str = "--out") -> None:
+    """Raise InputError where a disk has less room than `size` bytes, before hours are spent. Quotas tell nobody; what
+    they stop is told when it is written."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return  # whoever writes there says why
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < size:  # some network disks have no number of blocks
+        raise InputError(str(folder), flag, f"its disk has {_bytes(free)} free, {what} takes at least {_bytes(size)}",
+                         "make room, or give another folder")
+
+
+def _bytes(size: float) -> str:
+    return next(f"{size / unit:.1f} {name}" for unit, name in (
+        (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if size >= unit or unit == 1)
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -138,9 +201,34 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
     """The folder of --out, made. Raises InputError where that cannot be done, or nothing can be written into it."""
     if problem := PATH.problem(str(path)):
         raise InputError(str(path), flag, problem, "give a folder")
-    out = Path(path)
-    probe = out / f".probe{os.getpid()}"
+    if os.path.realpath(path) == "/":
+        raise InputError(str(path), flag, "is a folder of the system", "give a folder of your own")
+    return _writable(Path(path), flag)
+
+
+def out_file(path: str | Path, flag: str = "--out") -> Path:
+    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(str(file), flag, "is a folder", "give a file")
+    _writable(file.parent, flag)
+    if file.exists() and not file.is_file():
+        raise InputError(str(file), flag, "is a pipe or a device", "give a file")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
+    return file
+
+
+def _writable(out: Path, flag: str) -> Path:
+    """A folder, made; nothing is left of what is written into it to see whether that can be done."""
+    real, probe = f"{os.path.realpath(out)}/", out / f".probe{os.getpid()}"
+    if real.startswith(_SYSTEM) and not real.startswith("/dev/shm/"):
+        raise InputError(str(out), flag, "is a folder of the system", "give a folder of your own")
     try:
+        if out.is_symlink() and not out.exists():
+            raise InputError(str(out), flag, f"is a link to {os.readlink(out)}, which is not there", "make that folder")
+        if out.exists() and not out.is_dir():
+            raise InputError(str(out), flag, "is no folder", "give a folder")
         out.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(bytes(4096))  # a full disk takes an empty file
@@ -152,17 +240,8 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
     return out
 
 
-def out_file(path: str | Path, flag: str = "--out") -> Path:
-    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
-    file = Path(path)
-    out_folder(file.parent, flag)
-    if file.is_dir():
-        raise InputError(str(file), flag, "is a folder", "give a file")
-    if file.exists() and not os.access(file, os.W_OK):
-        raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
-    return file
-
-
+_PARTIAL, _LONG_AGO = ".partial", 3600.0  # in the name of a file while it is written; seconds
+_SYSTEM = ("/proc/", "/sys/", "/dev/")
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 HEAD = 1024  # bytes from the beginning of a file that tell what stands in its place
 _STAND_INS = (  # (how the file begins, what it is, what to do)

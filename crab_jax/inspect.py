@@ -28,6 +28,7 @@ from crab_jax import charts, compile_cache, losses, page, runs
 from crab_jax.bounds import ANY_PATH, PATH, Name, Whole
 from crab_jax.config import RunConfig
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import write_whole
 from crab_jax.locks import locked
 from crab_jax.models.crab import Crab
 from crab_jax.progress import Progress
@@ -240,11 +241,11 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
     print(f"router weights of {len(routing)} tasks; taking out {model.cfg.lora.heads} heads", flush=True)
     effects = ablation(model, params, batches)
 
-    (out / "router.json").write_text(json.dumps(to_json(routing, effects)))
+    write_whole(out / "router.json", json.dumps(to_json(routing, effects)))
     pictures = {"Routing": routing_pictures(routing), "Without a head": ablation_pictures(effects)}
     for group in pictures.values():
         for name, picture in group.items():
-            (out / f"{name}.png").write_bytes(picture.data)
+            write_whole(out / f"{name}.png", picture.data)
     page.write(out / "router.html", f"LoRA heads of {Path(arguments.checkpoint).resolve().name}", page.NONE,
                [page.Section(title.lower().replace(" ", "-"), title, page.NONE.join(map(page.figure, group.values())))
                 for title, group in pictures.items()])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crab_jax.errors import InputError
-from crab_jax.files import out_folder
+from crab_jax.files import out_file, out_folder
 from crab_jax.structured import strict_json
 
 LOCK = ".lock"
@@ -230,8 +230,7 @@ def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 
 @contextmanager
 def locked_file(file: str | Path, flag: str = "--out") -> Iterator[Path]:
     """The same for one file in a folder that others may use."""
-    path = Path(file)
-    out_folder(path.parent, flag)
+    path = out_file(file, flag)
     with _lock(path.absolute().with_name(f".{path.name}{LOCK}"), _me("", 0), path, flag):
         yield path
 

@@ -18,7 +18,6 @@ colours beside it), boxes for arig, time lines for ave and avvp.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from crab_jax import clip_page, compile_cache, layout, overlay
 from crab_jax.bounds import ANY_PATH, PATH, Real, Whole
 from crab_jax.errors import CommandLine, InputError, printable, run_verb
+from crab_jax.files import append_line, write_whole
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.locks import locked
 from crab_jax.models.fused import KINDS
@@ -74,7 +74,7 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
     names = {}
     for kind, data in files.items():
         names[kind] = f"{example.id}_{kind}.png"
-        (out / names[kind]).write_bytes(data)
+        write_whole(out / names[kind], data)
     return names
 
 
@@ -119,28 +119,26 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
                                on_text=tell if arguments.stream else None, mesh=mesh, on_error="raise",
                                pad_short_audio=True, clock="shown")
     answered: dict[str, clip_page.Answered] = {}
-    # Text of the command line may hold bytes that are no text; JSON can write them.
-    with open(out / "predictions.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
-        for prediction in answers:
-            one = asked[prediction.example.id]
-            example, files = one.example, draw(one, prediction, out)
-            warnings = [*one.warnings, *prediction.warnings]
-            line = {"id": example.id, "task": one.task, "prompt": example.instruction, "text": prediction.text,
-                    "parsed": prediction.parsed, "mask": files.get("mask"), "overlay": files.get("overlay"),
-                    "further_masks": [name for kind, name in files.items() if kind.startswith("mask_")],
-                    "warnings": warnings}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()  # a disk that is full later leaves what was answered
-            if arguments.stream:
-                print()
-            print(f"{printable(example.id)}: {prediction.text}")
-            for warning in warnings:
-                print(f"  warning: {printable(warning)}")
-            for kind, name in files.items():
-                print(f"  {kind}: {out / name}", flush=True)
-            shown = (out / files["overlay"]).read_bytes() if "overlay" in files else None
-            answered[example.id] = clip_page.Answered(prediction, shown, tuple(warnings))
-    print(f"answers: {out / 'predictions.jsonl'}")
+    file = out / "predictions.jsonl"
+    write_whole(file, "")
+    for prediction in answers:
+        one = asked[prediction.example.id]
+        example, files = one.example, draw(one, prediction, out)
+        warnings = [*one.warnings, *prediction.warnings]
+        append_line(file, {
+            "id": example.id, "task": one.task, "prompt": example.instruction, "text": prediction.text,
+            "parsed": prediction.parsed, "mask": files.get("mask"), "overlay": files.get("overlay"),
+            "further_masks": [name for kind, name in files.items() if kind.startswith("mask_")], "warnings": warnings})
+        if arguments.stream:
+            print()
+        print(f"{printable(example.id)}: {prediction.text}")
+        for warning in warnings:
+            print(f"  warning: {printable(warning)}")
+        for kind, name in files.items():
+            print(f"  {kind}: {out / name}", flush=True)
+        shown = (out / files["overlay"]).read_bytes() if "overlay" in files else None
+        answered[example.id] = clip_page.Answered(prediction, shown, tuple(warnings))
+    print(f"answers: {file}")
     if arguments.all_tasks:
         found = [answered[name] for name in asked]
         clip = next((example for example in examples if example.video), None)

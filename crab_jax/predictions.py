@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from crab_jax import overlay
 from crab_jax.bounds import Number, Text
 from crab_jax.errors import InputError
-from crab_jax.files import cut_tail, end_of_lines, write_whole
+from crab_jax.files import append_line, cut_tail, end_of_lines, write_whole
 from crab_jax.inference import Prediction
 from crab_jax.scoring import Answer
 from crab_jax.structured import (
@@ -295,17 +295,14 @@ def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction
     """Write each prediction as it passes: its mask first, then its line, so that a line's mask is always there."""
     cut_tail(path)
     (path.parent / "masks").mkdir(exist_ok=True)
-    with open(path, "ab") as file:
-        for prediction in predictions:
-            example, mask = prediction.example, None
-            if prediction.mask is not None:
-                mask = mask_name(example.id)
-                write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)), lasting=False)
-            row = {"id": example.id, "task": example.task, "prompt": example.instruction, "text": prediction.text,
-                   "parsed": prediction.parsed, "mask": mask, "label": example.meta}
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            yield prediction
+    for prediction in predictions:
+        example, mask = prediction.example, None
+        if prediction.mask is not None:
+            mask = mask_name(example.id)
+            write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)), lasting=False)
+        append_line(path, {"id": example.id, "task": example.task, "prompt": example.instruction,
+                           "text": prediction.text, "parsed": prediction.parsed, "mask": mask, "label": example.meta})
+        yield prediction
 
 
 def merge(folder: Path, order: Sequence[str]) -> None:

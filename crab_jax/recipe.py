@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from crab_jax import runs
 from crab_jax.bounds import Real, path
 from crab_jax.checkpoints import save_packed
 from crab_jax.errors import CommandLine, run_verb
+from crab_jax.files import out_folder, write_whole
 from crab_jax.locks import locked
 
 SEED = 0  # of the recipe's scenes; the demo draws others
@@ -41,9 +41,8 @@ def command(*words: object) -> float:
 def pack(run: Path, out: Path) -> None:
     """A run's newest parameters as one float16 file, with its config, tokenizer and training log."""
     _, params, config, tokenizer = runs.load_model(run)
-    out.mkdir(parents=True, exist_ok=True)
     save_packed(out, params, config.to_dict(), np.float16, tokenizer)
-    shutil.copy(run / "metrics.jsonl", out / "metrics.jsonl")
+    write_whole(out / "metrics.jsonl", (run / "metrics.jsonl").read_bytes())
 
 
 def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
@@ -69,10 +68,10 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
     pack(joint, packed)
     seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,
                                   "--max-new-tokens", 160, "--out", out / "eval")
-    shutil.copy(out / "eval" / "results.json", packed / "results.json")
+    write_whole(packed / "results.json", (out / "eval" / "results.json").read_bytes())
     facts = {"scale": scale, "start": str(start or ""), "scene_seed": SEED,
              "seconds": {k: round(v) for k, v in seconds.items()}}
-    (packed / "recipe.json").write_text(json.dumps(facts, indent=1))
+    write_whole(packed / "recipe.json", json.dumps(facts, indent=1))
 
 
 def main() -> None:
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--start", type=path, help="a packed model whose language model the warm-up goes on from")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
+    out_folder(args.pack, "--pack")
     with locked(args.out):
         recipe(args.out, args.pack, args.scale, args.start)
 

@@ -21,6 +21,7 @@ from PIL import Image
 from crab_jax import charts, compile_cache, overlay, page, runs
 from crab_jax.bounds import PATH, Choice, Name, Number, Text, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_file
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.inspect import Routing, answered_batches, router_weights, routing_pictures, spread
 from crab_jax.models.crab import fuse_model
@@ -259,6 +260,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def report(arguments: argparse.Namespace) -> None:
     """Answer a few examples, look at the router, and write the report."""
     run, root = Path(arguments.run), Path(arguments.data)
+    out_file(arguments.out)
     results = read_results(Path(arguments.results))
     examples = runs.read_examples(root, arguments.split)
     model, params, config, tokenizer = runs.load_model(run)

@@ -47,7 +47,6 @@ def save_base(start: Path, out: Path) -> None:
     """Encoders and language model of a packed model, without what Crab adds."""
     _, params, config, tokenizer = runs.load_model(start)
     _, base = split(params, ADDED, (*defaults.ENCODERS, *defaults.LLAMA))
-    out.mkdir(parents=True, exist_ok=True)
     save_packed(out, base, config.to_dict(), tokenizer=tokenizer)
 
 

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from crab_jax import compile_cache, distributed, layout, locks, losses, optim, r
 from crab_jax.checkpoints import RunCheckpoints
 from crab_jax.config import RunConfig, parse_flags
 from crab_jax.errors import InputError, run_verb
-from crab_jax.files import cut_tail, json_object, write_whole
+from crab_jax.files import append_line, cut_tail, json_object, whole, write_whole
 from crab_jax.models.crab import Crab, CrabOutput
 from crab_jax.preemption import StopRequest
 from crab_jax.tasks import TASKS
@@ -127,6 +127,40 @@ def finite_rows(rows: dict[str, losses.Term], count: int) -> jax.Array:
     return jnp.stack([jnp.isfinite(term.sum).reshape(count, -1).all(1) for term in rows.values()]).all(0)
 
 
+class Board:
+    """Scalars for TensorBoard, on disk when `add` returns. tensorboardX's own SummaryWriter writes in a thread, which a
+    full disk ends, and then waits for it for ever."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._event, self._scalar = folder, Event, scalar
+        self._file = EventsWriter(str(folder / "events"))
+        # Records of later steps are of a run that was stopped: they are not to be shown.
+        self._write([Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))])
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of one step."""
+        self._write([self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+                     for name, value in values.items()])
+
+    def _write(self, events: Sequence[Any]) -> None:
+        try:
+            for event in events:
+                self._file.write_event(event)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._folder)  # a write has none
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class Logger:
     """metrics.jsonl, TensorBoard and a progress line from windows of device metrics, fetched only when shown.
 
@@ -136,11 +170,9 @@ class Logger:
 
     def __init__(self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int,
                  count_skipped: bool = False):
-        from tensorboardX import SummaryWriter
-
         self.path, self.steps, self.schedule, self.every = workdir / "metrics.jsonl", steps, schedule, every
         self.workdir, self.count_skipped = workdir, count_skipped
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.board = Board(workdir / "tensorboard", start)
         keep_until(self.path, start)
         self.window: list[tuple[int, dict[str, Any], float]] = []
         self.began, self.first = time.monotonic(), start
@@ -165,11 +197,8 @@ class Logger:
         if self.count_skipped:
             record["skipped_examples"] = len(runs.skipped_examples(self.workdir))
         self.window = []
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for key, value in record.items():
-            if key != "step":
-                self.board.add_scalar(key, value, step)
+        append_line(self.path, record)
+        self.board.add(step, {key: value for key, value in record.items() if key != "step"})
         rate = (step - self.first) / (now - self.began)
         eta = (self.steps - step) / rate
         skips = "".join(f"  {name.replace('_', ' ')} {record[name]}" for name in ("skipped", "skipped_examples")
@@ -270,9 +299,9 @@ def save_batch(workdir: Path, step: int, batch: Batch, examples: Sequence[Exampl
     it; returns the first.
     """
     file = workdir / "not_finite" / f"step{step}.process{jax.process_index()}.safetensors"
-    file.parent.mkdir(exist_ok=True)
     arrays = {field.name: np.ascontiguousarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
-    safetensors.numpy.save_file(arrays, file)
+    with whole(file) as partial:
+        safetensors.numpy.save_file(arrays, partial)
     write_jsonl(file.with_suffix(".jsonl"), [examples[int(index)] for index in batch.index])
     return file
 
@@ -314,7 +343,9 @@ def start_or_resume(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, che
     trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
     state = abstract_state(config, trainable, mesh)
     if checkpoints.latest is not None:
+        checkpoints.need_room(dataclasses.asdict(state))
         return TrainState(**checkpoints.restore(dataclasses.asdict(state))), checkpoints.load_frozen(frozen)
+    checkpoints.need_room(dataclasses.asdict(state), frozen)
     trainable, frozen = optim.split(runs.initial_params(config, model, wanted), config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
 
@@ -390,6 +421,7 @@ def train(config: RunConfig, workdir: Path) -> None:
             with watchdog.waiting(device_wait(step)):
                 if logger:
                     logger.add(step, metrics, config.mixture.batch_size, waited)
+            checkpoints.raise_failed()
             stopped = stop.reached(step)
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 guard.settle()  # what is saved has been looked at

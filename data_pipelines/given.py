@@ -12,6 +12,7 @@ import soxr
 from PIL import Image
 
 from crab_jax.errors import InputError
+from crab_jax.files import whole
 from data_pipelines import fbank, media
 from data_pipelines.decoded import Files
 from data_pipelines.media import SAMPLE_RATE, Heard, Timing
@@ -89,7 +90,8 @@ class Given:
         if self._folder is None:
             return self.add_picture(f"{name}_picture", pixels)
         file = self._folder / f"{name}_picture.png"
-        Image.fromarray(pixels).save(file, compress_level=1)
+        with whole(file) as partial:
+            Image.fromarray(pixels).save(partial, compress_level=1)
         return str(file.absolute())
 
     def keep_sound(self, name: str, samples: np.ndarray) -> str:
@@ -98,7 +100,8 @@ class Given:
             self._sounds[f"{name}_sound"] = samples
             return f"{name}_sound"
         file = self._folder / f"{name}_sound.wav"
-        soundfile.write(file, samples, SAMPLE_RATE, subtype="FLOAT")
+        with whole(file) as partial:
+            soundfile.write(partial, samples, SAMPLE_RATE, subtype="FLOAT")
         return str(file.absolute())
 
     # What is asked about.

@@ -6,7 +6,6 @@ import bisect
 import collections
 import concurrent.futures
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from crab_jax.errors import InputError, printable
+from crab_jax.files import append_line
 from data_pipelines import decoded
 from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
 from data_pipelines.examples import Example, choice
@@ -28,10 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 def note_skipped(file: Path | None, index: int, example: Example, error: InputError) -> None:
-    """Append one line to the list of skipped examples. Several workers share the file: a short append is one write."""
+    """Append one line to the list of skipped examples. Several workers share the file."""
     if file is not None:
-        with open(file, "a") as out:
-            out.write(json.dumps({"index": index, "id": example.id, "task": example.task, "error": str(error)}) + "\n")
+        append_line(file, {"index": index, "id": example.id, "task": example.task, "error": str(error)})
 
 
 def group_by_bucket(

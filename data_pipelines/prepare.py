@@ -33,7 +33,7 @@ from array_record.python import array_record_module
 
 from crab_jax.bounds import PATH, Text, Whole, Words
 from crab_jax.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.files import write_whole
+from crab_jax.files import need_room, write_whole
 from crab_jax.locks import LOCK, locked
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.structured import read_json, strict_json
@@ -45,6 +45,7 @@ from data_pipelines.sources.release import Found
 
 LIBRARIES = ("av", "soundfile", "soxr", "pillow", "numpy", "array_record", "crab_jax")
 COMPRESSED, AS_IT_IS = "zstd:1", "uncompressed"
+DECODABLE = 0.8  # of the media, surely: one that cannot be decoded takes no room
 _HEAD = 64  # bytes of a record by which it is found in its shard
 
 
@@ -342,6 +343,9 @@ def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], wo
     if notes:
         progress(f"{len(notes)} of {len(todo)} shards are there already")
     left = [shard for shard in todo if shard.file not in notes]
+    sizes = [_bytes_of(medium, settings.decoding) for shard in left for medium in shard.media
+             if settings.compression(medium.kind) == AS_IT_IS]
+    need_room(out, int(DECODABLE * sum(sizes)), f"the media of {len(left)} shards")
     for note in _write_all(settings, out, left, workers, progress):
         notes[note["file"]] = note
     _finish(settings, out, counts, todo, [notes[shard.file] for shard in todo])

@@ -378,9 +378,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Write the page of the command line."""
     arguments = parse_arguments(argv)
+    file = out_folder(arguments.out) / "index.html"
     if not Path(arguments.root).is_dir():
         raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")
-    tokenizer, file = Tokenizer.load(arguments.tokenizer), out_folder(arguments.out) / "index.html"
+    tokenizer = Tokenizer.load(arguments.tokenizer)
 
     names = [name for name in arguments.datasets.split(",") if name]
     keep = max(arguments.n, MEASURED)

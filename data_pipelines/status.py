@@ -18,6 +18,7 @@ from pathlib import Path
 
 from crab_jax.bounds import ANY_PATH, PATH
 from crab_jax.errors import CommandLine, InputError, printable, run_verb
+from crab_jax.files import out_file, write_whole
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import media, shards
 from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, records, selection
@@ -177,11 +178,8 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
         content = {"counts": [dataclasses.asdict(count) for count in counts],
                    "kinds": {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS},
                    "problems": [dataclasses.asdict(problem) for problem in problems]}
-        try:  # names of files may hold bytes that are no text
-            Path(file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
-        except OSError as error:
-            raise InputError(file, "--json", f"cannot be written ({error.strerror})",
-                             "give a file in a folder that exists") from error
+        # Names of files may hold bytes that are no text.
+        write_whole(file, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     print(table(counts))
     for problem in sorted(problems, key=lambda problem: KINDS.index(problem.kind))[:10]:
         line = f"  {problem.dataset} {problem.split}, {problem.id} [{problem.field}]: {problem.problem}"
@@ -196,6 +194,8 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
 def run(argv: Sequence[str]) -> None:
     """Print the table, and write the report when asked to."""
     arguments = command_line(__doc__, "python -m data_pipelines status").parse_args(argv)
+    if arguments.json:
+        out_file(arguments.json, "--json")
     counts, problems = status(arguments.root, arguments.datasets, on_stderr)
     report(counts, problems, arguments.json)
 

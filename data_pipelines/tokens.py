@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from crab_jax import packaged
 from crab_jax.bounds import PATH, Anything, Text, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import refuse_stand_in, write_whole
+from crab_jax.files import out_file, refuse_stand_in, write_whole
 from crab_jax.structured import SETTINGS, Null, check, read_json, read_text, refuse_special
 from data_pipelines.examples import read_jsonl
 
@@ -263,7 +263,7 @@ def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: in
     )
     added = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *MASK_TOKENS, BOS, EOS))))
     backend.train_from_iterator((piece for text in corpus for piece in added.split(text) if piece), trainer)
-    backend.save(str(path))
+    write_whole(path, backend.to_str(pretty=True))
 
 
 def corpus_texts(path: str | Path) -> Iterator[str]:
@@ -290,6 +290,7 @@ def _train_from(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", type=PATH, required=True, help="the tokenizer.json to write")
     parser.add_argument("--vocab-size", type=Whole(300, 2**20), default=640)
     arguments = parser.parse_args(argv)
+    out_file(arguments.out)
     train_tiny_tokenizer(corpus_texts(arguments.corpus), arguments.out, arguments.vocab_size)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from crab_jax.bounds import Whole
 from crab_jax.errors import InputError, run_verb
+from crab_jax.files import out_file
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import fbank, media, shards
 from data_pipelines.batching import check_sources
@@ -257,8 +258,8 @@ def run(argv: Sequence[str]) -> bool:
                         help="processes that decode (default: one per core)")
     parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
     arguments = parser.parse_args(argv)
-    if arguments.json and not Path(arguments.json).parent.is_dir():  # said before the work, not after it
-        raise InputError(arguments.json, "--json", "cannot be written (no such folder)", "make the folder")
+    if arguments.json:  # said before the work, not after it
+        out_file(arguments.json, "--json")
     counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, on_stderr)
     report(counts, problems, arguments.json)
     fine = {WARNING, MISSING} if arguments.allow_missing else {WARNING}

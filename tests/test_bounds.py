@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import inspect
 import sys
 from collections import Counter
 from pathlib import Path
@@ -242,7 +243,7 @@ def run(module: str, words: list[str], monkeypatch, capsys) -> tuple[int, list[s
         if module == "crab_jax.convert.__main__":
             parser = importlib.import_module(module).parser
             run_verb(lambda: main(parser().parse_args(words)))
-        elif module in ("crab_jax.compile", "crab_jax.warmup"):
+        elif not inspect.signature(main).parameters:
             run_verb(main)
         else:
             main(words)

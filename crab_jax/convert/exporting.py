@@ -25,6 +25,7 @@ from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
 from crab_jax.convert.released import base_rules, buffer_rules, crab_rules
 from crab_jax.convert.torch_writer import Tensor
 from crab_jax.errors import InputError
+from crab_jax.files import need_room, write_whole
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
@@ -43,6 +44,9 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
         raise InputError("--format", form, "is unknown", f"use one of {', '.join(FORMATS)}")
     cfg = load_config(checkpoint).model
     params = stored_params(checkpoint)
+    need_room(out, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in
+                       traverse_util.flatten_dict(params.shapes).values()),
+              "the model")
     before = set(out.rglob("*")) if out.exists() else set()
     (write_crab if form == "crab" else write_hugging_face)(cfg, params, out)
     if form == "hf":
@@ -128,7 +132,7 @@ def write_hugging_face(cfg: CrabConfig, params: StoredParams, out: Path, shard_b
     for folder, config in (("clip", clip_json(cfg.clip)), ("llama", llama_json(cfg.llama, base, llama)),
                            ("adapter", adapter_json(cfg.lora))):
         name = "adapter_config.json" if folder == "adapter" else "config.json"
-        (out / folder / name).write_text(json.dumps(config, indent=1))
+        write_whole(out / folder / name, json.dumps(config, indent=1))
 
 
 def clip_json(cfg: ClipConfig) -> dict[str, Any]:

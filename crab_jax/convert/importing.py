@@ -32,7 +32,7 @@ from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.defaults import released as paper_defaults
 from crab_jax.errors import InputError
-from crab_jax.files import refuse_stand_in, replaced, write_whole
+from crab_jax.files import need_room, refuse_stand_in, replaced, write_whole
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
@@ -108,7 +108,7 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
              and path not in extra}
     unfilled = [path for path in drawn if not _may_be_drawn(path, files.fresh)]
     _check_explained(unexplained, unfilled, files)
-    for path in drawn:
+    for path in sorted(drawn):  # a set has another order in each process
         notes[path] = f"drawn from seed {files.seed}"
     extra |= _draw(cfg, files.seed, drawn)
 
@@ -125,6 +125,7 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
         "lora_heads": cfg.lora.heads, "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries,
                                                   "masks": cfg.seg.queries},
         "compat": choices.compat, "seed": files.seed, "sizes": _plain(cfg)}
+    need_room(out, sum(leaf.nbytes for leaf in leaves.values()), "the model")
     with replaced(out) as new:
         digests = save_streamed(new / IMPORTED, _with_progress(leaves))
         finite.refuse(broken, "import")

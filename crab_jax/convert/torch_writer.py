@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crab_jax.convert.torch_file import SAFETENSORS_NAMES, STORAGES
+from crab_jax.files import whole, write_whole
 from crab_jax.progress import Progress
 
 ALIGNMENT = 64  # of storages in the file, as torch.save does it, so that they can be memory-mapped
@@ -35,9 +36,8 @@ def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") ->
     `torch_file.read` read it."""
     tensors: list[Tensor] = []
     pickled = b"\x80\x02" + _pickle(content, tensors) + b"."
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     written = Progress(Path(path).name, sum(map(_size, tensors)), unit="GB", scale=1e9)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _record(archive, f"{name}/data.pkl", lambda: pickled, len(pickled))
         _record(archive, f"{name}/byteorder", lambda: b"little", len(b"little"))
         for key, tensor in enumerate(tensors):
@@ -119,9 +119,8 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
                         "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     written = Progress(Path(path).name, end, unit="GB", scale=1e9)
-    with open(path, "wb") as out:
+    with whole(path) as partial, open(partial, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             out.write(_bytes(tensor))
@@ -145,5 +144,5 @@ def save_model_dir(folder: str | Path, tensors: Mapping[str, Tensor], shard_byte
         save_safetensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(map(_size, tensors.values()))
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    write_whole(folder / "model.safetensors.index.json",
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))

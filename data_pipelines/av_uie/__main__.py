@@ -23,7 +23,7 @@ from typing import Any
 
 from crab_jax.bounds import PATH, Name, Real, Whole
 from crab_jax.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.files import out_file, write_whole
+from crab_jax.files import out_file, out_folder, write_whole
 from crab_jax.progress import Progress, on_stderr
 from crab_jax.structured import read_text, strict_json
 from data_pipelines import datasets
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    if args.out and args.command not in (_verify, _card):  # said before the work, not after it
-        out_file(args.out)
+    if args.out:  # said before the work, not after it
+        (out_folder if args.command in (_verify, _card) else out_file)(args.out)
     args.command(args)
 
 

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 from crab_jax.bounds import Flag, Text, Whole
 from crab_jax.errors import InputError
+from crab_jax.files import append
 from crab_jax.locks import locked_file
 from crab_jax.structured import LIST, check, read_bytes, refuse_special, strict_json
 from data_pipelines.av_uie import labels, prompts, verify
@@ -165,8 +166,7 @@ class Journal:
         """Append one record and wait until the disk has it."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with self._lock:
-            if os.write(self._file, line) != len(line):
-                raise OSError(f"{self.path}: the disk is full")
+            append(self._file, line, str(self.path))
             os.fsync(self._file)
             self._keep(record)
 

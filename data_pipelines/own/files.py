@@ -14,7 +14,7 @@ from typing import Any
 
 import av
 
-from crab_jax.files import write_whole
+from crab_jax.files import whole, write_whole
 from data_pipelines import media
 from data_pipelines.own.table import Row
 from data_pipelines.sources.own import PICTURES
@@ -82,13 +82,8 @@ class Media:
         if target.is_file() and not filecmp.cmp(found, target, shallow=False) and not self.overwrite:
             raise row.error(field, f"{target} is another file", "give --overwrite to replace it")
         if not target.is_file() or not filecmp.cmp(found, target, shallow=False):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
+            with whole(target) as partial:
                 shutil.copyfile(found, partial)
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
         return inside
 
     def sources(self, row: Row) -> dict[str, str]:

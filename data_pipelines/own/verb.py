@@ -26,6 +26,7 @@ from pathlib import Path
 
 from crab_jax.bounds import PATH, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import out_folder
 from crab_jax.progress import Progress, on_stderr
 from data_pipelines import validate
 from data_pipelines.datasets import DATASETS, SPLITS
@@ -101,19 +102,16 @@ def run(argv: Sequence[str]) -> bool:
     for path in lists.values():
         if path.exists() and not arguments.overwrite:
             raise InputError(str(path), "", "is there already", "give --overwrite to replace it, or another --root")
+    out_folder(root, "--root")
     files = Media(root, table.parent, arguments.copy, arguments.overwrite)
     examples = build(rows, files, arguments.split, on_stderr)
     for note in notes:
         on_stderr(note)
-    try:
-        files.write_moments()
-        for split, path in lists.items():
-            write_jsonl(path, examples[split])
-            tasks = Counter(example.task for example in examples[split])
-            print(f"{path}: {len(examples[split])} examples ({', '.join(f'{n} {task}' for task, n in tasks.items())})")
-    except OSError as error:
-        raise InputError(str(root), "--root", f"cannot be written ({error.strerror})",
-                         "give a folder that you may write to") from None
+    files.write_moments()
+    for split, path in lists.items():
+        write_jsonl(path, examples[split])
+        tasks = Counter(example.task for example in examples[split])
+        print(f"{path}: {len(examples[split])} examples ({', '.join(f'{n} {task}' for task, n in tasks.items())})")
     return validate.run(["--root", str(root), "--workers", str(arguments.workers)])
 
 

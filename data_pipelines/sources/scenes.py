@@ -21,6 +21,7 @@ import numpy as np
 
 from crab_jax.bounds import PATH, Choice, Whole
 from crab_jax.errors import CommandLine, InputError, run_verb
+from crab_jax.files import write_whole
 from crab_jax.locks import locked
 from crab_jax.progress import Progress
 from crab_jax.structured import Each, read_json
@@ -251,13 +252,12 @@ def write(out: str | Path, counts: Mapping[str, int], seed: int = 0, workers: in
     if state and state != settings | {"complete": False}:
         raise InputError(str(marker), "", f"holds scenes of other settings ({json.dumps(state)})",
                          "choose another folder or delete this one")
-    out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(settings | {"complete": False}) + "\n")
+    write_whole(marker, json.dumps(settings | {"complete": False}) + "\n")
     jobs = [(str(out), seed, split, i) for split, count in settings["counts"].items() for i in range(count)]
     _run(jobs, workers, progress)
     for split in settings["counts"]:
         write_jsonl(out / f"{split}.jsonl", examples(out, split))
-    marker.write_text(json.dumps(settings | {"complete": True}) + "\n")
+    write_whole(marker, json.dumps(settings | {"complete": True}) + "\n")
 
 
 def _run(jobs: Sequence[tuple[str, int, str, int]], workers: int, progress: Callable[[str], None] | None) -> None:
