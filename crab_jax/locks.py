@@ -22,6 +22,7 @@ LOCK = ".lock"
 BEAT_SECONDS = 20.0  # how often a lock is refreshed
 # A lock of another machine that was not refreshed for so long is left over. A share may show a change a minute late.
 STALE_SECONDS = 120.0
+SEEN_SECONDS = 30.0  # after which a lock is seen by all hosts
 _held: dict[Path, _Holder] = {}  # the locks of this process
 
 
@@ -225,6 +226,14 @@ def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 
                     raise _refused(out, other, flag, found)
                 _drop(other, found, out)
         yield out
+
+
+def mark(folder: Path) -> str:
+    """What tells a locked folder from any other: its lock, which another host may see a little later."""
+    lock, until = folder / f"{LOCK}.0", time.monotonic() + SEEN_SECONDS
+    while (owner := _owner_of(lock)) is None and time.monotonic() < until:
+        time.sleep(0.2)
+    return f"the folder of {owner}" if owner else "a folder without a lock"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs.common import base
 from crab_jax import optim, sharding
 from crab_jax.bounds import Anything, Choice, Text
-from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
+from crab_jax.checkpoints import RunCheckpoints, check_match, identity, stored_params
 from crab_jax.compat import PRESETS
 from crab_jax.config import MODELS, bound_of, check_sizes, data_config, leaves, model_config
 from crab_jax.errors import InputError
@@ -38,7 +38,8 @@ from data_pipelines.tokens import Tokenizer
 # A resumed run may change these without becoming another run.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_skipped", "data.workers", "data.root",
              "data.cache_dir", "data.allow_other", "mesh.data", "mesh.fsdp", "mesh.tensor")
-
+# The processes of one run may have these each of its own: where its host has the data, and how it reads them.
+OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
 
 _SECTION = Each(Text(1, 100), Anything())
 RUN_CONFIG = {"model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "sizes?": Each(Text(1, 100), _SECTION),
@@ -54,6 +55,12 @@ _log = logging.getLogger(__name__)
 def flat_config(config: ConfigDict) -> dict[str, Any]:
     """{'optim.lr': 1e-4, ...} in plain JSON types."""
     return traverse_util.flatten_dict(json.loads(json.dumps(config.to_dict())), sep=".")
+
+
+def shared(config: ConfigDict) -> dict[str, Any]:
+    """What all processes of one run must have alike of its config; of `init_from` the checkpoint, not its path."""
+    ours = {f"config.{key}": value for key, value in flat_config(config).items() if key not in OWN_KEYS}
+    return ours | {"config.init_from": config.init_from and f"a checkpoint with hash {identity(config.init_from)}"}
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -78,6 +79,10 @@ class Tokenizer:
         pad = backend.token_to_id("<pad>")
         self.pad_id = self.eos_id if pad is None else pad
         self.mask_ids = tuple(expected[-6:])
+
+    def digest(self) -> str:
+        """A hash of what text becomes which ids by."""
+        return hashlib.blake2b(f"{self._legacy} {self._backend.to_str()}".encode(), digest_size=16).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path, legacy: bool | None = None) -> Tokenizer:
