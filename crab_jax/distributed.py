@@ -136,11 +136,11 @@ def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
     where there are others."""
     if global_state.client is None:
         return
-    ours = json.loads(json.dumps(mine()))
     if primary():
-        global_state.client.key_value_set(f"crab_jax/{name}", json.dumps(ours))
+        global_state.client.key_value_set(f"crab_jax/{name}", json.dumps(mine()))
         return
     theirs = json.loads(global_state.client.blocking_key_value_get(f"crab_jax/{name}", 1000 * AGREE_SECONDS))
+    ours = json.loads(json.dumps(mine()))
     for field in [*theirs, *(field for field in ours if field not in theirs)]:
         if ours.get(field) != theirs.get(field):
             raise InputError(peers.name_of(jax.process_index()), field, f"is {ours.get(field)!r:.300}, on process 0 it "

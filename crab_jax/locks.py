@@ -180,7 +180,15 @@ def _drop(lock: Path, owner: Owner, what: Path) -> None:
         guard.unlink(missing_ok=True)
 
 
-def _refused(what: Path, lock: Path, flag: str, owner: Owner) -> InputError:
+def _refused(what: Path, lock: Path, flag: str, owner: Owner, use: str = "") -> InputError:
+    try:
+        ours, theirs = strict_json(use), strict_json(owner.use)
+        field = next(field for field in (*ours, *theirs) if ours.get(field) != theirs.get(field))
+    except (ValueError, TypeError, AttributeError, StopIteration):  # they have nothing in common
+        pass
+    else:
+        return InputError(f"this process, which is to share {what}", field, f"is {ours.get(field)!r:.300}, of {owner} "
+                          f"it is {theirs.get(field)!r:.300}", "start all with the same command, data and versions")
     return InputError(str(what), flag, f"is in use by {owner}",
                       f"wait for it, end it or give another {flag}; remove {lock} only if you know that it is gone")
 
@@ -223,7 +231,7 @@ def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 
                     continue
                 # Of two uses that start at once both may be refused, and never both let in.
                 if not _gone(other, found, out):
-                    raise _refused(out, other, flag, found)
+                    raise _refused(out, other, flag, found, use)
                 _drop(other, found, out)
         yield out
 

@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,16 @@ def train_order(config: ConfigDict, tokenizer: Tokenizer, skipped: Path | None =
 def data_identity(config: ConfigDict, examples: list[Example]) -> dict[str, Any]:
     """What a run is trained on, as its checkpoints' manifest.json holds it: how many Examples, their hash, and that of
     the media of a prepared root."""
-    prepared = shards.opened(config.data.root)
-    identity: dict[str, Any] = {"count": len(examples), "examples": learned(examples)}
-    if prepared:
-        listed = config.data.split in prepared.manifest["lists"]
-        names = {""} if listed else {e.meta["dataset"] for e in examples}
-        identity["prepared"] = prepared.digest(names, config.data.split)
-    return identity
+    media = media_identity(config.data.root, config.data.split, examples)
+    return {"count": len(examples), "examples": learned(examples), **({"prepared": media} if media else {})}
+
+
+def media_identity(root: str | Path, split: str, examples: Sequence[Example]) -> str:
+    """A hash of the media of a prepared root that these Examples of a split have; "" for a raw one."""
+    if not (prepared := shards.opened(root)):
+        return ""
+    listed = split in prepared.manifest["lists"]
+    return prepared.digest({""} if listed else {e.meta["dataset"] for e in examples}, split)
 
 
 def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: ConfigDict) -> None:

@@ -270,6 +270,8 @@ def train_dataset(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its own absl flags, in programs that parse none as well
+        # A process that leaves at once, for another one died, has no last word about what Python then cleans up.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, end_with_parent)
     return dataset
