@@ -772,6 +772,28 @@ def stored_params(path: str | Path) -> StoredParams:
                      f"give a --workdir of train, the --out of an import, or a folder with {PACKED}")
 
 
+def identity(path: str | Path) -> str:
+    """A hash of what a checkpoint is, from the digests that it holds and the names, sizes and samples of its files: the
+    same for a copy elsewhere. Of a run it is that of the newest step."""
+    folder, found = packaged.located(path), hashlib.blake2b(digest_size=16)
+    run = folder / "checkpoints"
+    steps = _steps_of(epath.Path(run)) if run.is_dir() else set()
+    newest = [run / str(max(steps))] if steps else []
+    trees = [folder / PACKED, folder / IMPORTED, run / "frozen", *newest]
+    files = [file for tree in trees for file in (tree.rglob("*") if tree.is_dir() else [tree]) if file.is_file()]
+    for file in sorted(files):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(file, "rb") as content:  # those of older versions hold no digests
+            for part in range(16):
+                content.seek(size * part // 16)
+                found.update(content.read(4096))
+    for file in (*(folder / name for name in (*BESIDE, MANIFEST)), run / MANIFEST, *(
+            file for file in files if file.name == STEP_METADATA)):
+        found.update(file.read_bytes() if file.is_file() else b"")
+    return found.hexdigest()
+
+
 def load_params(path: str | Path) -> Any:
     """The whole parameter tree behind `stored_params`, as NumPy arrays."""
     return stored_params(path).load()

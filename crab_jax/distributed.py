@@ -6,25 +6,32 @@ node or once per device); how they find each other is read from the environment,
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src.distributed import global_state  # the only way to the key-value store that all processes share
 
-from crab_jax import locks
-from crab_jax.errors import InputError, report
+from crab_jax import peers
+from crab_jax.errors import InputError, find_input_error, report
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-FAILED = "crab_jax/failed"  # key under which a process that fails says so
-POLL_SECONDS = 1.0
-BARRIER_SECONDS = 600
+AGREE_SECONDS = 3600  # how long process 0 may take to say what it works on
+STILL_SECONDS = 7 * 24 * 3600  # a process may stand still for so long: JAX's heartbeat would take it for dead
+SHUTDOWN_SECONDS = 60
+RIDDLE_SECONDS = 5.0  # how long an error waits for the news that it comes from another process's end
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+NUMERIC = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+_peers: peers.Peers | None = None  # of this process, once it has met the others
 
 
 def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -84,10 +91,16 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
                   "alone", file=sys.stderr, flush=True)
         return
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=STILL_SECONDS,
+                                   shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise InputError("jax.distributed", "", f"the processes did not find each other ({str(error).splitlines()[0]})",
                          f"check the addresses, or set {', '.join(EXPLICIT)}") from error
+    if jax.process_count() > 1:
+        global _peers
+        client: Any = global_state.client
+        _peers = peers.meet(jax.process_index(), jax.process_count(), str(global_state.coordinator_address),
+                            client.key_value_set, client.blocking_key_value_get)
     say(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
@@ -102,21 +115,37 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
-def barrier(name: str) -> None:
-    """Wait for all processes; not on the devices, whose collectives may give up after seconds. Each name once."""
-    if global_state.client is not None:
-        global_state.client.wait_at_barrier(f"crab_jax/{name}", 1000 * BARRIER_SECONDS)
+def silent() -> str:
+    """Which other processes do not answer, and for how long; "" where all do."""
+    return _peers.silent() if _peers else ""
 
 
-def agree(name: str, value: str, what: str) -> None:
-    """Raise InputError where `value` is not that of the primary process. Each name once."""
+def program() -> dict[str, Any]:
+    """What a process computes with, for `agree`: the versions of the packages, a hash of our own files, and what is set
+    in JAX that changes numbers."""
+    code = hashlib.blake2b(digest_size=8)
+    top = Path(__file__).parent.parent
+    for file in sorted((*top.glob("crab_jax/**/*.py"), *top.glob("data_pipelines/**/*.py"))):
+        code.update(file.relative_to(top).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return {"code of crab_jax": code.hexdigest(), **{name: version(name) for name in PACKAGES},
+            **{name: getattr(jax.config, name) for name in NUMERIC}}
+
+
+def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise InputError where a field of `mine` is not what it is on process 0. Each name once; `mine` is asked only
+    where there are others."""
     if global_state.client is None:
         return
     if primary():
-        global_state.client.key_value_set(f"crab_jax/{name}", value)
-    elif global_state.client.blocking_key_value_get(f"crab_jax/{name}", 1000 * BARRIER_SECONDS) != value:
-        raise InputError(f"process {jax.process_index()}", what, "are not those of process 0",
-                         "give all hosts the same, or a disk that all of them see")
+        global_state.client.key_value_set(f"crab_jax/{name}", json.dumps(mine()))
+        return
+    theirs = json.loads(global_state.client.blocking_key_value_get(f"crab_jax/{name}", 1000 * AGREE_SECONDS))
+    ours = json.loads(json.dumps(mine()))
+    for field in [*theirs, *(field for field in ours if field not in theirs)]:
+        if ours.get(field) != theirs.get(field):
+            raise InputError(peers.name_of(jax.process_index()), field, f"is {ours.get(field)!r:.300}, on process 0 it "
+                             f"is {theirs.get(field)!r:.300}", "start all processes with the same command, data and "
+                             "versions")
 
 
 def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -129,56 +158,22 @@ def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
 
 
 @contextmanager
-def errors_end_all(debug: bool = False) -> Iterator[None]:
-    """While inside, an exception of one process ends all of them, within seconds, each with a line that says why.
+def together(debug: bool = False, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """`start`; while inside, the error or the death of one process ends all of them, each with a line that says whose
+    it was; at the end wait for all.
 
-    Without it the others would wait in a collective until their heartbeat fails. A failing process does not wait for
-    the others either, so it leaves without the usual clean-up.
+    Without it the others would wait in a collective for ever. A failing process leaves without the usual clean-up,
+    which waits for the others.
     """
-    if jax.process_count() == 1:
+    start(environ)
+    if _peers is None:
         yield
         return
-    store: Any = global_state.client
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(POLL_SECONDS):
-            if message := _read(store):
-                if primary():  # the store goes with this process, and the one that failed must not miss it
-                    time.sleep(5 * POLL_SECONDS)
-                _leave(message)
-
-    threading.Thread(target=watch, daemon=True, name="peers").start()
     try:
         yield
-        done.set()
     except (KeyboardInterrupt, Exception) as error:
-        done.set()
-        if message := _read(store):  # another was first; what this one met is likely a broken connection
-            _leave(message)
+        if find_input_error(error) is None and not isinstance(error, KeyboardInterrupt):
+            time.sleep(RIDDLE_SECONDS)  # a connection that broke with another process: the news of that ends this one
         code = report(error, debug)
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        try:
-            store.key_value_set(FAILED, f"{code} process {jax.process_index()}: {line}")
-        except Exception:  # the store is gone with process 0, or another was first after all
-            pass
-        time.sleep(3 * POLL_SECONDS)  # the store lives in process 0: the others must have read it
-        _leave(str(code))
-
-
-def _read(store: Any) -> str | None:
-    try:
-        return store.key_value_try_get(FAILED)
-    except Exception:  # not set, or the store is gone
-        return None
-
-
-def _leave(message: str) -> NoReturn:
-    """End this process at once, by "<exit code> <why>"."""
-    code, _, why = message.partition(" ")
-    locks.release_all()
-    if why:
-        print(f"error: stopped with the others: {why}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(int(code))
+        _peers.fail(code, (str(error) or type(error).__name__).splitlines()[0])
+    _peers.finish()

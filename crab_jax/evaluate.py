@@ -12,6 +12,7 @@ the file is ours or the released code's; docs/evaluation.md has its schema. Seve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,6 +29,7 @@ import numpy as np
 
 from crab_jax import compile_cache, distributed, layout, locks, predictions, results_page, runs, scoring
 from crab_jax.bounds import ANY_PATH, PATH, Anything, Name, Whole
+from crab_jax.checkpoints import identity
 from crab_jax.config import RunConfig
 from crab_jax.errors import CommandLine, InputError, run_verb
 from crab_jax.files import out_folder, write_whole
@@ -92,10 +94,10 @@ def settings(arguments: argparse.Namespace, config: RunConfig, tokenizer: Tokeni
 
 
 def describe(arguments: argparse.Namespace, root: Path, split: Sequence[Example], origin: Mapping[str, str],
-             identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What `evaluation.json` holds: where the answers come from, and `identity`, all that they depend on."""
-    identity = {**identity, "examples": digest(split)}
-    return {**origin, "data": str(root), "split": arguments.split, "identity": identity}
+             content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `evaluation.json` holds: where the answers come from, and `content`, all that they depend on, as identity.
+    """
+    return {**origin, "data": str(root), "split": arguments.split, "identity": {**content, "examples": digest(split)}}
 
 
 def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
@@ -168,20 +170,22 @@ class Source(NamedTuple):
     answers: Callable[[list[Example]], Iterator[Prediction]]
 
 
-def _read_split(arguments: argparse.Namespace, root: Path) -> tuple[list[Example], list[Example]]:
-    """(every Example of the split, the ones to score)."""
+def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], list[Example]]:
+    """(data root, every Example of the split, the ones to score)."""
+    if arguments.predictions and not arguments.data:
+        raise InputError("--data", "", "is not given", "--predictions are scored against the labels of --data=DIR")
+    root = Path(arguments.data) if arguments.predictions else runs.data_root(
+        arguments.data, runs.load_config(arguments.checkpoint))
     split = runs.read_examples(root, arguments.split, datasets=[name for name in arguments.datasets.split(",") if name],
                                variant=arguments.variant, missing=arguments.missing, malformed=arguments.malformed)
     examples = select(split, [task for task in arguments.tasks.split(",") if task], arguments.limit)
     check_labels(examples)
-    return split, examples
+    return root, split, examples
 
 
-def from_model(arguments: argparse.Namespace) -> Source:
+def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
     """Answers of --checkpoint."""
     config = runs.load_config(arguments.checkpoint)
-    root = runs.data_root(arguments.data, config)
-    split, examples = _read_split(arguments, root)  # a wrong --data is told before a model is loaded
     mesh = layout.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
     if mesh.size > 1:
         print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
@@ -195,17 +199,14 @@ def from_model(arguments: argparse.Namespace) -> Source:
             cache_dir=arguments.cache_dir,
             mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
 
-    identity = {"parameters": fingerprint(params), **settings(arguments, config, tokenizer)}
-    description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, identity)
+    content = {"parameters": fingerprint(params), **settings(arguments, config, tokenizer)}
+    description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, content)
     return Source(root, split, examples, description, {example.id for example in examples}, answers)
 
 
-def from_file(arguments: argparse.Namespace) -> Source:
+def from_file(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
     """Answers of --predictions."""
-    if not arguments.data:
-        raise InputError("--data", "", "is not given", "--predictions are scored against the labels of --data=DIR")
-    root, file = Path(arguments.data), Path(arguments.predictions)
-    split, examples = _read_split(arguments, root)
+    file = Path(arguments.predictions)
     tasks, wanted = {example.task for example in examples}, {example.id for example in examples}
     ours = [example for example in split if example.task in tasks]
     others = {example.id for example in split if example.task not in tasks}
@@ -229,9 +230,9 @@ def from_file(arguments: argparse.Namespace) -> Source:
                                            functools.partial(mask_size, root, example))
             yield read_answer(example, answer.text, answer.mask)
 
-    identity = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest(),
-                "masks": predictions.masks_digest(lines, file.parent)}
-    description = describe(arguments, root, split, {"predictions": str(file)}, identity)
+    content = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest(),
+               "masks": predictions.masks_digest(lines, file.parent)}
+    description = describe(arguments, root, split, {"predictions": str(file)}, content)
     return Source(root, split, examples, description, set(rows), answers)
 
 
@@ -315,26 +316,34 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
     print(f"every metric: {out / 'results.md'}\npage: {out / 'results.html'}")
 
 
-def use_of(arguments: argparse.Namespace, count: int) -> str:
-    """What the processes of one evaluation have in common; "" for one that runs alone."""
-    own = ("out", "data", "process", "examples", "batch_size", "tensor", "cache_dir", "debug")
-    same = {name: value for name, value in vars(arguments).items() if name not in own}
-    same["checkpoint"] = Path(arguments.checkpoint or "").resolve().name
-    return json.dumps([count, same], sort_keys=True) if count > 1 else ""
+def use_of(arguments: argparse.Namespace, count: int, root: Path, split: Sequence[Example]) -> dict[str, Any]:
+    """What the processes of one evaluation have in common; nothing of one that runs alone."""
+    if count == 1:
+        return {}
+    own = ("out", "data", "process", "examples", "batch_size", "tensor", "cache_dir", "debug", "checkpoint")
+    same = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items() if name not in own}
+    if arguments.checkpoint:
+        same["--checkpoint"] = f"a checkpoint with hash {identity(arguments.checkpoint)}"
+    return {"processes": count, **same, **distributed.program(), "examples of --data": digest(split),
+            "media of --data": runs.media_identity(root, arguments.split, split)}
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation that the command line describes."""
     out_folder(arguments.out)
-    if not (arguments.predictions or arguments.process):
-        distributed.start()
-    index, count = arguments.process or (jax.process_index(), jax.process_count())
-    with locks.locked(arguments.out, use=use_of(arguments, count), share=index) as out:
-        source = from_file(arguments) if arguments.predictions else from_model(arguments)
-        claim(out, source.description, index == 0)
-        collect(source, out, index, count)
-        if index == 0:
-            report_scores(arguments, out, source.root, source.examples)
+    alone = arguments.predictions or arguments.process
+    with contextlib.nullcontext() if alone else distributed.together(arguments.debug):
+        index, count = arguments.process or (jax.process_index(), jax.process_count())
+        read = _read_split(arguments)  # a wrong --data is told before a model is loaded
+        use = use_of(arguments, count, *read[:2])
+        with locks.locked(arguments.out, use=json.dumps(use) if use else "", share=index) as out:
+            if not alone:
+                distributed.agree("start", lambda: use | {"--out": locks.mark(out)})
+            source = from_file(arguments, *read) if arguments.predictions else from_model(arguments, *read)
+            claim(out, source.description, index == 0)
+            collect(source, out, index, count)
+            if index == 0:
+                report_scores(arguments, out, source.root, source.examples)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -22,6 +22,7 @@ LOCK = ".lock"
 BEAT_SECONDS = 20.0  # how often a lock is refreshed
 # A lock of another machine that was not refreshed for so long is left over. A share may show a change a minute late.
 STALE_SECONDS = 120.0
+SEEN_SECONDS = 30.0  # after which a lock is seen by all hosts
 _held: dict[Path, _Holder] = {}  # the locks of this process
 
 
@@ -179,7 +180,15 @@ def _drop(lock: Path, owner: Owner, what: Path) -> None:
         guard.unlink(missing_ok=True)
 
 
-def _refused(what: Path, lock: Path, flag: str, owner: Owner) -> InputError:
+def _refused(what: Path, lock: Path, flag: str, owner: Owner, use: str = "") -> InputError:
+    try:
+        ours, theirs = strict_json(use), strict_json(owner.use)
+        field = next(field for field in (*ours, *theirs) if ours.get(field) != theirs.get(field))
+    except (ValueError, TypeError, AttributeError, StopIteration):  # they have nothing in common
+        pass
+    else:
+        return InputError(f"this process, which is to share {what}", field, f"is {ours.get(field)!r:.300}, of {owner} "
+                          f"it is {theirs.get(field)!r:.300}", "start all with the same command, data and versions")
     return InputError(str(what), flag, f"is in use by {owner}",
                       f"wait for it, end it or give another {flag}; remove {lock} only if you know that it is gone")
 
@@ -222,9 +231,17 @@ def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 
                     continue
                 # Of two uses that start at once both may be refused, and never both let in.
                 if not _gone(other, found, out):
-                    raise _refused(out, other, flag, found)
+                    raise _refused(out, other, flag, found, use)
                 _drop(other, found, out)
         yield out
+
+
+def mark(folder: Path) -> str:
+    """What tells a locked folder from any other: its lock, which another host may see a little later."""
+    lock, until = folder / f"{LOCK}.0", time.monotonic() + SEEN_SECONDS
+    while (owner := _owner_of(lock)) is None and time.monotonic() < until:
+        time.sleep(0.2)
+    return f"the folder of {owner}" if owner else "a folder without a lock"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from crab_jax import optim, packaged, sharding
 from crab_jax.bounds import Anything, Choice, Text
-from crab_jax.checkpoints import RunCheckpoints, check_match, stored_params
+from crab_jax.checkpoints import RunCheckpoints, check_match, identity, stored_params
 from crab_jax.compat import PRESETS
 from crab_jax.config import RunConfig, bound_of, built, leaves
 from crab_jax.defaults import base
@@ -39,7 +39,8 @@ from data_pipelines.tokens import Tokenizer
 # A resumed run may change these without becoming another run.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_skipped", "data.workers", "data.root",
              "data.cache_dir", "data.allow_other", "mesh.data", "mesh.fsdp", "mesh.tensor")
-
+# The processes of one run may have these each of its own: where its host has the data, and how it reads them.
+OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
 
 _SECTION = Each(Text(1, 100), Anything())
 RUN_CONFIG = {"model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "sizes?": Each(Text(1, 100), _SECTION),
@@ -50,6 +51,12 @@ _DECIDING = re.compile(r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
 TENTHS = fbank.WINDOW_COUNT["ten"]  # `second` of a video
 LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
 _log = logging.getLogger(__name__)
+
+
+def shared(config: RunConfig) -> dict[str, Any]:
+    """What all processes of one run must have alike of its config; of `init_from` the checkpoint, not its path."""
+    ours = {f"config.{key}": value for key, value in config.flat().items() if key not in OWN_KEYS}
+    return ours | {"config.init_from": config.init_from and f"a checkpoint with hash {identity(config.init_from)}"}
 
 
 def claim_workdir(workdir: Path, config: RunConfig) -> None:
@@ -131,13 +138,16 @@ def train_order(config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = 
 def data_identity(config: RunConfig, examples: list[Example]) -> dict[str, Any]:
     """What a run is trained on, as its checkpoints' manifest.json holds it: how many Examples, their hash, and that of
     the media of a prepared root."""
-    prepared = shards.opened(config.mixture.root)
-    identity: dict[str, Any] = {"count": len(examples), "examples": learned(examples)}
-    if prepared:
-        listed = config.mixture.split in prepared.manifest["lists"]
-        names = {""} if listed else {e.meta["dataset"] for e in examples}
-        identity["prepared"] = prepared.digest(names, config.mixture.split)
-    return identity
+    media = media_identity(config.mixture.root, config.mixture.split, examples)
+    return {"count": len(examples), "examples": learned(examples), **({"prepared": media} if media else {})}
+
+
+def media_identity(root: str | Path, split: str, examples: Sequence[Example]) -> str:
+    """A hash of the media of a prepared root that these Examples of a split have; "" for a raw one."""
+    if not (prepared := shards.opened(root)):
+        return ""
+    listed = split in prepared.manifest["lists"]
+    return prepared.digest({""} if listed else {e.meta["dataset"] for e in examples}, split)
 
 
 def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: RunConfig) -> None:

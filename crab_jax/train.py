@@ -370,7 +370,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     """Run (or resume) the stage that `config` describes in `workdir`."""
     if distributed.primary():
         runs.claim_workdir(workdir, config)
-    distributed.barrier("claimed")
+    distributed.agree("start", lambda: distributed.program() | runs.shared(config) | {"--workdir": locks.mark(workdir)})
     mesh = layout.mesh_of(config)
     layout.micro_batches(config, mesh)  # refuses a batch that does not divide, before anything is loaded
     tokenizer = runs.tokenizer_of(config)
@@ -381,14 +381,15 @@ def train(config: RunConfig, workdir: Path) -> None:
         cut_tail(workdir / runs.LEFT_OUT)
     examples = runs.train_examples(config, skipped)
     trained_on = runs.data_identity(config, examples)
-    distributed.agree("examples", trained_on["examples"], "its Examples")
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep)
+    distributed.agree("data", lambda: {"tokenizer": tokenizer.digest(), "step to go on from": checkpoints.latest,
+                                       **{f"data, {name}": value for name, value in trained_on.items()}})
     resumed = checkpoints.latest is not None
     if resumed and distributed.primary():
         runs.check_data(checkpoints, trained_on, config)
     order = runs.train_order(config, tokenizer, skipped, examples)
     name = f"process {jax.process_index()}" if jax.process_count() > 1 else ""
-    watchdog = Watchdog(config.watchdog_seconds, name)
+    watchdog = Watchdog(config.watchdog_seconds, name, silent=distributed.silent)
     with watchdog, StopRequest() as stop:
         state, frozen = start_or_resume(config, model, mesh, checkpoints, {"data": trained_on})
         start = int(state.step)
@@ -445,10 +446,9 @@ def main() -> None:
     """Entry point of `python -m crab_jax.train`."""
     config, workdir = parse_flags(sys.argv, __doc__)
     compile_cache.enable()
-    distributed.start()
-    lock = locks.locked(workdir, "--workdir") if distributed.primary() else contextlib.nullcontext()
-    with distributed.errors_end_all("--debug" in sys.argv), lock:
-        train(config, workdir)
+    with distributed.together("--debug" in sys.argv):
+        with locks.locked(workdir, "--workdir") if distributed.primary() else contextlib.nullcontext():
+            train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ def print_error(line: str) -> None:
 class Watchdog:
     """A thread that reports every wait longer than `seconds`, again each time it has doubled, and its end. 0 is off.
 
-    It ends nothing: a slow disk recovers, and a dead peer is ended by the heartbeat of `jax.distributed`.
+    It ends nothing: a slow disk recovers, a process that stands still goes on, and one that died ends the run by
+    `peers`. silent: which other processes do not answer, or "".
     """
 
-    def __init__(self, seconds: float, name: str = "", say: Callable[[str], None] = print_error):
-        self.seconds, self.prefix, self.say = seconds, f"{name}: " if name else "", say
+    def __init__(self, seconds: float, name: str = "", say: Callable[[str], None] = print_error,
+                 silent: Callable[[], str] = str):
+        self.seconds, self.prefix, self.say, self.silent = seconds, f"{name}: " if name else "", say, silent
         self._done = threading.Event()
         self._wait: tuple[str | Callable[[], str], float] | None = None  # what for, since when
         self._due = 0.0  # seconds of waiting that bring the next report
@@ -52,4 +54,5 @@ class Watchdog:
             if wait is not None and time.monotonic() - wait[1] >= self._due:
                 self._due *= 2
                 what = wait[0] if isinstance(wait[0], str) else wait[0]()
-                self.say(f"{self.prefix}waiting for {what}, for {time.monotonic() - wait[1]:.0f} s now")
+                silent = f"; {others}" if (others := self.silent()) else ""
+                self.say(f"{self.prefix}waiting for {what}, for {time.monotonic() - wait[1]:.0f} s now{silent}")

@@ -23,6 +23,7 @@ from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, lo
 from data_pipelines.examples import Example, choice
 from data_pipelines.padding import Padding, padding
 from data_pipelines.tokens import Tokenizer
+from data_pipelines.workers import end_with_parent
 
 _log = logging.getLogger(__name__)
 
@@ -268,7 +269,10 @@ def train_dataset(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its own absl flags, in programs that parse none as well
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        # A process that leaves at once, for another one died, has no last word about what Python then cleans up.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, end_with_parent)
     return dataset
 
 

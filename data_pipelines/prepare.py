@@ -42,6 +42,7 @@ from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
 from data_pipelines.sources.release import Found
+from data_pipelines.workers import end_with_parent
 
 LIBRARIES = ("av", "soundfile", "soxr", "pillow", "numpy", "array_record", "crab_jax")
 COMPRESSED, AS_IT_IS = "zstd:1", "uncompressed"
@@ -226,8 +227,9 @@ _FIELDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[int | str | None
 _counter: Any = None  # of the media that all processes have decoded
 
 
-def _share_counter(counter: Any) -> None:
+def _begin_worker(counter: Any) -> None:
     global _counter
+    end_with_parent()
     _counter = counter
 
 
@@ -371,7 +373,7 @@ def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: in
         return
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _share_counter, (counter,))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (counter,))
     try:
         waiting = {pool.submit(write_shard, settings, out, shard) for shard in todo}
         while waiting:

@@ -81,6 +81,10 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad is None else pad
         self.mask_ids = tuple(expected[-6:])
 
+    def digest(self) -> str:
+        """A hash of what text becomes which ids by."""
+        return hashlib.blake2b(f"{self._legacy} {self._backend.to_str()}".encode(), digest_size=16).hexdigest()
+
     @classmethod
     def load(cls, path: str | Path, legacy: bool | None = None) -> Tokenizer:
         """Tokenizer of a tokenizer.json, or of a directory: one that `save` wrote, or one in Hugging Face form.
@@ -113,10 +117,6 @@ class Tokenizer:
         if self._legacy is not None:
             config = {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
             write_whole(Path(folder) / "tokenizer_config.json", json.dumps(config))
-
-    def digest(self) -> str:
-        """A hash of all that ids depend on."""
-        return hashlib.blake2b(f"{self._legacy} {self._backend.to_str()}".encode(), digest_size=16).hexdigest()
 
     def id(self, token: str) -> int:
         """Id of one token of the vocabulary."""

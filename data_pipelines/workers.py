@@ -1,4 +1,5 @@
-"""Processes that do one task after another and may crash or hang on one without the others noticing."""
+"""Processes that do one task after another and may crash or hang on one without the others noticing; and how any
+process that works for another one ends with it."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -15,6 +17,20 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 MEMORY = 4 << 30  # bytes that a process may take beyond what it has when it starts
+
+
+def end_with_parent(*_: object) -> None:
+    """End this process as soon as the one that started it is gone, however that ended. To be called first in a worker.
+
+    The kernel closes the parent's end of the pipe that Python keeps to every worker. (PR_SET_PDEATHSIG looks at the
+    thread that started the worker, which in Grain may be one of a pool, or at the fork server.)
+    """
+    def watch(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=watch, args=(parent,), daemon=True, name="parent").start()
 
 
 @dataclasses.dataclass
@@ -102,6 +118,7 @@ def _done(busy: list[_Worker]) -> list[tuple[_Worker, Any]]:
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     """Do what comes through the pipe until its other end is closed."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print about a file is no news
     with contextlib.suppress(OSError, ValueError):  # Linux only, and not above a limit that is set already

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from crab_jax import checkpoints, distributed
+from configs import tiny
+from crab_jax import checkpoints, distributed, packaged, runs
+from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from tests.test_train import SMALL
 
@@ -64,22 +67,36 @@ def test_a_batch_script_without_srun_works_alone_and_says_so(capsys):
         distributed.launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "eight", "SLURM_STEP_NUM_NODES": "1"})
 
 
-@pytest.mark.parametrize("index, value, fits", [(0, "a", True), (1, "a", True), (1, "b", False)])
-def test_processes_that_read_other_data_are_told_which(monkeypatch, index, value, fits):
+@pytest.mark.parametrize("index, lr, fits", [(0, 1.0, True), (1, 1.0, True), (1, 0.5, False)])
+def test_processes_that_differ_are_told_in_what(monkeypatch, index, lr, fits):
     class Store:
         def key_value_set(self, key, value):
-            assert (key, value) == ("crab_jax/examples", "a")
+            assert (key, json.loads(value)) == ("crab_jax/start", {"optim.lr": 1.0})
 
         def blocking_key_value_get(self, key, milliseconds):
-            return "a"
+            return '{"optim.lr": 1.0}'
 
     monkeypatch.setattr(distributed.global_state, "client", Store())
     monkeypatch.setattr(jax, "process_index", lambda: index)
     if fits:
-        distributed.agree("examples", value, "its Examples")
+        distributed.agree("start", lambda: {"optim.lr": lr})
     else:
-        with pytest.raises(InputError, match="process 1 .*its Examples.*not those of process 0"):
-            distributed.agree("examples", value, "its Examples")
+        with pytest.raises(InputError, match=r"process 1 on .* \[optim.lr\]: is 0.5, on process 0 it is 1.0; "):
+            distributed.agree("start", lambda: {"optim.lr": lr})
+
+
+def test_what_processes_may_not_differ_in(tmp_path):
+    """Seeds, sizes, versions, starting weights; not where a host has its data."""
+    config = tiny.get_config()
+    config.data.root, config.init_from = "/a", "warm_start"
+    base = runs.shared(resolve(config))
+    config.data.root, config.init_from = "/b", str(shutil.copytree(packaged.located("warm_start"), tmp_path / "copy"))
+    assert runs.shared(resolve(config)) == base
+    (tmp_path / "copy" / "manifest.json").write_bytes(b"{}")
+    assert {key for key, value in runs.shared(resolve(config)).items() if value != base[key]} == {"config.init_from"}
+    config.seed += 1
+    assert "config.seed" in {key for key, value in runs.shared(resolve(config)).items() if value != base[key]}
+    assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} < distributed.program().keys()
 
 
 def test_a_process_loads_the_rows_of_its_devices():
@@ -128,7 +145,7 @@ def questions(scenes_root, tmp_path) -> Path:
     root = tmp_path / "questions"
     root.mkdir()
     (root / "train.jsonl").write_text("".join(line for line in lines if json.loads(line)["task"] == "avqa"))
-    (root / "train").symlink_to(scenes_root / "train")
+    shutil.copytree(scenes_root / "train", root / "train", copy_function=os.link)
     return root
 
 
@@ -167,27 +184,157 @@ def test_two_processes_stop_on_sigterm_together_and_any_mesh_goes_on(questions, 
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_the_other_with_its_reason():
-    script = (
-        "import sys, time, jax\n"
-        "from crab_jax import distributed\n"
-        "from crab_jax.errors import InputError\n"
-        "distributed.start()\n"
-        "with distributed.errors_end_all():\n"
-        "    if jax.process_index() == 1:\n"
-        "        raise InputError('clip.mp4', 'video', 'is damaged', 'copy it again')\n"
-        "    time.sleep(300)\n")
+def reach(processes: Processes, workdir: Path, step: int) -> None:
+    """Wait until the run has logged a step."""
+    deadline = time.monotonic() + 900
+    while last_step(workdir) < step:
+        assert time.monotonic() < deadline and all(one.poll() is None for one in processes.all), processes.end()
+        time.sleep(0.02)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Processes that a process started and that are still there."""
+    states = [file.read_text() for file in Path("/proc").glob("[0-9]*/status")]
+    return [int(found[1]) for state in states if f"PPid:\t{process.pid}\n" in state
+            and (found := re.search(r"^Pid:\t(\d+)", state, re.M))]
+
+
+@pytest.mark.exhaustive
+def test_killed_or_stopped_processes_cost_no_number(questions, tmp_path):
+    """Stopped for a while, then killed (each of the two once) and started again: the losses of an undisturbed run."""
+    steps = ("--config.steps=60", "--config.checkpoint_every=4", "--config.data.workers=1",
+             "--config.watchdog_seconds=1")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert [code for code, _, _ in Processes(2, questions, whole, *steps, devices=1).end()] == [0, 0]
+
+    both = Processes(2, questions, run, *steps, devices=1)
+    reach(both, run, 6)
+    both.all[1].send_signal(signal.SIGSTOP)
+    said(both.all[0], "waiting for device step .*process 1 on .* has not answered")
+    both.all[1].send_signal(signal.SIGCONT)
+    for killed, step in ((1, 12), (0, 24)):
+        reach(both, run, step)
+        workers = [child for process in both.all for child in children(process)]
+        both.all[killed].kill()
+        ended = both.end(60)
+        code, _, errors = ended[1 - killed]
+        (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert code == 1 and line.startswith(f"error: process {killed} on {socket.gethostname()} is gone")
+        time.sleep(5)
+        assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+        both = Processes(2, questions, run, *steps, devices=1)
+    ended = both.end()
+    assert [code for code, _, _ in ended] == [0, 0] and "resumed from step" in ended[0][1], ended
+    assert losses(run) == losses(whole)
+
+
+SCRIPT = """
+import sys, time
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from crab_jax import distributed
+from crab_jax.errors import InputError, run_verb
+from crab_jax.watchdog import Watchdog
+
+def main():
+    with distributed.together():
+        index = jax.process_index()
+        distributed.agree("start", lambda: {"seed": int(sys.argv[1]) if index == 1 else 0})
+        if "error" in sys.argv and index == 1:
+            raise InputError("clip.mp4", "video", "is damaged", "copy it again")
+        if "sleep" in sys.argv:
+            time.sleep(300)
+        where = NamedSharding(jax.make_mesh((jax.process_count(),), ("x",)), PartitionSpec("x"))
+        add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(where.mesh, PartitionSpec()))
+        total = 0.0
+        with Watchdog(1, f"process {index}", silent=distributed.silent) as watchdog:
+            while total < 1e6:
+                mine = np.full(1, total + index, np.float32)
+                with watchdog.waiting("a step"):
+                    total = float(add(jax.make_array_from_process_local_data(where, mine, (jax.process_count(),))))
+                    total = total / jax.process_count() + 1
+                if total < 3:
+                    print("works", flush=True)
+                time.sleep(0.02)
+
+run_verb(main)
+"""
+
+
+def small_run(count: int, *arguments: str) -> list[subprocess.Popen]:
+    """`count` processes that do nothing but meet, agree and add numbers up, until they are ended."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    began = time.monotonic()
-    both = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=os.environ | {
-        HOST: address, COUNT: "2", INDEX: str(index)}) for index in range(2)]
-    errors = [process.communicate(timeout=200)[1] for process in both]
-    assert [process.returncode for process in both] == [2, 2] and time.monotonic() - began < 200
-    assert "error: stopped with the others: process 1: clip.mp4 [video]: is damaged" in errors[0]
-    assert "error: clip.mp4 [video]: is damaged; copy it again" in errors[1]
+    return [subprocess.Popen([sys.executable, "-c", SCRIPT, *(arguments or ("0",))], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env=os.environ | {
+                                 HOST: address, COUNT: str(count), INDEX: str(index), "XLA_FLAGS": ""})
+            for index in range(count)]
+
+
+def errors_of(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, list[str]]]:
+    """(exit code, lines on stderr of ours) of each process, which end within `seconds`."""
+    try:
+        return [(process.returncode, [line for line in errors.splitlines() if line.startswith("error: ")])
+                for process in processes for errors in [process.communicate(timeout=seconds)[1]]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def said(process: subprocess.Popen, pattern: str) -> str:
+    """The first line on stderr that has the pattern."""
+    for line in process.stderr:
+        if re.search(pattern, line):
+            return line
+    raise AssertionError(f"never said {pattern}")
+
+
+def works(processes: list[subprocess.Popen]) -> None:
+    """Wait until all have added up once."""
+    for process in processes:
+        assert any(line == "works\n" for line in process.stdout), process.communicate()[1]
+
+
+@pytest.mark.slow
+def test_one_that_stands_still_is_named_and_goes_on_and_one_that_is_killed_ends_all():
+    processes = small_run(3)
+    works(processes)
+    processes[2].send_signal(signal.SIGSTOP)
+    for other in processes[:2]:
+        assert re.match(rf"process \d: waiting for a step, for \d+ s now; process 2 on {socket.gethostname()} has not "
+                        r"answered for \d+ s$", said(other, "not answered"))
+    processes[2].send_signal(signal.SIGCONT)
+    for other in processes[:2]:
+        said(other, "went on after")
+    processes[1].kill()
+    (code0, errors0), _, (code2, errors2) = errors_of(processes, 30)
+    wanted = f"error: process 1 on {socket.gethostname()} is gone (it was killed, or ended without a word)"
+    assert code0 == code2 == 1 and len(errors0) == len(errors2) == 1
+    assert errors0[0].startswith(wanted) and errors2[0].startswith(wanted)
+
+
+@pytest.mark.slow
+def test_the_death_of_the_first_process_ends_all_with_its_name():
+    processes = small_run(3)
+    works(processes)
+    processes[0].kill()
+    processes[0].wait()
+    last = [process.communicate(timeout=30)[1].splitlines()[-1] for process in processes[1:]]
+    assert [process.returncode for process in processes[1:]] == [1, 1]
+    assert all(line.startswith(f"error: process 0 on {socket.gethostname()} is gone (it was killed") for line in last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, own, others", [
+    (("0", "error", "sleep"), "clip.mp4 [video]: is damaged; copy it again", "clip.mp4 [video]: is damaged"),
+    (("5", "sleep"), f"process 1 on {socket.gethostname()} [seed]: is 5, on process 0 it is 0", "[seed]: is 5")])
+def test_an_error_of_one_process_ends_the_other_with_its_reason(arguments, own, others):
+    (code0, errors0), (code1, errors1) = errors_of(small_run(2, *arguments))
+    assert (code0, code1) == (2, 2)
+    assert len(errors0) == 1 and others in errors0[0]
+    assert errors0[0].startswith(f"error: stopped with the others: process 1 on {socket.gethostname()}: ")
+    assert len(errors1) == 1 and errors1[0].startswith(f"error: {own}")
 
 
 def test_the_hash_adds_over_shards(monkeypatch):

@@ -182,6 +182,15 @@ def test_shares_of_one_use_go_together_and_others_do_not(tmp_path):
         pass
 
 
+def test_one_that_is_to_share_and_differs_is_told_in_what(tmp_path):
+    """As the processes of one evaluation, whose uses are objects."""
+    told = rf"share {tmp_path} \[--limit\]: is 4, of process {os.getpid()} on .* it is 3; start all with the same"
+    with locks.locked(tmp_path, use='{"processes": 2, "--limit": 3}', share=0), pytest.raises(
+            InputError, match=told):
+        with locks.locked(tmp_path, use='{"processes": 2, "--limit": 4}', share=1):
+            pass
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"pid": 1}', b"\xff\xfe"])
 def test_a_lock_that_cannot_be_read_is_waited_for_and_then_left_over(tmp_path, monkeypatch, content):
     (tmp_path / ".lock.0").write_bytes(content)

@@ -30,6 +30,7 @@ from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.sources.scene_graph import KINDS, LEVELS, SECONDS, SPLITS, Scene, Thing, load, sample, scene_table
 from data_pipelines.sources.scene_media import occupancy, write_scene
 from data_pipelines.sources.scene_questions import expressions, questions
+from data_pipelines.workers import end_with_parent
 
 __all__ = ["KINDS", "NOTHING", "PER_SCENE", "SPLITS", "Scene", "examples", "load_split", "occupancy", "scene_table",
            "write"]
@@ -262,7 +263,7 @@ def write(out: str | Path, counts: Mapping[str, int], seed: int = 0, workers: in
 
 def _run(jobs: Sequence[tuple[str, int, str, int]], workers: int, progress: Callable[[str], None] | None) -> None:
     if workers > 1:  # fresh processes: forking one that runs JAX threads can hang
-        pool = multiprocessing.get_context("spawn").Pool(workers)
+        pool = multiprocessing.get_context("spawn").Pool(workers, end_with_parent)
         done: Iterator[None] = pool.imap_unordered(_write_one, jobs, chunksize=8)
     else:
         pool, done = None, map(_write_one, jobs)

@@ -1,7 +1,13 @@
 """Processes that survive what their tasks do."""
 
 import os
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from data_pipelines.workers import MEMORY, results
 
@@ -36,3 +42,84 @@ def test_an_unfinished_round_ends_its_processes():
     began = time.monotonic()
     running.close()
     assert time.monotonic() - began < 5
+
+
+PARENTS = {
+    "validate": """
+        from data_pipelines.workers import results
+        found = results(slow, [0, 600], 2, lambda task: 600.0)
+        next(found)
+        """,
+    "training": """
+        import grain
+        from data_pipelines import mixture
+
+        class Order:
+            examples, groups, batches = (), {}, grain.MapDataset.range(10**6)
+
+        mixture.BatchLoader = lambda *_: slow
+        batches = iter(mixture.train_dataset(Order, "", None, None, workers=2))
+        next(batches)
+        """,
+    "a pool, as in prepare and scenes": """
+        import multiprocessing
+        from data_pipelines.workers import end_with_parent
+        pool = multiprocessing.get_context("spawn").Pool(2, end_with_parent)
+        pool.map(time.sleep, [0.1, 0.1])
+        waits = pool.map_async(time.sleep, [600, 600])
+        """}
+SCRIPT = """
+import time
+
+def slow(number):
+    time.sleep(600 if number == 600 else 0.01)
+    return number
+
+if __name__ == "__main__":
+{body}
+        print("busy", flush=True)
+        time.sleep(600)
+"""
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process id -> start time of all that a process has started, and they."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, rest = re.fullmatch(r"(\d+) \(.*\) (.*)", file.read_text().strip(), re.S).groups()
+        except OSError:
+            continue
+        state, parent, *others = rest.split()
+        if state != "Z":
+            parents[int(number)] = (int(parent), others[17])
+    found, before = {pid: ""}, 0
+    while len(found) > before:
+        before = len(found)
+        found |= {one: since for one, (parent, since) in parents.items() if parent in found and one not in found}
+    return {one: since for one, since in found.items() if since}
+
+
+def still_there(pid: int, since: str) -> bool:
+    try:
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return state != "Z" and others[18] == since
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes by /proc")
+@pytest.mark.parametrize("use", PARENTS)
+def test_workers_end_with_a_parent_that_is_killed(use, tmp_path):
+    (tmp_path / "parent.py").write_text(SCRIPT.format(body=PARENTS[use]))
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": os.getcwd()}, text=True) as parent:
+        assert parent.stdout.readline() == "busy\n", parent.stderr.read()
+        workers = descendants(parent.pid)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid, since in workers.items() if still_there(pid, since)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, 9)
+    assert len(workers) >= 3 and not left
