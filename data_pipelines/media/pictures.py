@@ -179,6 +179,8 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     if factor > 1:
         picture.draft(picture.mode, small)  # where the format can
     picture.load()
+    if picture.mode == "P" and picture.palette is None:
+        raise ValueError("no palette")
     made = picture
     if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
         made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow leaves as it is for 16 bits

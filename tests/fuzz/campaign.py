@@ -156,14 +156,20 @@ def cases(campaign: Campaign, each: int, number: int, only: Sequence[str] = (), 
     """(kind, a function that runs one case) of `each` cases of every kind of file, and as many more of command lines.
     only: words of which the names of kinds must hold one. slow: with commands that need a model."""
     todo: list[tuple[str, Callable[[], str]]] = []
+
+    def wanted(name: str) -> bool:
+        return not only or any(word in name for word in only)
+
     for place, kind in enumerate([*inputs.kinds_of(campaign.world), *inputs.exact_kinds()]):
         if not slow:
             kind = kind._replace(commands=tuple(one for one in kind.commands if one.module.startswith(
                 ("data_pipelines", "tests", "crab_jax.compare", "crab_jax.convert"))))
-        if kind.commands:
+        if kind.commands and wanted(kind.name):
             todo += [(kind.name, functools.partial(campaign.case, kind, plan))
                      for plan in plans(each, 1000 * number + place)]
-    for name in (LINES, OVERRIDES):
-        todo += [(name, functools.partial(campaign.line, name, plan)) for plan in plans(8 * each, 1000 * number + 999)]
+    for place, name in enumerate((LINES, OVERRIDES)):
+        if wanted(name):
+            todo += [(name, functools.partial(campaign.line, name, plan))
+                     for plan in plans(8 * each, 1000 * number + 998 + place)]
     random.Random(number).shuffle(todo)
-    return ((name, case) for name, case in todo if not only or any(word in name for word in only))
+    return iter(todo)
