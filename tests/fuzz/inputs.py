@@ -308,7 +308,7 @@ def _of_lists() -> list[Kind]:
         Kind("samples of predict", "requests", "samples.json", (_predict("--samples", "{file}"),), mutate.JSON),
         Kind("zip of labels", "labels", "ave_converted_label.zip", (
             _verb("data_pipelines.av_uie", "read", "--root", "{world}/data", "--datasets", "ave", "--labels", "{file}",
-                  "--out", "{out}/l.jsonl"),), mutate.ARCHIVE, ("labels", "")),
+                  "--out", "{out}/l.jsonl"),), mutate.ARCHIVE),
     ]
 
 
