@@ -13,12 +13,12 @@ from typing import NamedTuple
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import command_lines, inputs, mutate
+from tests.fuzz import command_lines, extremes, inputs, mutate
 from tests.fuzz.cage import Cage, Outcome
 from tests.fuzz.inputs import Command, Kind
 from tests.hostile_files import Tally
 
-LINES, OVERRIDES = "command lines", "config overrides"
+LINES, OVERRIDES, EXTREMES = "command lines", "config overrides", "extremes"
 _SEED = st.integers(0, 2**32 - 1)
 
 
@@ -95,6 +95,20 @@ class Campaign:
         assert done.code == 0, done.err
         return done.out
 
+    def extreme(self, kind: Kind, name: str, make: Callable[[Path], None], number: int) -> str:
+        """What fell when something stood in the place of a file of a kind."""
+        case = self._fresh()
+        inputs.link(self.world / kind.take, case / "in")
+        file = case / "in" / kind.file
+        file.unlink()
+        make(file)
+        command = self._filled(kind.commands[number % len(kind.commands)], case, file)
+        outcome, said = self._run(command, case)
+        self._count(EXTREMES, f"{name} for {file.name}", command, said, outcome)
+        if file.is_file() and not file.is_symlink():
+            file.unlink()  # of gigabytes, perhaps
+        return said
+
     # Command lines.
 
     def line(self, name: str, plan: Plan) -> str:
@@ -150,7 +164,8 @@ class Campaign:
 
 def _state(folder: Path) -> set[tuple[str, int, int]]:
     """What a folder holds: (path, size, time of change) of each file."""
-    return {(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {(str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")
+            if not path.is_dir()}
 
 
 def cases(campaign: Campaign, each: int, number: int, only: Sequence[str] = (), slow: bool = True
@@ -169,6 +184,10 @@ def cases(campaign: Campaign, each: int, number: int, only: Sequence[str] = (), 
         if kind.commands and wanted(kind.name):
             todo += [(kind.name, functools.partial(campaign.case, kind, plan))
                      for plan in plans(each, 1000 * number + place)]
+    for kind, name, make in extremes.extremes(inputs.kinds_of(campaign.world)):
+        for at, command in enumerate(kind.commands):
+            if wanted(EXTREMES) and (slow or not command.module.startswith("crab_jax")):
+                todo.append((EXTREMES, functools.partial(campaign.extreme, kind, name, make, at)))
     for place, name in enumerate((LINES, OVERRIDES)):
         if wanted(name):
             todo += [(name, functools.partial(campaign.line, name, plan))
