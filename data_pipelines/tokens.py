@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +59,11 @@ class Tokenizer:
     """Ids of prompts and targets, for any `tokenizers.Tokenizer`, with the 17 multimodal tokens added at its end."""
 
     def __init__(self, backend: tokenizers.Tokenizer, legacy: bool | None = None):
-        """`legacy`: how a LLaMA tokenizer treats added tokens (see `load`), None for any other tokenizer."""
+        """`legacy`: how a LLaMA tokenizer treats added tokens (see `load`), None for any other tokenizer. Lengths that
+        its file cuts or fills texts to are left out: a prompt would lose its end without a word."""
+        self.where = "the tokenizer"
+        backend.no_truncation()
+        backend.no_padding()
         missing = [token for token in (BOS, EOS) if backend.token_to_id(token) is None]
         if missing:
             raise InputError("tokenizer", "vocab", f"has no {' and no '.join(missing)}", "use a LLaMA-style tokenizer")
@@ -95,6 +102,14 @@ class Tokenizer:
         Raises InputError for a file that is missing, damaged, or stands in for one that was not fetched.
         """
         path = packaged.located(path)
+        with _refusing(path), _silent():
+            loaded = cls._load(path, legacy)
+            loaded.where = str(path)
+            loaded._backend.decode(loaded.ids(_TRIAL))  # some are refused by the first text only
+        return loaded
+
+    @classmethod
+    def _load(cls, path: Path, legacy: bool | None) -> Tokenizer:
         folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
         config = _read_config(folder)
         has_model = path.is_dir() and (folder / "tokenizer.model").is_file()
@@ -130,7 +145,8 @@ class Tokenizer:
         if self._legacy is False and text and not text.startswith(self._added):
             text = "▁" + text
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            with _refusing(self.where):
+                return self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise InputError("a prompt or target", "", f"holds bytes that are no text: {text!r:.200}",
                              "write it in UTF-8") from None
@@ -190,19 +206,72 @@ TOKENIZER = {"model": {}, "added_tokens?": [{"id": _ID, "content": Text(1)}]}
 # A Unigram model has a list as its vocabulary. A long prefix is what the Rust library panics of.
 VOCABULARY = {"vocab?": Anything(), "type?": Null(Text(1)), "continuing_subword_prefix?": Null(Text(0, 2))}
 CONFIG = {"tokenizer_class?": Null(Text())}
+GROWTH = 1000  # times as long as it was a text may become in front of the vocabulary
+_TRIAL = "<video>\n<audio> An \u00e9, 12  \u526a \U0001f600 <mask_0> </s>"
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(str(path), "tokenizer", "no such file", "give a tokenizer.json or a LLaMA directory")
-    check(read_json(path, TOKENIZER, "tokenizer")["model"], VOCABULARY, str(path), "model")
+    found = read_json(path, TOKENIZER, "tokenizer")
+    check(found["model"], VOCABULARY, str(path), "model")
+    if found["model"].get("dropout"):
+        raise InputError(str(path), "model.dropout", "makes the ids of a text random", "set it to null")
+    _check_normalizer(found.get("normalizer"), str(path))
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _check_normalizer(normalizer: Any, where: str) -> int:
+    """How many times as long as it was a text may become, GROWTH at most. Raises InputError for more, and for what the
+    Rust library would end the process of."""
+    def refuse(problem: str) -> InputError:
+        return InputError(where, "normalizer", problem, "use the tokenizer of the base model")
+
+    if not isinstance(normalizer, dict):
+        return 1
+    times, content = 1, normalizer.get("content")
+    if normalizer.get("type") == "Replace" and isinstance(content, str):
+        if normalizer.get("pattern") == {"String": ""}:
+            raise refuse("replaces nothing by something")
+        times = max(1, len(content))
+    for inner in normalizer.get("normalizers") or ():
+        times = min(times * _check_normalizer(inner, where), GROWTH + 1)
+    if times > GROWTH:
+        raise refuse(f"makes texts more than {GROWTH} times as long")
+    if isinstance(table := normalizer.get("precompiled_charsmap"), str):
+        try:
+            start = base64.b64decode(table[:8])
+        except ValueError:
+            start = b"\xff" * 4
+        if int.from_bytes(start[:4], "little") > len(table):
+            raise refuse("holds a table that is cut off")
+    return times
+
+
+@contextlib.contextmanager
+def _refusing(where: str | Path) -> Iterator[None]:
+    """What the Rust library raises becomes an InputError: plain Exception, and where it panics no Exception at all."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the Rust library raises plain Exception, and where it panics no Exception at all
-        raise InputError(str(path), "tokenizer", f"cannot be read ({' '.join(str(error).split()):.200})",
-                         "give a tokenizer.json") from None
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(str(where), "tokenizer", f"cannot be used ({' '.join(str(error).split()):.200})",
+                         "give the tokenizer.json of the base model") from None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep off the console what the Rust library prints where it panics: the error says it."""
+    sys.stderr.flush()
+    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:

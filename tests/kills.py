@@ -104,7 +104,7 @@ def _import(base: Path, out: Path) -> list[str]:
                    "--out", out)
 
 
-_MODEL = ("--checkpoint", HERE.parent / "warm_start")
+_MODEL = ("--checkpoint", HERE.parent / "crab_jax/warm_start")
 VERBS = {
     "train": Verb(lambda base, out: _module(
         "crab_jax.train", f"--config={HERE.parent}/configs/tiny.py", "--config.init_from=",
@@ -136,7 +136,7 @@ VERBS = {
         "data_pipelines", "own", "--csv", base / "table.csv", "--root", out, "--copy", "--overwrite", "--workers", 1),
         files_of),
     "report": Verb(lambda base, out: _module(
-        "crab_jax.report", "--run", HERE.parent / "warm_start", "--results", HERE.parent / "warm_start/results.json",
+        "crab_jax.report", "--run", HERE.parent / "crab_jax/warm_start", "--results", HERE.parent / "crab_jax/warm_start/results.json",
         "--data", base / "scenes", "--samples", 1, "--routing-samples", 1, "--max-new-tokens", 16, "--out",
         out / "report.html"), files_of),
     "compare": Verb(lambda base, out: _module(

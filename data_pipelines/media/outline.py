@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def behind_tags(path: str | Path) -> bytes:
 # Ogg
 
 def _ogg(read: Read, size: int) -> str:
-    """Pages must be whole, and no packet go on in a page that is not there."""
-    at, going_on = 0, set[bytes]()
+    """Pages must be whole, each the one after the last of its stream, and no packet go on in a page that is not there.
+    Decoders leave out a page of another checksum than its own, and what follows is heard too early."""
+    at, going_on, numbers = 0, set[bytes](), dict[bytes, int]()
     while at < size:
         header = read(at, 27 + 255)
         if not header.startswith(b"OggS"[: len(header)]):
@@ -60,10 +62,25 @@ def _ogg(read: Read, size: int) -> str:
         end = at + 27 + header[26] + sum(lengths) if len(header) > 26 else size + 1
         if end > size:
             return short("last page", end - size)
+        if _ogg_checksum(page := read(at, end - at)) != int.from_bytes(page[22:26], "little"):
+            return f"its page at byte {at:,} has the checksum of another one"
+        stream, number = header[14:18], int.from_bytes(header[18:22], "little")
+        if not header[5] & 2 and number != (numbers.get(stream, number - 1) + 1) % 2**32:
+            return f"pages are missing before byte {at:,}"
+        numbers[stream] = number
         if lengths:
             (going_on.add if lengths[-1] == 255 else going_on.discard)(header[14:18])
         at = end
     return "ends inside of a packet" if going_on else ""
+
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """The checksum of an Ogg page: zlib's, but for the order of the bits and where it starts."""
+    mirrored = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
+    return int(f"{zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF:032b}"[::-1], 2)
 
 
 def chained(path: str | Path) -> bool:

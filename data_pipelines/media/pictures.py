@@ -152,6 +152,9 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
             with open(require(path, field), "rb") as file:
                 content = file.read()
         kind = kind_of(path, field, content)
+        if kind.name == "PNG" and not _pixels_are_whole(content):
+            problem = "the checksum of its pixels is that of others; the file is damaged"
+            raise InputError(where, field, problem, AGAIN)
         stored: dict[str, Any] = {}
 
         def decode(picture: Image.Image) -> Image.Image:
@@ -179,6 +182,8 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     if factor > 1:
         picture.draft(picture.mode, small)  # where the format can
     picture.load()
+    if picture.mode == "P" and picture.palette is None:
+        raise ValueError("no palette")
     made = picture
     if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
         made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow leaves as it is for 16 bits
@@ -279,6 +284,13 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         if content[at + 4:at + 8] == b"IEND":
             return
         at = end
+
+
+def _pixels_are_whole(content: bytes) -> bool:
+    """Whether no chunk of pixels of a PNG has another checksum than its own, which Pillow does not look at. One that
+    is cut off with the file has none."""
+    return all(len(chunk) - 12 < int.from_bytes(chunk[:4], "big") or kind != b"IDAT"
+               or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big") for kind, chunk in _png_chunks(content))
 
 
 def _bare_png(content: bytes) -> bytes:
