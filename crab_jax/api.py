@@ -240,8 +240,8 @@ class Crab:
         Raises InputError for a model that is laid out for generation, which does not tell router weights.
         """
         if self.module.weights:
-            raise InputError("trace", "weights", f"are laid out for generation ({self.module.weights!r}), which does not "
-                             "tell router weights", 'load the model with weights=""')
+            problem = f"are laid out for generation ({self.module.weights!r}), which does not tell router weights"
+            raise InputError("trace", "weights", problem, 'load the model with weights=""')
         example = asked.request.example
         if answer is not None:
             example = dataclasses.replace(example, target=answer)
