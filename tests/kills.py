@@ -136,7 +136,8 @@ VERBS = {
         "data_pipelines", "own", "--csv", base / "table.csv", "--root", out, "--copy", "--overwrite", "--workers", 1),
         files_of),
     "report": Verb(lambda base, out: _module(
-        "crab_jax.report", "--run", HERE.parent / "crab_jax/warm_start", "--results", HERE.parent / "crab_jax/warm_start/results.json",
+        "crab_jax.report", "--run", HERE.parent / "crab_jax/warm_start", "--results",
+        HERE.parent / "crab_jax/warm_start/results.json",
         "--data", base / "scenes", "--samples", 1, "--routing-samples", 1, "--max-new-tokens", 16, "--out",
         out / "report.html"), files_of),
     "compare": Verb(lambda base, out: _module(
