@@ -13,16 +13,33 @@ REPOSITORY = Path(__file__).parent.parent
 SHORT = ["--config.steps=2", "--config.data.batch_size=2", "--config.optim.warmup_share=0.5"]
 
 
+def blocks(language: str = "") -> list[str]:
+    """The README's code blocks of a language."""
+    found = re.findall(r"```(\w*)\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    return [code for name, code in found if name == language]
+
+
 def readme_commands() -> list[list[str]]:
     """The words of every `python -m` command in the README's code blocks, in order."""
-    blocks = re.findall(r"```\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks()).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith(".venv/bin/python -m")]
 
 
 def test_the_readme_opens_with_the_two_commands():
-    first = re.search(r"```\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert first and first.group(1).split("\n")[:2] == ["make demo", "make test"]
+    assert blocks()[0].split("\n")[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.slow
+def test_the_python_code_runs_in_any_folder(scenes_root, tmp_path):
+    """With a package `configs` of somebody else's beside it."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise ImportError('of another project')")
+    (tmp_path / "clip.mp4").symlink_to(scenes_root / "test" / "000000" / "clip.mp4")
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.append({str(REPOSITORY)!r})\n{code}"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) >= 2
 
 
 @pytest.mark.slow
