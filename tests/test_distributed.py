@@ -231,17 +231,17 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.mark.exhaustive
 def test_killed_or_stopped_processes_cost_no_number(questions, tmp_path):
     """Stopped for a while, then killed (each of the two once) and started again: the losses of an undisturbed run."""
-    steps = ("--config.steps=60", "--config.checkpoint_every=4", "--config.data.workers=1",
+    steps = ("--config.steps=16", "--config.checkpoint_every=3", "--config.data.workers=1",
              "--config.watchdog_seconds=1")
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert [code for code, _, _ in Processes(2, questions, whole, *steps, devices=1).end()] == [0, 0]
 
     both = Processes(2, questions, run, *steps, devices=1)
-    reach(both, run, 6)
+    reach(both, run, 2)
     both.all[1].send_signal(signal.SIGSTOP)
     said(both.all[0], "waiting for device step .*process 1 on .* has not answered")
     both.all[1].send_signal(signal.SIGCONT)
-    for killed, step in ((1, 12), (0, 24)):
+    for killed, step in ((1, 5), (0, 10)):
         reach(both, run, step)
         workers = [child for process in both.all for child in children(process)]
         both.all[killed].kill()
