@@ -54,6 +54,8 @@ def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
         address, count, index = (environ[name] for name in EXPLICIT)
         if int(index) >= int(count):
             raise InputError("environment", EXPLICIT[2], f"is {index}, of {count} processes", "count them from 0")
+        if not address.rpartition(":")[2].isdecimal():
+            raise InputError("environment", EXPLICIT[0], f"is {address!r}", "give host:port, of process 0")
         return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index),
                 "cluster_detection_method": "deactivate"}
     if "SLURM_PROCID" in environ and _in_step(environ) and _tasks(environ) > 1:
@@ -90,6 +92,8 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
             print(f"SLURM has {_tasks(environ)} tasks for this job, but this process was not started by srun: it works "
                   "alone", file=sys.stderr, flush=True)
         return
+    if arguments.get("process_id") == 0:
+        _check_port(int(arguments["coordinator_address"].rpartition(":")[2]))
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=STILL_SECONDS,
                                    shutdown_timeout_seconds=SHUTDOWN_SECONDS)
@@ -102,6 +106,16 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
         _peers = peers.meet(jax.process_index(), jax.process_count(), str(global_state.coordinator_address),
                             client.key_value_set, client.blocking_key_value_get)
     say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+
+
+def _check_port(port: int) -> None:
+    """Raise InputError where JAX could not listen; it would crash."""
+    try:
+        peers.listen(port).close()
+    except (OSError, OverflowError) as error:
+        raise InputError("environment", EXPLICIT[0], f"process 0 cannot listen on port {port} here "
+                         f"({getattr(error, 'strerror', None) or error})", "give another port, or end what uses it; "
+                         "process 0 runs on the host that is named") from error
 
 
 def primary() -> bool:
@@ -127,8 +141,8 @@ def program() -> dict[str, Any]:
     top = Path(__file__).parent.parent
     for file in sorted((*top.glob("crab_jax/**/*.py"), *top.glob("data_pipelines/**/*.py"))):
         code.update(file.relative_to(top).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return {"code of crab_jax": code.hexdigest(), **{name: version(name) for name in PACKAGES},
-            **{name: getattr(jax.config, name) for name in NUMERIC}}
+    return {"number of processes": global_state.num_processes, "code of crab_jax": code.hexdigest(),
+            **{name: version(name) for name in PACKAGES}, **{name: getattr(jax.config, name) for name in NUMERIC}}
 
 
 def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:

@@ -206,7 +206,7 @@ def meet(index: int, count: int, coordinator: str, put: Callable[[str, str], Any
     come.
     """
     if index == 0:
-        with _listen() as listener:
+        with listen() as listener:
             address = Address(socket.gethostname(), listener.getsockname()[1], secrets.token_hex(16))
             put(KEY, json.dumps(address))
             links = _all(listener, count, address.secret)
@@ -217,9 +217,10 @@ def meet(index: int, count: int, coordinator: str, put: Callable[[str, str], Any
     return Peers(index, links)
 
 
-def _listen() -> socket.socket:
+def listen(port: int = 0) -> socket.socket:
+    """A listener on all interfaces, at a free port unless one is given. Raises OSError."""
     both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both,
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both,
                                 backlog=1024)
 
 

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import tiny
-from crab_jax import checkpoints, distributed, packaged, runs
+from crab_jax import checkpoints, distributed, packaged, peers, runs
 from crab_jax.config import resolve
 from crab_jax.errors import InputError
 from tests.test_train import SMALL
@@ -52,10 +52,18 @@ def test_how_processes_find_each_other_is_read_from_the_environment(environ, wan
 
 @pytest.mark.parametrize("environ, named", [
     ({HOST: "h:1", COUNT: "2"}, INDEX), ({HOST: "h:1", COUNT: "two", INDEX: "0"}, "two"),
-    ({HOST: "h:1", COUNT: "2", INDEX: "2"}, "count them from 0")])
+    ({HOST: "h:1", COUNT: "2", INDEX: "2"}, "count them from 0"), ({HOST: "h", COUNT: "2", INDEX: "1"}, "host:port")])
 def test_half_an_explicit_start_is_refused(environ, named):
     with pytest.raises(InputError, match=named):
         distributed.launch(environ)
+
+
+def test_a_port_that_is_in_use_is_told_and_not_tried():
+    """JAX would end with a segmentation fault."""
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on port {port} here .* in use"):
+            distributed.start({HOST: f"localhost:{port}", COUNT: "2", INDEX: "0"})
 
 
 def test_a_batch_script_without_srun_works_alone_and_says_so(capsys):
@@ -107,6 +115,28 @@ def test_a_process_loads_the_rows_of_its_devices():
     assert distributed.own_rows(Where(), 8).tolist() == [0, 1, 4, 5]  # type: ignore[arg-type]
     one = NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), PartitionSpec("x"))
     assert distributed.own_rows(one, 3).tolist() == [0, 1, 2]
+
+
+def test_strangers_at_the_port_of_the_first_process_are_no_peers(monkeypatch):
+    """Only who says the secret and an index is one; who does not come is named."""
+    monkeypatch.setattr(peers, "CONNECT_SECONDS", 1.0)
+    with peers.listen() as listener:
+        address = ("localhost", listener.getsockname()[1])
+
+        def call(line: bytes) -> socket.socket:
+            connection = socket.create_connection(address)
+            connection.sendall(line)
+            return connection
+
+        hellos = (b"GET / HTTP/1.1\r\n\r\n", b'["wrong", 1, "a"]\n', b'["secret", 7, "a"]\n', b'["secret", 1, "b"]\n')
+        open_ones = [call(hello) for hello in hellos]
+        with pytest.raises(InputError, match="process 2 did not connect within 1 s"):
+            peers._all(listener, 3, "secret")
+        assert open_ones[-1].recv(100) == b"here \n"
+        open_ones += [call(b'["secret", 2, "c"]\n'), call(b'["secret", 1, "b"]\n')]
+        assert peers._all(listener, 3, "secret")[2].name == "process 2 on c"
+        for connection in open_ones:
+            connection.close()
 
 
 class Processes:
@@ -202,17 +232,17 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.mark.exhaustive
 def test_killed_or_stopped_processes_cost_no_number(questions, tmp_path):
     """Stopped for a while, then killed (each of the two once) and started again: the losses of an undisturbed run."""
-    steps = ("--config.steps=60", "--config.checkpoint_every=4", "--config.data.workers=1",
+    steps = ("--config.steps=16", "--config.checkpoint_every=3", "--config.data.workers=1",
              "--config.watchdog_seconds=1")
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert [code for code, _, _ in Processes(2, questions, whole, *steps, devices=1).end()] == [0, 0]
 
     both = Processes(2, questions, run, *steps, devices=1)
-    reach(both, run, 6)
+    reach(both, run, 2)
     both.all[1].send_signal(signal.SIGSTOP)
     said(both.all[0], "waiting for device step .*process 1 on .* has not answered")
     both.all[1].send_signal(signal.SIGCONT)
-    for killed, step in ((1, 12), (0, 24)):
+    for killed, step in ((1, 5), (0, 10)):
         reach(both, run, step)
         workers = [child for process in both.all for child in children(process)]
         both.all[killed].kill()

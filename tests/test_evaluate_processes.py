@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,30 @@ def whole(scenes_root, tmp_path_factory):
     out, began = tmp_path_factory.mktemp("whole"), time.monotonic()
     finish(start(scenes_root, out))
     return files(out), time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_one_run", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_processes_that_differ_are_refused_before_they_load_a_model(scenes_root, tmp_path, monkeypatch, as_one_run):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{probe.getsockname()[1]}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    programs = []
+    for index in (0, 1):
+        monkeypatch.setenv("JAX_PROCESS_ID", str(index))
+        programs.append(start(scenes_root, tmp_path, "--limit", str(6 + index),
+                              *([] if as_one_run else ["--process", f"{index}/2"])))
+    # Of two that are started alone the first to come does not know of the other: it waits for it.
+    refused = programs if as_one_run else []
+    while not refused:
+        refused = [program for program in programs if program.poll() is not None]
+        time.sleep(0.1)
+    for program in refused:
+        said, _ = program.communicate(timeout=120)
+        assert program.returncode == 2 and "[--limit]: is " in said, said
+    for program in programs:
+        program.kill()
 
 
 @pytest.mark.exhaustive
