@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_PARENT_DIES = 1  # PR_SET_PDEATHSIG
 MEMORY = 4 << 30  # bytes that a process may take beyond what it has when it starts
 
 
@@ -98,6 +100,16 @@ def _done(busy: list[_Worker]) -> list[tuple[_Worker, Any]]:
         busy.remove(worker)
         done.append((worker, result))
     return done
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it is gone, which may be killed without a word. Linux only;
+    elsewhere it waits for work for ever."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PARENT_DIES, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it was gone before
+        os._exit(1)
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
