@@ -23,6 +23,7 @@ from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, lo
 from data_pipelines.examples import Example, choice
 from data_pipelines.padding import Padding, padding
 from data_pipelines.tokens import Tokenizer
+from data_pipelines.workers import end_with_parent
 
 _log = logging.getLogger(__name__)
 
@@ -268,8 +269,13 @@ def train_dataset(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its own absl flags, in programs that parse none as well
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+                                      worker_init_fn=_start_worker)
     return dataset
+
+
+def _start_worker(index: int, count: int) -> None:
+    end_with_parent()
 
 
 def eval_batches(
