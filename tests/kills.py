@@ -5,9 +5,9 @@ nothing disturbed.
 
 Half of the moments are a number of files that a verb has made so far (the moments of writing), half are any time. A
 kill is SIGKILL, to the verb and what it started or to the verb alone; a run is killed up to five times before it may
-end. A full disk is a small one (tmpfs; without the
-right to mount, in a namespace of its own) that another file fills up. A verb whose disk is full must say so in one
-line and exit with 2, or not need it any more. docs/reliability.md has the figures.
+end. A full disk is a small one (tmpfs; without the right to mount, in a namespace of its own) that another file fills
+up. A verb whose disk is full must say so in one line and exit with 2, or not need it any more. docs/reliability.md has
+the figures.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def try_full(battery: Battery, names: Sequence[str]) -> dict[str, tuple[int, int
 def main() -> None:
     """Print the table, and what did not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of train, and as many of the other verbs")
+    parser.add_argument("--kills", type=int, default=20, help="of train, and as many of other verbs")
     parser.add_argument("--full", type=int, default=len(FILLED))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="verbs, comma-separated")
