@@ -44,7 +44,7 @@ from orbax.checkpoint import v1 as ocp
 from crab_jax import finite, packaged
 from crab_jax.convert.torch_file import read_safetensors
 from crab_jax.errors import InputError
-from crab_jax.files import need_room, whole, write_whole
+from crab_jax.files import need_room, replaced, whole, write_whole
 from crab_jax.optim import merge
 from crab_jax.structured import read_json
 
@@ -457,12 +457,14 @@ def _flat(params: Any, dtype: Any) -> dict[str, np.ndarray]:
 
 def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
     """Write a parameter tree as one safetensors file, whole or not at all; floating leaves in `dtype` when given."""
-    file, flat = Path(file), _flat(params, dtype)
-    finite.check(flat, str(file))
+    _save_flat(Path(file), finite.check(_flat(params, dtype), str(file)))
+
+
+def _save_flat(file: Path, flat: Mapping[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     need_room(file.parent, sum(leaf.nbytes for leaf in flat.values()), file.name)
     with whole(file) as partial_file:
-        safetensors.numpy.save_file(flat, partial_file)
+        safetensors.numpy.save_file(dict(flat), partial_file)
 
 
 def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:
@@ -601,18 +603,14 @@ def load_tree(file: str | Path, wanted: Any = None, digests: Mapping[str, str] |
 
 def save_packed(folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None, tokenizer: Any = None
                 ) -> None:
-    """Write parameters, config and tokenizer into one folder.
-
-    Its manifest goes first and comes last: a folder that is left half is refused, or is one of an older version.
-    """
-    folder = Path(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    save_tree(folder / PACKED, params, dtype)
-    write_whole(folder / "config.json", json.dumps(config, indent=1))
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    digests = {path: _digest_here(leaf) for path, leaf in _flat(params, dtype).items()}
-    note_model(folder, digests)
+    """Write parameters, config and tokenizer into one folder: all of them are there, or what was there before."""
+    flat = finite.check(_flat(params, dtype), str(Path(folder) / PACKED))
+    with replaced(folder) as new:
+        _save_flat(new / PACKED, flat)
+        write_whole(new / "config.json", json.dumps(config, indent=1))
+        if tokenizer is not None:
+            tokenizer.save(new)
+        note_model(new, {path: _digest_here(leaf) for path, leaf in flat.items()})
 
 
 def _partial_load() -> ocp.Context:

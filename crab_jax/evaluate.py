@@ -127,13 +127,15 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
                   flush=True)
     else:
         old = [path for path in (*predictions.parts(out), out / "masks", file) if path.exists()]
-        if old:
+        moved = out / ".previous"  # until all are there: a process that is killed here leaves them to the next
+        if old or moved.exists():
             print(f"answers of another model, split or setting are moved to {out / 'previous'}; what differs: "
                   f"{', '.join(changed) or 'not known'}", flush=True)
-            shutil.rmtree(out / "previous", ignore_errors=True)
-            (out / "previous").mkdir()
+            moved.mkdir(exist_ok=True)
             for path in old:
-                path.rename(out / "previous" / path.name)
+                path.rename(moved / path.name)
+            shutil.rmtree(out / "previous", ignore_errors=True)
+            moved.rename(out / "previous")
     write_whole(file, json.dumps(description, indent=1).encode())
 
 

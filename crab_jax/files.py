@@ -142,6 +142,10 @@ def replaced(folder: str | Path) -> Iterator[Path]:
         for path in list(new.iterdir()):  # the old one now
             if not (folder / path.name).exists():
                 path.rename(folder / path.name)
+    except OSError as error:
+        if error.filename:  # nobody knows the new folder
+            error.filename = str(error.filename).replace(str(new), str(folder))
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from crab_jax import runs
 from crab_jax.bounds import Real, path
-from crab_jax.checkpoints import save_packed
+from crab_jax.checkpoints import MANIFEST, save_packed
 from crab_jax.errors import CommandLine, run_verb
 from crab_jax.files import out_folder, write_whole
 from crab_jax.locks import locked
@@ -55,7 +55,7 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
     scenes, warmup, pretrain, joint = (out / name for name in ("scenes", "warmup", "pretrain", "joint"))
     seconds["scenes"] = command("data_pipelines.sources.scenes", "--out", scenes, "--train", scaled(3000), "--val", 8,
                                 "--test", scaled(120), "--seed", SEED, "--workers", 2)
-    if not (warmup / "params.safetensors").exists():
+    if not (warmup / MANIFEST).exists():  # a warm-up of an older version is done again, from its parts
         seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale,
                                     *(("--start", start) if start else ()))
     shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")

@@ -237,7 +237,8 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
     """Write one shard, so that it is there whole or not at all, and its note; the note."""
     path, files = out / shard.file, Files(settings.root, settings.decoding)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # A process that was started by one that is gone may be at the same shard still.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     compression = settings.compression(shard.media[0].kind)
     writer = array_record_module.ArrayRecordWriter(str(partial), f"group_size:1,{compression}")
     failed, size, places = [], 0, []
@@ -330,6 +331,7 @@ def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], wo
     """Write or complete the prepared root `out`; what could not be decoded. See the module's docstring."""
     lists = claim(out, settings, wanted)
     _leave_older_format(out)
+    _remove_partial(out)
     counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
     seen: dict[Medium, None] = {}
     todo: list[Shard] = []
@@ -417,8 +419,12 @@ def _finish(settings: Settings, out: Path, counts: dict[str, dict[str, int]], to
         if str(path.relative_to(out)) not in ours:
             _note(path).unlink(missing_ok=True)
             path.unlink()
+
+
+def _remove_partial(out: Path) -> None:
+    """Remove what a run that was stopped left of shards."""
     for path in (path for kind in KINDS for path in (out / kind).glob(".*.partial")):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _lists(settings: Settings, counts: dict[str, dict[str, int]]) -> list[str]:

@@ -4,9 +4,10 @@ nothing disturbed.
     python -m tests.kills [--kills 20 --full 20 --seed 0 --only train,prepare --work DIR]
 
 Half of the moments are a number of files that a verb has made so far (the moments of writing), half are any time. A
-kill is SIGKILL, to the verb and what it started or to the verb alone. A full disk is a small one (tmpfs; without the
-right to mount, in a namespace of its own) that another file fills up. A verb whose disk is full must say so in one
-line and exit with 2, or not need it any more. docs/reliability.md has the figures.
+kill is SIGKILL, to the verb and what it started or to the verb alone; a run is killed up to five times before it may
+end. A full disk is a small one (tmpfs; without the right to mount, in a namespace of its own) that another file fills
+up. A verb whose disk is full must say so in one line and exit with 2, or not need it any more. docs/reliability.md has
+the figures.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +156,7 @@ VERBS = {
         "crab_jax.warmup", "--data", base / "scenes", "--out", out / "warm", "--scale", 0.001),
         lambda out: files_of(out / "warm")),
 }
+CHAIN = 5
 KILLED = ("prepare", "evaluate", "import", "av_uie annotate")  # beside train
 FILLED = ("train", "train", "train", "prepare", "prepare", "evaluate", "import", *tuple(VERBS)[4:])
 
@@ -236,13 +238,12 @@ class Battery:
         self.failed: list[str] = []
 
     def undisturbed(self, name: str) -> tuple[Any, Outcome]:
-        """(result, outcome) of a verb that nothing disturbs; the second time, so that all is compiled."""
+        """(result, outcome) of a verb that nothing disturbs."""
         if name not in self.whole:
-            for number in range(2):
-                out = self.work / "whole" / f"{name.replace(' ', '_')}{number}" / "out"
-                out.parent.mkdir(parents=True, exist_ok=True)
-                done = run(VERBS[name].words(self.base, out), out)
-                assert done.code == 0, (name, done.said)
+            out = self.work / "whole" / name.replace(" ", "_") / "out"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            done = run(VERBS[name].words(self.base, out), out)
+            assert done.code == 0, (name, done.said)
             self.whole[name] = VERBS[name].result(out), done
             for verb, folder in (("train", "trained"), ("import", "imported"), ("evaluate", "evaluated")):
                 if name == verb and not (self.base / folder).exists():
@@ -267,14 +268,20 @@ class Battery:
             self.failed.append(f"{name}, {how}: {problem}")
         return not problem
 
-    def kill(self, name: str, number: int) -> bool:
-        """One kill; whether the verb then comes to its result."""
+    def kill(self, name: str, first: int, most: int = 1) -> tuple[int, bool]:
+        """One run that is killed up to `most` times, until it is done: how often it was, and whether it then comes to
+        its result."""
         _, whole = self.undisturbed(name)
-        out = self.work / "killed" / f"{name.replace(' ', '_')}{number}" / "out"
+        out, times, how = self.work / "killed" / f"{name.replace(' ', '_')}{first}" / "out", 0, []
         out.parent.mkdir(parents=True)
-        at, alone = self.moment(whole, number), number % 3 == 2
-        ended = run(VERBS[name].words(self.base, out), out, subprocess.Popen.kill if alone else kill_all, **at)
-        return self.again(name, out, f"kill {number} at {at} (exit {ended.code})")
+        for number in range(first, first + most):
+            at, alone = self.moment(whole, number), number % 3 == 2
+            ended = run(VERBS[name].words(self.base, out), out, subprocess.Popen.kill if alone else kill_all, **at)
+            how.append(f"{at}{' alone' if alone else ''}: exit {ended.code}")
+            if ended.code != -signal.SIGKILL:
+                break
+            times += 1
+        return times, self.again(name, out, f"kills {how}")
 
     def full(self, name: str, number: int) -> bool:
         """One full disk; whether the verb says so in one line, and then comes to its result."""
@@ -316,28 +323,35 @@ def make_base(base: Path, url: str) -> None:
     (base / "table.csv").write_text(f"task,media,question,answer\n{clips}")
 
 
-def try_all(battery: Battery, kills: int, full: int, only: list[str]) -> dict[str, tuple[int, int]]:
-    """{what: (tried, same)}."""
-    plan = [("kill", "train")] * kills + [("kill", KILLED[number % len(KILLED)]) for number in range(kills)]
-    plan += [("full", FILLED[number % len(FILLED)]) for number in range(full)]
+def try_kills(battery: Battery, kills: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """{verb: (kills, those that the same results came after)}, by runs that are killed up to CHAIN times."""
+    found = {}
+    for name, wanted in kills.items():
+        tried = same = first = 0
+        while tried < wanted:
+            times, good = battery.kill(name, first, min(CHAIN, wanted - tried))
+            first, tried, same = first + CHAIN, tried + times, same + times * good
+            print(f"{name}: {same} of {tried} kills, then the same" + ("" if good else f"; {battery.failed[-1]}"),
+                  flush=True)
+        found[f"killed: {name}"] = tried, same
+    return found
+
+
+def try_full(battery: Battery, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """{verb: (full disks, those that the same results came after)}."""
     tried, same = Counter[str](), Counter[str]()
-    for number, (how, name) in enumerate(plan):
-        if only and name not in only:
-            continue
-        if name in ("export", "pack", "compare"):
-            battery.undisturbed({"export": "import", "pack": "train", "compare": "evaluate"}[name])
-        what = f"{'killed' if how == 'kill' else 'full disk'}: {name}"
-        tried[what] += 1
-        good = (battery.kill if how == "kill" else battery.full)(name, number)
-        same[what] += good
-        print(f"{number + 1}/{len(plan)} {what}: {'same' if good else battery.failed[-1]}", flush=True)
-    return {what: (count, same[what]) for what, count in tried.items()}
+    for number, name in enumerate(names):
+        battery.undisturbed({"export": "import", "pack": "train", "compare": "evaluate"}.get(name, name))
+        tried[name] += 1
+        same[name] += (good := battery.full(name, number))
+        print(f"{name}, full disk: {'same' if good else battery.failed[-1]}", flush=True)
+    return {f"full disk: {name}": (count, same[name]) for name, count in tried.items()}
 
 
 def main() -> None:
     """Print the table, and what did not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of train, and as many of the other verbs")
+    parser.add_argument("--kills", type=int, default=20, help="of train, and as many of other verbs")
     parser.add_argument("--full", type=int, default=len(FILLED))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="verbs, comma-separated")
@@ -351,7 +365,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as work, serving(Stub()) as stub:
         battery = Battery(Path(work), arguments.seed)
         make_base(battery.base, stub.url)
-        counts = try_all(battery, arguments.kills, arguments.full, [n for n in arguments.only.split(",") if n])
+        only = [name for name in arguments.only.split(",") if name] or list(VERBS)
+        kills = {"train": arguments.kills} | dict.fromkeys(KILLED, -(-arguments.kills // len(KILLED)))
+        counts = try_kills(battery, {name: times for name, times in kills.items() if name in only})
+        counts |= try_full(battery, [name for name in FILLED[:arguments.full] if name in only])
     print("| what | tried | same |\n|---|---|---|")
     for what, (tried, same) in counts.items():
         print(f"| {what} | {tried} | {same} |")

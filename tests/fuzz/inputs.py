@@ -186,7 +186,7 @@ def _run(world: Path) -> None:
     folder.mkdir()
     saved = checkpoints.RunCheckpoints(folder / "checkpoints")
     saved.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads})
-    state = train.TrainState(jnp.int32(1), trainable, optim.optimizer(optim.OptimConfig(**config.optim), 2).init(
+    state = train.TrainState(jnp.int32(1), trainable, optim.optimizer(config.optim, 2).init(
         trainable))
     saved.save(1, dataclasses.asdict(state))
     saved.wait()
