@@ -292,6 +292,12 @@ def compile_step(config: Any, model: Crab, mesh: jax.sharding.Mesh, state: Train
                    out_shardings=(state_shardings, sharding.replicated(mesh)))
 
 
+def learns_nothing(schedule: optax.Schedule, start: int, steps: int) -> bool:
+    """Whether no step after `start` has a learning rate above 0. Every schedule begins with 0, as those of
+    DeepSpeed and Hugging Face do, so a run of a single step learns nothing."""
+    return start < steps and not any(float(schedule(step)) for step in range(start, min(steps, start + 2)))
+
+
 def abstract_state(config: Any, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
     tx = optim.optimizer(optim.OptimConfig(**config.optim), config.steps)
@@ -360,7 +366,7 @@ def train(config: Any, workdir: Path) -> None:
         if distributed.primary():
             runs.save_description(workdir, config, tokenizer)
             checkpoints.note_description()
-        if start < config.steps and not np.any(schedule(np.arange(start, min(config.steps, start + 2)))):
+        if learns_nothing(schedule, start, config.steps):
             distributed.say(f"warning: --config: steps: is {config.steps}, and step {start + 1} of it has a learning "
                             "rate of 0, where warm-up starts: nothing is learned; take more steps")
         if resumed:

@@ -87,16 +87,42 @@ def test_every_kind_of_checkpoint_is_refused_by_the_name_of_what_is_broken(store
 def test_a_run_does_not_go_on_from_values_that_are_none(tmp_path, monkeypatch):
     store = checkpoints.RunCheckpoints(tmp_path)
     train = {"trainable": {"w": jnp.array([1.0, jnp.nan])}, "step": jnp.int32(1)}
-    store.save(1, train)
-    store.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(finite, "check", lambda tree, where: tree)  # as an older version wrote it
+        store.save(1, train)
+        store.wait()
     with pytest.raises(InputError, match="trainable/w.*1 NaN"):
         checkpoints.RunCheckpoints(tmp_path).restore(train)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", ["trainable/w", "opt/mu/w"])
+def test_a_step_that_is_not_finite_is_not_saved_and_the_last_good_one_stays(place, value, tmp_path):
+    def state(bad: dict[str, float]):
+        return traverse_util.unflatten_dict({name: jnp.array([1.0, bad.get(name, 2.0)]) for name in
+                                             ("trainable/w", "opt/mu/w")}, sep="/")
+
+    store = checkpoints.RunCheckpoints(tmp_path)
+    with pytest.raises(InputError, match=rf"{place}.*not saved, there is no step before it"):
+        store.save(1, state({place: value}))
+    store = checkpoints.RunCheckpoints(tmp_path)
+    store.save(2, state({}))
+    with pytest.raises(InputError, match=rf"/3 \[{place}\].*{place} has 1 of 2.*not saved, step 2 before it is whole"):
+        store.save(3, state({place: value}))
+    again = checkpoints.RunCheckpoints(tmp_path)
+    assert again.latest == 2
+    found = again.restore(state({}))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, state({})))
+
+
 def test_values_beyond_a_narrower_dtype_are_refused_while_they_become_infinite(tmp_path):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    packed(tmp_path / "largest", {"w": np.float32([1.0, -3.4e38])})  # above the largest of bfloat16 too
+    with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
+        checkpoints.stored_params(tmp_path / "largest").load(
+            {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)})
     params = {"w": np.float32([1.0, 70000.0])}
     packed(tmp_path, params)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)}
     assert np.isfinite(np.asarray(checkpoints.stored_params(tmp_path).load(wanted)["w"], np.float32)).all()
     wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.float16, sharding=here)}

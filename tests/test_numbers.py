@@ -1,6 +1,7 @@
 """What is no number ruins nothing but itself: a step on a toy model, rows of the real one, generation, integers."""
 
 import dataclasses
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -51,15 +52,24 @@ def heard(row: int, value: float) -> np.ndarray:
     return sound
 
 
+@partial(jax.jit, static_argnames=("model", "tx", "accumulate"))
+def compiled(state, batch, model, tx, accumulate):
+    return train.train_step(state, {}, batch, model=model, tx=tx, loss_cfg=losses.LossConfig(), seed=0,
+                            accumulate=accumulate)
+
+
+@cache
+def optimizer(**config):
+    return optim.optimizer(optim.OptimConfig(**{"lr": 0.1, "schedule": "constant", "eps": 1e-4, **config}), 10)
+
+
 def step(batch: Batch, model: Toy | None = None, w=None, accumulate: int = 1, **config):
     """(state before, state after, metrics) of one step at a rate that is not 0."""
-    tx = optim.optimizer(optim.OptimConfig(**{"lr": 0.1, "schedule": "constant", "eps": 1e-4, **config}), 10)
+    tx = optimizer(**config)
     params = {"w": jnp.linspace(-1, 1, VOCAB) if w is None else jnp.full(VOCAB, w)}
     opt = tx.update({"w": jnp.zeros(VOCAB)}, tx.init(params), params)[1]
     before = train.TrainState(jnp.int32(1), params, opt)
-    after, metrics = jax.jit(lambda state, batch: train.train_step(
-        state, {}, batch, model=model or Toy(), tx=tx, loss_cfg=losses.LossConfig(), seed=0, accumulate=accumulate)
-        )(before, batch)
+    after, metrics = compiled(before, batch, model or Toy(), tx, accumulate)
     return before, after, jax.device_get(metrics)
 
 
@@ -120,7 +130,8 @@ def test_parameters_that_would_overflow_skip_the_step_though_loss_and_gradient_a
     {"loss_mask": np.zeros((ROWS, LENGTH), bool)}, {"seg_kind": np.zeros((ROWS, 1), np.int32)},
     {"seg_kind": np.ones((ROWS, 1), np.int32)}, {"seg_kind": np.full((ROWS, 1), 2, np.int32)},
     {"loss_mask": np.zeros((ROWS, LENGTH), bool), "seg_kind": np.zeros((ROWS, 1), np.int32)},
-    {"index": np.full(ROWS, -1, np.int32)}], ids=str)
+    {"index": np.full(ROWS, -1, np.int32)}],
+    ids=("no targets", "no masks", "binary", "semantic", "neither targets nor masks", "fillers"))
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_no_targets_no_masks_one_kind_alone_or_fillers_alone_divide_by_nothing(changes, accumulate):
     _, after, metrics = step(batch_of(**changes), accumulate=accumulate)

@@ -93,6 +93,10 @@ def test_bootstrap_interval_matches_the_normal_approximation():
     assert row["intervals"]["accuracy"] == pytest.approx([mean - half, mean + half], abs=0.012)
 
 
+def test_an_interval_is_the_middle_95_percent():
+    assert scoring.interval(range(1001)) == [25, 975]
+
+
 def test_bootstrap_is_seeded():
     answers = [Answer(e.id, TASKS["avqa"].target("yes")) for e in EXAMPLES[3:]]
     one, two = (score(answers, EXAMPLES[3:], resamples=50, seed=s) for s in (1, 1))

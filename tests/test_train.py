@@ -131,7 +131,8 @@ def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
 
     def run(skipped: list[int]) -> None:
         for step, value in enumerate(skipped, 1):
-            guard.add(step, {"skipped": value, "loss": np.nan, "grad_norm": np.inf}, batch)
+            guard.add(step, {"skipped": value, "loss": np.nan, "grad_norm": np.inf, "bad_rows": 1, "bad_index": 1},
+                      batch)
         guard.settle()
 
     run([1, 0, 1, 0])  # never two in a row
@@ -140,6 +141,16 @@ def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
     assert (safetensors.numpy.load_file(stop.value.where)["tokens"] == 7).all()
     rows = read_jsonl(Path(stop.value.where).with_suffix(".jsonl"))
     assert [example.id for example in rows] == ["second", "first"]
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+@pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
+def test_only_a_run_of_one_step_learns_nothing_which_is_known_at_its_start(schedule, share):
+    config = optim.OptimConfig(schedule=schedule, warmup_share=share)
+    for steps in (1, 2, 3, 1000):
+        rates = optim.learning_rate(config, steps)
+        assert train.learns_nothing(rates, 0, steps) == (steps == 1)
+        assert not train.learns_nothing(rates, steps, steps), "nothing is left to do"
 
 
 def test_the_input_that_is_waited_for_is_named(scenes_root):

@@ -19,6 +19,25 @@ def test_a_long_wait_is_named_when_it_doubles_and_when_it_ends():
     assert len(lines) == told, "a short wait is not reported"
 
 
+def test_reports_come_each_time_the_wait_has_doubled(monkeypatch):
+    """On a clock of the test's own: every look at it is a second later."""
+    now = [0.0]
+
+    class Seconds:
+        def wait(self, _: float) -> bool:
+            now[0] += 1
+            return now[0] > 100
+
+    lines: list[str] = []
+    watchdog = Watchdog(10, say=lines.append)
+    monkeypatch.setattr("crab_jax.watchdog.time.monotonic", lambda: now[0])
+    watchdog._done = Seconds()
+    with watchdog.waiting("a disk"):
+        watchdog._watch()
+    told = [f"waiting for a disk, for {seconds} s now" for seconds in (10, 20, 40, 80)]
+    assert lines == [*told, "went on after 101 s"]
+
+
 def test_zero_seconds_is_off():
     lines: list[str] = []
     with Watchdog(0, say=lines.append) as watchdog, watchdog.waiting("a while"):

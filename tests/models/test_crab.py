@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import runs
+from crab_jax import runs, train
 from crab_jax.config import tiny
 from crab_jax.generate import GenerateOptions, generate
 from crab_jax.models.crab import Crab, init_params
@@ -56,6 +56,43 @@ def test_a_batch_is_its_rows_and_padding_is_invisible(setup):
         np.testing.assert_allclose(twice.binary[1 - row], out.binary[row], atol=2e-4)
         np.testing.assert_allclose(padded.logits[row, :192][real], out.logits[row, real], atol=2e-5)
         np.testing.assert_allclose(padded.semantic[row], out.semantic[row], atol=2e-4)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_row_of_no_numbers_or_of_padding_alone_changes_no_bit_of_another(setup, row):
+    model, params, _, load = setup
+    batch, other = load("s4", 2, (192,)), 1 - row
+    forward = jax.jit(model.apply)
+    out = forward({"params": params}, batch)
+    rows = train.loss_rows(out, batch)
+    nothing = jax.tree.map(lambda x: x.at[row].set(0), batch).replace(
+        slots=batch.slots.at[row].set(-1), index=batch.index.at[row].set(-1))
+    for name, changed in (("sound", batch.replace(fbank=batch.fbank.at[row].set(jnp.nan))),
+                          ("loud", batch.replace(fbank=batch.fbank.at[row].set(3e38))), ("padding", nothing)):
+        found = forward({"params": params}, changed)
+        losses = train.loss_rows(found, changed)
+        for part in ("logits", "hidden", "binary", "semantic"):
+            np.testing.assert_array_equal(getattr(found, part)[other], getattr(out, part)[other])
+        for part, term in losses.items():
+            assert term.sum[other] == rows[part].sum[other], part
+        spoiled = not all(np.isfinite(term.sum[row]) for term in losses.values())
+        assert spoiled == (name != "padding"), "it is seen, and padding is none"
+        assert bool(train.finite_rows(losses, 2)[other]) and bool(train.finite_rows(losses, 2)[row]) != spoiled
+
+
+@pytest.mark.slow
+def test_a_row_of_no_numbers_changes_no_bit_of_the_gradient_of_another(setup):
+    model, params, _, load = setup
+    batch = load("s4", 2, (192,))
+
+    def loss(fbank):
+        rows = train.loss_rows(model.apply({"params": params}, batch.replace(fbank=fbank)), batch)
+        return sum(term.sum.sum() for term in rows.values())
+
+    gradient = jax.jit(jax.grad(loss))
+    whole, spoiled = gradient(batch.fbank), gradient(batch.fbank.at[0].set(jnp.nan))
+    np.testing.assert_array_equal(whole[1], spoiled[1])
+    assert np.abs(whole[1]).max() > 0 and np.isnan(spoiled[0]).any()
 
 
 def test_each_slot_takes_its_row_and_text_keeps_its_embedding(setup):
