@@ -70,7 +70,7 @@ def base() -> ConfigDict:
         "log_every": 10,
         "checkpoint_every": 500,
         "keep": 2,
-        "max_skipped": 10,  # steps in a row whose loss or gradient is not finite, before the run ends
+        "max_skipped": 10,  # steps in a row that are not finite and not taken, before the run ends
         "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
     })
 
