@@ -249,7 +249,7 @@ _SYSTEM = ("/proc/", "/sys/", "/dev/")
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 HEAD = 1024  # bytes from the beginning of a file that tell what stands in its place
 _STAND_INS = (  # (how the file begins, what it is, what to do)
-    (rb"version https://git-lfs\.github\.com/spec/v1\n", "a Git LFS pointer", "run: git lfs pull"),
+    (rb"version https://git-lfs\.github\.com/spec/v1\r?\n", "a Git LFS pointer", "run: git lfs pull"),
     (rb"(\.\./)*(\.git/|/)annex/objects/", "a git-annex pointer", "run: git annex get"),
     (rb"(\xef\xbb\xbf)?\s*(<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html)", "a web page",
      "download the file itself (raw or resolve, not blob); a browser shows what the page says"))

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -38,6 +38,7 @@ from crab_jax.structured import (
 )
 from data_pipelines.examples import Example
 from data_pipelines.media import avss_palette, decode_runs, image_size, read_mask
+from data_pipelines.media.masks import BETWEEN, LOSSY
 from data_pipelines.media.pictures import DEEP, open_picture
 
 Row = dict[str, Any]  # one line
@@ -131,6 +132,8 @@ def grey_levels(path: Path) -> tuple[np.ndarray, int]:
                 raise refuse(f"has values outside 0 to {highest}")
             return levels, 0 if picture.mode == "F" else 16
         marked = picture.info.get(MARK) == str(LEVELS)
+        if opened.kind in LOSSY:  # which give grey a tinge
+            return _grey_of_lossy(np.array(picture.convert("RGB")), opened.kind, refuse), 8
         colours = np.array(picture.convert("RGB" if picture.mode not in ("L", "LA") else "L"))
         if colours.ndim == 3 and (colours != colours[..., :1]).any():
             shown = np.asarray(colours.any(-1))
@@ -141,24 +144,55 @@ def grey_levels(path: Path) -> tuple[np.ndarray, int]:
         return (grey.astype(np.float64) / LEVELS, 0) if marked else (grey, 8)
 
 
-def full_levels(paths: Iterable[Path]) -> dict[int, int]:
-    """{8: level, 16: level}: the grey level that stands for 1 in the files of a run that do not say it themselves, by
-    their depth. It is the lowest of 1, 255 and 65535 that no file exceeds: 1 where all of them hold 0 and 1 alone."""
-    full: dict[int, int] = {}
-    shown: dict[int, set[int]] = {}  # the levels above 0, up to two of each depth
+def _grey_of_lossy(colours: np.ndarray, kind: str, refuse: Callable[[str], InputError]) -> np.ndarray:
+    """uint8[H,W]: the greys of a mask [H,W,3] in a format that does not keep values exactly. Raises InputError where it
+    has colours."""
+    tinge = colours.max(axis=2).astype(int) - colours.min(axis=2)
+    if (tinge > 64).mean() > BETWEEN:
+        raise refuse(f"is a {kind} with colours, which that does not keep exactly")
+    return np.asarray(Image.fromarray(colours).convert("L"))
+
+
+class Shown(NamedTuple):
+    """What the files of a run hold that do not say which grey level stands for 1: the highest, up to two above 0, and
+    the last of the files."""
+
+    highest: int
+    levels: frozenset[int]
+    path: Path
+
+    @property
+    def full(self) -> int:
+        """The lowest of 1, 255 and 65535 that no file exceeds: 1 where all of them hold 0 and 1 alone."""
+        return next(most for most in (1, LEVELS, 0xFFFF) if self.highest <= most)
+
+
+def shown_levels(paths: Iterable[Path]) -> dict[int, Shown]:
+    """{8: ..., 16: ...}: what the files of each depth show."""
+    found: dict[int, Shown] = {}
     for path in paths:
         levels, bits = grey_levels(path)
         if bits:
-            if len(shown.setdefault(bits, set())) < 2:
-                shown[bits] |= {int(level) for level in np.unique(levels)[:3] if level}
-            highest = levels.max(initial=0)
-            full[bits] = max(full.get(bits, 0), next(most for most in (1, LEVELS, 0xFFFF) if highest <= most))
-    for bits, most in full.items():
-        if len(shown[bits]) == 1 and (level := min(shown[bits])) <= most // 2:  # a class, or a mask of its own kind
-            raise InputError(str(path), "mask", f"holds grey level {level} beside 0, and so do all {bits}-bit masks: "
-                             f"it would be read as {level} of {most}, that is as nothing",
+            before = found.get(bits, Shown(0, frozenset(), path))
+            few = before.levels if len(before.levels) > 1 else before.levels | {
+                int(level) for level in np.unique(levels)[:3] if level}
+            found[bits] = Shown(max(before.highest, int(levels.max(initial=0))), few, path)
+    return found
+
+
+def full_levels(paths: Iterable[Path]) -> dict[int, int]:
+    """{8: level, 16: level}: the grey level that stands for 1 in the files of a run, by their depth; see `Shown`."""
+    return _full(shown_levels(paths))
+
+
+def _full(shown: Mapping[int, Shown]) -> dict[int, int]:
+    for bits, (highest, levels, path) in shown.items():
+        full = shown[bits].full
+        if len(levels) == 1 and highest <= full // 2:  # a class, or a mask of its own kind
+            raise InputError(str(path), "mask", f"holds grey level {highest} beside 0, and so do all {bits}-bit masks: "
+                             f"it would be read as {highest} of {full}, that is as nothing",
                              "write 0 and 1, or 0 and 255")
-    return full
+    return {bits: one.full for bits, one in shown.items()}
 
 
 def find_mask(folder: Path, name: Any) -> Path:
@@ -204,9 +238,13 @@ class MaskLevels:
                                  "keep the folders of the masks as they were written")
             if MARK not in row and mask != mask_name(name):
                 others[path] = None
-        self.full = full_levels(others)
-        self.told = [f"the {bits}-bit masks hold no grey level above {most}: it is read as 1 (if that is wrong, give "
-                     f'"{MARK}" in the lines)' for bits, most in self.full.items() if most < 2**bits - 1]
+        shown = shown_levels(others)
+        self.full, wrong = _full(shown), f'(if that is wrong, give "{MARK}" in the lines)'
+        self.told = [f"the {bits}-bit masks hold no grey level above {most}: it is read as 1 {wrong}"
+                     for bits, most in self.full.items() if most < 2**bits - 1]
+        self.told += [f"warning: the {bits}-bit masks hold no grey level above {one.highest} of {one.full}: nothing in "
+                      f"them is above one half, so all are read as empty {wrong}" for bits, one in shown.items()
+                      if 0 < one.highest <= one.full // 2]
         self.told += [f"{len(shared)} masks belong to several lines, such as {min(shared)}"] if shared else []
 
     def of(self, name: str, row: Row, where: str) -> Mapping[int, int]:

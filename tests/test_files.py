@@ -55,7 +55,8 @@ def test_what_was_not_fetched_is_called_that(name, content, said, tmp_path):
 
 
 def test_pointers_are_told_from_files_that_speak_of_them():
-    for content, pointer in ((POINTER, True), (b"", False), (b"version https://git", False), (b"x" + POINTER, False)):
+    for content, pointer in ((POINTER, True), (POINTER.replace(b"\n", b"\r\n"), True), (b"", False),
+                             (b"version https://git", False), (b"x" + POINTER, False)):
         assert bool(files.stand_in(content)) == pointer
 
 

@@ -31,6 +31,35 @@ def test_probabilities_keep_their_level_and_their_side_of_one_half(tmp_path):
     np.testing.assert_array_equal(np.array(again), np.array(Image.open(tmp_path / "m.png")))
 
 
+@pytest.mark.parametrize(("ending", "options"), [("webp", {"quality": 60}), ("jpg", {"quality": 60}),
+                                                 ("avif", {"quality": 40})])
+def test_a_mask_in_colours_of_a_format_that_blurs_is_read_by_its_greys(tmp_path, ending, options):
+    """Black and white in RGB come back with a tinge; a red object, which is as good in a PNG, is refused."""
+    mask = np.zeros((24, 36), np.uint8)
+    mask[4:18, 6:16] = 255
+    red = mask[..., None] * np.array([1, 0, 0], np.uint8)
+    for colours, ours in ((np.repeat(mask[..., None], 3, 2), True), (red, False)):
+        Image.fromarray(colours).save(tmp_path / f"m.{ending}", **options)
+        if ours:
+            found = files.load_mask(f"m.{ending}", "binary", tmp_path, {8: 255})
+            wanted = np.asarray(Image.fromarray(mask / np.float32(255)).resize((224, 224), Image.Resampling.BILINEAR))
+            assert ((found > 0.5) != (wanted > 0.5)).mean() < 0.02
+        else:
+            with pytest.raises(InputError, match="with colours, which that does not keep exactly"):
+                files.load_mask(f"m.{ending}", "binary", tmp_path)
+
+
+def test_masks_of_which_nothing_is_above_one_half_are_told(tmp_path):
+    """Percent, or a model that is never sure: which of the two cannot be known."""
+    for name, high in (("a", 90), ("b", 60)):
+        Image.fromarray(np.array([[10, high], [0, 20]], np.uint8)).save(tmp_path / f"{name}.png")
+    rows = {name: {"id": name, "mask": f"{name}.png"} for name in "ab"}
+    said, = files.MaskLevels(rows, {"a", "b"}, tmp_path).told
+    assert "no grey level above 90 of 255" in said and "mask_levels" in said
+    Image.fromarray(np.array([[10, 200], [0, 20]], np.uint8)).save(tmp_path / "b.png")
+    assert not files.MaskLevels(rows, {"a", "b"}, tmp_path).told
+
+
 def test_class_ids_and_masks_of_others_are_read(tmp_path):
     ids = RNG.integers(0, 71, (6, 6)).astype(np.int32)
     files.mask_picture(ids).save(tmp_path / "ids.png")

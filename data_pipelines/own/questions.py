@@ -24,7 +24,8 @@ from data_pipelines.sources.release import Row as Line
 
 NOTHING = ("nothing", "none", "null")  # what an expression refers to, or a mask shows
 _SPAN = r"\(?\s*(\d+)(?:\.0+)?\s*s?\s*(?:-|\u2013|\u2014|\bto\b)\s*(\d+)(?:\.0+)?\s*s?\s*\)?"
-_EVENT = re.compile(rf"(?P<name>.*?\S)[\s,:]+(?P<spans>{_SPAN}(?:\s*,\s*{_SPAN})*)", re.DOTALL)
+_BETWEEN = r"(?:[\s,:]|\s[-\u2013\u2014=@]+\s)+(?:(?:from|at|during)\s+)?"  # a name and its spans
+_EVENT = re.compile(rf"(?P<name>.*?\S){_BETWEEN}(?P<spans>{_SPAN}(?:\s*,\s*{_SPAN})*)", re.DOTALL)
 _SENSE = re.compile(r"(audio|visual)\s*:\s*(.*)", re.IGNORECASE | re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 

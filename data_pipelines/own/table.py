@@ -27,6 +27,9 @@ COLUMNS = tuple(dict.fromkeys((*COMMON, *(name for names in FIELDS.values() for 
 OTHER_NAMES = {"objects": "object", "event": "events", "caption": "answer", "captions": "answer"}
 SPLIT_NAMES = {**{split: split for split in SPLITS}, "training": "train", "validation": "val", "valid": "val",
                "dev": "val", "testing": "test"}
+# What pandas, R and spreadsheets write into cells that hold nothing, or a formula that failed.
+EMPTY = frozenset(("nan", "NaN", "NA", "N/A", "<NA>", "NaT", "#N/A", "#N/A N/A", "#NA", "#REF!", "#NAME?", "#VALUE!",
+                   "#DIV/0!", "#NUM!", "#NULL!"))
 Say = Callable[[str], None]
 
 
@@ -45,6 +48,9 @@ class Row:
         """What a column says, None where it is empty."""
         value = self.values.get(field)
         value = value.strip() if isinstance(value, str) else value
+        if isinstance(value, str) and value in EMPTY:
+            raise self.error(field, f"is {value!r}, which programs write for nothing, or for an error of a formula",
+                             "leave the cell empty, or write what is meant")
         return None if value in ("", []) else value
 
     def text(self, field: str, fix: str = "") -> str:

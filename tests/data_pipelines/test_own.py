@@ -130,6 +130,20 @@ def test_whole_seconds_may_have_been_stored_as_decimals(root):
     assert code == 0 and masked.second == 3 and (timed.meta["start"], timed.meta["end"]) == (2, 5)
 
 
+@pytest.mark.parametrize("said", ["Bark from 2 to 5", "Bark: 2 - 5", "Bark - 2-5", "Bark = 2 to 5", "Bark @ 2s-5s",
+                                  "Bark at 2\u20135", "Bark (2-5)"])
+def test_a_word_or_sign_before_the_seconds_is_no_part_of_the_name(root, said):
+    code, (example,) = table(root, f"task,media,events\nave,clips/dog.mp4,{said}\n")
+    assert code == 0 and [example.meta[name] for name in ("event", "start", "end")] == ["Bark", 2, 5]
+
+
+@pytest.mark.parametrize("name", ["Boeing 747", "Race car, auto racing", "Take-off", "Fixed-wing aircraft",
+                                  "Meow - cat"])
+def test_names_with_signs_of_their_own_stay_whole(root, name):
+    code, (example,) = table(root, f'task,media,events\nave,clips/dog.mp4,"{name} 2-5"\n')
+    assert code == 0 and example.meta["event"] == name
+
+
 def test_plain_json_lines_take_lists(root):
     rows = [{"task": "avvp", "media": "clips/dog.mp4", "events": {"audio": [["Dog", 2, 5]], "visual": []}},
             {"task": "arig", "media": ["clips/dog.jpg", "clips/dog.wav"], "object": "dog", "box_224": [10, 20, 30, 40]},
@@ -203,6 +217,10 @@ A = "task,media,question,answer,events,object,expression,second,box,mask,type\n"
     (A + "ave,clips/dog.mp4,,,\n", r"\[events\]: is empty"),
     (A + "ave,clips/dog.mp4,,,Bark\n", "cannot be read: 'Bark'"),
     (A + "ave,clips/dog.mp4,,,Bark 0:02-0:05\n", "cannot be read|0:"), (A + "ave,clips/dog.mp4,,,Bark 2.5-5\n", "2.5"),
+    (A + "ave,clips/dog.mp4,,,Bark -2-5\n", "cannot be read: 'Bark -2-5'"),
+    (A + "ave,clips/dog.mp4,,,nan\n", r"\[events\]: is 'nan', which programs write for nothing"),
+    (A + "avqa,clips/dog.mp4,#N/A,two\n", r"\[question\]: is '#N/A'"),
+    (A + "avqa,clips/dog.mp4,How?,NA\n", r"\[answer\]: is 'NA'.*leave the cell empty"),
     (A + "ave,clips/dog.mp4,,,Bark 5-2\n", "Bark"), (A + "ave,clips/dog.mp4,,,Bark 3-3\n", "the end exclusive"),
     (A + "ave,clips/dog.mp4,,,Bark 12-20\n", "0 to 10"), (A + "ave,clips/dog.mp4,,,Bark 1-2; Car 3-4\n", "2 events"),
     (A + 'ave,clips/dog.mp4,,,"Bark 2-5, Car 3-4"\n', "without a `;` between"),
