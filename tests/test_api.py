@@ -55,7 +55,7 @@ def test_arrays_are_answered_like_the_file_that_they_are_of(crab, clip):
     frames, sound = media.read_video(clip, 10, 64), media.clip_sound(clip)
     file = cj.ask(clip, task="ms3", second=4)
     held = cj.ask(frames, seconds=10, audio=(sound, 16000), task="ms3", second=4)
-    assert file.prompt == held.prompt and file.picture.shape == held.picture.shape == (64, 64, 3)
+    assert file.prompt == held.prompt and (file.picture.shape, held.picture.shape) == ((32, 32, 3), (64, 64, 3))
     both = crab.answer([held, file], batch_size=2, force_masks=True, **SHORT)
     alone = crab.answer(file, force_masks=True, **SHORT)
     assert both[0].text == both[1].text == alone.text
