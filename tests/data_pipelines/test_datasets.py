@@ -144,11 +144,3 @@ def test_sizes_name_the_splits_of_the_paper():
     assert DATASETS["avqa"].sizes == {"train": 31927, "val": 4568, "test": 9129}
     parts = DATASETS["ref_avs"].sizes
     assert parts["test"] == parts["test_s"] + parts["test_u"] + parts["test_n"] == 10 * (2288 + 1656 + 1028)
-
-
-def test_another_epoch_takes_other_pictures_and_in_time_all_of_them():
-    clips = [Example(f"{clip}-{k}", "avss", "", second=k, meta={"one_of": str(clip)}) for clip in range(20)
-             for k in range(5)]
-    taken = [{example.id for example in one_frame_each(clips, 1, epoch)} for epoch in range(60)]
-    assert all(len(ids) == 20 for ids in taken) and taken[0] != taken[1] != taken[2] != taken[0]
-    assert set.union(*taken) == {example.id for example in clips}

@@ -64,20 +64,22 @@ def test_a_row_of_no_numbers_or_of_padding_alone_changes_no_bit_of_another(setup
     batch, other = load("s4", 2, (192,)), 1 - row
     forward = jax.jit(model.apply)
     out = forward({"params": params}, batch)
-    rows = train.loss_rows(out, batch)
-    nothing = jax.tree.map(lambda x: x.at[row].set(0), batch).replace(
+    loss_rows = jax.jit(train.loss_rows)
+    rows = loss_rows(out, batch)
+    nothing = jax.tree.map(lambda x: x.at[row].set(jnp.zeros((), x.dtype)), batch).replace(
         slots=batch.slots.at[row].set(-1), index=batch.index.at[row].set(-1))
     for name, changed in (("sound", batch.replace(fbank=batch.fbank.at[row].set(jnp.nan))),
                           ("loud", batch.replace(fbank=batch.fbank.at[row].set(3e38))), ("padding", nothing)):
         found = forward({"params": params}, changed)
-        losses = train.loss_rows(found, changed)
+        losses = loss_rows(found, changed)
         for part in ("logits", "hidden", "binary", "semantic"):
             np.testing.assert_array_equal(getattr(found, part)[other], getattr(out, part)[other])
         for part, term in losses.items():
             assert term.sum[other] == rows[part].sum[other], part
         spoiled = not all(np.isfinite(term.sum[row]) for term in losses.values())
         assert spoiled == (name != "padding"), "it is seen, and padding is none"
-        assert bool(train.finite_rows(losses, 2)[other]) and bool(train.finite_rows(losses, 2)[row]) != spoiled
+        finite = train.finite_rows(losses, 2)
+        assert bool(finite[other]) and bool(finite[row]) != spoiled
 
 
 @pytest.mark.slow
