@@ -65,6 +65,11 @@ def _behind(read: Read, at: int, size: int) -> str:
     return f"holds nothing but zeros from byte {at} on; the copy stopped early" if zeros else ""
 
 
+def _padded(read: Read, size: int) -> str:
+    """`_behind` of a kind that says nothing of its length, and whose data never hold so many zeros."""
+    return _behind(read, max(0, size - max(_PADDING, size // 20)), size)
+
+
 def _short(what: str, missing: int) -> str:
     return f"ends inside of its {what}, {missing} bytes short"
 
@@ -202,11 +207,11 @@ def _vint_length(first: int) -> int:
 def _ogg(read: Read, size: int) -> str:
     """Pages must be whole, each the one after the last of its stream, and no packet go on in a page that is not there.
     Decoders leave out a page of another checksum than its own, and what follows is heard too early."""
-    at, going_on, numbers = 0, set[bytes](), dict[bytes, int]()
+    at, going_on, open_ones, numbers = 0, set[bytes](), set[bytes](), dict[bytes, int]()
     while at < size:
         header = read(at, 27 + 255)
         if not header.startswith(b"OggS"[: len(header)]):
-            return _behind(read, at, size)
+            return f"its page at byte {at:,} is broken" if open_ones else _behind(read, at, size)
         lengths = header[27 : 27 + header[26]] if len(header) > 26 else b""
         end = at + 27 + header[26] + sum(lengths) if len(header) > 26 else size + 1
         if end > size:
@@ -217,6 +222,7 @@ def _ogg(read: Read, size: int) -> str:
         if not header[5] & 2 and number != (numbers.get(stream, number - 1) + 1) % 2**32:
             return f"pages are missing before byte {at:,}"
         numbers[stream] = number
+        (open_ones.discard if header[5] & 4 else open_ones.add)(stream)
         if lengths:
             (going_on.add if lengths[-1] == 255 else going_on.discard)(header[14:18])
         at = end
@@ -235,8 +241,10 @@ def _ogg_checksum(page: bytes) -> int:
 def chained(path: str | Path) -> bool:
     """Whether an Ogg or FLAC file is several behind each other, of which libsndfile reads the first only."""
     with open(path, "rb") as file:
-        if file.read(4) == b"fLaC":
-            return b"fLaC\0\0\0\x22" in file.read()
+        if (block := file.read(8))[:4] == b"fLaC":
+            while more := file.read(_BLOCK):
+                if b"fLaC\0\0\0\x22" in (block := block[-7:] + more):
+                    return True
         number, at, begun = file.fileno(), 0, False
         while (header := os.pread(number, 27 + 255, at)).startswith(b"OggS") and len(header) > 26:
             if header[5] & 2 and begun:
@@ -343,7 +351,7 @@ def _avi(read: Read, size: int) -> str:
         if zeros := _chunks(read, at + 8 + length, at + 12):
             return zeros
         at += 8 + length + length % 2
-    return ""
+    return _behind(read, at, size)
 
 
 def _chunks(read: Read, size: int, at: int) -> str:
@@ -597,6 +605,8 @@ SLACK = 2  # frames: some encoders count the one that holds the index, or one of
 
 
 def _mpeg_audio(read: Read, size: int) -> str:
+    if zeros := _padded(read, size):  # before all of it is read
+        return zeros
     frames = mpeg_frames(read(0, size))
     if frames is None:
         return ""
@@ -635,6 +645,7 @@ _KINDS: Kinds = (
     (lambda start: start[4:8] in MP4_BOXES, _mp4),
     (lambda start: start[:4] == b"\x1aE\xdf\xa3", _matroska),
     (lambda start: start[:4] == b"OggS", _ogg),
+    (lambda start: start[:4] == b"fLaC", _padded),
     (lambda start: start[:4] == b"RIFF" and start[8:12] == b"WAVE", _wave),
     (lambda start: start[:4] == b"RF64", _wave64),
     (lambda start: start[:4] == b"RIFF" and start[8:11] == b"AVI", _avi),

@@ -100,7 +100,10 @@ class Campaign:
         case = self._fresh()
         inputs.link(self.world / kind.take, case / "in")
         file = case / "in" / kind.file
+        whole = file.read_bytes()
         file.unlink()
+        if make is extremes.zeros_behind:
+            file.write_bytes(whole)
         make(file)
         command = self._filled(kind.commands[number % len(kind.commands)], case, file)
         outcome, said = self._run(command, case)
