@@ -1,5 +1,5 @@
 """Inputs that are meant to hurt: what is huge but for its size on disk, and what stands in a file's place. Each is
-tried once, before every command that reads such a file."""
+tried before a command that reads such a file, of media before every one."""
 
 from __future__ import annotations
 
