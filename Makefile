@@ -1,6 +1,7 @@
 # make demo    install, make scenes, train from the committed warm start, evaluate, predict, write runs/demo/report.html
 # make test    install, lint, type-check, test
 # make test-all the tests of minutes too
+# make fuzz    changed files of every kind before every command: MINUTES=30, what falls is kept in runs/fuzz
 # make recipe  the whole tiny recipe from nothing: writes the warm start, then trains the paper's stages
 # make stages  the paper's five stages at tiny size, each from the one before
 # make install what the others begin with; EXTRA=tpu, cuda12 or cuda13 adds what JAX needs for such a device
@@ -21,7 +22,7 @@ EXTRA :=
 INSTALLED := .venv/installed$(addprefix -,$(EXTRA))
 LISTS := constraints/build.txt $(CONSTRAINTS) $(if $(EXTRA),constraints/$(TAG)-$(EXTRA).txt)
 
-.PHONY: demo install test test-all recipe stages lint lock audit clean
+.PHONY: demo install test test-all fuzz recipe stages lint lock audit clean
 
 install: $(INSTALLED)
 
@@ -64,6 +65,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m ""
+
+MINUTES := 10
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
 
 # The lists of a device have what they add and what that shares with the list of their Python, at the same versions.
 COMPILE = .venv/tools/bin/uv pip compile --quiet --generate-hashes --no-annotate $(UPGRADE) \

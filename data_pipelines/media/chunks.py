@@ -46,7 +46,7 @@ def avi(read: Read, size: int) -> str:
         if zeros := _chunks(read, at + 8 + length, at + 12):
             return zeros
         at += 8 + length + length % 2
-    return ""
+    return behind(read, at, size)
 
 
 def _chunks(read: Read, size: int, at: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crab_jax.files import HEAD, stand_in
 
-_BLOCK = 1 << 20
+_BLOCK, _BLOCKS = 1 << 20, 64  # bytes, and how many of them are looked at for zeros
 
 _AGAIN = "copy or download it again"
 _NO_MEDIA = "is no picture, film or sound but"
@@ -44,8 +44,8 @@ def not_supported(path: str | Path) -> tuple[str, str] | None:
         return "the file is empty; it is damaged or incomplete", _AGAIN
     if found := stand_in(start):
         return found
-    if not start.strip(b"\0") and _only_zeros(path):
-        return "holds nothing but zeros; the copy stopped early", _AGAIN
+    if not start.strip(b"\0") and (what := _zeros(path)):
+        return f"{what}; the copy stopped early", _AGAIN
     for at, magic, what, fix in _BINARIES:
         if start[at:].startswith(magic):
             return f"is {what}", fix
@@ -70,12 +70,15 @@ def is_text(start: bytes) -> bool:
     return True
 
 
-def _only_zeros(path: str | Path) -> bool:
+def _zeros(path: str | Path) -> str:
+    """How a file holds zeros alone, as far as it is looked at; "" where it does not."""
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
+        for _ in range(_BLOCKS):
+            if not (block := file.read(_BLOCK)):
+                return "holds nothing but zeros"
             if block.strip(b"\0"):
-                return False
-    return True
+                return ""
+    return f"begins with {_BLOCKS} MB of zeros"
 
 
 def id3_length(start: bytes) -> int:

@@ -39,6 +39,11 @@ def behind(read: Read, at: int, size: int) -> str:
     return f"holds nothing but zeros from byte {at} on; the copy stopped early" if zeros else ""
 
 
+def padded(read: Read, size: int) -> str:
+    """`behind` of a kind that says nothing of its length, and whose data never hold so many zeros."""
+    return behind(read, max(0, size - max(PADDING, size // 20)), size)
+
+
 def short(what: str, missing: int) -> str:
     return f"ends inside of its {what}, {missing} bytes short"
 

@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 from data_pipelines.media.content import id3_length
-from data_pipelines.media.ends import Read, behind, behind_id3, short, without_tags
+from data_pipelines.media.ends import Read, behind, behind_id3, padded, short, without_tags
 
 
 class Frames(NamedTuple):
@@ -148,6 +148,8 @@ SLACK = 2  # frames: some encoders count the one that holds the index, or one of
 
 
 def mpeg_audio(read: Read, size: int) -> str:
+    if zeros := padded(read, size):  # before all of it is read
+        return zeros
     frames = mpeg_frames(read(0, size))
     if frames is None:
         return ""

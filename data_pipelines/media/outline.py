@@ -16,9 +16,10 @@ from pathlib import Path
 from data_pipelines.media.boxes import MP4_BOXES, matroska, mp4
 from data_pipelines.media.chunks import aiff, asf, au, avi, caf, ivf, mxf, real, sony, wave, wave64
 from data_pipelines.media.content import HEAD
-from data_pipelines.media.ends import PADDING, Read, behind, behind_id3, short
+from data_pipelines.media.ends import PADDING, Read, behind, behind_id3, padded, short
 from data_pipelines.media.frames import ac3, adts, is_ac3, is_adts, is_mpeg_audio, mpeg_audio
 
+_BLOCK = 1 << 20
 _LEAST = 12  # bytes that the head of any kind has
 
 
@@ -53,11 +54,11 @@ def behind_tags(path: str | Path) -> bytes:
 def _ogg(read: Read, size: int) -> str:
     """Pages must be whole, each the one after the last of its stream, and no packet go on in a page that is not there.
     Decoders leave out a page of another checksum than its own, and what follows is heard too early."""
-    at, going_on, numbers = 0, set[bytes](), dict[bytes, int]()
+    at, going_on, open_ones, numbers = 0, set[bytes](), set[bytes](), dict[bytes, int]()
     while at < size:
         header = read(at, 27 + 255)
         if not header.startswith(b"OggS"[: len(header)]):
-            return behind(read, at, size)
+            return f"its page at byte {at:,} is broken" if open_ones else behind(read, at, size)
         lengths = header[27 : 27 + header[26]] if len(header) > 26 else b""
         end = at + 27 + header[26] + sum(lengths) if len(header) > 26 else size + 1
         if end > size:
@@ -68,6 +69,7 @@ def _ogg(read: Read, size: int) -> str:
         if not header[5] & 2 and number != (numbers.get(stream, number - 1) + 1) % 2**32:
             return f"pages are missing before byte {at:,}"
         numbers[stream] = number
+        (open_ones.discard if header[5] & 4 else open_ones.add)(stream)
         if lengths:
             (going_on.add if lengths[-1] == 255 else going_on.discard)(header[14:18])
         at = end
@@ -86,8 +88,10 @@ def _ogg_checksum(page: bytes) -> int:
 def chained(path: str | Path) -> bool:
     """Whether an Ogg or FLAC file is several behind each other, of which libsndfile reads the first only."""
     with open(path, "rb") as file:
-        if file.read(4) == b"fLaC":
-            return b"fLaC\0\0\0\x22" in file.read()
+        if (block := file.read(8))[:4] == b"fLaC":
+            while more := file.read(_BLOCK):
+                if b"fLaC\0\0\0\x22" in (block := block[-7:] + more):
+                    return True
         number, at, begun = file.fileno(), 0, False
         while (header := os.pread(number, 27 + 255, at)).startswith(b"OggS") and len(header) > 26:
             if header[5] & 2 and begun:
@@ -180,6 +184,7 @@ _KINDS: Kinds = (
     (lambda start: start[4:8] in MP4_BOXES, mp4),
     (lambda start: start[:4] == b"\x1aE\xdf\xa3", matroska),
     (lambda start: start[:4] == b"OggS", _ogg),
+    (lambda start: start[:4] == b"fLaC", padded),
     (lambda start: start[:4] == b"RIFF" and start[8:12] == b"WAVE", wave),
     (lambda start: start[:4] == b"RF64", wave64),
     (lambda start: start[:4] == b"RIFF" and start[8:11] == b"AVI", avi),

@@ -29,6 +29,7 @@ from data_pipelines.media.limits import VARIABLE, check, limits
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, and of what is an error here
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel of more than 8 bits
 LARGE = 50_000_000  # pixels; a larger picture is made smaller while it is decoded, which saves gigabytes
+MOST_BYTES = 1 << 30  # of a file, whose picture takes as much again
 _PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 AGAIN = "copy or download the file again"
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -68,10 +69,18 @@ def _refused(where: str, field: str) -> Iterator[None]:
         raise InputError(where, field, f"{problem}; the file is damaged or not a picture", AGAIN) from None
 
 
+def _file(path: str | Path, field: str) -> BinaryIO:
+    """The open file of a picture, all of which can be read."""
+    if (size := os.path.getsize(require(path, field))) > MOST_BYTES:
+        raise InputError(str(path), field, f"has {size / 2**30:.1f} GB, and at most {MOST_BYTES >> 30} is read",
+                         "copy or download the file again, or export it smaller")
+    return open(path, "rb")
+
+
 def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds.Kind:
     """The kind of a picture file. Raises InputError for what is not read as a picture, by its name."""
     if content is None:
-        with _refused(str(path), field), open(require(path, field), "rb") as file:
+        with _refused(str(path), field), _file(path, field) as file:
             head = file.read(kinds.HEAD)
     else:
         head = content[:kinds.HEAD]
@@ -149,7 +158,7 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
     where = str(path)
     with _refused(where, field):
         if content is None:
-            with open(require(path, field), "rb") as file:
+            with _file(path, field) as file:
                 content = file.read()
         kind = kind_of(path, field, content)
         if kind.name == "PNG" and not _pixels_are_whole(content):

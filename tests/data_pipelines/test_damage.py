@@ -70,3 +70,52 @@ def test_a_damaged_file_is_read_or_refused(whole, tmp_path, ending, count):
                 assert not outline or field == "video" or read is media.image_size, outline
             except InputError as error:
                 assert error.where == str(path)
+
+
+def test_a_flipped_bit_of_what_has_checksums_is_refused_or_changes_nothing(whole, tmp_path):
+    rng = np.random.default_rng(0)
+    for ending, read in (("png", media.read_picture), ("ogg", media.read_audio), ("flac", media.read_audio)):
+        path = tmp_path / f"x.{ending}"
+        path.write_bytes(whole[ending])
+        before, refused = read(path), 0
+        for at in rng.integers(len(whole[ending]), size=60):
+            changed = bytearray(whole[ending])
+            changed[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            try:
+                np.testing.assert_array_equal(read(path), before)
+            except InputError:
+                refused += 1
+        assert refused > 30
+
+
+def test_an_ogg_file_without_one_of_its_pages_is_refused(tmp_path):
+    content = wave(tone(4.0) * np.random.default_rng(0).uniform(0, 1, 64000), subtype="VORBIS", kind="OGG")
+    pages = [b"OggS" + page for page in content.split(b"OggS")[1:]]
+    assert len(pages) > 4
+    for lost, said in ((pages[:3] + pages[4:], "pages are missing"),
+                       (pages[:3] + [b"oggs" + pages[3][4:]] + pages[4:], "is broken")):
+        (tmp_path / "x.ogg").write_bytes(b"".join(lost))
+        with pytest.raises(InputError, match=said):
+            media.read_audio(tmp_path / "x.ogg")
+    (tmp_path / "x.ogg").write_bytes(content + b"TAG" + bytes(125))
+    assert len(media.read_audio(tmp_path / "x.ogg")) == 64000
+
+
+@pytest.mark.parametrize("ending", ["avi", "flac", "mp3", "ogg", "png", "jpg", "gif"])
+def test_gigabytes_of_zeros_behind_a_file_cost_neither_time_nor_memory(whole, tmp_path, ending):
+    path = tmp_path / f"x.{ending}"
+    path.write_bytes(film(tmp_path / "y.avi", noise(8)) if ending == "avi" else whole[ending])
+    with open(path, "ab") as file:
+        file.truncate(5 << 30)
+    for read in (media.read_audio, media.watch) if ending in ("avi", "flac", "mp3", "ogg") else (media.read_picture,
+                                                                                               media.image_size):
+        with pytest.raises(InputError, match="zeros|at most 1 is read"):
+            read(path)
+
+
+def test_a_file_of_zeros_is_told_by_its_beginning(tmp_path):
+    with open(tmp_path / "x.mp4", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="begins with 64 MB of zeros"):
+        media.watch(tmp_path / "x.mp4")

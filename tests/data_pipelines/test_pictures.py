@@ -262,3 +262,13 @@ def test_reported_cases(cases, tmp_path):
     for name in ("png_inside.jpg", "webp_inside.jpg", "jpg_inside.png", "motion.jpg", "trailing.png"):
         assert not media.picture_outline(made / name)
         assert np.abs(media.read_picture(made / name) - whole).mean() < 12, name
+
+
+@pytest.mark.parametrize("kind", ["binary", "semantic"])
+def test_a_picture_of_palette_indices_without_a_palette_is_refused(kind, tmp_path):
+    palette = Image.new("P", (8, 8), 3)
+    palette.putpalette(media.avss_palette().tobytes())
+    png = encoded(palette)
+    (tmp_path / "x.png").write_bytes(png.replace(b"PLTE", b"ABCD"))
+    with pytest.raises(InputError, match="x.png"):
+        media.read_mask(tmp_path / "x.png", None, kind)

@@ -112,3 +112,39 @@ def test_command_line_trains_from_examples(tmp_path):
         tokens.main(["--corpus", str(tmp_path / "train.jsonl"), "--out", str(out), "--vocab-size", "300"])
     assert done.value.code == 0
     assert Tokenizer.load(out).decode(Tokenizer.load(out).ids("drums")) == "drums"
+
+
+HOSTILE = {  # what of a tokenizer.json is replaced
+    "a piece of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "nothing replaced": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}},
+    "growth": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}},
+    "a table cut off": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+    "no table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "\u00e9"}},
+    "chance": {"model": {"dropout": 0.5}},
+    "a merge of no token": {"model": {"merges": [["a", "b" * 40]]}}}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_tokenizer_that_would_end_the_process_or_draw_ids_is_refused(what, tokenizer, tmp_path, capfd):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    found = json.loads(file.read_text())
+    for key, value in HOSTILE[what].items():
+        found[key] = found[key] | value if key == "model" else value
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"tokenizer.json"):
+        Tokenizer.load(file)
+    assert capfd.readouterr().err == ""  # the library says that it panics
+
+
+@pytest.mark.parametrize("settings", [
+    {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 1}},
+    {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}},
+    {"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "x"}}])
+def test_texts_are_neither_cut_nor_filled(settings, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert Tokenizer.load(file).ids("How many dogs bark?") == tokenizer.ids("How many dogs bark?")

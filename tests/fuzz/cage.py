@@ -64,16 +64,16 @@ def _last_line(text: str) -> str:
 
 
 class Cage:
-    """Runs commands in a process of its own. `folder`: where it works and keeps what it says."""
+    """Runs commands in a process of its own. `folder`: where it keeps what they say; `path`: where else modules are."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, path: Path = REPO):
+        self.folder, self._path = folder, os.pathsep.join((str(REPO), str(path)))
         folder.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[str] | None = None
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            environment = {"XLA_FLAGS": _COMPILE_FAST, **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu",
+            environment = {"XLA_FLAGS": _COMPILE_FAST, **os.environ, "PYTHONPATH": self._path, "JAX_PLATFORMS": "cpu",
                            "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.fuzz.cage", str(self.folder)], cwd=REPO, env=environment, text=True,

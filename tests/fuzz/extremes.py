@@ -1,5 +1,5 @@
 """Inputs that are meant to hurt: what is huge but for its size on disk, and what stands in a file's place. Each is
-tried once, before every command that reads such a file."""
+tried before a command that reads such a file, of media before every one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from tests.fuzz import mutate
-from tests.fuzz.inputs import Kind
+from tests.fuzz.inputs import MEDIA, Kind
 
 _GRAY = 11_000  # pixels a side of a picture of 121 megapixels
 
@@ -74,6 +74,11 @@ SOUNDS: dict[str, Callable[[Path], None]] = {
     "ten hours": _long_flac, "ten hours unstated": _unstated_flac, "3 GB of zeros": _sparse_wav}
 
 
+def zeros_behind(path: Path) -> None:
+    """3 GB of zeros behind what is whole, which take no room."""
+    os.truncate(path, path.stat().st_size + 3 * 2**30)
+
+
 def extremes(kinds: list[Kind]) -> list[tuple[Kind, str, Callable[[Path], None]]]:
     """(kind of file, what stands in its place, what makes that)."""
     found = []
@@ -88,5 +93,7 @@ def extremes(kinds: list[Kind]) -> list[tuple[Kind, str, Callable[[Path], None]]
         if not makers and kind.family in (mutate.JSON, mutate.TEXT, mutate.ARCHIVE, mutate.WEIGHTS) and "*" not in (
                 kind.file):
             makers = PLACES
+        if kind.name in MEDIA:
+            makers |= {"3 GB of zeros behind it": zeros_behind}
         found += [(kind, name, make) for name, make in makers.items()]
     return found

@@ -191,7 +191,7 @@ def _pieces(data: bytes) -> list[tuple[int, int]]:
             rb"\x18S\x80g|\x15I\xa9f|\x16T\xaek|\xae|\x1fC\xb6u|\xa3|\x1cS\xbbk|\x86|\x63\xa2", data))]
     else:
         starts = list(range(0, len(data), max(1, len(data) // 20)))
-    return list(zip(starts, [*starts[1:], len(data)], strict=True))
+    return list(zip(starts, [*starts[1:], len(data)], strict=False))
 
 
 def _riff(data: bytes) -> list[tuple[int, int]]:
