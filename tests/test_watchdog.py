@@ -19,6 +19,15 @@ def test_a_long_wait_is_named_when_it_doubles_and_when_it_ends():
     assert len(lines) == told, "a short wait is not reported"
 
 
+def test_a_long_wait_names_who_does_not_answer():
+    lines: list[str] = []
+    silent = "process 2 on b has not answered for 9 s"
+    with Watchdog(0.1, "process 0", lines.append, lambda: silent) as watchdog, watchdog.waiting("device step 3"):
+        while not lines:
+            time.sleep(0.05)
+    assert lines[0].startswith("process 0: waiting for device step 3, for 0 s now") and lines[0].endswith(f"; {silent}")
+
+
 def test_zero_seconds_is_off():
     lines: list[str] = []
     with Watchdog(0, say=lines.append) as watchdog, watchdog.waiting("a while"):
