@@ -100,10 +100,10 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
     except (RuntimeError, ValueError) as error:
         raise InputError("jax.distributed", "", f"the processes did not find each other ({str(error).splitlines()[0]})",
                          f"check the addresses, or set {', '.join(EXPLICIT)}") from error
-    if jax.process_count() > 1:
+    if global_state.num_processes > 1:  # before a device is touched, which may wait for the others
         global _peers
         client: Any = global_state.client
-        _peers = peers.meet(jax.process_index(), jax.process_count(), str(global_state.coordinator_address),
+        _peers = peers.meet(global_state.process_id, global_state.num_processes, str(global_state.coordinator_address),
                             client.key_value_set, client.blocking_key_value_get)
     say(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
@@ -157,9 +157,9 @@ def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
     ours = json.loads(json.dumps(mine()))
     for field in [*theirs, *(field for field in ours if field not in theirs)]:
         if ours.get(field) != theirs.get(field):
-            raise InputError(peers.name_of(jax.process_index()), field, f"is {ours.get(field)!r:.300}, on process 0 it "
-                             f"is {theirs.get(field)!r:.300}", "start all processes with the same command, data and "
-                             "versions")
+            problem = f"is {ours.get(field)!r:.300}, on process 0 it is {theirs.get(field)!r:.300}"
+            raise InputError(peers.name_of(global_state.process_id), field, problem,
+                             "start all processes with the same command, data and versions")
 
 
 def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:

@@ -85,6 +85,7 @@ def test_processes_that_differ_are_told_in_what(monkeypatch, index, lr, fits):
             return '{"optim.lr": 1.0}'
 
     monkeypatch.setattr(distributed.global_state, "client", Store())
+    monkeypatch.setattr(distributed.global_state, "process_id", index)
     monkeypatch.setattr(jax, "process_index", lambda: index)
     if fits:
         distributed.agree("start", lambda: {"optim.lr": lr})
@@ -152,7 +153,8 @@ class Processes:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         self.all = []
         for index in range(count):
-            environ = os.environ | {"XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+            environ = os.environ | {"XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+                                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # they take longer than the steps
             if count > 1:
                 environ |= {HOST: address, COUNT: str(count), INDEX: str(index)}
             self.all.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

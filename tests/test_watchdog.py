@@ -38,6 +38,15 @@ def test_reports_come_each_time_the_wait_has_doubled(monkeypatch):
     assert lines == [*told, "went on after 101 s"]
 
 
+def test_a_long_wait_names_who_does_not_answer():
+    lines: list[str] = []
+    silent = "process 2 on b has not answered for 9 s"
+    with Watchdog(0.1, "process 0", lines.append, lambda: silent) as watchdog, watchdog.waiting("device step 3"):
+        while not lines:
+            time.sleep(0.05)
+    assert lines[0].startswith("process 0: waiting for device step 3, for 0 s now") and lines[0].endswith(f"; {silent}")
+
+
 def test_zero_seconds_is_off():
     lines: list[str] = []
     with Watchdog(0, say=lines.append) as watchdog, watchdog.waiting("a while"):
