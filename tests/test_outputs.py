@@ -25,7 +25,7 @@ OUT = {name: command for name, command in COMMANDS.items() if any("OUT" in word 
     "compare": ("crab_jax.compare", ["nowhere", "nowhere", "--out", "OUT/x"]),
     "recipe": ("crab_jax.recipe", ["--out", "OUT"]), "stages": ("crab_jax.stages", ["--out", "OUT"]),
     "demo": ("crab_jax.demo", ["--out", "OUT"]), "pack": ("crab_jax.recipe", ["--out", "ELSEWHERE", "--pack", "OUT"]),
-    "own": ("data_pipelines.__main__", ["own", "--csv", "TABLE", "--root", "OUT"]),
+    "own": ("data_pipelines.__main__", ["own", "--csv", "TABLE", "--root", "OUT", "--copy"]),
     "status": ("data_pipelines.__main__", ["status", "--root", "nowhere", "--json", "OUT/x"]),
     "validate": ("data_pipelines.__main__", ["validate", "--root", "nowhere", "--json", "OUT/x"]),
     "annotate journal": ("data_pipelines.av_uie.__main__", [

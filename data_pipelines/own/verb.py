@@ -102,11 +102,13 @@ def run(argv: Sequence[str]) -> bool:
     for path in lists.values():
         if path.exists() and not arguments.overwrite:
             raise InputError(str(path), "", "is there already", "give --overwrite to replace it, or another --root")
-    out_folder(root, "--root")
+    if arguments.copy or root.exists():  # a table that is wrong makes no folder
+        out_folder(root, "--root")
     files = Media(root, table.parent, arguments.copy, arguments.overwrite)
     examples = build(rows, files, arguments.split, on_stderr)
     for note in notes:
         on_stderr(note)
+    out_folder(root, "--root")
     files.write_moments()
     for split, path in lists.items():
         write_jsonl(path, examples[split])
