@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,10 +25,12 @@ from crab_jax.models import presets
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.presets import DTYPE, MODELS, check_sizes, with_sizes
 from crab_jax.optim import OptimConfig
+from crab_jax.structured import refuse_special
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
 from data_pipelines.datasets import DATASETS, VARIANTS
 
+CONFIG_BYTES = 1 << 20  # of a config file, which a person wrote
 # What the values of keys may be, by section. A key that is not named is true or false.
 MIXTURE_BOUNDS: dict[str, Bound] = {
     "root": Place(), "split": Name(), "datasets": Words(tuple(DATASETS)), "variant": Choice(VARIANTS),
@@ -274,6 +277,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         print(doc)
         print("Flags: --config=FILE  --workdir=DIR  --config.key=value ...  --print-config  --debug")
         raise SystemExit(0)
+    refuse_no_file(_config_file(argv))
     sys.modules.pop("config_config", None)  # the file of an earlier command line, whose names would stay
     try:
         rest = values(argv)
@@ -335,7 +339,17 @@ def _fresh(argv: list[str]) -> ConfigDict:
     """The config of the command line's config file without any override."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
-    file = next(arg for number, arg in enumerate(argv) if arg.startswith("--config=") or
-                (number and argv[number - 1] == "--config"))
-    values(["fresh", file if file.startswith("--config=") else f"--config={file}"])
+    values(["fresh", f"--config={_config_file(argv)}"])
     return values.config
+
+
+def _config_file(argv: list[str]) -> str:
+    """What --config says, "" where it is not given."""
+    return next((arg.removeprefix("--config=") for number, arg in enumerate(argv) if arg.startswith("--config=") or
+                 (number and argv[number - 1] == "--config")), "")
+
+
+def refuse_no_file(path: str | Path) -> None:
+    """Raise InputError for a config file that is there and is a folder, a pipe, a device or no text a person wrote."""
+    if "\0" not in str(path) and os.path.exists(path):
+        refuse_special(path, "--config", CONFIG_BYTES)

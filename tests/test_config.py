@@ -1,6 +1,7 @@
 """Run configs: every stage file is complete, its patterns partition the 7B model, and its sizes are the paper's."""
 
 import importlib
+import os
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from crab_jax import defaults, runs
 from crab_jax.config import parse_flags, resolve
+from crab_jax.convert.importing import load_run_config
 from crab_jax.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.models.presets import MODELS
@@ -85,3 +87,21 @@ def test_a_key_with_a_hyphen_is_overridden_like_any_other():
     assert config.mixture.weights["ref-avs"] == 2.5 and config.init_from == "a-b.c-d=3"
     with pytest.raises(InputError, match="ref-av"):
         parse_flags([*words, "--config.data.weights.ref-av=2.5"], None, workdir=False)
+
+
+@pytest.mark.parametrize("place", ["pipe", "zeros", "folder", "long"])
+def test_what_is_no_file_is_no_config(place, tmp_path):
+    path = tmp_path / "config.py"
+    {"pipe": lambda: os.mkfifo(path), "zeros": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir,
+     "long": lambda: path.write_text("#" * (1 << 21))}[place]()
+    for read in (lambda: parse_flags(["train", f"--config={path}", "--workdir=w"], ""), lambda: load_run_config(path)):
+        with pytest.raises(InputError, match="not a file|of at most"):
+            read()
+
+
+def test_a_config_file_that_cannot_be_run_is_named(tmp_path):
+    for text, said in (("def get_config(: pass", "invalid syntax"), ("x = 1", "no attribute"),
+                       ("def get_config(): return {}", "must return a ConfigDict")):
+        (tmp_path / "c.py").write_text(text)
+        with pytest.raises(InputError, match=said):
+            load_run_config(tmp_path / "c.py")

@@ -25,7 +25,7 @@ from flax import traverse_util
 from crab_jax import finite, runs
 from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, note_model, save_streamed
 from crab_jax.compat import PRESETS
-from crab_jax.config import RunConfig, resolve
+from crab_jax.config import RunConfig, refuse_no_file, resolve
 from crab_jax.convert import released, torch_file
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
@@ -418,12 +418,18 @@ def _run_config(cfg: CrabConfig, choices: Choices, config: RunConfig | None) -> 
 
 def load_run_config(file: Path) -> RunConfig:
     """`get_config()` of a config file. Raises InputError."""
+    refuse_no_file(file)
     spec = importlib.util.spec_from_file_location("run_config", file)
     if spec is None or spec.loader is None or not file.is_file():
         raise InputError(str(file), "--config", "is no Python config file", "give a file of configs/")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config())
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # a config file may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(str(file), "--config", f"cannot be run ({reason:.200})", "give a file of configs/") from error
+    return resolve(config)
 
 
 def describe(report: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="kinds whose names hold one of these")
+    parser.add_argument("--quick", action="store_true", help="without the commands that compile a model")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for what falls (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where the campaign works and notes how far it is")
     parser.add_argument("--hostile-files", action="store_true", help="python -m tests.hostile_files first")
@@ -54,11 +55,13 @@ def main() -> int:
 
 def _rounds(campaign: Campaign, arguments: argparse.Namespace) -> bool:
     """Run the rounds from where they were left; whether that is all of them."""
-    start, note = time.monotonic(), campaign.folder / f"seed{arguments.seed}.json"
+    kind = "quick" if arguments.quick else "whole"
+    name = f"{kind}.{arguments.each}.{arguments.seed}.{'_'.join(arguments.only)}.json"
+    start, note = time.monotonic(), campaign.folder / name
     done = _load(note, campaign.tally)
     at = 0
     for number in range(arguments.seed, arguments.seed + arguments.rounds):
-        for name, case in cases(campaign, arguments.each, number, arguments.only):
+        for name, case in cases(campaign, arguments.each, number, arguments.only, not arguments.quick):
             at += 1
             if at <= done:
                 continue
