@@ -102,8 +102,8 @@ def _of_the_disk(error: BaseException) -> InputError | None:
     if words and not isinstance(error, OSError):
         first = str(error).splitlines()[0]
         named = re.search(r"""["'](/[^"']+)["']|writing (/[^\s;:]+)""", first)
-        return InputError(named[1] or named[2] if named else "the disk", "", words + ("" if named else f" ({first:.200})"),
-                          "make room, then start again")
+        where, more = (named[1] or named[2], "") if named else ("the disk", f" ({first:.200})")
+        return InputError(where, "", f"{words}{more}", "make room, then start again")
     return None
 
 
