@@ -101,9 +101,9 @@ def _of_the_disk(error: BaseException) -> InputError | None:
     words = next((words for words in _FULL_WORDS if words in str(error)), None)
     if words and not isinstance(error, OSError):
         first = str(error).splitlines()[0]
-        named = re.search(r"""["'](/[^"']+)["']""", first)
-        return InputError(named[1] if named else "the disk", "", words + ("" if named else f" ({first:.200})"),
-                          "make room, then start again")
+        named = re.search(r"""["'](/[^"']+)["']|writing (/[^\s;:]+)""", first)
+        where, more = (named[1] or named[2], "") if named else ("the disk", f" ({first:.200})")
+        return InputError(where, "", f"{words}{more}", "make room, then start again")
     return None
 
 

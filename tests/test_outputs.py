@@ -220,14 +220,13 @@ def battery(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prepare", "av_uie verify"])
-def test_a_verb_that_was_killed_comes_to_the_same_result(name, battery):
-    times, good = battery.kill(name, first=1, most=2)
+def test_a_verb_that_was_killed_comes_to_the_same_result(battery):
+    times, good = battery.kill("prepare", first=1, most=2)
     assert times and good, battery.failed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prepare", "av_uie verify", "own"])
+@pytest.mark.parametrize("name", ["prepare", "av_uie verify"])
 def test_a_verb_whose_disk_was_full_says_so_and_comes_to_the_same_result(name, battery, tmp_path):
     try:
         with kills.small_disk(tmp_path / "disk"):
@@ -237,9 +236,10 @@ def test_a_verb_whose_disk_was_full_says_so_and_comes_to_the_same_result(name, b
     assert battery.full(name, 1), battery.failed
 
 
-def test_the_file_that_a_library_could_not_write_is_named():
-    said = find_input_error(ValueError('RESOURCE_EXHAUSTED: Failed writing: "/a/6/d/x": No space left on device'))
-    assert str(said) == "/a/6/d/x: No space left on device; make room, then start again"
+@pytest.mark.parametrize("words", ['RESOURCE_EXHAUSTED: Failed writing: "/a/6/x": No space left on device', "write() "
+                                   "failed: No space left on device; writing /a/6/x; at byte 0; at record 0"])
+def test_the_file_that_a_library_could_not_write_is_named(words):
+    assert str(find_input_error(ValueError(words))) == "/a/6/x: No space left on device; make room, then start again"
 
 
 def test_what_is_compiled_is_kept_whole_or_not_at_all_and_half_of_it_is_replaced(tmp_path, short_files, capsys):
