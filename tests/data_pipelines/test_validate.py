@@ -26,6 +26,7 @@ from data_pipelines.batching import DataConfig, load
 from data_pipelines.datasets import records
 from data_pipelines.examine import examine
 from data_pipelines.examples import Example
+from data_pipelines.given import Given
 from data_pipelines.status import CORRUPT, MALFORMED, status
 from data_pipelines.validate import files, main, validate
 
@@ -133,7 +134,7 @@ def asks(example, root, out):
         record["audio_path"] = str(root / "own/media/mono.wav")
     task = example.task if example.mask else "avcap" if example.video else "arig"
     try:
-        request({"task": task, **record}, "test", "x", out)
+        request({"task": task, **record}, "test", "x", Given(out))
     except InputError as error:
         return error.problem
     return ""
