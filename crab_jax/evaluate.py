@@ -275,6 +275,7 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
 
     Masks are compared at their own size, answers without one at that of the first mask.
     """
+    check_labels(examples)
     rows = predictions.read_all(folder)
     usual = next((len(p.mask) for p in read_predictions(folder, rows, examples) if p.mask is not None),
                  predictions.DEFAULT_SIZE)

@@ -282,8 +282,8 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
     from transformers import LlamaTokenizer
 
     try:
-        backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
         backend.model = _merging_by_score(pieces)
     except Exception as error:  # of transformers, sentencepiece and tiktoken, each of its own kind
         raise InputError(str(folder / "tokenizer.model"), "tokenizer",

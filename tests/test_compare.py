@@ -75,3 +75,10 @@ def test_bad_folders_are_named(folders, capsys):
     (folders / "b" / evaluate.DESCRIPTION).write_text("{}")
     with pytest.raises(InputError, match="damaged"):
         verb.judged_samples(folders / "b", "", ())
+
+
+def test_a_label_that_cannot_be_scored_is_named(folders, capsys):
+    broken = Example(id="q000", task="avqa", instruction="?", meta={"type": ["Audio", "Counting"]})
+    write_jsonl(folders / "test.jsonl", [broken, *EXAMPLES[1:]])
+    assert code(folders / "a", folders / "b") == 2
+    assert "example 'q000' [meta.answer]" in capsys.readouterr().err

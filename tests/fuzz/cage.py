@@ -119,6 +119,9 @@ def _serve(folder: Path) -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (_MOST_DATA, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    # Once, for loggers keep them: what lies behind 1 and 2 is another file for every command.
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", line_buffering=True, write_through=True)
+                              for number in (1, 2))
     for line in sys.stdin:
         module, *arguments = json.loads(line)
         _forget_peak()
@@ -133,8 +136,6 @@ def _command(module: str, arguments: list[str], folder: Path) -> int:
         file = os.open(folder / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(number), "wb"), "utf-8", line_buffering=True)
-                              for number in (1, 2))
     before = os.getcwd()
     sys.argv = [module, *arguments]
     try:
@@ -149,7 +150,7 @@ def _command(module: str, arguments: list[str], folder: Path) -> int:
         os.chdir(before)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
-                stream.close()
+                stream.flush()
     return code
 
 
