@@ -234,7 +234,7 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.mark.exhaustive
 def test_killed_or_stopped_processes_cost_no_number(questions, tmp_path):
     """Stopped for a while, then killed (each of the two once) and started again: the losses of an undisturbed run."""
-    steps = ("--config.steps=16", "--config.checkpoint_every=3", "--config.data.workers=1",
+    steps = ("--config.steps=24", "--config.checkpoint_every=3", "--config.data.workers=1",
              "--config.watchdog_seconds=1")
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert [code for code, _, _ in Processes(2, questions, whole, *steps, devices=1).end()] == [0, 0]
@@ -246,6 +246,9 @@ def test_killed_or_stopped_processes_cost_no_number(questions, tmp_path):
     both.all[1].send_signal(signal.SIGCONT)
     for killed, step in ((1, 5), (0, 10)):
         reach(both, run, step)
+        while not any(path.name.isdecimal() for path in (run / "checkpoints").iterdir()):  # which a slow disk delays
+            assert all(one.poll() is None for one in both.all), both.end()
+            time.sleep(0.02)
         workers = [child for process in both.all for child in children(process)]
         both.all[killed].kill()
         ended = both.end(60)
