@@ -295,7 +295,7 @@ def pictures(corpus: Corpus) -> None:
     png, jpeg = encoded(pixels), encoded(pixels, "JPEG")
     add("picture.png", png)
     add("cut.png", png[: len(png) // 2], "ends before")
-    add("hole.png", png[:200] + bytes(400) + png[600:], "cannot be decoded")
+    add("hole.png", png[:200] + bytes(400) + png[600:], "the checksum of its pixels")
     add("wrong-sum.png", png[:29] + bytes(4) + png[33:], "cannot be decoded")
     add("bomb.png", huge(60000, 60000), "has 3,600 megapixels, and at most 179 are read")
     add("200-megapixels.png", huge(16320, 12240), "has 200 megapixels")
