@@ -274,7 +274,6 @@ class SkipGuard:
                                  "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
                                  "are in the .jsonl beside it), then correct the data or lower optim.lr")
 
-
     def cause(self, metrics: dict[str, Any]) -> str:
         """What is known of why a step was skipped, to be added to its line."""
         rows = int(metrics["bad_rows"])
