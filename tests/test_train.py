@@ -1,5 +1,6 @@
 """Training: improves, resumes bit for bit after SIGKILL, compiles once per bucket, refuses bad input at once."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -202,8 +203,8 @@ def test_another_config_in_the_same_workdir_is_refused(scenes_root, tmp_path, mo
     young.pop("max_skipped"), young["mesh"].pop("fsdp")
     (tmp_path / "config.json").write_text(json.dumps(young))
     runs.claim_workdir(workdir, config)  # a key that is younger than the run
-    config.mesh.data = 1
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1))
     runs.claim_workdir(workdir, config)  # another mesh
-    config.optim.lr = 0.5
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(InputError, match="optim.lr.*0.0003.*0.5"):
         runs.claim_workdir(workdir, config)

@@ -57,10 +57,7 @@ def test_training_commands_parse(words, monkeypatch):
     assert str(workdir) == words[-1].partition("=")[2]
     for word in words[1:-1]:
         key, _, value = word.removeprefix("--config.").partition("=")
-        found = config
-        for part in key.split("."):
-            found = found[part]
-        assert str(found) == value
+        assert str(config.flat()[key]) == value
 
 
 def test_stage_table_agrees_with_the_configs(monkeypatch):
