@@ -274,8 +274,10 @@ ANOTHER = {
     "parameters": {"params": 2.0}, "max_new_tokens": ("--max-new-tokens", "9"), "force_masks": ("--force-masks",),
     "weights": ("--weights", "int8"), "mute_audio": ("--mute-audio",), "blank_video": ("--blank-video",),
     "video_frames": {"data.video_frames": 3}, "pad_short_audio": {"data.pad_short_audio": True},
-    "image_size": {"sizes.clip.image_size": 32, "sizes.seg.image_size": 32, "sizes.seg.grid": 4}, "visual_queries": {"sizes.visual.queries": 5},
-    "audio_queries": {"sizes.audio.queries": 5}, "clock": {"compat": "released"}, "model": {"sizes.llama.heads": 2, "sizes.llama.kv_heads": 2},
+    "image_size": {"sizes.clip.image_size": 32, "sizes.seg.image_size": 32, "sizes.seg.grid": 4},
+    "visual_queries": {"sizes.visual.queries": 5},
+    "audio_queries": {"sizes.audio.queries": 5}, "clock": {"compat": "released"},
+    "model": {"sizes.llama.heads": 2, "sizes.llama.kv_heads": 2},
     "tokenizer": {}, "examples": {}}
 SAME = [("--batch-size", "3"), ("--examples", "0"), ("--tensor", "1"), ("--cache-dir", "c"),
         {"data.lengths": (64, 2048)}, {"data.on_error": "skip"}, {"seed": 5}, {"steps": 9}]
