@@ -33,6 +33,7 @@ ZIPS = {"ave": ("ave",), "avvp": ("avvp",), "music_avqa": ("avqa",), "arig": ("a
 SUFFIX = "_converted_label"
 _DOCUMENTED = ("ave", "avvp", "music_avqa")
 _LARGEST = 100_000  # bytes of one text; the released ones have a few hundred
+_IN_ZIP64 = 0xFFFF  # files: the number stands elsewhere
 _LARGEST_ZIP, _UNPACKED, _MEMBERS = 2**27, 2**30, 10**6  # bytes of a zip, of all its texts, and how many they may be
 _SHOWN = 5  # problems named in an error
 
@@ -124,6 +125,9 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
             if len(infos) > _MEMBERS or sum(info.file_size for info in infos) > _UNPACKED:
                 raise InputError(str(path), "", f"holds {len(infos):,} files, or more than {_UNPACKED:,} bytes in all",
                                  "download it again")
+            if (stated := _stated(path)) not in (len(infos), _IN_ZIP64):  # Python reads what the index lists
+                raise InputError(str(path), "", f"lists {len(infos):,} of {stated:,} files; it is damaged",
+                                 "download it again")
             for info in infos:
                 if info.is_dir() or _of_macos(info.filename):
                     continue
@@ -135,6 +139,14 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
         raise
     except (zipfile.BadZipFile, RuntimeError, zlib.error, OSError, EOFError, NotImplementedError, ValueError) as error:
         raise InputError(str(path), "", f"cannot be read as a zip ({error})", "download it again") from None
+
+
+def _stated(path: Path) -> int:
+    """How many files the end of a zip says that there are."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 22 - 0xFFFF))  # its comment may be so long
+        end = file.read()
+    return int.from_bytes(end[(at := end.rfind(b"PK\5\6")) + 10:at + 12], "little")
 
 
 def _of_macos(entry: str) -> bool:

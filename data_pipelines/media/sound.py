@@ -60,6 +60,8 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
             samples = _blocks(file, path) if in_blocks else file.read(dtype="float32", always_2d=True)
         if kind == "MP3":
             samples = _whole_mp3(path, samples)
+        if kind == "FLAC":
+            _check_rate(path, rate)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
         start = behind_tags(path)
         if not start.startswith(b"fLaC") or not int.from_bytes(start[21:26], "big") & 0xFFFFFFFFF:
@@ -73,6 +75,18 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
                          "the file is truncated", AGAIN)
     # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
     return _mean(samples), rate
+
+
+def _check_rate(path: str, rate: int) -> None:
+    """Raise InputError for a FLAC whose first frame, which has a checksum, is of another rate than its head, which has
+    none and which libsndfile goes by."""
+    with opened(path, "audio") as container:
+        stream = sound_stream(container, path)
+        decode_alone(stream)
+        frame = next(container.decode(stream), None)
+    if frame is not None and frame.sample_rate != rate:
+        raise InputError(path, "audio", f"says {rate} samples a second, and its frames {frame.sample_rate}; the file "
+                         "is damaged", AGAIN)
 
 
 def _mean(samples: np.ndarray) -> np.ndarray:

@@ -89,6 +89,15 @@ def test_a_flipped_bit_of_what_has_checksums_is_refused_or_changes_nothing(whole
         assert refused > 30
 
 
+def test_a_flac_whose_head_says_another_rate_than_its_frames_is_refused(whole, tmp_path):
+    """No checksum covers the head."""
+    content = bytearray(whole["flac"])
+    content[19] ^= 1  # of the twenty bits of the rate
+    (tmp_path / "x.flac").write_bytes(content)
+    with pytest.raises(InputError, match="samples a second, and its frames 16000"):
+        media.read_audio(tmp_path / "x.flac")
+
+
 def test_an_ogg_file_without_one_of_its_pages_is_refused(tmp_path):
     content = wave(tone(4.0) * np.random.default_rng(0).uniform(0, 1, 64000), subtype="VORBIS", kind="OGG")
     pages = [b"OggS" + page for page in content.split(b"OggS")[1:]]

@@ -48,6 +48,16 @@ def test_ave_is_matched_by_video_and_agrees_with_its_row(tmp_path):
     assert verify.problems(found.examples[0]) == []
 
 
+def test_a_zip_whose_index_lists_fewer_files_than_there_are_is_refused(tmp_path):
+    path = pack(tmp_path / "ave_converted_label.zip", [(f"converted_label/{n}.txt", AVE_TEXT) for n in range(3)])
+    content = path.read_bytes()
+    at = content.rfind(b"PK\5\6") + 10
+    for stated, said in ((2, "lists 3 of 2"), (7, "lists 3 of 7")):
+        path.write_bytes(content[:at] + stated.to_bytes(2, "little") + content[at + 2:])
+        with pytest.raises(InputError, match=said):
+            released.read(path)
+
+
 def test_two_rows_of_one_video_share_a_label_and_the_other_event_is_quarantined(tmp_path):
     path = pack(tmp_path / "ave_converted_label.zip", [("converted_label/-abc_DEF123.txt", AVE_TEXT)])
     both = attach(path, [speech(), speech("-abc_DEF123-2", event="Bark")]).examples
