@@ -238,7 +238,7 @@ def test_a_wrong_flag_exits_with_2_and_one_line():
 def test_the_sweep_tries_fewer_rows_at_a_time_until_they_are_one():
     trials = list(verb._halved(resolve(finetune.get_config()), verb.topology_devices("v5e:8x8"), 8, 1, "dots"))
     assert [trial.optim.accumulate for trial in trials] == [2, 4, 8], "4 are inferred; a chip has 8 rows"
-    assert {(t.mesh.data, t.mesh.fsdp, t.sizes.llama.remat) for t in trials} == {(8, 8, "dots")}
+    assert {(t.mesh.data, t.mesh.fsdp, t.model.llama.remat) for t in trials} == {(8, 8, "dots")}
 
 
 @needs_libtpu
