@@ -177,6 +177,8 @@ class Peers:
         self._ending.acquire()  # never given free: the second thread that comes here waits for the end
         if not quiet:
             print(f"error: {why}", file=sys.stderr, flush=True)
+            # What C++ says of the same death comes before this line, or not at all.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         until = time.monotonic() + FAREWELL_SECONDS
         for link in self.links.values():
             link.send(f"end {code} {printable(why):.2000}")
