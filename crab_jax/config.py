@@ -15,7 +15,7 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from crab_jax import losses, optim
+from crab_jax import losses, optim, packaged
 from crab_jax.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
 from crab_jax.compat import PRESETS
 from crab_jax.defaults import COMPAT_SIZES, DERIVED_DATA, DERIVED_LOSS, base
@@ -208,6 +208,8 @@ def built(values: Mapping[str, Any]) -> RunConfig:
     """Return the RunConfig of flat values, one for each key; a size of None is the model's own. Raises InputError."""
     config = traverse_util.unflatten_dict({key: tuple(value) if isinstance(value, list) else value
                                            for key, value in values.items()}, sep=".")
+    if config["tokenizer"] == packaged.FORMER_TOKENIZER:
+        config["tokenizer"] = packaged.TOKENIZER
     compat = PRESETS[config["compat"]]
     sizes = with_sizes(MODELS[config["model"]](), config.pop("sizes", {}))
     model = dataclasses.replace(

@@ -203,6 +203,10 @@ def test_another_config_in_the_same_workdir_is_refused(scenes_root, tmp_path, mo
     young.pop("max_skipped"), young["mesh"].pop("fsdp")
     (tmp_path / "config.json").write_text(json.dumps(young))
     runs.claim_workdir(workdir, config)  # a key that is younger than the run
+    former = young | {"tokenizer": "data_pipelines/tiny_tokenizer.json"}
+    former["sizes"]["llama"]["rope_theta"] = None  # the model's own
+    (tmp_path / "config.json").write_text(json.dumps(former))
+    runs.claim_workdir(workdir, config)  # as it was written before configs were resolved
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1))
     runs.claim_workdir(workdir, config)  # another mesh
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
