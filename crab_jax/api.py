@@ -24,7 +24,8 @@ import numpy as np
 from flax import traverse_util
 
 from crab_jax import defaults, layout, packaged, runs
-from crab_jax.config import RunConfig, resolve
+from crab_jax.compat import PRESETS
+from crab_jax.config import RunConfig, derived_data, resolve
 from crab_jax.errors import InputError
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.models.crab import Crab as Module
@@ -175,10 +176,10 @@ class Crab:
     def __init__(self, config: CrabConfig | RunConfig, params: Any = None, tokenizer: Tokenizer | None = None,
                  seed: int = 0):
         if isinstance(config, CrabConfig):
-            config = dataclasses.replace(resolve(defaults.tiny()), model=config, seed=seed)
-            config = dataclasses.replace(config, data=dataclasses.replace(
-                config.data, image_size=config.model.clip.image_size, visual_queries=config.model.visual.queries,
-                audio_queries=config.model.audio.queries, lengths=_lengths(config.model)))
+            base = resolve(defaults.tiny())
+            fields = derived_data(config, PRESETS[base.compat])
+            config = dataclasses.replace(base, model=config, seed=seed, data=dataclasses.replace(
+                base.data, **fields, lengths=_lengths(config)))
         self.config = config
         self.module = Module(config.model)
         self.tokenizer = tokenizer or Tokenizer.load(packaged.TOKENIZER)

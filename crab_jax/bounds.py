@@ -193,11 +193,12 @@ def _unexpanded(value: str) -> str:
     return "is no path: give one (./- for a file of that name)" if value == "-" else ""
 
 
-def check(section: str, values: Any, bounds: Mapping[str, Bound]) -> None:
-    """Raise InputError naming the first field of a dataclass that is out of its bounds."""
+def check(section: str, values: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None:
+    """Raise InputError naming the first value of a section ("" for the top) that is out of its bounds."""
     for name, bound in bounds.items():
-        if problem := bound.problem(getattr(values, name)):
-            raise InputError("--config", f"{section}.{name}", f"is {getattr(values, name)!r:.60}", problem)
+        if problem := bound.problem(values[name]):
+            shown = " ".join(repr(values[name]).split())
+            raise InputError("--config", f"{section}.{name}".lstrip("."), f"is {shown:.60}", problem)
 
 
 PATH, ANY_PATH = Place(empty=False), Place()

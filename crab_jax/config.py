@@ -15,9 +15,9 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from crab_jax import losses, optim, packaged
+from crab_jax import bounds, losses, optim, packaged
 from crab_jax.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
-from crab_jax.compat import PRESETS
+from crab_jax.compat import PRESETS, Compat
 from crab_jax.defaults import COMPAT_SIZES, DERIVED_DATA, DERIVED_LOSS, base
 from crab_jax.errors import InputError
 from crab_jax.losses import LossConfig
@@ -85,12 +85,12 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
-        _check("data", values | {"datasets": ",".join(self.datasets)}, MIXTURE_BOUNDS)
+        bounds.check("data", values | {"datasets": ",".join(self.datasets)}, MIXTURE_BOUNDS)
         for name, bound in TASK_BOUNDS.items():
             if unknown := values[name].keys() ^ TASKS.keys():
                 raise InputError("--config", f"data.{name}.{min(unknown)}", "is missing or no task",
                                  f"give each of {', '.join(TASKS)}")
-            _check(f"data.{name}", values[name], dict.fromkeys(TASKS, bound))
+            bounds.check(f"data.{name}", values[name], dict.fromkeys(TASKS, bound))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        _check("mesh", vars(self), MESH_BOUNDS)
+        bounds.check("mesh", vars(self), MESH_BOUNDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RunConfig:
     watchdog_seconds: float
 
     def __post_init__(self) -> None:
-        _check("", {**vars(self), "model": self.model_name}, RUN_BOUNDS)
+        bounds.check("", {**vars(self), "model": self.model_name}, RUN_BOUNDS)
         check_sizes(self.model)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,13 +169,6 @@ def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any
             if name not in names}
 
 
-def _check(section: str, values: Mapping[str, Any], limits: Mapping[str, Bound]) -> None:
-    for name, bound in limits.items():
-        if problem := bound.problem(values[name]):
-            shown = " ".join(repr(values[name]).split())
-            raise InputError("--config", f"{section}.{name}".lstrip("."), f"is {shown:.60}", problem)
-
-
 def bound_of(key: str) -> Bound:
     """Return what the value of a key may be."""
     if not key.startswith("sizes."):
@@ -196,9 +189,8 @@ def resolve(config: ConfigDict) -> RunConfig:
         problem, fix = ("is missing", "start from crab_jax.defaults.base()") if key in known else (
             "is no key of a config", "see crab_jax/defaults.py")
         raise InputError("--config", key, problem, fix)
-    for key, value in values.items():
-        if not (value is None and key.startswith("sizes.")) and (problem := bound_of(key).problem(value)):
-            raise InputError("--config", key, f"is {' '.join(repr(value).split()):.60}", problem)
+    bounds.check("", values, {key: bound_of(key) for key, value in values.items()
+                              if value is not None or not key.startswith("sizes.")})
     run = built(values)
     check_run(run)
     return run
@@ -222,12 +214,17 @@ def built(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig(
             model_name=config.pop("model"), model=model,
             mixture=MixtureConfig(**drawn | {"datasets": tuple(filter(None, data["datasets"].split(",")))}),
-            data=DataConfig(**decoded, image_size=model.clip.image_size, visual_queries=model.visual.queries,
-                            audio_queries=model.audio.queries, clock=compat.clock),
+            data=DataConfig(**decoded, **derived_data(model, compat)),
             loss=LossConfig(**config.pop("loss"), reduction=compat.mask_loss_reduction),
             optim=OptimConfig(**config.pop("optim")), mesh=MeshConfig(**config.pop("mesh")), **config)
     except TypeError as error:  # a key that is none
         raise InputError("--config", "", f"has unknown keys ({error!s:.80})", "see crab_jax/defaults.py") from None
+
+
+def derived_data(model: CrabConfig, compat: Compat) -> dict[str, Any]:
+    """Return the fields of a DataConfig that follow from the model and its quirks, which are no keys of their own."""
+    return {"image_size": model.clip.image_size, "visual_queries": model.visual.queries,
+            "audio_queries": model.audio.queries, "clock": compat.clock}
 
 
 def check_run(run: RunConfig) -> None:

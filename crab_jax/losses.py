@@ -33,7 +33,7 @@ class LossConfig:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        bounds.check("loss", self, BOUNDS)
+        bounds.check("loss", vars(self), BOUNDS)
 
 
 BOUNDS: dict[str, Bound] = {**{term: Real(1e-9, 1e9, zero=True) for term in ("text", "bce", "dice", "ce")},

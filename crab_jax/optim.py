@@ -42,7 +42,7 @@ class OptimConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        bounds.check("optim", self, BOUNDS)
+        bounds.check("optim", vars(self), BOUNDS)
 
 
 SCHEDULES = ("cosine", "warmup_decay", "constant")

@@ -25,7 +25,7 @@ from flax import traverse_util
 from crab_jax import finite, runs
 from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, note_model, save_streamed
 from crab_jax.compat import PRESETS
-from crab_jax.config import RunConfig, refuse_no_file, resolve
+from crab_jax.config import RunConfig, derived_data, refuse_no_file, resolve
 from crab_jax.convert import released, torch_file
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
@@ -411,8 +411,7 @@ def _run_config(cfg: CrabConfig, choices: Choices, config: RunConfig | None) -> 
     compat = PRESETS[choices.compat]
     return dataclasses.replace(
         config, model_name="crab_7b", compat=choices.compat, model=cfg,
-        data=dataclasses.replace(config.data, image_size=cfg.clip.image_size, visual_queries=cfg.visual.queries,
-                                 audio_queries=cfg.audio.queries, clock=compat.clock),
+        data=dataclasses.replace(config.data, **derived_data(cfg, compat)),
         loss=dataclasses.replace(config.loss, reduction=compat.mask_loss_reduction))
 
 
