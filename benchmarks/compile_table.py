@@ -16,8 +16,15 @@ from pathlib import Path
 from crab_jax import compile as verb
 from crab_jax.config import resolve
 
-STAGES = ("finetune", "pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune_avs", "finetune:prefill",
-          "finetune:decode")
+STAGES = (
+    "finetune",
+    "pretrain_visual",
+    "pretrain_audio",
+    "pretrain_seg",
+    "finetune_avs",
+    "finetune:prefill",
+    "finetune:decode",
+)
 TOPOLOGIES = ("v5e:16x16", "v6e:4x4", "v5p:2x2x4", "v4:4x4x4")
 
 

@@ -91,10 +91,14 @@ def random_params(model: Text) -> Any:
     def draw() -> Any:
         leaves, tree = jax.tree.flatten(shapes)
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        return tree.unflatten([
-            jax.random.randint(key, leaf.shape, -7, 8).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer)
-            else (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-            for key, leaf in zip(keys, leaves, strict=True)])
+        return tree.unflatten(
+            [
+                jax.random.randint(key, leaf.shape, -7, 8).astype(leaf.dtype)
+                if jnp.issubdtype(leaf.dtype, jnp.integer)
+                else (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+                for key, leaf in zip(keys, leaves, strict=True)
+            ]
+        )
 
     return draw()
 
@@ -129,8 +133,9 @@ def ours(model: Text, params: Any, rows: int, length: int, new: int) -> Callable
     return measure
 
 
-def torch_side(cfg: LlamaConfig, lora: LoraConfig | None, dtype: str, length: int, new: int,
-               ) -> Callable[[int], list[tuple[float, float]]] | None:
+def torch_side(
+    cfg: LlamaConfig, lora: LoraConfig | None, dtype: str, length: int, new: int
+) -> Callable[[int], list[tuple[float, float]]] | None:
     """A function of the number of rows that measures transformers with one thread and with all: (seconds for one token,
     seconds for all `new`) of each. None without torch."""
     try:
@@ -153,12 +158,17 @@ def torch_side(cfg: LlamaConfig, lora: LoraConfig | None, dtype: str, length: in
             y, low = self.base(x), self.a(x)
             weights = self.route(x).float().softmax(-1).to(x.dtype)
             for head, b in enumerate(self.b):
-                y = y + weights[..., head:head + 1] * b(low) * self.scale
+                y = y + weights[..., head : head + 1] * b(low) * self.scale
             return y
 
     config = transformers.LlamaConfig(
-        vocab_size=cfg.padded_vocab, hidden_size=cfg.hidden, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, intermediate_size=cfg.mlp_dim)
+        vocab_size=cfg.padded_vocab,
+        hidden_size=cfg.hidden,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        intermediate_size=cfg.mlp_dim,
+    )
     model = transformers.LlamaForCausalLM(config)
     if lora is not None:
         for layer in model.model.layers:
@@ -173,8 +183,14 @@ def torch_side(cfg: LlamaConfig, lora: LoraConfig | None, dtype: str, length: in
 
         def run(count: int) -> None:
             with torch.inference_mode():
-                model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count,
-                               min_new_tokens=count, do_sample=False, pad_token_id=0)
+                model.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=count,
+                    min_new_tokens=count,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
             if device == "cuda":
                 torch.cuda.synchronize()
 
@@ -189,8 +205,12 @@ def torch_side(cfg: LlamaConfig, lora: LoraConfig | None, dtype: str, length: in
 
 def bytes_per_step(cfg: LlamaConfig, params: Any, rows: int, slots: int) -> float:
     """What one decode step reads: weights and the slots of the cache."""
-    weights = sum(leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize) for name, tree in
-                  params["llama"].items() if name != "embed_tokens" for leaf in jax.tree.leaves(tree))
+    weights = sum(
+        leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)
+        for name, tree in params["llama"].items()
+        if name != "embed_tokens"
+        for leaf in jax.tree.leaves(tree)
+    )
     return weights + 2 * cfg.layers * rows * slots * cfg.kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
 
 
@@ -204,8 +224,9 @@ def memory_ceiling(size: float, dtype: str, repeats: int) -> float:
     return matrix.nbytes / min(seconds(lambda: jax.block_until_ready(times(vector, matrix))) for _ in range(repeats))
 
 
-def cases(cfg: LlamaConfig, dtypes: list[str], batches: list[int], length: int, new: int,
-          repeats: int) -> list[dict[str, Any]]:
+def cases(
+    cfg: LlamaConfig, dtypes: list[str], batches: list[int], length: int, new: int, repeats: int
+) -> list[dict[str, Any]]:
     """One row per dtype, LoRA or not, and batch size."""
     found = []
     for lora in (LORA, None):
@@ -224,12 +245,20 @@ def cases(cfg: LlamaConfig, dtypes: list[str], batches: list[int], length: int, 
                     base.append(theirs(rows) if theirs else [(np.nan, np.nan)])
                 (prefill, step), (first, whole) = np.min(best, axis=0), np.min(base, axis=0).T
                 base_prefill, base_step = first.min(), ((whole - first) / (new - 1)).min()
-                row = {"case": f"{dtype}, batch {rows}, {'LoRA' if lora else 'no LoRA'}",
-                       "tokens_per_s": rows / step, "baseline_tokens_per_s": rows / base_step,
-                       "ratio": base_step / step, "bandwidth_share": size / step / ceiling, "prefill_s": prefill,
-                       "baseline_prefill_s": base_prefill, "bytes_per_step": size, "memory_bytes_per_s": ceiling}
-                row = {key: value if isinstance(value, str) or np.isfinite(value) else None
-                       for key, value in row.items()}
+                row = {
+                    "case": f"{dtype}, batch {rows}, {'LoRA' if lora else 'no LoRA'}",
+                    "tokens_per_s": rows / step,
+                    "baseline_tokens_per_s": rows / base_step,
+                    "ratio": base_step / step,
+                    "bandwidth_share": size / step / ceiling,
+                    "prefill_s": prefill,
+                    "baseline_prefill_s": base_prefill,
+                    "bytes_per_step": size,
+                    "memory_bytes_per_s": ceiling,
+                }
+                row = {
+                    key: value if isinstance(value, str) or np.isfinite(value) else None for key, value in row.items()
+                }
                 found.append(row)
                 print(line(row), flush=True)
     return found
@@ -237,12 +266,15 @@ def cases(cfg: LlamaConfig, dtypes: list[str], batches: list[int], length: int, 
 
 def line(row: dict[str, Any]) -> str:
     """A case as text."""
+
     def number(value: float | None, digits: int = 1) -> str:
         return f"{'-' if value is None else format(value, f'.{digits}f'):>9}"
 
-    return (f"{row['case']:<30}{number(row['tokens_per_s'])}{number(row['baseline_tokens_per_s'])}"
-            f"{number(row['ratio'], 2)}{number(row['bandwidth_share'], 2)}{number(row['prefill_s'], 3)}"
-            f"{number(row['baseline_prefill_s'], 3)}{number(row['memory_bytes_per_s'] / 1e9)}")
+    return (
+        f"{row['case']:<30}{number(row['tokens_per_s'])}{number(row['baseline_tokens_per_s'])}"
+        f"{number(row['ratio'], 2)}{number(row['bandwidth_share'], 2)}{number(row['prefill_s'], 3)}"
+        f"{number(row['baseline_prefill_s'], 3)}{number(row['memory_bytes_per_s'] / 1e9)}"
+    )
 
 
 def main() -> None:
@@ -258,10 +290,18 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true")
     arguments = parser.parse_args()
     cfg = SMALL if arguments.model == "small" else MODELS[arguments.model]().llama
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n{'case':<30}"
-          + "".join(f"{name:>9}" for name in ("tok/s", "HF tok/s", "ratio", "share", "prefill", "HF", "GB/s")))
-    rows = cases(cfg, arguments.dtypes.split(","), [int(n) for n in arguments.batches.split(",")], arguments.prompt,
-                 arguments.new, arguments.repeats)
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n{'case':<30}"
+        + "".join(f"{name:>9}" for name in ("tok/s", "HF tok/s", "ratio", "share", "prefill", "HF", "GB/s"))
+    )
+    rows = cases(
+        cfg,
+        arguments.dtypes.split(","),
+        [int(n) for n in arguments.batches.split(",")],
+        arguments.prompt,
+        arguments.new,
+        arguments.repeats,
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

@@ -37,11 +37,16 @@ def config(gigabytes: float, vocab_size: int) -> CrabConfig:
     """The tiny model around a LLaMA of the wanted size."""
     layers = round(gigabytes * 1e9 / 2 / (4 * WIDTH**2 + 3 * WIDTH * MLP))
     small = tiny()
-    llama = dataclasses.replace(small.llama, vocab_size=vocab_size, hidden=WIDTH, mlp_dim=MLP, layers=layers, heads=16,
-                                kv_heads=16)
-    return dataclasses.replace(small, llama=llama, seg=dataclasses.replace(small.seg, llm_dim=WIDTH),
-                               visual=dataclasses.replace(small.visual, out_dim=WIDTH),
-                               audio=dataclasses.replace(small.audio, out_dim=WIDTH))
+    llama = dataclasses.replace(
+        small.llama, vocab_size=vocab_size, hidden=WIDTH, mlp_dim=MLP, layers=layers, heads=16, kv_heads=16
+    )
+    return dataclasses.replace(
+        small,
+        llama=llama,
+        seg=dataclasses.replace(small.seg, llm_dim=WIDTH),
+        visual=dataclasses.replace(small.visual, out_dim=WIDTH),
+        audio=dataclasses.replace(small.audio, out_dim=WIDTH),
+    )
 
 
 def write(folder: Path, gigabytes: float) -> list[str]:
@@ -50,16 +55,31 @@ def write(folder: Path, gigabytes: float) -> list[str]:
     cfg = config(gigabytes, tokenizer.vocab_size)
     shapes = nn.unbox(runs.abstract_params(Crab(cfg)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float16), shapes)
-    params = StoredParams(shapes, lambda wanted: jax.tree.map(
-        lambda leaf: np.broadcast_to(np.float16(0.5), leaf.shape), wanted))
+    params = StoredParams(
+        shapes, lambda wanted: jax.tree.map(lambda leaf: np.broadcast_to(np.float16(0.5), leaf.shape), wanted)
+    )
     write_hugging_face(cfg, params, folder, shard_bytes=5 * 10**8)
     write_crab(cfg, params, folder)
     tokenizer.save(folder / "llama")
     bert = folder / "bert.json"
     bert.write_text(json.dumps({"num_attention_heads": cfg.visual.heads}))
-    return ["--clip", str(folder / "clip"), "--llama", str(folder / "llama"), "--beats", str(folder / "beats/BEATs.pt"),
-            "--crab", str(folder / "finetune_weights.bin"), str(folder / "avs_finetune_weights.bin"), "--bert",
-            str(bert), "--taps", ",".join(map(str, cfg.clip.taps)), "--out", str(folder / "imported")]
+    return [
+        "--clip",
+        str(folder / "clip"),
+        "--llama",
+        str(folder / "llama"),
+        "--beats",
+        str(folder / "beats/BEATs.pt"),
+        "--crab",
+        str(folder / "finetune_weights.bin"),
+        str(folder / "avs_finetune_weights.bin"),
+        "--bert",
+        str(bert),
+        "--taps",
+        ",".join(map(str, cfg.clip.taps)),
+        "--out",
+        str(folder / "imported"),
+    ]
 
 
 def as_bin(folder: Path) -> None:
@@ -69,12 +89,20 @@ def as_bin(folder: Path) -> None:
     renamed = {shard: f"pytorch_{Path(shard).stem}.bin" for shard in set(weight_map.values())}
     for shard, name in renamed.items():
         tensors = torch_file.read_safetensors(folder / shard)
-        torch_writer.save(folder / name, {key: torch_writer.Tensor(
-            tensors[key].shape, tensors[key].dtype, lambda key=key, tensors=tensors: tensors[key]) for key in tensors})
+        torch_writer.save(
+            folder / name,
+            {
+                key: torch_writer.Tensor(
+                    tensors[key].shape, tensors[key].dtype, lambda key=key, tensors=tensors: tensors[key]
+                )
+                for key in tensors
+            },
+        )
         (folder / shard).unlink()
     index.unlink()
     (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"weight_map": {key: renamed[shard] for key, shard in weight_map.items()}}))
+        json.dumps({"weight_map": {key: renamed[shard] for key, shard in weight_map.items()}})
+    )
 
 
 def measure(*arguments: str) -> tuple[float, float]:
@@ -101,12 +129,20 @@ def main() -> None:
             as_bin(Path(folder) / "llama")
         source = sum(path.stat().st_size for path in (Path(folder) / "llama").glob("*-of-*"))
         idle, _ = measure("import", "--help")
-        verbs = {"import": options, "export": [str(Path(folder) / "imported"), "--format", "hf", "--out",
-                                               str(Path(folder) / "exported")]}
+        verbs = {
+            "import": options,
+            "export": [str(Path(folder) / "imported"), "--format", "hf", "--out", str(Path(folder) / "exported")],
+        }
         needed = {verb: measure(verb, *options) for verb, options in verbs.items()}
-    print(json.dumps({"llama_gb": round(source / 1e9, 3), "program_alone_gb": round(idle, 3)} | {
-        verb: {"peak_rss_gb": round(peak, 3), "seconds": round(seconds, 1)}
-        for verb, (peak, seconds) in needed.items()}))
+    print(
+        json.dumps(
+            {"llama_gb": round(source / 1e9, 3), "program_alone_gb": round(idle, 3)}
+            | {
+                verb: {"peak_rss_gb": round(peak, 3), "seconds": round(seconds, 1)}
+                for verb, (peak, seconds) in needed.items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -41,16 +41,25 @@ from data_pipelines.sources import scenes
 from data_pipelines.tokens import Tokenizer
 
 ROUNDS, BATCH = 5, 8
-PROMPT = ("This is a video:\n<video_start><video><video_end>\nThis is an audio:\n<audio_start><audio><audio_end>\n"
-          "Please describe the events and time range that occurred in the video.")
+PROMPT = (
+    "This is a video:\n<video_start><video><video_end>\nThis is an audio:\n<audio_start><audio><audio_end>\n"
+    "Please describe the events and time range that occurred in the video."
+)
 TARGET = "The event is <event> Male speech, man speaking </event>, and the time range is <range> 0,8 </range>."
 # (owner, function, stage): a function's own time, without that of the functions below it that are listed too.
 STAGES = [
-    (media, "read_video", "decode"), (media, "read_image", "decode"), (media, "read_audio", "decode"),
-    (media, "_small", "resize"), (media, "_square", "resize"),
-    (fbank, "cut_windows", "fbank"), (fbank, "fbank", "fbank"),
-    (batching, "_encode", "tokenise"), (batching, "bucket_for", "tokenise"), (batching, "text_arrays", "tokenise"),
-    (batching, "collate", "batch"), (batching, "_pad", "batch"),
+    (media, "read_video", "decode"),
+    (media, "read_image", "decode"),
+    (media, "read_audio", "decode"),
+    (media, "_small", "resize"),
+    (media, "_square", "resize"),
+    (fbank, "cut_windows", "fbank"),
+    (fbank, "fbank", "fbank"),
+    (batching, "_encode", "tokenise"),
+    (batching, "bucket_for", "tokenise"),
+    (batching, "text_arrays", "tokenise"),
+    (batching, "collate", "batch"),
+    (batching, "_pad", "batch"),
     *((shards.Shards, name, "read") for name in ("video", "picture", "sound")),
 ]
 
@@ -60,8 +69,12 @@ def examples_of(root: Path, folder: Path | None) -> dict[str, list[Example]]:
     scenes.write(root, {"train": BATCH}, seed=1)
     clips = sorted(path.relative_to(root).as_posix() for path in root.glob("train/*/clip.mp4"))
     clip = Example(id="", task="ave", instruction=PROMPT, target=TARGET)
-    found = {"scene clips": [dataclasses.replace(clip, id=path, video=path, audio=path.replace("clip.mp4", "audio.wav"))
-                             for path in clips]}
+    found = {
+        "scene clips": [
+            dataclasses.replace(clip, id=path, video=path, audio=path.replace("clip.mp4", "audio.wav"))
+            for path in clips
+        ]
+    }
     if folder:
         video = next((folder / "ave").glob("*.mp4"))
         for number in range(BATCH):  # several names, so that nothing is kept from the one before
@@ -70,11 +83,19 @@ def examples_of(root: Path, folder: Path | None) -> dict[str, list[Example]]:
             for k in range(5):
                 shutil.copy(folder / "s4/0.jpg", root / f"s4_{number}_{k}.jpg")
             shutil.copy(folder / "s4/audio.wav", root / f"s4_{number}.wav")
-        found["AVE clips"] = [dataclasses.replace(clip, id=f"ave{n}", video=f"ave{n}.mp4", audio=f"ave{n}.mp3")
-                              for n in range(BATCH)]
+        found["AVE clips"] = [
+            dataclasses.replace(clip, id=f"ave{n}", video=f"ave{n}.mp4", audio=f"ave{n}.mp3") for n in range(BATCH)
+        ]
         found["S4 pictures"] = [
-            dataclasses.replace(clip, id=f"s4_{n}", frames=tuple(f"s4_{n}_{k}.jpg" for k in range(5)),
-                                audio=f"s4_{n}.wav", windows="five") for n in range(BATCH)]
+            dataclasses.replace(
+                clip,
+                id=f"s4_{n}",
+                frames=tuple(f"s4_{n}_{k}.jpg" for k in range(5)),
+                audio=f"s4_{n}.wav",
+                windows="five",
+            )
+            for n in range(BATCH)
+        ]
     return found
 
 
@@ -138,8 +159,9 @@ class Reference:
     def __init__(self, python: str):
         script = Path(__file__).with_name("input_reference.py")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        self.process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=environment)
+        self.process = subprocess.Popen(
+            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.versions = self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -150,18 +172,30 @@ class Reference:
         return json.loads(line)
 
     def seconds(self, examples: list[Example], root: Path, config: DataConfig) -> float:
-        samples = [{"audio": str(root / (e.audio or e.video or "")), "windows": e.windows,
-                    **({"video": str(root / e.video)} if e.video else {"frames": [str(root / p) for p in e.frames]})}
-                   for e in examples]
+        samples = [
+            {
+                "audio": str(root / (e.audio or e.video or "")),
+                "windows": e.windows,
+                **({"video": str(root / e.video)} if e.video else {"frames": [str(root / p) for p in e.frames]}),
+            }
+            for e in examples
+        ]
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(
-            {"samples": samples, "size": config.image_size, "frames": config.video_frames}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"samples": samples, "size": config.image_size, "frames": config.video_frames}) + "\n"
+        )
         self.process.stdin.flush()
         return self._answer()["seconds"]
 
 
-def compare(examples: list[Example], raw: Path, prepared: Path, tokenizer: Tokenizer, config: DataConfig,
-            reference: Reference | None) -> dict[str, Any]:
+def compare(
+    examples: list[Example],
+    raw: Path,
+    prepared: Path,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    reference: Reference | None,
+) -> dict[str, Any]:
     """Milliseconds of CPU a sample: bare, raw and prepared (by stage), the reference's; and the ratios."""
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(ROUNDS + 1):  # the first warms up
@@ -176,14 +210,19 @@ def compare(examples: list[Example], raw: Path, prepared: Path, tokenizer: Token
     result: dict[str, Any] = {}
     for name, found in rounds.items():
         kept = found[1:]
-        result[name] = {stage: 1000 * statistics.median(one.get(stage, 0.0) for one in kept) / len(examples)
-                        for stage in kept[0]}
+        result[name] = {
+            stage: 1000 * statistics.median(one.get(stage, 0.0) for one in kept) / len(examples) for stage in kept[0]
+        }
     total = {name: stages["total"] for name, stages in result.items()}
-    result["ratios"] = {"raw / bare": total["raw"] / total["bare"],
-                        "raw's decoding / bare": result["raw"]["decode"] / total["bare"]}
+    result["ratios"] = {
+        "raw / bare": total["raw"] / total["bare"],
+        "raw's decoding / bare": result["raw"]["decode"] / total["bare"],
+    }
     if reference:
-        result["ratios"] |= {"reference / raw": total["reference"] / total["raw"],
-                             "reference / prepared": total["reference"] / total["prepared"]}
+        result["ratios"] |= {
+            "reference / raw": total["reference"] / total["raw"],
+            "reference / prepared": total["reference"] / total["prepared"],
+        }
     return result
 
 
@@ -196,8 +235,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             if way in found:
                 cells = [f"{found[way][s]:.2f}" if s in found[way] else "" for s in stages]
                 lines.append(f"| {name}, {way} | " + " | ".join(cells) + f" | {1000 / found[way]['total']:.1f} |")
-    lines += ["", *(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found["ratios"].items())
-                    for name, found in results.items())]
+    lines += [
+        "",
+        *(
+            f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found["ratios"].items())
+            for name, found in results.items()
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -262,14 +306,19 @@ def main() -> None:
         else:
             reference = Reference(arguments.reference_python) if arguments.reference_python else None
             report["reference_versions"] = reference.versions if reference else {}
-            report["input"] = {name: compare(group, raw, prepared, tokenizer, config, reference)
-                               for name, group in found.items()}
+            report["input"] = {
+                name: compare(group, raw, prepared, tokenizer, config, reference) for name, group in found.items()
+            }
             print(table(report["input"]))
-            report["memory"] = {name: worker_memory(found["scene clips"], root, tokenizer, config)
-                                for name, root in (("raw", raw), ("prepared", prepared))}
+            report["memory"] = {
+                name: worker_memory(found["scene clips"], root, tokenizer, config)
+                for name, root in (("raw", raw), ("prepared", prepared))
+            }
             for name, values in report["memory"].items():
-                print(f"worker, {name}: peak {values['worker_mb']:.0f} MB, {BATCH} samples are "
-                      f"{values['batch_mb']:.1f} MB")
+                print(
+                    f"worker, {name}: peak {values['worker_mb']:.0f} MB, {BATCH} samples are "
+                    f"{values['batch_mb']:.1f} MB"
+                )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1))
 

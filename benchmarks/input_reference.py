@@ -51,8 +51,12 @@ def bands_of(sample: dict) -> torch.Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    versions = {"decord": decord.__version__, "librosa": librosa.__version__, "torch": torch.__version__,
-                "transformers": transformers.__version__}
+    versions = {
+        "decord": decord.__version__,
+        "librosa": librosa.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     print(json.dumps(versions), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

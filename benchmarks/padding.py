@@ -33,16 +33,38 @@ from data_pipelines.sources import ave, avqa, avsbench, avvp
 from data_pipelines.tokens import Tokenizer
 
 # Samples of an epoch of the joint stage: one picture of each clip of AVSS and of each expression of Ref-AVS.
-SAMPLES = {"avqa": 31927, "ave": 3339, "avvp": 10000, "arig": 3452, "s4": 3452, "ms3": 1480, "avss": 4750,
-           "ref-avs": 14112, "avcap": 25327}
-_SLOTS = {"Object": questions.INSTRUMENTS, "LR": ("left", "right", "middle"), "LRer": ("leftest", "rightest"),
-          "LL": ("loudest", "lowest"), "FL": ("first", "last"), "TH": ("first", "second", "third", "fourth", "fifth"),
-          "BA": ("before", "after")}
-_EXPRESSIONS = ("The object making the longest sound duration.", "The object having white and gray fur.",
-                "The object making a sound with a faster rhythm", "The cat on the left of the piano.",
-                "The object which starts sounding before the man, but is quieter", "The red car.")
-_WORDS = ("with the rumble on a moving bus crowd spoke in one room yellow bird leaped over fence sound of his mouth "
-          "ringing woman talks nearby as water pours wind is blowing insects are singing and rustling occurs").split()
+SAMPLES = {
+    "avqa": 31927,
+    "ave": 3339,
+    "avvp": 10000,
+    "arig": 3452,
+    "s4": 3452,
+    "ms3": 1480,
+    "avss": 4750,
+    "ref-avs": 14112,
+    "avcap": 25327,
+}
+_SLOTS = {
+    "Object": questions.INSTRUMENTS,
+    "LR": ("left", "right", "middle"),
+    "LRer": ("leftest", "rightest"),
+    "LL": ("loudest", "lowest"),
+    "FL": ("first", "last"),
+    "TH": ("first", "second", "third", "fourth", "fifth"),
+    "BA": ("before", "after"),
+}
+_EXPRESSIONS = (
+    "The object making the longest sound duration.",
+    "The object having white and gray fur.",
+    "The object making a sound with a faster rhythm",
+    "The cat on the left of the piano.",
+    "The object which starts sounding before the man, but is quieter",
+    "The red car.",
+)
+_WORDS = (
+    "with the rumble on a moving bus crowd spoke in one room yellow bird leaped over fence sound of his mouth "
+    "ringing woman talks nearby as water pours wind is blowing insects are singing and rustling occurs"
+).split()
 
 
 class Labels:
@@ -71,8 +93,10 @@ class Labels:
                 return {"event": self.one(ave.CATEGORIES), "start": start, "end": end}
             case "avvp":  # training clips have 1, 2 or 3 labels in 4,032, 5,879 and 89 cases
                 names = rng.choice(avvp.CATEGORIES, rng.choice(3, p=(0.4032, 0.5879, 0.0089)) + 1, replace=False)
-                return {kind: [[str(name), *self.span()] for name in names for _ in range(rng.integers(0, 3))]
-                        for kind in ("audio", "visual")}
+                return {
+                    kind: [[str(name), *self.span()] for name in names for _ in range(rng.integers(0, 3))]
+                    for kind in ("audio", "visual")
+                }
             case "avqa":
                 return {"answer": self.one(avqa.ANSWERS), "type": ["Audio-Visual", "Location"]}
             case "arig":
@@ -94,20 +118,28 @@ class Labels:
             fields["question"] = re.sub(r"<(\w+)>", lambda slot: self.one(_SLOTS[slot[1]]), template)
         elif TASKS[task].mask_kind != "none":
             fields |= {"second": second} | ({"expression": meta["expression"]} if task == "ref-avs" else {})
-        example = Example(id=f"{task}-{number}", task=task, instruction=TASKS[task].instruction(**fields), meta=meta,
-                          second=second, windows="music_avqa" if task == "avqa" else "ten", audio="a.wav")
+        example = Example(
+            id=f"{task}-{number}",
+            task=task,
+            instruction=TASKS[task].instruction(**fields),
+            meta=meta,
+            second=second,
+            windows="music_avqa" if task == "avqa" else "ten",
+            audio="a.wav",
+        )
         if TASKS[task].mask_kind != "none":  # read as a binary one, which can be written in place
             x1, y1, x2, y2 = self.box()
             mask = np.zeros((224, 224), np.uint8, order="F")
-            mask[y1:y2 + 1, x1:x2 + 1] = 1
+            mask[y1 : y2 + 1, x1 : x2 + 1] = 1
             example = dataclasses.replace(example, mask=inline_mask(coco.encode(mask)), mask_kind="binary")
         example = templates.write(example, ".")
         pictures = {"arig": 1, "s4": 5, "ms3": 5, "avss": 10, "ref-avs": 10}.get(task, 0)
         if pictures == 1:
             return dataclasses.replace(example, image="0.jpg", windows="five")
         if pictures:
-            return dataclasses.replace(example, frames=tuple(f"{k}.jpg" for k in range(pictures)),
-                                       windows="five" if pictures == 5 else "ten")
+            return dataclasses.replace(
+                example, frames=tuple(f"{k}.jpg" for k in range(pictures)), windows="five" if pictures == 5 else "ten"
+            )
         return dataclasses.replace(example, video="v.mp4", audio=None)
 
 

@@ -37,8 +37,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 1
 def on_gpu() -> str:
     """Name of the first GPU, "" without one."""
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                               text=True)
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
     except FileNotFoundError:
         return ""
     return found.stdout.splitlines()[0] if found.returncode == 0 and found.stdout else ""
@@ -54,9 +55,13 @@ def run_config(gpu: str, rows: int) -> Any:
     config.sizes.llama.remat = "full"
     if not gpu:
         config.model, config.frozen_dtype, config.data.lengths = "tiny", "float32", (144, 192, 272)
-        sizes = {"llama": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 4, "mlp_dim": 688},
-                 "visual": {"out_dim": 256}, "audio": {"out_dim": 256}, "seg": {"llm_dim": 256},
-                 "lora": {"dropout": 0.05}}
+        sizes = {
+            "llama": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 4, "mlp_dim": 688},
+            "visual": {"out_dim": 256},
+            "audio": {"out_dim": 256},
+            "seg": {"llm_dim": 256},
+            "lora": {"dropout": 0.05},
+        }
         for module, changes in sizes.items():
             config.sizes[module].update(changes)
     return resolve(config)
@@ -124,10 +129,13 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
         where = np.arange(bucket.length)
         slots = np.where(where < bucket.frames * cfg.visual.queries + bucket.windows * cfg.audio.queries, where, -1)
         batch = empty_batch(bucket, rows, cfg.clip.image_size).replace(
-            tokens=tokens, slots=np.broadcast_to(slots, tokens.shape).astype(np.int32),
+            tokens=tokens,
+            slots=np.broadcast_to(slots, tokens.shape).astype(np.int32),
             text_mask=where < real[:, None],
             loss_mask=(where < real[:, None]) & (where >= real[:, None] - ANSWER),
-            seg_kind=np.ones((rows, bucket.masks), np.int32), index=np.arange(rows, dtype=np.int32))
+            seg_kind=np.ones((rows, bucket.masks), np.int32),
+            index=np.arange(rows, dtype=np.int32),
+        )
         batches.append(jax.device_put(batch, sharding.batch_sharding(mesh)))
     held = [state]
 
@@ -145,17 +153,24 @@ def torch_side(gpu: str, rows: int, steps: int, heads: int) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-
     config = run_config(gpu, rows)
     cfg, device = config.model, "cuda" if gpu else "cpu"
     sizes = cfg.llama
     dtype = torch.bfloat16 if gpu else torch.float32
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        model: Any = LlamaForCausalLM(LlamaConfig(
-            vocab_size=sizes.padded_vocab, hidden_size=sizes.hidden, intermediate_size=sizes.mlp_dim,
-            num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
-            attn_implementation="sdpa", use_cache=False))
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=sizes.padded_vocab,
+                hidden_size=sizes.hidden,
+                intermediate_size=sizes.mlp_dim,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
+                num_key_value_heads=sizes.kv_heads,
+                attn_implementation="sdpa",
+                use_cache=False,
+            )
+        )
         torch.set_default_dtype(torch.float32)
     model.requires_grad_(False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -169,8 +184,12 @@ def torch_side(gpu: str, rows: int, steps: int, heads: int) -> dict[str, Any]:
     else:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=cfg.lora.rank, lora_alpha=cfg.lora.alpha,
-                                                 target_modules=list(TARGETS), lora_dropout=cfg.lora.dropout))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=cfg.lora.rank, lora_alpha=cfg.lora.alpha, target_modules=list(TARGETS), lora_dropout=cfg.lora.dropout
+            ),
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
@@ -198,6 +217,7 @@ def torch_side(gpu: str, rows: int, steps: int, heads: int) -> dict[str, Any]:
 
 def multi_head(torch: Any, base: Any, lora: Any) -> Any:
     """The released LoRA layer (peft_hyper/tuners/lora.py) around a linear layer: one A, a B per head, a router."""
+
     class MultiHead(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -230,20 +250,29 @@ def side(name: str, gpu: str, rows: int, steps: int) -> dict[str, Any]:
     weights += sizes.hidden * sizes.padded_vocab
     tokens = sum(int(real.sum()) for _, _, real in made) / out["seconds"]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"side": name, "tokens_per_s": tokens, "samples_per_s": rows * len(made) / out["seconds"],
-            "peak_bytes": out["peak_bytes"] or resident, "flops": 4 * weights * tokens}
+    return {
+        "side": name,
+        "tokens_per_s": tokens,
+        "samples_per_s": rows * len(made) / out["seconds"],
+        "peak_bytes": out["peak_bytes"] or resident,
+        "flops": 4 * weights * tokens,
+    }
 
 
 def table(results: list[dict[str, Any]], peak: float | None) -> str:
     """Markdown: each side, and its tokens/s over those of PEFT (or of the last side)."""
     base = next((r for r in results if r["side"] == "peft"), results[-1])
-    lines = ["| side | real tokens/s | samples/s | peak memory GiB | model FLOP/s | MFU "
-             f"| tokens/s over {base['side']} |", "|" + "---|" * 7]
+    lines = [
+        f"| side | real tokens/s | samples/s | peak memory GiB | model FLOP/s | MFU | tokens/s over {base['side']} |",
+        "|" + "---|" * 7,
+    ]
     for r in results:
         used = f"{r['flops'] / peak:.1%}" if peak else "-"
-        lines.append(f"| {r['side']} | {r['tokens_per_s']:.0f} | {r['samples_per_s']:.2f} "
-                     f"| {r['peak_bytes'] / 2**30:.2f} | {r['flops']:.2e} | {used} "
-                     f"| {r['tokens_per_s'] / base['tokens_per_s']:.2f} |")
+        lines.append(
+            f"| {r['side']} | {r['tokens_per_s']:.0f} | {r['samples_per_s']:.2f} "
+            f"| {r['peak_bytes'] / 2**30:.2f} | {r['flops']:.2e} | {used} "
+            f"| {r['tokens_per_s'] / base['tokens_per_s']:.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -19,8 +19,14 @@ def get_config():
     config.data.frames = "all"
     embeddings = ("llama/embed_tokens/.*", "llama/lm_head/.*")
     config.trainable = (*defaults.SEGMENTATION, *embeddings)
-    config.frozen = (*defaults.ENCODERS, *defaults.QFORMERS, *defaults.LORA, *defaults.FOURIER,
-                     "llama/layers/(?!.*/lora_).*", "llama/norm/.*")
+    config.frozen = (
+        *defaults.ENCODERS,
+        *defaults.QFORMERS,
+        *defaults.LORA,
+        *defaults.FOURIER,
+        "llama/layers/(?!.*/lora_).*",
+        "llama/norm/.*",
+    )
     for task in config.data.weights:
         config.data.weights[task] = float(task in MASK_TASKS)
     config.loss.text = 1.0

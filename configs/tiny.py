@@ -1,6 +1,6 @@
 """The joint stage at tiny size on the generated scenes, from the warm start.
 
-    python -m crab_jax.train --config=configs/tiny.py --config.data.root=runs/scenes --workdir=runs/x
+python -m crab_jax.train --config=configs/tiny.py --config.data.root=runs/scenes --workdir=runs/x
 """
 
 from crab_jax import defaults, packaged

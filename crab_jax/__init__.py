@@ -1,9 +1,9 @@
 """Crab, a unified audio-visual language model, in JAX: see `crab_jax.api` for the library.
 
-    import crab_jax as cj
+import crab_jax as cj
 
-    crab = cj.load("warm_start")
-    print(crab.answer(cj.ask("clip.mp4", task="ave")).text)
+crab = cj.load("warm_start")
+print(crab.answer(cj.ask("clip.mp4", task="ave")).text)
 """
 
 from __future__ import annotations
@@ -18,12 +18,28 @@ if TYPE_CHECKING:
     from crab_jax.tasks.task import Task
 
 __version__ = "0.2.0"
-__all__ = ["Answer", "Ask", "Box", "Crab", "Event", "InputError", "Task", "Trace", "__version__", "ask", "crab_7b",
-           "load", "tiny"]
+__all__ = [
+    "Answer",
+    "Ask",
+    "Box",
+    "Crab",
+    "Event",
+    "InputError",
+    "Task",
+    "Trace",
+    "__version__",
+    "ask",
+    "crab_7b",
+    "load",
+    "tiny",
+]
 # Imported when first asked for, so that `import crab_jax` costs nothing.
-_HOMES = {**dict.fromkeys(("Answer", "Ask", "Box", "Crab", "Event", "Trace", "ask", "load"), "crab_jax.api"),
-          **dict.fromkeys(("crab_7b", "tiny"), "crab_jax.models.presets"),
-          "InputError": "crab_jax.errors", "Task": "crab_jax.tasks.task"}
+_HOMES = {
+    **dict.fromkeys(("Answer", "Ask", "Box", "Crab", "Event", "Trace", "ask", "load"), "crab_jax.api"),
+    **dict.fromkeys(("crab_7b", "tiny"), "crab_jax.models.presets"),
+    "InputError": "crab_jax.errors",
+    "Task": "crab_jax.tasks.task",
+}
 
 
 def __getattr__(name: str) -> Any:

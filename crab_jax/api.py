@@ -1,10 +1,10 @@
 """The library: load a model, ask it about a clip, look inside it.
 
-    import crab_jax as cj
+import crab_jax as cj
 
-    crab = cj.load("runs/x")
-    answer = crab.answer(cj.ask("clip.mp4", task="ms3", second=4))
-    trace = crab.trace(cj.ask("clip.mp4", task="avqa", question="How many instruments are there?"))
+crab = cj.load("runs/x")
+answer = crab.answer(cj.ask("clip.mp4", task="ms3", second=4))
+trace = crab.trace(cj.ask("clip.mp4", task="avqa", question="How many instruments are there?"))
 """
 
 from __future__ import annotations
@@ -73,10 +73,19 @@ class Ask:
         return self.request.warnings
 
 
-def ask(video: str | Path | np.ndarray | None = None, *, image: str | Path | np.ndarray | None = None,
-        audio: str | Path | tuple[np.ndarray, int] | None = None, seconds: float | None = None, task: str = "",
-        question: str = "", expression: str = "", second: int | None = None, windows: str = "",
-        prompt_variant: str = "") -> Ask:
+def ask(
+    video: str | Path | np.ndarray | None = None,
+    *,
+    image: str | Path | np.ndarray | None = None,
+    audio: str | Path | tuple[np.ndarray, int] | None = None,
+    seconds: float | None = None,
+    task: str = "",
+    question: str = "",
+    expression: str = "",
+    second: int | None = None,
+    windows: str = "",
+    prompt_variant: str = "",
+) -> Ask:
     """Return a question about a clip, or about a picture with its sound.
 
     video: a file, or frames uint8[T,H,W,3] in RGB, evenly spaced over `seconds`. image: a file, or uint8[H,W,3].
@@ -105,8 +114,13 @@ def ask(video: str | Path | np.ndarray | None = None, *, image: str | Path | np.
         raise InputError("ask", "audio", "is samples without a rate", "give (samples, rate)")
     elif audio is not None:
         record["audio_path"] = str(audio)
-    named = {"task": task, "question": question, "expression": expression, "windows": windows,
-             "prompt_variant": prompt_variant}
+    named = {
+        "task": task,
+        "question": question,
+        "expression": expression,
+        "windows": windows,
+        "prompt_variant": prompt_variant,
+    }
     record |= {name: value for name, value in named.items() if value}
     if second is not None:
         record["second"] = second
@@ -173,19 +187,25 @@ class Crab:
     training uses, it can be asked and traced; laid out for generation (`load(..., weights="float")`), only asked.
     """
 
-    def __init__(self, config: CrabConfig | RunConfig, params: Any = None, tokenizer: Tokenizer | None = None,
-                 seed: int = 0):
+    def __init__(
+        self, config: CrabConfig | RunConfig, params: Any = None, tokenizer: Tokenizer | None = None, seed: int = 0
+    ):
         if isinstance(config, CrabConfig):
             base = resolve(defaults.tiny())
             fields = derived_data(config, PRESETS[base.compat])
-            config = dataclasses.replace(base, model=config, seed=seed, data=dataclasses.replace(
-                base.data, **fields, lengths=_lengths(config)))
+            config = dataclasses.replace(
+                base, model=config, seed=seed, data=dataclasses.replace(base.data, **fields, lengths=_lengths(config))
+            )
         self.config = config
         self.module = Module(config.model)
         self.tokenizer = tokenizer or Tokenizer.load(packaged.TOKENIZER)
         if self.tokenizer.vocab_size > config.model.llama.vocab_size:
-            raise InputError("Crab", "tokenizer", f"has {self.tokenizer.vocab_size} tokens, and the model "
-                             f"{config.model.llama.vocab_size} rows", "give the model's tokenizer")
+            raise InputError(
+                "Crab",
+                "tokenizer",
+                f"has {self.tokenizer.vocab_size} tokens, and the model {config.model.llama.vocab_size} rows",
+                "give the model's tokenizer",
+            )
         self.params = runs.initial_params(config, self.module) if params is None else params
         self._mesh: jax.sharding.Mesh | None = None
 
@@ -195,9 +215,19 @@ class Crab:
     @overload
     def answer(self, asked: Sequence[Ask], **options: Any) -> list[Answer]: ...
 
-    def answer(self, asked: Ask | Sequence[Ask], *, batch_size: int = 1, max_new_tokens: int = 256,
-               temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, force_masks: bool = False,
-               mask_groups: int = 1, on_text: Callable[[Ask, str], None] | None = None) -> Answer | list[Answer]:
+    def answer(
+        self,
+        asked: Ask | Sequence[Ask],
+        *,
+        batch_size: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        force_masks: bool = False,
+        mask_groups: int = 1,
+        on_text: Callable[[Ask, str], None] | None = None,
+    ) -> Answer | list[Answer]:
         """Return the answer to one question, or those to several, in their order.
 
         temperature: 0 is greedy. force_masks: append the mask tokens where the model wrote none. mask_groups: draw a
@@ -211,9 +241,22 @@ class Crab:
         found: dict[str, Answer] = {}
         given = Given.together([one.given for one in several])
         for prediction in predict_examples(
-                self.module, self.params, self.config, self.tokenizer, [one.request.example for one in by_id.values()],
-                given, batch_size, max_new_tokens, seed=seed, decoding=decoding, on_text=tell, mesh=self._mesh,
-                on_error="raise", pad_short_audio=True, clock="shown"):
+            self.module,
+            self.params,
+            self.config,
+            self.tokenizer,
+            [one.request.example for one in by_id.values()],
+            given,
+            batch_size,
+            max_new_tokens,
+            seed=seed,
+            decoding=decoding,
+            on_text=tell,
+            mesh=self._mesh,
+            on_error="raise",
+            pad_short_audio=True,
+            clock="shown",
+        ):
             found[prediction.example.id] = _answer(by_id[prediction.example.id], prediction)
         answers = [found[one.request.example.id] for one in several]
         return answers[0] if isinstance(asked, Ask) else answers
@@ -248,14 +291,17 @@ class Crab:
             example = dataclasses.replace(example, target=answer)
         # Masks are drawn after the language model; what it reads does not depend on them.
         example = dataclasses.replace(example, mask_kind="none", mask=None)
-        data = dataclasses.replace(self.config.data, prompt_only=answer is None, pad_short_audio=True, clock="shown",
-                                   cache_dir="")
+        data = dataclasses.replace(
+            self.config.data, prompt_only=answer is None, pad_short_audio=True, clock="shown", cache_dir=""
+        )
         row = batching.load(example, asked.given, self.tokenizer, data)
         hidden, router = _look(self.module, self.params, jax.tree.map(jnp.asarray, batching.collate([row], 1)))
         length = int(row["text_mask"].sum())
         tokens, slots = row["tokens"][:length], row["slots"][:length]
-        pieces = tuple("" if slot >= 0 else self.tokenizer.decode([token], skip_special_tokens=False)
-                       for token, slot in zip(tokens, slots, strict=True))
+        pieces = tuple(
+            "" if slot >= 0 else self.tokenizer.decode([token], skip_special_tokens=False)
+            for token, slot in zip(tokens, slots, strict=True)
+        )
         weights = {path: np.asarray(value[:, 0, :length], np.float32) for path, value in router.items()}
         return Trace(tokens, slots, np.asarray(hidden[0, :length], np.float32), weights, pieces)
 
@@ -296,14 +342,18 @@ def _answer(asked: Ask, prediction: Prediction) -> Answer:
     if asked.task == "arig" and parsed is not None and asked.picture is not None:
         height, width = asked.picture.shape[:2]
         boxes = (Box(*map(float, scale_box(parsed, (width, height)))),)
-    return Answer(prediction.text, parsed, masks, _events(asked.task, parsed), boxes,
-                  (*asked.warnings, *prediction.warnings))
+    return Answer(
+        prediction.text, parsed, masks, _events(asked.task, parsed), boxes, (*asked.warnings, *prediction.warnings)
+    )
 
 
 def _events(task: str, parsed: Any) -> tuple[Event, ...]:
     if task == "ave" and parsed is not None:
         return tuple(Event(parsed["event"], start, end, "heard and seen") for start, end in parsed["ranges"])
     if task == "avvp" and parsed is not None:
-        return tuple(Event(name, start, end, sense) for key, sense in (("audio", "heard"), ("visual", "seen"))
-                     for name, start, end in parsed[key])
+        return tuple(
+            Event(name, start, end, sense)
+            for key, sense in (("audio", "heard"), ("visual", "seen"))
+            for name, start, end in parsed[key]
+        )
     return ()

@@ -29,7 +29,7 @@ class Bound:
         raise NotImplementedError
 
     def problem(self, value: Any) -> str:
-        """"" for an allowed value, otherwise what it must be."""
+        """ "" for an allowed value, otherwise what it must be."""
         return "" if self.fits(value) else f"must be {self.wanted}"
 
     def read(self, text: str) -> Any:
@@ -79,8 +79,9 @@ class Real(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
-        return (f"{'0, or ' if self.zero else ''}a number from {self.low:g} to {self.high:.6g}"
-                + (f" ({self.note})" if self.note else ""))
+        return f"{'0, or ' if self.zero else ''}a number from {self.low:g} to {self.high:.6g}" + (
+            f" ({self.note})" if self.note else ""
+        )
 
     def fits(self, value: Any) -> bool:
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -154,8 +155,13 @@ class Name(Bound):
     wanted = "a name without slashes"
 
     def fits(self, value: Any) -> bool:
-        return (isinstance(value, str) and bool(value.strip()) and value not in (".", "..")
-                and not set("/\\\0\n") & set(value) and len(value) <= 200)
+        return (
+            isinstance(value, str)
+            and bool(value.strip())
+            and value not in (".", "..")
+            and not set("/\\\0\n") & set(value)
+            and len(value) <= 200
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +184,15 @@ class Place(Bound):
         if "://" not in value and not (scheme and not os.path.lexists(scheme[0].rstrip("/\\"))):
             return "" if not value or os.path.lexists(value) else _unexpanded(value)
         kind = scheme["kind"].lower() if scheme else ""
-        fix = ("give the path itself" if kind == "file" else "download it and give its path" if kind.startswith("http")
-               else "give the path that this machine has for it" if len(kind) == 1
-               else "mount the bucket and give its path, see docs/training.md")
+        fix = (
+            "give the path itself"
+            if kind == "file"
+            else "download it and give its path"
+            if kind.startswith("http")
+            else "give the path that this machine has for it"
+            if len(kind) == 1
+            else "mount the bucket and give its path, see docs/training.md"
+        )
         return f"is a {'path of Windows' if len(kind) == 1 else 'URL'}, which is no file or folder here: {fix}"
 
 
@@ -239,17 +251,21 @@ class Wholes(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
-        return (f"{self.least} or more {'increasing ' if self.rising else ''}whole numbers from {self.low} to "
-                f"{self.high}")
+        return (
+            f"{self.least} or more {'increasing ' if self.rising else ''}whole numbers from {self.low} to {self.high}"
+        )
 
     def fits(self, value: Any) -> bool:
         one = Whole(self.low, self.high)
-        return (isinstance(value, tuple | list) and len(value) >= self.least and all(map(one.fits, value))
-                and not (self.rising and list(value) != sorted(set(value))))
+        return (
+            isinstance(value, tuple | list)
+            and len(value) >= self.least
+            and all(map(one.fits, value))
+            and not (self.rising and list(value) != sorted(set(value)))
+        )
 
     def read(self, text: str) -> tuple[int, ...]:
         return tuple(Whole(self.low, self.high).read(part) for part in text.split(","))
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +289,13 @@ class Inside(Bound):
     wanted = "a path inside the folder, with / between its parts"
 
     def fits(self, value: Any) -> bool:
-        return (isinstance(value, str) and 0 < len(value) <= 1000 and value.isprintable() and "\\" not in value
-                and not {"", ".", ".."} & set(value.split("/")))
+        return (
+            isinstance(value, str)
+            and 0 < len(value) <= 1000
+            and value.isprintable()
+            and "\\" not in value
+            and not {"", ".", ".."} & set(value.split("/"))
+        )
 
 
 class Number(Bound):

@@ -43,7 +43,7 @@ def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
     down = -(-len(tasks) // across)
     figure = new_figure(3.3 * across, (0.26 * len(columns) + 0.8) * down)
     grid = figure.subplots(down, across, squeeze=False, gridspec_kw={"hspace": 0.6, "wspace": 0.12}, sharey=True)
-    for axes in grid.flat[len(tasks):]:
+    for axes in grid.flat[len(tasks) :]:
         axes.axis("off")
     for axes, task in zip(grid.flat, tasks, strict=False):
         metric = TASKS[task].headline
@@ -53,8 +53,13 @@ def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
                 continue
             low, high = scores.get("intervals", {}).get(metric, (scores[metric],) * 2)
             error = [[max(0.0, scores[metric] - low)], [max(0.0, high - scores[metric])]]
-            axes.barh(row, scores[metric], xerr=error, color=COLOURS[0] if row == 0 else "0.72",
-                      error_kw={"linewidth": 1, "ecolor": "0.25"})
+            axes.barh(
+                row,
+                scores[metric],
+                xerr=error,
+                color=COLOURS[0] if row == 0 else "0.72",
+                error_kw={"linewidth": 1, "ecolor": "0.25"},
+            )
         axes.set_title(f"{task}: {metric}", fontsize=10, loc="left")
         axes.set_yticks(range(len(columns)), list(map(label_of, columns)))
         axes.set_ylim(len(columns) - 0.5, -0.5)
@@ -96,7 +101,7 @@ def _head_panels(means: Mapping[str, np.ndarray], ticks: Sequence[str], axis: st
     figure = new_figure(3.2 * across, (0.3 * heads + 0.75) * down)
     gaps = {"hspace": 0.55, "wspace": 0.08}
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True, gridspec_kw=gaps)
-    for axes in grid.flat[len(means):]:
+    for axes in grid.flat[len(means) :]:
         axes.axis("off")
     for axes, (task, mean) in zip(grid.flat, means.items(), strict=False):
         image = axes.imshow(mean, cmap="PuOr_r", vmin=1 / heads - spread, vmax=1 / heads + spread, aspect="auto")

@@ -50,8 +50,12 @@ from crab_jax.structured import read_json
 
 # Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same; and it says that
 # it replaces what a run that was stopped has left half.
-_SAID_ELSEWHERE = ("_SignalingThread.run() raised", "in background save thread", "Save Finalize thread",
-                   "Removing existing directory since it is not finalized")
+_SAID_ELSEWHERE = (
+    "_SignalingThread.run() raised",
+    "in background save thread",
+    "Save Finalize thread",
+    "Removing existing directory since it is not finalized",
+)
 logging.getLogger("absl").addFilter(lambda record: not any(said in record.getMessage() for said in _SAID_ELSEWHERE))
 # After the first error of a read its loop is closed, and each read that is under way still wants to tell it of its own.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
@@ -79,8 +83,11 @@ CHUNK = 32 * 2**20  # bytes; what a host reads at once of a large imported leaf,
 def describe_mismatch(wanted: Any, found: Any) -> list[str]:
     """Lines naming every leaf that is missing, extra, of another shape or kind of number between two trees."""
     wanted, found = (traverse_util.flatten_dict(tree, sep="/") for tree in (wanted, found))
-    lines = [f"{path}: missing in the checkpoint, the model wants {wanted[path].shape}"
-             for path in wanted if path not in found]
+    lines = [
+        f"{path}: missing in the checkpoint, the model wants {wanted[path].shape}"
+        for path in wanted
+        if path not in found
+    ]
     lines += [f"{path}: unknown to the model" for path in found if path not in wanted]
     for path in (path for path in wanted if path in found):
         ours, theirs = wanted[path], found[path]
@@ -96,8 +103,12 @@ def check_match(wanted: Any, found: Any, where: str) -> None:
     lines = describe_mismatch(wanted, found)
     if lines:
         shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
-        raise InputError(where, lines[0].split(":")[0], f"{len(lines)} parameters do not fit: {shown}",
-                         "use the config that the checkpoint was written with")
+        raise InputError(
+            where,
+            lines[0].split(":")[0],
+            f"{len(lines)} parameters do not fit: {shown}",
+            "use the config that the checkpoint was written with",
+        )
 
 
 def tree_hash(tree: Any) -> str:
@@ -148,8 +159,11 @@ def _checksum(leaf: Any) -> int:
     sums of disjoint shards add up to the sum of the leaf, and any one changed element changes it.
     """
     whole = tuple(slice(None) for _ in leaf.shape)
-    shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0] if isinstance(
-        leaf, jax.Array) else [(whole, leaf)]
+    shards = (
+        [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+        if isinstance(leaf, jax.Array)
+        else [(whole, leaf)]
+    )
     return sum(_shard_checksum(index, leaf.shape, data) for index, data in shards) % 2**32
 
 
@@ -201,7 +215,8 @@ class RunCheckpoints:
         self._keep = keep
         with _unsaid():  # of folders that are no steps
             self._steps = ocp.training.Checkpointer(
-                self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+                self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+            )
         self._frozen = ""  # hash of the frozen tree, as far as it is known
         self._saving: Any = None  # a step that is being written
 
@@ -232,8 +247,15 @@ class RunCheckpoints:
         ocp.save(self.folder / "frozen", frozen, overwrite=True)
         digests = leaf_digests(frozen)
         self._frozen = _hash_of(digests)
-        self.note({"format": FORMAT, "frozen_hash": self._frozen, **manifest, "frozen": digests, "packages": {
-            name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}})
+        self.note(
+            {
+                "format": FORMAT,
+                "frozen_hash": self._frozen,
+                **manifest,
+                "frozen": digests,
+                "packages": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+            }
+        )
 
     def load_frozen(self, wanted: Any) -> Any:
         """The frozen tree, straight into the dtypes and shards of `wanted`. Raises InputError when it is not what the
@@ -245,8 +267,12 @@ class RunCheckpoints:
         # Runs of an earlier version have another hash under another name.
         kept, found = self.manifest.get("frozen_hash"), tree_hash(frozen)
         if {kept, self._frozen} - {None, "", found}:
-            raise InputError(str(folder), "frozen_hash", "the frozen weights are not those that the run started with",
-                             "copy the folder again, or start anew in another --workdir")
+            raise InputError(
+                str(folder),
+                "frozen_hash",
+                "the frozen weights are not those that the run started with",
+                "copy the folder again, or start anew in another --workdir",
+            )
         self._frozen = found
         return frozen
 
@@ -256,8 +282,12 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             steps = max(1, self._keep + 1 - len(_steps_of(self.folder)))
             size = _tree_bytes(frozen or {}) + steps * _tree_bytes(train)
-            need_room(str(self.folder), int(LEAST * size), f"a run of this size, with {self._keep} checkpoints and the "
-                      "next,", "--workdir")
+            need_room(
+                str(self.folder),
+                int(LEAST * size),
+                f"a run of this size, with {self._keep} checkpoints and the next,",
+                "--workdir",
+            )
 
     def raise_failed(self) -> None:
         """Raise what has stopped the saving of a step, which else would be told when the next is saved."""
@@ -276,11 +306,19 @@ class RunCheckpoints:
         except InputError as error:
             self.wait()
             before = f"step {self.latest} before it is whole" if self.latest else "there is no step before it"
-            raise InputError(error.where, error.field, f"{error.problem}; it is not saved, {before}",
-                             "start again with a lower optim.lr or larger optim.eps, in another --workdir") from error
+            raise InputError(
+                error.where,
+                error.field,
+                f"{error.problem}; it is not saved, {before}",
+                "start again with a lower optim.lr or larger optim.eps, in another --workdir",
+            ) from error
         # Forced: by default Orbax drops a save while the one before is being written.
-        self._saving = self._steps.save_checkpointables_async(step, {"train": train}, force=True, custom_metadata={
-            "step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)})
+        self._saving = self._steps.save_checkpointables_async(
+            step,
+            {"train": train},
+            force=True,
+            custom_metadata={"step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)},
+        )
 
     def restore(self, train: Any) -> Any:
         """`train` tree of the newest step that is sound, with the shapes, dtypes and shardings of the given one.
@@ -300,8 +338,12 @@ class RunCheckpoints:
         for number, error in failed.items():
             aside = self._set_aside(str(number))
             if jax.process_index() == 0:
-                print(f"warning: {error.where}: {error.problem}; this step is set aside as {aside}, and the run goes "
-                      f"on from step {step}", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {error.where}: {error.problem}; this step is set aside as {aside}, and the run goes "
+                    f"on from step {step}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self._set_foreign_aside()
         self._steps.reload()
         return found
@@ -373,21 +415,28 @@ def _key(part: Any) -> str:
 
 def _steps_of(folder: epath.Path) -> set[int]:
     """The steps in a run's `checkpoints/`, damaged ones among them; not what else has a number for its name."""
-    return {int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.name == str(int(path.name))
-            and ((path / "train").exists() or (path / STEP_METADATA).exists())}
+    return {
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdecimal()
+        and path.name == str(int(path.name))
+        and ((path / "train").exists() or (path / STEP_METADATA).exists())
+    }
 
 
 def _step_metadata(folder: epath.Path) -> dict[str, Any] | None:
     """What `save` noted of a step; None for one of an older version. Raises InputError."""
     try:
         kept = read_json(str(folder / STEP_METADATA)).get("custom_metadata")
-        if kept and not (isinstance(kept["train"], dict) and isinstance(kept["frozen_hash"], str)
-                         and isinstance(kept["step"], int)):
+        if kept and not (
+            isinstance(kept["train"], dict) and isinstance(kept["frozen_hash"], str) and isinstance(kept["step"], int)
+        ):
             raise KeyError("train, step or frozen_hash")
         return kept or None
     except (InputError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(str(folder / STEP_METADATA), "", f"cannot be read ({_first_line(error)})",
-                         COPY_AGAIN) from error
+        raise InputError(
+            str(folder / STEP_METADATA), "", f"cannot be read ({_first_line(error)})", COPY_AGAIN
+        ) from error
 
 
 def _manifest(folder: epath.Path | Path, fix: str) -> dict[str, Any]:
@@ -416,13 +465,18 @@ def _plainly(folder: epath.Path, read: Callable[[], Any], said: list[str] | None
 
 def _unreadable(folder: epath.Path, words: str) -> InputError:
     named = re.findall(re.escape(str(folder)) + r"[^\s\"',;:\]\)]*", words)
-    return InputError(max(named, key=len).rstrip("./") if named else str(folder), "",
-                      f"cannot be read ({' '.join(words.split())[:200]})", COPY_AGAIN)
+    return InputError(
+        max(named, key=len).rstrip("./") if named else str(folder),
+        "",
+        f"cannot be read ({' '.join(words.split())[:200]})",
+        COPY_AGAIN,
+    )
 
 
 @contextlib.contextmanager
 def _unsaid(kept: list[str] | None = None) -> Iterator[None]:
     """While inside, what Orbax warns of, tracebacks among it, goes to `kept` and is not shown: we say what is wrong."""
+
     def keep(record: logging.LogRecord) -> bool:
         if kept is not None:
             kept.append(record.getMessage())
@@ -475,8 +529,9 @@ def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:
 
 def _hashes_beside(folder: Path | epath.Path) -> dict[str, str]:
     """SHA-256 of the config and the tokenizer in a folder, by name."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE
-            if (folder / name).is_file()}
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE if (folder / name).is_file()
+    }
 
 
 def _check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.Path) -> None:
@@ -487,8 +542,12 @@ def _check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.P
     for name in BESIDE:
         if name in kept and kept[name] != found.get(name):
             problem = "is not what was written with this model" if name in found else "is missing"
-            raise InputError(str(folder / name), "", problem, f"{COPY_AGAIN}; if you changed it on purpose, "
-                             f"remove files from {manifest}")
+            raise InputError(
+                str(folder / name),
+                "",
+                problem,
+                f"{COPY_AGAIN}; if you changed it on purpose, remove files from {manifest}",
+            )
 
 
 def _model_digests(folder: Path) -> dict[str, str] | None:
@@ -516,9 +575,9 @@ class Streamed:
 
     def checked(self) -> Iterable[tuple[tuple[int, ...], np.ndarray]]:
         """The parts; ValueError when one does not fit, comes twice or is missing."""
-        left = set(np.ndindex(self.shape[:self.stacked]))
+        left = set(np.ndindex(self.shape[: self.stacked]))
         for index, part in self.parts():
-            if index not in left or (part.shape, part.dtype) != (self.shape[self.stacked:], self.dtype):
+            if index not in left or (part.shape, part.dtype) != (self.shape[self.stacked :], self.dtype):
                 raise ValueError(f"part {index}: {part.dtype}{part.shape} in a leaf {self.dtype}{self.shape}")
             left.remove(index)
             yield index, np.ascontiguousarray(part)
@@ -569,16 +628,27 @@ def save_streamed(folder: str | Path, leaves: Mapping[str, Streamed]) -> dict[st
     digests of its leaves."""
     parts = _PartByPart()
     registry = ocp_v0.type_handlers.create_type_handler_registry(
-        (Streamed, parts), (jax.Array, ocp_v0.type_handlers.ArrayHandler()))
+        (Streamed, parts), (jax.Array, ocp_v0.type_handlers.ArrayHandler())
+    )
     handler = ocp_v0.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, type_handler_registry=registry)
     tree = traverse_util.unflatten_dict(dict(leaves), sep="/")
-    layout = jax.tree.map(lambda leaf: ocp_v0.SaveArgs() if leaf.nbytes <= CHUNK else ocp_v0.SaveArgs(
-        shard_axes=tuple(range(leaf.stacked)), chunk_byte_size=CHUNK), tree)
+    layout = jax.tree.map(
+        lambda leaf: (
+            ocp_v0.SaveArgs()
+            if leaf.nbytes <= CHUNK
+            else ocp_v0.SaveArgs(shard_axes=tuple(range(leaf.stacked)), chunk_byte_size=CHUNK)
+        ),
+        tree,
+    )
     with ocp_v0.Checkpointer(handler) as writer:
-        writer.save(epath.Path(folder).resolve(), force=True, args=ocp_v0.args.PyTreeSave(
-            tree, save_args=layout, ocdbt_target_data_file_size=8 * CHUNK))
-    return {path: f"{tuple(leaf.shape)}{leaf.dtype}{parts.sums.get(id(leaf), 0) % 2**32}"
-            for path, leaf in leaves.items()}
+        writer.save(
+            epath.Path(folder).resolve(),
+            force=True,
+            args=ocp_v0.args.PyTreeSave(tree, save_args=layout, ocdbt_target_data_file_size=8 * CHUNK),
+        )
+    return {
+        path: f"{tuple(leaf.shape)}{leaf.dtype}{parts.sums.get(id(leaf), 0) % 2**32}" for path, leaf in leaves.items()
+    }
 
 
 def load_tree(file: str | Path, wanted: Any = None, digests: Mapping[str, str] | None = None) -> Any:
@@ -601,8 +671,9 @@ def load_tree(file: str | Path, wanted: Any = None, digests: Mapping[str, str] |
     return traverse_util.unflatten_dict({path: load(path, place) for path, place in places.items()}, sep="/")
 
 
-def save_packed(folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None, tokenizer: Any = None
-                ) -> None:
+def save_packed(
+    folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None, tokenizer: Any = None
+) -> None:
     """Write parameters, config and tokenizer into one folder: all of them are there, or what was there before."""
     flat = finite.check(_flat(params, dtype), str(Path(folder) / PACKED))
     with replaced(folder) as new:
@@ -622,6 +693,7 @@ def _partial_load() -> ocp.Context:
 
 def _load_orbax(folder: epath.Path, wanted: Any) -> Any:
     """The leaves of a tree that `wanted` has, in its dtypes and shardings. Raises InputError when it is damaged."""
+
     def load() -> Any:
         with _partial_load():
             return ocp.load(folder, wanted)
@@ -664,8 +736,9 @@ class StoredParams:
         return traverse_util.flatten_dict(finite.check(self.read(wanted), self.where), sep="/")
 
 
-def _as_written(read: Callable[[Any], Any], shapes: Any, kept: Mapping[str, str] | None, where: str, below: str = ""
-                ) -> Callable[[Any], Any]:
+def _as_written(
+    read: Callable[[Any], Any], shapes: Any, kept: Mapping[str, str] | None, where: str, below: str = ""
+) -> Callable[[Any], Any]:
     """`read`, whose leaves are checked against their digests before they take the dtypes that are asked for.
 
     Raises InputError at once when the shapes on disk are not those of the digests.
@@ -675,13 +748,23 @@ def _as_written(read: Callable[[Any], Any], shapes: Any, kept: Mapping[str, str]
         return read
     stored = traverse_util.flatten_dict(shapes, sep="/")
     ours = {path.removeprefix(below): digest for path, digest in kept.items() if path.startswith(below)}
-    _refuse_changed(sorted(ours.keys() ^ stored.keys()) or [
-        path for path, leaf in stored.items() if not ours[path].startswith(f"{tuple(leaf.shape)}{leaf.dtype}")], where)
+    _refuse_changed(
+        sorted(ours.keys() ^ stored.keys())
+        or [path for path, leaf in stored.items() if not ours[path].startswith(f"{tuple(leaf.shape)}{leaf.dtype}")],
+        where,
+    )
 
     def checked(wanted: Any) -> Any:
         flat = traverse_util.flatten_dict(wanted, sep="/")
-        found = read(traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(
-            leaf.shape, stored[path].dtype, sharding=leaf.sharding) for path, leaf in flat.items()}, sep="/"))
+        found = read(
+            traverse_util.unflatten_dict(
+                {
+                    path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype, sharding=leaf.sharding)
+                    for path, leaf in flat.items()
+                },
+                sep="/",
+            )
+        )
         check_digests(ours, found, where)
         found = traverse_util.flatten_dict(found, sep="/")
         for path, leaf in flat.items():
@@ -704,10 +787,13 @@ def _packed(file: Path) -> StoredParams:
         _tell_unverified(str(file))
     else:
         _refuse_changed(sorted(digests.keys() ^ flat.keys()), str(file))
-    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating)
-                                         else leaf.dtype) for path, leaf in flat.items()}
-    return StoredParams(traverse_util.unflatten_dict(shapes, sep="/"), partial(load_tree, file, digests=digests),
-                        str(file))
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+        for path, leaf in flat.items()
+    }
+    return StoredParams(
+        traverse_util.unflatten_dict(shapes, sep="/"), partial(load_tree, file, digests=digests), str(file)
+    )
 
 
 def _imported(folder: epath.Path, digests: Mapping[str, str] | None) -> StoredParams:
@@ -728,8 +814,13 @@ def _of_run(folder: epath.Path) -> StoredParams:
         try:
             return _plainly(step, read)
         except InputError as error:
-            raise InputError(error.where, error.field, error.problem, f"this step is damaged: give its folder another "
-                             f"name to take {before}, or start train again, which does so and goes on") from error
+            raise InputError(
+                error.where,
+                error.field,
+                error.problem,
+                f"this step is damaged: give its folder another "
+                f"name to take {before}, or start train again, which does so and goes on",
+            ) from error
 
     kept = plainly(lambda: _step_metadata(step))
     trained = plainly(lambda: _metadata(step, "train")["trainable"])
@@ -749,8 +840,10 @@ def _of_run(folder: epath.Path) -> StoredParams:
 
     def read(wanted: Any) -> Any:
         flat = traverse_util.flatten_dict(wanted)
-        ours, theirs = (traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items()
-                                                      if (path in in_trained) == kind}) for kind in (True, False))
+        ours, theirs = (
+            traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if (path in in_trained) == kind})
+            for kind in (True, False)
+        )
         loaded = plainly(lambda: read_trained(ours)) if ours else {}
         return merge(loaded, frozen.read(theirs) if theirs else {})
 
@@ -766,8 +859,12 @@ def stored_params(path: str | Path) -> StoredParams:
         return _imported(epath.Path(path).resolve() / IMPORTED, _model_digests(path))
     if (path / "checkpoints" / "frozen").is_dir():
         return _of_run(epath.Path(path).resolve() / "checkpoints")
-    raise InputError(str(path), "checkpoint", "is neither a training run nor an imported or packed model",
-                     f"give a --workdir of train, the --out of an import, or a folder with {PACKED}")
+    raise InputError(
+        str(path),
+        "checkpoint",
+        "is neither a training run nor an imported or packed model",
+        f"give a --workdir of train, the --out of an import, or a folder with {PACKED}",
+    )
 
 
 def identity(path: str | Path) -> str:
@@ -786,8 +883,11 @@ def identity(path: str | Path) -> str:
             for part in range(16):
                 content.seek(size * part // 16)
                 found.update(content.read(4096))
-    for file in (*(folder / name for name in (*BESIDE, MANIFEST)), run / MANIFEST, *(
-            file for file in files if file.name == STEP_METADATA)):
+    for file in (
+        *(folder / name for name in (*BESIDE, MANIFEST)),
+        run / MANIFEST,
+        *(file for file in files if file.name == STEP_METADATA),
+    ):
         found.update(file.read_bytes() if file.is_file() else b"")
     return found.hexdigest()
 

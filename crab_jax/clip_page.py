@@ -21,9 +21,12 @@ PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3
 WIDEST = 1280  # pixels of a picture on the page
 LARGEST = 8_000_000  # bytes of a file that the page holds, so that it can be played there
 TITLES = {  # what the picture of a task shows
-    "arig": "arig, a box around the sounding object", "s4": "s4, the pixels of the sounding object",
-    "ms3": "ms3, the pixels of all sounding objects", "avss": "avss, the classes of the sounding pixels",
-    "ref-avs": "ref-avs, the pixels of what is asked for"}
+    "arig": "arig, a box around the sounding object",
+    "s4": "s4, the pixels of the sounding object",
+    "ms3": "ms3, the pixels of all sounding objects",
+    "avss": "avss, the classes of the sounding pixels",
+    "ref-avs": "ref-avs, the pixels of what is asked for",
+}
 
 
 class Answered(NamedTuple):
@@ -37,8 +40,13 @@ class Answered(NamedTuple):
 def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
     """The events of the AVE and AVVP answers as lines of one time line."""
     kinds = {"ave": "{} (heard and seen)", "avvp": "{}"}
-    return [track._replace(label=kinds[task].format(track.label)) for task in kinds for one in answers
-            if one.prediction.example.task == task for track in overlay.event_tracks(task, one.prediction.parsed)]
+    return [
+        track._replace(label=kinds[task].format(track.label))
+        for task in kinds
+        for one in answers
+        if one.prediction.example.task == task
+        for track in overlay.event_tracks(task, one.prediction.parsed)
+    ]
 
 
 def player(path: str) -> Html:
@@ -58,7 +66,8 @@ def player(path: str) -> Html:
         return Html("<p>{}</p>").format(file.name)
     size = Html(' height="240"') if kind[:5] == "video" else NONE
     return Html('<p><{tag} controls{size} src="data:{kind};base64,{data}"></{tag}></p>').format(
-        tag=kind[:5], size=size, kind=kind, data=base64.b64encode(file.read_bytes()).decode())
+        tag=kind[:5], size=size, kind=kind, data=base64.b64encode(file.read_bytes()).decode()
+    )
 
 
 def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_line: bytes | None) -> None:
@@ -67,16 +76,18 @@ def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_li
     warnings = list(dict.fromkeys(warning for one in answers for warning in one.warnings))
     noted = NONE.join(Html("<p><b>Note:</b> {}.</p>").format(warning) for warning in warnings)
     times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else NONE
-    said = [(_question(one), _short(one)) for one in answers if one.prediction.example.task in
-            ("avqa", "avcap")]
+    said = [(_question(one), _short(one)) for one in answers if one.prediction.example.task in ("avqa", "avcap")]
     places = NONE.join(_place(one) for one in answers if one.prediction.example.task in TITLES)
-    whole = [(one.prediction.example.task, _question(one), one.prediction.text, "; ".join(one.warnings))
-             for one in answers]
-    sections = [Section("clip", "The clip", NONE.join(map(player, media)) + noted),
-                Section("times", "What happens when", times),
-                Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else NONE),
-                Section("places", "Where it is", Html('<div class="grid">{}</div>').format(places) if places else NONE),
-                Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole))]
+    whole = [
+        (one.prediction.example.task, _question(one), one.prediction.text, "; ".join(one.warnings)) for one in answers
+    ]
+    sections = [
+        Section("clip", "The clip", NONE.join(map(player, media)) + noted),
+        Section("times", "What happens when", times),
+        Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else NONE),
+        Section("places", "Where it is", Html('<div class="grid">{}</div>').format(places) if places else NONE),
+        Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole)),
+    ]
     page.write(path, f"What is in {Path(media[0]).name}", NONE, [section for section in sections if section.body])
 
 
@@ -90,7 +101,7 @@ def _short(one: Answered) -> str:
     parsed, text = one.prediction.parsed, one.prediction.text.replace(MASK, "(mask)")
     if isinstance(parsed, dict) and "objects" in parsed:
         return ", ".join(parsed["objects"]) or "nothing"
-    return parsed if isinstance(parsed, str) else text[max(text.rfind("The sounding object"), 0):]
+    return parsed if isinstance(parsed, str) else text[max(text.rfind("The sounding object"), 0) :]
 
 
 def _place(one: Answered) -> Html:

@@ -32,8 +32,9 @@ from data_pipelines.examples import Example
 WORSE = 3  # exit code of --gate
 
 
-def paired(a: Sequence[Judged], b: Sequence[Judged], resamples: int = scoring.RESAMPLES,
-           seed: int = 0) -> dict[str, dict[str, Any]]:
+def paired(
+    a: Sequence[Judged], b: Sequence[Judged], resamples: int = scoring.RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """{metric: {"a", "b", "difference", "interval"}} of one task's answers to the same samples in the same order.
 
     interval is the 95 % percentile bootstrap of b less a over resamples of the samples. A metric that one side does not
@@ -48,8 +49,16 @@ def paired(a: Sequence[Judged], b: Sequence[Judged], resamples: int = scoring.RE
         for name, values in drawn.items():
             if name in one and name in other:
                 values.append(other[name] - one[name])
-    return {name: {"a": values_a[name], "b": values_b[name], "difference": values_b[name] - values_a[name],
-                   "interval": scoring.interval(values)} for name, values in drawn.items() if values}
+    return {
+        name: {
+            "a": values_a[name],
+            "b": values_b[name],
+            "difference": values_b[name] - values_a[name],
+            "interval": scoring.interval(values),
+        }
+        for name, values in drawn.items()
+        if values
+    }
 
 
 def differs(row: dict[str, Any]) -> bool:
@@ -85,8 +94,10 @@ def markdown(differences: dict[str, dict[str, Any]]) -> str:
         for metric in metrics:
             row = task["metrics"][metric]
             low, high = row["interval"]
-            lines.append(f"| {name} | {task['n']} | {metric} | {row['a']:.4f} | {row['b']:.4f} "
-                         f"| {row['difference']:+.4f} | {low:+.4f} .. {high:+.4f} | {'*' if differs(row) else ''} |")
+            lines.append(
+                f"| {name} | {task['n']} | {metric} | {row['a']:.4f} | {row['b']:.4f} "
+                f"| {row['difference']:+.4f} | {low:+.4f} .. {high:+.4f} | {'*' if differs(row) else ''} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -98,8 +109,12 @@ def compare(arguments: argparse.Namespace) -> int:
     a, b = (judged_samples(Path(folder), arguments.data, tasks) for folder in (arguments.a, arguments.b))
     common = sorted(a.keys() & b.keys())
     if not common:
-        raise InputError(arguments.b, "predictions", f"has no sample in common with {arguments.a}",
-                         "compare evaluations of the same split and tasks")
+        raise InputError(
+            arguments.b,
+            "predictions",
+            f"has no sample in common with {arguments.a}",
+            "compare evaluations of the same split and tasks",
+        )
     for folder, own in ((arguments.a, a), (arguments.b, b)):
         if len(own) > len(common):
             print(f"{len(own) - len(common)} samples are in {folder} only and are left out")
@@ -111,8 +126,11 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.out:
         text = json.dumps({"a": arguments.a, "b": arguments.b, "tasks": differences}, indent=1)
         write_whole(arguments.out, text)
-    worse = [name for name, task in differences.items()
-             if (row := task["metrics"].get(TASKS[name].headline)) and row["interval"][1] < 0]
+    worse = [
+        name
+        for name, task in differences.items()
+        if (row := task["metrics"].get(TASKS[name].headline)) and row["interval"][1] < 0
+    ]
     if worse:
         print(f"worse in B: {', '.join(worse)}")
     return WORSE if worse and arguments.gate else 0

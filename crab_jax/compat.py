@@ -28,8 +28,10 @@ class Compat:
 
 
 PRESETS = {
-    "paper": Compat(chain_queries=True, seg_taps=(0, 2), dropout_per_head=False, mask_loss_reduction="mean",
-                    clock="shown"),
-    "released": Compat(chain_queries=False, seg_taps=(0, 1), dropout_per_head=True,
-                       mask_loss_reduction="released", clock="counted"),
+    "paper": Compat(
+        chain_queries=True, seg_taps=(0, 2), dropout_per_head=False, mask_loss_reduction="mean", clock="shown"
+    ),
+    "released": Compat(
+        chain_queries=False, seg_taps=(0, 1), dropout_per_head=True, mask_loss_reduction="released", clock="counted"
+    ),
 }

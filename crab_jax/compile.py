@@ -42,8 +42,18 @@ from data_pipelines.batching import Batch, Bucket, empty_batch
 
 HEADROOM = 0.15
 NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
-KEYS = ("topology", "chips", "fits", "hbm_bytes", "argument_bytes", "temporary_bytes", "peak_bytes", "compile_s",
-        "model_flops_per_chip", "collectives")  # of the JSON
+KEYS = (
+    "topology",
+    "chips",
+    "fits",
+    "hbm_bytes",
+    "argument_bytes",
+    "temporary_bytes",
+    "peak_bytes",
+    "compile_s",
+    "model_flops_per_chip",
+    "collectives",
+)  # of the JSON
 SMALL = 2**16  # elements of a matrix whose copy does no harm
 ROWS = 8  # rows per data-parallel group in prefill and decode
 
@@ -52,20 +62,29 @@ Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 
 # --- what is compiled -------------------------------------------------------------------------------------------------
 
+
 def topology_devices(name: str, thorough: bool = False) -> list[Any]:
     """The devices of a topology like v5e:16x16, v5p:2x2x4, v6e:4x4 or v4:4x4x4, on any machine with libtpu; `thorough`
     as in the command line."""
     generation, _, shape = name.partition(":")
     sizes = shape.split("x")
     if generation not in (chip.name for chip in chips.CHIPS) or not all(n.isdigit() and int(n) for n in sizes):
-        raise InputError("command line", "--topology", f"{name!r} is unknown",
-                         f"write CHIP:SHAPE, like v5e:16x16; chips: {', '.join(chip.name for chip in chips.CHIPS)}")
+        raise InputError(
+            "command line",
+            "--topology",
+            f"{name!r} is unknown",
+            f"write CHIP:SHAPE, like v5e:16x16; chips: {', '.join(chip.name for chip in chips.CHIPS)}",
+        )
     count = math.prod(map(int, sizes))
     # libtpu asks for these where it would otherwise look for a TPU machine; the type counts cores on v4 and v5p.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-    os.environ["TPU_ACCELERATOR_TYPE"] = {"v4": f"v4-{2 * count}", "v5p": f"v5p-{2 * count}",
-                                          "v5e": f"v5litepod-{count}", "v6e": f"v6e-{count}"}[generation]
+    os.environ["TPU_ACCELERATOR_TYPE"] = {
+        "v4": f"v4-{2 * count}",
+        "v5p": f"v5p-{2 * count}",
+        "v5e": f"v5litepod-{count}",
+        "v6e": f"v6e-{count}",
+    }[generation]
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so two processes may compile side by side
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # its entries cannot be read back without a TPU
@@ -85,8 +104,12 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
         if "libtpu" in reason.lower() or "unknown backend" in reason.lower():
             problem = f"cannot be loaded ({reason[:200]})"
             raise InputError("libtpu", "", problem, "pip install -e '.[tpu]'") from error
-        raise InputError("command line", "--topology", f"{name!r} is refused ({reason[:200]})",
-                         "give a shape that this chip is sold in") from error
+        raise InputError(
+            "command line",
+            "--topology",
+            f"{name!r} is refused ({reason[:200]})",
+            "give a shape that this chip is sold in",
+        ) from error
 
 
 def largest_bucket(config: RunConfig) -> Bucket:
@@ -218,8 +241,10 @@ def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
 
 # --- what is reported -------------------------------------------------------------------------------------------------
 
-def measure(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str
-            ) -> tuple[dict[str, Any], Compiled | None]:
+
+def measure(
+    config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str
+) -> tuple[dict[str, Any], Compiled | None]:
     """(the report of one compilation, see `main`; the compiled program, None when it does not fit)."""
     chip = chips.chip_of(devices[0])
     assert chip is not None
@@ -229,10 +254,17 @@ def measure(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket
     say(f"{topology} {stage}: counting arithmetic")
     useful, done = (flops.count(function, *args) for function, args in map(program.own, (False, True)))
     report: dict[str, Any] = {
-        "topology": topology, "chips": len(devices), "stage": stage, "mesh": dict(mesh.shape),
-        "bucket": bucket._asdict(), "rows": program.rows, "accumulate": program.accumulate,
-        "remat": config.model.llama.remat, "hbm_bytes": chip.hbm_bytes,
-        "model_flops_per_chip": useful.flops / tensor, "flops_per_chip": done.flops / tensor,
+        "topology": topology,
+        "chips": len(devices),
+        "stage": stage,
+        "mesh": dict(mesh.shape),
+        "bucket": bucket._asdict(),
+        "rows": program.rows,
+        "accumulate": program.accumulate,
+        "remat": config.model.llama.remat,
+        "hbm_bytes": chip.hbm_bytes,
+        "model_flops_per_chip": useful.flops / tensor,
+        "flops_per_chip": done.flops / tensor,
     }
     logical = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.args))
     say(f"{topology} {stage}: lowering")
@@ -252,27 +284,47 @@ def measure(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket
         if need is None:
             raise
         return report | taken() | {
-            "fits": False, "argument_bytes": logical, "temporary_bytes": max(0, need - logical), "peak_bytes": need,
-            "collectives": {}, "largest": _largest(str(error)), "headroom": 1 - need / chip.hbm_bytes}, None
+            "fits": False,
+            "argument_bytes": logical,
+            "temporary_bytes": max(0, need - logical),
+            "peak_bytes": need,
+            "collectives": {},
+            "largest": _largest(str(error)),
+            "headroom": 1 - need / chip.hbm_bytes,
+        }, None
     report |= taken()
     memory = compiled.memory_analysis()
     # XLA's own peak may lie below this sum; the sum is the safe side.
-    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
     program_ops = hlo.ops(compiled.as_text())
     moves = hlo.collectives(program_ops)
     work = flops.Work(done.flops / tensor, done.bytes / tensor)
     times = flops.roofline(chip, work, moves)
     llama = config.model.llama
     return report | {
-        "fits": peak <= chip.hbm_bytes, "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes, "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes,
-        "xla_peak_bytes": memory.peak_memory_in_bytes, "peak_bytes": peak, "headroom": 1 - peak / chip.hbm_bytes,
-        "collectives": moves, "roofline_s": times, "findings": findings(config, mesh, program_ops),
+        "fits": peak <= chip.hbm_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "xla_peak_bytes": memory.peak_memory_in_bytes,
+        "peak_bytes": peak,
+        "headroom": 1 - peak / chip.hbm_bytes,
+        "collectives": moves,
+        "roofline_s": times,
+        "findings": findings(config, mesh, program_ops),
         "mfu_bound": useful.flops / tensor / chip.flops / times["step"],
-        "padding": {"arguments": 1 - logical / max(1, memory.argument_size_in_bytes),
-                    "vocabulary": 1 - llama.vocab_size / llama.padded_vocab},
+        "padding": {
+            "arguments": 1 - logical / max(1, memory.argument_size_in_bytes),
+            "vocabulary": 1 - llama.vocab_size / llama.padded_vocab,
+        },
     }, compiled
 
 
@@ -333,25 +385,34 @@ def text(report: dict[str, Any]) -> str:
     """A report for people."""
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
     bucket = ", ".join(f"{name} {size}" for name, size in report["bucket"].items())
-    rows = [f"{report['topology']}: {report['chips']} chips, {report['stage']}, mesh {mesh}",
-            f"batch {report['rows']} rows in {report['accumulate']} micro-batches, remat {report['remat']}; {bucket}",
-            f"compiled in {report['compile_s']:.0f} s (lowered in {report['lower_s']:.0f} s)",
-            f"arguments    {gib(report['argument_bytes'])}", f"temporaries  {gib(report['temporary_bytes'])}",
-            f"peak         {gib(report['peak_bytes'])} of {gib(report['hbm_bytes'])}, "
-            f"headroom {report['headroom']:.0%}"]
+    rows = [
+        f"{report['topology']}: {report['chips']} chips, {report['stage']}, mesh {mesh}",
+        f"batch {report['rows']} rows in {report['accumulate']} micro-batches, remat {report['remat']}; {bucket}",
+        f"compiled in {report['compile_s']:.0f} s (lowered in {report['lower_s']:.0f} s)",
+        f"arguments    {gib(report['argument_bytes'])}",
+        f"temporaries  {gib(report['temporary_bytes'])}",
+        f"peak         {gib(report['peak_bytes'])} of {gib(report['hbm_bytes'])}, headroom {report['headroom']:.0%}",
+    ]
     if "roofline_s" not in report:
         return "\n".join([*rows, "does not fit; the largest allocations:", *report["largest"]])
-    rows += [f"{kind:<21}{moves['count']:>7}, together {gib(moves['bytes'])}"
-             for kind, moves in report["collectives"].items()]
+    rows += [
+        f"{kind:<21}{moves['count']:>7}, together {gib(moves['bytes'])}"
+        for kind, moves in report["collectives"].items()
+    ]
     times = report["roofline_s"]
-    return "\n".join([
-        *rows, f"model FLOPs  {report['model_flops_per_chip']:.3e} per chip, {report['flops_per_chip']:.3e} with "
-        "recomputation",
-        "at least     " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in times.items())
-        + f"; model FLOP utilisation at most {report['mfu_bound']:.0%}",
-        f"padding      {report['padding']['arguments']:.1%} of the arguments, "
-        f"{report['padding']['vocabulary']:.1%} of the vocabulary",
-        *(f"WARNING      {finding}" for finding in report["findings"])])
+    return "\n".join(
+        [
+            *rows,
+            f"model FLOPs  {report['model_flops_per_chip']:.3e} per chip, {report['flops_per_chip']:.3e} with "
+            "recomputation",
+            "at least     "
+            + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in times.items())
+            + f"; model FLOP utilisation at most {report['mfu_bound']:.0%}",
+            f"padding      {report['padding']['arguments']:.1%} of the arguments, "
+            f"{report['padding']['vocabulary']:.1%} of the vocabulary",
+            *(f"WARNING      {finding}" for finding in report["findings"]),
+        ]
+    )
 
 
 def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
@@ -362,16 +423,23 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
     """
     heads, batch = config.model.llama.kv_heads, config.mixture.batch_size
     least = layout.mesh_of(config, devices).shape["fsdp"]
-    splits = [(fsdp, tensor) for tensor in (1, 2, 4) for fsdp in sorted({least, 4 * least, len(devices) // tensor})
-              if len(devices) % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0]
+    splits = [
+        (fsdp, tensor)
+        for tensor in (1, 2, 4)
+        for fsdp in sorted({least, 4 * least, len(devices) // tensor})
+        if len(devices) % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0
+    ]
     say(f"{topology}: counting arithmetic")
     trials = _by_arithmetic(config, devices, bucket, list(itertools.product(splits, ("full", "dots"))))
     fitting: list[dict[str, Any]] = []
     started = time.monotonic()
     for number, (least_time, tensor, fsdp, remat) in enumerate(trials):
         if fitting and least_time >= min(report["roofline_s"]["step"] for report in fitting):
-            print(f"{len(trials) - number} of {len(trials)} are not compiled: their arithmetic alone takes "
-                  f"{least_time:.3f} s or more", flush=True)
+            print(
+                f"{len(trials) - number} of {len(trials)} are not compiled: their arithmetic alone takes "
+                f"{least_time:.3f} s or more",
+                flush=True,
+            )
             break
         for trial in _halved(config, devices, fsdp, tensor, remat):
             report, _ = measure(trial, topology, devices, bucket, "train")
@@ -379,9 +447,12 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
                 fitting.append(report)
                 break
         passed = time.monotonic() - started
-        print(f"{number + 1}/{len(trials)}  fsdp {fsdp}  tensor {tensor}  remat {remat}  "
-              f"micro-batches {report['accumulate']}  {'fits' if report['fits'] else 'does not fit'}  "
-              f"eta at most {passed / (number + 1) * (len(trials) - number - 1) / 60:.1f} min", flush=True)
+        print(
+            f"{number + 1}/{len(trials)}  fsdp {fsdp}  tensor {tensor}  remat {remat}  "
+            f"micro-batches {report['accumulate']}  {'fits' if report['fits'] else 'does not fit'}  "
+            f"eta at most {passed / (number + 1) * (len(trials) - number - 1) / 60:.1f} min",
+            flush=True,
+        )
     return sorted(fitting, key=lambda r: (r["roofline_s"]["step"], sum(r["roofline_s"].values())))
 
 
@@ -400,8 +471,9 @@ def _micro_batches(config: RunConfig, accumulate: int) -> RunConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=accumulate))
 
 
-def _by_arithmetic(config: RunConfig, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
-                   ) -> list[tuple[float, int, int, str]]:
+def _by_arithmetic(
+    config: RunConfig, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
+) -> list[tuple[float, int, int, str]]:
     """((fsdp, tensor), remat) -> (seconds of its arithmetic alone, tensor, fsdp, remat), in this order."""
     chip = chips.chip_of(devices[0])
     assert chip is not None
@@ -429,8 +501,10 @@ def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat
 
 def table(reports: list[dict[str, Any]]) -> str:
     """Reports as a Markdown table, one per line."""
-    head = ("| topology | stage | mesh d x f x t | rows/chip x micro | remat | args GiB | temp GiB | peak / HBM GiB "
-            "| headroom | collectives GiB | roofline s | compile s | of one core |\n|" + "---|" * 13)
+    head = (
+        "| topology | stage | mesh d x f x t | rows/chip x micro | remat | args GiB | temp GiB | peak / HBM GiB "
+        "| headroom | collectives GiB | roofline s | compile s | of one core |\n|" + "---|" * 13
+    )
     return "\n".join([head, *map(table_row, reports)])
 
 
@@ -441,13 +515,16 @@ def table_row(report: dict[str, Any]) -> str:
     moved = sum(kind["bytes"] for kind in report["collectives"].values()) / chips.GIB
     seconds = f"{report['roofline_s']['step']:.3f}" if "roofline_s" in report else "-"
     sizes = [report[name] / chips.GIB for name in ("argument_bytes", "temporary_bytes", "peak_bytes", "hbm_bytes")]
-    return (f"| {report['topology']} | {report['stage']} | {mesh['data']} x {mesh['fsdp']} x {mesh['tensor']} "
-            f"| {each:g} x {report['accumulate']} | {report['remat']} | {sizes[0]:.2f} | {sizes[1]:.2f} "
-            f"| {sizes[2]:.2f} / {sizes[3]:.2f} | {report['headroom']:.0%} | {moved:.1f} | {seconds} "
-            f"| {report['compile_s']:.0f} | {report['compile_cpu_s']:.0f} |")
+    return (
+        f"| {report['topology']} | {report['stage']} | {mesh['data']} x {mesh['fsdp']} x {mesh['tensor']} "
+        f"| {each:g} x {report['accumulate']} | {report['remat']} | {sizes[0]:.2f} | {sizes[1]:.2f} "
+        f"| {sizes[2]:.2f} / {sizes[3]:.2f} | {report['headroom']:.0%} | {moved:.1f} | {seconds} "
+        f"| {report['compile_s']:.0f} | {report['compile_cpu_s']:.0f} |"
+    )
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
+
 
 def command_line() -> CommandLine:
     """The flags besides --config.key=value."""
@@ -455,8 +532,14 @@ def command_line() -> CommandLine:
     parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
     parser.add_argument("--stage", choices=("train", "prefill", "decode"), default="train")
-    parser.add_argument("--bucket", action="append", type=_bucket, default=[], metavar="L,T,S,F,M",
-                        help="text length, frames, audio windows, fbank frames, masks; may be repeated")
+    parser.add_argument(
+        "--bucket",
+        action="append",
+        type=_bucket,
+        default=[],
+        metavar="L,T,S,F,M",
+        help="text length, frames, audio windows, fbank frames, masks; may be repeated",
+    )
     parser.add_argument("--mix", action="store_true", help="all buckets that the released tasks fall into")
     parser.add_argument("--budget", action="store_true", help="exit 3 unless it fits with 15 %% headroom")
     parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; print the best")
@@ -512,8 +595,10 @@ def main() -> None:
             print(f"{chip}: nothing that the sweep tried fits with {HEADROOM:.0%} headroom")
             sys.exit(3)
         enough = worst["fits"] and worst["headroom"] >= HEADROOM
-        print(f"{chip}: need {gib(worst['peak_bytes'])} and {HEADROOM:.0%} headroom, have {gib(worst['hbm_bytes'])}: "
-              f"{'fits' if enough else 'does not fit'}")
+        print(
+            f"{chip}: need {gib(worst['peak_bytes'])} and {HEADROOM:.0%} headroom, have {gib(worst['hbm_bytes'])}: "
+            f"{'fits' if enough else 'does not fit'}"
+        )
         sys.exit(0 if enough else 3)
 
 

@@ -37,8 +37,12 @@ def enable() -> None:
 @functools.lru_cache(maxsize=64)
 def _not_kept(folder: str, why: str) -> None:
     reason = f" ({why})" if why else ""
-    print(f"{folder} cannot be written{reason}: what is compiled is not kept; JAX_COMPILATION_CACHE_DIR names another "
-          "folder", file=sys.stderr, flush=True)
+    print(
+        f"{folder} cannot be written{reason}: what is compiled is not kept; JAX_COMPILATION_CACHE_DIR names another "
+        "folder",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _put(cache: Any, key: str, value: bytes, of_jax: Any = lru_cache.LRUCache.put) -> None:

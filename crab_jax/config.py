@@ -33,22 +33,50 @@ from data_pipelines.datasets import DATASETS, VARIANTS
 CONFIG_BYTES = 1 << 20  # of a config file, which a person wrote
 # What the values of keys may be, by section. A key that is not named is true or false.
 MIXTURE_BOUNDS: dict[str, Bound] = {
-    "root": Place(), "split": Name(), "datasets": Words(tuple(DATASETS)), "variant": Choice(VARIANTS),
-    "frames": Choice(("one", "all")), "exclude_leaks": Flag(), "limit": Whole(note="0 = all"),
-    "batch_size": Whole(1, 2**24), "workers": Whole(0, 1024), "allow_other": Flag()}
-TASK_BOUNDS: dict[str, Bound] = {"weights": Real(1e-6, 1e6, zero=True), "caps": Whole(note="0 = all"),
-                                 "curriculum": Whole()}
+    "root": Place(),
+    "split": Name(),
+    "datasets": Words(tuple(DATASETS)),
+    "variant": Choice(VARIANTS),
+    "frames": Choice(("one", "all")),
+    "exclude_leaks": Flag(),
+    "limit": Whole(note="0 = all"),
+    "batch_size": Whole(1, 2**24),
+    "workers": Whole(0, 1024),
+    "allow_other": Flag(),
+}
+TASK_BOUNDS: dict[str, Bound] = {
+    "weights": Real(1e-6, 1e6, zero=True),
+    "caps": Whole(note="0 = all"),
+    "curriculum": Whole(),
+}
 DATA_BOUNDS: dict[str, Bound] = {
-    "video_frames": Whole(1, 1024), "cache_dir": Place(), "lengths": Wholes(1, 2**20, rising=True),
-    "on_error": Choice(("raise", "skip")), "prompt_only": Fixed(False, "there would be nothing to learn")}
+    "video_frames": Whole(1, 1024),
+    "cache_dir": Place(),
+    "lengths": Wholes(1, 2**20, rising=True),
+    "on_error": Choice(("raise", "skip")),
+    "prompt_only": Fixed(False, "there would be nothing to learn"),
+}
 MESH_BOUNDS: dict[str, Bound] = {axis: Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor")}
 RUN_BOUNDS: dict[str, Bound] = {
-    "model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "init_from": Place(), "tokenizer": Place(),
-    "fresh": Patterns(), "trainable": Patterns(least=1), "frozen": Patterns(), "frozen_dtype": DTYPE,
-    "seed": Whole(), "steps": Whole(1), "log_every": Whole(1), "checkpoint_every": Whole(1), "keep": Whole(1),
-    "max_skipped": Whole(1), "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never")}
+    "model": Choice(tuple(MODELS)),
+    "compat": Choice(tuple(PRESETS)),
+    "init_from": Place(),
+    "tokenizer": Place(),
+    "fresh": Patterns(),
+    "trainable": Patterns(least=1),
+    "frozen": Patterns(),
+    "frozen_dtype": DTYPE,
+    "seed": Whole(),
+    "steps": Whole(1),
+    "log_every": Whole(1),
+    "checkpoint_every": Whole(1),
+    "keep": Whole(1),
+    "max_skipped": Whole(1),
+    "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never"),
+}
 BOUNDS: dict[str, Bound] = {
-    **RUN_BOUNDS, **{f"data.{name}": bound for name, bound in (MIXTURE_BOUNDS | DATA_BOUNDS).items()},
+    **RUN_BOUNDS,
+    **{f"data.{name}": bound for name, bound in (MIXTURE_BOUNDS | DATA_BOUNDS).items()},
     **{f"data.{name}.{task}": bound for name, bound in TASK_BOUNDS.items() for task in TASKS},
     **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items() if term not in DERIVED_LOSS},
     **{f"optim.{field}": bound for field, bound in optim.BOUNDS.items()},
@@ -88,8 +116,12 @@ class MixtureConfig:
         bounds.check("data", values | {"datasets": ",".join(self.datasets)}, MIXTURE_BOUNDS)
         for name, bound in TASK_BOUNDS.items():
             if unknown := values[name].keys() ^ TASKS.keys():
-                raise InputError("--config", f"data.{name}.{min(unknown)}", "is missing or no task",
-                                 f"give each of {', '.join(TASKS)}")
+                raise InputError(
+                    "--config",
+                    f"data.{name}.{min(unknown)}",
+                    "is missing or no task",
+                    f"give each of {', '.join(TASKS)}",
+                )
             bounds.check(f"data.{name}", values[name], dict.fromkeys(TASKS, bound))
 
 
@@ -152,10 +184,13 @@ class RunConfig:
         for name in ("model_name", "mixture"):
             del own[name]
         config = own | {
-            "model": self.model_name, "sizes": _without(sizes, COMPAT_SIZES),
+            "model": self.model_name,
+            "sizes": _without(sizes, COMPAT_SIZES),
             "data": _without(data, DERIVED_DATA) | {"datasets": ",".join(self.mixture.datasets)},
-            "loss": _without(dataclasses.asdict(self.loss), DERIVED_LOSS), "optim": dataclasses.asdict(self.optim),
-            "mesh": dataclasses.asdict(self.mesh)}
+            "loss": _without(dataclasses.asdict(self.loss), DERIVED_LOSS),
+            "optim": dataclasses.asdict(self.optim),
+            "mesh": dataclasses.asdict(self.mesh),
+        }
         return json.loads(json.dumps(config))
 
     def flat(self) -> dict[str, Any]:
@@ -165,8 +200,11 @@ class RunConfig:
 
 def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """A nested dict without the fields of these names."""
-    return {name: _without(value, names) if isinstance(value, Mapping) else value for name, value in values.items()
-            if name not in names}
+    return {
+        name: _without(value, names) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name not in names
+    }
 
 
 def bound_of(key: str) -> Bound:
@@ -186,11 +224,17 @@ def resolve(config: ConfigDict) -> RunConfig:
         raise InputError("--config", "", f"is {type(config).__name__}", "get_config() must return a ConfigDict")
     known, values = dict(leaves(base())), dict(leaves(config))
     for key in sorted(known.keys() ^ values.keys()):
-        problem, fix = ("is missing", "start from crab_jax.defaults.base()") if key in known else (
-            "is no key of a config", "see crab_jax/defaults.py")
+        problem, fix = (
+            ("is missing", "start from crab_jax.defaults.base()")
+            if key in known
+            else ("is no key of a config", "see crab_jax/defaults.py")
+        )
         raise InputError("--config", key, problem, fix)
-    bounds.check("", values, {key: bound_of(key) for key, value in values.items()
-                              if value is not None or not key.startswith("sizes.")})
+    bounds.check(
+        "",
+        values,
+        {key: bound_of(key) for key, value in values.items() if value is not None or not key.startswith("sizes.")},
+    )
     run = built(values)
     check_run(run)
     return run
@@ -198,33 +242,45 @@ def resolve(config: ConfigDict) -> RunConfig:
 
 def built(values: Mapping[str, Any]) -> RunConfig:
     """Return the RunConfig of flat values, one for each key; a size of None is the model's own. Raises InputError."""
-    config = traverse_util.unflatten_dict({key: tuple(value) if isinstance(value, list) else value
-                                           for key, value in values.items()}, sep=".")
+    config = traverse_util.unflatten_dict(
+        {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}, sep="."
+    )
     if config["tokenizer"] == packaged.FORMER_TOKENIZER:
         config["tokenizer"] = packaged.TOKENIZER
     compat = PRESETS[config["compat"]]
     sizes = with_sizes(MODELS[config["model"]](), config.pop("sizes", {}))
     model = dataclasses.replace(
-        sizes, seg_taps=compat.seg_taps, seg=dataclasses.replace(sizes.seg, chain_queries=compat.chain_queries),
-        lora=dataclasses.replace(sizes.lora, dropout_per_head=compat.dropout_per_head))
+        sizes,
+        seg_taps=compat.seg_taps,
+        seg=dataclasses.replace(sizes.seg, chain_queries=compat.chain_queries),
+        lora=dataclasses.replace(sizes.lora, dropout_per_head=compat.dropout_per_head),
+    )
     data, mixture = config.pop("data"), {field.name for field in dataclasses.fields(MixtureConfig)}
     drawn = {name: value for name, value in data.items() if name in mixture}
     decoded = {name: value for name, value in data.items() if name not in mixture}
     try:
         return RunConfig(
-            model_name=config.pop("model"), model=model,
+            model_name=config.pop("model"),
+            model=model,
             mixture=MixtureConfig(**drawn | {"datasets": tuple(filter(None, data["datasets"].split(",")))}),
             data=DataConfig(**decoded, **derived_data(model, compat)),
             loss=LossConfig(**config.pop("loss"), reduction=compat.mask_loss_reduction),
-            optim=OptimConfig(**config.pop("optim")), mesh=MeshConfig(**config.pop("mesh")), **config)
+            optim=OptimConfig(**config.pop("optim")),
+            mesh=MeshConfig(**config.pop("mesh")),
+            **config,
+        )
     except TypeError as error:  # a key that is none
         raise InputError("--config", "", f"has unknown keys ({error!s:.80})", "see crab_jax/defaults.py") from None
 
 
 def derived_data(model: CrabConfig, compat: Compat) -> dict[str, Any]:
     """Return the fields of a DataConfig that follow from the model and its quirks, which are no keys of their own."""
-    return {"image_size": model.clip.image_size, "visual_queries": model.visual.queries,
-            "audio_queries": model.audio.queries, "clock": compat.clock}
+    return {
+        "image_size": model.clip.image_size,
+        "visual_queries": model.visual.queries,
+        "audio_queries": model.audio.queries,
+        "clock": compat.clock,
+    }
 
 
 def check_run(run: RunConfig) -> None:
@@ -234,18 +290,32 @@ def check_run(run: RunConfig) -> None:
         raise InputError("--config", "loss", "is 0 for all, so that nothing is learned", "give one a weight")
     if not any(mixture.weights.values()):
         raise InputError("--config", "data.weights", "is 0 for all, so that nothing is learned", "give one a weight")
-    if not loss.text and not any(mixture.weights[name] and
-                                 (loss.ce if task.mask_kind == "semantic" else loss.bce + loss.dice)
-                                 for name, task in TASKS.items() if task.mask_kind != "none"):
-        raise InputError("--config", "loss.text", "is 0, and no task of the run has another loss, so that nothing is "
-                         "learned", "give loss.text, or a task with masks, a weight")
+    if not loss.text and not any(
+        mixture.weights[name] and (loss.ce if task.mask_kind == "semantic" else loss.bce + loss.dice)
+        for name, task in TASKS.items()
+        if task.mask_kind != "none"
+    ):
+        raise InputError(
+            "--config",
+            "loss.text",
+            "is 0, and no task of the run has another loss, so that nothing is learned",
+            "give loss.text, or a task with masks, a weight",
+        )
     for name, step in mixture.curriculum.items():
         if mixture.weights[name] and step >= run.steps:
-            raise InputError("--config", f"data.curriculum.{name}", f"is {step}, but the run ends after step "
-                             f"{run.steps}", f"use fewer, or leave the task out with data.weights.{name}=0")
+            raise InputError(
+                "--config",
+                f"data.curriculum.{name}",
+                f"is {step}, but the run ends after step {run.steps}",
+                f"use fewer, or leave the task out with data.weights.{name}=0",
+            )
     if run.optim.accumulate and mixture.batch_size % run.optim.accumulate:
-        raise InputError("--config", "data.batch_size", f"{mixture.batch_size} rows do not split into "
-                         f"{run.optim.accumulate} micro-batches", "use a multiple of optim.accumulate")
+        raise InputError(
+            "--config",
+            "data.batch_size",
+            f"{mixture.batch_size} rows do not split into {run.optim.accumulate} micro-batches",
+            "use a multiple of optim.accumulate",
+        )
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -258,6 +328,7 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # The command line: a config file, overrides of its keys, and where each value comes from.
+
 
 def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple[RunConfig, Path]:
     """Return (config, workdir if it is needed) of `--config=FILE --workdir=DIR [--config.key=value]`.
@@ -285,8 +356,9 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         keys, wanted = (set(dict(leaves(config))), set(dict(leaves(fresh)))) if config is not None else (set(), set())
     except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error.args[0] if error.args else error).split())
-        raise InputError("command line", "", f"{reason or type(error).__name__:.300}",
-                         "see --help and the keys in the config file") from error
+        raise InputError(
+            "command line", "", f"{reason or type(error).__name__:.300}", "see --help and the keys in the config file"
+        ) from error
     shown = values["print-config"].value
     for name in ("config", *(["workdir"] if workdir and not shown else [])):
         if values[name].value is None:
@@ -296,8 +368,12 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
     if workdir and not shown and (problem := PATH.problem(values.workdir)):
         raise InputError("command line", "--workdir", f"is {values.workdir!r}", problem)
     if keys != wanted:
-        raise InputError("command line", min(keys ^ wanted), "an override replaced or dropped a whole section",
-                         "override one key at a time: --config.section.key=value")
+        raise InputError(
+            "command line",
+            min(keys ^ wanted),
+            "an override replaced or dropped a whole section",
+            "override one key at a time: --config.section.key=value",
+        )
     run = resolve(config)
     if shown:
         print(described(run, config, fresh, values["config"].config_filename))
@@ -344,8 +420,14 @@ def _fresh(argv: list[str]) -> ConfigDict:
 
 def _config_file(argv: list[str]) -> str:
     """What --config says, "" where it is not given."""
-    return next((arg.removeprefix("--config=") for number, arg in enumerate(argv) if arg.startswith("--config=") or
-                 (number and argv[number - 1] == "--config")), "")
+    return next(
+        (
+            arg.removeprefix("--config=")
+            for number, arg in enumerate(argv)
+            if arg.startswith("--config=") or (number and argv[number - 1] == "--config")
+        ),
+        "",
+    )
 
 
 def refuse_no_file(path: str | Path) -> None:

@@ -33,8 +33,13 @@ DERIVED_LOSS = ("reduction",)
 def size_overrides(sizes: Any) -> Any:
     """Return a typed, empty place for every size: `--config.sizes.llama.layers=2` overrides the model's own."""
     if dataclasses.is_dataclass(sizes):
-        return ConfigDict({field.name: size_overrides(getattr(sizes, field.name))
-                           for field in dataclasses.fields(sizes) if field.name not in COMPAT_SIZES})
+        return ConfigDict(
+            {
+                field.name: size_overrides(getattr(sizes, field.name))
+                for field in dataclasses.fields(sizes)
+                if field.name not in COMPAT_SIZES
+            }
+        )
     return config_dict.placeholder(type(sizes))
 
 
@@ -42,37 +47,51 @@ def base() -> ConfigDict:
     """Return all keys of a run config. Stages change values, never add keys."""
     decoding = {k: v for k, v in dataclasses.asdict(DataConfig()).items() if k not in DERIVED_DATA}
     loss = {k: v for k, v in dataclasses.asdict(LossConfig()).items() if k not in DERIVED_LOSS}
-    return ConfigDict({
-        "model": "crab_7b",
-        "compat": "paper",
-        "sizes": size_overrides(crab_7b()),
-        "init_from": "",  # a run's workdir or a packed model; "" starts from random weights
-        "fresh": (),  # parameter patterns that `init_from` may lack
-        "trainable": (*QFORMERS, *LORA, *SEGMENTATION),
-        "frozen": (*ENCODERS, *LLAMA, *FOURIER),
-        "frozen_dtype": "bfloat16",
-        "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
-        # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
-        # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
-        # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
-        # `weights` multiply a task's natural share of the mixture, 0 leaves it out; with `caps` so many examples of a
-        # task count at most (0 = all). `curriculum` is the step from which a task is drawn. `allow_other`: go on with
-        # a run on other Examples than it was trained on.
-        "data": {"root": "", "split": "train", "datasets": "", "variant": "train", "frames": "one",
-                 "exclude_leaks": False, "limit": 0, "batch_size": 256, "workers": 0,
-                 "weights": {name: 1.0 for name in TASKS}, "caps": {name: 0 for name in TASKS},
-                 "curriculum": {name: 0 for name in TASKS}, "allow_other": False, **decoding},
-        "loss": loss,
-        "optim": dataclasses.asdict(OptimConfig()),
-        "mesh": {"data": 0, "fsdp": 1, "tensor": 1},  # devices per axis; 0 is inferred
-        "seed": 0,
-        "steps": 1000,
-        "log_every": 10,
-        "checkpoint_every": 500,
-        "keep": 2,
-        "max_skipped": 10,  # steps in a row that are not finite and not taken, before the run ends
-        "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
-    })
+    return ConfigDict(
+        {
+            "model": "crab_7b",
+            "compat": "paper",
+            "sizes": size_overrides(crab_7b()),
+            "init_from": "",  # a run's workdir or a packed model; "" starts from random weights
+            "fresh": (),  # parameter patterns that `init_from` may lack
+            "trainable": (*QFORMERS, *LORA, *SEGMENTATION),
+            "frozen": (*ENCODERS, *LLAMA, *FOURIER),
+            "frozen_dtype": "bfloat16",
+            "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
+            # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
+            # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
+            # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
+            # `weights` multiply a task's natural share of the mixture, 0 leaves it out. `caps` bounds how many examples
+            # of a task count (0 = all). `curriculum` is the step from which a task is drawn. `allow_other` continues a
+            # run on other Examples than those it was trained on.
+            "data": {
+                "root": "",
+                "split": "train",
+                "datasets": "",
+                "variant": "train",
+                "frames": "one",
+                "exclude_leaks": False,
+                "limit": 0,
+                "batch_size": 256,
+                "workers": 0,
+                "weights": {name: 1.0 for name in TASKS},
+                "caps": {name: 0 for name in TASKS},
+                "curriculum": {name: 0 for name in TASKS},
+                "allow_other": False,
+                **decoding,
+            },
+            "loss": loss,
+            "optim": dataclasses.asdict(OptimConfig()),
+            "mesh": {"data": 0, "fsdp": 1, "tensor": 1},  # devices per axis; 0 is inferred
+            "seed": 0,
+            "steps": 1000,
+            "log_every": 10,
+            "checkpoint_every": 500,
+            "keep": 2,
+            "max_skipped": 10,  # steps in a row that are not finite and not taken, before the run ends
+            "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
+        }
+    )
 
 
 def released() -> ConfigDict:

@@ -33,8 +33,9 @@ TRAIN_SCENES, TEST_SCENES, STEPS = 400, 150, 200
 def save_untrained(run: Path, out: Path) -> None:
     """The run's model with random weights, as a packed model: the baseline of not having learned."""
     config = dataclasses.replace(runs.load_config(run), init_from="")
-    save_packed(out, runs.initial_params(config, Crab(config.model)), config.to_dict(),
-                tokenizer=runs.tokenizer_of(config))
+    save_packed(
+        out, runs.initial_params(config, Crab(config.model)), config.to_dict(), tokenizer=runs.tokenizer_of(config)
+    )
 
 
 def collect_results(out: Path, scenes: Path, image_size: int) -> None:
@@ -65,29 +66,107 @@ def demo(out: Path, from_scratch: bool) -> None:
         work(*arguments)
         seconds[name] = time.monotonic() - began
 
-    part("scenes", command, "data_pipelines.sources.scenes", "--out", scenes, "--train", TRAIN_SCENES, "--val", 8,
-         "--test", TEST_SCENES, "--seed", SEED, "--workers", 2)
+    part(
+        "scenes",
+        command,
+        "data_pipelines.sources.scenes",
+        "--out",
+        scenes,
+        "--train",
+        TRAIN_SCENES,
+        "--val",
+        8,
+        "--test",
+        TEST_SCENES,
+        "--seed",
+        SEED,
+        "--workers",
+        2,
+    )
     start = Path(packaged.WARM_START)
     if from_scratch:
         start = out / "recipe" / "warm_start"
         part("recipe", recipe, out / "recipe", start, 0.1)
-    part("train", command, "crab_jax.train", "--config=configs/tiny.py", f"--config.init_from={start}",
-         f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}", f"--config.steps={STEPS}",
-         f"--workdir={run}")
+    part(
+        "train",
+        command,
+        "crab_jax.train",
+        "--config=configs/tiny.py",
+        f"--config.init_from={start}",
+        f"--config.data.root={scenes}",
+        f"--config.data.cache_dir={out / 'cache'}",
+        f"--config.steps={STEPS}",
+        f"--workdir={run}",
+    )
     untrained = out / "untrained_model"
     part("untrained model", save_untrained, run, untrained)
-    for name, checkpoint, flags in (("trained", run, ()), ("audio_muted", run, ("--mute-audio",)),
-                                    ("video_blanked", run, ("--blank-video",)), ("untrained", untrained, ())):
-        part(f"evaluate {name}", command, "crab_jax.evaluate", "--checkpoint", checkpoint, "--data", scenes,
-             "--batch-size", 32, "--max-new-tokens", 160, *flags, "--out", out / name)
+    for name, checkpoint, flags in (
+        ("trained", run, ()),
+        ("audio_muted", run, ("--mute-audio",)),
+        ("video_blanked", run, ("--blank-video",)),
+        ("untrained", untrained, ()),
+    ):
+        part(
+            f"evaluate {name}",
+            command,
+            "crab_jax.evaluate",
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            scenes,
+            "--batch-size",
+            32,
+            "--max-new-tokens",
+            160,
+            *flags,
+            "--out",
+            out / name,
+        )
     part("baselines", collect_results, out, scenes, runs.load_model(run)[0].cfg.clip.image_size)
     clip = scenes / "test" / "000000" / "clip.mp4"
-    part("predict", command, "crab_jax.predict", "--checkpoint", run, "--task", "avqa", "--video", clip, "--question",
-         "How many instruments are sounding in the video?", "--out", out / "predict")
-    part("predict a mask", command, "crab_jax.predict", "--checkpoint", run, "--task", "ms3", "--video", clip,
-         "--second", 4, "--out", out / "predict_mask")
-    part("report", command, "crab_jax.report", "--run", run, "--results", out / "results.json", "--data", scenes,
-         "--out", out / "report.html")
+    part(
+        "predict",
+        command,
+        "crab_jax.predict",
+        "--checkpoint",
+        run,
+        "--task",
+        "avqa",
+        "--video",
+        clip,
+        "--question",
+        "How many instruments are sounding in the video?",
+        "--out",
+        out / "predict",
+    )
+    part(
+        "predict a mask",
+        command,
+        "crab_jax.predict",
+        "--checkpoint",
+        run,
+        "--task",
+        "ms3",
+        "--video",
+        clip,
+        "--second",
+        4,
+        "--out",
+        out / "predict_mask",
+    )
+    part(
+        "report",
+        command,
+        "crab_jax.report",
+        "--run",
+        run,
+        "--results",
+        out / "results.json",
+        "--data",
+        scenes,
+        "--out",
+        out / "report.html",
+    )
     seconds = {name: round(value, 1) for name, value in seconds.items()}
     write_whole(out / "seconds.json", json.dumps(seconds, indent=1))
     print("\n" + "\n".join(f"{name:<24}{value:>8} s" for name, value in seconds.items()))

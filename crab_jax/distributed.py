@@ -56,8 +56,12 @@ def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
             raise InputError("environment", EXPLICIT[2], f"is {index}, of {count} processes", "count them from 0")
         if not address.rpartition(":")[2].isdecimal():
             raise InputError("environment", EXPLICIT[0], f"is {address!r}", "give host:port, of process 0")
-        return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index),
-                "cluster_detection_method": "deactivate"}
+        return {
+            "coordinator_address": address,
+            "num_processes": int(count),
+            "process_id": int(index),
+            "cluster_detection_method": "deactivate",
+        }
     if "SLURM_PROCID" in environ and _in_step(environ) and _tasks(environ) > 1:
         alone = str(_tasks(environ)) == environ.get("SLURM_STEP_NUM_NODES")
         gpus = _number(environ, "SLURM_GPUS_ON_NODE", 0)
@@ -89,22 +93,36 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
     arguments = launch(environ)
     if arguments is None:
         if "SLURM_PROCID" in environ and not _in_step(environ) and _tasks(environ) > 1:
-            print(f"SLURM has {_tasks(environ)} tasks for this job, but this process was not started by srun: it works "
-                  "alone", file=sys.stderr, flush=True)
+            print(
+                f"SLURM has {_tasks(environ)} tasks for this job, but this process was not started by srun: it works "
+                "alone",
+                file=sys.stderr,
+                flush=True,
+            )
         return
     if arguments.get("process_id") == 0:
         _check_port(int(arguments["coordinator_address"].rpartition(":")[2]))
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=STILL_SECONDS,
-                                   shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        jax.distributed.initialize(
+            **arguments, heartbeat_timeout_seconds=STILL_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
-        raise InputError("jax.distributed", "", f"the processes did not find each other ({str(error).splitlines()[0]})",
-                         f"check the addresses, or set {', '.join(EXPLICIT)}") from error
+        raise InputError(
+            "jax.distributed",
+            "",
+            f"the processes did not find each other ({str(error).splitlines()[0]})",
+            f"check the addresses, or set {', '.join(EXPLICIT)}",
+        ) from error
     if global_state.num_processes > 1:  # before a device is touched, which may wait for the others
         global _peers
         client: Any = global_state.client
-        _peers = peers.meet(global_state.process_id, global_state.num_processes, str(global_state.coordinator_address),
-                            client.key_value_set, client.blocking_key_value_get)
+        _peers = peers.meet(
+            global_state.process_id,
+            global_state.num_processes,
+            str(global_state.coordinator_address),
+            client.key_value_set,
+            client.blocking_key_value_get,
+        )
     say(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
@@ -113,9 +131,12 @@ def _check_port(port: int) -> None:
     try:
         peers.listen(port).close()
     except (OSError, OverflowError) as error:
-        raise InputError("environment", EXPLICIT[0], f"process 0 cannot listen on port {port} here "
-                         f"({getattr(error, 'strerror', None) or error})", "give another port, or end what uses it; "
-                         "process 0 runs on the host that is named") from error
+        raise InputError(
+            "environment",
+            EXPLICIT[0],
+            f"process 0 cannot listen on port {port} here ({getattr(error, 'strerror', None) or error})",
+            "give another port, or end what uses it; process 0 runs on the host that is named",
+        ) from error
 
 
 def primary() -> bool:
@@ -141,8 +162,12 @@ def program() -> dict[str, Any]:
     top = Path(__file__).parent.parent
     for file in sorted((*top.glob("crab_jax/**/*.py"), *top.glob("data_pipelines/**/*.py"))):
         code.update(file.relative_to(top).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return {"number of processes": global_state.num_processes, "code of crab_jax": code.hexdigest(),
-            **{name: version(name) for name in PACKAGES}, **{name: getattr(jax.config, name) for name in NUMERIC}}
+    return {
+        "number of processes": global_state.num_processes,
+        "code of crab_jax": code.hexdigest(),
+        **{name: version(name) for name in PACKAGES},
+        **{name: getattr(jax.config, name) for name in NUMERIC},
+    }
 
 
 def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
@@ -158,8 +183,12 @@ def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
     for field in [*theirs, *(field for field in ours if field not in theirs)]:
         if ours.get(field) != theirs.get(field):
             problem = f"is {ours.get(field)!r:.300}, on process 0 it is {theirs.get(field)!r:.300}"
-            raise InputError(peers.name_of(global_state.process_id), field, problem,
-                             "start all processes with the same command, data and versions")
+            raise InputError(
+                peers.name_of(global_state.process_id),
+                field,
+                problem,
+                "start all processes with the same command, data and versions",
+            )
 
 
 def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:

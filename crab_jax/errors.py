@@ -14,13 +14,28 @@ from typing import Any, NoReturn
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a disk or a person's rights do to any program, wherever it writes or reads.
-OF_THE_DISK = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EISDIR,
-                      errno.ENOTDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTEMPTY, errno.EEXIST}
+OF_THE_DISK = FULL | {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOTEMPTY,
+    errno.EEXIST,
+}
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")  # of libraries that are not Python
 
 # Characters that move the cursor, colour or hide text, turn its direction, end a line, or are no characters at all.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-                     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 _UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
 
@@ -64,8 +79,9 @@ class CommandLine(argparse.ArgumentParser):
     """An argument parser that reports a wrong command line like any other bad input: in one line."""
 
     def __init__(self, doc: str | None, prog: str | None = None):
-        super().__init__(prog=prog, description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError("command line", "", f"{' '.join(message.split()):.500}", "see --help")
@@ -94,8 +110,11 @@ def find_input_error(error: BaseException) -> InputError | None:
 
 def _of_the_disk(error: BaseException) -> InputError | None:
     if isinstance(error, OSError) and error.errno in OF_THE_DISK and not isinstance(error, BrokenPipeError):
-        where = " and ".join(os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
-                             for name in (error.filename, error.filename2) if name is not None)
+        where = " and ".join(
+            os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+            for name in (error.filename, error.filename2)
+            if name is not None
+        )
         fix = "make room, then start again" if error.errno in FULL else "check the path and who may write to it"
         return InputError(where or "a file", "", error.strerror or str(error), fix)
     words = next((words for words in _FULL_WORDS if words in str(error)), None)

@@ -61,13 +61,15 @@ def check_labels(examples: Iterable[Example]) -> None:
 
 # What an evaluation folder is an evaluation of.
 
+
 def fingerprint(params: Any) -> str:
     """Digest of parameters: names, shapes and up to 4096 evenly spaced values of every leaf."""
     digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in
-                             jax.tree_util.tree_leaves_with_path(params)):
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ):
         flat = np.asarray(leaf).reshape(-1)
-        digest.update(f"{path}{leaf.shape}{flat.dtype}".encode() + flat[::max(1, flat.size // 4096)].tobytes())
+        digest.update(f"{path}{leaf.shape}{flat.dtype}".encode() + flat[:: max(1, flat.size // 4096)].tobytes())
     return digest.hexdigest()
 
 
@@ -85,18 +87,28 @@ def settings(arguments: argparse.Namespace, config: RunConfig, tokenizer: Tokeni
     Not among them: batch size, mesh and device, which change the last bits of numbers, and what the media files hold,
     which nobody hashes.
     """
-    data = dataclasses.asdict(dataclasses.replace(config.data, mute_audio=arguments.mute_audio,
-                                                  blank_video=arguments.blank_video))
+    data = dataclasses.asdict(
+        dataclasses.replace(config.data, mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
+    )
     kept = {name: value for name, value in data.items() if name not in NO_ANSWER}
-    return {"max_new_tokens": arguments.max_new_tokens, "force_masks": arguments.force_masks,
-            "weights": arguments.weights, "tokenizer": tokenizer.digest(), **kept,
-            "model": json.loads(json.dumps(dataclasses.asdict(config.model)))}
+    return {
+        "max_new_tokens": arguments.max_new_tokens,
+        "force_masks": arguments.force_masks,
+        "weights": arguments.weights,
+        "tokenizer": tokenizer.digest(),
+        **kept,
+        "model": json.loads(json.dumps(dataclasses.asdict(config.model))),
+    }
 
 
-def describe(arguments: argparse.Namespace, root: Path, split: Sequence[Example], origin: Mapping[str, str],
-             content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `evaluation.json` holds: where the answers come from, and `content`, all that they depend on, as identity.
-    """
+def describe(
+    arguments: argparse.Namespace,
+    root: Path,
+    split: Sequence[Example],
+    origin: Mapping[str, str],
+    content: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `evaluation.json` holds: the source of the answers, and `content`, all that they depend on, as identity."""
     return {**origin, "data": str(root), "split": arguments.split, "identity": {**content, "examples": digest(split)}}
 
 
@@ -123,14 +135,19 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
     unknown = [name for name in identity if name not in before]
     if not changed and FIRST.issubset(before):
         if unknown:
-            print(f"{file} is of an older version, which did not note {', '.join(unknown)}: taken to be the same",
-                  flush=True)
+            print(
+                f"{file} is of an older version, which did not note {', '.join(unknown)}: taken to be the same",
+                flush=True,
+            )
     else:
         old = [path for path in (*predictions.parts(out), out / "masks", file) if path.exists()]
         moved = out / ".previous"  # until all are there: a process that is killed here leaves them to the next
         if old or moved.exists():
-            print(f"answers of another model, split or setting are moved to {out / 'previous'}; what differs: "
-                  f"{', '.join(changed) or 'not known'}", flush=True)
+            print(
+                f"answers of another model, split or setting are moved to {out / 'previous'}; what differs: "
+                f"{', '.join(changed) or 'not known'}",
+                flush=True,
+            )
             moved.mkdir(exist_ok=True)
             for path in old:
                 path.rename(moved / path.name)
@@ -140,8 +157,7 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
 
 
 def _wait_for(look: Callable[[], Any], enough: Callable[[Any], bool], what: str) -> None:
-    """Look each second until what other processes left is enough; gives up when that is the same for PATIENCE seconds.
-    """
+    """Look each second until what other processes left is enough; give up when it is unchanged for PATIENCE seconds."""
     last, since = look(), time.monotonic()
     while not enough(last):
         time.sleep(1)
@@ -149,11 +165,16 @@ def _wait_for(look: Callable[[], Any], enough: Callable[[Any], bool], what: str)
         if now != last:
             last, since = now, time.monotonic()
         if time.monotonic() - since > PATIENCE:
-            raise InputError("--process", "", f"waited {PATIENCE} s for {what}",
-                             "start the missing processes again, then this one: all go on where they were")
+            raise InputError(
+                "--process",
+                "",
+                f"waited {PATIENCE} s for {what}",
+                "start the missing processes again, then this one: all go on where they were",
+            )
 
 
 # Answers.
+
 
 def share(examples: Sequence[Example], index: int, count: int) -> list[Example]:
     """The examples that process `index` of `count` answers: every count-th."""
@@ -176,10 +197,19 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
     """(data root, every Example of the split, the ones to score)."""
     if arguments.predictions and not arguments.data:
         raise InputError("--data", "", "is not given", "--predictions are scored against the labels of --data=DIR")
-    root = Path(arguments.data) if arguments.predictions else runs.data_root(
-        arguments.data, runs.load_config(arguments.checkpoint))
-    split = runs.read_examples(root, arguments.split, datasets=[name for name in arguments.datasets.split(",") if name],
-                               variant=arguments.variant, missing=arguments.missing, malformed=arguments.malformed)
+    root = (
+        Path(arguments.data)
+        if arguments.predictions
+        else runs.data_root(arguments.data, runs.load_config(arguments.checkpoint))
+    )
+    split = runs.read_examples(
+        root,
+        arguments.split,
+        datasets=[name for name in arguments.datasets.split(",") if name],
+        variant=arguments.variant,
+        missing=arguments.missing,
+        malformed=arguments.malformed,
+    )
     examples = select(split, [task for task in arguments.tasks.split(",") if task], arguments.limit)
     check_labels(examples)
     return root, split, examples
@@ -196,10 +226,21 @@ def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         # A bad file stops the run: leaving examples out would change what the scores mean.
         return predict_examples(
-            model, params, config, tokenizer, todo, root, arguments.batch_size, arguments.max_new_tokens,
-            decoding={"force_masks": arguments.force_masks}, mesh=mesh, on_error="raise",
+            model,
+            params,
+            config,
+            tokenizer,
+            todo,
+            root,
+            arguments.batch_size,
+            arguments.max_new_tokens,
+            decoding={"force_masks": arguments.force_masks},
+            mesh=mesh,
+            on_error="raise",
             cache_dir=arguments.cache_dir,
-            mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
+            mute_audio=arguments.mute_audio,
+            blank_video=arguments.blank_video,
+        )
 
     content = {"parameters": fingerprint(params), **settings(arguments, config, tokenizer)}
     description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, content)
@@ -217,23 +258,35 @@ def from_file(arguments: argparse.Namespace, root: Path, split: list[Example], e
     if not found:
         raise InputError(str(file), "predictions", "has no line about these examples", "give the file of their answers")
     rows = {name: row for name, row in found.items() if name in wanted}  # --limit may want less than the file has
-    print(f"{len(rows)} of {len(examples)} examples have a prediction"
-          + ("" if len(rows) == len(examples) else "; the others count as answered with nothing"), flush=True)
+    print(
+        f"{len(rows)} of {len(examples)} examples have a prediction"
+        + ("" if len(rows) == len(examples) else "; the others count as answered with nothing"),
+        flush=True,
+    )
 
-    levels = predictions.MaskLevels(found, {example.id for example in ours if example.mask_kind == "binary"},
-                                    file.parent)
+    levels = predictions.MaskLevels(
+        found, {example.id for example in ours if example.mask_kind == "binary"}, file.parent
+    )
     for line in levels.told:
         print(f"{file}: {line}", flush=True)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         for example in todo:
             row, where = rows[example.id], f"{file}, {example.id}"
-            answer = predictions.answer_of(row, example, file.parent, where, levels.of(example.id, row, where),
-                                           functools.partial(mask_size, root, example))
+            answer = predictions.answer_of(
+                row,
+                example,
+                file.parent,
+                where,
+                levels.of(example.id, row, where),
+                functools.partial(mask_size, root, example),
+            )
             yield read_answer(example, answer.text, answer.mask)
 
-    content = {"predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest(),
-               "masks": predictions.masks_digest(lines, file.parent)}
+    content = {
+        "predictions": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest(),
+        "masks": predictions.masks_digest(lines, file.parent),
+    }
     description = describe(arguments, root, split, {"predictions": str(file)}, content)
     return Source(root, split, examples, description, set(rows), answers)
 
@@ -253,20 +306,24 @@ def collect(source: Source, out: Path, index: int, count: int) -> None:
     if index:
         print(f"process {index} has answered its {len(ours)} examples; process 0 scores them")
         return
-    _wait_for(lambda: predictions.read_all(out).keys(), source.answerable.issubset,
-              "the answers of the other processes")
+    _wait_for(
+        lambda: predictions.read_all(out).keys(), source.answerable.issubset, "the answers of the other processes"
+    )
     predictions.merge(out, [example.id for example in source.split])
 
 
 # Scores.
 
-def read_predictions(folder: Path, rows: Mapping[str, predictions.Row], examples: Sequence[Example]
-                     ) -> Iterator[Prediction]:
+
+def read_predictions(
+    folder: Path, rows: Mapping[str, predictions.Row], examples: Sequence[Example]
+) -> Iterator[Prediction]:
     """The answer to each Example from the lines of a folder (`predictions.read_all`) and its masks; nothing at all
     where there is no line."""
     for example in examples:
-        found = predictions.answer_of(rows.get(example.id), example, folder, f"prediction {example.id}",
-                                      predictions.OURS)
+        found = predictions.answer_of(
+            rows.get(example.id), example, folder, f"prediction {example.id}", predictions.OURS
+        )
         yield read_answer(example, found.text, found.mask)
 
 
@@ -277,8 +334,9 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
     """
     check_labels(examples)
     rows = predictions.read_all(folder)
-    usual = next((len(p.mask) for p in read_predictions(folder, rows, examples) if p.mask is not None),
-                 predictions.DEFAULT_SIZE)
+    usual = next(
+        (len(p.mask) for p in read_predictions(folder, rows, examples) if p.mask is not None), predictions.DEFAULT_SIZE
+    )
     judged = []
     for found in read_predictions(folder, rows, examples):
         example, side = found.example, usual if found.mask is None else len(found.mask)
@@ -287,8 +345,9 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
     return judged
 
 
-def shown_examples(judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path,
-                   count: int, clock: str) -> Iterator[tuple[str, Html]]:
+def shown_examples(
+    judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path, count: int, clock: str
+) -> Iterator[tuple[str, Html]]:
     """(heading, HTML) of the worst and the best `count` samples of each task, drawn by the model's `clock`."""
     by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
     for name, ours in scoring.by_task(judged).items():
@@ -304,10 +363,15 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
     judged = judge_folder(out, examples, root)
     results: dict[str, Any] = scoring.summarise(judged)
     metas = {example.id: example.meta for example in examples}
-    breakdowns = {name: TASKS[name].breakdown([one.stats for one in ours], [metas[one.id] for one in ours])
-                  for name, ours in scoring.by_task(judged).items()}
-    results["breakdown"] = {name: {key: {"value": value, "n": n} for key, (value, n) in found.items()}
-                            for name, found in breakdowns.items() if found}
+    breakdowns = {
+        name: TASKS[name].breakdown([one.stats for one in ours], [metas[one.id] for one in ours])
+        for name, ours in scoring.by_task(judged).items()
+    }
+    results["breakdown"] = {
+        name: {key: {"value": value, "n": n} for key, (value, n) in found.items()}
+        for name, found in breakdowns.items()
+        if found
+    }
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
     made = runs.load_config(arguments.checkpoint) if arguments.checkpoint and arguments.examples else None
@@ -327,8 +391,13 @@ def use_of(arguments: argparse.Namespace, count: int, root: Path, split: Sequenc
     same = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items() if name not in own}
     if arguments.checkpoint:
         same["--checkpoint"] = f"a checkpoint with hash {identity(arguments.checkpoint)}"
-    return {"processes": count, **same, **distributed.program(), "examples of --data": digest(split),
-            "media of --data": runs.media_identity(root, arguments.split, split)}
+    return {
+        "processes": count,
+        **same,
+        **distributed.program(),
+        "examples of --data": digest(split),
+        "media of --data": runs.media_identity(root, arguments.split, split),
+    }
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -356,38 +425,70 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=ANY_PATH, metavar="FILE", help="score these answers instead of a model's")
     parser.add_argument("--out", type=PATH, required=True, help="folder for results, predictions and masks")
     parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one of training)")
-    parser.add_argument("--split", type=Name(), default="test",
-                        help="of <data>/<split>.jsonl, or of the datasets of a raw root")
+    parser.add_argument(
+        "--split", type=Name(), default="test", help="of <data>/<split>.jsonl, or of the datasets of a raw root"
+    )
     parser.add_argument("--datasets", default="", metavar="A,B", help="of a raw root (default: the joint stage's)")
     parser.add_argument("--variant", default="train", choices=VARIANTS, help="prompts of a raw root (default train)")
-    parser.add_argument("--missing", default="raise", choices=("raise", "skip"),
-                        help="what to do about files that a raw root lacks: stop, or leave out what needs them")
-    parser.add_argument("--malformed", default="raise", choices=("raise", "skip"),
-                        help="what to do about rows that cannot be read: stop, or leave them out")
+    parser.add_argument(
+        "--missing",
+        default="raise",
+        choices=("raise", "skip"),
+        help="what to do about files that a raw root lacks: stop, or leave out what needs them",
+    )
+    parser.add_argument(
+        "--malformed",
+        default="raise",
+        choices=("raise", "skip"),
+        help="what to do about rows that cannot be read: stop, or leave them out",
+    )
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=Whole(1), help="at most this many examples of each task")
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=16)
     parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
-    parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
-                        "trained, or integers, smaller and less exact (docs/generation.md)")
-    parser.add_argument("--tensor", type=Whole(0, 2**16), default=0, metavar="N",
-                        help="split each copy of the model over N "
-                        "devices (default: as few as hold it); every device takes part, see docs/generation.md")
+    parser.add_argument(
+        "--weights",
+        default="float",
+        choices=KINDS,
+        help="of the language model's matrices: as trained, or integers, smaller and less exact (docs/generation.md)",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=Whole(0, 2**16),
+        default=0,
+        metavar="N",
+        help="split each copy of the model over N "
+        "devices (default: as few as hold it); every device takes part, see docs/generation.md",
+    )
     parser.add_argument("--mute-audio", action="store_true", help="replace all sound by silence")
-    parser.add_argument("--blank-video", action="store_true",
-                        help="replace every picture by black, the one to segment included")
-    parser.add_argument("--force-masks", action="store_true",
-                        help="append the mask tokens where the model wrote none, so that every picture gets a mask")
+    parser.add_argument(
+        "--blank-video", action="store_true", help="replace every picture by black, the one to segment included"
+    )
+    parser.add_argument(
+        "--force-masks",
+        action="store_true",
+        help="append the mask tokens where the model wrote none, so that every picture gets a mask",
+    )
     parser.add_argument("--process", type=_process, metavar="I/N", help="answer the share of process I of N, from 0/N")
-    parser.add_argument("--examples", type=Whole(0, 10**4), default=2, metavar="K",
-                        help="worst and best examples to draw per task")
-    parser.add_argument("--cache-dir", type=ANY_PATH, default="", metavar="DIR",
-                        help="keep decoded media there for the next evaluation (default: decode every time)")
+    parser.add_argument(
+        "--examples", type=Whole(0, 10**4), default=2, metavar="K", help="worst and best examples to draw per task"
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=ANY_PATH,
+        default="",
+        metavar="DIR",
+        help="keep decoded media there for the next evaluation (default: decode every time)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if bool(arguments.checkpoint) == bool(arguments.predictions):
-        raise InputError("command line", "--checkpoint", "exactly one of --checkpoint and --predictions is needed",
-                         "give a model to evaluate or a file to score")
+        raise InputError(
+            "command line",
+            "--checkpoint",
+            "exactly one of --checkpoint and --predictions is needed",
+            "give a model to evaluate or a file to score",
+        )
     return arguments
 
 

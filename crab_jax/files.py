@@ -95,13 +95,20 @@ def need_room(folder: str | Path, size: int, what: str, flag: str = "--out") -> 
         return  # whoever writes there says why
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < size:  # some network disks have no number of blocks
-        raise InputError(str(folder), flag, f"its disk has {_bytes(free)} free, {what} takes at least {_bytes(size)}",
-                         "make room, or give another folder")
+        raise InputError(
+            str(folder),
+            flag,
+            f"its disk has {_bytes(free)} free, {what} takes at least {_bytes(size)}",
+            "make room, or give another folder",
+        )
 
 
 def _bytes(size: float) -> str:
-    return next(f"{size / unit:.1f} {name}" for unit, name in (
-        (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if size >= unit or unit == 1)
+    return next(
+        f"{size / unit:.1f} {name}"
+        for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+        if size >= unit or unit == 1
+    )
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -192,11 +199,14 @@ def cut_tail(path: str | Path) -> None:
     data = path.read_bytes()
     end = end_of_lines(data)
     if data[end:].strip():
-        print(f"warning: {path}: the last {len(data) - end:,} bytes are no whole line; they are cut off",
-              file=sys.stderr, flush=True)
+        print(
+            f"warning: {path}: the last {len(data) - end:,} bytes are no whole line; they are cut off",
+            file=sys.stderr,
+            flush=True,
+        )
     if end < len(data):
         os.truncate(path, end)
-    if end and data[end - 1:end] != b"\n":
+    if end and data[end - 1 : end] != b"\n":
         with open(path, "ab") as file:
             file.write(b"\n")
 
@@ -251,20 +261,29 @@ HEAD = 1024  # bytes from the beginning of a file that tell what stands in its p
 _STAND_INS = (  # (how the file begins, what it is, what to do)
     (rb"version https://git-lfs\.github\.com/spec/v1\r?\n", "a Git LFS pointer", "run: git lfs pull"),
     (rb"(\.\./)*(\.git/|/)annex/objects/", "a git-annex pointer", "run: git annex get"),
-    (rb"(\xef\xbb\xbf)?\s*(<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html)", "a web page",
-     "download the file itself (raw or resolve, not blob); a browser shows what the page says"))
+    (
+        rb"(\xef\xbb\xbf)?\s*(<head|<script|(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html)",
+        "a web page",
+        "download the file itself (raw or resolve, not blob); a browser shows what the page says",
+    ),
+)
 
 
 def stand_in(start: bytes) -> tuple[str, str] | None:
     """(problem, fix) of a file that begins so (HEAD bytes) and was not fetched: what git checks out in its place, or
     the page that a browser was shown; None for any other."""
-    return next(((f"is {what}, not the file itself", fix) for pattern, what, fix in _STAND_INS
-                 if re.match(pattern, start, re.IGNORECASE | re.DOTALL)), None)
+    return next(
+        (
+            (f"is {what}, not the file itself", fix)
+            for pattern, what, fix in _STAND_INS
+            if re.match(pattern, start, re.IGNORECASE | re.DOTALL)
+        ),
+        None,
+    )
 
 
 def refuse_stand_in(path: str | Path, field: str = "") -> None:
-    """Raise InputError for a file that was not fetched, see `stand_in`; also for a pipe or a device, which have no end.
-    """
+    """Raise InputError for a file that was not fetched, see `stand_in`, and for a pipe or device, which has no end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(str(path), field, "is a pipe or a device", "give a file")
     try:

@@ -38,7 +38,7 @@ def all_finite(array: np.ndarray) -> bool:
     infinity, negative = np.array(np.inf).astype(dtype), np.array(-np.inf).astype(dtype)
     # What is not finite has the largest exponent: among the largest bits of the positive ones, and of the negative.
     for start in range(0, flat.size, _BLOCK):
-        block = flat[start:start + _BLOCK]
+        block = flat[start : start + _BLOCK]
         if block.view(signed).max() >= infinity.view(signed) or block.view(unsigned).max() >= negative.view(unsigned):
             return False
     return True
@@ -58,10 +58,15 @@ def check(tree: Any, where: str) -> Any:
     Leaves are NumPy or JAX arrays. What lies on accelerators is looked at there, in one program; every process of a
     run comes to the same end.
     """
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    placed = {path: leaf for path, leaf in flat.items()
-              if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu"}
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    placed = {
+        path: leaf
+        for path, leaf in flat.items()
+        if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu"
+    }
     fine = dict(zip(placed, jax.device_get(_all_finite(tuple(placed.values()))), strict=True)) if placed else {}
     found = {path: fault for path, leaf in flat.items() if not fine.get(path, False) and (fault := _faults(leaf))}
     elsewhere = not all(fine.values())
@@ -83,8 +88,11 @@ def _faults(leaf: Any) -> Faults | None:
     """`faults` of a leaf, or of this process's shards of it."""
     if not isinstance(leaf, jax.Array):
         return faults(np.asarray(leaf))
-    found = [fault for shard in leaf.addressable_shards if shard.replica_id == 0
-             and (fault := faults(np.asarray(shard.data)))]
+    found = [
+        fault
+        for shard in leaf.addressable_shards
+        if shard.replica_id == 0 and (fault := faults(np.asarray(shard.data)))
+    ]
     return Faults(*(sum(column) for column in zip(*found, strict=True))) if found else None
 
 
@@ -93,5 +101,9 @@ def refuse(found: Mapping[str, Faults], where: str) -> None:
     if found:
         shown = "; ".join(f"{name} has {fault}" for name, fault in list(found.items())[:3])
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise InputError(where, next(iter(found)), f"{len(found)} tensors are not finite: {shown}{more}",
-                         "fetch or write the weights again; a model with such values answers nothing")
+        raise InputError(
+            where,
+            next(iter(found)),
+            f"{len(found)} tensors are not finite: {shown}{more}",
+            "fetch or write the weights again; a model with such values answers nothing",
+        )

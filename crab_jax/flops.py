@@ -41,9 +41,12 @@ def _count(jaxpr: core.Jaxpr) -> Work:
     total = Work()
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        inner = [j.jaxpr if isinstance(j, core.ClosedJaxpr) else j for param in eqn.params.values()
-                 for j in (param if isinstance(param, (tuple, list)) else (param,))
-                 if isinstance(j, (core.Jaxpr, core.ClosedJaxpr))]
+        inner = [
+            j.jaxpr if isinstance(j, core.ClosedJaxpr) else j
+            for param in eqn.params.values()
+            for j in (param if isinstance(param, (tuple, list)) else (param,))
+            if isinstance(j, (core.Jaxpr, core.ClosedJaxpr))
+        ]
         if name in ("dot_general", "conv_general_dilated"):
             arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
             total = total.plus(Work(_product_flops(eqn), sum(a.size * np.dtype(a.dtype).itemsize for a in arrays)))
@@ -71,6 +74,9 @@ def roofline(chip: Chip, work: Work, collectives: dict[str, dict[str, int]]) -> 
     The step is the largest of the three, as if they overlapped perfectly. An all-reduce sends its bytes twice.
     """
     moved = sum((2 if kind == "all-reduce" else 1) * moves["bytes"] for kind, moves in collectives.items())
-    times = {"compute": work.flops / chip.flops, "hbm": work.bytes / chip.hbm_bandwidth,
-             "interconnect": moved / chip.ici_bandwidth}
+    times = {
+        "compute": work.flops / chip.flops,
+        "hbm": work.bytes / chip.hbm_bandwidth,
+        "interconnect": moved / chip.ici_bandwidth,
+    }
     return {**times, "step": max(times.values())}

@@ -42,10 +42,11 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         least = len(self.mask_ids) + 1 if self.force_masks else 1
         for field, valid, fix in (
-                ("max_new_tokens", self.max_new_tokens >= least, f"give a number of tokens of at least {least}"),
-                ("temperature", self.temperature >= 0, "give 0 for greedy decoding or a positive temperature"),
-                ("top_p", 0 < self.top_p <= 1, "give a probability above 0 and up to 1"),
-                ("mask_groups", self.mask_groups >= 1, "give at least 1")):
+            ("max_new_tokens", self.max_new_tokens >= least, f"give a number of tokens of at least {least}"),
+            ("temperature", self.temperature >= 0, "give 0 for greedy decoding or a positive temperature"),
+            ("top_p", 0 < self.top_p <= 1, "give a probability above 0 and up to 1"),
+            ("mask_groups", self.mask_groups >= 1, "give at least 1"),
+        ):
             if not valid:
                 raise InputError("generation options", field, f"{getattr(self, field)} is out of range", fix)
 
@@ -113,8 +114,7 @@ def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array,
-             options: GenerateOptions) -> _Masks:
+def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array, options: GenerateOptions) -> _Masks:
     """`masks` after the tokens [B] that the states `hidden` [B,D] predicted."""
     six = len(options.mask_ids)
     is_mask = (token[:, None] == jnp.asarray(options.mask_ids)).any(axis=-1) & ~done
@@ -123,8 +123,12 @@ def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array
     since = masks.since + is_mask
     ended = is_mask & (token == options.mask_ids[-1]) & (since >= six)
     states = jnp.concatenate([masks.states[:, 1:], window[:, None]], axis=1)
-    return masks.replace(window=window, since=jnp.where(ended, 0, since), groups=masks.groups + ended,
-                         states=jnp.where(ended[:, None, None, None], states, masks.states))
+    return masks.replace(
+        window=window,
+        since=jnp.where(ended, 0, since),
+        groups=masks.groups + ended,
+        states=jnp.where(ended[:, None, None, None], states, masks.states),
+    )
 
 
 def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptions) -> tuple[jax.Array, jax.Array]:
@@ -157,11 +161,19 @@ def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options:
         lengths=state.lengths + ~state.done,
         masks=_collect(masks, token, hidden, state.done, options),
         finite=state.finite & (state.done | jnp.isfinite(logits).all(axis=-1)),
-        done=state.done | (token == options.eos_id))
+        done=state.done | (token == options.eos_id),
+    )
 
 
-def start(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, rng: jax.Array | None = None,
-          dictated: jax.Array | None = None, features: jax.Array | None = None) -> State:
+def start(
+    model: nn.Module,
+    params: Any,
+    batch: Any,
+    options: GenerateOptions,
+    rng: jax.Array | None = None,
+    dictated: jax.Array | None = None,
+    features: jax.Array | None = None,
+) -> State:
     """Prefill, and the first token; arguments as of `generate`."""
     if options.temperature > 0 and rng is None:
         raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
@@ -183,12 +195,14 @@ def start(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, r
         finite=jnp.ones(rows, bool),
         prompt_lengths=lengths,
         row_keys=None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, batch.index.astype(jnp.uint32)),
-        dictated=dictated)
+        dictated=dictated,
+    )
     return _choose(apply, state, last, options)
 
 
-def advance(model: nn.Module, params: Any, state: State, options: GenerateOptions,
-            until: int | jax.Array | None = None) -> State:
+def advance(
+    model: nn.Module, params: Any, state: State, options: GenerateOptions, until: int | jax.Array | None = None
+) -> State:
     """Decode until `until` tokens have been chosen (by default `max_new_tokens`) or all rows have ended."""
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
     limit = options.max_new_tokens if until is None else jnp.minimum(until, options.max_new_tokens)
@@ -214,8 +228,15 @@ def finish(state: State, options: GenerateOptions) -> Generation:
     return Generation(state.tokens, state.lengths, states, has_mask, masks.forced > 0, state.finite)
 
 
-def generate(model: nn.Module, params: Any, batch: Any, options: GenerateOptions, rng: jax.Array | None = None,
-             dictated: jax.Array | None = None, features: jax.Array | None = None) -> Generation:
+def generate(
+    model: nn.Module,
+    params: Any,
+    batch: Any,
+    options: GenerateOptions,
+    rng: jax.Array | None = None,
+    dictated: jax.Array | None = None,
+    features: jax.Array | None = None,
+) -> Generation:
     """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stops when all rows have ended.
 
     `model` has `cfg.llama` and the methods `prefill(batch, cache)`, `decode(token, positions, cache)` and
@@ -232,9 +253,17 @@ _start = jax.jit(start, static_argnums=(0, 3))
 _advance = jax.jit(advance, static_argnums=(0, 3), donate_argnums=2)
 
 
-def stream(model: nn.Module, params: Any, batch: Any, options: GenerateOptions,
-           on_tokens: Callable[[np.ndarray, np.ndarray], None], every: int = 4, rng: jax.Array | None = None,
-           dictated: jax.Array | None = None, features: jax.Array | None = None) -> Generation:
+def stream(
+    model: nn.Module,
+    params: Any,
+    batch: Any,
+    options: GenerateOptions,
+    on_tokens: Callable[[np.ndarray, np.ndarray], None],
+    every: int = 4,
+    rng: jax.Array | None = None,
+    dictated: jax.Array | None = None,
+    features: jax.Array | None = None,
+) -> Generation:
     """`generate`, telling `on_tokens` (tokens int32[B,N], lengths int32[B]) so far after every `every` tokens.
 
     Compiled once per shape, whatever the callback; the cache is donated from call to call.

@@ -11,11 +11,35 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
-               "ragged-all-to-all")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 # Bits per element of the types in HLO text.
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
-        "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}
+BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "bf16": 16,
+    "f16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+}
 
 _ARRAY = re.compile(r"\b(" + "|".join(BITS) + r")\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -29,8 +53,24 @@ _NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 # What gives its first operand, or a part of it, in another place, type or form.
-_MOVES = {"all-gather", "all-gather-start", "all-gather-done", "async-done", "async-update", "bitcast", "convert",
-          "copy", "copy-start", "copy-done", "dynamic-slice", "opt-barrier", "reshape", "slice", "transpose", "while"}
+_MOVES = {
+    "all-gather",
+    "all-gather-start",
+    "all-gather-done",
+    "async-done",
+    "async-update",
+    "bitcast",
+    "convert",
+    "copy",
+    "copy-start",
+    "copy-done",
+    "dynamic-slice",
+    "opt-barrier",
+    "reshape",
+    "slice",
+    "transpose",
+    "while",
+}
 Source = Any  # str, or a tuple of Source: recursive
 
 
@@ -92,8 +132,11 @@ def trip_count(condition: list[tuple[str, str, str, str]], rest: str) -> int:
     known = _TRIPS.search(rest)
     if known:
         return int(known[1])
-    constants = [int(found[1]) for _, _, opcode, rest in condition if opcode == "constant"
-                 and (found := re.match(r"(\d+)\)", rest))]
+    constants = [
+        int(found[1])
+        for _, _, opcode, rest in condition
+        if opcode == "constant" and (found := re.match(r"(\d+)\)", rest))
+    ]
     return max(constants, default=1)
 
 
@@ -107,8 +150,9 @@ def ops(text: str) -> list[Op]:
         sources: dict[str, Source] = {}
         last: Source = ""
         for name, type_text, opcode, rest in found.get(computation, ()):
-            arrays = tuple(Array(kind, tuple(int(n) for n in dims.split(",") if n))
-                           for kind, dims in _ARRAY.findall(type_text))
+            arrays = tuple(
+                Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_text)
+            )
             called = _CALLED.findall(rest)
             for names in _CALLED_LISTS.findall(rest):
                 called += [part.strip().lstrip("%") for part in names.split(",")]
@@ -117,21 +161,33 @@ def ops(text: str) -> list[Op]:
                 condition = re.search(r"condition=%?([\w.\-]+)", rest)
                 within *= trip_count(found.get(condition[1], []) if condition else [], rest)
             operands = [sources.get(operand, "") for operand in _OPERAND.findall(rest.partition(")")[0])]
-            inner = [visit(each, within, fused or opcode not in ("while", "conditional", "call", "async-start"),
-                           operands) for each in dict.fromkeys(called)]
+            inner = [
+                visit(each, within, fused or opcode not in ("while", "conditional", "call", "async-start"), operands)
+                for each in dict.fromkeys(called)
+            ]
             last = _source(opcode, rest, operands, inner, given, computation == entry)
             sources[name] = last
             channel = _CHANNEL.search(rest)
-            out.append(Op(name, opcode, arrays, times, fused, last if isinstance(last, str) else "",
-                          channel[1] if channel else ""))
+            out.append(
+                Op(
+                    name,
+                    opcode,
+                    arrays,
+                    times,
+                    fused,
+                    last if isinstance(last, str) else "",
+                    channel[1] if channel else "",
+                )
+            )
         return last
 
     visit(entry, 1, False, [])
     return out
 
 
-def _source(opcode: str, rest: str, operands: list[Source], called: list[Source], given: list[Source], entry: bool
-            ) -> Source:
+def _source(
+    opcode: str, rest: str, operands: list[Source], called: list[Source], given: list[Source], entry: bool
+) -> Source:
     """What an instruction's result copies: a name, "", or one of them for every element of a tuple.
 
     operands: what its operands copy; called: the results of the computations it calls; given: what the parameters of
@@ -148,11 +204,15 @@ def _source(opcode: str, rest: str, operands: list[Source], called: list[Source]
         return tuple(operands)
     if opcode == "get-tuple-element":
         index = _INDEX.search(rest)
-        return first[int(index[1])] if isinstance(first, tuple) and index and int(index[1]) < len(first) else (
-            first if isinstance(first, str) else "")
+        return (
+            first[int(index[1])]
+            if isinstance(first, tuple) and index and int(index[1]) < len(first)
+            else (first if isinstance(first, str) else "")
+        )
     if opcode == "custom-call":
-        return next((each for each in operands if isinstance(each, str) and each), "") if "AsyncCollective" in rest \
-            else ""
+        return (
+            next((each for each in operands if isinstance(each, str) and each), "") if "AsyncCollective" in rest else ""
+        )
     if opcode in ("fusion", "call", "async-start") and called:
         return called[-1]
     return first if opcode in _MOVES else ""

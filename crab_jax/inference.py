@@ -62,21 +62,29 @@ def _encode(model: Crab, params: Any, frames: jax.Array, fbank: jax.Array, mesh:
 
 
 @partial(jax.jit, static_argnames=("model", "options", "mesh"))
-def _answer(model: Crab, params: Any, prompts: Batch, options: GenerateOptions, rng: jax.Array | None,
-            features: jax.Array, mesh: Mesh | None) -> Generation:
+def _answer(
+    model: Crab,
+    params: Any,
+    prompts: Batch,
+    options: GenerateOptions,
+    rng: jax.Array | None,
+    features: jax.Array,
+    mesh: Mesh | None,
+) -> Generation:
     with sharding.constrained(mesh):
         return generate(model, params, prompts, options, rng, features=features)
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
-def _draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array, mesh: Mesh | None
-          ) -> dict[str, jax.Array]:
+def _draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
     with sharding.constrained(mesh):
         masks: Any = model.apply({"params": params}, states, pictures, method="masks")
     binary, semantic = masks
-    return {"binary": jax.nn.sigmoid(binary.astype(jnp.float32)),
-            "semantic": jnp.argmax(semantic, axis=1).astype(jnp.int32),
-            "finite": jnp.isfinite(binary).all((1, 2)) & jnp.isfinite(semantic).all((1, 2, 3))}
+    return {
+        "binary": jax.nn.sigmoid(binary.astype(jnp.float32)),
+        "semantic": jnp.argmax(semantic, axis=1).astype(jnp.int32),
+        "finite": jnp.isfinite(binary).all((1, 2)) & jnp.isfinite(semantic).all((1, 2, 3)),
+    }
 
 
 def _spread(tree: Any, mesh: Mesh | None) -> Any:
@@ -85,8 +93,7 @@ def _spread(tree: Any, mesh: Mesh | None) -> Any:
 
 
 class Encoder:
-    """Feature rows of clips; a clip that was seen lately is not encoded again, for many questions are about one clip.
-    """
+    """Feature rows of clips; a clip seen lately is not encoded again, since many questions are about one clip."""
 
     def __init__(self, model: Crab, params: Any, mesh: Mesh | None = None):
         self.model, self.params, self.mesh = model, params, mesh
@@ -99,7 +106,7 @@ class Encoder:
         copies = 1 if self.mesh is None else self.mesh.shape["data"]
         together = min(copies * ENCODED_TOGETHER, len(names))
         for start in range(0, len(first), together):
-            new = list(first)[start:start + together]
+            new = list(first)[start : start + together]
             taken = [first[name] for name in new]
             taken += taken[:1] * (together - len(taken))
             clips = _spread((batch.frames[taken], batch.fbank[taken]), self.mesh)
@@ -120,10 +127,21 @@ def _digest(*arrays: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def predict_examples(model: Crab, params: Any, config: RunConfig, tokenizer: Tokenizer, examples: Sequence[Example],
-                     root: Root, batch_size: int, max_new_tokens: int = 256, seed: int = 0,
-                     decoding: Mapping[str, Any] | None = None, on_text: Callable[[Example, str], None] | None = None,
-                     mesh: Mesh | None = None, **data_changes: Any) -> Iterator[Prediction]:
+def predict_examples(
+    model: Crab,
+    params: Any,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    root: Root,
+    batch_size: int,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    decoding: Mapping[str, Any] | None = None,
+    on_text: Callable[[Example, str], None] | None = None,
+    mesh: Mesh | None = None,
+    **data_changes: Any,
+) -> Iterator[Prediction]:
     """Predictions, one per Example, in the order of the batches: bucket by bucket, and task by task within one, because
     the answers of a task are about equally long.
 
@@ -132,8 +150,9 @@ def predict_examples(model: Crab, params: Any, config: RunConfig, tokenizer: Tok
     over whose copies the rows of a batch are spread. `data_changes` replace fields of the DataConfig that the model was
     trained with. Raises InputError on bad media.
     """
-    options = GenerateOptions(tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), max_new_tokens,
-                              **(decoding or {}))
+    options = GenerateOptions(
+        tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), max_new_tokens, **(decoding or {})
+    )
     order = {name: number for number, name in enumerate(TASKS)}
     examples = sorted(examples, key=lambda example: order[example.task])
     rng = jax.random.key(seed) if options.temperature else None
@@ -142,8 +161,11 @@ def predict_examples(model: Crab, params: Any, config: RunConfig, tokenizer: Tok
         rows, features = np.asarray(batch.index), encode(batch)
         prompts = Batch(**{name: getattr(batch, name) if name in PROMPT_FIELDS else None for name in BATCH_FIELDS})
         if rng is not None:
-            prompts = prompts.replace(index=np.array(
-                [-1 if row < 0 else zlib.crc32(examples[row].id.encode()) >> 1 for row in rows], np.int32))
+            prompts = prompts.replace(
+                index=np.array(
+                    [-1 if row < 0 else zlib.crc32(examples[row].id.encode()) >> 1 for row in rows], np.int32
+                )
+            )
         prompts, features = _spread((prompts, features), mesh)
         chosen = dataclasses.replace(options, force_masks=options.force_masks and batch.seg_frame.shape[1] > 0)
         if on_text is None:
@@ -155,48 +177,67 @@ def predict_examples(model: Crab, params: Any, config: RunConfig, tokenizer: Tok
         has_mask = np.asarray(generation.has_mask)
         drawn: list[Any] = []  # one entry per mask group
         if batch.seg_frame.shape[1]:
-            drawn = [jax.device_get(_draw(model, params, *_spread((generation.mask_states[:, group],
-                                                                   batch.seg_frame[:, 0]), mesh), mesh))
-                     for group in range(has_mask.shape[1]) if has_mask[:, group].any()]
+            drawn = [
+                jax.device_get(
+                    _draw(
+                        model, params, *_spread((generation.mask_states[:, group], batch.seg_frame[:, 0]), mesh), mesh
+                    )
+                )
+                for group in range(has_mask.shape[1])
+                if has_mask[:, group].any()
+            ]
         generation = jax.device_get(generation)
         for row in np.flatnonzero(rows >= 0):
             example = examples[rows[row]]
             drew = [masks["finite"][row] for group, masks in enumerate(drawn) if has_mask[row, group]]
             check_finite(example, generation.finite[row], all(drew))
-            text = tokenizer.decode(generation.tokens[row, :generation.lengths[row]])
-            masks = [masks[example.mask_kind][row] for group, masks in enumerate(drawn)
-                     if example.mask_kind in masks and has_mask[row, group]]
-            answer = read_answer(example, text, masks[0] if masks else None,
-                                 tokenizer.eos_id in generation.tokens[row], bool(generation.forced[row]))
+            text = tokenizer.decode(generation.tokens[row, : generation.lengths[row]])
+            masks = [
+                masks[example.mask_kind][row]
+                for group, masks in enumerate(drawn)
+                if example.mask_kind in masks and has_mask[row, group]
+            ]
+            answer = read_answer(
+                example,
+                text,
+                masks[0] if masks else None,
+                tokenizer.eos_id in generation.tokens[row],
+                bool(generation.forced[row]),
+            )
             yield dataclasses.replace(answer, further_masks=tuple(masks[1:]))
 
 
 def check_finite(example: Example, logits: bool, masks: bool = True) -> None:
     """Raise InputError for an answer that a model made of what is no number: it would be scored as saying nothing."""
     if not (logits and masks):
-        raise InputError(f"example {example.id!r}", "masks" if logits else "logits",
-                         f"the {'masks' if logits else 'logits'} of the model are not finite",
-                         "use other weights, a wider dtype (bfloat16, float32), or --weights float")
+        raise InputError(
+            f"example {example.id!r}",
+            "masks" if logits else "logits",
+            f"the {'masks' if logits else 'logits'} of the model are not finite",
+            "use other weights, a wider dtype (bfloat16, float32), or --weights float",
+        )
 
 
-def _teller(tokenizer: Tokenizer, examples: Sequence[Example | None], on_text: Callable[[Example, str], None]
-            ) -> Callable[[np.ndarray, np.ndarray], None]:
+def _teller(
+    tokenizer: Tokenizer, examples: Sequence[Example | None], on_text: Callable[[Example, str], None]
+) -> Callable[[np.ndarray, np.ndarray], None]:
     """A callback for `stream` that passes on what each row's text has grown by. A character whose bytes have not all
     come is held back."""
     told = [""] * len(examples)
 
     def tell(tokens: np.ndarray, lengths: np.ndarray) -> None:
         for row, example in enumerate(examples):
-            text = tokenizer.decode(tokens[row, :lengths[row]]).removesuffix("\ufffd")
+            text = tokenizer.decode(tokens[row, : lengths[row]]).removesuffix("\ufffd")
             if example is not None and len(text) > len(told[row]):
-                on_text(example, text[len(told[row]):])
+                on_text(example, text[len(told[row]) :])
                 told[row] = text
 
     return tell
 
 
-def read_answer(example: Example, text: str, mask: np.ndarray | None, ended: bool = True,
-                forced: bool = False) -> Prediction:
+def read_answer(
+    example: Example, text: str, mask: np.ndarray | None, ended: bool = True, forced: bool = False
+) -> Prediction:
     """Parse one answer and say what is wrong with it; `ended` is whether the model closed it with `</s>`, `forced`
     whether mask tokens were appended to it."""
     task = TASKS[example.task]

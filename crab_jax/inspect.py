@@ -66,8 +66,12 @@ def segments(batch: Batch, visual_rows: int) -> jax.Array:
     `visual_rows` is how many rows of the batch's features are visual: the audio rows come behind them.
     """
     real = batch.text_mask & (batch.index >= 0)[:, None]
-    kinds = ((batch.slots >= 0) & (batch.slots < visual_rows), batch.slots >= visual_rows,
-             (batch.slots < 0) & ~batch.loss_mask, (batch.slots < 0) & batch.loss_mask)
+    kinds = (
+        (batch.slots >= 0) & (batch.slots < visual_rows),
+        batch.slots >= visual_rows,
+        (batch.slots < 0) & ~batch.loss_mask,
+        (batch.slots < 0) & batch.loss_mask,
+    )
     return jnp.stack([kind & real for kind in kinds]).astype(jnp.float32)
 
 
@@ -81,8 +85,11 @@ def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     weights = jnp.stack([found[name] for name in charts.PROJECTIONS], axis=1)
     entropy = -(weights * jnp.log2(jnp.maximum(weights, 1e-30))).sum(-1)
     where = segments(batch, batch.frames.shape[1] * model.cfg.visual.queries)
-    return (jnp.einsum("lpbth,sbt->bslph", weights, where), jnp.einsum("lpbt,sbt->bslp", entropy, where),
-            where.sum(-1).T)
+    return (
+        jnp.einsum("lpbth,sbt->bslph", weights, where),
+        jnp.einsum("lpbt,sbt->bslp", entropy, where),
+        where.sum(-1).T,
+    )
 
 
 def router_weights(model: Crab, params: Any, batches: Iterable[Batch]) -> dict[str, Routing]:
@@ -93,8 +100,9 @@ def router_weights(model: Crab, params: Any, batches: Iterable[Batch]) -> dict[s
         parts = jax.device_get(_route(model, params, jax.tree.map(jnp.asarray, batch)))
         for row in np.flatnonzero(np.asarray(batch.index) >= 0):
             total = sums.setdefault(names[int(batch.task[row])], [0, 0, 0])
-            sums[names[int(batch.task[row])]] = [old + part[row].astype(np.float64)
-                                                 for old, part in zip(total, parts, strict=True)]
+            sums[names[int(batch.task[row])]] = [
+                old + part[row].astype(np.float64) for old, part in zip(total, parts, strict=True)
+            ]
     found = {}
     for name in names:
         if name in sums:
@@ -109,8 +117,12 @@ def keep_heads(params: Any, keep: np.ndarray | jax.Array) -> Any:
 
     keep: float[heads]. Router weights stay what they are, so the difference is what the head contributes.
     """
-    return traverse_util.unflatten_dict({path: leaf * keep[:, None, None] if path[-1] == "lora_B" else leaf
-                                         for path, leaf in traverse_util.flatten_dict(params).items()})
+    return traverse_util.unflatten_dict(
+        {
+            path: leaf * keep[:, None, None] if path[-1] == "lora_B" else leaf
+            for path, leaf in traverse_util.flatten_dict(params).items()
+        }
+    )
 
 
 @partial(jax.jit, static_argnames="model")
@@ -127,8 +139,11 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
     """
     heads = model.cfg.lora.heads
     every = np.ones(heads, np.float32)
-    variants = {INTACT: every, **{f"without head {head + 1}": every - np.eye(heads, dtype=np.float32)[head]
-                                  for head in range(heads)}, WITHOUT_ALL: 0 * every}
+    variants = {
+        INTACT: every,
+        **{f"without head {head + 1}": every - np.eye(heads, dtype=np.float32)[head] for head in range(heads)},
+        WITHOUT_ALL: 0 * every,
+    }
     names = list(TASKS)
     progress = Progress("batches judged", len(variants) * len(batches))
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -146,11 +161,13 @@ def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, di
     return {name: found[name] for name in names if name in found}
 
 
-def answered_batches(examples: Sequence[Example], root: str | Path, config: RunConfig, tokenizer: Tokenizer,
-                     batch_size: int) -> Iterator[Batch]:
+def answered_batches(
+    examples: Sequence[Example], root: str | Path, config: RunConfig, tokenizer: Tokenizer, batch_size: int
+) -> Iterator[Batch]:
     """Batches of prompts with their true answers, every example once."""
-    found = mixture.eval_batches(examples, root, tokenizer, dataclasses.replace(config.data, cache_dir=""), batch_size,
-                                  prompt_only=False)
+    found = mixture.eval_batches(
+        examples, root, tokenizer, dataclasses.replace(config.data, cache_dir=""), batch_size, prompt_only=False
+    )
     return (batch for _, batch in found)
 
 
@@ -168,42 +185,62 @@ def routing_pictures(routing: Mapping[str, Routing]) -> dict[str, page.Picture]:
     overall = {task: found.overall() for task, found in routing.items()}
     weights = {task: found[0] for task, found in overall.items()}
     heads = next(iter(weights.values())).shape[-1]
-    by_segment = {task: {name: found.weights[number].mean((0, 1)) for number, name in enumerate(SEGMENTS)
-                         if found.tokens[number]} for task, found in routing.items()}
+    by_segment = {
+        task: {name: found.weights[number].mean((0, 1)) for number, name in enumerate(SEGMENTS) if found.tokens[number]}
+        for task, found in routing.items()
+    }
     return {
         "router_layers": page.Picture(
-            charts.routing_heatmaps(weights, "layer"), "Mean router weight of each head by layer: heads specialise "
-            "where rows differ in colour, and tasks share heads where panels look alike."),
+            charts.routing_heatmaps(weights, "layer"),
+            "Mean router weight of each head by layer: heads specialise "
+            "where rows differ in colour, and tasks share heads where panels look alike.",
+        ),
         "router_projections": page.Picture(
-            charts.routing_heatmaps(weights, "projection"), "The same by projection: look for projections whose heads "
-            "are used unevenly."),
+            charts.routing_heatmaps(weights, "projection"),
+            "The same by projection: look for projections whose heads are used unevenly.",
+        ),
         "router_segments": page.Picture(
-            charts.segment_heatmaps(by_segment), "The same by what a token is, a visual row, an audio row, a word of "
-            "the prompt or of the answer: the head of a modality has one bright column."),
+            charts.segment_heatmaps(by_segment),
+            "The same by what a token is, a visual row, an audio row, a word of "
+            "the prompt or of the answer: the head of a modality has one bright column.",
+        ),
         "router_entropy": page.Picture(
             charts.entropy_heatmap({task: found[1] for task, found in overall.items()}, heads),
             f"Entropy of a token's head weights: {np.log2(heads):.2f} bits is an even mix of the heads, 0 is one head "
-            "alone.")}
+            "alone.",
+        ),
+    }
 
 
 def increases(effects: Mapping[str, Mapping[str, Mapping[str, float]]], loss: str) -> dict[str, dict[str, float]]:
     """{task: {variant: increase of `loss` over the intact model}} of the tasks that have it."""
-    return {task: {name: values[loss] - variants[INTACT][loss] for name, values in variants.items() if name != INTACT}
-            for task, variants in effects.items() if loss in variants[INTACT]}
+    return {
+        task: {name: values[loss] - variants[INTACT][loss] for name, values in variants.items() if name != INTACT}
+        for task, variants in effects.items()
+        if loss in variants[INTACT]
+    }
 
 
-LOSSES = {"text": "the text of the true answer, nats per token", "bce": "the true mask, cross-entropy per pixel",
-          "ce": "the true class map, cross-entropy per pixel"}
+LOSSES = {
+    "text": "the text of the true answer, nats per token",
+    "bce": "the true mask, cross-entropy per pixel",
+    "ce": "the true class map, cross-entropy per pixel",
+}
 
 
 def ablation_pictures(effects: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, page.Picture]:
     """The plots of `ablation`, by the name of their file."""
     found = {loss: increases(effects, loss) for loss in LOSSES}
-    return {f"ablation_{loss}": page.Picture(
-        charts.table_heatmap(rows, f"increase of loss: {LOSSES[loss]}"),
-        f"How much worse a model predicts {LOSSES[loss]}, when a head is taken out: a task leans on the heads whose "
-        "columns stand out; near zero, the others make up for it; below zero, it does better "
-        "without.") for loss, rows in found.items() if rows}
+    return {
+        f"ablation_{loss}": page.Picture(
+            charts.table_heatmap(rows, f"increase of loss: {LOSSES[loss]}"),
+            f"How much worse a model predicts {LOSSES[loss]}, when a head is taken out: a task leans on the heads "
+            "whose columns stand out; near zero, the others make up for it; below zero, it does better "
+            "without.",
+        )
+        for loss, rows in found.items()
+        if rows
+    }
 
 
 def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +248,27 @@ def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[
     tasks = {}
     for task, found in routing.items():
         weights, entropy = found.overall()
-        by_segment = {name: {"tokens": int(found.tokens[k]), "weights": found.weights[k].tolist(),
-                             "entropy_bits": found.entropy[k].tolist()}
-                      for k, name in enumerate(SEGMENTS) if found.tokens[k]}
-        tasks[task] = {"all": {"tokens": int(found.tokens.sum()), "weights": weights.tolist(),
-                               "entropy_bits": entropy.tolist()}, **by_segment}
+        by_segment = {
+            name: {
+                "tokens": int(found.tokens[k]),
+                "weights": found.weights[k].tolist(),
+                "entropy_bits": found.entropy[k].tolist(),
+            }
+            for k, name in enumerate(SEGMENTS)
+            if found.tokens[k]
+        }
+        tasks[task] = {
+            "all": {"tokens": int(found.tokens.sum()), "weights": weights.tolist(), "entropy_bits": entropy.tolist()},
+            **by_segment,
+        }
     heads = next(iter(routing.values())).weights.shape[-1]
-    return {"heads": heads, "projections": list(charts.PROJECTIONS), "segments": list(SEGMENTS), "routing": tasks,
-            "ablation": effects}
+    return {
+        "heads": heads,
+        "projections": list(charts.PROJECTIONS),
+        "segments": list(SEGMENTS),
+        "routing": tasks,
+        "ablation": effects,
+    }
 
 
 def router(arguments: argparse.Namespace) -> None:
@@ -233,8 +283,9 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
     examples = spread(runs.read_examples(root, arguments.split), arguments.samples)
     untold = next((example for example in examples if not example.target), None)
     if untold is not None:
-        raise InputError(f"example {untold.id!r}", "target", "is empty, but heads are judged on true answers",
-                         "give another --split")
+        raise InputError(
+            f"example {untold.id!r}", "target", "is empty, but heads are judged on true answers", "give another --split"
+        )
     batches = list(answered_batches(examples, root, config, tokenizer, arguments.batch_size))
     print(f"{len(examples)} examples in {len(batches)} batches", flush=True)
     routing = router_weights(model, params, Progress("batches routed", len(batches)).over(batches))
@@ -246,9 +297,15 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
     for group in pictures.values():
         for name, picture in group.items():
             write_whole(out / f"{name}.png", picture.data)
-    page.write(out / "router.html", f"LoRA heads of {Path(arguments.checkpoint).resolve().name}", page.NONE,
-               [page.Section(title.lower().replace(" ", "-"), title, page.NONE.join(map(page.figure, group.values())))
-                for title, group in pictures.items()])
+    page.write(
+        out / "router.html",
+        f"LoRA heads of {Path(arguments.checkpoint).resolve().name}",
+        page.NONE,
+        [
+            page.Section(title.lower().replace(" ", "-"), title, page.NONE.join(map(page.figure, group.values())))
+            for title, group in pictures.items()
+        ],
+    )
     for task, variants in increases(effects, "text").items():
         print(f"{task}: " + ", ".join(f"{name} {value:+.3f}" for name, value in variants.items()) + " nats per token")
     print(f"router: {out / 'router.html'}")

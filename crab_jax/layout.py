@@ -72,15 +72,20 @@ def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int =
     devices = jax.local_devices() if devices is None else list(devices)
     model, integers = Crab(config.model), weights in quantize.BITS
     if tensor > 1 and integers:
-        raise InputError("command line", "--tensor", f"{weights} matrices are not split over devices",
-                         "use --weights float, or --tensor 1")
+        raise InputError(
+            "command line",
+            "--tensor",
+            f"{weights} matrices are not split over devices",
+            "use --weights float, or --tensor 1",
+        )
     if tensor and len(devices) % tensor:
-        raise InputError("command line", "--tensor", f"{tensor} does not divide the {len(devices)} devices here",
-                         "give a divisor")
+        raise InputError(
+            "command line", "--tensor", f"{tensor} does not divide the {len(devices)} devices here", "give a divisor"
+        )
     if not tensor:
         needed = runs.count(runs.abstract_params(model)) * jax.numpy.dtype(model.cfg.llama.dtype).itemsize
         memory = chips.memory_of(devices[0])
         tensor = 1 if integers else sharding.infer_split(len(devices), needed, memory, SERVING_SHARE)
     free = len(devices) // tensor
     copies = max(n for n in range(1, free + 1) if free % n == 0 and batch_size % n == 0)
-    return sharding.make_mesh(copies, 1, tensor, devices[:copies * tensor])
+    return sharding.make_mesh(copies, 1, tensor, devices[: copies * tensor])

@@ -152,8 +152,11 @@ def _gone(lock: Path, owner: Owner, what: Path) -> bool:
             if lock.stat().st_mtime_ns != stamp or _owner_of(lock) != owner:
                 return _owner_of(lock) is None
             if not told:
-                print(f"{what} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"{what} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 told = True
             time.sleep(min(1.0, STALE_SECONDS / 10))
         return left
@@ -187,10 +190,18 @@ def _refused(what: Path, lock: Path, flag: str, owner: Owner, use: str = "") -> 
     except (ValueError, TypeError, AttributeError, StopIteration):  # they have nothing in common
         pass
     else:
-        return InputError(f"this process, which is to share {what}", field, f"is {ours.get(field)!r:.300}, of {owner} "
-                          f"it is {theirs.get(field)!r:.300}", "start all with the same command, data and versions")
-    return InputError(str(what), flag, f"is in use by {owner}",
-                      f"wait for it, end it or give another {flag}; remove {lock} only if you know that it is gone")
+        return InputError(
+            f"this process, which is to share {what}",
+            field,
+            f"is {ours.get(field)!r:.300}, of {owner} it is {theirs.get(field)!r:.300}",
+            "start all with the same command, data and versions",
+        )
+    return InputError(
+        str(what),
+        flag,
+        f"is in use by {owner}",
+        f"wait for it, end it or give another {flag}; remove {lock} only if you know that it is gone",
+    )
 
 
 def _beat(lock: Path, holder: _Holder) -> None:
@@ -206,8 +217,12 @@ def _beat(lock: Path, holder: _Holder) -> None:
             elif found == holder.owner:
                 os.utime(lock)
             elif found.pid:
-                print(f"error: {lock.parent}: was taken over by {found}, while this process stood still; start again "
-                      "when that one is done", file=sys.stderr, flush=True)
+                print(
+                    f"error: {lock.parent}: was taken over by {found}, while this process stood still; start again "
+                    "when that one is done",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(2)
         except OSError:  # a full or absent disk: the next beat may find it better
             pass

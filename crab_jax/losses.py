@@ -36,8 +36,10 @@ class LossConfig:
         bounds.check("loss", vars(self), BOUNDS)
 
 
-BOUNDS: dict[str, Bound] = {**{term: Real(1e-9, 1e9, zero=True) for term in ("text", "bce", "dice", "ce")},
-                            "reduction": Choice(("mean", "released"))}
+BOUNDS: dict[str, Bound] = {
+    **{term: Real(1e-9, 1e9, zero=True) for term in ("text", "bce", "dice", "ce")},
+    "reduction": Choice(("mean", "released")),
+}
 
 
 class Term(NamedTuple):
@@ -87,16 +89,20 @@ def ce_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
     return (jax.nn.logsumexp(logits, axis=1) - picked).mean((1, 2))
 
 
-def mask_rows(binary: jax.Array | None, semantic: jax.Array | None, target: jax.Array, kind: jax.Array,
-              valid: jax.Array) -> dict[str, Term]:
+def mask_rows(
+    binary: jax.Array | None, semantic: jax.Array | None, target: jax.Array, kind: jax.Array, valid: jax.Array
+) -> dict[str, Term]:
     """Mask terms of each row: {"bce", "dice", "ce"}, each with sums and counts float32[B].
 
     binary [B,H,W] and semantic [B,K,H,W] logits (None when no row of the batch is of that kind), target int[B,H,W]
     (0/1 or class ids), kind int[B] (`seg_kind`), valid bool[B].
     """
     terms = {}
-    for name, loss, logits, wanted in (("bce", bce_rows, binary, BINARY), ("dice", dice_rows, binary, BINARY),
-                                       ("ce", ce_rows, semantic, SEMANTIC)):
+    for name, loss, logits, wanted in (
+        ("bce", bce_rows, binary, BINARY),
+        ("dice", dice_rows, binary, BINARY),
+        ("ce", ce_rows, semantic, SEMANTIC),
+    ):
         counted = (kind == wanted) & valid
         if logits is None:
             zero = jnp.zeros(kind.shape, jnp.float32)
@@ -121,8 +127,9 @@ def text_loss(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array, valid:
     return pool(text_rows(logits, tokens, loss_mask, valid))
 
 
-def mask_losses(binary: jax.Array | None, semantic: jax.Array | None, target: jax.Array, kind: jax.Array,
-                valid: jax.Array) -> dict[str, Term]:
+def mask_losses(
+    binary: jax.Array | None, semantic: jax.Array | None, target: jax.Array, kind: jax.Array, valid: jax.Array
+) -> dict[str, Term]:
     """Scalar sums and counts of `mask_rows`."""
     return {name: pool(rows) for name, rows in mask_rows(binary, semantic, target, kind, valid).items()}
 

@@ -48,9 +48,14 @@ class OptimConfig:
 SCHEDULES = ("cosine", "warmup_decay", "constant")
 # Limits are where a value loses its meaning (a rate above 10, a float32 that is 0), not where it stops being wise.
 BOUNDS = {
-    "lr": Real(1e-12, 10), "schedule": Choice(SCHEDULES), "warmup_share": Real(0, 1),
-    "weight_decay": Real(1e-12, 100, zero=True), "b1": Real(0, 0.999999), "b2": Real(0, 0.999999),
-    "eps": Real(1e-30, 1), "clip_norm": Real(1e-12, 1e30, zero=True, note="0 = off"),
+    "lr": Real(1e-12, 10),
+    "schedule": Choice(SCHEDULES),
+    "warmup_share": Real(0, 1),
+    "weight_decay": Real(1e-12, 100, zero=True),
+    "b1": Real(0, 0.999999),
+    "b2": Real(0, 0.999999),
+    "eps": Real(1e-30, 1),
+    "clip_norm": Real(1e-12, 1e30, zero=True, note="0 = off"),
     "accumulate": Whole(0, 2**24, note="0 = inferred"),
 }
 
@@ -76,11 +81,13 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         # A state of its own in either case, so that checkpoints have the same tree.
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
+        optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay),
+    )
 
 
-def apply(tx: optax.GradientTransformation, grads: Params, opt: Any, trainable: Params, sound: jax.Array
-          ) -> tuple[Params, Any, jax.Array]:
+def apply(
+    tx: optax.GradientTransformation, grads: Params, opt: Any, trainable: Params, sound: jax.Array
+) -> tuple[Params, Any, jax.Array]:
     """(parameters, optimizer state, whether the step was taken: bool[]) after one step: those of before, save its
     counts, where it is not `sound` (bool[], that loss and norm of the gradient are finite) or where the norm of the new
     parameters is not finite.
@@ -117,8 +124,12 @@ def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tu
         trains, freezes = matches(path, trainable), matches(path, frozen)
         if trains == freezes:
             what = "matched by both" if trains else "matched by neither of"
-            raise InputError("--config", path, f"parameter is {what} trainable and frozen patterns",
-                             "make each parameter match exactly one list")
+            raise InputError(
+                "--config",
+                path,
+                f"parameter is {what} trainable and frozen patterns",
+                "make each parameter match exactly one list",
+            )
         parts[0 if trains else 1][path] = leaf
     for pattern in (*trainable, *frozen):
         if pattern not in used:

@@ -63,7 +63,7 @@ def figure_png(figure: Figure, dpi: int = 110) -> bytes:
 def label_of(value: object) -> str:
     """A name as it is written into a picture: one line, and not so long that the picture grows with it."""
     text = printable(value)
-    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL - 1]}…"
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -132,6 +132,7 @@ def scale_box(box: Sequence[float], size: tuple[int, int], space: int = BOX_SPAC
     between pixels, so the whole square gives (0, 0, width, height).
     """
     (x1, x2), (y1, y2) = sorted((box[0], box[2])), sorted((box[1], box[3]))
+
     def scaled(value: float, limit: int) -> int:
         return min(max(round(value * limit / space), 0), limit)
 
@@ -158,8 +159,12 @@ def overlay_boxes(picture: np.ndarray, boxes: Iterable[tuple[Sequence[float], Co
     return np.array(image)
 
 
-def _label_place(box: tuple[int, int, int, int], label: tuple[int, int], size: tuple[int, int],
-                 taken: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
+def _label_place(
+    box: tuple[int, int, int, int],
+    label: tuple[int, int],
+    size: tuple[int, int],
+    taken: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int]:
     """Where a label of `label` (width, height) goes: above its box, else below or inside it, off the `taken` places."""
     (left, top, _, bottom), (wide, high) = box, label
     x = max(0, min(left, size[0] - wide))

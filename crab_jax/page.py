@@ -28,8 +28,10 @@ th{font-weight:600} .ci{color:#666;white-space:nowrap} pre{white-space:pre-wrap;
 nav a{margin-right:.9rem;white-space:nowrap} @media print{nav{display:none} body{font-size:11pt;max-width:none}
 .wide{overflow:visible}}
 """
-_POLICY = ("default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-           "form-action 'none'")  # nothing is fetched, sent or run, whatever a page says
+_POLICY = (
+    "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'"
+)  # nothing is fetched, sent or run, whatever a page says
 
 
 class Html(str):
@@ -49,8 +51,10 @@ class Html(str):
 
 
 NONE = Html()
-LEGEND = Html("<p>In all pictures <b style='color:#009e73'>green</b> is the truth and "
-              "<b style='color:#d55e00'>orange</b> the model's answer; semantic masks use the class colours.</p>")
+LEGEND = Html(
+    "<p>In all pictures <b style='color:#009e73'>green</b> is the truth and "
+    "<b style='color:#d55e00'>orange</b> the model's answer; semantic masks use the class colours.</p>"
+)
 
 
 class Picture(NamedTuple):
@@ -95,7 +99,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
     names = NONE.join(Html("<th>{}</th>").format(name) for name in head)
     lines = (NONE.join(Html("<td>{}</td>").format(cell) for cell in row) for row in rows)
     return Html('<div class="wide"><table><tr>{}</tr>{}</table></div>').format(
-        names, NONE.join(Html("<tr>{}</tr>").format(line) for line in lines))
+        names, NONE.join(Html("<tr>{}</tr>").format(line) for line in lines)
+    )
 
 
 def score(scores: Mapping[str, Any], metric: str) -> Html:
@@ -114,17 +119,22 @@ def document(title: str, body: Html, style: str = "", script: str = "") -> str:
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy, run = f"{policy}; script-src 'sha256-{digest}'", Html(f"<script>{script}</script>")
-    return Html('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-                'content="{policy}"><title>{title}</title><meta name="viewport" content="width=device-width,'
-                'initial-scale=1"><style>{style}</style></head><body><h1>{title}</h1>{body}{run}</body></html>\n').format(
-                    policy=policy, title=printable(title), style=Html(_STYLE + style), body=body, run=run)
+    return Html(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        'content="{policy}"><title>{title}</title><meta name="viewport" content="width=device-width,'
+        'initial-scale=1"><style>{style}</style></head><body><h1>{title}</h1>{body}{run}</body></html>\n'
+    ).format(policy=policy, title=printable(title), style=Html(_STYLE + style), body=body, run=run)
 
 
 def write(path: str | Path, title: str, intro: Html, sections: Sequence[Section], style: str = "") -> None:
     """Write one page; `style` is CSS beside that of all pages."""
     keys = [re.sub(r"[^\w-]+", "-", section.key) for section in sections]
-    parts = (Html('<section id="{}"><h2>{}</h2>{}</section>').format(
-        key, s.title, s.body or Html("<p>Not part of this report.</p>")) for key, s in zip(keys, sections, strict=True))
+    parts = (
+        Html('<section id="{}"><h2>{}</h2>{}</section>').format(
+            key, s.title, s.body or Html("<p>Not part of this report.</p>")
+        )
+        for key, s in zip(keys, sections, strict=True)
+    )
     links = (Html('<a href="#{}">{}</a>').format(key, s.title) for key, s in zip(keys, sections, strict=True))
     body = Html("<nav>{}</nav>{}{}").format(Html(" ").join(links), intro, NONE.join(parts))
     write_whole(path, document(title, body, style))

@@ -55,8 +55,12 @@ class _Link:
         connection.settimeout(FAREWELL_SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", HOST_SECONDS // 3), ("TCP_KEEPINTVL", HOST_SECONDS // 6),
-                              ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 1000 * HOST_SECONDS)):
+        for option, value in (
+            ("TCP_KEEPIDLE", HOST_SECONDS // 3),
+            ("TCP_KEEPINTVL", HOST_SECONDS // 6),
+            ("TCP_KEEPCNT", 4),
+            ("TCP_USER_TIMEOUT", 1000 * HOST_SECONDS),
+        ):
             if hasattr(socket, option):  # Linux has them all
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
@@ -112,8 +116,11 @@ class Peers:
     def silent(self) -> str:
         """Which of the others do not answer, and for how long: "process 2 on b has not answered for 14 s", or ""."""
         now = time.monotonic()
-        ours = [f"{link.name} has not answered for {now - link.heard:.0f} s" for link in self.links.values()
-                if now - link.heard > SILENT_SECONDS]
+        ours = [
+            f"{link.name} has not answered for {now - link.heard:.0f} s"
+            for link in self.links.values()
+            if now - link.heard > SILENT_SECONDS
+        ]
         return "; ".join(ours) or self._told
 
     def finish(self) -> None:
@@ -188,8 +195,10 @@ class Peers:
 
 
 def _gone(name: str, how: str = "") -> str:
-    return (f"{name} is gone ({how or 'it was killed, or ended without a word'}), so this one ends too; start all "
-            "processes again: they go on from what is saved")
+    return (
+        f"{name} is gone ({how or 'it was killed, or ended without a word'}), so this one ends too; start all "
+        "processes again: they go on from what is saved"
+    )
 
 
 def leave(code: int) -> NoReturn:
@@ -200,8 +209,9 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def meet(index: int, count: int, coordinator: str, put: Callable[[str, str], Any], get: Callable[[str, int], str]
-         ) -> Peers:
+def meet(
+    index: int, count: int, coordinator: str, put: Callable[[str, str], Any], get: Callable[[str, int], str]
+) -> Peers:
     """Connect the `count` processes of a run. coordinator: "host:port" of process 0, whose host is known to all.
 
     put, get: of the store that all share; `get` waits for so many milliseconds. Raises InputError when one does not
@@ -222,8 +232,9 @@ def meet(index: int, count: int, coordinator: str, put: Callable[[str, str], Any
 def listen(port: int = 0) -> socket.socket:
     """A listener on all interfaces, at a free port unless one is given. Raises OSError."""
     both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both,
-                                backlog=1024)
+    return socket.create_server(
+        ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=1024
+    )
 
 
 def _all(listener: socket.socket, count: int, secret: str) -> dict[int, _Link]:
@@ -242,9 +253,12 @@ def _all(listener: socket.socket, count: int, secret: str) -> dict[int, _Link]:
         except TimeoutError:
             missing = [str(one) for one in range(1, count) if one not in links]
             if time.monotonic() >= until:
-                raise InputError(name_of(0), f"port {listener.getsockname()[1]}", f"process {', '.join(missing):.200} "
-                                 f"did not connect within {CONNECT_SECONDS:.0f} s", "see what it says; all ports "
-                                 "between the hosts of a run must be open") from None
+                raise InputError(
+                    name_of(0),
+                    f"port {listener.getsockname()[1]}",
+                    f"process {', '.join(missing):.200} did not connect within {CONNECT_SECONDS:.0f} s",
+                    "see what it says; all ports between the hosts of a run must be open",
+                ) from None
         except (OSError, ValueError, TypeError):  # not one of ours
             pass
     return links
@@ -254,8 +268,12 @@ def _reach(index: int, host: str, address: Address) -> _Link:
     try:
         link = _Link(socket.create_connection((host, address.port), CONNECT_SECONDS), name_of(0, address.host))
     except OSError as error:
-        raise InputError(name_of(index), f"{host}:{address.port}", f"process 0 cannot be reached there ({error})",
-                         "open all ports between the hosts of a run") from error
+        raise InputError(
+            name_of(index),
+            f"{host}:{address.port}",
+            f"process 0 cannot be reached there ({error})",
+            "open all ports between the hosts of a run",
+        ) from error
     link.send(json.dumps([address.secret, index, socket.gethostname()]))
     return link
 

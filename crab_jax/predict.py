@@ -29,16 +29,7 @@ from crab_jax.files import append_line, write_whole
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.locks import locked
 from crab_jax.models.fused import KINDS
-from crab_jax.request import (
-    FREE,
-    KEYS,
-    PICTURE_TASKS,
-    VARIANTS,
-    Request,
-    every_task,
-    read_samples,
-    request,
-)
+from crab_jax.request import FREE, KEYS, PICTURE_TASKS, VARIANTS, Request, every_task, read_samples, request
 from crab_jax.runs import load_config, load_model
 from crab_jax.tasks import TASKS
 from data_pipelines import media
@@ -47,8 +38,7 @@ from data_pipelines.given import Given
 
 
 def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
-    """Write the pictures of one answer; {"mask": name, "mask_2": name, ..., "overlay": name} of those that there are.
-    """
+    """Write the pictures of one answer; {"mask": name, "mask_2": name, ..., "overlay": name}, where there are any."""
     example, parsed = asked.example, prediction.parsed
     files: dict[str, bytes] = {}
     if example.task in ("ave", "avvp"):
@@ -103,21 +93,39 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         name = f"{number:03d}_{record.get('task', FREE)}"
         asked[name] = request(record, where, name, Given(out))
 
-    mesh = layout.serving_mesh(load_config(arguments.checkpoint), arguments.weights, arguments.batch_size,
-                               arguments.tensor)
+    mesh = layout.serving_mesh(
+        load_config(arguments.checkpoint), arguments.weights, arguments.batch_size, arguments.tensor
+    )
     model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights, mesh)
     examples = [one.example for one in asked.values()]
-    decoding = {"temperature": arguments.temperature, "top_p": arguments.top_p, "force_masks": arguments.force_masks,
-                "mask_groups": arguments.mask_groups}
+    decoding = {
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "force_masks": arguments.force_masks,
+        "mask_groups": arguments.mask_groups,
+    }
 
     def tell(example: Example, text: str) -> None:
         several = arguments.batch_size > 1  # then pieces of different answers take turns, a line each
         print(f"  {printable(example.id)} ... {text}" if several else text, end="\n" if several else "", flush=True)
 
-    answers = predict_examples(model, params, config, tokenizer, examples, "/", arguments.batch_size,
-                               arguments.max_new_tokens, seed=arguments.seed, decoding=decoding,
-                               on_text=tell if arguments.stream else None, mesh=mesh, on_error="raise",
-                               pad_short_audio=True, clock="shown")
+    answers = predict_examples(
+        model,
+        params,
+        config,
+        tokenizer,
+        examples,
+        "/",
+        arguments.batch_size,
+        arguments.max_new_tokens,
+        seed=arguments.seed,
+        decoding=decoding,
+        on_text=tell if arguments.stream else None,
+        mesh=mesh,
+        on_error="raise",
+        pad_short_audio=True,
+        clock="shown",
+    )
     answered: dict[str, clip_page.Answered] = {}
     file = out / "predictions.jsonl"
     write_whole(file, "")
@@ -125,10 +133,20 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         one = asked[prediction.example.id]
         example, files = one.example, draw(one, prediction, out)
         warnings = [*one.warnings, *prediction.warnings]
-        append_line(file, {
-            "id": example.id, "task": one.task, "prompt": example.instruction, "text": prediction.text,
-            "parsed": prediction.parsed, "mask": files.get("mask"), "overlay": files.get("overlay"),
-            "further_masks": [name for kind, name in files.items() if kind.startswith("mask_")], "warnings": warnings})
+        append_line(
+            file,
+            {
+                "id": example.id,
+                "task": one.task,
+                "prompt": example.instruction,
+                "text": prediction.text,
+                "parsed": prediction.parsed,
+                "mask": files.get("mask"),
+                "overlay": files.get("overlay"),
+                "further_masks": [name for kind, name in files.items() if kind.startswith("mask_")],
+                "warnings": warnings,
+            },
+        )
         if arguments.stream:
             print()
         print(f"{printable(example.id)}: {prediction.text}")
@@ -157,34 +175,61 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: a --question as it stands)")
     parser.add_argument("--all-tasks", action="store_true", help="ask everything about the media; writes page.html")
     parser.add_argument("--video", type=ANY_PATH, dest="video_path", metavar="FILE")
-    parser.add_argument("--image", type=ANY_PATH, dest="image_path", metavar="FILE",
-                        help="with --audio, for boxes, masks, questions")
-    parser.add_argument("--audio", type=ANY_PATH, dest="audio_path", metavar="FILE",
-                        help="default: the video's own track")
+    parser.add_argument(
+        "--image", type=ANY_PATH, dest="image_path", metavar="FILE", help="with --audio, for boxes, masks, questions"
+    )
+    parser.add_argument(
+        "--audio", type=ANY_PATH, dest="audio_path", metavar="FILE", help="default: the video's own track"
+    )
     parser.add_argument("--mask", type=ANY_PATH, dest="mask_path", metavar="FILE", help="a true mask to compare with")
     parser.add_argument("--question", help="what to ask; with --task avqa in the prompt of MUSIC-AVQA")
     parser.add_argument("--expression", help="for ref-avs: what to segment, in words")
-    parser.add_argument("--second", type=Whole(), metavar="K", help="which second (a tenth of a clip, or a fifth of a "
-                        "short one) to ask about, from 0 (default: the loudest)")
-    parser.add_argument("--prompt-variant", metavar="V", help=f"{', '.join(VARIANTS)} (default: train, or quick for a "
-                        "picture where the training prompt is about a video)")
+    parser.add_argument(
+        "--second",
+        type=Whole(),
+        metavar="K",
+        help="which second (a tenth of a clip, or a fifth of a short one) to ask about, from 0 (default: the loudest)",
+    )
+    parser.add_argument(
+        "--prompt-variant",
+        metavar="V",
+        help=f"{', '.join(VARIANTS)} (default: train, or quick for a "
+        "picture where the training prompt is about a video)",
+    )
     parser.add_argument("--windows", help=f"cuts of the sound: {', '.join(WINDOWS[:-1])} (default: by task and length)")
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=1)
     parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
-    parser.add_argument("--weights", default="float", choices=KINDS, help="of the language model's matrices: as "
-                        "trained, or integers, smaller and less exact (docs/generation.md)")
-    parser.add_argument("--tensor", type=Whole(0, 2**16), default=0, metavar="N", help="split the model over N devices "
-                        "(default: as few as hold it)")
+    parser.add_argument(
+        "--weights",
+        default="float",
+        choices=KINDS,
+        help="of the language model's matrices: as trained, or integers, smaller and less exact (docs/generation.md)",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=Whole(0, 2**16),
+        default=0,
+        metavar="N",
+        help="split the model over N devices (default: as few as hold it)",
+    )
     parser.add_argument("--temperature", type=Real(1e-3, 1e3, zero=True), default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-p", type=Real(1e-6, 1), default=1.0,
-                        help="sample among the likeliest tokens of this share")
+    parser.add_argument(
+        "--top-p", type=Real(1e-6, 1), default=1.0, help="sample among the likeliest tokens of this share"
+    )
     parser.add_argument("--seed", type=Whole(), default=0, help="of sampling")
     parser.add_argument("--stream", action="store_true", help="show the text as it is written")
-    parser.add_argument("--force-masks", action="store_true",
-                        help="append the mask tokens where the model wrote none, so that there is a mask")
-    parser.add_argument("--mask-groups", type=Whole(1, 64), default=1, metavar="G",
-                        help="draw a mask for each of the last G "
-                        "groups of mask tokens of an answer (default 1)")
+    parser.add_argument(
+        "--force-masks",
+        action="store_true",
+        help="append the mask tokens where the model wrote none, so that there is a mask",
+    )
+    parser.add_argument(
+        "--mask-groups",
+        type=Whole(1, 64),
+        default=1,
+        metavar="G",
+        help="draw a mask for each of the last G groups of mask tokens of an answer (default 1)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     single = [key for key in KEYS if getattr(arguments, key) is not None]

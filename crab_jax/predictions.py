@@ -51,6 +51,7 @@ DEFAULT_SIZE = 224  # side at which an answer without a mask is scored, in pixel
 
 # Masks.
 
+
 def mask_picture(mask: np.ndarray) -> Image.Image:
     """A mask as a picture: class ids in the AVSBench-semantic palette, or probabilities as 256 grey levels.
 
@@ -72,8 +73,14 @@ def mask_picture(mask: np.ndarray) -> Image.Image:
     return picture
 
 
-def load_mask(mask: Any, kind: str, folder: Path, full: Mapping[int, int] | None = None,
-              truth: Callable[[], tuple[int, int] | None] = lambda: None, where: str = "") -> np.ndarray:
+def load_mask(
+    mask: Any,
+    kind: str,
+    folder: Path,
+    full: Mapping[int, int] | None = None,
+    truth: Callable[[], tuple[int, int] | None] = lambda: None,
+    where: str = "",
+) -> np.ndarray:
     """The mask of a line: a path relative to `folder`, or a COCO run-length encoding {"size": [h, w], "counts": text}.
 
     Returns float64[H,W] in [0, 1] (kind "binary") or int32[H,W] class ids ("semantic"), square: a mask of another shape
@@ -94,14 +101,22 @@ def load_mask(mask: Any, kind: str, folder: Path, full: Mapping[int, int] | None
         _check_shape((width, height), truth, str(path), where)
         ids = read_mask(path, width if width == height else DEFAULT_SIZE, kind, unknown=-1)
         if (ids < 0).any():
-            raise InputError(str(path), "mask", f"{(ids < 0).sum():,} pixels have a colour of no class",
-                             "write class ids, or the exact colours of AVSBench-semantic")
+            raise InputError(
+                str(path),
+                "mask",
+                f"{(ids < 0).sum():,} pixels have a colour of no class",
+                "write class ids, or the exact colours of AVSBench-semantic",
+            )
         return ids
     levels, bits = grey_levels(path)
     most = (full_levels([path]) if full is None else full).get(bits, 1)
     if levels.max(initial=0) > most:
-        raise InputError(str(path), "mask", f"has grey level {levels.max():g}, above {most}, which stands for 1",
-                         f"give the right {MARK} in the line, or none")
+        raise InputError(
+            str(path),
+            "mask",
+            f"has grey level {levels.max():g}, above {most}, which stands for 1",
+            f"give the right {MARK} in the line, or none",
+        )
     _check_shape(levels.shape[::-1], truth, str(path), where)
     return _square(levels.astype(np.float64) / most)
 
@@ -112,6 +127,7 @@ def grey_levels(path: Path) -> tuple[np.ndarray, int]:
     So do one bit, floating point, colours (black is background, and nothing else is) and our own MARK; of grey files of
     8 and 16 bits only all of a run together can tell (`full_levels`). Raises InputError.
     """
+
     def refuse(problem: str) -> InputError:
         return InputError(str(path), "mask", problem, "give a PNG with grey levels, or with 0 and 1")
 
@@ -174,8 +190,11 @@ def shown_levels(paths: Iterable[Path]) -> dict[int, Shown]:
         levels, bits = grey_levels(path)
         if bits:
             before = found.get(bits, Shown(0, frozenset(), path))
-            few = before.levels if len(before.levels) > 1 else before.levels | {
-                int(level) for level in np.unique(levels)[:3] if level}
+            few = (
+                before.levels
+                if len(before.levels) > 1
+                else before.levels | {int(level) for level in np.unique(levels)[:3] if level}
+            )
             found[bits] = Shown(max(before.highest, int(levels.max(initial=0))), few, path)
     return found
 
@@ -189,9 +208,13 @@ def _full(shown: Mapping[int, Shown]) -> dict[int, int]:
     for bits, (highest, levels, path) in shown.items():
         full = shown[bits].full
         if len(levels) == 1 and highest <= full // 2:  # a class, or a mask of its own kind
-            raise InputError(str(path), "mask", f"holds grey level {highest} beside 0, and so do all {bits}-bit masks: "
-                             f"it would be read as {highest} of {full}, that is as nothing",
-                             "write 0 and 1, or 0 and 255")
+            raise InputError(
+                str(path),
+                "mask",
+                f"holds grey level {highest} beside 0, and so do all {bits}-bit masks: "
+                f"it would be read as {highest} of {full}, that is as nothing",
+                "write 0 and 1, or 0 and 255",
+            )
     return {bits: one.full for bits, one in shown.items()}
 
 
@@ -234,17 +257,27 @@ class MaskLevels:
             if path in written:
                 shared.add(path)
             if written.setdefault(path, mask) != mask:
-                raise InputError(str(path), "mask", f"both {written[path]} and {mask} lead to it",
-                                 "keep the folders of the masks as they were written")
+                raise InputError(
+                    str(path),
+                    "mask",
+                    f"both {written[path]} and {mask} lead to it",
+                    "keep the folders of the masks as they were written",
+                )
             if MARK not in row and mask != mask_name(name):
                 others[path] = None
         shown = shown_levels(others)
         self.full, wrong = _full(shown), f'(if that is wrong, give "{MARK}" in the lines)'
-        self.told = [f"the {bits}-bit masks hold no grey level above {most}: it is read as 1 {wrong}"
-                     for bits, most in self.full.items() if most < 2**bits - 1]
-        self.told += [f"warning: the {bits}-bit masks hold no grey level above {one.highest} of {one.full}: nothing in "
-                      f"them is above one half, so all are read as empty {wrong}" for bits, one in shown.items()
-                      if 0 < one.highest <= one.full // 2]
+        self.told = [
+            f"the {bits}-bit masks hold no grey level above {most}: it is read as 1 {wrong}"
+            for bits, most in self.full.items()
+            if most < 2**bits - 1
+        ]
+        self.told += [
+            f"warning: the {bits}-bit masks hold no grey level above {one.highest} of {one.full}: nothing in "
+            f"them is above one half, so all are read as empty {wrong}"
+            for bits, one in shown.items()
+            if 0 < one.highest <= one.full // 2
+        ]
         self.told += [f"{len(shared)} masks belong to several lines, such as {min(shared)}"] if shared else []
 
     def of(self, name: str, row: Row, where: str) -> Mapping[int, int]:
@@ -257,8 +290,7 @@ class MaskLevels:
         return {8: stated, 16: stated}
 
 
-def _check_shape(size: tuple[int, ...], truth: Callable[[], tuple[int, int] | None], file: str, line: str = ""
-                 ) -> None:
+def _check_shape(size: tuple[int, ...], truth: Callable[[], tuple[int, int] | None], file: str, line: str = "") -> None:
     """Raise InputError for a mask of (width, height) `size` that is neither square, as the model sees every picture,
     nor of the shape of its true mask: stretched to a square it would be another picture."""
     width, height = size
@@ -266,8 +298,12 @@ def _check_shape(size: tuple[int, ...], truth: Callable[[], tuple[int, int] | No
     if wanted is not None and not _same_shape((width, height), wanted):
         problem = f"is {width}x{height}, but the true mask is {wanted[0]}x{wanted[1]}"
         exchanged = ": width and height are exchanged" if size == wanted[::-1] else ""
-        raise InputError(file, "mask", f"{problem}{exchanged}{f' ({line})' if line else ''}",
-                         "write masks at the size of the picture (run lengths: [height, width]), or square")
+        raise InputError(
+            file,
+            "mask",
+            f"{problem}{exchanged}{f' ({line})' if line else ''}",
+            "write masks at the size of the picture (run lengths: [height, width]), or square",
+        )
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -299,7 +335,7 @@ def read_rows(path: Path, own: bool = False) -> list[Row]:
     if not path.is_file():
         raise InputError(str(path), "predictions", "no such file", "give a JSONL file of predictions")
     data = read_bytes(path, "predictions", LIST)
-    data = data[:end_of_lines(data)] if own else data
+    data = data[: end_of_lines(data)] if own else data
     refuse_utf16(data, str(path))
     whole = data.rfind(b"\n") + 1
     lines = text_of_bytes(data[:whole], str(path)).split("\n")
@@ -338,8 +374,18 @@ def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction
         if prediction.mask is not None:
             mask = mask_name(example.id)
             write_whole(path.parent / mask, overlay.png(mask_picture(prediction.mask)), lasting=False)
-        append_line(path, {"id": example.id, "task": example.task, "prompt": example.instruction,
-                           "text": prediction.text, "parsed": prediction.parsed, "mask": mask, "label": example.meta})
+        append_line(
+            path,
+            {
+                "id": example.id,
+                "task": example.task,
+                "prompt": example.instruction,
+                "text": prediction.text,
+                "parsed": prediction.parsed,
+                "mask": mask,
+                "label": example.meta,
+            },
+        )
         yield prediction
 
 
@@ -355,6 +401,7 @@ def merge(folder: Path, order: Sequence[str]) -> None:
 
 
 # Lines of other programs.
+
 
 def text_of(row: Row, where: str) -> str:
     """The answer in a line: text, or what the released code calls predict, pred, or (with a pred_path) output."""
@@ -387,8 +434,9 @@ def _line(text: str) -> str:
     return " ".join(word for word in words if word not in ("", "and"))
 
 
-def assign(rows: Sequence[Row], examples: Sequence[Example], where: str,
-           ignored: Collection[str] = ()) -> dict[str, Row]:
+def assign(
+    rows: Sequence[Row], examples: Sequence[Example], where: str, ignored: Collection[str] = ()
+) -> dict[str, Row]:
     """Lines by the id of the Example that each answers; lines of `ignored` ids are left out.
 
     A line with an id names it. Otherwise it is the one example with its question_id (or qid), its media (video_path or
@@ -413,22 +461,34 @@ def assign(rows: Sequence[Row], examples: Sequence[Example], where: str,
             continue
         if "id" in row:
             if row["id"] not in by_id:
-                raise InputError(line, "id", f"no example {row['id']!r} among the ones to score",
-                                 "score against the split and the tasks that were predicted")
+                raise InputError(
+                    line,
+                    "id",
+                    f"no example {row['id']!r} among the ones to score",
+                    "score against the split and the tasks that were predicted",
+                )
             chosen = [by_id[row["id"]]]
         else:
             chosen = _narrow(row, examples, by_media, by_question)
         if len(chosen) != 1:
-            raise InputError(line, "id", f"is missing, and what the line holds fits {len(chosen)} examples",
-                             "add the id of the example")
+            raise InputError(
+                line,
+                "id",
+                f"is missing, and what the line holds fits {len(chosen)} examples",
+                "add the id of the example",
+            )
         if chosen[0].id in found:
             raise InputError(line, "id", f"a second answer to example {chosen[0].id!r}", "keep one of them")
         found[chosen[0].id] = row
     return found
 
 
-def _narrow(row: Row, examples: Sequence[Example], by_media: Mapping[tuple[str, ...], list[Example]],
-            by_question: Mapping[str, list[Example]]) -> list[Example]:
+def _narrow(
+    row: Row,
+    examples: Sequence[Example],
+    by_media: Mapping[tuple[str, ...], list[Example]],
+    by_question: Mapping[str, list[Example]],
+) -> list[Example]:
     """The examples that a line without an id may be about."""
     chosen = list(examples)
     question = row.get("question_id", row.get("qid"))
@@ -462,8 +522,14 @@ def masks_digest(rows: Iterable[Row], folder: Path) -> str:
     return found.hexdigest()
 
 
-def answer_of(row: Row | None, example: Example, folder: Path, where: str, full: Mapping[int, int] | None = None,
-              truth: Callable[[], tuple[int, int] | None] = lambda: None) -> Answer:
+def answer_of(
+    row: Row | None,
+    example: Example,
+    folder: Path,
+    where: str,
+    full: Mapping[int, int] | None = None,
+    truth: Callable[[], tuple[int, int] | None] = lambda: None,
+) -> Answer:
     """The answer in a line; nothing at all without one. `full`, `truth`: as of `load_mask`."""
     if row is None:
         return Answer(example.id, "")

@@ -24,8 +24,16 @@ class Progress:
     such as "GB", 1e9 where bytes are counted. done: how much was done before.
     """
 
-    def __init__(self, what: str, total: float = 0, say: Callable[[str], None] | None = on_stderr, unit: str = "",
-                 scale: float = 1, done: float = 0, every: float = 3.0):
+    def __init__(
+        self,
+        what: str,
+        total: float = 0,
+        say: Callable[[str], None] | None = on_stderr,
+        unit: str = "",
+        scale: float = 1,
+        done: float = 0,
+        every: float = 3.0,
+    ):
         self.what, self.total, self.say, self.unit, self.scale, self.every = what, total, say, unit, scale, every
         self.first = self.done = done
         self.began = self.shown = time.monotonic()

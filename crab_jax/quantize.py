@@ -43,6 +43,7 @@ def rounded(llama: Any, kind: str) -> Any:
 
     The output matrix takes int8 at least; embeddings, norms, biases and LoRA are left alone.
     """
+
     def of(path: Any, leaf: jax.Array) -> jax.Array:
         names = [key.key for key in path]
         if kind not in BITS or names[-1] != "kernel":

@@ -48,29 +48,77 @@ def pack(run: Path, out: Path) -> None:
 def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
     """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). The language model of
     the warm-up goes on from that of the packed model `start` where it is given."""
+
     def scaled(n: int) -> int:
         return max(4, int(n * scale))
 
     seconds = {}
     scenes, warmup, pretrain, joint = (out / name for name in ("scenes", "warmup", "pretrain", "joint"))
-    seconds["scenes"] = command("data_pipelines.sources.scenes", "--out", scenes, "--train", scaled(3000), "--val", 8,
-                                "--test", scaled(120), "--seed", SEED, "--workers", 2)
+    seconds["scenes"] = command(
+        "data_pipelines.sources.scenes",
+        "--out",
+        scenes,
+        "--train",
+        scaled(3000),
+        "--val",
+        8,
+        "--test",
+        scaled(120),
+        "--seed",
+        SEED,
+        "--workers",
+        2,
+    )
     if not (warmup / MANIFEST).exists():  # a warm-up of an older version is done again, from its parts
-        seconds["warmup"] = command("crab_jax.warmup", "--data", scenes, "--out", warmup, "--scale", scale,
-                                    *(("--start", start) if start else ()))
+        seconds["warmup"] = command(
+            "crab_jax.warmup",
+            "--data",
+            scenes,
+            "--out",
+            warmup,
+            "--scale",
+            scale,
+            *(("--start", start) if start else ()),
+        )
     shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")
     seconds["pretrain"] = command(
-        "crab_jax.train", "--config=configs/tiny_pretrain.py", *shared, f"--config.init_from={warmup}",
-        f"--config.steps={scaled(600)}", f"--workdir={pretrain}")
+        "crab_jax.train",
+        "--config=configs/tiny_pretrain.py",
+        *shared,
+        f"--config.init_from={warmup}",
+        f"--config.steps={scaled(600)}",
+        f"--workdir={pretrain}",
+    )
     seconds["joint"] = command(
-        "crab_jax.train", "--config=configs/tiny.py", *shared, f"--config.init_from={pretrain}",
-        f"--config.steps={scaled(1200)}", "--config.optim.lr=1e-3", f"--workdir={joint}")
+        "crab_jax.train",
+        "--config=configs/tiny.py",
+        *shared,
+        f"--config.init_from={pretrain}",
+        f"--config.steps={scaled(1200)}",
+        "--config.optim.lr=1e-3",
+        f"--workdir={joint}",
+    )
     pack(joint, packed)
-    seconds["evaluate"] = command("crab_jax.evaluate", "--checkpoint", packed, "--data", scenes, "--batch-size", 32,
-                                  "--max-new-tokens", 160, "--out", out / "eval")
+    seconds["evaluate"] = command(
+        "crab_jax.evaluate",
+        "--checkpoint",
+        packed,
+        "--data",
+        scenes,
+        "--batch-size",
+        32,
+        "--max-new-tokens",
+        160,
+        "--out",
+        out / "eval",
+    )
     write_whole(packed / "results.json", (out / "eval" / "results.json").read_bytes())
-    facts = {"scale": scale, "start": str(start or ""), "scene_seed": SEED,
-             "seconds": {k: round(v) for k, v in seconds.items()}}
+    facts = {
+        "scale": scale,
+        "start": str(start or ""),
+        "scene_seed": SEED,
+        "seconds": {k: round(v) for k, v in seconds.items()},
+    }
     write_whole(packed / "recipe.json", json.dumps(facts, indent=1))
 
 

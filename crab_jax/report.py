@@ -37,8 +37,15 @@ from data_pipelines.fbank import envelope
 from data_pipelines.shards import all_windows
 
 SECTIONS = {
-    "run": "What was run", "loss": "Losses", "scores": "Scores", "masks": "Masks", "boxes": "Boxes",
-    "times": "Time lines", "answers": "Questions and captions", "routing": "Routing of the LoRA heads"}
+    "run": "What was run",
+    "loss": "Losses",
+    "scores": "Scores",
+    "masks": "Masks",
+    "boxes": "Boxes",
+    "times": "Time lines",
+    "answers": "Questions and captions",
+    "routing": "Routing of the LoRA heads",
+}
 CONFIG_KEYS = ("model", "compat", "init_from", "seed", "steps", "optim.lr", "data.batch_size", "data.root")
 
 
@@ -60,6 +67,7 @@ class ReportData:
 
 
 # What the examples look like.
+
 
 def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
     """uint8[H,W,3]: the picture that an Example asks about, at its own size (enlarged, where the root is prepared).
@@ -118,8 +126,11 @@ def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndar
     path, frames = str(example.audio or example.video), np.zeros((0, 1, 1, 3), np.uint8)
     if prepared := shards.opened(root):
         bands = prepared.sound(path, all_windows(example.windows), None, example.video)
-        return (envelope(bands), prepared.video(example.video) if example.video else frames,
-                prepared.seconds(path, example.windows, example.video))
+        return (
+            envelope(bands),
+            prepared.video(example.video) if example.video else frames,
+            prepared.seconds(path, example.windows, example.video),
+        )
     sound = media.clip_sound(inside(root, path), example.video and inside(root, example.video), clock)
     if example.video:
         frames = media.read_video(inside(root, example.video), overlay.PARTS, 96, clock)
@@ -128,16 +139,26 @@ def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndar
 
 def time_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
     """Each true event over the predicted one of the same name, on the time line of the clip."""
-    found = [(track, source) for source, label, colour in (("truth", example.meta, overlay.TRUTH),
-                                                           ("answer", prediction.parsed, overlay.PREDICTION))
-             for track in overlay.event_tracks(example.task, label, colour)]
+    found = [
+        (track, source)
+        for source, label, colour in (
+            ("truth", example.meta, overlay.TRUTH),
+            ("answer", prediction.parsed, overlay.PREDICTION),
+        )
+        for track in overlay.event_tracks(example.task, label, colour)
+    ]
     order = list(dict.fromkeys(normalise(track.label) for track, _ in found))
-    tracks = [track._replace(label=f"{track.label}, {source}")
-              for track, source in sorted(found, key=lambda one: order.index(normalise(one[0].label)))]
+    tracks = [
+        track._replace(label=f"{track.label}, {source}")
+        for track, source in sorted(found, key=lambda one: order.index(normalise(one[0].label)))
+    ]
     sound, frames, seconds = _clip(example, root, clock)
     data = overlay.timeline(sound, frames, tracks, seconds)
-    said = "each answer bar should cover the truth bar of the same event" if prediction.parsed else \
-        "no event could be read in the answer"
+    said = (
+        "each answer bar should cover the truth bar of the same event"
+        if prediction.parsed
+        else "no event could be read in the answer"
+    )
     return Picture(data, f"{example.task} {example.id}: {said}.")
 
 
@@ -162,6 +183,7 @@ def collect(predictions: Iterable[Prediction], root: Path, clock: str = "shown")
 
 # The HTML.
 
+
 def _run_section(data: ReportData) -> Html:
     shown = [(key, data.config[key]) for key in CONFIG_KEYS if key in data.config]
     counts = [(f"test examples of {task}", scores["n"]) for task, scores in data.results.get("tasks", {}).items()]
@@ -175,21 +197,35 @@ def _loss_section(data: ReportData) -> Html:
         return NONE
     by_part = charts.loss_curves(data.metrics, ("loss", "text", "bce", "dice", "ce"))
     by_task = charts.loss_curves(data.metrics, tuple(TASKS))
-    return (figure(Picture(by_part, "Loss of each part: every line should fall and level off; a part that rises again "
-                            "is drowned by the others."))
-            + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others.")))
+    return figure(
+        Picture(
+            by_part,
+            "Loss of each part: every line should fall and level off; a part that rises again "
+            "is drowned by the others.",
+        )
+    ) + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others."))
 
 
 def every_metric(tasks: Mapping[str, Any]) -> Html:
     """Each metric with what it is, over all samples and over the answered ones, and the counts."""
     parts = []
     for name, row in tasks.items():
-        rows = [(Html("<b>{}</b>").format(m) if m == TASKS[name].headline else m, what, score(row, m),
-                 score(row, m + PARSED)) for m, what in TASKS[name].metrics.items() if m in row]
-        counts = (f"N {row['n']}, unreadable text {row['n_unparsed']}"
-                  + (f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else ""))
-        parts.append(Html("<h3>{}</h3><p>{}</p>").format(name, counts)
-                     + table(("metric", "what it is", "all", "answered"), rows))
+        rows = [
+            (
+                Html("<b>{}</b>").format(m) if m == TASKS[name].headline else m,
+                what,
+                score(row, m),
+                score(row, m + PARSED),
+            )
+            for m, what in TASKS[name].metrics.items()
+            if m in row
+        ]
+        counts = f"N {row['n']}, unreadable text {row['n_unparsed']}" + (
+            f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else ""
+        )
+        parts.append(
+            Html("<h3>{}</h3><p>{}</p>").format(name, counts) + table(("metric", "what it is", "all", "answered"), rows)
+        )
     return NONE.join(parts)
 
 
@@ -199,18 +235,30 @@ def _scores_section(data: ReportData) -> Html:
         return NONE
     columns = {"trained": tasks, **data.results.get("baselines", {})}
     heads = ("task", "metric", "n", *columns)
-    rows = [(task, TASKS[task].headline, scores["n"],
-             *(score(column.get(task, {}), TASKS[task].headline) for column in columns.values()))
-            for task, scores in tasks.items()]
+    rows = [
+        (
+            task,
+            TASKS[task].headline,
+            scores["n"],
+            *(score(column.get(task, {}), TASKS[task].headline) for column in columns.values()),
+        )
+        for task, scores in tasks.items()
+    ]
     unread = [(task, s["n"], s.get("n_unparsed", 0), s.get("n_no_mask", 0)) for task, s in tasks.items()]
-    chart = Picture(charts.score_bars(columns), "Headline metric of each task with its interval: the top bar, the "
-                    "trained model, should end right of every baseline, with intervals apart.")
+    chart = Picture(
+        charts.score_bars(columns),
+        "Headline metric of each task with its interval: the top bar, the "
+        "trained model, should end right of every baseline, with intervals apart.",
+    )
     note = Html("<p>Headline metric of each task, with 95 % bootstrap intervals over the examples.</p>")
-    return (note + table(heads, rows) + figure(chart)
-            + Html("<details><summary>Every metric of the trained model</summary>{}</details>").format(
-                every_metric(tasks))
-            + Html("<h3>Answers that could not be used</h3>")
-            + table(("task", "n", "unreadable text", "no mask"), unread))
+    return (
+        note
+        + table(heads, rows)
+        + figure(chart)
+        + Html("<details><summary>Every metric of the trained model</summary>{}</details>").format(every_metric(tasks))
+        + Html("<h3>Answers that could not be used</h3>")
+        + table(("task", "n", "unreadable text", "no mask"), unread)
+    )
 
 
 def _routing_section(data: ReportData) -> Html:
@@ -225,8 +273,13 @@ def _pictures_section(key: str, data: ReportData) -> Html:
     return NONE.join(map(figure, data.pictures.get(key, ())))
 
 
-_BODIES = {"run": _run_section, "loss": _loss_section, "scores": _scores_section, "answers": _answers_section,
-           "routing": _routing_section}
+_BODIES = {
+    "run": _run_section,
+    "loss": _loss_section,
+    "scores": _scores_section,
+    "answers": _answers_section,
+    "routing": _routing_section,
+}
 
 
 def write(out_html: str | Path, data: ReportData) -> None:
@@ -238,8 +291,12 @@ def write(out_html: str | Path, data: ReportData) -> None:
 # The verb.
 
 METRICS = Each(Text(1, 200), Number())  # a line of metrics.jsonl
-SCORES = {"n": Whole(), "n_unparsed?": Whole(), "n_no_mask?": Whole(),
-          "intervals?": Each(Text(1, 200), (Number(), Number()))}
+SCORES = {
+    "n": Whole(),
+    "n_unparsed?": Whole(),
+    "n_no_mask?": Whole(),
+    "intervals?": Each(Text(1, 200), (Number(), Number())),
+}
 _TASK = Choice(tuple(TASKS))
 RESULTS = {"tasks": Each(_TASK, SCORES), "baselines?": Each(Text(1, 100), Each(_TASK, SCORES))}
 
@@ -252,8 +309,12 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path, RESULTS, "--results", fix)
     for at, tasks in (("tasks", results["tasks"]), *results.get("baselines", {}).items()):
         for name, row in tasks.items():
-            check({key: value for key, value in row.items() if key != "intervals"}, Each(Text(), Number()), str(path),
-                  f"{at}.{name}")
+            check(
+                {key: value for key, value in row.items() if key != "intervals"},
+                Each(Text(), Number()),
+                str(path),
+                f"{at}.{name}",
+            )
     return results
 
 
@@ -269,14 +330,33 @@ def report(arguments: argparse.Namespace) -> None:
 
     shown = spread(examples, arguments.samples)
     # As `evaluate` answers; the layout of generation does not tell router weights.
-    answered = collect(predict_examples(*fuse_model(model, params), config, tokenizer, shown, root,
-                                        arguments.batch_size, arguments.max_new_tokens, on_error="raise"), root,
-                       config.data.clock)
+    answered = collect(
+        predict_examples(
+            *fuse_model(model, params),
+            config,
+            tokenizer,
+            shown,
+            root,
+            arguments.batch_size,
+            arguments.max_new_tokens,
+            on_error="raise",
+        ),
+        root,
+        config.data.clock,
+    )
     routed = spread(examples, arguments.routing_samples)
     batches = answered_batches(routed, root, config, tokenizer, arguments.batch_size)
-    write(arguments.out, ReportData(
-        title=f"Report of {run.name}", config=config.flat(), metrics=metrics, results=results,
-        **answered, routing=router_weights(model, params, batches)))
+    write(
+        arguments.out,
+        ReportData(
+            title=f"Report of {run.name}",
+            config=config.flat(),
+            metrics=metrics,
+            results=results,
+            **answered,
+            routing=router_weights(model, params, batches),
+        ),
+    )
     print(f"report: {arguments.out} ({Path(arguments.out).stat().st_size / 1e6:.1f} MB)")
 
 
@@ -284,14 +364,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.report")
     parser.add_argument("--run", type=PATH, required=True, help="workdir of a training run, or a packed model")
-    parser.add_argument("--results", type=PATH, required=True,
-                        help="results.json of evaluate, optionally with baselines")
+    parser.add_argument(
+        "--results", type=PATH, required=True, help="results.json of evaluate, optionally with baselines"
+    )
     parser.add_argument("--data", type=PATH, required=True, help="data root that the examples come from")
     parser.add_argument("--out", type=PATH, required=True, help="HTML file to write")
     parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
     parser.add_argument("--samples", type=Whole(1), default=3, help="examples shown of each task")
-    parser.add_argument("--routing-samples", type=Whole(1), default=16,
-                        help="examples of each task for the router weights")
+    parser.add_argument(
+        "--routing-samples", type=Whole(1), default=16, help="examples of each task for the router weights"
+    )
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)
     parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

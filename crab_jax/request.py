@@ -28,15 +28,33 @@ FREE = "question"  # the task of a question that is put to the model as it stand
 READER = "avcap"  # reads the answer to such a question: any text is one
 LIKE_FREE = {False: "avcap", True: "avss"}  # which task's sound is cut as for a question about a clip, a picture
 # What to ask each task with, besides the media.
-FIELDS = {"avqa": ("question",), FREE: ("question",), "ref-avs": ("expression", "second"), "s4": ("second",),
-          "ms3": ("second",), "avss": ("second",)}
+FIELDS = {
+    "avqa": ("question",),
+    FREE: ("question",),
+    "ref-avs": ("expression", "second"),
+    "s4": ("second",),
+    "ms3": ("second",),
+    "avss": ("second",),
+}
 PICTURE_TASKS = ("arig", *(name for name, task in TASKS.items() if task.mask_kind != "none"))
-KEYS = ("task", "video_path", "image_path", "audio_path", "question", "expression", "second", "mask_path", "windows",
-        "prompt_variant")
+KEYS = (
+    "task",
+    "video_path",
+    "image_path",
+    "audio_path",
+    "question",
+    "expression",
+    "second",
+    "mask_path",
+    "windows",
+    "prompt_variant",
+)
 VARIANTS = ("train", "test", "quick")
 # What --all-tasks asks where no question (MUSIC-AVQA) and no expression (Ref-AVS) are given.
-QUESTIONS = ("How many musical instruments were heard throughout the video?",
-             "How many types of musical instruments appeared in the entire video?")
+QUESTIONS = (
+    "How many musical instruments were heard throughout the video?",
+    "How many types of musical instruments appeared in the entire video?",
+)
 EXPRESSION = "the object that is making the sound"
 SILENCE = 1e-4  # root mean square of a full scale of 1: -80 dB
 
@@ -80,8 +98,10 @@ def every_task(given: dict[str, Any]) -> list[dict[str, Any]]:
     records = []
     for task in TASKS if "video_path" in given else PICTURE_TASKS:
         if task == "avqa":
-            records += [about | {"task": task, "question": question}
-                        for question in ([given["question"]] if "question" in given else QUESTIONS)]
+            records += [
+                about | {"task": task, "question": question}
+                for question in ([given["question"]] if "question" in given else QUESTIONS)
+            ]
         elif task == "ref-avs":
             records.append(about | {"task": task, "expression": given.get("expression", EXPRESSION)})
         else:
@@ -123,14 +143,16 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
         media.read_mask(mask, None, mask_kind, given.picture_size(image) if image else given.video_size(str(video)))
     source, sound, warnings = listen(given, video, audio, name)
     windows = record.get("windows") or windows_for(
-        TASKS[task if task in TASKS else LIKE_FREE[one_picture]], len(sound) / media.SAMPLE_RATE, one_picture)
+        TASKS[task if task in TASKS else LIKE_FREE[one_picture]], len(sound) / media.SAMPLE_RATE, one_picture
+    )
     if windows not in WINDOWS or windows == "none":
         raise InputError(where, "windows", f"unknown value {windows!r}", f"use one of {', '.join(WINDOWS[:-1])}")
     parts = 5 if windows in ("five", "one_of_five") else 10
     second = loudest(sound, parts) if second is None else second
     if (image or task in PICTURE_TASKS) and second >= parts:
-        raise InputError(where, "second", f"is {second}, but the clip has {parts} parts",
-                         f"give a number from 0 to {parts - 1}")
+        raise InputError(
+            where, "second", f"is {second}, but the clip has {parts} parts", f"give a number from 0 to {parts - 1}"
+        )
     if image and len(sound) < fbank.SHORTEST_WINDOW * parts:
         source = given.keep_sound(name, _placed(sound, second, parts))
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
@@ -141,10 +163,18 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
         return path if path is None or given.holds(path) else str(Path(path).absolute())
 
     example = Example(
-        id=name, task=task if task in TASKS else READER, instruction=ask(second), windows=windows, second=second,
-        video=None if one_picture else named(video), image=named(image or picture) if one_picture else None,
-        audio=named(source), seg_image=None if one_picture else named(picture),
-        mask=named(record.get("mask_path")), mask_kind=mask_kind)
+        id=name,
+        task=task if task in TASKS else READER,
+        instruction=ask(second),
+        windows=windows,
+        second=second,
+        video=None if one_picture else named(video),
+        image=named(image or picture) if one_picture else None,
+        audio=named(source),
+        seg_image=None if one_picture else named(picture),
+        mask=named(record.get("mask_path")),
+        mask_kind=mask_kind,
+    )
     return Request(task, example, picture, (*odd, *warnings))
 
 
@@ -164,8 +194,11 @@ def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tu
         return TASKS[task].instruction(variant=variant, **fields)
 
     variants = {variant: ask(0, variant) for variant in ((wanted,) if wanted else ("train", "quick"))}
-    fitting = [variant for variant, text in variants.items() if ("<image>" if is_image else "<video>") in text and not
-               ("<image>" in text and "<video>" in text)]
+    fitting = [
+        variant
+        for variant, text in variants.items()
+        if ("<image>" if is_image else "<video>") in text and not ("<image>" in text and "<video>" in text)
+    ]
     if not fitting and not is_image and task in PICTURE_TASKS:
         fitting = [variant for variant, text in variants.items() if "<video>" not in text]
     if not fitting:
@@ -184,11 +217,14 @@ def show(given: Given, image: str, name: str) -> tuple[str, tuple[str, ...]]:
     kept = given.keep_picture(name, pixels)
     if pixels.shape[:2] == (height, width):
         return kept, ()
-    return kept, (f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
-                  f"{pixels.shape[1]}x{pixels.shape[0]}",)
+    return kept, (
+        f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
+        f"{pixels.shape[1]}x{pixels.shape[0]}",
+    )
 
 
 # The sound.
+
 
 def listen(given: Given, video: str | None, audio: str | None, name: str) -> tuple[str, np.ndarray, tuple[str, ...]]:
     """(name, samples float32[N] at 16 kHz, warnings): the sound of a clip, on the clock of its pictures.
@@ -207,16 +243,20 @@ def listen(given: Given, video: str | None, audio: str | None, name: str) -> tup
         heard = given.hear(source, video)
         sound = heard.placed()
         if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
-            warnings.append("the audio is silent: the answer can rest on the pictures only" if not given.cancels(source)
-                            else "the channels of the audio cancel each other out, and their mean, which is read, is "
-                            "silent: export it as mono")
+            warnings.append(
+                "the audio is silent: the answer can rest on the pictures only"
+                if not given.cancels(source)
+                else "the channels of the audio cancel each other out, and their mean, which is read, is "
+                "silent: export it as mono"
+            )
         if remark := heard.end_remark():
             warnings.append(remark)
         if sound is not heard.samples:
             source = given.keep_sound(name, sound)
     if video and len(sound) < fbank.SHORTEST_WINDOW * 10:
-        warnings.append(f"the clip lasts {len(sound) / media.SAMPLE_RATE:.1f} s; its windows of sound are filled with "
-                        "silence")
+        warnings.append(
+            f"the clip lasts {len(sound) / media.SAMPLE_RATE:.1f} s; its windows of sound are filled with silence"
+        )
     return source, sound, tuple(warnings)
 
 
@@ -229,5 +269,5 @@ def _placed(sound: np.ndarray, second: int, parts: int) -> np.ndarray:
     """A sound of less than two seconds as second `second` of a clip of `parts` seconds."""
     start, total = second * media.SAMPLE_RATE, parts * media.SAMPLE_RATE
     clip = np.zeros(max(total, start + len(sound)), np.float32)
-    clip[start:start + len(sound)] = sound
+    clip[start : start + len(sound)] = sound
     return clip[:total]

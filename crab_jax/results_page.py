@@ -18,7 +18,8 @@ INTRO = Html(
     "<p>Numbers are fractions (0.8 is 80 %) with 95 % bootstrap intervals over the samples. <b>All</b> counts an "
     "answer that cannot be used as wrong; <b>answered</b> leaves it out, as the released evaluation does: text that "
     "cannot be read, or for tasks with masks an answer without one. Published numbers were measured on the benchmarks "
-    "and compare only with an evaluation on the same data.</p>")
+    "and compare only with an evaluation on the same data.</p>"
+)
 
 
 def _tables(tasks: Mapping[str, Any]) -> Html:
@@ -28,23 +29,33 @@ def _tables(tasks: Mapping[str, Any]) -> Html:
         task = TASKS[name]
         shown = list(dict.fromkeys([task.headline, *(metric for other in task.published for metric in other.scores)]))
         answered = row["n"] - (row["n_no_mask"] if task.mask_kind != "none" else row["n_unparsed"])
-        rows = [[Html("<b>ours, all</b>"), row["n"], *(score(row, m) for m in shown), ""],
-                [Html("<b>ours, answered</b>"), answered, *(score(row, m + PARSED) for m in shown), ""]]
+        rows = [
+            [Html("<b>ours, all</b>"), row["n"], *(score(row, m) for m in shown), ""],
+            [Html("<b>ours, answered</b>"), answered, *(score(row, m + PARSED) for m in shown), ""],
+        ]
         # Crab's own row is always there: what is not known of it stays blank.
         published = [other for other in task.published if other.model == "Crab"] or [Published("Crab", {}, "not known")]
         published = [*published, *(other for other in task.published if other.model != "Crab")]
-        rows += [[model, "", *(f"{scores[m]:.4f}" if m in scores else "" for m in shown), source]
-                 for model, scores, source in published]
+        rows += [
+            [model, "", *(f"{scores[m]:.4f}" if m in scores else "" for m in shown), source]
+            for model, scores, source in published
+        ]
         parts.append(Html("<h3>{}</h3>").format(name) + table(("model", "n", *shown, "source"), rows))
     return NONE.join(parts)
 
 
 def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> Html:
     """One bar chart per task."""
-    return NONE.join(figure(Picture(
-        charts.breakdown_bars(found, f"{name}: {_broken_down(name)}"),
-        f"{name} by class or question type, with the number of samples: look for classes far below the others."))
-        for name, found in breakdowns.items() if found)
+    return NONE.join(
+        figure(
+            Picture(
+                charts.breakdown_bars(found, f"{name}: {_broken_down(name)}"),
+                f"{name} by class or question type, with the number of samples: look for classes far below the others.",
+            )
+        )
+        for name, found in breakdowns.items()
+        if found
+    )
 
 
 def _broken_down(name: str) -> str:
@@ -80,20 +91,33 @@ def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown"
         found = report.collect([prediction], root, clock)
     except InputError as error:
         asked = example.instruction.rpartition("\n")[2]
-        return head + table(("asked", "truth", "answer", ""), [
-            (asked, example.target or example.meta, prediction.text, f"not drawn: {error}")])
+        return head + table(
+            ("asked", "truth", "answer", ""),
+            [(asked, example.target or example.meta, prediction.text, f"not drawn: {error}")],
+        )
     pictures = NONE.join(figure(picture) for group in found["pictures"].values() for picture in group)
     rows = [row[1:] for row in found["answers"]]
     return head + (table(("asked", "truth", "answer"), rows) if rows else pictures)
 
 
-def write(path: Path, title: str, results: Mapping[str, Any], breakdowns: Mapping[str, Breakdown],
-          examples: Iterable[tuple[str, Html]]) -> None:
+def write(
+    path: Path,
+    title: str,
+    results: Mapping[str, Any],
+    breakdowns: Mapping[str, Breakdown],
+    examples: Iterable[tuple[str, Html]],
+) -> None:
     """Write the page; `examples` are (heading, what is shown)."""
     tasks = results["tasks"]
     shown = NONE.join(Html("<h3>{}</h3>{}").format(heading, body) for heading, body in examples)
-    page.write(path, title, INTRO + page.LEGEND, [
-        Section("published", "Beside published numbers", _tables(tasks)),
-        Section("metrics", "Every metric", report.every_metric(tasks)),
-        Section("classes", "Classes and question types", _breakdowns(breakdowns)),
-        Section("examples", "Worst and best examples", shown)])
+    page.write(
+        path,
+        title,
+        INTRO + page.LEGEND,
+        [
+            Section("published", "Beside published numbers", _tables(tasks)),
+            Section("metrics", "Every metric", report.every_metric(tasks)),
+            Section("classes", "Classes and question types", _breakdowns(breakdowns)),
+            Section("examples", "Worst and best examples", shown),
+        ],
+    )

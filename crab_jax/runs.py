@@ -37,17 +37,35 @@ from data_pipelines.mistakes import TrainingLabels
 from data_pipelines.tokens import Tokenizer
 
 # A resumed run may change these without becoming another run.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep", "watchdog_seconds", "max_skipped", "data.workers", "data.root",
-             "data.cache_dir", "data.allow_other", "mesh.data", "mesh.fsdp", "mesh.tensor")
+FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "watchdog_seconds",
+    "max_skipped",
+    "data.workers",
+    "data.root",
+    "data.cache_dir",
+    "data.allow_other",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
 # The processes of one run may have these each of its own: where its host has the data, and how it reads them.
 OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
 
 _SECTION = Each(Text(1, 100), Anything())
-RUN_CONFIG = {"model": Choice(tuple(MODELS)), "compat": Choice(tuple(PRESETS)), "sizes?": Each(Text(1, 100), _SECTION),
-              **{f"{section}?": _SECTION for section in ("data", "optim", "loss", "mesh")}}
+RUN_CONFIG = {
+    "model": Choice(tuple(MODELS)),
+    "compat": Choice(tuple(PRESETS)),
+    "sizes?": Each(Text(1, 100), _SECTION),
+    **{f"{section}?": _SECTION for section in ("data", "optim", "loss", "mesh")},
+}
 # What of a config decides the arrays of a run that is there; the bounds of its other keys may be younger than the run.
-_DECIDING = re.compile(r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
-                       r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)")
+_DECIDING = re.compile(
+    r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
+    r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)"
+)
 TENTHS = fbank.WINDOW_COUNT["ten"]  # `second` of a video
 LEFT_OUT = "left_out.jsonl"  # of a workdir: rows and Examples that data.on_error=skip leaves out before the start
 _log = logging.getLogger(__name__)
@@ -73,8 +91,12 @@ def claim_workdir(workdir: Path, config: RunConfig) -> None:
     changed = sorted(key for key in new if key not in FREE_KEYS and old[key] != new[key])
     if changed:
         key = changed[0]
-        raise InputError(str(file), key, f"this run was started with {old.get(key)!r}, not {new.get(key)!r}",
-                         "use the same config to resume it, or another --workdir")
+        raise InputError(
+            str(file),
+            key,
+            f"this run was started with {old.get(key)!r}, not {new.get(key)!r}",
+            "use the same config to resume it, or another --workdir",
+        )
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:
@@ -83,8 +105,12 @@ def tokenizer_of(config: RunConfig) -> Tokenizer:
         raise InputError("--config", "tokenizer", "is not set", "give a tokenizer.json or a LLaMA directory")
     tokenizer, rows = Tokenizer.load(config.tokenizer), config.model.llama.vocab_size
     if tokenizer.vocab_size > rows:
-        raise InputError(config.tokenizer, "tokenizer", f"has {tokenizer.vocab_size} tokens with Crab's own, the model "
-                         f"{rows}", "give the model's tokenizer, or set sizes.llama.vocab_size")
+        raise InputError(
+            config.tokenizer,
+            "tokenizer",
+            f"has {tokenizer.vocab_size} tokens with Crab's own, the model {rows}",
+            "give the model's tokenizer, or set sizes.llama.vocab_size",
+        )
     return tokenizer
 
 
@@ -99,20 +125,29 @@ def train_examples(config: RunConfig, skipped: Path | None = None) -> list[Examp
     """The Examples that a run may draw; what data.on_error=skip leaves out is listed beside `skipped`."""
     wanted = config.mixture
     left: list[datasets.LeftOut] = []
-    found = read_examples(wanted.root, wanted.split, datasets=wanted.datasets, variant=wanted.variant,
-                          frames=wanted.frames, missing=config.data.on_error, malformed=config.data.on_error,
-                          left=left, epoch=None)
+    found = read_examples(
+        wanted.root,
+        wanted.split,
+        datasets=wanted.datasets,
+        variant=wanted.variant,
+        frames=wanted.frames,
+        missing=config.data.on_error,
+        malformed=config.data.on_error,
+        left=left,
+        epoch=None,
+    )
     if skipped and left and not jax.process_index():
         list_left_out(skipped.with_name(LEFT_OUT), left)
     found, leaking = leaks.without(found, wanted.root, wanted.split, wanted.exclude_leaks)
     if leaking:
         _log.warning("%s", leaking)
     examples = [example for example in found if wanted.weights[example.task] > 0]
-    return examples[:wanted.limit] if wanted.limit else examples
+    return examples[: wanted.limit] if wanted.limit else examples
 
 
-def train_order(config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = None,
-                examples: list[Example] | None = None) -> mixture.TrainOrder:
+def train_order(
+    config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = None, examples: list[Example] | None = None
+) -> mixture.TrainOrder:
     """What every batch of the run holds, with the share of each task as configured; `examples`, where they are read
     already, are those of `train_examples`."""
     drawn, frames = config.mixture, config.data.video_frames
@@ -120,17 +155,29 @@ def train_order(config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = 
     if frames != TENTHS:
         for example in examples:  # whose mask is that of a tenth
             if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
-                raise InputError("--config", "data.video_frames", f"is {frames}, but example {example.id!r} has the "
-                                 "mask of a tenth of its video", f"use {TENTHS}, or give the pictures in "
-                                 "'seg_image'")
+                raise InputError(
+                    "--config",
+                    "data.video_frames",
+                    f"is {frames}, but example {example.id!r} has the mask of a tenth of its video",
+                    f"use {TENTHS}, or give the pictures in 'seg_image'",
+                )
     if drawn.batch_size > len(examples):
         _log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those that an epoch leaves over come in the next.
     weights = {task: min(n, drawn.caps[task] or n) * drawn.weights[task] for task, n in counts.items()}
     labels = TrainingLabels(drawn.root, drawn.split)
-    order = mixture.train_order(examples, tokenizer, config.data, drawn.batch_size, config.seed, weights,
-                                skipped, drawn.curriculum, labels.check)
+    order = mixture.train_order(
+        examples,
+        tokenizer,
+        config.data,
+        drawn.batch_size,
+        config.seed,
+        weights,
+        skipped,
+        drawn.curriculum,
+        labels.check,
+    )
     labels.warn()
     return order
 
@@ -158,15 +205,29 @@ def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: Ru
     manifest, root = checkpoints.manifest, str(config.mixture.root)
     old = manifest.get("data", {})
     if not old:
-        print(f"warning: {checkpoints.folder}/manifest.json does not say what this run was trained on, for it is "
-              f"older; the Examples of {root} are taken to be it", file=sys.stderr)
-    others = [problem for field, problem in (
-        ("examples", f"holds other Examples than this run was trained on ({identity['count']} now, {old.get('count')} "
-                     "then)"), ("prepared", "was prepared anew since this run was trained on it"))
-              if field in old and field in identity and old[field] != identity[field]]
+        print(
+            f"warning: {checkpoints.folder}/manifest.json does not say what this run was trained on, for it is "
+            f"older; the Examples of {root} are taken to be it",
+            file=sys.stderr,
+        )
+    others = [
+        problem
+        for field, problem in (
+            (
+                "examples",
+                f"holds other Examples than this run was trained on ({identity['count']} now, {old.get('count')} then)",
+            ),
+            ("prepared", "was prepared anew since this run was trained on it"),
+        )
+        if field in old and field in identity and old[field] != identity[field]
+    ]
     if others and not config.mixture.allow_other:
-        raise InputError(root, "data.root", others[0], "give the data that it was trained on, or "
-                         "--config.data.allow_other=true to go on with this")
+        raise InputError(
+            root,
+            "data.root",
+            others[0],
+            "give the data that it was trained on, or --config.data.allow_other=true to go on with this",
+        )
     for problem in others:
         print(f"warning: {root} {problem}; it goes on with this", file=sys.stderr)
     if others:
@@ -177,18 +238,38 @@ def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: Ru
         checkpoints.note(manifest | {"data": now})
 
 
-def train_dataset(config: RunConfig, tokenizer: Tokenizer, order: mixture.TrainOrder, rows: Any = slice(None),
-                  start: int = 0, skipped: Path | None = None) -> Any:
+def train_dataset(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    order: mixture.TrainOrder,
+    rows: Any = slice(None),
+    start: int = 0,
+    skipped: Path | None = None,
+) -> Any:
     """Grain dataset of the run's batches from number `start` on; `rows` of each (see data_pipelines/mixture.py)."""
-    return mixture.train_dataset(order, config.mixture.root, tokenizer, config.data, rows, start,
-                                 config.mixture.workers, skipped)
+    return mixture.train_dataset(
+        order, config.mixture.root, tokenizer, config.data, rows, start, config.mixture.workers, skipped
+    )
 
 
 def list_left_out(file: Path, left: list[datasets.LeftOut]) -> None:
     """Write what the annotations have that is not read, one JSON object a line."""
-    write_whole(file, "".join(json.dumps({"dataset": dataset, "split": split, "where": error.where,
-                                          "field": error.field, "problem": error.problem}) + "\n"
-                              for dataset, split, error in left))
+    write_whole(
+        file,
+        "".join(
+            json.dumps(
+                {
+                    "dataset": dataset,
+                    "split": split,
+                    "where": error.where,
+                    "field": error.field,
+                    "problem": error.problem,
+                }
+            )
+            + "\n"
+            for dataset, split, error in left
+        ),
+    )
     _log.warning("all %d that are left out are listed in %s", len(left), file)
 
 
@@ -223,8 +304,11 @@ def wanted_params(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh) -> An
     boxed = abstract_params(model)
     trainable, frozen = optim.split(nn.unbox(boxed), config.trainable, config.frozen)
     shapes = optim.merge(_of_dtype(trainable, jnp.float32), _of_dtype(frozen, config.frozen_dtype))
-    wanted = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes,
-                          sharding.param_shardings(boxed, mesh))
+    wanted = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.param_shardings(boxed, mesh),
+    )
     sharding.check_params(wanted, mesh)
     return wanted
 
@@ -242,16 +326,26 @@ def initial_params(config: RunConfig, model: Crab, wanted: Any = None) -> Any:
     shapes = traverse_util.flatten_dict(nn.unbox(abstract_params(model)), sep="/")
     for pattern in config.fresh:
         if not any(re.fullmatch(pattern, path) for path in shapes):
-            raise InputError("--config", "fresh", f"{pattern!r} is no parameter of the model", "see the patterns of "
-                             "crab_jax/defaults.py")
+            raise InputError(
+                "--config",
+                "fresh",
+                f"{pattern!r} is no parameter of the model",
+                "see the patterns of crab_jax/defaults.py",
+            )
     stored = stored_params(config.init_from) if config.init_from else None
     found = traverse_util.flatten_dict(stored.shapes, sep="/") if stored else {}
-    missing = sorted(path for path in shapes if path not in found and (
-        not stored or any(re.fullmatch(p, path) for p in config.fresh)))
+    missing = sorted(
+        path
+        for path in shapes
+        if path not in found and (not stored or any(re.fullmatch(p, path) for p in config.fresh))
+    )
     nested = functools.partial(traverse_util.unflatten_dict, sep="/")
     if stored and (made := load_config(config.init_from).compat) != config.compat:
-        print(f"warning: {config.init_from} was made with compat={made!r}, this run computes as {config.compat!r}: "
-              f"--config.compat={made} goes on as it was", file=sys.stderr)
+        print(
+            f"warning: {config.init_from} was made with compat={made!r}, this run computes as {config.compat!r}: "
+            f"--config.compat={made} goes on as it was",
+            file=sys.stderr,
+        )
     check_match(nested(shapes), nested(found | {path: shapes[path] for path in missing}), config.init_from)
     places = traverse_util.flatten_dict(wanted, sep="/") if wanted is not None else {}
 
@@ -298,8 +392,10 @@ def load_config(path: str | Path) -> RunConfig:
     """
     config, replaced = _stored_config(Path(path))
     for key, problem in replaced.items():
-        print(f"warning: {Path(path) / 'config.json'}: {key} {problem}; it is left out, and decides no answer",
-              file=sys.stderr)
+        print(
+            f"warning: {Path(path) / 'config.json'}: {key} {problem}; it is left out, and decides no answer",
+            file=sys.stderr,
+        )
     return config
 
 
@@ -326,8 +422,9 @@ def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:
         raise InputError(str(file), error.field, error.problem, error.fix) from None
 
 
-def load_model(path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None
-               ) -> tuple[Crab, Any, RunConfig, Tokenizer]:
+def load_model(
+    path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None
+) -> tuple[Crab, Any, RunConfig, Tokenizer]:
     """(model, parameters, config, tokenizer) of a run or a packed model. Raises InputError if they disagree.
 
     With `weights` (one of `fused.KINDS`) the model is laid out for generation and does nothing else. On a `mesh` (see
@@ -354,8 +451,14 @@ def data_root(given: str, config: RunConfig) -> Path:
     return Path(root)
 
 
-def eval_batches(examples: list[Example], root: decoded.Root, config: RunConfig, tokenizer: Tokenizer, batch_size: int,
-                 **changes: Any) -> Iterator[tuple[Bucket, Batch]]:
+def eval_batches(
+    examples: list[Example],
+    root: decoded.Root,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    **changes: Any,
+) -> Iterator[tuple[Bucket, Batch]]:
     """Prompt-only batches of `examples`, every example once; filler rows have index -1.
 
     The cache of the machine that trained is no cache here: `cache_dir` is "" unless `changes` has it.

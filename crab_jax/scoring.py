@@ -62,8 +62,12 @@ def judge(example: Example, prediction: Answer, gt_mask: np.ndarray | None) -> J
     """Parse and score one answer. Raises InputError when a mask is needed to score it and there is none."""
     task = TASKS[example.task]
     if task.mask_kind != "none" and gt_mask is None:
-        raise InputError(f"example {example.id!r}", "mask", f"{task.name} is scored against a mask, but there is none",
-                         "add the mask file to the record")
+        raise InputError(
+            f"example {example.id!r}",
+            "mask",
+            f"{task.name} is scored against a mask, but there is none",
+            "add the mask file to the record",
+        )
     parsed = task.parse(prediction.text)
     stats = task.stats(parsed, prediction.mask, example.meta, gt_mask)
     return Judged(example.id, example.task, parsed, prediction.mask is not None, stats)
@@ -137,8 +141,13 @@ def no_masks(example: Example) -> None:
     return None
 
 
-def score(predictions: Iterable[Answer], examples: Sequence[Example], read_mask: ReadMask = no_masks,
-          resamples: int = RESAMPLES, seed: int = 0) -> Results:
+def score(
+    predictions: Iterable[Answer],
+    examples: Sequence[Example],
+    read_mask: ReadMask = no_masks,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Results:
     """Results of `predictions` on `examples`; an example without a prediction counts as answered with nothing.
 
     Raises InputError for a prediction of an unknown example, and for two of one example.
@@ -150,16 +159,21 @@ def score(predictions: Iterable[Answer], examples: Sequence[Example], read_mask:
         answers[prediction.id] = prediction
     unknown = sorted(answers.keys() - {example.id for example in examples})
     if unknown:
-        raise InputError("predictions", "id", f"{len(unknown)} answers to unknown examples, such as {unknown[0]!r}",
-                         "score against the split that was predicted")
+        raise InputError(
+            "predictions",
+            "id",
+            f"{len(unknown)} answers to unknown examples, such as {unknown[0]!r}",
+            "score against the split that was predicted",
+        )
     for example in examples:
         check_label(example)
     judged = (judge(e, answers.get(e.id, Answer(e.id, "")), read_mask(e)) for e in examples)
     return summarise(judged, resamples, seed)
 
 
-def baseline_results(examples: Sequence[Example], kind: str, read_mask: ReadMask = no_masks,
-                     resamples: int = RESAMPLES, seed: int = 0) -> Results:
+def baseline_results(
+    examples: Sequence[Example], kind: str, read_mask: ReadMask = no_masks, resamples: int = RESAMPLES, seed: int = 0
+) -> Results:
     """Results of answering every question of a task alike, without looking or listening.
 
     "empty": nothing is said and no mask is drawn. "constant": the best (by the task's headline metric, on these very
@@ -198,15 +212,21 @@ def _shown(row: dict[str, Any], metric: str) -> str:
 def headlines(results: Results) -> str:
     """A Markdown table of the headline metric of each task, with its 95 % interval."""
     lines = ["| task | n | metric | value | 95 % interval | unreadable | no mask |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {name} | {row['n']} | {TASKS[name].headline} | {_shown(row, TASKS[name].headline)} "
-              f"| {row['n_unparsed']} | {row['n_no_mask']} |" for name, row in results["tasks"].items()]
+    lines += [
+        f"| {name} | {row['n']} | {TASKS[name].headline} | {_shown(row, TASKS[name].headline)} "
+        f"| {row['n_unparsed']} | {row['n_no_mask']} |"
+        for name, row in results["tasks"].items()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def markdown(results: Results) -> str:
     """The headlines, and a table of every metric over all samples and over the answered ones."""
     lines = ["| task | metric | all | 95 % interval | answered | 95 % interval |", "|---|---|---|---|---|---|"]
-    lines += [f"| {name} | {metric} | {_shown(row, metric)} | {_shown(row, metric + PARSED)} |"
-              for name, row in results["tasks"].items() for metric in row
-              if metric not in COUNTS and not metric.endswith(PARSED)]
+    lines += [
+        f"| {name} | {metric} | {_shown(row, metric)} | {_shown(row, metric + PARSED)} |"
+        for name, row in results["tasks"].items()
+        for metric in row
+        if metric not in COUNTS and not metric.endswith(PARSED)
+    ]
     return f"{headlines(results)}\n" + "\n".join(lines) + "\n"

@@ -26,8 +26,16 @@ ROWS = ("data", "fsdp")  # the axes that batch rows are spread over
 # logical axis -> mesh axis. "batch" and "group" (rows that an fsdp group shares) are of activations only, "embed" of
 # parameters and looked-up embeddings, the rest of both. LoRA's rank and heads carry no name, so they stay replicated,
 # like everything outside the language model.
-RULES = (("batch", ROWS), ("group", "data"), ("embed", "fsdp"), ("vocab", "tensor"), ("heads", "tensor"),
-         ("kv", "tensor"), ("mlp", "tensor"), ("layers", None))
+RULES = (
+    ("batch", ROWS),
+    ("group", "data"),
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv", "tensor"),
+    ("mlp", "tensor"),
+    ("layers", None),
+)
 
 # Parameters and optimizer state may take this share of a chip; the rest is for activations.
 STATE_SHARE = 0.25
@@ -35,8 +43,9 @@ STATE_SHARE = 0.25
 SPREAD_FROM = 2**16
 
 
-def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, devices: Any = None,
-              state_bytes: int = 0) -> Mesh:
+def make_mesh(
+    data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, devices: Any = None, state_bytes: int = 0
+) -> Mesh:
     """Mesh over ("data", "fsdp", "tensor"); a size that is None or 0 is inferred.
 
     `tensor` is inferred as 1, `fsdp` from the memory of a device and `state_bytes`, the bytes of parameters and
@@ -50,8 +59,12 @@ def make_mesh(data: int | None = None, fsdp: int | None = 1, tensor: int | None 
         fsdp = free if data else infer_split(free, state_bytes // tensor, chips.memory_of(devices.flat[0]))
     data = data or max(1, devices.size // (fsdp * tensor))
     if data * fsdp * tensor != devices.size:
-        raise InputError("--config", "mesh", f"{data} x {fsdp} x {tensor} is not {devices.size} devices",
-                         "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to the device count")
+        raise InputError(
+            "--config",
+            "mesh",
+            f"{data} x {fsdp} x {tensor} is not {devices.size} devices",
+            "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to the device count",
+        )
     shape = (data, fsdp, tensor)
     if devices.flat[0].platform == "tpu":  # neighbours in the mesh are neighbours on the torus
         arranged = mesh_utils.create_device_mesh(shape, list(devices.flat), allow_split_physical_axes=True)
@@ -101,8 +114,12 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (rows * accumulate):
         micro = f" in {accumulate} micro-batches" if accumulate > 1 else ""
-        raise InputError("--config", "data.batch_size", f"{batch_size} rows do not divide over {rows} devices{micro}",
-                         f"use a multiple of {rows * accumulate}")
+        raise InputError(
+            "--config",
+            "data.batch_size",
+            f"{batch_size} rows do not divide over {rows} devices{micro}",
+            f"use a multiple of {rows * accumulate}",
+        )
 
 
 def check_params(abstract: Any, mesh: Mesh) -> None:
@@ -112,8 +129,12 @@ def check_params(abstract: Any, mesh: Mesh) -> None:
             parts = 1 if axis is None else mesh.shape[axis]
             if size % parts:
                 name = "/".join(str(key.key) for key in path)
-                raise InputError("--config", f"mesh.{axis}", f"{parts} does not divide {size} of {name} {leaf.shape}",
-                                 f"use a divisor of {size}")
+                raise InputError(
+                    "--config",
+                    f"mesh.{axis}",
+                    f"{parts} does not divide {size} of {name} {leaf.shape}",
+                    f"use a divisor of {size}",
+                )
 
 
 def state_shardings(state: Any, trainable: Any, mesh: Mesh) -> Any:

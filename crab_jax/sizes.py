@@ -1,7 +1,7 @@
 """Parameters per module, trained and frozen, of any stage, without allocating any.
 
-    python -m crab_jax.sizes --config=configs/finetune.py
-    python -m crab_jax.sizes --config=configs/finetune.py --config.sizes.lora.heads=5
+python -m crab_jax.sizes --config=configs/finetune.py
+python -m crab_jax.sizes --config=configs/finetune.py --config.sizes.lora.heads=5
 """
 
 from __future__ import annotations

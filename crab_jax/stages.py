@@ -39,8 +39,13 @@ class Stage(NamedTuple):
     steps: int
 
 
-STAGES = (Stage("pretrain_visual", CAPTIONS, 100), Stage("pretrain_audio", CAPTIONS, 100),
-          Stage("pretrain_seg", ("s4",), 200), Stage("finetune", (), 400), Stage("finetune_avs", (), 200))
+STAGES = (
+    Stage("pretrain_visual", CAPTIONS, 100),
+    Stage("pretrain_audio", CAPTIONS, 100),
+    Stage("pretrain_seg", ("s4",), 200),
+    Stage("finetune", (), 400),
+    Stage("finetune_avs", (), 200),
+)
 
 
 def save_base(start: Path, out: Path) -> None:
@@ -54,10 +59,20 @@ def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str,
     """The overrides that make a stage of the paper one of the tiny world."""
     steps = max(8, int(stage.steps * scale))
     weights = [f"--config.data.weights.{task}=0" for task in TASKS if stage.tasks and task not in stage.tasks]
-    return ("--config.model=tiny", "--config.frozen_dtype=float32", f"--config.tokenizer={base}",
-            f"--config.data.root={scenes}", f"--config.data.cache_dir={scenes.parent / 'cache'}",
-            "--config.data.batch_size=16", "--config.data.lengths=(144,192,272)", "--config.data.video_frames=10",
-            "--config.optim.lr=1e-3", f"--config.steps={steps}", f"--config.log_every={max(1, steps // 8)}", *weights)
+    return (
+        "--config.model=tiny",
+        "--config.frozen_dtype=float32",
+        f"--config.tokenizer={base}",
+        f"--config.data.root={scenes}",
+        f"--config.data.cache_dir={scenes.parent / 'cache'}",
+        "--config.data.batch_size=16",
+        "--config.data.lengths=(144,192,272)",
+        "--config.data.video_frames=10",
+        "--config.optim.lr=1e-3",
+        f"--config.steps={steps}",
+        f"--config.log_every={max(1, steps // 8)}",
+        *weights,
+    )
 
 
 def fallen(run: Path) -> tuple[float, float]:
@@ -69,23 +84,46 @@ def fallen(run: Path) -> tuple[float, float]:
     quarter = max(1, len(values) // 4)
     first, last = mean(values[:quarter]), mean(values[-quarter:])
     if not last < first:
-        raise InputError(str(run / "metrics.jsonl"), "loss", f"went from {first:.4f} to {last:.4f}",
-                         "train longer (--scale), or look for what this stage does not train")
+        raise InputError(
+            str(run / "metrics.jsonl"),
+            "loss",
+            f"went from {first:.4f} to {last:.4f}",
+            "train longer (--scale), or look for what this stage does not train",
+        )
     return first, last
 
 
 def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float]]:
     """Run every stage below `out`: {stage: its loss at the beginning and at the end}."""
     scenes, base = out / "scenes", out / "base"
-    command("data_pipelines.sources.scenes", "--out", scenes, "--train", max(24, int(400 * scale)), "--val", 2,
-            "--test", 2, "--seed", SEED, "--workers", 2)
+    command(
+        "data_pipelines.sources.scenes",
+        "--out",
+        scenes,
+        "--train",
+        max(24, int(400 * scale)),
+        "--val",
+        2,
+        "--test",
+        2,
+        "--seed",
+        SEED,
+        "--workers",
+        2,
+    )
     save_base(start, base)
     before, seen = base, {}
     for stage in STAGES:
         run = out / stage.name
         fresh = [] if before != base else [f"--config.fresh={ADDED!r}"]
-        command("crab_jax.train", f"--config=configs/{stage.name}.py", f"--config.init_from={before}", *fresh,
-                *flags_of(stage, scenes, base, scale), f"--workdir={run}")
+        command(
+            "crab_jax.train",
+            f"--config=configs/{stage.name}.py",
+            f"--config.init_from={before}",
+            *fresh,
+            *flags_of(stage, scenes, base, scale),
+            f"--workdir={run}",
+        )
         seen[stage.name] = fallen(run)
         before = run
     print("\n" + "\n".join(f"{name:<18}loss {first:.4f} -> {last:.4f}" for name, (first, last) in seen.items()))
@@ -96,10 +134,12 @@ def main() -> None:
     """Entry point of `python -m crab_jax.stages`."""
     parser = CommandLine(__doc__, "python -m crab_jax.stages")
     parser.add_argument("--out", type=path, default=Path("runs/stages"))
-    parser.add_argument("--start", type=path, default=Path(packaged.WARM_START),
-                        help="whose encoders and language model")
-    parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0,
-                        help="share of the scenes and steps, for a quick look")
+    parser.add_argument(
+        "--start", type=path, default=Path(packaged.WARM_START), help="whose encoders and language model"
+    )
+    parser.add_argument(
+        "--scale", type=Real(1e-4, 1e3), default=1.0, help="share of the scenes and steps, for a quick look"
+    )
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     with locked(args.out):

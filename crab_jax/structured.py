@@ -33,12 +33,15 @@ ENTRIES = 2**20  # of one object or list of settings
 HEADER, TENSORS, AXES = 2**25, 2**17, 32  # of a safetensors file: bytes of its header, tensors, axes of a tensor
 _AGAIN = "fetch or copy the file again"
 # Half of a pair that stands for one character, or a backslash before such letters.
-_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
-                   r"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]")
+_HALF = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
+    r"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 _LARGE = re.compile(r"[0-9](?:[eE]\+?[0-9]{3}|[0-9]{18})")  # without one, no number is large
 
 
 # Bytes and text.
+
 
 def read_bytes(path: str | Path, field: str = "", most: int = SETTINGS, fix: str = "check the path") -> bytes:
     """The content of an ordinary file of at most so many bytes. Raises InputError, before anything is read, for a
@@ -89,6 +92,7 @@ def read_text(path: str | Path, field: str = "", most: int = LIST) -> str:
 
 # JSON.
 
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -114,10 +118,16 @@ def _whole(text: str) -> int:
 
 
 # (NaN and Infinity are accepted, a number may be large): numbers are looked at one by one only where one may be.
-_DECODERS = {(constants, large): json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=None if constants else _refused,
-    parse_float=_finite if large and not constants else None, parse_int=_whole if large else None)
-    for constants in (False, True) for large in (False, True)}
+_DECODERS = {
+    (constants, large): json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_constant=None if constants else _refused,
+        parse_float=_finite if large and not constants else None,
+        parse_int=_whole if large else None,
+    )
+    for constants in (False, True)
+    for large in (False, True)
+}
 
 
 def strict_json(text: str, constants: bool = False) -> Any:
@@ -145,8 +155,13 @@ def strict_json(text: str, constants: bool = False) -> Any:
 def _too_deep(value: Any) -> bool:
     level = [value]
     for _ in range(DEPTH + 1):
-        level = [inner for one in level if isinstance(one, dict | list)
-                 for inner in (one.values() if isinstance(one, dict) else one) if isinstance(inner, dict | list)]
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
         if not level:
             return False
     return True
@@ -204,6 +219,7 @@ def read_json(path: str | Path, schema: Any = None, field: str = "", fix: str = 
 
 # Types.
 
+
 class Each(NamedTuple):
     """An object of `least` to `most` fields: any keys that fit, and of each value the schema."""
 
@@ -243,6 +259,7 @@ def check(value: Any, schema: Any, where: str, at: str = "") -> None:
     A schema is a Bound; a dict, for an object that has these fields (those that end in `?` may be left out) and perhaps
     others; a list of one schema, for a list of such; a tuple, for a list of just these; `Each`; `Null`.
     """
+
     def refuse(problem: str, must_be: str) -> InputError:
         return InputError(where, at, problem, f"must be {must_be}")
 
@@ -269,8 +286,9 @@ def check(value: Any, schema: Any, where: str, at: str = "") -> None:
             elif name == key:
                 fix = f"the file is damaged or another one: {_AGAIN}"
                 raise InputError(where, f"{at}.{name}".lstrip("."), "is missing", fix)
-    elif not isinstance(value, list) or len(value) > ENTRIES or (
-            isinstance(schema, tuple) and len(value) != len(schema)):
+    elif (
+        not isinstance(value, list) or len(value) > ENTRIES or (isinstance(schema, tuple) and len(value) != len(schema))
+    ):
         must_be = f"a list of {len(schema)}" if isinstance(schema, tuple) else f"a list of at most {ENTRIES}"
         raise refuse(f"is {_short.repr(value)}", must_be)
     else:
@@ -280,8 +298,23 @@ def check(value: Any, schema: Any, where: str, at: str = "") -> None:
 
 # Weights.
 
-SAFETENSORS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
-               "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # dtype -> bytes
+SAFETENSORS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}  # dtype -> bytes
 _OFFSET = Whole(0, 2**63 - 1)
 _TENSOR = {"dtype": Choice(tuple(SAFETENSORS)), "shape": [_OFFSET], "data_offsets": (_OFFSET, _OFFSET)}
 INDEX = {"weight_map": Each(Text(1, 1000), Name(), least=1)}

@@ -55,8 +55,17 @@ class TrainState:
     opt: Any
 
 
-def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx: optax.GradientTransformation,
-               loss_cfg: losses.LossConfig, seed: int, accumulate: int) -> tuple[TrainState, dict[str, Any]]:
+def train_step(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    model: Crab,
+    tx: optax.GradientTransformation,
+    loss_cfg: losses.LossConfig,
+    seed: int,
+    accumulate: int,
+) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step. Randomness comes from (seed, step) alone; gradients exist for trainables only.
 
     Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
@@ -71,15 +80,21 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
     def loss_of(trainable: Any, micro: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        out: Any = model.apply({"params": optim.merge(trainable, frozen)}, micro, deterministic=False,
-                               rngs={"dropout": rng})
+        out: Any = model.apply(
+            {"params": optim.merge(trainable, frozen)}, micro, deterministic=False, rngs={"dropout": rng}
+        )
         rows = loss_rows(out, micro)
         terms = {name: losses.pool(term) for name, term in rows.items()}
         total = losses.total(terms, loss_cfg, counts)
         by_task = losses.by_task(rows["text"], micro.task, len(TASKS))
         bad = ~finite_rows(rows, len(micro.index))
-        return total, {"loss": total, "terms": terms, "by_task": by_task, "bad_rows": bad.sum(dtype=jnp.int32),
-                       "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32)}
+        return total, {
+            "loss": total,
+            "terms": terms,
+            "by_task": by_task,
+            "bad_rows": bad.sum(dtype=jnp.int32),
+            "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32),
+        }
 
     def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
         return jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
@@ -90,7 +105,10 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
         micros = jax.tree.map(
             lambda x: nn.with_logical_constraint(
                 x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
-                (None, "batch", *(None,) * (x.ndim - 1))), batch)
+                (None, "batch", *(None,) * (x.ndim - 1)),
+            ),
+            batch,
+        )
         shapes = jax.eval_shape(grad_of, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -103,8 +121,12 @@ def train_step(state: TrainState, frozen: Any, batch: Batch, *, model: Crab, tx:
     norm = optax.global_norm(grads)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
-    metrics |= {"grad_norm": norm, "tokens": batch.text_mask.sum(), "slots": batch.text_mask.size,
-                "skipped": (~taken).astype(jnp.int32)}
+    metrics |= {
+        "grad_norm": norm,
+        "tokens": batch.text_mask.sum(),
+        "slots": batch.text_mask.size,
+        "skipped": (~taken).astype(jnp.int32),
+    }
     return TrainState(state.step + 1, trainable, opt), metrics
 
 
@@ -113,12 +135,14 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
     valid = batch.index >= 0
     rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
     if out.binary is not None and out.semantic is not None:
+
         def flat(x: Any) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
         groups = jnp.broadcast_to(valid[:, None], batch.seg_kind.shape)
-        rows |= losses.mask_rows(flat(out.binary), flat(out.semantic), flat(batch.seg_target), flat(batch.seg_kind),
-                                 flat(groups))
+        rows |= losses.mask_rows(
+            flat(out.binary), flat(out.semantic), flat(batch.seg_target), flat(batch.seg_kind), flat(groups)
+        )
     return rows
 
 
@@ -144,8 +168,12 @@ class Board:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of one step."""
-        self._write([self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
-                     for name, value in values.items()])
+        self._write(
+            [
+                self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+                for name, value in values.items()
+            ]
+        )
 
     def _write(self, events: Sequence[Any]) -> None:
         try:
@@ -168,8 +196,9 @@ class Logger:
     skipped) all that the run has listed in skipped.*.jsonl so far.
     """
 
-    def __init__(self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int,
-                 count_skipped: bool = False):
+    def __init__(
+        self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int, count_skipped: bool = False
+    ):
         self.path, self.steps, self.schedule, self.every = workdir / "metrics.jsonl", steps, schedule, every
         self.workdir, self.count_skipped = workdir, count_skipped
         self.board = Board(workdir / "tensorboard", start)
@@ -188,12 +217,17 @@ class Logger:
         seconds, self.mark = now - self.mark, now
         applied = [v for v in values if not v["skipped"]]
         mean = {k: float(np.mean([v[k] for v in applied])) for k in ("loss", "grad_norm") if applied}
-        record = {"step": step, **mean, **part_means(applied), "lr": float(self.schedule(step - 1)),
-                  "tokens_per_s": sum(int(v["tokens"]) for v in values) / seconds,
-                  "samples_per_s": rows * len(values) / seconds,
-                  "padding_share": 1 - sum(int(v["tokens"]) for v in values) / sum(int(v["slots"]) for v in values),
-                  "input_wait_share": sum(w for _, _, w in self.window) / seconds,
-                  "skipped": len(values) - len(applied)}
+        record = {
+            "step": step,
+            **mean,
+            **part_means(applied),
+            "lr": float(self.schedule(step - 1)),
+            "tokens_per_s": sum(int(v["tokens"]) for v in values) / seconds,
+            "samples_per_s": rows * len(values) / seconds,
+            "padding_share": 1 - sum(int(v["tokens"]) for v in values) / sum(int(v["slots"]) for v in values),
+            "input_wait_share": sum(w for _, _, w in self.window) / seconds,
+            "skipped": len(values) - len(applied),
+        }
         if self.count_skipped:
             record["skipped_examples"] = len(runs.skipped_examples(self.workdir))
         self.window = []
@@ -201,11 +235,15 @@ class Logger:
         self.board.add(step, {key: value for key, value in record.items() if key != "step"})
         rate = (step - self.first) / (now - self.began)
         eta = (self.steps - step) / rate
-        skips = "".join(f"  {name.replace('_', ' ')} {record[name]}" for name in ("skipped", "skipped_examples")
-                        if record.get(name))
-        print(f"step {step}/{self.steps}  loss {record.get('loss', np.nan):.4f}  {rate:.2f} step/s  "
-              f"eta {eta / 60:.1f} min  {record['tokens_per_s']:.0f} tok/s  padding {record['padding_share']:.0%}  "
-              f"input wait {record['input_wait_share']:.0%}{skips}", flush=True)
+        skips = "".join(
+            f"  {name.replace('_', ' ')} {record[name]}" for name in ("skipped", "skipped_examples") if record.get(name)
+        )
+        print(
+            f"step {step}/{self.steps}  loss {record.get('loss', np.nan):.4f}  {rate:.2f} step/s  "
+            f"eta {eta / 60:.1f} min  {record['tokens_per_s']:.0f} tok/s  padding {record['padding_share']:.0%}  "
+            f"input wait {record['input_wait_share']:.0%}{skips}",
+            flush=True,
+        )
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -232,8 +270,14 @@ def keep_until(path: Path, step: int) -> None:
         steps = [(json_object(line) or {}).get("step") for line in lines]
         if damaged := sum(not isinstance(number, int) for number in steps):
             print(f"warning: {path}: {damaged} lines cannot be read; they are left out", file=sys.stderr)
-        write_whole(path, b"".join(line + b"\n" for line, number in zip(lines, steps, strict=True)
-                                   if isinstance(number, int) and number <= step))
+        write_whole(
+            path,
+            b"".join(
+                line + b"\n"
+                for line, number in zip(lines, steps, strict=True)
+                if isinstance(number, int) and number <= step
+            ),
+        )
 
 
 def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch:
@@ -264,15 +308,21 @@ class SkipGuard:
                 skipped = int(metrics["skipped"])
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
-                distributed.say(f"step {step} skipped: loss {float(metrics['loss'])}, "
-                                f"gradient norm {float(metrics['grad_norm'])}{self.cause(metrics)}")
+                distributed.say(
+                    f"step {step} skipped: loss {float(metrics['loss'])}, "
+                    f"gradient norm {float(metrics['grad_norm'])}{self.cause(metrics)}"
+                )
             if self.in_a_row == self.limit:
                 file = save_batch(self.workdir, step, batch, self.examples)
-                raise InputError(str(file), "loss", "the loss, its gradient or the parameters that it leads to were "
-                                 f"not finite in {self.limit} steps up to {step}; this is the last one's batch",
-                                 "look at it with "
-                                 "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
-                                 "are in the .jsonl beside it), then correct the data or lower optim.lr")
+                raise InputError(
+                    str(file),
+                    "loss",
+                    "the loss, its gradient or the parameters that it leads to were "
+                    f"not finite in {self.limit} steps up to {step}; this is the last one's batch",
+                    "look at it with "
+                    "safetensors.numpy.load_file (fields: Batch in docs/architecture.md; the examples "
+                    "are in the .jsonl beside it), then correct the data or lower optim.lr",
+                )
 
     def cause(self, metrics: dict[str, Any]) -> str:
         """What is known of why a step was skipped, to be added to its line."""
@@ -311,12 +361,24 @@ def compile_step(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, state:
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         with sharding.constrained(mesh):
-            return train_step(state, frozen, batch, model=model, tx=optim.optimizer(config.optim, config.steps),
-                              loss_cfg=config.loss, seed=config.seed, accumulate=accumulate)
+            return train_step(
+                state,
+                frozen,
+                batch,
+                model=model,
+                tx=optim.optimizer(config.optim, config.steps),
+                loss_cfg=config.loss,
+                seed=config.seed,
+                accumulate=accumulate,
+            )
 
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
-                   out_shardings=(state_shardings, sharding.replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+    )
 
 
 def learns_nothing(schedule: optax.Schedule, start: int, steps: int) -> bool:
@@ -330,12 +392,20 @@ def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -
     tx = optim.optimizer(config.optim, config.steps)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state,
-                        sharding.state_shardings(state, trainable, mesh))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        sharding.state_shardings(state, trainable, mesh),
+    )
 
 
-def start_or_resume(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints,
-                    manifest: dict[str, Any] | None = None) -> tuple[TrainState, Any]:
+def start_or_resume(
+    config: RunConfig,
+    model: Crab,
+    mesh: jax.sharding.Mesh,
+    checkpoints: RunCheckpoints,
+    manifest: dict[str, Any] | None = None,
+) -> tuple[TrainState, Any]:
     """(train state, frozen parameters), each leaf read or drawn straight into its shards; `manifest`: what to note of a
     run that starts."""
     wanted = runs.wanted_params(config, model, mesh)
@@ -381,8 +451,14 @@ def train(config: RunConfig, workdir: Path) -> None:
     examples = runs.train_examples(config, skipped)
     trained_on = runs.data_identity(config, examples)
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep)
-    distributed.agree("data", lambda: {"tokenizer": tokenizer.digest(), "step to go on from": checkpoints.latest,
-                                       **{f"data, {name}": value for name, value in trained_on.items()}})
+    distributed.agree(
+        "data",
+        lambda: {
+            "tokenizer": tokenizer.digest(),
+            "step to go on from": checkpoints.latest,
+            **{f"data, {name}": value for name, value in trained_on.items()},
+        },
+    )
     resumed = checkpoints.latest is not None
     if resumed and distributed.primary():
         runs.check_data(checkpoints, trained_on, config)
@@ -397,8 +473,10 @@ def train(config: RunConfig, workdir: Path) -> None:
             runs.save_description(workdir, config, tokenizer)
             checkpoints.note_description()
         if learns_nothing(schedule, start, config.steps):
-            distributed.say(f"warning: --config: steps: is {config.steps}, and step {start + 1} of it has a learning "
-                            "rate of 0, where warm-up starts: nothing is learned; take more steps")
+            distributed.say(
+                f"warning: --config: steps: is {config.steps}, and step {start + 1} of it has a learning "
+                "rate of 0, where warm-up starts: nothing is learned; take more steps"
+            )
         if resumed:
             distributed.say(f"resumed from step {start} of {workdir}")
         distributed.say(runs.parameter_table(state.trainable, frozen))
@@ -407,8 +485,11 @@ def train(config: RunConfig, workdir: Path) -> None:
         rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(runs.train_dataset(config, tokenizer, order, rows, start, skipped))
         step_fn = compile_step(config, model, mesh, state)
-        logger = Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip"
-                        ) if distributed.primary() else None
+        logger = (
+            Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip")
+            if distributed.primary()
+            else None
+        )
         guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
@@ -435,8 +516,10 @@ def train(config: RunConfig, workdir: Path) -> None:
         logger.close()
         write_whole(workdir / "compilations.json", json.dumps({"train_step": step_fn._cache_size()}))
     if int(state.step) < config.steps:
-        distributed.say(f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "
-                        "start the same command again to resume")
+        distributed.say(
+            f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "
+            "start the same command again to resume"
+        )
     if found := runs.skipped_examples(workdir):
         distributed.say(f"{len(found)} examples were skipped, see {workdir}/skipped.*.jsonl")
 

@@ -87,12 +87,16 @@ class Reader(nn.Module):
         return x.reshape(*x.shape[:-1], count, self.width)
 
 
-def fit(name: str, params: Any, loss: Callable[[Any, Any], jax.Array], batches: Iterator[Any], steps: int,
-        lr: float) -> Any:
+def fit(
+    name: str, params: Any, loss: Callable[[Any, Any], jax.Array], batches: Iterator[Any], steps: int, lr: float
+) -> Any:
     """AdamW with warm-up and cosine decay on `loss(params, batch)`; prints a progress line; returns the parameters."""
-    tx = optax.chain(optax.clip_by_global_norm(1.0),
-                     optax.adamw(optax.warmup_cosine_decay_schedule(0, lr, min(100, steps // 10 + 1), steps), b2=0.98,
-                                 weight_decay=0.01))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            optax.warmup_cosine_decay_schedule(0, lr, min(100, steps // 10 + 1), steps), b2=0.98, weight_decay=0.01
+        ),
+    )
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt, batch):
@@ -107,8 +111,10 @@ def fit(name: str, params: Any, loss: Callable[[Any, Any], jax.Array], batches: 
         if number % max(1, steps // 20) == 0 or number == steps:
             mean = float(np.mean(jax.device_get(values)))
             rate = number / (time.monotonic() - began)
-            print(f"{name} {number}/{steps}  loss {mean:.4f}  {rate:.2f} step/s  eta {(steps - number) / rate:.0f} s",
-                  flush=True)
+            print(
+                f"{name} {number}/{steps}  loss {mean:.4f}  {rate:.2f} step/s  eta {(steps - number) / rate:.0f} s",
+                flush=True,
+            )
             values = []
     return params
 
@@ -143,11 +149,16 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
         example = Example(id=folder, task="ave", instruction=prompt, video=f"{folder}/clip.mp4")
         arrays = batching.load(example, root, tokenizer, cfg)
         scene = scene_graph.load(root / folder / "scene.json")
-        kinds = np.stack([np.asarray(Image.fromarray(k.astype(np.uint8)).resize((cfg.image_size,) * 2, Image.NEAREST))
-                          for k in scene_media.occupancy(root, scene)])
+        kinds = np.stack(
+            [
+                np.asarray(Image.fromarray(k.astype(np.uint8)).resize((cfg.image_size,) * 2, Image.NEAREST))
+                for k in scene_media.occupancy(root, scene)
+            ]
+        )
         box = scene_graph.scene_table(scene)["box"] / scene_graph.BOX_SPACE
-        rows.append({"frames": arrays["frames"], "fbank": arrays["fbank"], "kinds": kinds, "box": box,
-                     **table_of(scene)})
+        rows.append(
+            {"frames": arrays["frames"], "fbank": arrays["fbank"], "kinds": kinds, "box": box, **table_of(scene)}
+        )
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -172,13 +183,15 @@ def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generato
         taps: Any = clip.apply({"params": params["clip"]}, normalize(pictures))
         told: Any = head.apply({"params": params["head"]}, taps[-1])
         things = share[..., 1:]  # every thing in a patch pulls at the box as much as it covers
-        off = jnp.abs(told[..., None, KINDS + 1:] - boxes[:, None]).sum(-1)
+        off = jnp.abs(told[..., None, KINDS + 1 :] - boxes[:, None]).sum(-1)
         boxing = (off * things).sum() / jnp.maximum(things.sum(), 1)
-        return boxing + optax.softmax_cross_entropy(told[..., :KINDS + 1], share).mean()
+        return boxing + optax.softmax_cross_entropy(told[..., : KINDS + 1], share).mean()
 
     keys = jax.random.split(jax.random.key(1))
-    params = {"clip": nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
-              "head": head.init(keys[1], jnp.zeros((1, cfg.clip.width)))["params"]}
+    params = {
+        "clip": nn.unbox(clip.init(keys[0], normalize(jnp.asarray(frames[:1])))["params"]),
+        "head": head.init(keys[1], jnp.zeros((1, cfg.clip.width)))["params"],
+    }
     return fit("clip", params, loss, draw(rng, len(frames), 32, pick), steps, 1e-3)["clip"]
 
 
@@ -197,10 +210,13 @@ def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generat
         return optax.sigmoid_binary_cross_entropy(presence, sounding).mean() + error
 
     keys = jax.random.split(jax.random.key(2))
-    params = {"beats": nn.unbox(beats.init(keys[0], fbank[:1])["params"]),
-              "head": head.init(keys[1], jnp.zeros((1, cfg.beats.width)))["params"]}
-    return fit("beats", params, loss, draw(rng, len(fbank), 64, lambda index: (fbank[index], loudness[index])), steps,
-               1e-3)["beats"]
+    params = {
+        "beats": nn.unbox(beats.init(keys[0], fbank[:1])["params"]),
+        "head": head.init(keys[1], jnp.zeros((1, cfg.beats.width)))["params"],
+    }
+    return fit(
+        "beats", params, loss, draw(rng, len(fbank), 64, lambda index: (fbank[index], loudness[index])), steps, 1e-3
+    )["beats"]
 
 
 def pointed(table: Arrays, example: Example) -> np.ndarray:
@@ -216,8 +232,9 @@ def pointed(table: Arrays, example: Example) -> np.ndarray:
     return np.concatenate([kinds, np.minimum(map_, 1).ravel()]).astype(np.float32)
 
 
-def text_arrays(examples: list[Example], scene_of: dict[str, int], tables: Arrays, tokenizer: Tokenizer,
-                cfg: batching.DataConfig) -> list[Arrays]:
+def text_arrays(
+    examples: list[Example], scene_of: dict[str, int], tables: Arrays, tokenizer: Tokenizer, cfg: batching.DataConfig
+) -> list[Arrays]:
     """Tokens, slots and targets of all examples, stacked per bucket, with the scene and seconds behind their rows.
 
     seconds int[N,2]: the second that a picture and an audio window show, -1 when all ten are shown.
@@ -233,9 +250,17 @@ def text_arrays(examples: list[Example], scene_of: dict[str, int], tables: Array
         if bucket.masks:
             states = arrays["mask_positions"][0]
             shown = pointed({name: values[scene] for name, values in tables.items()}, example)
-        groups.setdefault(bucket._replace(masks=0), []).append({
-            "tokens": arrays["tokens"], "slots": arrays["slots"], "targets": arrays["loss_mask"],
-            "seconds": np.array(seconds), "states": states, "pointed": shown, "scene": np.array(scene)})
+        groups.setdefault(bucket._replace(masks=0), []).append(
+            {
+                "tokens": arrays["tokens"],
+                "slots": arrays["slots"],
+                "targets": arrays["loss_mask"],
+                "seconds": np.array(seconds),
+                "states": states,
+                "pointed": shown,
+                "scene": np.array(scene),
+            }
+        )
     return [{key: np.stack([row[key] for row in rows]) for key in rows[0]} for rows in groups.values()]
 
 
@@ -250,15 +275,22 @@ def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.rand
 
         def shown(values: np.ndarray, second: np.ndarray, scene: np.ndarray = scene) -> np.ndarray:
             values = values[scene]
-            return values if second[0] < 0 else np.take_along_axis(
-                values, second.reshape(-1, *[1] * (values.ndim - 1)), 1)
+            return (
+                values if second[0] < 0 else np.take_along_axis(values, second.reshape(-1, *[1] * (values.ndim - 1)), 1)
+            )
 
-        yield {**batch, "what": shown(tables["what"], seconds[:, 0]), "where": shown(tables["where"], seconds[:, 0]),
-               "loudness": shown(tables["loudness"], seconds[:, 1]), "seed": np.array(rng.integers(2**31))}
+        yield {
+            **batch,
+            "what": shown(tables["what"], seconds[:, 0]),
+            "where": shown(tables["where"], seconds[:, 0]),
+            "loudness": shown(tables["loudness"], seconds[:, 1]),
+            "seed": np.array(rng.integers(2**31)),
+        }
 
 
-def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator,
-               start: Any = None) -> Any:
+def warm_llama(
+    cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator, start: Any = None
+) -> Any:
     """{"llama", "reader"} parameters after learning every task's answers from tables and prompts.
 
     The states that predict mask tokens also learn to tell, through a linear map that is then dropped, what they point
@@ -292,20 +324,23 @@ def warm_llama(cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int
     batches = reader_batches(groups, tables, 16, rng)
     first, keys = next(batches), jax.random.split(jax.random.key(3), 3)
     rows = jnp.zeros((len(first["tokens"]), int(first["slots"].max()) + 1, cfg.llama.hidden))
-    params = {"reader": reader.init(keys[0], first)["params"],
-              "llama": start or nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
-              "teller": teller.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"]}
+    params = {
+        "reader": reader.init(keys[0], first)["params"],
+        "llama": start or nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
+        "teller": teller.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"],
+    }
     return fit("llama", params, loss, batches, steps, 2e-3)
 
 
 def encoded(encode: Callable[[jax.Array], Any], inputs: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
     """`encode` of every input [N,...], some at a time."""
     step = jax.jit(encode)
-    return np.concatenate([np.asarray(step(inputs[at:at + 256]), dtype) for at in range(0, len(inputs), 256)])
+    return np.concatenate([np.asarray(step(inputs[at : at + 256]), dtype) for at in range(0, len(inputs), 256)])
 
 
-def warm_bridge(name: str, cfg: QFormerConfig, features: np.ndarray, rows: np.ndarray, steps: int,
-                rng: np.random.Generator) -> Any:
+def warm_bridge(
+    name: str, cfg: QFormerConfig, features: np.ndarray, rows: np.ndarray, steps: int, rng: np.random.Generator
+) -> Any:
     """Q-Former parameters after regressing the Reader's rows [N,Q,D] from an encoder's features [N,T,C]."""
     qformer = QFormer(cfg)
     spread = rows.std()
@@ -337,8 +372,9 @@ def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path 
     steps = {name: max(4, int(n * scale)) for name, n in STEPS.items()}
     before = None
     if start:
-        before = optim.split(jax.tree.map(lambda x: np.asarray(x, np.float32), load_params(start))["llama"],
-                             *LORA_OR_NOT)[1]
+        before = optim.split(
+            jax.tree.map(lambda x: np.asarray(x, np.float32), load_params(start))["llama"], *LORA_OR_NOT
+        )[1]
         steps["llama"] //= 2
 
     def rng(number: int) -> np.random.Generator:
@@ -359,12 +395,16 @@ def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path 
     visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, shown))
     learned["clip"] = clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
     pictures = encoded(lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames, np.float16)
-    learned["vl_projector"] = kept(parts, "vl_projector", lambda: warm_bridge(
-        "visual q-former", cfg.visual, pictures, visual, steps["visual"], rng(3)))
+    learned["vl_projector"] = kept(
+        parts,
+        "vl_projector",
+        lambda: warm_bridge("visual q-former", cfg.visual, pictures, visual, steps["visual"], rng(3)),
+    )
     learned["beats"] = beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
     sounds = encoded(lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, np.float16)
-    learned["al_projector"] = kept(parts, "al_projector", lambda: warm_bridge(
-        "audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4)))
+    learned["al_projector"] = kept(
+        parts, "al_projector", lambda: warm_bridge("audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4))
+    )
     save_packed(out, params | learned, config.to_dict(), tokenizer=tokenizer)
 
 

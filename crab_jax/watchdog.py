@@ -21,8 +21,9 @@ class Watchdog:
     `peers`. silent: which other processes do not answer, or "".
     """
 
-    def __init__(self, seconds: float, name: str = "", say: Callable[[str], None] = print_error,
-                 silent: Callable[[], str] = str):
+    def __init__(
+        self, seconds: float, name: str = "", say: Callable[[str], None] = print_error, silent: Callable[[], str] = str
+    ):
         self.seconds, self.prefix, self.say, self.silent = seconds, f"{name}: " if name else "", say, silent
         self._done = threading.Event()
         self._wait: tuple[str | Callable[[], str], float] | None = None  # what for, since when

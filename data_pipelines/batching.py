@@ -119,7 +119,7 @@ def _rows(example: Example, bucket: Bucket, frames: int, config: DataConfig) -> 
     placeholders = check_sources(example)
     visual = np.arange(frames * config.visual_queries)
     if _is_pair(example):  # the picture is the last frame
-        return {"<video>": visual[: -config.visual_queries], "<image>": visual[-config.visual_queries:], **rows}
+        return {"<video>": visual[: -config.visual_queries], "<image>": visual[-config.visual_queries :], **rows}
     return rows | {name: visual for name in placeholders}
 
 
@@ -144,8 +144,9 @@ def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig, encod
     return place(example, tokenizer, config, encoded)[0]
 
 
-def place(example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: Encoded | None = None
-          ) -> tuple[Bucket, Fill]:
+def place(
+    example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: Encoded | None = None
+) -> tuple[Bucket, Fill]:
     """The bucket of an Example (see `bucket_for`), and how much of it is filled by the longest video it can have."""
     bucket = Bucket(
         length=config.lengths[-1],
@@ -206,8 +207,9 @@ def _seg_picture(example: Example, source: Source, frames: np.ndarray) -> tuple[
     return source.picture(path, field), source.picture_size(path, field)
 
 
-def _load_segmentation(example: Example, source: Source, frames: np.ndarray, config: DataConfig
-                       ) -> dict[str, np.ndarray]:
+def _load_segmentation(
+    example: Example, source: Source, frames: np.ndarray, config: DataConfig
+) -> dict[str, np.ndarray]:
     """seg_frame, seg_target and seg_kind of one Example; the leading axis is M, 1 with a mask_kind and 0 without."""
     size = config.image_size
     if example.mask_kind == "none":
@@ -239,7 +241,11 @@ def _pad(values: np.ndarray, length: int, fill: Any = 0) -> np.ndarray:
 
 
 def text_arrays(
-    example: Example, tokenizer: Tokenizer, config: DataConfig, bucket: Bucket, frames: int | None = None,
+    example: Example,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    bucket: Bucket,
+    frames: int | None = None,
     encoded: Encoded | None = None,
 ) -> dict[str, np.ndarray]:
     """tokens, slots, text_mask, loss_mask [L] and mask_positions [M,6] of an Example, padded to its bucket.

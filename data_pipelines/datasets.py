@@ -62,24 +62,42 @@ DATASETS: dict[str, Dataset] = {
     "s4": _semantic("s4", train=3452, val=3700, test=3700),
     "ms3": _semantic("ms3", train=1480, val=320, test=320),
     "avss": _semantic("avss", train=47500, val=None, test=None),
-    "ref_avs": Dataset("ref_avs", ref_avs.read, {
-        "train": 141120, "val": 13490, "test": 49720, "test_s": 22880, "test_u": 16560, "test_n": 10280}),
+    "ref_avs": Dataset(
+        "ref_avs",
+        ref_avs.read,
+        {"train": 141120, "val": 13490, "test": 49720, "test_s": 22880, "test_u": 16560, "test_n": 10280},
+    ),
     "valor": Dataset("valor", valor.read, {"train": 25327, "val": 3500, "test": 3491}),
     "video_llava": Dataset("video_llava", video_llava.read, {"train": None}, "pretrain"),
     "audiocaps": Dataset("audiocaps", audiocaps.read, {"train": 49838, "val": 495, "test": 975}, "pretrain"),
     "lvis": Dataset("lvis", lvis.read, {"train": None, "val": None}, "pretrain"),
-    "avqa_original": Dataset("music_avqa", functools.partial(avqa.read, annotations="json"),
-                             {"train": 32087, "val": 4595, "test": 9185}, "other", shared=True),
+    "avqa_original": Dataset(
+        "music_avqa",
+        functools.partial(avqa.read, annotations="json"),
+        {"train": 32087, "val": 4595, "test": 9185},
+        "other",
+        shared=True,
+    ),
     "s4_object": _object("s4", train=3452, val=3700, test=3700),
     "ms3_object": _object("ms3", train=1480, val=320, test=320),
-    "arig_object": Dataset("avsbench_object", functools.partial(arig.read, part="object"),
-                           {"train": None, "val": None, "test": 3694}, "other"),
+    "arig_object": Dataset(
+        "avsbench_object",
+        functools.partial(arig.read, part="object"),
+        {"train": None, "val": None, "test": 3694},
+        "other",
+    ),
     "own": Dataset("own", own.read, _ANY, "other"),
 }
 # Where Crab's own tree (and the zip of AVE) has what lies in a folder of ours.
-_ELSEWHERE = {"ave": ("ave/AVE_Dataset", "AVE_Dataset"), "llp": ("avvp",), "music_avqa": ("music-avqa",),
-              "avsbench_semantic": ("AVS",), "ref_avs": ("ref_avs/REFAVS", "ref-avs/REFAVS", "REFAVS"),
-              "audiocaps": ("AudioCaps",), "lvis": ("LVIS",)}
+_ELSEWHERE = {
+    "ave": ("ave/AVE_Dataset", "AVE_Dataset"),
+    "llp": ("avvp",),
+    "music_avqa": ("music-avqa",),
+    "avsbench_semantic": ("AVS",),
+    "ref_avs": ("ref_avs/REFAVS", "ref-avs/REFAVS", "REFAVS"),
+    "audiocaps": ("AudioCaps",),
+    "lvis": ("LVIS",),
+}
 PREPARED = "prepared"  # the name of what `<split>.jsonl` in the data root itself holds
 _PREPARED = Dataset("", own.read, _ANY, "other")
 
@@ -95,8 +113,11 @@ def folder_of(root: str | Path, name: str) -> str:
     ours = dataset_of(name).folder
     for other in _ELSEWHERE.get(ours, ()):
         inside = other.startswith(f"{ours}/")
-        if (Path(root) / other).is_dir() and (not (Path(root) / ours).exists() or inside and [
-                path.name for path in (Path(root) / ours).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]):
+        if (Path(root) / other).is_dir() and (
+            not (Path(root) / ours).exists()
+            or inside
+            and [path.name for path in (Path(root) / ours).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]
+        ):
             return other
     return ours
 
@@ -118,8 +139,12 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
     if lists := [split for split in SPLITS if list_of(root, split)]:
         return [(PREPARED, split) for split in lists]
     parts, prepared = ("test_s", "test_u", "test_n"), shards.opened(root)  # parts of test
-    return [(name, split) for name in (choose(root, names) if names else DATASETS)
-            for split in DATASETS[name].sizes if split not in parts and (not prepared or prepared.has(name, split))]
+    return [
+        (name, split)
+        for name in (choose(root, names) if names else DATASETS)
+        for split in DATASETS[name].sizes
+        if split not in parts and (not prepared or prepared.has(name, split))
+    ]
 
 
 def is_there(root: str | Path, name: str) -> bool:
@@ -137,8 +162,7 @@ def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None
         raise InputError("datasets", unknown[0], "unknown dataset", f"use some of {','.join(DATASETS)}")
     found = [name for name in names or DATASETS if split is None or split in DATASETS[name].sizes]
     if not names:
-        found = [name for name in found
-                 if DATASETS[name].stage == "joint" and is_there(root, name)]
+        found = [name for name in found if DATASETS[name].stage == "joint" and is_there(root, name)]
     if not found:
         folders = ", ".join(dict.fromkeys(d.folder for d in DATASETS.values() if d.stage == "joint"))
         problem = f"no dataset has a split {split!r}" if names else f"holds no dataset with a split {split!r}"
@@ -165,8 +189,9 @@ def annotated(root: str | Path, name: str, split: str, variant: str = "") -> tup
     return release, dataset_of(name).read(release, split, variant or VARIANTS[0])
 
 
-def records(root: str | Path, name: str, split: str, variant: str = "train",
-            notes: list[InputError] | None = None) -> Iterator[Found]:
+def records(
+    root: str | Path, name: str, split: str, variant: str = "train", notes: list[InputError] | None = None
+) -> Iterator[Found]:
     """Everything that the annotations of a split hold: Examples whose media files are there, and what is wrong instead.
 
     Ids start with the dataset's name and are unique in the split. meta gets `dataset`, and `row` names the line of the
@@ -208,8 +233,12 @@ def records(root: str | Path, name: str, split: str, variant: str = "train",
         mark = {"one_of": f"{name}-{found.meta['one_of']}"} if "one_of" in found.meta else {}
         yield dataclasses.replace(found, id=named, meta={**found.meta, "dataset": name, **mark})
     for place in dict.fromkeys(release.unended) if count < (dataset.sizes[split] or 0) else ():
-        release.note(str(release.base / place), "", "the last line has no line end, and the release has more rows: if "
-                     "the copy was cut off there, this row says less than it did")
+        release.note(
+            str(release.base / place),
+            "",
+            "the last line has no line end, and the release has more rows: if "
+            "the copy was cut off there, this row says less than it did",
+        )
 
 
 class LeftOut(NamedTuple):
@@ -220,8 +249,15 @@ class LeftOut(NamedTuple):
     error: InputError
 
 
-def read(root: str | Path, name: str, split: str, variant: str = "train", missing: str = "raise",
-         malformed: str = "raise", left: list[LeftOut] | None = None) -> list[Example]:
+def read(
+    root: str | Path,
+    name: str,
+    split: str,
+    variant: str = "train",
+    missing: str = "raise",
+    malformed: str = "raise",
+    left: list[LeftOut] | None = None,
+) -> list[Example]:
     """The Examples of one split of one dataset, in the order of its annotations.
 
     missing: "raise" stops at the first file that is not there; "skip" leaves out what needs one, and logs how many.
@@ -245,11 +281,23 @@ def read(root: str | Path, name: str, split: str, variant: str = "train", missin
         else:
             raise found
     if notes:
-        _log.warning("%s %s: %d notes on the annotations, which `status` lists; the first: %s %s", name, split,
-                     len(notes), printable(notes[0].where), printable(notes[0].problem))
+        _log.warning(
+            "%s %s: %d notes on the annotations, which `status` lists; the first: %s %s",
+            name,
+            split,
+            len(notes),
+            printable(notes[0].where),
+            printable(notes[0].problem),
+        )
     if absent:
-        _log.warning("%s %s: %d of %d examples are left out because files are missing, the first: %s",
-                     name, split, len(absent), len(absent) + len(wrong) + len(examples), absent[0])
+        _log.warning(
+            "%s %s: %d of %d examples are left out because files are missing, the first: %s",
+            name,
+            split,
+            len(absent),
+            len(absent) + len(wrong) + len(examples),
+            absent[0],
+        )
     _say_malformed(name, split, wrong)
     if left is not None:
         left += [LeftOut(name, split, error) for error in (*absent, *wrong)]
@@ -261,13 +309,28 @@ def read(root: str | Path, name: str, split: str, variant: str = "train", missin
 def _say_malformed(name: str, split: str, wrong: Sequence[InputError]) -> None:
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if wrong[SHOWN:] else ""
-        _log.warning("%s %s: %d malformed rows are left out: %s%s", name, split, len(wrong),
-                     "; ".join(map(str, wrong[:SHOWN])), more)
+        _log.warning(
+            "%s %s: %d malformed rows are left out: %s%s",
+            name,
+            split,
+            len(wrong),
+            "; ".join(map(str, wrong[:SHOWN])),
+            more,
+        )
 
 
-def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), variant: str = "train",
-                  frames: str | None = None, missing: str = "raise", seed: int = 0,
-                  epoch: int | None = 0, malformed: str = "raise", left: list[LeftOut] | None = None) -> list[Example]:
+def read_examples(
+    root: str | Path,
+    split: str,
+    datasets: Sequence[str] = (),
+    variant: str = "train",
+    frames: str | None = None,
+    missing: str = "raise",
+    seed: int = 0,
+    epoch: int | None = 0,
+    malformed: str = "raise",
+    left: list[LeftOut] | None = None,
+) -> list[Example]:
     """The Examples of one split of a data root: those of `<split>.jsonl`, or of the datasets of a raw root.
 
     split: of several joined by `+` (train+val) the Examples of each, one after the other.
@@ -287,20 +350,33 @@ def read_examples(root: str | Path, split: str, datasets: Sequence[str] = (), va
     if "+" in split:
         splits = list(dict.fromkeys(split.split("+")))
         frames = frames or ("one" if "train" in splits else "all")
-        return joined(splits, [read_examples(root, part, datasets, variant, frames, missing, seed, epoch, malformed,
-                                             left) for part in splits])
+        return joined(
+            splits,
+            [
+                read_examples(root, part, datasets, variant, frames, missing, seed, epoch, malformed, left)
+                for part in splits
+            ],
+        )
     if list_of(root, split):
         listed = read_jsonl(root, split, malformed, left)
         if any(example.meta.get("dataset") not in datasets for example in listed):
             for name, value in (("datasets", ",".join(datasets)), ("variant", variant if variant != "train" else "")):
                 if value:
-                    _log.warning("%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
-                                 Path(root) / f"{split}.jsonl", name, value)
+                    _log.warning(
+                        "%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
+                        Path(root) / f"{split}.jsonl",
+                        name,
+                        value,
+                    )
         return listed if frames is None else _of_epoch(listed, frames, seed, epoch)
     frames = frames or ("one" if split == "train" else "all")
     if not any(is_there(root, name) for name in DATASETS):
-        raise InputError(str(Path(root) / f"{split}.jsonl"), "", "no such file, and the folder holds no dataset either",
-                         "check --data and the split name")
+        raise InputError(
+            str(Path(root) / f"{split}.jsonl"),
+            "",
+            "no such file, and the folder holds no dataset either",
+            "check --data and the split name",
+        )
     examples: list[Example] = []
     for name in choose(root, datasets, split):
         try:
@@ -338,8 +414,9 @@ def _of_epoch(examples: list[Example], frames: str, seed: int, epoch: int | None
     return examples if epoch is None else one_frame_each(examples, seed, epoch)
 
 
-def read_jsonl(root: str | Path, split: str, malformed: str = "raise", left: list[LeftOut] | None = None
-               ) -> list[Example]:
+def read_jsonl(
+    root: str | Path, split: str, malformed: str = "raise", left: list[LeftOut] | None = None
+) -> list[Example]:
     """The Examples of the list of a split (`list_of`). Their media are looked for when they are loaded, not here.
 
     malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` gets them.
@@ -350,8 +427,12 @@ def read_jsonl(root: str | Path, split: str, malformed: str = "raise", left: lis
     wrong: list[InputError] = []
     for found in own.read(release, split, "train"):
         if isinstance(found, Example) and found.id in seen:
-            found = InputError(str(release.base / found.meta["row"]), "id", f"duplicate id {found.id!r}",
-                               "ids must be unique in a file")
+            found = InputError(
+                str(release.base / found.meta["row"]),
+                "id",
+                f"duplicate id {found.id!r}",
+                "ids must be unique in a file",
+            )
         if isinstance(found, Example):
             seen.add(found.id)
             examples.append(dataclasses.replace(found, meta={k: v for k, v in found.meta.items() if k != "row"}))

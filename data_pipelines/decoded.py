@@ -34,8 +34,13 @@ def _no_cache(folder: str, problem: str) -> None:
 def _bases(root: Path) -> tuple[str, ...]:
     """What the files of a data root may lie in: the root, and a dataset's folder in it, which may be on another disk;
     in a root that has a list of its own nothing else."""
-    folders = [] if any(root.glob("*.jsonl")) else [
-        root / folder for name in datasets.DATASETS if (root / (folder := datasets.folder_of(root, name))).is_dir()]
+    folders = (
+        []
+        if any(root.glob("*.jsonl"))
+        else [
+            root / folder for name in datasets.DATASETS if (root / (folder := datasets.folder_of(root, name))).is_dir()
+        ]
+    )
     return tuple(dict.fromkeys(os.path.realpath(folder) for folder in (root, *folders)))
 
 
@@ -46,8 +51,12 @@ def inside(root: str | Path, path: str | Path) -> Path:
     if not os.path.isabs(path):
         real = os.path.realpath(full)
         if not any(real.startswith(base.rstrip(os.sep) + os.sep) for base in _bases(Path(root))):
-            raise InputError(str(full), "", "is a link out of the data root",
-                             "put the file there, or link the dataset's whole folder")
+            raise InputError(
+                str(full),
+                "",
+                "is a link out of the data root",
+                "put the file there, or link the dataset's whole folder",
+            )
     return full
 
 
@@ -99,8 +108,14 @@ class Files:
             return fbank.fbank(fbank.cut_windows(self.samples(path, video), windows, second, str(full), short))
 
         beside = shards.beside(path, video, self.decoding)
-        settings = ("fbank", windows, second if windows in fbank.SINGLE else "", short, self.decoding.clock,
-                    *(_stamp(self._at(beside)) if beside else ()))
+        settings = (
+            "fbank",
+            windows,
+            second if windows in fbank.SINGLE else "",
+            short,
+            self.decoding.clock,
+            *(_stamp(self._at(beside)) if beside else ()),
+        )
         return self._cached(full, settings, decode)
 
     def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:

@@ -51,8 +51,14 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
             found = Facts(((use, f"{CORRUPT}: {error.problem}"),))
         except Exception as error:  # of a decoder, which no loader expects either
             found = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
-        facts = Facts(facts.problems + found.problems, facts.seconds or found.seconds, facts.samples or found.samples,
-                      facts.start or found.start, facts.size or found.size, facts.turned or found.turned)
+        facts = Facts(
+            facts.problems + found.problems,
+            facts.seconds or found.seconds,
+            facts.samples or found.samples,
+            facts.start or found.start,
+            facts.size or found.size,
+            facts.turned or found.turned,
+        )
     return facts
 
 
@@ -75,8 +81,9 @@ def _audio(path: str) -> Facts:
     heard = media.hear(path)
     sound, problems = heard.samples, []
     if (peak := float(np.abs(sound).max())) < media.SILENT and media.cancels(path):
-        problems.append(f"{WARNING}: is silent: its channels cancel each other out, and their mean is read; export it "
-                        "as mono")
+        problems.append(
+            f"{WARNING}: is silent: its channels cancel each other out, and their mean is read; export it as mono"
+        )
     elif peak < media.SILENT:
         problems.append(f"{WARNING}: is silent (the loudest sample is {peak:.1g} of full scale)")
     if remark := heard.start_remark():
@@ -100,16 +107,21 @@ def _covering(mask: np.ndarray) -> tuple[tuple[str, str], ...]:
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     if border.mean() <= COVERED or mask.mean() <= 0.5:
         return ()
-    return (("binary", f"{WARNING}: {mask.mean():.0%} of the mask is set, its border too: is it inverted, or a "
-                       "photograph?"),)
+    return (
+        (
+            "binary",
+            f"{WARNING}: {mask.mean():.0%} of the mask is set, its border too: is it inverted, or a photograph?",
+        ),
+    )
 
 
 def _semantic(path: str) -> Facts:
     classes = media.read_mask(path, None, "semantic", unknown=-1)
     stray = int((classes < 0).sum())
     said = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
-    return Facts((("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]),
-                 turned=media.is_turned(path))
+    return Facts(
+        (("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]), turned=media.is_turned(path)
+    )
 
 
 def mismatch(one: float, other: float) -> bool:

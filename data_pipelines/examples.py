@@ -40,9 +40,19 @@ class Example:
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "id": (str,), "task": (str,), "instruction": (str,), "target": (str,), "video": (str, type(None)),
-    "image": (str, type(None)), "frames": (list, tuple), "audio": (str, type(None)), "windows": (str,),
-    "second": (int, type(None)), "seg_image": (str, type(None)), "mask": (str, type(None)), "mask_kind": (str,),
+    "id": (str,),
+    "task": (str,),
+    "instruction": (str,),
+    "target": (str,),
+    "video": (str, type(None)),
+    "image": (str, type(None)),
+    "frames": (list, tuple),
+    "audio": (str, type(None)),
+    "windows": (str,),
+    "second": (int, type(None)),
+    "seg_image": (str, type(None)),
+    "mask": (str, type(None)),
+    "mask_kind": (str,),
     "meta": (dict,),
 }
 
@@ -86,8 +96,11 @@ def to_json(example: Example) -> dict[str, Any]:
     """JSON object of an Example with its default fields left out."""
     defaults = Example(id="", task="", instruction="")
     record = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()
-            if k in ("id", "task", "instruction") or v != getattr(defaults, k)}
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in record.items()
+        if k in ("id", "task", "instruction") or v != getattr(defaults, k)
+    }
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -120,8 +133,12 @@ def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | 
             taken[example.task] += 1
             chosen.append(example)
     if not chosen:
-        raise InputError("--tasks", "", f"no example of {', '.join(tasks) or 'any task'} in this split",
-                         "choose other tasks or another split")
+        raise InputError(
+            "--tasks",
+            "",
+            f"no example of {', '.join(tasks) or 'any task'} in this split",
+            "choose other tasks or another split",
+        )
     return chosen
 
 
@@ -138,9 +155,21 @@ def learned(examples: Iterable[Example]) -> str:
     that their paths are relative to."""
     found = hashlib.blake2b(digest_size=16)
     for e in examples:
-        fields = (e.task, e.instruction, e.target, e.video or "", e.image or "", "\1".join(e.frames), e.audio or "",
-                  e.windows, str(e.second), e.seg_image or "", e.mask or "", e.mask_kind,
-                  str(e.meta.get("one_of", "")))
+        fields = (
+            e.task,
+            e.instruction,
+            e.target,
+            e.video or "",
+            e.image or "",
+            "\1".join(e.frames),
+            e.audio or "",
+            e.windows,
+            str(e.second),
+            e.seg_image or "",
+            e.mask or "",
+            e.mask_kind,
+            str(e.meta.get("one_of", "")),
+        )
         found.update("\0".join(fields).encode("utf-8", "surrogatepass") + b"\n")
     return found.hexdigest()
 

@@ -75,8 +75,12 @@ class Given:
         """Add a sound float[N] or float[N,C] between -1 and 1, of `rate` samples a second; returns its name."""
         samples = np.asarray(samples)
         if samples.ndim not in (1, 2) or not samples.size or not np.issubdtype(samples.dtype, np.floating):
-            raise InputError("audio", "", f"is {samples.dtype}{list(samples.shape)}", "give float32[samples] or "
-                             "float32[samples, channels], between -1 and 1 (int16: divide by 32768)")
+            raise InputError(
+                "audio",
+                "",
+                f"is {samples.dtype}{list(samples.shape)}",
+                "give float32[samples] or float32[samples, channels], between -1 and 1 (int16: divide by 32768)",
+            )
         check_sound("audio", len(samples) / rate if rate > 0 else 0, rate, samples[0].size)
         if not np.isfinite(samples).all():
             raise InputError("audio", "", "holds NaN or infinite samples", "give numbers between -1 and 1")
@@ -168,8 +172,9 @@ class _Source(Files):
             return super().video(path)
         frames, size = self._given._clips[path].frames, (self.decoding.image_size,) * 2
         numbers = media.frame_numbers(len(frames), self.decoding.video_frames)
-        return np.stack([np.array(Image.fromarray(frames[number]).resize(size, Image.Resampling.BILINEAR))
-                         for number in numbers])
+        return np.stack(
+            [np.array(Image.fromarray(frames[number]).resize(size, Image.Resampling.BILINEAR)) for number in numbers]
+        )
 
     def video_size(self, path: str) -> tuple[int, int]:
         return self._given.video_size(path)
@@ -185,8 +190,11 @@ class _Source(Files):
 
     def samples(self, path: str, video: str | None) -> np.ndarray:
         held = self._given._sounds
-        return self._given.hear(path, video).placed() if path in held or video in self._given._clips else (
-            super().samples(path, video))
+        return (
+            self._given.hear(path, video).placed()
+            if path in held or video in self._given._clips
+            else (super().samples(path, video))
+        )
 
     def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
         cut = fbank.cut_windows(self.samples(path, video), windows, second, path, self.decoding.pad_short_audio)
@@ -194,8 +202,13 @@ class _Source(Files):
 
 
 def _check_pixels(pixels: np.ndarray, axes: int, field: str) -> None:
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != axes or pixels.shape[-1] != 3 \
-            or not pixels.size:
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.ndim != axes
+        or pixels.shape[-1] != 3
+        or not pixels.size
+    ):
         found = f"is {pixels.dtype}{list(pixels.shape)}" if isinstance(pixels, np.ndarray) else f"is {type(pixels)}"
         raise InputError(field, "", found, f"give uint8[{'frames, ' if axes == 4 else ''}height, width, 3] in RGB")
 

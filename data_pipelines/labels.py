@@ -30,8 +30,10 @@ _RANGE = re.compile(r"\s*(\d{1,3})\s*,\s*(\d{1,3})\s*")
 _EVENT = re.compile(r"\s*(.+?)\s*,\s*(\(\d{1,3} \d{1,3}\)(?:\s*,\s*\(\d{1,3} \d{1,3}\))*)\s*", re.DOTALL)
 _SPAN = re.compile(r"\((\d+) (\d+)\)")
 _SOUNDING = re.compile(r"The sounding object is (.+?)\. Its coordinate")
-_MOMENT = {"ref-avs": re.compile(r"At the (\w+) second in the video, "),
-           "avs": re.compile(r"makes the sound at the (\w+) second is")}
+_MOMENT = {
+    "ref-avs": re.compile(r"At the (\w+) second in the video, "),
+    "avs": re.compile(r"makes the sound at the (\w+) second is"),
+}
 
 
 def spans_of(events: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]]:
@@ -99,7 +101,8 @@ def disagreements(example: Example) -> list[str]:
         return []
     if weak(example):
         return _tag_problems(example) or (
-            _avvp_problems(example, {}) if example.task == "avvp" else _moment_problems(example, "avs"))
+            _avvp_problems(example, {}) if example.task == "avvp" else _moment_problems(example, "avs")
+        )
     values = label(example)
     return _tag_problems(example) or _CHECKS[example.task](example, values)
 
@@ -127,8 +130,10 @@ def _tag_problems(example: Example) -> list[str]:
 def _one(example: Example, tag: str) -> tuple[str, list[str]]:
     """The content of the one `tag` there should be, and what is wrong."""
     contents = [content for _, content in find_tags(example.target, (tag,))]
-    return (contents[-1] if contents else "",
-            [] if len(contents) == 1 else [f"{len(contents)} <{tag}> tags where one is needed"])
+    return (
+        contents[-1] if contents else "",
+        [] if len(contents) == 1 else [f"{len(contents)} <{tag}> tags where one is needed"],
+    )
 
 
 def _ave_problems(example: Example, values: dict[str, Any]) -> list[str]:
@@ -158,25 +163,34 @@ def _avvp_problems(example: Example, values: dict[str, Any]) -> list[str]:
                 found.append(f"the {sense} event {content!r} is not `name,(start end),...`")
             continue
         spans = [(int(start), int(end)) for start, end in _SPAN.findall(event[2])]
-        found += [f"the {sense} event {event[1]!r} has the impossible time ({start} {end})"
-                  for start, end in spans if not 0 <= start < end <= SECONDS]
+        found += [
+            f"the {sense} event {event[1]!r} has the impossible time ({start} {end})"
+            for start, end in spans
+            if not 0 <= start < end <= SECONDS
+        ]
         by_sense[sense] += [[event[1], *span] for span in spans]
     if not tags:
         found.append("holds no event tag")
     said = by_sense["audio"] + by_sense["visual"]
     known = {normalise(name): name for name in _names(example, values)}
-    found += [f"the event {name!r} is not in the label" for name in dict.fromkeys(name for name, *_ in said)
-              if normalise(name) not in known]
+    found += [
+        f"the event {name!r} is not in the label"
+        for name in dict.fromkeys(name for name, *_ in said)
+        if normalise(name) not in known
+    ]
     if weak(example):
         heard_or_seen = {normalise(name) for name, *_ in said}
-        found += [f"the event {name!r} of the label is missing" for key, name in known.items()
-                  if key not in heard_or_seen]
+        found += [
+            f"the event {name!r} of the label is missing" for key, name in known.items() if key not in heard_or_seen
+        ]
     elif not found:
         classes = list(known)
         for sense, events in by_sense.items():
             differ = avvp.occurrence(events, classes) != avvp.occurrence(values[sense], classes)
-            found += [f"the {sense} times of {known[classes[k]]!r} differ from the label"
-                      for k in np.flatnonzero(differ.any(axis=1))]
+            found += [
+                f"the {sense} times of {known[classes[k]]!r} differ from the label"
+                for k in np.flatnonzero(differ.any(axis=1))
+            ]
         if not found and TASKS["avvp"].parse(example.target) is None:
             found.append("the parser of the task reads no event")
     return found
@@ -195,8 +209,11 @@ def _arig_problems(example: Example, values: dict[str, Any]) -> list[str]:
     if box is None:
         found.append("no two corners in order can be read")
     else:
-        found += [f"{corner} is {said:g}, the label says {truth:g}" for corner, said, truth
-                  in zip(("x1", "y1", "x2", "y2"), box, values["box"], strict=True) if abs(said - truth) > 1]
+        found += [
+            f"{corner} is {said:g}, the label says {truth:g}"
+            for corner, said, truth in zip(("x1", "y1", "x2", "y2"), box, values["box"], strict=True)
+            if abs(said - truth) > 1
+        ]
     stated = _SOUNDING.findall(example.target)
     if stated and normalise(stated[-1]) != normalise(values["object"]):
         found.append(f"the object is {stated[-1]!r}, the label says {values['object']!r}")
@@ -233,16 +250,26 @@ def _avcap_problems(example: Example, values: dict[str, Any]) -> list[str]:
 
 
 _CHECKS: dict[str, Callable[[Example, dict[str, Any]], list[str]]] = {
-    "ave": _ave_problems, "avvp": _avvp_problems, "avqa": _avqa_problems, "arig": _arig_problems,
-    "s4": _avs_problems, "ms3": _avs_problems, "avss": _avs_problems, "ref-avs": _ref_avs_problems,
-    "avcap": _avcap_problems}
+    "ave": _ave_problems,
+    "avvp": _avvp_problems,
+    "avqa": _avqa_problems,
+    "arig": _arig_problems,
+    "s4": _avs_problems,
+    "ms3": _avs_problems,
+    "avss": _avs_problems,
+    "ref-avs": _ref_avs_problems,
+    "avcap": _avcap_problems,
+}
 
 
 # One function per task: the label of an Example as arguments of the task's target.
 
+
 def _avvp(example: Example) -> dict[str, Any]:
-    return {sense: [[name.strip(), *span] for name, spans in spans_of(example.meta[sense]).items() for span in spans]
-            for sense in ("audio", "visual")}
+    return {
+        sense: [[name.strip(), *span] for name, spans in spans_of(example.meta[sense]).items() for span in spans]
+        for sense in ("audio", "visual")
+    }
 
 
 def _avs(example: Example) -> dict[str, Any]:
@@ -250,21 +277,37 @@ def _avs(example: Example) -> dict[str, Any]:
 
 
 def _ref_avs(example: Example) -> dict[str, Any]:
-    return {"expression": example.meta["expression"].strip(), "object": example.meta["object"].strip(),
-            "second": example.second or 0}
+    return {
+        "expression": example.meta["expression"].strip(),
+        "object": example.meta["object"].strip(),
+        "second": example.second or 0,
+    }
 
 
 def _avcap(example: Example) -> dict[str, Any]:
     caption = example.meta["captions"][0]
     if not is_text(caption):
-        raise InputError(f"example {example.id!r}", "meta.captions", f"is {caption!r:.60}",
-                         "must be one line, without angle brackets")
+        raise InputError(
+            f"example {example.id!r}",
+            "meta.captions",
+            f"is {caption!r:.60}",
+            "must be one line, without angle brackets",
+        )
     return {"caption": caption.strip()}
 
 
 _LABELS: dict[str, Callable[[Example], dict[str, Any]]] = {
-    "ave": lambda example: {"event": example.meta["event"].strip(), "start": example.meta["start"],
-                            "end": example.meta["end"]},
-    "avvp": _avvp, "avqa": lambda example: {"answer": example.meta["answer"].strip()},
+    "ave": lambda example: {
+        "event": example.meta["event"].strip(),
+        "start": example.meta["start"],
+        "end": example.meta["end"],
+    },
+    "avvp": _avvp,
+    "avqa": lambda example: {"answer": example.meta["answer"].strip()},
     "arig": lambda example: {"object": example.meta["object"].strip(), "box": [*example.meta["box"]]},
-    "s4": _avs, "ms3": _avs, "avss": _avs, "ref-avs": _ref_avs, "avcap": _avcap}
+    "s4": _avs,
+    "ms3": _avs,
+    "avss": _avs,
+    "ref-avs": _ref_avs,
+    "avcap": _avcap,
+}

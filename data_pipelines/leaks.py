@@ -174,8 +174,11 @@ def counted(leaks: Mapping[str, Iterable[Leak]]) -> list[tuple[str, str, int, in
 
 def sentence(counts: Iterable[tuple[str, str, int, int]]) -> str:
     """`ave in avvp 45, valor in s4 20 (23 by video)`."""
-    return ", ".join(f"{dataset} in {other} {clips}" + (f" ({videos} by video)" if videos != clips else "")
-                     for dataset, other, clips, videos in counts if clips)
+    return ", ".join(
+        f"{dataset} in {other} {clips}" + (f" ({videos} by video)" if videos != clips else "")
+        for dataset, other, clips, videos in counts
+        if clips
+    )
 
 
 def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
@@ -194,12 +197,28 @@ def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
                 if leak.same:
                     path = next((path for _, path in media_of(example)), "")
                     named = "dataset" in example.meta or name in OWN
-                    clips.append(Problem(name, "train", example.id if named else f"{name}-{example.id}", path, "video",
-                                         f"{WARNING}: its clip is in val or test of {leak.other} too"))
-    pairs = [Problem(dataset, "train", dataset, "", "video",
-                     f"{WARNING}: {shared} clips are in val or test of {other} too ({videos} by video); "
-                     "data.exclude_leaks=true leaves them out of training")
-             for dataset, other, shared, videos in counted(found)]
+                    clips.append(
+                        Problem(
+                            name,
+                            "train",
+                            example.id if named else f"{name}-{example.id}",
+                            path,
+                            "video",
+                            f"{WARNING}: its clip is in val or test of {leak.other} too",
+                        )
+                    )
+    pairs = [
+        Problem(
+            dataset,
+            "train",
+            dataset,
+            "",
+            "video",
+            f"{WARNING}: {shared} clips are in val or test of {other} too ({videos} by video); "
+            "data.exclude_leaks=true leaves them out of training",
+        )
+        for dataset, other, shared, videos in counted(found)
+    ]
     return pairs + clips
 
 
@@ -221,8 +240,11 @@ def without(examples: Sequence[Example], root: str | Path, split: str, exclude: 
         if not any(leak.same for leak in leaks):
             kept.append(example)
     said = sentence(counted(found))
-    unread = f"; {len(held.unread)} annotation files could not be read for this, the first: {held.unread[0]}" \
-        if held.unread else ""
+    unread = (
+        f"; {len(held.unread)} annotation files could not be read for this, the first: {held.unread[0]}"
+        if held.unread
+        else ""
+    )
     if not said:
         return list(examples), f"clips of train were not all looked for in val and test{unread}" if unread else ""
     number = len({leak.clip for leaks in found.values() for leak in leaks if leak.same})

@@ -39,13 +39,17 @@ PRETRAINING = tuple(name for name, dataset in DATASETS.items() if dataset.stage 
 MANY = 10  # examples after which something that never changes looks odd
 ABOUT_TEN = 8.0, 12.0  # seconds of a clip whose tenths are as good as seconds
 LONGEST = {"ten": 30.0, "one": 30.0, "five": 15.0, "one_of_five": 15.0}  # seconds of a clip; longer ones are half heard
-_WRAP = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>|<\|\w+\|>|^\s*(?:USER|ASSISTANT|Human|GPT)\s*:",
-                   re.IGNORECASE)
+_WRAP = re.compile(
+    r"</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>|<\|\w+\|>|^\s*(?:USER|ASSISTANT|Human|GPT)\s*:", re.IGNORECASE
+)
 NOTHING = "nothing"  # what the generated scenes call the object of a frame in which nothing sounds
 _EMPTY_WORDS = ("", "null", "none", "nan", "n a", "na", "undefined", "unknown")
 # What programs leave in text that they wrote wrongly: entities, other encodings, escapes, control characters.
-_SPOILT = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\w{1,6});|\u00e2\u20ac|\u00c3[\u0080-\u00bf]|\ufffd|\\[nrt\"]|"
-                     r"[\x00-\x08\x0b-\x1f\x7f\u0080-\u009f\u2028\u2029]", re.IGNORECASE)
+_SPOILT = re.compile(
+    r"&(?:amp|lt|gt|quot|apos|nbsp|#\w{1,6});|\u00e2\u20ac|\u00c3[\u0080-\u00bf]|\ufffd|\\[nrt\"]|"
+    r"[\x00-\x08\x0b-\x1f\x7f\u0080-\u009f\u2028\u2029]",
+    re.IGNORECASE,
+)
 _GAP = re.compile(r"<[A-Za-z]+>|\{\w*\}")  # of a template
 _FREE = ("avcap",)  # tasks that people ask in their own words
 
@@ -90,11 +94,16 @@ def _text(example: Example, train: bool) -> Iterator[Finding]:
         yield Finding(MALFORMED, "target", "is empty, so there is nothing to learn", "write the answer")
     for field in ("instruction", "target"):
         if wrap := _WRAP.search(getattr(example, field)):
-            yield Finding(MALFORMED, field, f"holds {wrap[0].strip()!r}, a part of the chat wrap, which is added later",
-                          "leave it out")
+            yield Finding(
+                MALFORMED,
+                field,
+                f"holds {wrap[0].strip()!r}, a part of the chat wrap, which is added later",
+                "leave it out",
+            )
         if spoilt := _SPOILT.search(getattr(example, field)):
-            yield Finding(WARNING, field, f"holds {spoilt[0]!r}, which a program seems to have left there",
-                          "correct it")
+            yield Finding(
+                WARNING, field, f"holds {spoilt[0]!r}, which a program seems to have left there", "correct it"
+            )
     if example.target != example.target.strip():
         yield Finding(WARNING, "target", "begins or ends in white space, which would be learnt", "leave it out")
     if not example.id.strip() or re.search(r"[\x00-\x1f]", example.id):
@@ -102,6 +111,7 @@ def _text(example: Example, train: bool) -> Iterator[Finding]:
 
 
 # Prompts.
+
 
 def _flat(text: str) -> str:
     return " ".join(text.split())
@@ -132,9 +142,14 @@ def _fixed_prompts() -> dict[str, _Prompt]:
 
 
 _QUESTION = _flat(avqa.instruction(question=""))
-_EXPRESSIONS = [re.compile(re.escape(_flat(ref_avs.instruction(variant, "0gap0", 0))).replace("0gap0", "(?P<gap>.+)")
-                           .replace(r"\ first\ ", r"\ (?P<second>\w+)\ "))
-                for variant in ("train", "test", "quick")]
+_EXPRESSIONS = [
+    re.compile(
+        re.escape(_flat(ref_avs.instruction(variant, "0gap0", 0)))
+        .replace("0gap0", "(?P<gap>.+)")
+        .replace(r"\ first\ ", r"\ (?P<second>\w+)\ ")
+    )
+    for variant in ("train", "test", "quick")
+]
 
 
 def read_prompt(instruction: str) -> _Prompt | None:
@@ -143,7 +158,7 @@ def read_prompt(instruction: str) -> _Prompt | None:
     if found := _fixed_prompts().get(text):
         return found
     if text.startswith(_QUESTION):
-        return _Prompt(frozenset(["avqa"]), None, text[len(_QUESTION):].strip())
+        return _Prompt(frozenset(["avqa"]), None, text[len(_QUESTION) :].strip())
     for pattern in _EXPRESSIONS:
         if match := pattern.fullmatch(text):
             word = match.groupdict().get("second")
@@ -156,23 +171,40 @@ def _prompt(example: Example) -> Iterator[Finding]:
     for shown, placeholder, field in ((has_clip, "<video>", "video"), (bool(example.image), "<image>", "image")):
         other = "<image>" if placeholder == "<video>" else "<video>"
         if shown and placeholder not in example.instruction and other in example.instruction:
-            yield Finding(MALFORMED, "instruction", f"says {other}, but the example has {field!r}",
-                          f"put {placeholder} where the pictures go")
+            yield Finding(
+                MALFORMED,
+                "instruction",
+                f"says {other}, but the example has {field!r}",
+                f"put {placeholder} where the pictures go",
+            )
     prompt = read_prompt(example.instruction)
     if prompt is None:
         if example.task not in _FREE and has_label(example):
-            yield Finding(WARNING, "instruction", f"is no prompt that {example.task} is trained with",
-                          f"use crab_jax.tasks.TASKS[{example.task!r}].instruction(...)")
+            yield Finding(
+                WARNING,
+                "instruction",
+                f"is no prompt that {example.task} is trained with",
+                f"use crab_jax.tasks.TASKS[{example.task!r}].instruction(...)",
+            )
         return
     if example.task not in prompt.tasks:
-        yield Finding(MALFORMED, "instruction", f"is the prompt of {' and '.join(sorted(prompt.tasks))}, but the task "
-                      f"is {example.task}", "correct one of them")
+        yield Finding(
+            MALFORMED,
+            "instruction",
+            f"is the prompt of {' and '.join(sorted(prompt.tasks))}, but the task is {example.task}",
+            "correct one of them",
+        )
         return
     if prompt.second is not None and prompt.second != example.second:
         # The released MS3 evaluation asks about the third second whatever the picture is.
         kind = WARNING if example.task == "ms3" and prompt.second == 2 and example.second is not None else MALFORMED
-        yield Finding(kind, "second", f"is {example.second}, but the prompt asks about the {ORDINALS[prompt.second]} "
-                      f"second, which is {prompt.second}", "count seconds from 0 in `second`")
+        yield Finding(
+            kind,
+            "second",
+            f"is {example.second}, but the prompt asks about the {ORDINALS[prompt.second]} "
+            f"second, which is {prompt.second}",
+            "count seconds from 0 in `second`",
+        )
     if example.task == "avqa" and not prompt.filling:
         yield Finding(MALFORMED, "instruction", "asks no question", "write it behind the prompt")
     if gap := _GAP.search(prompt.filling):
@@ -180,19 +212,28 @@ def _prompt(example: Example) -> Iterator[Finding]:
     said = example.meta.get({"avqa": "question", "ref-avs": "expression"}.get(example.task, ""))
     if isinstance(said, str) and normalise(said) != normalise(prompt.filling):
         what = "question" if example.task == "avqa" else "expression"
-        yield Finding(MALFORMED if what == "expression" else WARNING, "instruction",
-                      f"asks {prompt.filling!r:.60}, but meta.{what} is {said!r:.60}", "correct one of them")
+        yield Finding(
+            MALFORMED if what == "expression" else WARNING,
+            "instruction",
+            f"asks {prompt.filling!r:.60}, but meta.{what} is {said!r:.60}",
+            "correct one of them",
+        )
 
 
 # The label, and the target beside it.
+
 
 def _meta(example: Example, train: bool) -> Iterator[Finding]:
     task = TASKS[example.task]
     if not example.meta.keys() - {"row", "dataset", "one_of"}:
         if example.task in _FREE or (task.mask_kind != "none" and not train):
             return  # only to be answered or decoded; `evaluate` refuses it
-        yield Finding(WARNING, "meta", "is empty, so the target cannot be compared with a label, nor an answer scored",
-                      f"give {', '.join(name for name, field in task.label.items() if field.needed)}")
+        yield Finding(
+            WARNING,
+            "meta",
+            "is empty, so the target cannot be compared with a label, nor an answer scored",
+            f"give {', '.join(name for name, field in task.label.items() if field.needed)}",
+        )
     elif not labels.weak(example) or not train:
         for name, problem, must_be in wrong_fields(task, example.meta):
             lacking = problem == "missing"
@@ -201,8 +242,12 @@ def _meta(example: Example, train: bool) -> Iterator[Finding]:
             others = [key for key in example.meta if key not in task.label]
             close = difflib.get_close_matches(name, others, 1) if lacking else []
             only_score = lacking and task.label[name].needed == "score"
-            yield Finding(WARNING if train and only_score else MALFORMED, f"meta.{name}",
-                          problem + (f" (there is {close[0]!r})" if close else ""), f"must be {must_be}")
+            yield Finding(
+                WARNING if train and only_score else MALFORMED,
+                f"meta.{name}",
+                problem + (f" (there is {close[0]!r})" if close else ""),
+                f"must be {must_be}",
+            )
 
 
 def _target(example: Example) -> Iterator[Finding]:
@@ -212,8 +257,12 @@ def _target(example: Example) -> Iterator[Finding]:
         yield Finding(MALFORMED, error.field, error.problem, error.fix)
         return
     for problem in found:
-        yield Finding(MALFORMED, "target", problem, "write it with crab_jax.tasks.TASKS"
-                      f"[{example.task!r}].target(...), or correct meta")
+        yield Finding(
+            MALFORMED,
+            "target",
+            problem,
+            f"write it with crab_jax.tasks.TASKS[{example.task!r}].target(...), or correct meta",
+        )
 
 
 def _name_field(example: Example) -> str:
@@ -227,12 +276,19 @@ def _names(example: Example) -> Iterator[Finding]:
             kind = WARNING if example.task == "avqa" else MALFORMED
             yield Finding(kind, f"meta.{field}", f"is {name!r}, which stands for no value", "give the name")
         elif re.fullmatch(r"[0-9.]+", name):
-            kind, fix = (WARNING, "MUSIC-AVQA answers in words, such as 'two'") if example.task == "avqa" else (
-                MALFORMED, "give the name, not the number of a class")
+            kind, fix = (
+                (WARNING, "MUSIC-AVQA answers in words, such as 'two'")
+                if example.task == "avqa"
+                else (MALFORMED, "give the name, not the number of a class")
+            )
             yield Finding(kind, f"meta.{field}", f"is {name!r}, a number", fix)
         elif example.task == "avqa" and re.fullmatch(r"[A-E]|.*[.!?;:]|(?:\S+\s+){5,}\S+", name.strip(), re.DOTALL):
-            yield Finding(WARNING, "meta.answer", f"is {name!r:.60}, a letter or a sentence; it is compared word for "
-                          "word", "give the answer in a word or two")
+            yield Finding(
+                WARNING,
+                "meta.answer",
+                f"is {name!r:.60}, a letter or a sentence; it is compared word for word",
+                "give the answer in a word or two",
+            )
     if example.task == "avcap":
         for caption in example.meta["captions"]:
             if normalise(caption) in _EMPTY_WORDS or re.fullmatch(r"\S+\.\w{2,4}", caption.strip()):
@@ -245,8 +301,12 @@ def _box(example: Example) -> Iterator[Finding]:
     if example.task == "arig":
         x1, y1, x2, y2 = example.meta["box"]
         if max(x2, y2) <= 1:
-            yield Finding(MALFORMED, "meta.box", f"is {example.meta['box']}, which seem to be shares of the picture",
-                          f"multiply by {arig.SIZE}")
+            yield Finding(
+                MALFORMED,
+                "meta.box",
+                f"is {example.meta['box']}, which seem to be shares of the picture",
+                f"multiply by {arig.SIZE}",
+            )
         elif (x1, y1, x2, y2) == (0, 0, arig.SIZE, arig.SIZE):
             yield Finding(WARNING, "meta.box", f"is {example.meta['box']}, the whole picture", "check it")
         elif x1 == x2 or y1 == y2:
@@ -258,8 +318,12 @@ def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
         return
     for name, start, end in events:
         if start >= end and (example.task, start, end) != ("ave", 0, 0):
-            yield Finding(MALFORMED, "meta", f"{name!r:.60} lasts from {start} to {end}, which is no time",
-                          "the end is the first second after the event, as in 2,3 for the third second alone")
+            yield Finding(
+                MALFORMED,
+                "meta",
+                f"{name!r:.60} lasts from {start} to {end}, which is no time",
+                "the end is the first second after the event, as in 2,3 for the third second alone",
+            )
     if example.task == "avvp":
         for sense in ("audio", "visual"):
             for (one, _, end), (other, start, _) in itertools.pairwise(sorted(map(tuple, example.meta[sense]))):
@@ -267,11 +331,19 @@ def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
                     yield Finding(WARNING, f"meta.{sense}", f"spans of {one!r:.60} overlap", "join them")
     last = max(end for _, _, end in events)
     if seconds and last > seconds + 0.5:
-        yield Finding(MALFORMED, "meta", f"has an event until {last}, but the clip lasts {seconds:.1f} s",
-                      f"cut clips of {SECONDS} seconds")
+        yield Finding(
+            MALFORMED,
+            "meta",
+            f"has an event until {last}, but the clip lasts {seconds:.1f} s",
+            f"cut clips of {SECONDS} seconds",
+        )
     elif seconds and not ABOUT_TEN[0] <= seconds <= ABOUT_TEN[1]:
-        yield Finding(WARNING, "meta", f"counts {SECONDS} seconds, but the clip lasts {seconds:.1f} s, whose tenths "
-                      "they are taken as", f"cut clips of {SECONDS} seconds")
+        yield Finding(
+            WARNING,
+            "meta",
+            f"counts {SECONDS} seconds, but the clip lasts {seconds:.1f} s, whose tenths they are taken as",
+            f"cut clips of {SECONDS} seconds",
+        )
 
 
 def _events(example: Example) -> list[tuple[str, int, int]]:
@@ -286,6 +358,7 @@ def _events(example: Example) -> list[tuple[str, int, int]]:
 
 # Masks, seconds and windows.
 
+
 def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Finding]:
     wanted = TASKS[example.task].mask_kind
     # Without mask and tokens the text alone is asked for.
@@ -293,8 +366,12 @@ def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Find
     if not train and not example.target and not example.mask and example.mask_kind == "none":
         return  # only to be answered
     if example.mask_kind != wanted:
-        yield Finding(kind, "mask_kind", f"is {example.mask_kind!r}, but {example.task} has "
-                      f"{'no mask' if wanted == 'none' else f'{wanted} masks'}", f"must be {wanted!r}")
+        yield Finding(
+            kind,
+            "mask_kind",
+            f"is {example.mask_kind!r}, but {example.task} has {'no mask' if wanted == 'none' else f'{wanted} masks'}",
+            f"must be {wanted!r}",
+        )
     elif wanted != "none" and example.mask and example.mask in (example.image, example.seg_image, *example.frames):
         yield Finding(MALFORMED, "mask", f"{example.mask} is the picture itself", "give the file of its mask")
     elif wanted == "none" and example.mask:
@@ -302,40 +379,74 @@ def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Find
     elif wanted != "none" and not example.mask:
         yield Finding(kind, "mask", "is missing", "give the mask file, or rle:empty where nothing is to be seen")
     elif wanted != "none" and seconds is None and seg_source(example) is None:
-        yield Finding(MALFORMED, "second", f"is {example.second}, which is no picture of the example",
-                      "give the number of a picture, or the picture in 'seg_image'")
+        yield Finding(
+            MALFORMED,
+            "second",
+            f"is {example.second}, which is no picture of the example",
+            "give the number of a picture, or the picture in 'seg_image'",
+        )
     if wanted != "none" and example.windows == "five" and seg_source(example) == ("video", example.video):
-        yield Finding(MALFORMED, "windows", "count fifths of the clip, but its picture is the one at `second` tenths",
-                      "give the picture in 'seg_image', or windows 'ten'")
+        yield Finding(
+            MALFORMED,
+            "windows",
+            "count fifths of the clip, but its picture is the one at `second` tenths",
+            "give the picture in 'seg_image', or windows 'ten'",
+        )
 
 
 def _windows(example: Example, seconds: float | None) -> Iterator[Finding]:
     task, windows = TASKS[example.task], example.windows
     if task.timed and example.frames and len(example.frames) < 5:
-        yield Finding(WARNING, "frames", f"are {len(example.frames)}, and {example.task} is asked about "
-                      f"{SECONDS} seconds", "give a picture of each second")
+        yield Finding(
+            WARNING,
+            "frames",
+            f"are {len(example.frames)}, and {example.task} is asked about {SECONDS} seconds",
+            "give a picture of each second",
+        )
     if windows not in task.windows and (task.timed and windows != "none" or has_label(example)):
-        kind, how = (WARNING, "without sound") if windows == "none" else (
-            MALFORMED if task.timed else WARNING, "so")
-        yield Finding(kind, "windows", f"are {windows!r}, but {example.task} is not asked {how}",
-                      f"use {' or '.join(task.windows)}")
+        kind, how = (WARNING, "without sound") if windows == "none" else (MALFORMED if task.timed else WARNING, "so")
+        yield Finding(
+            kind,
+            "windows",
+            f"are {windows!r}, but {example.task} is not asked {how}",
+            f"use {' or '.join(task.windows)}",
+        )
     parts = 5 if windows in ("five", "one_of_five") else 10
-    if example.second is not None and (windows not in fbank.SINGLE or seconds is None) and not (
-            0 <= example.second < parts):
-        yield Finding(MALFORMED, "second", f"is {example.second}, but windows {windows!r} have {parts} seconds",
-                      f"count from 0 to {parts - 1}")
+    if (
+        example.second is not None
+        and (windows not in fbank.SINGLE or seconds is None)
+        and not (0 <= example.second < parts)
+    ):
+        yield Finding(
+            MALFORMED,
+            "second",
+            f"is {example.second}, but windows {windows!r} have {parts} seconds",
+            f"count from 0 to {parts - 1}",
+        )
     elif example.second is None and windows in fbank.SINGLE and seconds is None:
-        yield Finding(MALFORMED, "second", f"is missing, and windows {windows!r} read one of {parts}",
-                      f"give a number from 0 to {parts - 1}")
+        yield Finding(
+            MALFORMED,
+            "second",
+            f"is missing, and windows {windows!r} read one of {parts}",
+            f"give a number from 0 to {parts - 1}",
+        )
     if seconds and not task.timed:
         frame_of_video = task.mask_kind != "none" and seg_source(example) == ("video", example.video)
-        if seconds > LONGEST.get(windows, seconds) or (frame_of_video and not (
-                ABOUT_TEN[0] <= seconds <= ABOUT_TEN[1])) or (windows == "music_avqa" and seconds < 15):
-            yield Finding(WARNING, "windows", f"are {windows!r}, but the clip lasts {seconds:.1f} s",
-                          "cut clips of ten seconds" if windows != "music_avqa" else "use ten")
+        if (
+            seconds > LONGEST.get(windows, seconds)
+            or (frame_of_video and not (ABOUT_TEN[0] <= seconds <= ABOUT_TEN[1]))
+            or (windows == "music_avqa" and seconds < 15)
+        ):
+            yield Finding(
+                WARNING,
+                "windows",
+                f"are {windows!r}, but the clip lasts {seconds:.1f} s",
+                "cut clips of ten seconds" if windows != "music_avqa" else "use ten",
+            )
 
 
 # What only a whole list shows.
+
 
 class Mistakes:
     """Looks at the Examples of one list, one after the other; keeps what it compares them by, a few numbers each."""
@@ -371,9 +482,12 @@ class Mistakes:
                 self.told.add((example.task, name))
                 same = [other for other in known if normalise(other) == normalise(name)]
                 close = same or difflib.get_close_matches(name, known, 1, 0.75)
-                yield Finding(WARNING, f"meta.{_name_field(example)}",
-                              f"{name!r:.60} is none of the {len(known)} names of {example.task}",
-                              f"did you mean {close[0]!r}?" if close else "leave it where it is a name of your own")
+                yield Finding(
+                    WARNING,
+                    f"meta.{_name_field(example)}",
+                    f"{name!r:.60} is none of the {len(known)} names of {example.task}",
+                    f"did you mean {close[0]!r}?" if close else "leave it where it is a name of your own",
+                )
 
     def _again(self, example: Example) -> Iterator[Finding]:
         media = (example.video, example.image, example.frames, example.audio, example.seg_image)
@@ -387,8 +501,12 @@ class Mistakes:
             yield Finding(WARNING, "id", f"asks and answers the same as {id!r}", "leave one of them out")
         elif example.task not in _FREE:
             released = example.task == "ave" or example.meta.get("dataset", "own") != "own"  # some ask twice
-            yield Finding(WARNING if released else MALFORMED, "target",
-                          f"answers the same question about the same clip otherwise than {id!r}", "keep one of them")
+            yield Finding(
+                WARNING if released else MALFORMED,
+                "target",
+                f"answers the same question about the same clip otherwise than {id!r}",
+                "keep one of them",
+            )
 
     def _alike(self, example: Example) -> Iterator[Finding]:
         """One answer for everything."""
@@ -399,8 +517,12 @@ class Mistakes:
         if self.first.setdefault(task, example.target) != example.target:
             self.other.add(task)
         if self.count[task] == MANY and task not in self.other:
-            yield Finding(WARNING, "target", f"is the same in the first {MANY} examples of {task}",
-                          "check the column that it was made from")
+            yield Finding(
+                WARNING,
+                "target",
+                f"is the same in the first {MANY} examples of {task}",
+                "check the column that it was made from",
+            )
 
     def _counted_from(self, example: Example) -> Iterator[Finding]:
         """Seconds that seem to count from 1, or ends that seem to be inside."""
@@ -410,11 +532,19 @@ class Mistakes:
         times += [(start, end) for _, start, end in _events(example)]
         if len(times) >= MANY:
             if min(start for start, _ in times) == 1:
-                yield Finding(WARNING, "meta", f"no event of the first {len(times)} of {example.task} starts at 0",
-                              "count seconds from 0")
+                yield Finding(
+                    WARNING,
+                    "meta",
+                    f"no event of the first {len(times)} of {example.task} starts at 0",
+                    "count seconds from 0",
+                )
             if max(end for _, end in times) == SECONDS - 1:
-                yield Finding(WARNING, "meta", f"no event of the first {len(times)} of {example.task} ends at "
-                              f"{SECONDS}", "the end is the first second after the event")
+                yield Finding(
+                    WARNING,
+                    "meta",
+                    f"no event of the first {len(times)} of {example.task} ends at {SECONDS}",
+                    "the end is the first second after the event",
+                )
 
     def _sound_and_mask(self, example: Example) -> Iterator[Finding]:
         """A file that stands in a row of another clip."""
@@ -422,8 +552,12 @@ class Mistakes:
         if example.mask and not example.mask.startswith(INLINE_MASK) and not nothing:
             source = (seg_source(example), example.second)
             if self.pictures.setdefault(example.mask, source) != source:
-                yield Finding(WARNING, "mask", f"{example.mask} belongs to another picture in an earlier example",
-                              "check the path")
+                yield Finding(
+                    WARNING,
+                    "mask",
+                    f"{example.mask} belongs to another picture in an earlier example",
+                    "check the path",
+                )
         if not example.video:
             return
         self.stems.setdefault(PurePosixPath(example.video).stem, example.video)
@@ -477,8 +611,11 @@ class TrainingLabels:
     def warn(self) -> None:
         """Say how many looked odd, once."""
         if self.odd:
-            _log.warning("%d examples look odd, the first: %s; `python -m data_pipelines validate` lists them",
-                         self.odd, printable(self.first_odd))
+            _log.warning(
+                "%d examples look odd, the first: %s; `python -m data_pipelines validate` lists them",
+                self.odd,
+                printable(self.first_odd),
+            )
 
     def where(self, example: Example) -> str:
         """File and line of an Example."""

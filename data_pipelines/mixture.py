@@ -35,7 +35,10 @@ def note_skipped(file: Path | None, index: int, example: Example, error: InputEr
 
 
 def group_by_bucket(
-    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, skipped: Path | None = None,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    skipped: Path | None = None,
     check: Callable[[Example], None] = lambda example: None,
 ) -> dict[Bucket, dict[int, Fill]]:
     """Positions of the examples of each bucket and how much of it each fills, buckets in increasing order.

@@ -35,6 +35,7 @@ def padding(groups: Mapping[Bucket, Mapping[int, Fill]], rate_of: Mapping[int, f
 
 def total(rows: Sequence[Padding]) -> tuple[float, float, float]:
     """The padding of all batches together, in positions, frames and windows: each bucket counts with its size."""
+
     def of(axis: int) -> float:
         capacity = [row.share * _size(row.bucket)[axis] for row in rows]
         empty = [(row.positions, row.frames, row.windows)[axis] for row in rows]
@@ -48,8 +49,18 @@ def _size(bucket: Bucket) -> Fill:
     return Fill(bucket.length, bucket.frames, bucket.windows)
 
 
-HEAD = ("positions", "frames", "windows", "fbank", "masks", "examples", "drawn", "positions empty", "frames empty",
-        "windows empty")
+HEAD = (
+    "positions",
+    "frames",
+    "windows",
+    "fbank",
+    "masks",
+    "examples",
+    "drawn",
+    "positions empty",
+    "frames empty",
+    "windows empty",
+)
 
 
 def cells(rows: Sequence[Padding]) -> list[tuple[str, ...]]:

@@ -67,8 +67,13 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as they stand in plan.json."""
-        return {"root": self.root, **self.decoding._asdict(), "variants": list(self.variants),
-                "shard_bytes": self.shard_bytes, "compress": self.compress}
+        return {
+            "root": self.root,
+            **self.decoding._asdict(),
+            "variants": list(self.variants),
+            "shard_bytes": self.shard_bytes,
+            "compress": self.compress,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Shard:
 
 # What there is to do.
 
+
 def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tuple[str, str]]:
     """(dataset, split) of every list of Examples that is asked for; the dataset is "" for a `<split>.jsonl`."""
     found: list[tuple[str, str]] = []
@@ -95,11 +101,19 @@ def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tu
         if datasets.list_of(root, split):
             found.append(("", split))
     if found and names:
-        raise InputError(str(root), "--datasets", f"the root has {found[0][1]}.jsonl, which then is all that is read",
-                         "leave --datasets out")
+        raise InputError(
+            str(root),
+            "--datasets",
+            f"the root has {found[0][1]}.jsonl, which then is all that is read",
+            "leave --datasets out",
+        )
     if not found:
-        found = [(name, split) for name in datasets.choose(root, names) for split in splits
-                 if split in datasets.DATASETS[name].sizes]
+        found = [
+            (name, split)
+            for name in datasets.choose(root, names)
+            for split in splits
+            if split in datasets.DATASETS[name].sizes
+        ]
     if not found:
         raise InputError(str(root), "--splits", f"holds none of {', '.join(splits)}", "check --root and --splits")
     return found
@@ -147,9 +161,14 @@ def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> l
         groups[-1].append(medium)
         room -= size
     stem = f"{kind}/{kind}-{name}.array_record"
-    return [Shard(f"{stem}-{number:05d}-of-{len(groups):05d}", tuple(group),
-                  tuple(_stamps(Path(settings.root), medium) for medium in group))
-            for number, group in enumerate(groups)]
+    return [
+        Shard(
+            f"{stem}-{number:05d}-of-{len(groups):05d}",
+            tuple(group),
+            tuple(_stamps(Path(settings.root), medium) for medium in group),
+        )
+        for number, group in enumerate(groups)
+    ]
 
 
 def _bytes_of(medium: Medium, decoding: Decoding) -> int:
@@ -176,10 +195,17 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 # Decoding.
 
+
 def record_of(medium: Medium, stamp: tuple[int, ...], files: Files) -> dict[str, str | bytes | int]:
     """The record of a medium; of one that cannot be decoded, its error and no arrays."""
-    record: dict[str, str | bytes | int] = {"path": medium.path, "detail": medium.detail, "beside": medium.beside,
-                                            "error": "", "bytes": stamp[0], "mtime_ns": stamp[1]}
+    record: dict[str, str | bytes | int] = {
+        "path": medium.path,
+        "detail": medium.detail,
+        "beside": medium.beside,
+        "error": "",
+        "bytes": stamp[0],
+        "mtime_ns": stamp[1],
+    }
     try:
         return record | _DECODERS[medium.kind](medium, files)
     except InputError as error:
@@ -216,7 +242,10 @@ def _mask(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
 
 
 _DECODERS: dict[str, Callable[[Medium, Files], dict[str, str | bytes | int]]] = {
-    "frames": _frames, "sounds": _sound, "masks": _mask}
+    "frames": _frames,
+    "sounds": _sound,
+    "masks": _mask,
+}
 # What a record holds besides path, detail, beside, error, bytes and mtime_ns of the source: numbers, and arrays with
 # their shape and dtype; S is image_size.
 _FIELDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[int | str | None, ...], type]]]] = {
@@ -258,9 +287,16 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
         writer.close()
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
-    note = {"file": shard.file, "records": len(shard.media), "bytes": partial.stat().st_size, "record_bytes": size,
-            "sha256": _sha256(partial), "of": shard.digest(settings), "failed": failed,
-            "places": _locate(partial, places) if compression == AS_IT_IS else [(0, 0, 0)] * len(places)}
+    note = {
+        "file": shard.file,
+        "records": len(shard.media),
+        "bytes": partial.stat().st_size,
+        "record_bytes": size,
+        "sha256": _sha256(partial),
+        "of": shard.digest(settings),
+        "failed": failed,
+        "places": _locate(partial, places) if compression == AS_IT_IS else [(0, 0, 0)] * len(places),
+    }
     partial.replace(path)
     write_whole(_note(path), json.dumps(note))
     return note
@@ -306,6 +342,7 @@ def finished(settings: Settings, out: Path, shard: Shard) -> dict[str, Any] | No
 
 # The whole.
 
+
 def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The lists of an `out` that exists, then the new ones of `wanted`; noted in plan.json. Raises InputError when
     `out` was made with other settings, or holds something else."""
@@ -317,8 +354,12 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
         ours = settings.as_json()
         for field, value in old.items():
             if ours.get(field) != value:
-                raise InputError(str(out), field, f"was prepared with {value!r:.60}, not {ours.get(field)!r:.60}",
-                                 "use the same options, or another --out")
+                raise InputError(
+                    str(out),
+                    field,
+                    f"was prepared with {value!r:.60}, not {ours.get(field)!r:.60}",
+                    "use the same options, or another --out",
+                )
     elif any(not path.name.startswith(LOCK) for path in out.iterdir()):
         raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")
     lists = [*known, *(one for one in wanted if one not in known)]
@@ -326,8 +367,13 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
     return lists
 
 
-def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], workers: int,
-            progress: Callable[[str], None] = lambda line: None) -> list[str]:
+def prepare(
+    settings: Settings,
+    out: Path,
+    wanted: Sequence[tuple[str, str]],
+    workers: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[str]:
     """Write or complete the prepared root `out`; what could not be decoded. See the module's docstring."""
     lists = claim(out, settings, wanted)
     _leave_older_format(out)
@@ -347,8 +393,12 @@ def prepare(settings: Settings, out: Path, wanted: Sequence[tuple[str, str]], wo
     if notes:
         progress(f"{len(notes)} of {len(todo)} shards are there already")
     left = [shard for shard in todo if shard.file not in notes]
-    sizes = [_bytes_of(medium, settings.decoding) for shard in left for medium in shard.media
-             if settings.compression(medium.kind) == AS_IT_IS]
+    sizes = [
+        _bytes_of(medium, settings.decoding)
+        for shard in left
+        for medium in shard.media
+        if settings.compression(medium.kind) == AS_IT_IS
+    ]
     need_room(out, int(DECODABLE * sum(sizes)), f"the media of {len(left)} shards")
     for note in _write_all(settings, out, left, workers, progress):
         notes[note["file"]] = note
@@ -364,8 +414,9 @@ def _leave_older_format(out: Path) -> None:
             manifest.unlink()
 
 
-def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None]
-               ) -> Iterator[dict[str, Any]]:
+def _write_all(
+    settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """The notes of all shards of `todo`, as they get finished; with no workers they are written in this process."""
     written = Progress("media", sum(len(shard.media) for shard in todo), progress)
     if not workers:
@@ -383,18 +434,32 @@ def _write_all(settings: Settings, out: Path, todo: Sequence[Shard], workers: in
             yield from (future.result() for future in ready)
             written.to(counter.value)
     except concurrent.futures.process.BrokenProcessPool:
-        raise InputError(str(out), "--workers", "a decoding process was killed or crashed",
-                         "run validate to find the file, or use fewer workers if memory ran out") from None
+        raise InputError(
+            str(out),
+            "--workers",
+            "a decoding process was killed or crashed",
+            "run validate to find the file, or use fewer workers if memory ran out",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _finish(settings: Settings, out: Path, counts: dict[str, dict[str, int]], todo: Sequence[Shard],
-            notes: Sequence[dict[str, Any]]) -> None:
+def _finish(
+    settings: Settings,
+    out: Path,
+    counts: dict[str, dict[str, int]],
+    todo: Sequence[Shard],
+    notes: Sequence[dict[str, Any]],
+) -> None:
     """Write the index, what TFDS needs, and last the manifest; then remove shards of an older plan."""
-    places = np.array([(medium.key(), number, row, *place)
-                       for number, (shard, note) in enumerate(zip(todo, notes, strict=True))
-                       for row, (medium, place) in enumerate(zip(shard.media, note["places"], strict=True))], PLACE)
+    places = np.array(
+        [
+            (medium.key(), number, row, *place)
+            for number, (shard, note) in enumerate(zip(todo, notes, strict=True))
+            for row, (medium, place) in enumerate(zip(shard.media, note["places"], strict=True))
+        ],
+        PLACE,
+    )
     places.sort(order="key")
     if len(places) and (places["key"][1:] == places["key"][:-1]).any():
         raise RuntimeError("two media have the same key")
@@ -403,12 +468,15 @@ def _finish(settings: Settings, out: Path, counts: dict[str, dict[str, int]], to
         describe(out / kind, kind, settings.decoding, [note for note in notes if note["file"].startswith(f"{kind}/")])
     kept = ("file", "records", "bytes", "sha256")
     manifest = {
-        "format": shards.FORMAT, "root": settings.root, "decoding": settings.decoding._asdict(),
-        "variants": list(settings.variants), "records": len(places),
+        "format": shards.FORMAT,
+        "root": settings.root,
+        "decoding": settings.decoding._asdict(),
+        "variants": list(settings.variants),
+        "records": len(places),
         "lists": {split: count for split, count in counts.get("", {}).items()},
         "datasets": {name: splits for name, splits in counts.items() if name},
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {
-            "python": sys.version.split()[0], **{k: ".".join(map(str, v)) for k, v in av.library_versions.items()}},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
+        | {"python": sys.version.split()[0], **{k: ".".join(map(str, v)) for k, v in av.library_versions.items()}},
         "shards": [{key: note[key] for key in kept} for note in notes],
         shards.SUMS: {name: shards.file_sum(out / name) for name in (shards.INDEX, *_lists(settings, counts))},
     }
@@ -429,8 +497,12 @@ def _remove_partial(out: Path) -> None:
 
 def _lists(settings: Settings, counts: dict[str, dict[str, int]]) -> list[str]:
     """The lists of Examples that `read_list` wrote, relative to the root."""
-    return [shards.examples_file(name, split, variant) if name else f"{split}.jsonl" for name, splits in counts.items()
-            for split in splits for variant in (settings.variants if name else ("",))]
+    return [
+        shards.examples_file(name, split, variant) if name else f"{split}.jsonl"
+        for name, splits in counts.items()
+        for split in splits
+        for variant in (settings.variants if name else ("",))
+    ]
 
 
 def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[str, Any]]) -> None:
@@ -440,52 +512,89 @@ def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[s
     if not notes:
         return
     numbers, arrays = _FIELDS[kind]
-    features = tfds.features.FeaturesDict({
-        **{name: tfds.features.Text() for name in ("path", "detail", "beside", "error")},
-        **{name: tfds.features.Scalar(np.int64) for name in ("bytes", "mtime_ns", *numbers)},
-        **{name: tfds.features.Tensor(shape=tuple(decoding.image_size if n == "S" else n for n in shape), dtype=dtype,
-                                      encoding="bytes") for name, (shape, dtype) in arrays.items()}})
+    features = tfds.features.FeaturesDict(
+        {
+            **{name: tfds.features.Text() for name in ("path", "detail", "beside", "error")},
+            **{name: tfds.features.Scalar(np.int64) for name in ("bytes", "mtime_ns", *numbers)},
+            **{
+                name: tfds.features.Tensor(
+                    shape=tuple(decoding.image_size if n == "S" else n for n in shape), dtype=dtype, encoding="bytes"
+                )
+                for name, (shape, dtype) in arrays.items()
+            },
+        }
+    )
     splits: dict[str, list[dict[str, Any]]] = {}
     for note in notes:
         title = note["file"].split("/")[1].removeprefix(f"{kind}-").split(".")[0]
         splits.setdefault(title, []).append(note)
     tfds.folder_dataset.write_metadata(
-        data_dir=str(folder), features=features, check_data=False,
+        data_dir=str(folder),
+        features=features,
+        check_data=False,
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        split_infos=[tfds.core.SplitInfo(name=title, shard_lengths=[note["records"] for note in parts],
-                                         num_bytes=sum(note["record_bytes"] for note in parts))
-                     for title, parts in splits.items()])
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=title,
+                shard_lengths=[note["records"] for note in parts],
+                num_bytes=sum(note["record_bytes"] for note in parts),
+            )
+            for title, parts in splits.items()
+        ],
+    )
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines prepare")
-    parser.add_argument("--root", type=PATH, required=True,
-                        help="data root: releases in folders of their names, or <split>.jsonl")
-    parser.add_argument("--out", type=PATH, required=True,
-                        help="the prepared root: an empty folder, or one to complete")
-    parser.add_argument("--datasets", type=Words(tuple(datasets.DATASETS)), default="", metavar="A,B",
-                        help=f"of {','.join(datasets.DATASETS)} (default: those of the joint stage that are there)")
+    parser.add_argument(
+        "--root", type=PATH, required=True, help="data root: releases in folders of their names, or <split>.jsonl"
+    )
+    parser.add_argument(
+        "--out", type=PATH, required=True, help="the prepared root: an empty folder, or one to complete"
+    )
+    parser.add_argument(
+        "--datasets",
+        type=Words(tuple(datasets.DATASETS)),
+        default="",
+        metavar="A,B",
+        help=f"of {','.join(datasets.DATASETS)} (default: those of the joint stage that are there)",
+    )
     parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
     parser.add_argument("--variants", default=",".join(datasets.VARIANTS), help="of prompts; default %(default)s")
-    parser.add_argument("--image-size", type=Whole(1, 2**16), default=224,
-                        help="pixels of a side, of the model that will read it")
-    parser.add_argument("--video-frames", type=Whole(1, 1024), default=10,
-                        help="data.video_frames of the runs that will read it")
+    parser.add_argument(
+        "--image-size", type=Whole(1, 2**16), default=224, help="pixels of a side, of the model that will read it"
+    )
+    parser.add_argument(
+        "--video-frames", type=Whole(1, 1024), default=10, help="data.video_frames of the runs that will read it"
+    )
     parser.add_argument("--pad-short-audio", action="store_true", help="data.pad_short_audio of those runs")
-    parser.add_argument("--clock", default="shown", choices=media.CLOCKS, help="by which frames and sound are placed: "
-                        "counted for runs with compat=released (default: %(default)s)")
-    parser.add_argument("--shard-mb", type=Whole(1, 10**6), default=256,
-                        help="size of a shard before compression, in MB")
-    parser.add_argument("--compress", action="store_true",
-                        help="keep pictures in less room (a still clip in a third of it), read half as fast")
-    parser.add_argument("--workers", type=Whole(0, 1024), default=os.cpu_count() or 1,
-                        help="processes; 0 = this one only")
+    parser.add_argument(
+        "--clock",
+        default="shown",
+        choices=media.CLOCKS,
+        help="by which frames and sound are placed: counted for runs with compat=released (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-mb", type=Whole(1, 10**6), default=256, help="size of a shard before compression, in MB"
+    )
+    parser.add_argument(
+        "--compress",
+        action="store_true",
+        help="keep pictures in less room (a still clip in a third of it), read half as fast",
+    )
+    parser.add_argument(
+        "--workers", type=Whole(0, 1024), default=os.cpu_count() or 1, help="processes; 0 = this one only"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     if unknown := [v for v in arguments.variants.split(",") if v not in datasets.VARIANTS]:
-        raise InputError("command line", "--variants", f"unknown variant {unknown[0]!r}",
-                         f"use some of {','.join(datasets.VARIANTS)}")
+        raise InputError(
+            "command line",
+            "--variants",
+            f"unknown variant {unknown[0]!r}",
+            f"use some of {','.join(datasets.VARIANTS)}",
+        )
     return arguments
 
 
@@ -503,8 +612,13 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
     if shards.opened(root):
         raise InputError(str(root), "--root", "is prepared already", "give the root that it was prepared from")
     decoding = Decoding(arguments.image_size, arguments.video_frames, arguments.pad_short_audio, arguments.clock)
-    settings = Settings(str(root.absolute()), decoding, tuple(arguments.variants.split(",")),
-                        arguments.shard_mb * 1_000_000, arguments.compress)
+    settings = Settings(
+        str(root.absolute()),
+        decoding,
+        tuple(arguments.variants.split(",")),
+        arguments.shard_mb * 1_000_000,
+        arguments.compress,
+    )
     wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
     failed = prepare(settings, out, wanted, arguments.workers, on_stderr)
     for line in failed[:10]:

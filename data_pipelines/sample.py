@@ -50,9 +50,12 @@ from data_pipelines.tokens import Tokenizer
 LONGER = (1280, 1536, 2048, 4096)  # so that what fits no bucket of training can be looked at too
 MEASURED = 500  # records of a task and dataset from which the padding is measured
 _KINDS = {  # of the positions of a sequence: colour, what it is
-    "text": ("#c3c9d1", "text of the prompt"), "visual": ("#56b4e9", "visual slots"),
-    "audio": ("#e69f00", "audio slots"), "target": ("#009e73", "target, with loss"),
-    "padding": ("#ffffff", "padding")}
+    "text": ("#c3c9d1", "text of the prompt"),
+    "visual": ("#56b4e9", "visual slots"),
+    "audio": ("#e69f00", "audio slots"),
+    "target": ("#009e73", "target, with loss"),
+    "padding": ("#ffffff", "padding"),
+}
 _MASK, _PREDICTS = "#d55e00", "predicts a mask token"
 _STYLE = """
 body{max-width:72rem} article{border-top:1px solid #ccc;padding:.7rem 0 1.2rem;break-inside:avoid-page}
@@ -81,8 +84,15 @@ def rank(example: Example, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed} {example.id}".encode("utf-8", "surrogatepass")).digest()
 
 
-def groups(root: str | Path, names: Sequence[str], split: str, variant: str, seed: int, keep: int,
-           progress: Callable[[str], None] | None = None) -> tuple[list[Group], Counter[str]]:
+def groups(
+    root: str | Path,
+    names: Sequence[str],
+    split: str,
+    variant: str,
+    seed: int,
+    keep: int,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[list[Group], Counter[str]]:
     """Up to `keep` shuffled records of every task and dataset, and how many annotations of each dataset are bad.
 
     names: datasets, none = all that are there. A root with `<split>.jsonl` is read as that.
@@ -100,8 +110,10 @@ def groups(root: str | Path, names: Sequence[str], split: str, variant: str, see
         found.setdefault(key, []).append(one)
         if len(found[key]) > 2 * keep + 1000:  # a million records of LVIS need not stay
             found[key] = sorted(found[key], key=lambda example: rank(example, seed))[:keep]
-    chosen = [Group(*key, counts[key], sorted(some, key=lambda example: rank(example, seed))[:keep])
-              for key, some in found.items()]
+    chosen = [
+        Group(*key, counts[key], sorted(some, key=lambda example: rank(example, seed))[:keep])
+        for key, some in found.items()
+    ]
     return chosen, bad
 
 
@@ -122,20 +134,29 @@ def _found(root: str | Path, names: Sequence[str], split: str, variant: str) -> 
 
 # One record.
 
+
 def article(example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig) -> Html:
     """One record: what its row of a batch holds."""
     head = Html('<h3>{}</h3><div class="small">{}{}</div>').format(
-        example.id, example.meta.get("row", ""), _media(example))
+        example.id, example.meta.get("row", ""), _media(example)
+    )
     try:
         bucket = bucket_for(example, tokenizer, config)
         row = load(example, root, tokenizer, dataclasses.replace(config, prompt_only=not example.target))
-        shown = (_size(bucket, row, config) + _pictures(row) + _sound(example, row) + _answer(example, row)
-                 + _text(example) + _layout(row, bucket, tokenizer, config))
+        shown = (
+            _size(bucket, row, config)
+            + _pictures(row)
+            + _sound(example, row)
+            + _answer(example, row)
+            + _text(example)
+            + _layout(row, bucket, tokenizer, config)
+        )
     except InputError as error:
         shown = Html('<p class="bad">{}</p>').format(error) + _text(example)
     label = {key: value for key, value in example.meta.items() if key != "row"}
     return Html("<article>{}{}<details><summary>label</summary><pre>{}</pre></details></article>\n").format(
-        head, shown, json.dumps(label, ensure_ascii=False, indent=1))
+        head, shown, json.dumps(label, ensure_ascii=False, indent=1)
+    )
 
 
 def _media(example: Example) -> str:
@@ -146,11 +167,16 @@ def _media(example: Example) -> str:
 def _size(bucket: Bucket, row: Mapping[str, np.ndarray], config: DataConfig) -> Html:
     text, frames, sound = (int(row[name].sum()) for name in ("text_mask", "frame_mask", "audio_mask"))
     longest = config.lengths[-len(LONGER) - 1]
-    note = (Html(' <span class="bad">longer than {}, the longest of data.lengths</span>').format(longest)
-            if bucket.length > longest else NONE)
-    said = (f"Bucket: {text} of {bucket.length} positions, {frames} of {bucket.frames} frames, "
-            f"{sound} of {bucket.windows} audio windows of {bucket.fbank_frames} filter-bank frames, {bucket.masks} "
-            f"masks.")
+    note = (
+        Html(' <span class="bad">longer than {}, the longest of data.lengths</span>').format(longest)
+        if bucket.length > longest
+        else NONE
+    )
+    said = (
+        f"Bucket: {text} of {bucket.length} positions, {frames} of {bucket.frames} frames, "
+        f"{sound} of {bucket.windows} audio windows of {bucket.fbank_frames} filter-bank frames, {bucket.masks} "
+        f"masks."
+    )
     return Html('<p class="small">{}{}</p>').format(said, note)
 
 
@@ -174,15 +200,23 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
     figure = new_figure(10.5, 1.7 + rows)
     banks, events = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, rows], gridspec_kw={"hspace": 0.05})
     for number, window in enumerate(windows):
-        drawn = banks.imshow(window.T, origin="lower", aspect="auto", cmap="magma", vmin=-1.3, vmax=1.3,
-                             extent=(number + 0.02, number + 0.98, 0, window.shape[1]))
+        drawn = banks.imshow(
+            window.T,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=-1.3,
+            vmax=1.3,
+            extent=(number + 0.02, number + 0.98, 0, window.shape[1]),
+        )
     banks.set_xlim(0, len(windows))
     banks.set_yticks([0, 64, 128])
     banks.set_ylabel("mel bin")
     figure.colorbar(drawn, ax=[banks, events], fraction=0.015, pad=0.01)
     for line, track in enumerate(tracks):
-        events.broken_barh([(start, end - start) for start, end in track.spans], (line - 0.35, 0.7),
-                           color=np.array(track.colour) / 255)
+        events.broken_barh(
+            [(start, end - start) for start, end in track.spans], (line - 0.35, 0.7), color=np.array(track.colour) / 255
+        )
     events.set_yticks(range(len(tracks)), [label_of(track.label) for track in tracks], fontsize=9)
     events.set_ylim(len(tracks) - 0.5, -0.5) if tracks else None
     events.grid(axis="x", color="0.88")
@@ -206,8 +240,12 @@ def _answer(example: Example, row: Mapping[str, np.ndarray]) -> Html:
         names = [f"{CLASSES[number]} {np.mean(mask == number):.1%}" for number in np.unique(mask) if number]
         said = f"{np.mean(mask > 0):.1%} of the picture is in the mask" if binary else ", ".join(names) or "empty"
         pictures = side_by_side([(picture, "picture to segment"), (over, "mask")], 224)
-        shown.append(jpeg(pictures, "mask") + Html('<p class="small">Mask ({}): {}.{}</p>').format(
-            example.mask_kind, said, NONE if binary else _classes(np.unique(mask))))
+        shown.append(
+            jpeg(pictures, "mask")
+            + Html('<p class="small">Mask ({}): {}.{}</p>').format(
+                example.mask_kind, said, NONE if binary else _classes(np.unique(mask))
+            )
+        )
     if "box" in example.meta and row["frame_mask"].any():
         over = overlay_boxes(row["frames"][row["frame_mask"]][-1], [(example.meta["box"], TRUTH, "")])
         shown.append(jpeg(side_by_side([(over, f"box {tuple(example.meta['box'])}")], 224), "box"))
@@ -216,18 +254,26 @@ def _answer(example: Example, row: Mapping[str, np.ndarray]) -> Html:
 
 def _classes(numbers: np.ndarray) -> Html:
     colours = avss_palette()
-    return Html(' <span class="key">{}</span>').format(NONE.join(
-        Html('<span><i style="background:rgb{}"></i>{}</span>').format(
-            tuple(int(v) for v in colours[number]), CLASSES[number]) for number in numbers if number))
+    return Html(' <span class="key">{}</span>').format(
+        NONE.join(
+            Html('<span><i style="background:rgb{}"></i>{}</span>').format(
+                tuple(int(v) for v in colours[number]), CLASSES[number]
+            )
+            for number in numbers
+            if number
+        )
+    )
 
 
 def _text(example: Example) -> Html:
     target = example.target or "none: the annotations say too little, so training leaves this record out"
     return Html('<div class="said"><b>prompt</b>{}</div><div class="said"><b>target</b>{}</div>').format(
-        example.instruction, target)
+        example.instruction, target
+    )
 
 
 # The sequence.
+
 
 def kinds(row: Mapping[str, np.ndarray], bucket: Bucket, config: DataConfig) -> list[str]:
     """What stands at each of the L positions: a key of _KINDS."""
@@ -264,9 +310,13 @@ def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer,
         swatch = Html('<span class="key"><i style="background:{}"></i></span>').format(_KINDS[kind][0])
         last = start + count - 1
         lines.append((swatch + kind, f"{start}–{last}", count, what))
-    return Html("{}<details><summary>positions</summary>{}</details><details><summary>tokens</summary>{}</details>"
-                ).format(_strip(runs, masks, bucket.length), table(("", "positions", "count", "what"), lines),
-                         _pieces(row, runs, masks, tokenizer))
+    return Html(
+        "{}<details><summary>positions</summary>{}</details><details><summary>tokens</summary>{}</details>"
+    ).format(
+        _strip(runs, masks, bucket.length),
+        table(("", "positions", "count", "what"), lines),
+        _pieces(row, runs, masks, tokenizer),
+    )
 
 
 def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: int) -> Html:
@@ -275,23 +325,31 @@ def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: i
     parts = []
     for kind, start, count in runs:
         x, w = width * start / length, width * count / length
-        parts.append(f'<rect x="{x:.1f}" y="{top}" width="{w:.1f}" height="{height}" fill="{_KINDS[kind][0]}" '
-                     f'stroke="#777" stroke-width=".7"><title>{_KINDS[kind][1]}: {start} to {start + count - 1}</title>'
-                     "</rect>")
+        parts.append(
+            f'<rect x="{x:.1f}" y="{top}" width="{w:.1f}" height="{height}" fill="{_KINDS[kind][0]}" '
+            f'stroke="#777" stroke-width=".7"><title>{_KINDS[kind][1]}: {start} to {start + count - 1}</title>'
+            "</rect>"
+        )
         if w > 26:
-            parts.append(f'<text x="{x + 1:.1f}" y="{top - 4}">{start}</text>'
-                         f'<text x="{x + w / 2:.1f}" y="{top + 17}" text-anchor="middle">{count}</text>')
+            parts.append(
+                f'<text x="{x + 1:.1f}" y="{top - 4}">{start}</text>'
+                f'<text x="{x + w / 2:.1f}" y="{top + 17}" text-anchor="middle">{count}</text>'
+            )
     for position in masks:
         x = width * (position + 0.5) / length
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height + 7}" stroke="{_MASK}" '
-                     f'stroke-width="1.1"><title>{position} predicts a mask token</title></line>')
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height + 7}" stroke="{_MASK}" '
+            f'stroke-width="1.1"><title>{position} predicts a mask token</title></line>'
+        )
     return Html(  # of numbers and our own words alone
-            f'<svg viewBox="0 0 {width} {top + height + 9}" width="100%" font-family="system-ui,sans-serif" '
-            f'font-size="11" fill="#222" role="img" aria-label="token layout">{"".join(parts)}</svg>')
+        f'<svg viewBox="0 0 {width} {top + height + 9}" width="100%" font-family="system-ui,sans-serif" '
+        f'font-size="11" fill="#222" role="img" aria-label="token layout">{"".join(parts)}</svg>'
+    )
 
 
-def _pieces(row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]], masks: Sequence[int],
-            tokenizer: Tokenizer) -> Html:
+def _pieces(
+    row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]], masks: Sequence[int], tokenizer: Tokenizer
+) -> Html:
     """The text tokens one by one, runs of slots and padding as a whole; those that predict a mask token are framed."""
     ids, out = row["tokens"].tolist(), list[Html]()
     block = Html('<span class="piece" style="background:{};border:1px solid #777">{} {}</span>')
@@ -303,8 +361,8 @@ def _pieces(row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]],
             continue
         for at in range(start, start + count):
             # A token's text depends on the one before it: a leading space is dropped at the start of a text.
-            before = tokenizer.decode(ids[at - 1:at], skip_special_tokens=False) if at else ""
-            text = tokenizer.decode(ids[max(0, at - 1):at + 1], skip_special_tokens=False)[len(before):]
+            before = tokenizer.decode(ids[at - 1 : at], skip_special_tokens=False) if at else ""
+            text = tokenizer.decode(ids[max(0, at - 1) : at + 1], skip_special_tokens=False)[len(before) :]
             style = f"background:{colour}" + (f";outline:2px solid {_MASK}" if at in masks else "")
             out.append(piece.format(at, ids[at], style, Html(escape(text).replace("\n", "&crarr;\n") or "&nbsp;")))
     return Html('<div class="pieces">{}</div>').format(NONE.join(out))
@@ -312,8 +370,18 @@ def _pieces(row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]],
 
 # The page.
 
-def page(file: Path, chosen: Sequence[Group], bad: Mapping[str, int], n: int, split: str, root: str | Path,
-         tokenizer: Tokenizer, config: DataConfig, progress: Callable[[str], None] | None = None) -> int:
+
+def page(
+    file: Path,
+    chosen: Sequence[Group],
+    bad: Mapping[str, int],
+    n: int,
+    split: str,
+    root: str | Path,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    progress: Callable[[str], None] | None = None,
+) -> int:
     """Write the page; how many records it shows."""
     longer = dataclasses.replace(config, lengths=(*config.lengths, *(x for x in LONGER if x > config.lengths[-1])))
     sections, total = [], sum(len(group.examples[:n]) for group in chosen)
@@ -329,13 +397,22 @@ def page(file: Path, chosen: Sequence[Group], bad: Mapping[str, int], n: int, sp
     meaning = Html('<span><i style="background:{}"></i>{}</span>')
     key = NONE.join(meaning.format(*kind) for kind in (*_KINDS.values(), (f"{_MASK};width:.2rem", _PREDICTS)))
     wrong = NONE.join(Html("<li>{}: {} records</li>").format(name or split, f"{n:,}") for name, n in bad.items())
-    intro = (Html("<p>Split <b>{}</b> of {}, decoded, cut and tokenised as a batch of training has it (tokenizer of {} "
-                  'tokens).</p><p class="key">{}</p>').format(split, root, f"{tokenizer.vocab_size:,}", key)
-             + Html('<p class="small">Numbers above a strip are positions, those inside it lengths. The loss at a '
-                    "target position is of the prediction one position earlier. Each window of sound is one input of "
-                    "the audio encoder.</p>")
-             + (Html('<p class="bad">Not readable, see <code>status</code>:</p><ul>{}</ul>').format(wrong)
-                if wrong else NONE))
+    intro = (
+        Html(
+            "<p>Split <b>{}</b> of {}, decoded, cut and tokenised as a batch of training has it (tokenizer of {} "
+            'tokens).</p><p class="key">{}</p>'
+        ).format(split, root, f"{tokenizer.vocab_size:,}", key)
+        + Html(
+            '<p class="small">Numbers above a strip are positions, those inside it lengths. The loss at a '
+            "target position is of the prediction one position earlier. Each window of sound is one input of "
+            "the audio encoder.</p>"
+        )
+        + (
+            Html('<p class="bad">Not readable, see <code>status</code>:</p><ul>{}</ul>').format(wrong)
+            if wrong
+            else NONE
+        )
+    )
     measured = [example for group in chosen for example in group.examples]
     sections.append(Section("padding", "Padding of the batches", _padding(measured, chosen, tokenizer, longer)))
     write(file, "Data sample", intro, sections, _STYLE)
@@ -351,8 +428,10 @@ def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: To
     weight = [group.records / len(group.examples) for group in chosen for _ in group.examples]
     rates = {index: weight[index] for fills in groups.values() for index in fills}
     rows = padding.padding(groups, rates)
-    said = (f"From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
-            f"{', '.join(map(str, config.lengths))} positions.")
+    said = (
+        f"From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
+        f"{', '.join(map(str, config.lengths))} positions."
+    )
     return Html("<p>{}</p>{}").format(said, table(padding.HEAD, padding.cells(rows)))
 
 
@@ -360,16 +439,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines sample")
     parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
-    parser.add_argument("--datasets", default="", help=f"comma-separated, of {','.join(datasets.DATASETS)} (default: "
-                        "all that are there)")
+    parser.add_argument(
+        "--datasets",
+        default="",
+        help=f"comma-separated, of {','.join(datasets.DATASETS)} (default: all that are there)",
+    )
     parser.add_argument("--split", type=Name(), default="train", help="(default: train)")
-    parser.add_argument("--variant", default="train", help=f"of the prompts: {', '.join(datasets.VARIANTS)} (default: "
-                        "train)")
+    parser.add_argument(
+        "--variant", default="train", help=f"of the prompts: {', '.join(datasets.VARIANTS)} (default: train)"
+    )
     parser.add_argument("--n", type=Whole(1), default=2, help="records of each task of each dataset (default: 2)")
     parser.add_argument("--seed", type=Whole(), default=0, help="another seed shows other records (default: 0)")
-    parser.add_argument("--tokenizer", type=PATH, default=packaged.TOKENIZER,
-                        help="tokenizer.json or a LLaMA directory (default: the "
-                        "small one of the tiny configs, whose sequences are longer than LLaMA's)")
+    parser.add_argument(
+        "--tokenizer",
+        type=PATH,
+        default=packaged.TOKENIZER,
+        help="tokenizer.json or a LLaMA directory (default: the "
+        "small one of the tiny configs, whose sequences are longer than LLaMA's)",
+    )
     parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder of index.html")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -387,8 +474,12 @@ def run(argv: Sequence[str]) -> None:
     keep = max(arguments.n, MEASURED)
     chosen, bad = groups(arguments.root, names, arguments.split, arguments.variant, arguments.seed, keep, on_stderr)
     if not chosen:
-        raise InputError(arguments.root, "--root", f"holds no readable record of {arguments.split!r}",
-                         "see what `python -m data_pipelines status` says")
+        raise InputError(
+            arguments.root,
+            "--root",
+            f"holds no readable record of {arguments.split!r}",
+            "see what `python -m data_pipelines status` says",
+        )
     prepared = shards.opened(arguments.root)
     config = DataConfig(**prepared.decoding._asdict()) if prepared else DataConfig()
     shown = page(file, chosen, bad, arguments.n, arguments.split, arguments.root, tokenizer, config, on_stderr)

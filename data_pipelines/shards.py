@@ -62,10 +62,18 @@ class Decoding(NamedTuple):
 _COUNT = Whole(0, 2**48)
 SHARD = {"file": Inside(), "records": _COUNT, "bytes": _COUNT, "sha256": Text(64, 64)}
 MANIFEST_SCHEMA = {
-    "format": Whole(), "records": _COUNT, "shards": [SHARD], "variants": [Choice(("train", "test", "quick"))],
-    "decoding": {"image_size": Whole(1, 2**15), "video_frames": Whole(1, 1024), "pad_short_audio": Flag(),
-                 "clock?": Choice(("shown", "counted"))},
-    "datasets": Each(Text(1, 100), Each(Text(1, 100), Whole()))}
+    "format": Whole(),
+    "records": _COUNT,
+    "shards": [SHARD],
+    "variants": [Choice(("train", "test", "quick"))],
+    "decoding": {
+        "image_size": Whole(1, 2**15),
+        "video_frames": Whole(1, 1024),
+        "pad_short_audio": Flag(),
+        "clock?": Choice(("shown", "counted")),
+    },
+    "datasets": Each(Text(1, 100), Each(Text(1, 100), Whole())),
+}
 ERROR = {"where": Text(), "field": Text(), "problem": Text(), "fix": Text(), "missing": Flag()}  # see `error_json`
 
 
@@ -95,6 +103,7 @@ def all_windows(windows: str) -> str:
 
 
 # Records: tf.train.Example by hand, which is protobuf of four nested messages.
+
 
 def _varint(value: int) -> bytes:
     out = bytearray()
@@ -190,10 +199,16 @@ def sum_of(manifest: Mapping[str, Any]) -> str:
 
 # Errors as text.
 
+
 def error_json(error: InputError) -> dict[str, Any]:
     """An InputError as a JSON object."""
-    return {"where": error.where, "field": error.field, "problem": error.problem, "fix": error.fix,
-            "missing": isinstance(error, MissingFile)}
+    return {
+        "where": error.where,
+        "field": error.field,
+        "problem": error.problem,
+        "fix": error.fix,
+        "missing": isinstance(error, MissingFile),
+    }
 
 
 def error_of(record: Mapping[str, Any], field: str | None = None) -> InputError:
@@ -210,6 +225,7 @@ def found_json(found: Found, whole: bool = False) -> str:
 
 # Reading.
 
+
 class Shards:
     """A prepared root, open for reading; the methods up to `mask` are those of `decoded.Files`.
 
@@ -221,14 +237,26 @@ class Shards:
         self.root = Path(root)
         self.manifest = read_json(self.root / MANIFEST, {"format": Whole()}, fix="run prepare again")
         if self.manifest.get("format") not in (FORMAT, COUNTED):
-            raise InputError(str(self.root / MANIFEST), "format", f"is {self.manifest.get('format')!r}, not {FORMAT}",
-                             "prepare the data again with this version")
+            raise InputError(
+                str(self.root / MANIFEST),
+                "format",
+                f"is {self.manifest.get('format')!r}, not {FORMAT}",
+                "prepare the data again with this version",
+            )
         if self.manifest.get(SUM, sum_of(self.manifest)) != sum_of(self.manifest):
-            raise InputError(str(self.root / MANIFEST), SUM, "is not that of what it holds; it is damaged",
-                             "run prepare again with the same options")
+            raise InputError(
+                str(self.root / MANIFEST),
+                SUM,
+                "is not that of what it holds; it is damaged",
+                "run prepare again with the same options",
+            )
         check(self.manifest, MANIFEST_SCHEMA, str(self.root / MANIFEST))
-        self.decoding = Decoding(**{"clock": "counted", **{
-            field: value for field, value in self.manifest["decoding"].items() if field in Decoding._fields}})
+        self.decoding = Decoding(
+            **{
+                "clock": "counted",
+                **{field: value for field, value in self.manifest["decoding"].items() if field in Decoding._fields},
+            }
+        )
         self._told = False
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
@@ -251,21 +279,32 @@ class Shards:
             if field == "clock" and ours != asked and self.manifest["format"] == COUNTED:
                 self._tell_age()
             elif ours != asked:
-                raise InputError(str(self.root), field, f"was prepared with {ours}, but {asked} is asked for",
-                                 f"prepare it anew with --{field.replace('_', '-')}, or read the raw data")
+                raise InputError(
+                    str(self.root),
+                    field,
+                    f"was prepared with {ours}, but {asked} is asked for",
+                    f"prepare it anew with --{field.replace('_', '-')}, or read the raw data",
+                )
 
     def check_file(self, name: str) -> None:
         """Raise InputError unless the index or a list of Examples is what was written. Older roots do not know."""
         kept = self.manifest.get(SUMS, {}).get(name)
         if kept is not None and kept != file_sum(self.root / name):
-            raise InputError(str(self.root / name), "", "is not what prepare wrote; it is damaged",
-                             "run prepare again with the same options: it writes lists and index anew")
+            raise InputError(
+                str(self.root / name),
+                "",
+                "is not what prepare wrote; it is damaged",
+                "run prepare again with the same options: it writes lists and index anew",
+            )
 
     def _tell_age(self) -> None:
         if not self._told:
-            print(f"warning: {self.root} was prepared by an older version, which counts frames and takes sound from "
-                  "its first sample: prepare it again if frame rates vary, or if sound does not start and end with the "
-                  "pictures", file=sys.stderr)
+            print(
+                f"warning: {self.root} was prepared by an older version, which counts frames and takes sound from "
+                "its first sample: prepare it again if frame rates vary, or if sound does not start and end with the "
+                "pictures",
+                file=sys.stderr,
+            )
         self._told = True
 
     def video(self, path: str) -> np.ndarray:
@@ -316,8 +355,11 @@ class Shards:
     def digest(self, names: Iterable[str], split: str) -> str:
         """A hash of the media that were decoded for one split of some datasets ("" is that of a `<split>.jsonl`)."""
         titles = {f"{name}_{split}" if name else split for name in names}
-        ours = sorted((shard["file"], shard["sha256"]) for shard in self.shards
-                      if shard["file"].partition("/")[2].partition("-")[2].partition(".")[0] in titles)
+        ours = sorted(
+            (shard["file"], shard["sha256"])
+            for shard in self.shards
+            if shard["file"].partition("/")[2].partition("-")[2].partition(".")[0] in titles
+        )
         return hashlib.blake2b(json.dumps([self.decoding, ours]).encode(), digest_size=16).hexdigest()
 
     def records(self, name: str, split: str, variant: str) -> Iterator[Found]:
@@ -349,8 +391,12 @@ class Shards:
         key = np.uint64(medium.key())
         found = np.searchsorted(self._keys, key)
         if found == len(self._keys) or self._keys[found] != key:
-            raise InputError(str(self.root), field, f"{medium.path} ({medium.detail}) is not among what was prepared",
-                             "run prepare again with the same options; it adds what is new")
+            raise InputError(
+                str(self.root),
+                field,
+                f"{medium.path} ({medium.detail}) is not among what was prepared",
+                "run prepare again with the same options; it adds what is new",
+            )
         _, number, row, at, length, total = self._places[found].item()
         try:
             data = read_at(self._file(number), at, length) if at else self._reader(number).read([row])[0]
@@ -384,8 +430,12 @@ def _size(record: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _damaged(path: Path, problem: str) -> InputError:
-    return InputError(str(path), "", f"{problem}; the shard is damaged",
-                      "run prepare again with the same options: it makes damaged shards anew")
+    return InputError(
+        str(path),
+        "",
+        f"{problem}; the shard is damaged",
+        "run prepare again with the same options: it makes damaged shards anew",
+    )
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -406,8 +456,12 @@ def opened(root: str | Path) -> Shards | None:
         stamp = os.stat(os.path.join(path, MANIFEST)).st_mtime_ns
     except OSError:
         if os.path.isfile(os.path.join(path, PLAN)):
-            raise InputError(str(root), "", "is not prepared to the end", "run prepare again with the same options; "
-                             "it goes on where it stopped") from None
+            raise InputError(
+                str(root),
+                "",
+                "is not prepared to the end",
+                "run prepare again with the same options; it goes on where it stopped",
+            ) from None
         return None
     return _opened(path, stamp)
 

@@ -67,8 +67,9 @@ class Count:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def status(root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None,
-           look: Look | None = None) -> tuple[list[Count], list[Problem]]:
+def status(
+    root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None, look: Look | None = None
+) -> tuple[list[Count], list[Problem]]:
     """Counts of every split of the datasets `names` (all when empty), and every problem.
 
     look: what is wrong with an Example whose files are there; None looks at the outline of each (of a prepared root,
@@ -112,21 +113,31 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
     for found in pace.over(records(root, count.dataset, count.split, notes=notes)):
         count.annotated += 1
         if isinstance(found, Example):
-            problems = [Problem(count.dataset, count.split, found.id, path, field, text)
-                        for field, path, text in look(count.dataset, count.split, found)]
+            problems = [
+                Problem(count.dataset, count.split, found.id, path, field, text)
+                for field, path, text in look(count.dataset, count.split, found)
+            ]
             kinds = {problem.kind for problem in problems}
             kind = next((kind for kind in (MALFORMED, CORRUPT) if kind in kinds), "")
             yield from problems
         else:
             kind = MISSING if isinstance(found, MissingFile) else MALFORMED
-            yield Problem(count.dataset, count.split, os.path.relpath(found.where, root), found.where, found.field,
-                          f"{kind}: {found.problem}")
+            yield Problem(
+                count.dataset,
+                count.split,
+                os.path.relpath(found.where, root),
+                found.where,
+                found.field,
+                f"{kind}: {found.problem}",
+            )
         count.missing += kind == MISSING
         count.corrupt += kind == CORRUPT
         count.malformed += kind == MALFORMED
         count.have += not kind
-    count.notes = [f"{os.path.relpath(note.where, root)}{f' [{note.field}]' if note.field else ''}: {note.problem}"
-                   for note in notes]
+    count.notes = [
+        f"{os.path.relpath(note.where, root)}{f' [{note.field}]' if note.field else ''}: {note.problem}"
+        for note in notes
+    ]
 
 
 def damage(root: str | Path, path: str, field: str) -> str:
@@ -152,11 +163,22 @@ def table(counts: Sequence[Count]) -> str:
     rows: list[tuple[str, ...]] = [header]
     for c in counts:
         numbers = (c.annotated, c.missing, c.corrupt, c.malformed, c.have)
-        rows.append((c.dataset, c.split, "-" if c.complete is None else f"{c.complete:,}",
-                     *("-" if c.note else f"{n:,}" for n in numbers)))
+        rows.append(
+            (
+                c.dataset,
+                c.split,
+                "-" if c.complete is None else f"{c.complete:,}",
+                *("-" if c.note else f"{n:,}" for n in numbers),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     notes = ["", *(c.note or (f"{len(c.notes):,} notes" if c.notes else "") for c in counts)]
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
 
@@ -165,8 +187,12 @@ def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
     """The arguments of a verb that looks through a data root."""
     parser = CommandLine(doc, prog)
     parser.add_argument("--root", type=PATH, required=True, help="data root: releases in folders of their names")
-    parser.add_argument("--datasets", default="", type=lambda text: [name for name in text.split(",") if name],
-                        help=f"comma-separated, of {','.join(DATASETS)} (default: all)")
+    parser.add_argument(
+        "--datasets",
+        default="",
+        type=lambda text: [name for name in text.split(",") if name],
+        help=f"comma-separated, of {','.join(DATASETS)} (default: all)",
+    )
     parser.add_argument("--json", type=ANY_PATH, default="", help="file to write the counts and every problem to")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -175,9 +201,11 @@ def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
 def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> None:
     """Print the table and the first problems; write all of them to `file` unless it is ""."""
     if file:
-        content = {"counts": [dataclasses.asdict(count) for count in counts],
-                   "kinds": {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS},
-                   "problems": [dataclasses.asdict(problem) for problem in problems]}
+        content = {
+            "counts": [dataclasses.asdict(count) for count in counts],
+            "kinds": {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS},
+            "problems": [dataclasses.asdict(problem) for problem in problems],
+        }
         # Names of files may hold bytes that are no text.
         write_whole(file, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     print(table(counts))

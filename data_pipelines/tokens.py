@@ -72,10 +72,16 @@ class Tokenizer:
         if first is None:
             backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
             backend.add_tokens([AddedToken(t, normalized=False) for t in MASK_TOKENS])
-        if len(set(backend.get_vocab().values())) < backend.get_vocab_size() or max(
-                backend.get_vocab().values()) >= self.base + 17:
-            raise InputError("tokenizer", "vocab", "has ids that are not those from 0 on, one a token",
-                             "use the tokenizer of the base model")
+        if (
+            len(set(backend.get_vocab().values())) < backend.get_vocab_size()
+            or max(backend.get_vocab().values()) >= self.base + 17
+        ):
+            raise InputError(
+                "tokenizer",
+                "vocab",
+                "has ids that are not those from 0 on, one a token",
+                "use the tokenizer of the base model",
+            )
         expected = list(range(self.base, self.base + 17))
         if [backend.token_to_id(token) for token in SPECIAL_TOKENS + MASK_TOKENS] != expected:
             problem = "has some of the multimodal tokens already, in another order"
@@ -118,8 +124,9 @@ class Tokenizer:
         backend = _convert(folder) if has_model and not file.is_file() else _read_backend(file)
         stated = config.get("legacy")
         if not isinstance(stated, bool | None):
-            raise InputError(str(folder / "tokenizer_config.json"), "legacy", f"is {stated!r:.40}",
-                             "give true, false or null")
+            raise InputError(
+                str(folder / "tokenizer_config.json"), "legacy", f"is {stated!r:.40}", "give true, false or null"
+            )
         legacy = stated is not False if legacy is None else legacy
         marks = normalizers.Replace(" ", "▁")
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), marks]) if legacy else marks
@@ -148,8 +155,9 @@ class Tokenizer:
             with _refusing(self.where):
                 return self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
-            raise InputError("a prompt or target", "", f"holds bytes that are no text: {text!r:.200}",
-                             "write it in UTF-8") from None
+            raise InputError(
+                "a prompt or target", "", f"holds bytes that are no text: {text!r:.200}", "write it in UTF-8"
+            ) from None
 
     def encode(self, instruction: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32[N], is_target bool[N]) of the wrapped instruction, followed by `target + "</s>"` unless None.
@@ -224,6 +232,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 def _check_normalizer(normalizer: Any, where: str) -> int:
     """How many times as long as it was a text may become, GROWTH at most. Raises InputError for more, and for what the
     Rust library would end the process of."""
+
     def refuse(problem: str) -> InputError:
         return InputError(where, "normalizer", problem, "use the tokenizer of the base model")
 
@@ -256,8 +265,12 @@ def _refusing(where: str | Path) -> Iterator[None]:
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise InputError(str(where), "tokenizer", f"cannot be used ({' '.join(str(error).split()):.200})",
-                         "give the tokenizer.json of the base model") from None
+        raise InputError(
+            str(where),
+            "tokenizer",
+            f"cannot be used ({' '.join(str(error).split()):.200})",
+            "give the tokenizer.json of the base model",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -286,9 +299,12 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
         backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
         backend.model = _merging_by_score(pieces)
     except Exception as error:  # of transformers, sentencepiece and tiktoken, each of its own kind
-        raise InputError(str(folder / "tokenizer.model"), "tokenizer",
-                         f"cannot be read ({error.__class__.__name__}: {' '.join(str(error).split()):.120})",
-                         "fetch the LLaMA directory again") from None
+        raise InputError(
+            str(folder / "tokenizer.model"),
+            "tokenizer",
+            f"cannot be read ({error.__class__.__name__}: {' '.join(str(error).split()):.120})",
+            "fetch the LLaMA directory again",
+        ) from None
     return backend
 
 
@@ -301,11 +317,17 @@ def _merging_by_score(pieces: Any) -> models.BPE:
     merges = []
     for piece, number in vocab.items():
         halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = sorted((vocab[left], vocab[right], (left, right)) for left, right in halves
-                       if left in vocab and right in vocab)
+        pairs = sorted(
+            (vocab[left], vocab[right], (left, right)) for left, right in halves if left in vocab and right in vocab
+        )
         merges += [(-pieces.get_score(number), pair) for *_, pair in pairs]
-    return models.BPE(vocab, [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
-                      unk_token=pieces.id_to_piece(pieces.unk_id()), fuse_unk=True, byte_fallback=True)
+    return models.BPE(
+        vocab,
+        [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+        unk_token=pieces.id_to_piece(pieces.unk_id()),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -49,9 +49,13 @@ SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # that a file may take, and more for a la
 Task = tuple[str, str, tuple[str, ...]]  # what `examine` takes
 
 
-def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
-             progress: Callable[[str], None] | None = None, seconds: float = SECONDS
-             ) -> tuple[list[Count], list[Problem]]:
+def validate(
+    root: str | Path,
+    names: Sequence[str] = (),
+    workers: int = 0,
+    progress: Callable[[str], None] | None = None,
+    seconds: float = SECONDS,
+) -> tuple[list[Count], list[Problem]]:
     """Counts and problems as of `status`, by decoding with `workers` processes (0: one per core).
 
     Memory grows by the names of the files, not by what they hold; a process decodes one file at a time. Of a prepared
@@ -59,8 +63,12 @@ def validate(root: str | Path, names: Sequence[str] = (), workers: int = 0,
     holds nothing.
     """
     if not any(is_there(root, name) for name, _ in selection(root, names)):
-        raise InputError(str(root), "--root", "holds nothing of what is asked for",
-                         "give the folder that holds the datasets; docs/datasets.md shows the trees")
+        raise InputError(
+            str(root),
+            "--root",
+            "holds nothing of what is asked for",
+            "give the folder that holds the datasets; docs/datasets.md shows the trees",
+        )
     if prepared := shards.opened(root):
         wrong = list(_checksums(prepared, progress))
         counts, problems = status(root, names, progress, PreparedLook(prepared))
@@ -180,8 +188,12 @@ class Look:
         if example.mask_kind == "none" or not example.mask:
             return
         if source is None:
-            raise InputError("", "second", f"is {example.second}, which is no frame of the example, so the "
-                             "picture to segment is unknown", "")
+            raise InputError(
+                "",
+                "second",
+                f"is {example.second}, which is no frame of the example, so the picture to segment is unknown",
+                "",
+            )
         if example.mask.startswith(media.INLINE_MASK):
             media.read_mask(self.root / example.mask, None, "binary", size)
         elif size and (own := self._of(example.mask).size):
@@ -193,8 +205,11 @@ class Look:
         samples, start, shown = self._heard(example)
         heard = samples / media.SAMPLE_RATE + start
         if samples and shown and mismatch(shown, heard):
-            yield ("audio" if example.audio else "video", example.audio or example.video or "",
-                   f"{WARNING}: {heard:.2f} s of sound for {shown:.2f} s of video")
+            yield (
+                "audio" if example.audio else "video",
+                example.audio or example.video or "",
+                f"{WARNING}: {heard:.2f} s of sound for {shown:.2f} s of video",
+            )
 
     def _turned(self, example: Example) -> Iterator[tuple[str, str, str]]:
         """A mask whose picture EXIF turns, and which nothing turns: it may be drawn on the picture as it is stored."""
@@ -202,8 +217,14 @@ class Look:
         drawn = example.mask and not example.mask.startswith(media.INLINE_MASK) and example.mask_kind != "none"
         picture, mask = self._of(source[1] if source else ""), self._of(str(example.mask))
         if source and drawn and picture.turned and not mask.turned and picture.size == mask.size:
-            yield "mask", str(example.mask), (f"{WARNING}: EXIF turns its picture {source[1]}; the mask is read as "
-                                              "drawn on the picture as viewers show it")
+            yield (
+                "mask",
+                str(example.mask),
+                (
+                    f"{WARNING}: EXIF turns its picture {source[1]}; the mask is read as "
+                    "drawn on the picture as viewers show it"
+                ),
+            )
 
     def _leak(self, dataset: str, split: str, example: Example, path: str) -> Iterator[tuple[str, str, str]]:
         """The clip in an earlier split of the same dataset, once per clip: a warning where the release itself has such
@@ -254,8 +275,9 @@ class PreparedLook(Look):
 def run(argv: Sequence[str]) -> bool:
     """Print the table, write the report when asked to; whether anything is bad."""
     parser = command_line(__doc__, "python -m data_pipelines validate")
-    parser.add_argument("--workers", type=Whole(0, 1024), default=0,
-                        help="processes that decode (default: one per core)")
+    parser.add_argument(
+        "--workers", type=Whole(0, 1024), default=0, help="processes that decode (default: one per core)"
+    )
     parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
     arguments = parser.parse_args(argv)
     if arguments.json:  # said before the work, not after it

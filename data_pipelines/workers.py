@@ -25,6 +25,7 @@ def end_with_parent(*_: object) -> None:
     The kernel closes the parent's end of the pipe that Python keeps to every worker. (PR_SET_PDEATHSIG looks at the
     thread that started the worker, which in Grain may be one of a pool, or at the fork server.)
     """
+
     def watch(parent: Any) -> None:
         parent.join()
         os._exit(1)
@@ -42,8 +43,9 @@ class _Worker:
     until: float = 0.0  # time.monotonic() when they are over
 
 
-def results(function: Callable[[T], Any], tasks: Iterable[T], count: int, seconds: Callable[[T], float]
-            ) -> Iterator[tuple[T, Any]]:
+def results(
+    function: Callable[[T], Any], tasks: Iterable[T], count: int, seconds: Callable[[T], float]
+) -> Iterator[tuple[T, Any]]:
     """(task, function(task)) of every task, in the order in which they are done by `count` processes.
 
     Where the process dies, or takes longer than seconds(task), the result is an Exception that says so, and another
@@ -61,8 +63,10 @@ def results(function: Callable[[T], Any], tasks: Iterable[T], count: int, second
         try:
             ours.recv()  # it has started: what ends it from now on is a task's doing
         except EOFError:
-            raise RuntimeError("a process ended before it had a task; a script needs `if __name__ == '__main__':` "
-                               "around what starts processes") from None
+            raise RuntimeError(
+                "a process ended before it had a task; a script needs `if __name__ == '__main__':` "
+                "around what starts processes"
+            ) from None
         return _Worker(process, ours)
 
     idle: list[_Worker] = []

@@ -8,8 +8,14 @@ import av
 import numpy as np
 
 RATE = 16000
-CODECS = {".mp4": ("libx264", "aac"), ".mkv": ("libx264", "aac"), ".ts": ("libx264", "aac"), ".flv": ("libx264", "aac"),
-          ".webm": ("libvpx-vp9", "libopus"), ".avi": ("mpeg4", "libmp3lame")}
+CODECS = {
+    ".mp4": ("libx264", "aac"),
+    ".mkv": ("libx264", "aac"),
+    ".ts": ("libx264", "aac"),
+    ".flv": ("libx264", "aac"),
+    ".webm": ("libvpx-vp9", "libopus"),
+    ".avi": ("mpeg4", "libmp3lame"),
+}
 
 
 def steady(seconds: float, fps: Fraction | int = 10, start: float = 0.0) -> list[float]:
@@ -24,8 +30,15 @@ def beep(seconds: float, at: float, until: float) -> np.ndarray:
     return (noise + 0.6 * np.sin(5529 * time) * ((time >= at) & (time < until))).astype(np.float32)
 
 
-def write_clip(path: Path, times: Sequence[float], sound: np.ndarray | None = None, offset: float = 0.0,
-               holes: Sequence[tuple[float, float]] = (), fps: Fraction | int = 10, bf: int = 0) -> Path:
+def write_clip(
+    path: Path,
+    times: Sequence[float],
+    sound: np.ndarray | None = None,
+    offset: float = 0.0,
+    holes: Sequence[tuple[float, float]] = (),
+    fps: Fraction | int = 10,
+    bf: int = 0,
+) -> Path:
     """A clip in the container and codecs of its ending. times: when frames are shown; sound: float[N] that starts at
     `offset` seconds; holes: (second of the sound, length) of silence that the file leaves out. bf: B frames."""
     codecs = CODECS[path.suffix]
@@ -48,8 +61,9 @@ def write_clip(path: Path, times: Sequence[float], sound: np.ndarray | None = No
             wave = np.repeat(sound, rate // RATE)
             size = track.codec_context.frame_size or 1024
             for i in range(0, len(wave), size):
-                block = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None, i:i + size], np.float32), "fltp",
-                                                   "mono")
+                block = av.AudioFrame.from_ndarray(
+                    np.ascontiguousarray(wave[None, i : i + size], np.float32), "fltp", "mono"
+                )
                 later = offset + sum(length for at, length in holes if i >= at * rate)
                 block.sample_rate, block.pts, block.time_base = rate, i + round(later * rate), Fraction(1, rate)
                 if codecs[1] == "libopus":

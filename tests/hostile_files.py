@@ -112,92 +112,223 @@ def _one(path: Path) -> Any:
     return read_rows(path), read_all(path.parent)
 
 
-_EXAMPLE = {"id": "a", "task": "avqa", "instruction": "<video>?", "target": "x", "video": "v.mp4",
-            "meta": {"answer": "x", "type": ["Audio"]}}
+_EXAMPLE = {
+    "id": "a",
+    "task": "avqa",
+    "instruction": "<video>?",
+    "target": "x",
+    "video": "v.mp4",
+    "meta": {"answer": "x", "type": ["Audio"]},
+}
 _DECODING = {"image_size": 64, "video_frames": 10, "pad_short_audio": False, "clock": "shown"}
-PREPARED = {"format": shards.FORMAT, "root": "/r", "decoding": _DECODING, "variants": ["train"], "records": 0,
-            "datasets": {"ave": {"train": 1}}, "lists": {},
-            "shards": [{"file": f"frames/{n}", "records": n, "bytes": n, "sha256": "0" * 64} for n in (1, 2)]}
+PREPARED = {
+    "format": shards.FORMAT,
+    "root": "/r",
+    "decoding": _DECODING,
+    "variants": ["train"],
+    "records": 0,
+    "datasets": {"ave": {"train": 1}},
+    "lists": {},
+    "shards": [{"file": f"frames/{n}", "records": n, "bytes": n, "sha256": "0" * 64} for n in (1, 2)],
+}
 _TINY = json.loads((packaged.located(packaged.TOKENIZER)).read_bytes())
-_SCENE = {"split": "train", "index": 0, "seed": 1, "things": [{
-    "kind": next(iter(scene_graph.KINDS)), "slot": "left", "x": 0.5, "y": 0.5, "size": 0.3, "visible": [0, 9],
-    "sounding": None, "loudness": 0.0, "pitch": 0.1, "phase": 0.2, "boxes": [[1, 2, 3, 4], *[None] * 9]}]}
-_LLAMA = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "rms_norm_eps": 1e-5,
-          "rope_theta": 10000.0, "rope_scaling": None}
-_CLIP = {"vision_config": {"image_size": 28, "patch_size": 14, "hidden_size": 64, "num_hidden_layers": 24,
-                           "num_attention_heads": 4, "intermediate_size": 128, "hidden_act": "quick_gelu"}}
-_ANSWER = {"id": "a", "request": "0" * 64, "model": "m", "text": "x", "tokens_in": 1, "tokens_out": 2,
-           "estimated": False}
+_SCENE = {
+    "split": "train",
+    "index": 0,
+    "seed": 1,
+    "things": [
+        {
+            "kind": next(iter(scene_graph.KINDS)),
+            "slot": "left",
+            "x": 0.5,
+            "y": 0.5,
+            "size": 0.3,
+            "visible": [0, 9],
+            "sounding": None,
+            "loudness": 0.0,
+            "pitch": 0.1,
+            "phase": 0.2,
+            "boxes": [[1, 2, 3, 4], *[None] * 9],
+        }
+    ],
+}
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+}
+_CLIP = {
+    "vision_config": {
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_size": 64,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "hidden_act": "quick_gelu",
+    }
+}
+_ANSWER = {
+    "id": "a",
+    "request": "0" * 64,
+    "model": "m",
+    "text": "x",
+    "tokens_in": 1,
+    "tokens_out": 2,
+    "estimated": False,
+}
 _SCORES = {"accuracy": 0.5, "n": 4, "n_unparsed": 1, "n_no_mask": 0, "intervals": {"accuracy": [0.1, 0.9]}}
-_QUESTION = {"video_id": "v", "question_id": 1, "type": "[\"Audio\", \"Counting\"]", "question_content": "How many?",
-             "templ_values": "[]", "anser": "two"}
+_QUESTION = {
+    "video_id": "v",
+    "question_id": 1,
+    "type": '["Audio", "Counting"]',
+    "question_content": "How many?",
+    "templ_values": "[]",
+    "anser": "two",
+}
 KINDS = (
-    Kind("config.json", json.loads((packaged.located(packaged.WARM_START) / "config.json").read_bytes()),
-         lambda path: runs.load_config(path.parent)),
+    Kind(
+        "config.json",
+        json.loads((packaged.located(packaged.WARM_START) / "config.json").read_bytes()),
+        lambda path: runs.load_config(path.parent),
+    ),
     Kind("tokenizer.json", _TINY, Tokenizer.load),
-    Kind("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizer", "legacy": None}, _tokenizer_config,
-         lenient=("an empty object",)),
+    Kind(
+        "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizer", "legacy": None},
+        _tokenizer_config,
+        lenient=("an empty object",),
+    ),
     Kind("llama/config.json", _LLAMA, lambda path: llama_config(structured.read_json(path), str(path))),
-    Kind("clip/config.json", _CLIP, lambda path: clip_config(structured.read_json(path), (14, 22, 23), "float32",
-                                                             str(path))),
+    Kind(
+        "clip/config.json",
+        _CLIP,
+        lambda path: clip_config(structured.read_json(path), (14, 22, 23), "float32", str(path)),
+    ),
     Kind("model.safetensors.index.json", {"weight_map": {"w": "a.safetensors"}}, _index),
-    Kind("checkpoints/manifest.json", {"format": 1, "frozen_hash": "0" * 64, "packages": {}},
-         lambda path: RunCheckpoints(path.parent).manifest, lenient=("an empty object",)),
+    Kind(
+        "checkpoints/manifest.json",
+        {"format": 1, "frozen_hash": "0" * 64, "packages": {}},
+        lambda path: RunCheckpoints(path.parent).manifest,
+        lenient=("an empty object",),
+    ),
     Kind("prepared.json", PREPARED, _prepared),
-    Kind("plan.json", {"root": "/r", **_DECODING, "variants": ["train"], "shard_bytes": 1000, "compress": False,
-                       "lists": [["ave", "train"]]}, _plan),
-    Kind("examples/ave-train-train.jsonl", [_EXAMPLE, {"error": {
-        "where": "x:1", "field": "f", "problem": "p", "fix": "x", "missing": False}, "whole": False}][:1],
-         _prepared_list, lines=True),
+    Kind(
+        "plan.json",
+        {
+            "root": "/r",
+            **_DECODING,
+            "variants": ["train"],
+            "shard_bytes": 1000,
+            "compress": False,
+            "lists": [["ave", "train"]],
+        },
+        _plan,
+    ),
+    Kind(
+        "examples/ave-train-train.jsonl",
+        [
+            _EXAMPLE,
+            {"error": {"where": "x:1", "field": "f", "problem": "p", "fix": "x", "missing": False}, "whole": False},
+        ][:1],
+        _prepared_list,
+        lines=True,
+    ),
     Kind("train.jsonl", [_EXAMPLE, {**_EXAMPLE, "id": "b"}], read_jsonl, lines=True),
-    Kind("predictions.jsonl", [{"id": "a", "task": "avqa", "text": "x", "parsed": None, "mask": None, "label": {}}],
-         _one, lines=True, lenient=("half", "an empty object", "zeros")),
-    Kind("evaluation.json", {"data": "d", "split": "test", "identity": {}},
-         lambda path: structured.read_json(path, compare.EVALUATION)),
+    Kind(
+        "predictions.jsonl",
+        [{"id": "a", "task": "avqa", "text": "x", "parsed": None, "mask": None, "label": {}}],
+        _one,
+        lines=True,
+        lenient=("half", "an empty object", "zeros"),
+    ),
+    Kind(
+        "evaluation.json",
+        {"data": "d", "split": "test", "identity": {}},
+        lambda path: structured.read_json(path, compare.EVALUATION),
+    ),
     Kind("results.json", {"tasks": {"avqa": _SCORES}, "baselines": {"empty": {"avqa": _SCORES}}}, report.read_results),
-    Kind("metrics.jsonl", [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}],
-         lambda path: list(structured.read_lines(path, report.METRICS, constants=True)), lines=True,
-         lenient=("NaN", "Infinity", "1e400", "an empty object")),
-    Kind("samples.json", [{"task": "ave", "video_path": "v.mp4", "second": 1}], read_samples,
-         lenient=("a list",)),
+    Kind(
+        "metrics.jsonl",
+        [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}],
+        lambda path: list(structured.read_lines(path, report.METRICS, constants=True)),
+        lines=True,
+        lenient=("NaN", "Infinity", "1e400", "an empty object"),
+    ),
+    Kind("samples.json", [{"task": "ave", "video_path": "v.mp4", "second": 1}], read_samples, lenient=("a list",)),
     Kind("scene.json", _SCENE, scene_graph.load),
-    Kind("scenes.json", {"format": 1, "seed": 0, "counts": {"train": 0}, "complete": True},
-         lambda path: scenes.load_split(path.parent, "train")),
-    Kind("answers.journal", [_ANSWER, {"id": "b", "request": "1", "lost": "timed out"}], _journal, lines=True,
-         lenient=("half", "empty", "blank", "zeros")),
-    Kind("music_avqa/json_update/avqa-train.json", [_QUESTION], functools.partial(_annotations, "avqa"),
-         lenient=("NaN", "Infinity", "1e400")),
+    Kind(
+        "scenes.json",
+        {"format": 1, "seed": 0, "counts": {"train": 0}, "complete": True},
+        lambda path: scenes.load_split(path.parent, "train"),
+    ),
+    Kind(
+        "answers.journal",
+        [_ANSWER, {"id": "b", "request": "1", "lost": "timed out"}],
+        _journal,
+        lines=True,
+        lenient=("half", "empty", "blank", "zeros"),
+    ),
+    Kind(
+        "music_avqa/json_update/avqa-train.json",
+        [_QUESTION],
+        functools.partial(_annotations, "avqa"),
+        lenient=("NaN", "Infinity", "1e400"),
+    ),
 )
 
 _DEEP = 100_000
 # name -> what is in the file instead, made from a sound text.
 CONTENTS: dict[str, Callable[[str], bytes]] = {
-    "empty": lambda text: b"", "blank": lambda text: b" \n \n", "zeros": lambda text: bytes(4096),
-    "null": lambda text: b"null", "a list": lambda text: b"[1]", "a number": lambda text: b"5",
-    "a text": lambda text: b'"text"', "true": lambda text: b"true", "an empty object": lambda text: b"{}",
-    "half": lambda text: text[:len(text) // 2].encode(), "garbage behind": lambda text: (text + "}{").encode(),
+    "empty": lambda text: b"",
+    "blank": lambda text: b" \n \n",
+    "zeros": lambda text: bytes(4096),
+    "null": lambda text: b"null",
+    "a list": lambda text: b"[1]",
+    "a number": lambda text: b"5",
+    "a text": lambda text: b'"text"',
+    "true": lambda text: b"true",
+    "an empty object": lambda text: b"{}",
+    "half": lambda text: text[: len(text) // 2].encode(),
+    "garbage behind": lambda text: (text + "}{").encode(),
     "two values": lambda text: (text.strip() + text.strip()).encode(),
-    "lists in lists": lambda text: b"[" * _DEEP, "closed lists": lambda text: b"[" * _DEEP + b"]" * _DEEP,
+    "lists in lists": lambda text: b"[" * _DEEP,
+    "closed lists": lambda text: b"[" * _DEEP + b"]" * _DEEP,
     "objects in objects": lambda text: b'{"a":' * _DEEP + b"1" + b"}" * _DEEP,
     "lists as deep as Python": lambda text: b"[" * 900 + b"]" * 900,
     "not UTF-8": lambda text: text.replace('"', '"\xff', 1).encode("latin-1", "replace"),
     "latin-1": lambda text: text.replace('{"', '{"\xe9": 1, "', 1).encode("latin-1", "replace"),
-    "UTF-16": lambda text: text.encode("utf-16"), "UTF-16 without a mark": lambda text: text.encode("utf-16-le"),
-    "UTF-16 big": lambda text: text.encode("utf-16-be"), "UTF-32": lambda text: text.encode("utf-32"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "UTF-16 without a mark": lambda text: text.encode("utf-16-le"),
+    "UTF-16 big": lambda text: text.encode("utf-16-be"),
+    "UTF-32": lambda text: text.encode("utf-32"),
     "a key twice": lambda text: text.replace('{"', '{"twice": 1, "twice": 2, "', 1).encode(),
-    "NaN": lambda text: _with(text, "NaN"), "Infinity": lambda text: _with(text, "-Infinity"),
-    "1e400": lambda text: _with(text, "1e400"), "a number of 10^5 digits": lambda text: _with(text, "9" * 100_000),
+    "NaN": lambda text: _with(text, "NaN"),
+    "Infinity": lambda text: _with(text, "-Infinity"),
+    "1e400": lambda text: _with(text, "1e400"),
+    "a number of 10^5 digits": lambda text: _with(text, "9" * 100_000),
     "a number of 500 digits": lambda text: _with(text, "-" + "9" * 500),
-    "half a pair": lambda text: _with(text, '"\\ud83d"'), "single quotes": lambda text: text.replace('"', "'").encode(),
+    "half a pair": lambda text: _with(text, '"\\ud83d"'),
+    "single quotes": lambda text: text.replace('"', "'").encode(),
     "a comment": lambda text: b"// settings\n" + text.encode(),
     "a list 1000 deep in a field": lambda text: _with(text, "[" * 1000 + "]" * 1000),
     "a list 70 deep in a field": lambda text: _with(text, "[" * 70 + "]" * 70),
     "a control character": lambda text: text.replace('"', '"\x01', 1).encode(),
-    "gzip": lambda text: gzip.compress(text.encode()), "a pickle": lambda text: pickle.dumps({"a": 1}),
-    "a PNG": lambda text: b"\x89PNG\r\n\x1a\n" + bytes(64), "a zip": lambda text: b"PK\x03\x04" + bytes(64),
-    "a page": lambda text: b"<!doctype html><html>", "a Git LFS pointer": lambda text:
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4\n",
+    "gzip": lambda text: gzip.compress(text.encode()),
+    "a pickle": lambda text: pickle.dumps({"a": 1}),
+    "a PNG": lambda text: b"\x89PNG\r\n\x1a\n" + bytes(64),
+    "a zip": lambda text: b"PK\x03\x04" + bytes(64),
+    "a page": lambda text: b"<!doctype html><html>",
+    "a Git LFS pointer": lambda text: (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4\n"
+    ),
 }
 
 
@@ -216,14 +347,37 @@ def _sparse(path: Path) -> None:
 
 
 PLACES: dict[str, Callable[[Path], None]] = {
-    "a folder": lambda path: path.mkdir(), "a pipe": _pipe, "a sparse file of 3 GB": _sparse,
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": _pipe,
+    "a sparse file of 3 GB": _sparse,
     "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "a link to nothing": lambda path: path.symlink_to("/nonexistent/x"),
-    "a link to itself": lambda path: path.symlink_to(path)}
+    "a link to itself": lambda path: path.symlink_to(path),
+}
 
 # What a field may hold instead.
-VALUES: tuple[Any, ...] = (None, True, -1, 0, 2**31, 2**64, -10**300, 0.5, 1e308, "", "x" * 10_000, "a\0b", "../../etc",
-                           [], {}, [[]], [None], {"a": {"b": 1}}, [1, 2, 3, 4, 5], "9" * 40)
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**64,
+    -(10**300),
+    0.5,
+    1e308,
+    "",
+    "x" * 10_000,
+    "a\0b",
+    "../../etc",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {"b": 1}},
+    [1, 2, 3, 4, 5],
+    "9" * 40,
+)
 
 
 def text_of(kind: Kind, value: Any = None) -> str:
@@ -236,9 +390,10 @@ def places(value: Any, at: tuple[Any, ...] = (), most: int = 3) -> Iterator[tupl
     """Where the fields of a value are: the first `most` of each list, and of an object of very many."""
     if at:
         yield at
-    inside = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(
-        value, list) else []
-    for key, inner in inside[:most if len(inside) > 40 or isinstance(value, list) else 40]:
+    inside = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
+    for key, inner in inside[: most if len(inside) > 40 or isinstance(value, list) else 40]:
         yield from places(inner, (*at, key), most)
 
 
@@ -263,7 +418,7 @@ def file_of(kind: Kind, folder: Path) -> Path:
 
 
 def verdict(read: Callable[[Path], Any], path: Path, may_be_read: bool = False) -> str:
-    """"" when what lies at the path is refused as it should be, otherwise what happened instead."""
+    """ "" when what lies at the path is refused as it should be, otherwise what happened instead."""
     start = time.monotonic()
     try:
         read(path)
@@ -331,6 +486,7 @@ def try_fields(kind: Kind, folder: Path, tally: Tally, most: int = 10**9) -> Non
 
 # Weights: the header, and what it says of the data.
 
+
 def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file; `length`: what it says of its header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -343,19 +499,25 @@ def _tensor(first: int = 0, end: int = 8, shape: Any = (2,), dtype: Any = "F32")
 
 _TWO = {"a": _tensor(), "b": _tensor(8, 16)}
 WEIGHTS: dict[str, Callable[[], bytes]] = {
-    "empty": lambda: b"", "seven bytes": lambda: bytes(7), "eight bytes": lambda: bytes(8),
+    "empty": lambda: b"",
+    "seven bytes": lambda: bytes(7),
+    "eight bytes": lambda: bytes(8),
     "a header of exabytes": lambda: safetensors(_TWO, bytes(16), 2**63),
     "a header of 2^64 - 1 bytes": lambda: safetensors(_TWO, bytes(16), 2**64 - 1),
     "a header longer than the file": lambda: safetensors(_TWO, bytes(16), 1000),
     "a header cut off": lambda: safetensors(_TWO, bytes(16), 20),
-    "no JSON": lambda: safetensors(b"{'a': 1}"), "not UTF-8": lambda: safetensors(b'{"\xff": 1}'),
-    "a list": lambda: safetensors([1]), "a number": lambda: safetensors(5), "null": lambda: safetensors(None),
-    "deep lists": lambda: safetensors(b"[" * _DEEP), "a deep tensor": lambda: safetensors(
-        b'{"a":' * _DEEP + b"1" + b"}" * _DEEP),
+    "no JSON": lambda: safetensors(b"{'a': 1}"),
+    "not UTF-8": lambda: safetensors(b'{"\xff": 1}'),
+    "a list": lambda: safetensors([1]),
+    "a number": lambda: safetensors(5),
+    "null": lambda: safetensors(None),
+    "deep lists": lambda: safetensors(b"[" * _DEEP),
+    "a deep tensor": lambda: safetensors(b'{"a":' * _DEEP + b"1" + b"}" * _DEEP),
     "a tensor twice": lambda: safetensors(b'{"a":%b,"a":%b}' % ((json.dumps(_tensor()).encode(),) * 2), bytes(8)),
     "10^6 tensors": lambda: safetensors(b"{" + b",".join(b'"%d":{"dtype":"F32"}' % n for n in range(10**6)) + b"}"),
-    "200,000 tensors": lambda: safetensors(b"{" + b",".join(
-        b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_000)) + b"}"),
+    "200,000 tensors": lambda: safetensors(
+        b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_000)) + b"}"
+    ),
     "a shape of 10^6 ones": lambda: safetensors({"a": _tensor(0, 4, [1] * 10**6)}, bytes(4)),
     "a shape of 33 ones": lambda: safetensors({"a": _tensor(0, 4, [1] * 33)}, bytes(4)),
     "overlapping tensors": lambda: safetensors({"a": _tensor(), "b": _tensor(4, 12)}, bytes(12)),
@@ -363,7 +525,8 @@ WEIGHTS: dict[str, Callable[[], bytes]] = {
     "two tensors of the same bytes": lambda: safetensors({"a": _tensor(), "b": _tensor()}, bytes(8)),
     "a hole": lambda: safetensors({"a": _tensor(), "b": _tensor(12, 20)}, bytes(20)),
     "a hole at the start": lambda: safetensors({"a": _tensor(8, 16)}, bytes(16)),
-    "bytes behind": lambda: safetensors(_TWO, bytes(17)), "bytes missing": lambda: safetensors(_TWO, bytes(15)),
+    "bytes behind": lambda: safetensors(_TWO, bytes(17)),
+    "bytes missing": lambda: safetensors(_TWO, bytes(15)),
     "no tensor but bytes": lambda: safetensors({}, bytes(4)),
     "offsets beyond the file": lambda: safetensors({"a": _tensor(2**40, 2**40 + 8)}, bytes(8)),
     "offsets of 2^64": lambda: safetensors({"a": _tensor(2**64, 2**64 + 8)}, bytes(8)),
@@ -387,8 +550,10 @@ WEIGHTS: dict[str, Callable[[], bytes]] = {
     "a tensor that is null": lambda: safetensors({"a": None}, bytes(8)),
     "metadata that are a list": lambda: safetensors({"__metadata__": [1], "a": _tensor()}, bytes(8)),
     "metadata that are numbers": lambda: safetensors({"__metadata__": {"a": 1}, "a": _tensor()}, bytes(8)),
-    "a page": lambda: b"<!doctype html><html>", "a Git LFS pointer": lambda: CONTENTS["a Git LFS pointer"](""),
-    "a zip": lambda: b"PK\x03\x04" + bytes(64), "zeros": lambda: bytes(4096),
+    "a page": lambda: b"<!doctype html><html>",
+    "a Git LFS pointer": lambda: CONTENTS["a Git LFS pointer"](""),
+    "a zip": lambda: b"PK\x03\x04" + bytes(64),
+    "zeros": lambda: bytes(4096),
     "a gzip": lambda: gzip.compress(b"x" * 99),
 }
 
@@ -405,13 +570,33 @@ def try_weights(folder: Path, tally: Tally) -> None:
 
 # Indices: the files that they name.
 
+
 def try_indices(folder: Path, tally: Tally) -> None:
     """An index of shards that names what is not a file of its own folder."""
     kind = next(kind for kind in KINDS if kind.name == "model.safetensors.index.json")
     outside = Path(tempfile.mkdtemp(dir=folder)) / "a.safetensors"
     outside.write_bytes(safetensors({"w": _tensor()}, bytes(8)))
-    for name in ("../a.safetensors", str(outside), "/dev/zero", "/dev/stdin", "link", "zero", "pipe", "sub/a", ".",
-                 "..", "", "a\0b", "a" * 300, "a\nb", "missing.safetensors", "folder", "C:\\a", "~/a", "loop"):
+    for name in (
+        "../a.safetensors",
+        str(outside),
+        "/dev/zero",
+        "/dev/stdin",
+        "link",
+        "zero",
+        "pipe",
+        "sub/a",
+        ".",
+        "..",
+        "",
+        "a\0b",
+        "a" * 300,
+        "a\nb",
+        "missing.safetensors",
+        "folder",
+        "C:\\a",
+        "~/a",
+        "loop",
+    ):
         for suffix in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             path = file_of(kind, folder).with_name(suffix)
             (path.parent / "link").symlink_to(outside)
@@ -424,6 +609,7 @@ def try_indices(folder: Path, tally: Tally) -> None:
 
 
 # Zips of labels.
+
 
 def _zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> None:
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -454,7 +640,10 @@ def _cut(path: Path) -> None:
 
 _LABEL = "converted_label/a.txt"
 ZIPS: dict[str, Callable[[Path], None]] = {
-    "no member": lambda path: _zip(path, {}), "cut off": _cut, "a flipped bit": _flipped, "a member twice": _twice,
+    "no member": lambda path: _zip(path, {}),
+    "cut off": _cut,
+    "a flipped bit": _flipped,
+    "a member twice": _twice,
     "a bomb": lambda path: _zip(path, {_LABEL: bytes(50_000_000)}),
     "a member of zeros": lambda path: _zip(path, {_LABEL: bytes(90_000)}),
     "an absolute name": lambda path: _zip(path, {"/etc/converted_label/a.txt": b"x"}),
@@ -464,10 +653,12 @@ ZIPS: dict[str, Callable[[Path], None]] = {
     "no text": lambda path: _zip(path, {"converted_label/a.exe": b"x"}),
     "an empty text": lambda path: _zip(path, {_LABEL: b""}),
     "not UTF-8": lambda path: _zip(path, {_LABEL: b"\xff\xfe"}),
-    "no zip": lambda path: path.write_bytes(b"no zip") and None, "empty": lambda path: path.write_bytes(b"") and None,
+    "no zip": lambda path: path.write_bytes(b"no zip") and None,
+    "empty": lambda path: path.write_bytes(b"") and None,
     "zeros": lambda path: path.write_bytes(bytes(4096)) and None,
     "an end without a beginning": lambda path: path.write_bytes(b"PK\x05\x06" + b"\xff" * 18) and None,
-    **PLACES}
+    **PLACES,
+}
 ZIPS.pop("a folder")  # an unpacked zip is read
 
 

@@ -33,13 +33,20 @@ import numpy as np
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "golden" / "weights"
-SMALL = ("--config.sizes.llama.layers=1", "--config.sizes.clip.layers=2", "--config.sizes.clip.taps=(1,2,2)",
-         "--config.sizes.beats.layers=1", "--config.sizes.visual.layers=1", "--config.sizes.audio.layers=1",
-         *(f"--config.data.weights.{task}=0" for task in ("avqa", "avvp", "arig", "s4", "ms3", "avss", "ref-avs",
-                                                          "avcap")))
+SMALL = (
+    "--config.sizes.llama.layers=1",
+    "--config.sizes.clip.layers=2",
+    "--config.sizes.clip.taps=(1,2,2)",
+    "--config.sizes.beats.layers=1",
+    "--config.sizes.visual.layers=1",
+    "--config.sizes.audio.layers=1",
+    *(f"--config.data.weights.{task}=0" for task in ("avqa", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")),
+)
 DISK = 96 << 20  # bytes of the small disk
-PACK = ("from pathlib import Path; import sys; from crab_jax import recipe; from crab_jax.errors import run_verb; "
-        "run_verb(lambda: recipe.pack(Path(sys.argv[1]), Path(sys.argv[2])))")
+PACK = (
+    "from pathlib import Path; import sys; from crab_jax import recipe; from crab_jax.errors import run_verb; "
+    "run_verb(lambda: recipe.pack(Path(sys.argv[1]), Path(sys.argv[2])))"
+)
 
 
 class Verb(NamedTuple):
@@ -61,11 +68,15 @@ class Outcome(NamedTuple):
 
 # What a folder holds.
 
+
 def files_of(out: Path) -> dict[str, str]:
     """Digests of all files below `out` but hidden ones, by name."""
     paths = [out] if out.is_file() else sorted(out.rglob("*"))
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(out).parts)}
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(out).parts)
+    }
 
 
 def trained(out: Path) -> Any:
@@ -77,8 +88,10 @@ def trained(out: Path) -> Any:
     assert step is not None
     state = run._restore(step, checkpoints._metadata(run.folder / str(step), "train"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in record.items() if not key.endswith(("_per_s", "wait_share"))}
-            for record in records]
+    kept = [
+        {key: value for key, value in record.items() if not key.endswith(("_per_s", "wait_share"))}
+        for record in records
+    ]
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     return kept, names, checkpoints.tree_hash(state), checkpoints.tree_hash(checkpoints.load_params(out))
 
@@ -97,64 +110,202 @@ def _module(name: str, *words: object) -> list[str]:
 
 def _import(base: Path, out: Path) -> list[str]:
     config = json.loads((HERE / "golden" / "manifest.json").read_text())["config"]
-    return _module("crab_jax.convert", "import", "--clip", WEIGHTS / "clip", "--llama", WEIGHTS / "llama", "--beats",
-                   WEIGHTS / "beats" / "BEATs_tiny.pt", "--crab", WEIGHTS / "crab" / "finetune_weights.bin",
-                   WEIGHTS / "crab" / "avs_finetune_weights.bin", "--bert", WEIGHTS / "bert" / "config.json",
-                   "--taps", ",".join(map(str, config["select_layer_list"])), "--lora-alpha",
-                   config["lora"]["lora_alpha"], "--low-res", config["seg"]["low_res_mask_size"], "--dtype", "float32",
-                   "--out", out)
+    return _module(
+        "crab_jax.convert",
+        "import",
+        "--clip",
+        WEIGHTS / "clip",
+        "--llama",
+        WEIGHTS / "llama",
+        "--beats",
+        WEIGHTS / "beats" / "BEATs_tiny.pt",
+        "--crab",
+        WEIGHTS / "crab" / "finetune_weights.bin",
+        WEIGHTS / "crab" / "avs_finetune_weights.bin",
+        "--bert",
+        WEIGHTS / "bert" / "config.json",
+        "--taps",
+        ",".join(map(str, config["select_layer_list"])),
+        "--lora-alpha",
+        config["lora"]["lora_alpha"],
+        "--low-res",
+        config["seg"]["low_res_mask_size"],
+        "--dtype",
+        "float32",
+        "--out",
+        out,
+    )
 
 
 _MODEL = ("--checkpoint", HERE.parent / "crab_jax/warm_start")
 VERBS = {
-    "train": Verb(lambda base, out: _module(
-        "crab_jax.train", f"--config={HERE.parent}/configs/tiny.py", "--config.init_from=",
-        f"--config.data.root={base}/scenes", "--config.data.batch_size=4", "--config.data.lengths=(272,)", *SMALL,
-        "--config.steps=6", "--config.log_every=1", "--config.checkpoint_every=2", f"--workdir={out}"), trained),
-    "prepare": Verb(lambda base, out: _module(
-        "data_pipelines", "prepare", "--root", base / "scenes", "--out", out, "--image-size", 64, "--shard-mb", 1,
-        "--workers", 2), files_of),
-    "evaluate": Verb(lambda base, out: _module(
-        "crab_jax.evaluate", *_MODEL, "--data", base / "scenes", "--tasks", "s4,ave", "--batch-size", 1,
-        "--max-new-tokens", 96, "--out", out), files_of),
+    "train": Verb(
+        lambda base, out: _module(
+            "crab_jax.train",
+            f"--config={HERE.parent}/configs/tiny.py",
+            "--config.init_from=",
+            f"--config.data.root={base}/scenes",
+            "--config.data.batch_size=4",
+            "--config.data.lengths=(272,)",
+            *SMALL,
+            "--config.steps=6",
+            "--config.log_every=1",
+            "--config.checkpoint_every=2",
+            f"--workdir={out}",
+        ),
+        trained,
+    ),
+    "prepare": Verb(
+        lambda base, out: _module(
+            "data_pipelines",
+            "prepare",
+            "--root",
+            base / "scenes",
+            "--out",
+            out,
+            "--image-size",
+            64,
+            "--shard-mb",
+            1,
+            "--workers",
+            2,
+        ),
+        files_of,
+    ),
+    "evaluate": Verb(
+        lambda base, out: _module(
+            "crab_jax.evaluate",
+            *_MODEL,
+            "--data",
+            base / "scenes",
+            "--tasks",
+            "s4,ave",
+            "--batch-size",
+            1,
+            "--max-new-tokens",
+            96,
+            "--out",
+            out,
+        ),
+        files_of,
+    ),
     "import": Verb(_import, imported),
-    "av_uie annotate": Verb(lambda base, out: _module(
-        "data_pipelines.av_uie", "annotate", "--examples", base / "scenes" / "train.jsonl", "--url",
-        (base / "url").read_text(), "--model", "m", "--workers", 2, "--corrections", 0, "--out", out / "llm.jsonl"),
-        lambda out: files_of(out / "llm.jsonl")),
-    "av_uie write": Verb(lambda base, out: _module(
-        "data_pipelines.av_uie", "write", "--examples", base / "scenes" / "train.jsonl", "--out",
-        out / "written.jsonl"), files_of),
-    "av_uie verify": Verb(lambda base, out: _module(
-        "data_pipelines.av_uie", "verify", "--examples", base / "scenes" / "train.jsonl", "--out", out), files_of),
-    "predict": Verb(lambda base, out: _module(
-        "crab_jax.predict", *_MODEL, "--task", "s4", "--video", base / "scenes/test/000000/clip.mp4", "--second", 4,
-        "--max-new-tokens", 96, "--out", out), files_of),
-    "export": Verb(lambda base, out: _module(
-        "crab_jax.convert", "export", base / "imported", "--format", "hf", "--out", out), files_of),
+    "av_uie annotate": Verb(
+        lambda base, out: _module(
+            "data_pipelines.av_uie",
+            "annotate",
+            "--examples",
+            base / "scenes" / "train.jsonl",
+            "--url",
+            (base / "url").read_text(),
+            "--model",
+            "m",
+            "--workers",
+            2,
+            "--corrections",
+            0,
+            "--out",
+            out / "llm.jsonl",
+        ),
+        lambda out: files_of(out / "llm.jsonl"),
+    ),
+    "av_uie write": Verb(
+        lambda base, out: _module(
+            "data_pipelines.av_uie",
+            "write",
+            "--examples",
+            base / "scenes" / "train.jsonl",
+            "--out",
+            out / "written.jsonl",
+        ),
+        files_of,
+    ),
+    "av_uie verify": Verb(
+        lambda base, out: _module(
+            "data_pipelines.av_uie", "verify", "--examples", base / "scenes" / "train.jsonl", "--out", out
+        ),
+        files_of,
+    ),
+    "predict": Verb(
+        lambda base, out: _module(
+            "crab_jax.predict",
+            *_MODEL,
+            "--task",
+            "s4",
+            "--video",
+            base / "scenes/test/000000/clip.mp4",
+            "--second",
+            4,
+            "--max-new-tokens",
+            96,
+            "--out",
+            out,
+        ),
+        files_of,
+    ),
+    "export": Verb(
+        lambda base, out: _module("crab_jax.convert", "export", base / "imported", "--format", "hf", "--out", out),
+        files_of,
+    ),
     "pack": Verb(lambda base, out: ["-c", PACK, str(base / "trained"), str(out)], files_of),
-    "own": Verb(lambda base, out: _module(
-        "data_pipelines", "own", "--csv", base / "table.csv", "--root", out, "--copy", "--overwrite", "--workers", 1),
-        files_of),
-    "report": Verb(lambda base, out: _module(
-        "crab_jax.report", "--run", HERE.parent / "crab_jax/warm_start", "--results",
-        HERE.parent / "crab_jax/warm_start/results.json",
-        "--data", base / "scenes", "--samples", 1, "--routing-samples", 1, "--max-new-tokens", 16, "--out",
-        out / "report.html"), files_of),
-    "compare": Verb(lambda base, out: _module(
-        "crab_jax.compare", base / "evaluated", base / "evaluated", "--out", out / "differences.json"), files_of),
-    "sample": Verb(lambda base, out: _module(
-        "data_pipelines", "sample", "--root", base / "scenes", "--n", 1, "--out", out), files_of),
-    "inspect": Verb(lambda base, out: _module(
-        "crab_jax.inspect", "router", *_MODEL, "--data", base / "scenes", "--samples", 1, "--out", out), files_of),
-    "scenes": Verb(lambda base, out: _module(
-        "data_pipelines.sources.scenes", "--out", out, "--train", 4, "--val", 0, "--test", 1, "--workers", 2),
-        files_of),
-    "status": Verb(lambda base, out: _module(
-        "data_pipelines", "status", "--root", base / "scenes", "--json", out / "status.json"), files_of),
-    "warmup": Verb(lambda base, out: _module(
-        "crab_jax.warmup", "--data", base / "scenes", "--out", out / "warm", "--scale", 0.001),
-        lambda out: files_of(out / "warm")),
+    "own": Verb(
+        lambda base, out: _module(
+            "data_pipelines", "own", "--csv", base / "table.csv", "--root", out, "--copy", "--overwrite", "--workers", 1
+        ),
+        files_of,
+    ),
+    "report": Verb(
+        lambda base, out: _module(
+            "crab_jax.report",
+            "--run",
+            HERE.parent / "crab_jax/warm_start",
+            "--results",
+            HERE.parent / "crab_jax/warm_start/results.json",
+            "--data",
+            base / "scenes",
+            "--samples",
+            1,
+            "--routing-samples",
+            1,
+            "--max-new-tokens",
+            16,
+            "--out",
+            out / "report.html",
+        ),
+        files_of,
+    ),
+    "compare": Verb(
+        lambda base, out: _module(
+            "crab_jax.compare", base / "evaluated", base / "evaluated", "--out", out / "differences.json"
+        ),
+        files_of,
+    ),
+    "sample": Verb(
+        lambda base, out: _module("data_pipelines", "sample", "--root", base / "scenes", "--n", 1, "--out", out),
+        files_of,
+    ),
+    "inspect": Verb(
+        lambda base, out: _module(
+            "crab_jax.inspect", "router", *_MODEL, "--data", base / "scenes", "--samples", 1, "--out", out
+        ),
+        files_of,
+    ),
+    "scenes": Verb(
+        lambda base, out: _module(
+            "data_pipelines.sources.scenes", "--out", out, "--train", 4, "--val", 0, "--test", 1, "--workers", 2
+        ),
+        files_of,
+    ),
+    "status": Verb(
+        lambda base, out: _module("data_pipelines", "status", "--root", base / "scenes", "--json", out / "status.json"),
+        files_of,
+    ),
+    "warmup": Verb(
+        lambda base, out: _module(
+            "crab_jax.warmup", "--data", base / "scenes", "--out", out / "warm", "--scale", 0.001
+        ),
+        lambda out: files_of(out / "warm"),
+    ),
 }
 CHAIN = 5
 KILLED = ("prepare", "evaluate", "import", "av_uie annotate")  # beside train
@@ -163,21 +314,38 @@ FILLED = ("train", "train", "train", "prepare", "prepare", "evaluate", "import",
 
 # Disturbing.
 
+
 def environment() -> dict[str, str]:
     """One compilation cache for all."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "no_proxy": "127.0.0.1",
-                         "PYTHONPATH": str(HERE.parent), "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-                         "--xla_llvm_disable_expensive_passes=true"}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": str(HERE.parent),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
 
 
-def run(words: list[str], out: Path, act: Callable[[subprocess.Popen[str]], object] = lambda process: None,
-        names: int = 0, seconds: float = 0.0, limit: float = 600.0) -> Outcome:
+def run(
+    words: list[str],
+    out: Path,
+    act: Callable[[subprocess.Popen[str]], object] = lambda process: None,
+    names: int = 0,
+    seconds: float = 0.0,
+    limit: float = 600.0,
+) -> Outcome:
     """Run a verb; `act` once, when it has made so many `names` in `out`, or after so many `seconds`."""
     began, seen, acted = time.monotonic(), set[str](), False
     before = {str(path) for path in out.rglob("*")}
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=said, text=True,
-                                   env=environment(), start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            text=True,
+            env=environment(),
+            start_new_session=True,
+        )
         try:
             while process.poll() is None:
                 for folder, folders, files in os.walk(out):
@@ -331,8 +499,10 @@ def try_kills(battery: Battery, kills: Mapping[str, int]) -> dict[str, tuple[int
         while tried < wanted:
             times, good = battery.kill(name, first, min(CHAIN, wanted - tried))
             first, tried, same = first + CHAIN, tried + times, same + times * good
-            print(f"{name}: {same} of {tried} kills, then the same" + ("" if good else f"; {battery.failed[-1]}"),
-                  flush=True)
+            print(
+                f"{name}: {same} of {tried} kills, then the same" + ("" if good else f"; {battery.failed[-1]}"),
+                flush=True,
+            )
         found[f"killed: {name}"] = tried, same
     return found
 
@@ -368,7 +538,7 @@ def main() -> None:
         only = [name for name in arguments.only.split(",") if name] or list(VERBS)
         kills = {"train": arguments.kills} | dict.fromkeys(KILLED, -(-arguments.kills // len(KILLED)))
         counts = try_kills(battery, {name: times for name, times in kills.items() if name in only})
-        counts |= try_full(battery, [name for name in FILLED[:arguments.full] if name in only])
+        counts |= try_full(battery, [name for name in FILLED[: arguments.full] if name in only])
     print("| what | tried | same |\n|---|---|---|")
     for what, (tried, same) in counts.items():
         print(f"| {what} | {tried} | {same} |")

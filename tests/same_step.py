@@ -34,8 +34,11 @@ WRONG = "one target less"  # what has to be seen
 CASES = {  # mesh, micro-batches, remat
     WRONG: ONE,
     "mixed, 2 micro-batches, remat": ((2, 2, 2), 2, "full"),
-    "data": ((8, 1, 1), 1, "none"), "fsdp": ((1, 8, 1), 1, "none"), "tensor": ((2, 1, 4), 1, "none"),
-    "fsdp, 2 micro-batches": ((1, 8, 1), 2, "none"), "1 device, 4 micro-batches": ((1, 1, 1), 4, "none"),
+    "data": ((8, 1, 1), 1, "none"),
+    "fsdp": ((1, 8, 1), 1, "none"),
+    "tensor": ((2, 1, 4), 1, "none"),
+    "fsdp, 2 micro-batches": ((1, 8, 1), 2, "none"),
+    "1 device, 4 micro-batches": ((1, 1, 1), 4, "none"),
     "1 device, remat dots": ((1, 1, 1), 1, "dots"),
 }
 
@@ -45,8 +48,15 @@ def config_of(accumulate: int, remat: str):
     config = tiny.get_config()
     config.init_from, config.data.batch_size, config.steps, config.optim.accumulate = "", ROWS, 30, accumulate
     config.optim.warmup_share, config.optim.schedule, config.optim.eps = 0.0, "constant", EPS
-    for path, value in (("llama.layers", 2), ("llama.remat", remat), ("clip.layers", 2), ("clip.taps", (1, 2, 2)),
-                        ("beats.layers", 1), ("visual.layers", 1), ("audio.layers", 1)):
+    for path, value in (
+        ("llama.layers", 2),
+        ("llama.remat", remat),
+        ("clip.layers", 2),
+        ("clip.taps", (1, 2, 2)),
+        ("beats.layers", 1),
+        ("visual.layers", 1),
+        ("audio.layers", 1),
+    ):
         module, field = path.split(".")
         config.sizes[module][field] = value
     return resolve(config)
@@ -59,14 +69,19 @@ def batch_of(side: int, masks: int) -> Batch:
     whole = Batch(
         tokens=rng.integers(3, 600, (ROWS, LENGTH), np.int32),
         slots=np.where(np.arange(LENGTH) < 5, np.arange(LENGTH), -1).astype(np.int32) * np.ones((ROWS, 1), np.int32),
-        text_mask=np.ones((ROWS, LENGTH), bool), loss_mask=np.arange(LENGTH) >= LENGTH - targets[:, None],
+        text_mask=np.ones((ROWS, LENGTH), bool),
+        loss_mask=np.arange(LENGTH) >= LENGTH - targets[:, None],
         mask_positions=np.broadcast_to(np.arange(10, 16, dtype=np.int32), (ROWS, 1, 6)),
-        frames=rng.integers(0, 255, (ROWS, 1, side, side, 3), np.uint8), frame_mask=np.ones((ROWS, 1), bool),
-        fbank=rng.normal(size=(ROWS, 1, 98, 128)).astype(np.float32), audio_mask=np.ones((ROWS, 1), bool),
+        frames=rng.integers(0, 255, (ROWS, 1, side, side, 3), np.uint8),
+        frame_mask=np.ones((ROWS, 1), bool),
+        fbank=rng.normal(size=(ROWS, 1, 98, 128)).astype(np.float32),
+        audio_mask=np.ones((ROWS, 1), bool),
         seg_frame=rng.integers(0, 255, (ROWS, 1, side, side, 3), np.uint8),
         seg_target=rng.integers(0, 2, (ROWS, 1, side, side), np.int32),
-        seg_kind=(np.arange(ROWS) % 3).astype(np.int32)[:, None], task=np.arange(ROWS, dtype=np.int32) % 9,
-        index=np.where(np.arange(ROWS) == 3, -1, np.arange(ROWS)).astype(np.int32))
+        seg_kind=(np.arange(ROWS) % 3).astype(np.int32)[:, None],
+        task=np.arange(ROWS, dtype=np.int32) % 9,
+        index=np.where(np.arange(ROWS) == 3, -1, np.arange(ROWS)).astype(np.int32),
+    )
     groups = ("mask_positions", "seg_frame", "seg_target", "seg_kind")
     return whole.replace(**{name: getattr(whole, name)[:, :masks] for name in groups})
 
@@ -88,30 +103,40 @@ def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, rema
     model = Crab(config.model)
     devices = jax.devices() if np.prod(shape) > 1 else jax.local_devices()[:1]
     mesh = sharding.make_mesh(*shape, devices=devices)
-    placed = jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index]),
-                          params, runs.wanted_params(config, model, mesh))
+    placed = jax.tree.map(
+        lambda x, to: jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index]),
+        params,
+        runs.wanted_params(config, model, mesh),
+    )
     trainable, frozen = optim.split(placed, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
     where = train.abstract_state(config, trainable, mesh)
-    state = jax.jit(lambda params: train.TrainState(jnp.int32(0), params, tx.init(params)),
-                    out_shardings=jax.tree.map(lambda x: x.sharding, where))(trainable)
+    state = jax.jit(
+        lambda params: train.TrainState(jnp.int32(0), params, tx.init(params)),
+        out_shardings=jax.tree.map(lambda x: x.sharding, where),
+    )(trainable)
     step = train.compile_step(config, model, mesh, state)
     batch, batch_at = batch_of(model.cfg.clip.image_size, masks), sharding.batch_sharding(mesh)
-    batch.loss_mask[0, LENGTH - 1:] &= not less
+    batch.loss_mask[0, LENGTH - 1 :] &= not less
     rows = distributed.own_rows(batch_at, ROWS)
     batch = train.global_batch(jax.tree.map(lambda x: x[rows], batch), batch_at, ROWS)
     seen = []
     for _ in range(STEPS):
         state, metrics = step(state, frozen, batch)
         seen.append(jax.device_get({name: metrics[name] for name in ("loss", "grad_norm")}))
-    return {"loss": [m["loss"] for m in seen], "grad_norm": [m["grad_norm"] for m in seen],
-            "moments": whole(optax.tree.get(state.opt, "mu")), "parameters": whole(state.trainable)}
+    return {
+        "loss": [m["loss"] for m in seen],
+        "grad_norm": [m["grad_norm"] for m in seen],
+        "moments": whole(optax.tree.get(state.opt, "mu")),
+        "parameters": whole(state.trainable),
+    }
 
 
 def whole(tree):
     """A tree of global arrays on this host."""
-    return jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable
-                        else multihost_utils.process_allgather(x, tiled=True), tree)
+    return jax.tree.map(
+        lambda x: np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True), tree
+    )
 
 
 def relative(a, b) -> float:
@@ -119,8 +144,10 @@ def relative(a, b) -> float:
     the tree's largest: what is zero but for rounding has no scale of its own.
     """
     least = 1e-5 * max(float(np.abs(y).max()) for y in jax.tree.leaves(b))
-    return max(float(np.abs(x - y).max() / max(np.abs(y).max(), least))
-               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(
+        float(np.abs(x - y).max() / max(np.abs(y).max(), least))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def main(names: list[str]) -> None:
@@ -132,8 +159,10 @@ def main(names: list[str]) -> None:
     params = drawn(Crab(config.model))
     wanted = steps(params, masks, *ONE)
     trained, _ = optim.split(params, config.trainable, config.frozen)
-    moved = min(float(np.abs(x - y).max()) for x, y in zip(
-        *(jax.tree.leaves(tree["llama"]) for tree in (wanted["parameters"], trained)), strict=True))
+    moved = min(
+        float(np.abs(x - y).max())
+        for x, y in zip(*(jax.tree.leaves(tree["llama"]) for tree in (wanted["parameters"], trained)), strict=True)
+    )
     out = {}
     for name in [name for name in names if name != "masks"] or CASES:
         seen = steps(params, masks, *CASES[name], less=int(name == WRONG))

@@ -31,8 +31,15 @@ def crab() -> cj.Crab:
 
 def test_importing_costs_nothing_and_names_are_typed_and_there():
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import sys, crab_jax as cj; assert 'jax' not in sys.modules; "
-                    "assert cj.__version__ and cj.tiny().llama.layers == 4"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, crab_jax as cj; assert 'jax' not in sys.modules; "
+            "assert cj.__version__ and cj.tiny().llama.layers == 4",
+        ],
+        check=True,
+    )
     assert time.monotonic() - began < 60
     for name in cj.__all__:
         assert getattr(cj, name) is not None
@@ -43,9 +50,14 @@ def test_importing_costs_nothing_and_names_are_typed_and_there():
 def test_sizes_are_overridden_by_name_and_checked():
     assert cj.tiny(llama={"layers": 6}, lora={"heads": 5}).lora.heads == 5
     assert cj.crab_7b().llama.layers == 32
-    for wrong, said in (({"llama": {"layer": 6}}, r"sizes.llama.layer\]: is no size"), ({"lama": {}}, r"sizes.lama\]"),
-                        ({"llama": 3}, r"sizes.llama\]"), ({"llama": {"heads": 3}}, "does not divide"),
-                        ({"llama": {"heads": 0}}, "must be"), ({"llama": {"remat": "some"}}, "none, full, dots")):
+    for wrong, said in (
+        ({"llama": {"layer": 6}}, r"sizes.llama.layer\]: is no size"),
+        ({"lama": {}}, r"sizes.lama\]"),
+        ({"llama": 3}, r"sizes.llama\]"),
+        ({"llama": {"heads": 3}}, "does not divide"),
+        ({"llama": {"heads": 0}}, "must be"),
+        ({"llama": {"remat": "some"}}, "none, full, dots"),
+    ):
         with pytest.raises(cj.InputError, match=said):
             cj.tiny(**wrong)
 
@@ -112,18 +124,23 @@ def test_a_model_of_sizes_alone_has_random_weights_of_its_seed():
     assert not jax.tree.all(jax.tree.map(np.array_equal, one.params, other.params))
 
 
-@pytest.mark.parametrize("media_of, said", [
-    ({"video": np.zeros((4, 8, 8, 3), np.float32), "seconds": 10.0}, r"uint8\[frames, height, width, 3\]"),
-    ({"video": np.zeros((4, 8, 8, 3), np.uint8)}, "seconds.*is missing"),
-    ({"video": np.zeros((4, 8, 8, 3), np.uint8), "seconds": float("nan")}, "length of the clip"),
-    ({"video": np.zeros((0, 8, 8, 3), np.uint8), "seconds": 10.0}, "uint8"),
-    ({"image": np.zeros((8, 8), np.uint8), "audio": (np.zeros(99, np.float32), 16000)}, "uint8"),
-    ({"image": np.zeros((8, 8, 3), np.uint8), "audio": np.zeros(99, np.float32)}, "without a rate"),
-    ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.zeros(99, np.int16), 16000)}, "divide by 32768"),
-    ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.full(99, np.nan, np.float32), 16000)}, "NaN"),
-    ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.full(99, 1e38, np.float32), 16000)}, "full scale"),
-    ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.zeros(99, np.float32), 0)}, "audio"),
-    ({"video": "nowhere.mp4"}, "nowhere.mp4"), ({}, "exactly one is needed")])
+@pytest.mark.parametrize(
+    "media_of, said",
+    [
+        ({"video": np.zeros((4, 8, 8, 3), np.float32), "seconds": 10.0}, r"uint8\[frames, height, width, 3\]"),
+        ({"video": np.zeros((4, 8, 8, 3), np.uint8)}, "seconds.*is missing"),
+        ({"video": np.zeros((4, 8, 8, 3), np.uint8), "seconds": float("nan")}, "length of the clip"),
+        ({"video": np.zeros((0, 8, 8, 3), np.uint8), "seconds": 10.0}, "uint8"),
+        ({"image": np.zeros((8, 8), np.uint8), "audio": (np.zeros(99, np.float32), 16000)}, "uint8"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "audio": np.zeros(99, np.float32)}, "without a rate"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.zeros(99, np.int16), 16000)}, "divide by 32768"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.full(99, np.nan, np.float32), 16000)}, "NaN"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.full(99, 1e38, np.float32), 16000)}, "full scale"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "audio": (np.zeros(99, np.float32), 0)}, "audio"),
+        ({"video": "nowhere.mp4"}, "nowhere.mp4"),
+        ({}, "exactly one is needed"),
+    ],
+)
 def test_arrays_of_another_form_are_refused(media_of, said):
     with pytest.raises(cj.InputError, match=said):
         cj.ask(**media_of, task="s4")
@@ -138,13 +155,16 @@ def test_a_sound_in_memory_is_mono_at_16_khz_and_in_step_with_its_pictures():
     silent = cj.ask(frames, seconds=10, task="ave")
     assert silent.warnings == ("the video has no sound track; it is taken as silent",)
     assert cj.ask(frames, seconds=4, audio=(tone, rate), task="ave").warnings == (
-        "the audio lasts 10.0 s, but the video 4.0 s: what is longer is cut off",)
+        "the audio lasts 10.0 s, but the video 4.0 s: what is longer is cut off",
+    )
 
 
 def test_events_and_boxes_are_read_from_an_answer(clip):
     assert api._events("ave", {"event": "Bell", "ranges": [[1, 3]]}) == (cj.Event("Bell", 1, 3, "heard and seen"),)
     assert api._events("avvp", {"audio": [["Dog", 0, 2]], "visual": [["Car", 1, 4]]}) == (
-        cj.Event("Dog", 0, 2, "heard"), cj.Event("Car", 1, 4, "seen"))
+        cj.Event("Dog", 0, 2, "heard"),
+        cj.Event("Car", 1, 4, "seen"),
+    )
     asked = cj.ask(clip, task="arig", second=3)
     example = asked.request.example
     answer = api._answer(asked, api.Prediction(example, "", (0.0, 0.0, 112.0, 224.0)))

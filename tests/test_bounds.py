@@ -25,11 +25,74 @@ from crab_jax.models import presets
 from crab_jax.optim import OptimConfig
 
 CONFIGS = sorted(file.stem for file in Path("configs").glob("[a-z]*.py") if file.stem != "common")
-TEXTS = ("abc", "", " ", "nan", "inf", "-inf", "-1", "0", "-0.0", "1", "2", "1.5", "1e-300", "1e30", "1e400", "9" * 40,
-         str(2**31), str(2**63), "True", "None", "(1,)", "('a',)", "()", "[]", "(", "('(',)", "{}", "(-1,2)", "(nan,)",
-         "(3,2,1)", "(True,2)", "gs://bucket/x", "file:///x", "a,b", "../x", "x" * 3000, "\0", "\U0001f980")
-VALUES = (True, None, -1, 0, 1, 2**31, 10**40, -0.5, 0.0, 0.5, 1e-300, 1e30, float("nan"), float("inf"), "", "abc",
-          "s3://b", (), (0,), (1, -1), ("a", 1), (float("nan"),), ["("], {}, b"x", object())
+TEXTS = (
+    "abc",
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "-0.0",
+    "1",
+    "2",
+    "1.5",
+    "1e-300",
+    "1e30",
+    "1e400",
+    "9" * 40,
+    str(2**31),
+    str(2**63),
+    "True",
+    "None",
+    "(1,)",
+    "('a',)",
+    "()",
+    "[]",
+    "(",
+    "('(',)",
+    "{}",
+    "(-1,2)",
+    "(nan,)",
+    "(3,2,1)",
+    "(True,2)",
+    "gs://bucket/x",
+    "file:///x",
+    "a,b",
+    "../x",
+    "x" * 3000,
+    "\0",
+    "\U0001f980",
+)
+VALUES = (
+    True,
+    None,
+    -1,
+    0,
+    1,
+    2**31,
+    10**40,
+    -0.5,
+    0.0,
+    0.5,
+    1e-300,
+    1e30,
+    float("nan"),
+    float("inf"),
+    "",
+    "abc",
+    "s3://b",
+    (),
+    (0,),
+    (1, -1),
+    ("a", 1),
+    (float("nan"),),
+    ["("],
+    {},
+    b"x",
+    object(),
+)
 
 
 def survives(config) -> None:
@@ -88,8 +151,13 @@ def test_the_walk_over_every_value_that_a_config_file_may_hold(stage):
 
 
 def test_every_key_has_a_bound_of_its_own_type():
-    kinds = {int: (Whole,), float: (Real,), bool: (Flag, Fixed), str: (Choice, Place, Name, Words),
-             tuple: (Patterns, Wholes)}
+    kinds = {
+        int: (Whole,),
+        float: (Real,),
+        bool: (Flag, Fixed),
+        str: (Choice, Place, Name, Words),
+        tuple: (Patterns, Wholes),
+    }
     for key, value in leaves(tiny.get_config()):
         if not key.startswith("sizes."):
             assert isinstance(bound_of(key), kinds[type(value)]), f"{key} needs a line in crab_jax/config.py"
@@ -109,35 +177,53 @@ def test_every_key_has_a_bound_of_its_own_type():
         assert not bound_of(key).problem(value), key
         if not isinstance(value, bool):
             assert isinstance(bound_of(key), (*kinds[type(value)], Choice)), (
-                f"{key} needs a line in crab_jax/models/presets.py")
+                f"{key} needs a line in crab_jax/models/presets.py"
+            )
     assert len(presets.BOUNDS) > 30
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("sizes.llama.heads=3",), "sizes.llama.heads.*3 does not divide sizes.llama.hidden = 128"),
-    (("sizes.llama.kv_heads=3",), "sizes.llama.kv_heads.*does not divide sizes.llama.heads = 4"),
-    (("sizes.llama.heads=128", "sizes.llama.kv_heads=128"), "1 channels; make it an even number"),
-    (("sizes.clip.taps=(2,3,9)",), "taps.*0..4"), (("sizes.clip.taps=(1,2)",), "sizes.clip.taps.*give 3"),
-    (("sizes.llama.remat=some",), "sizes.llama.remat.*none, full, dots"),
-    (("sizes.seg.dtype=float8",), "sizes.seg.dtype.*float32, bfloat16"),
-    (("frozen_dtype=int8",), "frozen_dtype.*bfloat16"), (("sizes.visual.out_dim=64",), "llama.hidden is 128"),
-    (("sizes.clip.image_size=72",), "sizes.seg.grid.*is 9"), (("sizes.beats.num_buckets=31",), "make it even"),
-    (("data.limit=-1",), r"data.limit.*0 = all"), (("data.prompt_only=true",), "nothing to learn"),
-    (("data.datasets=ave,llp",), "data.datasets.*must be some of ave,avvp"), (("data.split=../val",), "data.split"),
-    (("loss.text=0", "loss.bce=0", "loss.dice=0", "loss.ce=0"), "loss.*nothing is learned"),
-    (("trainable=()",), "trainable.*at least one"), (("trainable=('(',)",), "regular expression"),
-    (("optim.lr=0",), "optim.lr"), (("optim.lr=1e-60",), "optim.lr"), (("optim.b2=1",), "optim.b2"),
-    (("data.lengths=(192,144)",), "data.lengths.*increasing"), (("seed=-1",), "seed"),
-    (("sizes.lora.rank=4096",), "lora.rank.*sizes.llama.hidden = 128"), (("data.datasets=ave,ave",), "each once"),
-    (("data.curriculum.ave=600",), "curriculum.ave.*ends after step 600"),
-    (("loss.text=0", "loss.bce=0", "loss.dice=0", "data.weights.avss=0"), "loss.text.*nothing is learned"),
-    (("init_from=~/run",), "init_from.*not expanded"), (("tokenizer=$HOME/t",), "tokenizer.*not expanded"),
-    (("data.root=s3:/b/x",), "data.root.*is a URL"), (("data.cache_dir=C:\\x",), "cache_dir.*path of Windows"),
-    (("data.root=here ",), "data.root.*white space"), (("init_from=-",), "init_from.*is no path"),
-    (("init_from=gs://bucket/run",), r"init_from.*is a URL.*mount the bucket"),
-    (("data.root=hf://datasets/x",), r"data.root.*is a URL"),
-    (("tokenizer=https://h/t.json",), "tokenizer.*download it"),
-    (("data.cache_dir=file:///tmp/x",), "data.cache_dir.*give the path itself")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("sizes.llama.heads=3",), "sizes.llama.heads.*3 does not divide sizes.llama.hidden = 128"),
+        (("sizes.llama.kv_heads=3",), "sizes.llama.kv_heads.*does not divide sizes.llama.heads = 4"),
+        (("sizes.llama.heads=128", "sizes.llama.kv_heads=128"), "1 channels; make it an even number"),
+        (("sizes.clip.taps=(2,3,9)",), "taps.*0..4"),
+        (("sizes.clip.taps=(1,2)",), "sizes.clip.taps.*give 3"),
+        (("sizes.llama.remat=some",), "sizes.llama.remat.*none, full, dots"),
+        (("sizes.seg.dtype=float8",), "sizes.seg.dtype.*float32, bfloat16"),
+        (("frozen_dtype=int8",), "frozen_dtype.*bfloat16"),
+        (("sizes.visual.out_dim=64",), "llama.hidden is 128"),
+        (("sizes.clip.image_size=72",), "sizes.seg.grid.*is 9"),
+        (("sizes.beats.num_buckets=31",), "make it even"),
+        (("data.limit=-1",), r"data.limit.*0 = all"),
+        (("data.prompt_only=true",), "nothing to learn"),
+        (("data.datasets=ave,llp",), "data.datasets.*must be some of ave,avvp"),
+        (("data.split=../val",), "data.split"),
+        (("loss.text=0", "loss.bce=0", "loss.dice=0", "loss.ce=0"), "loss.*nothing is learned"),
+        (("trainable=()",), "trainable.*at least one"),
+        (("trainable=('(',)",), "regular expression"),
+        (("optim.lr=0",), "optim.lr"),
+        (("optim.lr=1e-60",), "optim.lr"),
+        (("optim.b2=1",), "optim.b2"),
+        (("data.lengths=(192,144)",), "data.lengths.*increasing"),
+        (("seed=-1",), "seed"),
+        (("sizes.lora.rank=4096",), "lora.rank.*sizes.llama.hidden = 128"),
+        (("data.datasets=ave,ave",), "each once"),
+        (("data.curriculum.ave=600",), "curriculum.ave.*ends after step 600"),
+        (("loss.text=0", "loss.bce=0", "loss.dice=0", "data.weights.avss=0"), "loss.text.*nothing is learned"),
+        (("init_from=~/run",), "init_from.*not expanded"),
+        (("tokenizer=$HOME/t",), "tokenizer.*not expanded"),
+        (("data.root=s3:/b/x",), "data.root.*is a URL"),
+        (("data.cache_dir=C:\\x",), "cache_dir.*path of Windows"),
+        (("data.root=here ",), "data.root.*white space"),
+        (("init_from=-",), "init_from.*is no path"),
+        (("init_from=gs://bucket/run",), r"init_from.*is a URL.*mount the bucket"),
+        (("data.root=hf://datasets/x",), r"data.root.*is a URL"),
+        (("tokenizer=https://h/t.json",), "tokenizer.*download it"),
+        (("data.cache_dir=file:///tmp/x",), "data.cache_dir.*give the path itself"),
+    ],
+)
 def test_what_a_refusal_says(flags, said):
     with pytest.raises(InputError, match=said):
         parse_flags(["train", "--config=configs/tiny.py", *(f"--config.{flag}" for flag in flags)], None, False)
@@ -157,12 +243,21 @@ def test_a_path_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch):
         assert not Place().problem(path), path
 
 
-@pytest.mark.parametrize("content, said", [
-    ("def get_config(:", "invalid syntax"), ("x = 1", "get_config"),
-    ("def get_config():\n    return {'steps': 1}", "dict"),
-    ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'steps': 1})", "is missing"),
-    ("from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n    c.optim.lrr = 1\n    return c",
-     "optim.lrr.*is no key"), ("import nowhere", "nowhere"), (None, "No such file")])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("def get_config(:", "invalid syntax"),
+        ("x = 1", "get_config"),
+        ("def get_config():\n    return {'steps': 1}", "dict"),
+        ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'steps': 1})", "is missing"),
+        (
+            "from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n    c.optim.lrr = 1\n    return c",
+            "optim.lrr.*is no key",
+        ),
+        ("import nowhere", "nowhere"),
+        (None, "No such file"),
+    ],
+)
 def test_a_config_file_of_ones_own_that_is_none_is_one_line(tmp_path, content, said):
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
@@ -195,8 +290,10 @@ def test_a_clip_norm_of_0_is_off_and_less_is_refused():
 def test_the_optimizer_state_is_one_tree_with_and_without_clipping():
     import jax
 
-    trees = [jax.tree.structure(optim.optimizer(OptimConfig(clip_norm=norm), 9).init({"w": np.ones(2)}))
-             for norm in (0.0, 1.0)]
+    trees = [
+        jax.tree.structure(optim.optimizer(OptimConfig(clip_norm=norm), 9).init({"w": np.ones(2)}))
+        for norm in (0.0, 1.0)
+    ]
     assert trees[0] == trees[1]
 
 
@@ -209,8 +306,10 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "compare": ("crab_jax.compare", ["nowhere", "nowhere"]),
     "report": ("crab_jax.report", ["--run", "nowhere", "--results", "nowhere", "--data", "nowhere", "--out", "OUT/x"]),
     "compile": ("crab_jax.compile", ["--config", "nowhere.py", "--topology", "v5e:1x1"]),
-    "import": ("crab_jax.convert.__main__",
-               ["import", "--clip", "no", "--llama", "no", "--beats", "no", "--out", "OUT"]),
+    "import": (
+        "crab_jax.convert.__main__",
+        ["import", "--clip", "no", "--llama", "no", "--beats", "no", "--out", "OUT"],
+    ),
     "export": ("crab_jax.convert.__main__", ["export", "nowhere", "--format", "hf", "--out", "OUT"]),
     "verify": ("crab_jax.convert.__main__", ["verify", "nowhere", "--outputs", "nowhere"]),
     "warmup": ("crab_jax.warmup", ["--data", "nowhere", "--out", "OUT"]),
@@ -221,16 +320,38 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "own": ("data_pipelines.__main__", ["own", "--csv", "nowhere", "--root", "OUT"]),
     "tokens": ("data_pipelines.tokens", ["--corpus", "nowhere", "--out", "OUT/x"]),
     "scenes": ("data_pipelines.sources.scenes", ["--out", "OUT", "--seed", "-1"]),
-    **{f"av_uie {verb}": ("data_pipelines.av_uie.__main__", [verb, *rest]) for verb, rest in {
-        "read": ["--root", "nowhere", "--labels", "nowhere", "--out", "OUT/x"],
-        "write": ["--root", "nowhere", "--out", "OUT/x"],
-        "annotate": ["--root", "nowhere", "--url", "http://h/v1", "--model", "m", "--out", "OUT/x"],
-        "verify": ["--examples", "nowhere", "--out", "OUT"],
-        "card": ["--examples", "nowhere", "--out", "OUT"]}.items()}}
+    **{
+        f"av_uie {verb}": ("data_pipelines.av_uie.__main__", [verb, *rest])
+        for verb, rest in {
+            "read": ["--root", "nowhere", "--labels", "nowhere", "--out", "OUT/x"],
+            "write": ["--root", "nowhere", "--out", "OUT/x"],
+            "annotate": ["--root", "nowhere", "--url", "http://h/v1", "--model", "m", "--out", "OUT/x"],
+            "verify": ["--examples", "nowhere", "--out", "OUT"],
+            "card": ["--examples", "nowhere", "--out", "OUT"],
+        }.items()
+    },
+}
 # Options that are words of the world or names: what they hold is looked at where it is used.
-WORDS = {"--question", "--expression", "--task", "--tasks", "--datasets", "--windows", "--prompt-variant", "--splits",
-         "--variants", "--variant", "--topology", "--name", "--url", "--model", "--key-env", "--prefix", "--state",
-         "--parameters"}
+WORDS = {
+    "--question",
+    "--expression",
+    "--task",
+    "--tasks",
+    "--datasets",
+    "--windows",
+    "--prompt-variant",
+    "--splits",
+    "--variants",
+    "--variant",
+    "--topology",
+    "--name",
+    "--url",
+    "--model",
+    "--key-env",
+    "--prefix",
+    "--state",
+    "--parameters",
+}
 
 
 def run(module: str, words: list[str], monkeypatch, capsys) -> tuple[int, list[str]]:
@@ -254,6 +375,7 @@ def parser_of(module: str, words: list[str], monkeypatch, capsys) -> argparse.Ar
     """The parser that the last words of a command go to."""
     seen = []
     with monkeypatch.context() as patch:
+
         def keep(self, args=None, namespace=None, _parse=argparse.ArgumentParser.parse_known_args):
             seen.append(self)
             return _parse(self, args, namespace)

@@ -68,8 +68,20 @@ def answer(out: Path, *words) -> tuple[dict, Path]:
 def test_w1_a_sure_empty_mask_is_empty(tmp_path, probability):
     made("w1-near-empty-mask", tmp_path / "here", probability, tmp_path / "w1")
     made_here = tmp_path / "w1"
-    assert done(evaluate.main, "--predictions", made_here / "p.jsonl", "--data", made_here / "d", "--examples", 0,
-                "--out", tmp_path / "r") == 0
+    assert (
+        done(
+            evaluate.main,
+            "--predictions",
+            made_here / "p.jsonl",
+            "--data",
+            made_here / "d",
+            "--examples",
+            0,
+            "--out",
+            tmp_path / "r",
+        )
+        == 0
+    )
     scores = json.loads((tmp_path / "r/results.json").read_text())["tasks"]
     assert scores["ref-avs"]["s_null"] == 0 and scores["s4"]["miou"] == pytest.approx(1)
 
@@ -78,8 +90,10 @@ def test_w1_a_sure_empty_mask_is_empty(tmp_path, probability):
 def test_w2_hidden_frames_are_decoded(name):
     path = CASES / "w2-hidden-key-frame" / name
     with av.open(str(path)) as container:
-        full = [frame.reformat(64, 64, "rgb24", interpolation="BILINEAR").to_ndarray()
-                for frame in container.decode(video=0)]
+        full = [
+            frame.reformat(64, 64, "rgb24", interpolation="BILINEAR").to_ndarray()
+            for frame in container.decode(video=0)
+        ]
     np.testing.assert_array_equal(media.read_video(path, 10, 64), [full[i * len(full) // 10] for i in range(10)])
 
 
@@ -89,8 +103,10 @@ def shown_second(out: Path, row: dict) -> float:
     return round((float(picture.mean()) - 20) / 22, 1)
 
 
-@pytest.mark.parametrize(("name", "word", "second"), [
-    ("late15.mp4", "fourth second", 3), ("late3.mp4", "seco", 7), ("video_late.mp4", "seco", 4)])
+@pytest.mark.parametrize(
+    ("name", "word", "second"),
+    [("late15.mp4", "fourth second", 3), ("late3.mp4", "seco", 7), ("video_late.mp4", "seco", 4)],
+)
 def test_w3_sound_and_pictures_are_in_step(tmp_path, name, word, second):
     folder = made("w3-sound-starts-later", tmp_path / "w3")
     row, out = answer(tmp_path / "out", "--task", "s4", "--video", folder / name)
@@ -107,8 +123,18 @@ def test_w4_a_second_is_a_second_at_a_varying_rate(tmp_path, second, grey):
 def test_w6_a_turned_photo_is_drawn_upright(tmp_path, beep):
     photo = CASES / "w6-overlay-of-turned-photo/exif6.jpg"
     Image.new("L", (160, 240), 255).save(tmp_path / "truth.png")
-    row, out = answer(tmp_path / "out", "--task", "s4", "--image", photo, "--audio", beep, "--force-masks",
-                      "--mask", tmp_path / "truth.png")
+    row, out = answer(
+        tmp_path / "out",
+        "--task",
+        "s4",
+        "--image",
+        photo,
+        "--audio",
+        beep,
+        "--force-masks",
+        "--mask",
+        tmp_path / "truth.png",
+    )
     for name in (row["mask"], row["overlay"], f"{row['id']}_picture.png"):
         assert Image.open(out / name).size == (160, 240)
 
@@ -120,8 +146,9 @@ def test_w6_greys_of_sixteen_bits_are_drawn_as_they_are_seen(tmp_path, beep):
     assert 80 <= picture.min() and picture.max() <= 210
 
 
-@pytest.mark.parametrize(("size", "counts"), [
-    ([128, 128], None), ([64, 64], ""), ([-64, 64], None), ([100000, 100000], None)])
+@pytest.mark.parametrize(
+    ("size", "counts"), [([128, 128], None), ([64, 64], ""), ([-64, 64], None), ([100000, 100000], None)]
+)
 def test_w7_run_lengths_fill_their_size(tmp_path, size, counts):
     from pycocotools import mask as coco
 
@@ -137,11 +164,14 @@ def test_w7_run_lengths_fill_their_size(tmp_path, size, counts):
 
 
 def test_w8_a_broken_model_does_not_answer(tmp_path, scenes_root, capsys):
-    subprocess.run([sys.executable, CASES / "w8-not-finite-weights/make.py", tmp_path / "broken"], cwd=REPOSITORY,
-                   check=True)
+    subprocess.run(
+        [sys.executable, CASES / "w8-not-finite-weights/make.py", tmp_path / "broken"], cwd=REPOSITORY, check=True
+    )
     clip = next((scenes_root).rglob("*.mp4"))
-    for main, words in ((predict.main, ("--task", "avcap", "--video", clip)),
-                        (evaluate.main, ("--data", scenes_root, "--tasks", "ave", "--limit", 1))):
+    for main, words in (
+        (predict.main, ("--task", "avcap", "--video", clip)),
+        (evaluate.main, ("--data", scenes_root, "--tasks", "ave", "--limit", 1)),
+    ):
         assert done(main, "--checkpoint", tmp_path / "broken", "--out", tmp_path / "out", *words) == 2
         assert re.search("error: .*(not finite|NaN)", capsys.readouterr().err)
 
@@ -157,9 +187,20 @@ def test_w10_no_clipping_and_no_nonsense(tmp_path):
         updates.append(update["w"])
     np.testing.assert_allclose(*updates)
     assert np.abs(updates[0]).min() > 0
-    for text in ("optim.clip_norm=-1", "data.limit=-1", "optim.lr=nan", "optim.lr=-1e-4", "optim.b1=1.5", "optim.eps=0",
-                 "optim.warmup_share=3", "loss.dice=-1", "loss.dice=nan", "data.batch_size=-4", "data.video_frames=-3",
-                 "data.workers=-1"):
+    for text in (
+        "optim.clip_norm=-1",
+        "data.limit=-1",
+        "optim.lr=nan",
+        "optim.lr=-1e-4",
+        "optim.b1=1.5",
+        "optim.eps=0",
+        "optim.warmup_share=3",
+        "loss.dice=-1",
+        "loss.dice=nan",
+        "data.batch_size=-4",
+        "data.video_frames=-3",
+        "data.workers=-1",
+    ):
         with pytest.raises(InputError, match=re.escape(text.partition("=")[0])):
             parse_flags(["train", "--config=configs/tiny.py", f"--config.{text}"], None, workdir=False)
 
@@ -210,7 +251,14 @@ def test_w20_what_is_healthy_is_not_called_damaged(tmp_path):
 def test_the_folder_is_known():
     """A case that is new there is tried here too."""
     tried = {re.match(r"test_w(\d+)_", name)[1] for name in globals() if name.startswith("test_w")}
-    elsewhere = {"0": "makes clips", "9": "test_resume.py", "13": "test_locks.py", "14": "test_elsewhere.py",
-                 "22": "test_distributed.py", "24": "test_locks.py", "50": "data_pipelines/test_healthy_media.py"}
+    elsewhere = {
+        "0": "makes clips",
+        "9": "test_resume.py",
+        "13": "test_locks.py",
+        "14": "test_elsewhere.py",
+        "22": "test_distributed.py",
+        "24": "test_locks.py",
+        "50": "data_pipelines/test_healthy_media.py",
+    }
     assert all((REPOSITORY / "tests" / name).is_file() for name in list(elsewhere.values())[1:])
     assert {re.match(r"w(\d+)", path.name)[1] for path in CASES.iterdir() if path.is_dir()} <= tried | set(elsewhere)

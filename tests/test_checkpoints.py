@@ -82,8 +82,9 @@ def test_mismatch_lists_both_directions():
 
 
 def test_packed_round_trip_and_damage(tmp_path):
-    checkpoints.save_packed(tmp_path, {"a": {"w": np.float32([0.5, 2])}, "n": np.int32([3])}, {"model": "tiny"},
-                            np.float16)
+    checkpoints.save_packed(
+        tmp_path, {"a": {"w": np.float32([0.5, 2])}, "n": np.int32([3])}, {"model": "tiny"}, np.float16
+    )
     tree = checkpoints.load_params(tmp_path)
     assert tree["a"]["w"].dtype == np.float32 and tree["n"].dtype == np.int32
     np.testing.assert_array_equal(tree["a"]["w"], [0.5, 2])
@@ -103,11 +104,18 @@ def imported(tmp_path, monkeypatch):
     """A tree written part by part, in chunks far smaller than its leaves."""
     monkeypatch.setattr(checkpoints, "CHUNK", 2**12)
     rng = np.random.default_rng(0)
-    tree = {"kernel": rng.normal(size=(3, 64, 80)).astype(jnp.bfloat16), "b": {"head": rng.normal(size=(2, 3, 32, 40)),
-            "n": np.int32([3])}}
-    checkpoints.save_streamed(tmp_path / checkpoints.IMPORTED, {
-        "kernel": streamed(tree["kernel"], 1), "b/head": streamed(tree["b"]["head"].astype(np.float16), 2),
-        "b/n": streamed(tree["b"]["n"], 0)})
+    tree = {
+        "kernel": rng.normal(size=(3, 64, 80)).astype(jnp.bfloat16),
+        "b": {"head": rng.normal(size=(2, 3, 32, 40)), "n": np.int32([3])},
+    }
+    checkpoints.save_streamed(
+        tmp_path / checkpoints.IMPORTED,
+        {
+            "kernel": streamed(tree["kernel"], 1),
+            "b/head": streamed(tree["b"]["head"].astype(np.float16), 2),
+            "b/n": streamed(tree["b"]["n"], 0),
+        },
+    )
     tree["b"]["head"] = tree["b"]["head"].astype(np.float16)
     return tmp_path, tree
 
@@ -136,23 +144,29 @@ def test_only_one_part_of_a_large_leaf_is_in_memory(tmp_path, monkeypatch):
 
     tracemalloc.start()
     try:
-        checkpoints.save_streamed(tmp_path / checkpoints.IMPORTED, {
-            "w": checkpoints.Streamed((parts, side, side), np.dtype(np.float32), 1, measured)})
+        checkpoints.save_streamed(
+            tmp_path / checkpoints.IMPORTED,
+            {"w": checkpoints.Streamed((parts, side, side), np.dtype(np.float32), 1, measured)},
+        )
     finally:
         tracemalloc.stop()
     assert checkpoints.load_params(tmp_path)["w"][:, 0, 0].tolist() == list(range(parts))
 
 
-@pytest.mark.parametrize("parts, problem", [
-    ([((0,), np.zeros(2, np.float32))], "missing"),
-    ([((0,), np.zeros(2, np.float32))] * 2, "part"),
-    ([((0,), np.zeros(3, np.float32)), ((1,), np.zeros(2, np.float32))], r"part \(0,\)"),
-    ([((0,), np.zeros(2, np.float16)), ((1,), np.zeros(2, np.float32))], "float16"),
-])
+@pytest.mark.parametrize(
+    "parts, problem",
+    [
+        ([((0,), np.zeros(2, np.float32))], "missing"),
+        ([((0,), np.zeros(2, np.float32))] * 2, "part"),
+        ([((0,), np.zeros(3, np.float32)), ((1,), np.zeros(2, np.float32))], r"part \(0,\)"),
+        ([((0,), np.zeros(2, np.float16)), ((1,), np.zeros(2, np.float32))], "float16"),
+    ],
+)
 def test_parts_that_do_not_make_the_leaf_leave_no_checkpoint(parts, problem, tmp_path):
     with pytest.raises(ValueError, match=problem):
-        checkpoints.save_streamed(tmp_path / checkpoints.IMPORTED, {
-            "w": checkpoints.Streamed((2, 2), np.dtype(np.float32), 1, lambda: parts)})
+        checkpoints.save_streamed(
+            tmp_path / checkpoints.IMPORTED, {"w": checkpoints.Streamed((2, 2), np.dtype(np.float32), 1, lambda: parts)}
+        )
     with pytest.raises(InputError, match="neither"):
         checkpoints.load_params(tmp_path)
 
@@ -293,10 +307,12 @@ def test_a_packed_model_knows_its_values_its_config_and_its_tokenizer(tmp_path, 
     tokenizer = Tokenizer.load(golden / "weights/llama")
     checkpoints.save_packed(tmp_path, {"a": {"w": np.float32([0.5, 2])}}, {"alpha": 16}, tokenizer=tokenizer)
     checkpoints.load_params(tmp_path)
-    for name, change in ((checkpoints.PACKED, lambda c: c[:-1] + bytes([c[-1] ^ 1])),
-                         (checkpoints.PACKED, lambda c: c.replace(b"F32", b"I32")),
-                         ("config.json", lambda c: c.replace(b"16", b"17")),
-                         ("tokenizer.json", lambda c: c + b" ")):
+    for name, change in (
+        (checkpoints.PACKED, lambda c: c[:-1] + bytes([c[-1] ^ 1])),
+        (checkpoints.PACKED, lambda c: c.replace(b"F32", b"I32")),
+        ("config.json", lambda c: c.replace(b"16", b"17")),
+        ("tokenizer.json", lambda c: c + b" "),
+    ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(change(before))
         with pytest.raises(InputError, match=f"{name}.*written"):

@@ -14,8 +14,10 @@ from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example, write_jsonl
 
 COUNT = 120
-EXAMPLES = [Example(id=f"q{i:03d}", task="avqa", instruction="?", meta={"answer": "yes", "type": ["Audio", "Counting"]})
-            for i in range(COUNT)]
+EXAMPLES = [
+    Example(id=f"q{i:03d}", task="avqa", instruction="?", meta={"answer": "yes", "type": ["Audio", "Counting"]})
+    for i in range(COUNT)
+]
 RIGHT, WRONG = TASKS["avqa"].target("yes"), TASKS["avqa"].target("no")
 
 
@@ -45,8 +47,11 @@ def folders(tmp_path):
     for name, texts in (("a", [RIGHT] * COUNT), ("b", [WRONG] * 30 + [RIGHT] * 70)):
         out = tmp_path / name
         out.mkdir()
-        list(predictions.append(out / predictions.FILE, (read_answer(e, text, None)
-                                                         for e, text in zip(EXAMPLES, texts, strict=False))))
+        list(
+            predictions.append(
+                out / predictions.FILE, (read_answer(e, text, None) for e, text in zip(EXAMPLES, texts, strict=False))
+            )
+        )
         (out / evaluate.DESCRIPTION).write_text(json.dumps({"data": str(tmp_path), "split": "test"}))
     return tmp_path
 

@@ -20,16 +20,32 @@ from crab_jax.models.crab import Crab
 from crab_jax.models.llama import Llama, LlamaConfig
 from data_pipelines.batching import Bucket
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                                  reason="libtpu is not installed: pip install -e '.[tpu]'")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
 LAYERS = 3
 BUCKET = Bucket(144, 2, 2, 98, 1)
 WIDE = Bucket(1024, 10, 10, 198, 0)
-OVERRIDES = {"model": "tiny", "data.batch_size": 16, "data.lengths": (144,), "mesh.fsdp": 4, "optim.accumulate": 1,
-             "sizes.llama.layers": LAYERS, "sizes.llama.hidden": 512, "sizes.llama.mlp_dim": 1280,
-             "sizes.llama.dtype": "bfloat16", "sizes.llama.remat": "full", "sizes.visual.out_dim": 512,
-             "sizes.audio.out_dim": 512, "sizes.seg.llm_dim": 512, "sizes.clip.layers": 2, "sizes.beats.layers": 1,
-             "sizes.visual.layers": 1, "sizes.audio.layers": 1, "sizes.clip.taps": (1, 2, 2)}
+OVERRIDES = {
+    "model": "tiny",
+    "data.batch_size": 16,
+    "data.lengths": (144,),
+    "mesh.fsdp": 4,
+    "optim.accumulate": 1,
+    "sizes.llama.layers": LAYERS,
+    "sizes.llama.hidden": 512,
+    "sizes.llama.mlp_dim": 1280,
+    "sizes.llama.dtype": "bfloat16",
+    "sizes.llama.remat": "full",
+    "sizes.visual.out_dim": 512,
+    "sizes.audio.out_dim": 512,
+    "sizes.seg.llm_dim": 512,
+    "sizes.clip.layers": 2,
+    "sizes.beats.layers": 1,
+    "sizes.visual.layers": 1,
+    "sizes.audio.layers": 1,
+    "sizes.clip.taps": (1, 2, 2),
+}
 
 
 def joint(values):
@@ -51,10 +67,24 @@ def small(**changes):
 
 def wide(*trainable):
     """The language model at its real width but three layers deep, split over four chips; two rows on each."""
-    groups = (*defaults.ENCODERS, *defaults.QFORMERS, *defaults.LORA, *defaults.LLAMA,
-              *defaults.SEGMENTATION, *defaults.FOURIER)
-    return joint({"data.batch_size": 8, "mesh.fsdp": 4, "optim.accumulate": 1, "sizes.llama.layers": LAYERS,
-                  "trainable": trainable, "frozen": tuple(group for group in groups if group not in trainable)})
+    groups = (
+        *defaults.ENCODERS,
+        *defaults.QFORMERS,
+        *defaults.LORA,
+        *defaults.LLAMA,
+        *defaults.SEGMENTATION,
+        *defaults.FOURIER,
+    )
+    return joint(
+        {
+            "data.batch_size": 8,
+            "mesh.fsdp": 4,
+            "optim.accumulate": 1,
+            "sizes.llama.layers": LAYERS,
+            "trainable": trainable,
+            "frozen": tuple(group for group in groups if group not in trainable),
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +125,13 @@ def test_the_report_says_what_the_issue_asks_for(step):
 def test_frozen_matrices_are_gathered_layer_by_layer_and_never_kept_in_float32(step):
     config, report, compiled = step
     assert report["findings"] == []
-    gathers = [op for op in hlo.ops(compiled.as_text()) if op.opcode.startswith("all-gather") and op.times >= LAYERS
-               and op.source.startswith("frozen['llama']['layers']")]
+    gathers = [
+        op
+        for op in hlo.ops(compiled.as_text())
+        if op.opcode.startswith("all-gather")
+        and op.times >= LAYERS
+        and op.source.startswith("frozen['llama']['layers']")
+    ]
     assert gathers, "the frozen layers are split, so each must be gathered inside the loop over layers"
 
 
@@ -111,6 +146,7 @@ def test_the_embedding_table_stays_where_it_is_on_a_mesh_of_all_three_axes():
 
     def gathered(lookup) -> int:
         """Bytes of the largest all-gather."""
+
         def traced(table, tokens):
             with sharding.constrained(mesh):
                 return nn.with_logical_constraint(lookup(table, tokens), ("batch", None, None))
@@ -129,16 +165,21 @@ def test_findings_name_what_is_gathered_and_widened():
     config = small()
     mesh = sharding.make_mesh(1, 1, 1)
     gate = "frozen['llama']['layers']['mlp']['gate_proj']['kernel']"
-    program = [hlo.Op("a", "all-gather", (hlo.Array("bf16", (LAYERS, 512, 1280)),), 1, True, gate),
-               hlo.Op("b", "all-gather-start", (hlo.Array("f32", (4, 144, 768)),), 1, False),
-               hlo.Op("c", "fusion", (hlo.Array("f32", (1, 1280, 512)),), LAYERS, False, gate),
-               hlo.Op("fused", "convert", (hlo.Array("f32", (1280, 512)),), LAYERS, True, gate),
-               hlo.Op("one layer", "all-gather", (hlo.Array("bf16", (512, 1280)),), LAYERS, False, gate),
-               hlo.Op("a gradient of that size", "fusion", (hlo.Array("f32", (512, 1280)),), LAYERS, False)]
+    program = [
+        hlo.Op("a", "all-gather", (hlo.Array("bf16", (LAYERS, 512, 1280)),), 1, True, gate),
+        hlo.Op("b", "all-gather-start", (hlo.Array("f32", (4, 144, 768)),), 1, False),
+        hlo.Op("c", "fusion", (hlo.Array("f32", (1, 1280, 512)),), LAYERS, False, gate),
+        hlo.Op("fused", "convert", (hlo.Array("f32", (1280, 512)),), LAYERS, True, gate),
+        hlo.Op("one layer", "all-gather", (hlo.Array("bf16", (512, 1280)),), LAYERS, False, gate),
+        hlo.Op("a gradient of that size", "fusion", (hlo.Array("f32", (512, 1280)),), LAYERS, False),
+    ]
     found = verb.findings(config, mesh, program)
     assert len(found) == 3
-    for wanted in (f"gathers all layers of {gate}", "gathers logits (4, 144, 768)",
-                   f"{gate} (1, 1280, 512) in float32"):
+    for wanted in (
+        f"gathers all layers of {gate}",
+        "gathers logits (4, 144, 768)",
+        f"{gate} (1, 1280, 512) in float32",
+    ):
         assert any(wanted in line for line in found), found
 
 
@@ -167,16 +208,22 @@ def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora
 
     def forward(trainable, frozen, batch):
         with sharding.constrained(mesh):
-            out = model.apply({"params": optim.merge(trainable, frozen)}, batch, deterministic=False,
-                              rngs={"dropout": jax.random.key(0)})
+            out = model.apply(
+                {"params": optim.merge(trainable, frozen)},
+                batch,
+                deterministic=False,
+                rngs={"dropout": jax.random.key(0)},
+            )
             rows = train.loss_rows(out, batch)
             return losses.total({name: losses.pool(term) for name, term in rows.items()}, config.loss)
 
     memory = jax.jit(forward).lower(state.trainable, frozen, batch).compile().memory_analysis()
     # What was allocated, and what of it was in use at the fullest moment.
-    ratios = (report["temporary_bytes"] / memory.temp_size_in_bytes,
-              (report["xla_peak_bytes"] - report["argument_bytes"])
-              / (memory.peak_memory_in_bytes - memory.argument_size_in_bytes))
+    ratios = (
+        report["temporary_bytes"] / memory.temp_size_in_bytes,
+        (report["xla_peak_bytes"] - report["argument_bytes"])
+        / (memory.peak_memory_in_bytes - memory.argument_size_in_bytes),
+    )
     print("step over forward pass:", report["temporary_bytes"], memory.temp_size_in_bytes, ratios)
     assert max(ratios) < 1.5
 
@@ -201,8 +248,15 @@ def test_what_does_not_fit_is_reported_with_its_size(devices):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name, count, kind", [("v4:2x2x2", 8, "TPU v4"), ("v5p:2x2x4", 16, "TPU v5"),
-                                               ("v6e:4x4", 16, "TPU v6 lite"), ("v5e:1x1", 1, "TPU v5 lite")])
+@pytest.mark.parametrize(
+    "name, count, kind",
+    [
+        ("v4:2x2x2", 8, "TPU v4"),
+        ("v5p:2x2x4", 16, "TPU v5"),
+        ("v6e:4x4", 16, "TPU v6 lite"),
+        ("v5e:1x1", 1, "TPU v5 lite"),
+    ],
+)
 def test_topologies_have_one_device_per_chip(name, count, kind):
     found = verb.topology_devices(name)
     assert len(found) == count and found[0].device_kind == kind
@@ -218,10 +272,19 @@ def test_an_unknown_topology_is_refused(name):
 @pytest.mark.exhaustive
 def test_the_budget_decides_the_exit_code_and_the_last_line(tmp_path):
     flags = [f"--config.{path}={value}" for path, value in OVERRIDES.items()]
-    command = [sys.executable, "-m", "crab_jax.compile", "--config=configs/finetune.py", "--topology=v5e:2x2",
-               "--bucket=144,2,2,98,1", "--budget", *flags]
-    large = subprocess.run([*command, "--config.data.batch_size=65536", f"--json={tmp_path / 'out.json'}"],
-                           capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "crab_jax.compile",
+        "--config=configs/finetune.py",
+        "--topology=v5e:2x2",
+        "--bucket=144,2,2,98,1",
+        "--budget",
+        *flags,
+    ]
+    large = subprocess.run(
+        [*command, "--config.data.batch_size=65536", f"--json={tmp_path / 'out.json'}"], capture_output=True, text=True
+    )
     assert large.returncode == 3, large.stderr[-2000:]
     assert large.stdout.splitlines()[-1].startswith("v5e: need ") and "have 15.75 GiB" in large.stdout
     written = json.loads((tmp_path / "out.json").read_text())

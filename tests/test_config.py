@@ -48,15 +48,25 @@ def test_a_stage_is_valid_and_covers_every_parameter_once(stage, shapes):
     assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(shapes))
     assert not millions(trainable, "positional_encoding"), "the Fourier matrices are saved state, never trained"
     assert not millions(trainable, "clip/") and not millions(trainable, "beats/")
-    expected = {"pretrain_visual": 39.65, "pretrain_audio": 38.86, "pretrain_seg": 29.09, "finetune": 152.76,
-                "finetune_avs": 29.09 + 2 * 32128 * 4096 / 1e6, "tiny": 152.76, "tiny_pretrain": 107.60}
+    expected = {
+        "pretrain_visual": 39.65,
+        "pretrain_audio": 38.86,
+        "pretrain_seg": 29.09,
+        "finetune": 152.76,
+        "finetune_avs": 29.09 + 2 * 32128 * 4096 / 1e6,
+        "tiny": 152.76,
+        "tiny_pretrain": 107.60,
+    }
     assert round(millions(trainable), 1) == round(expected[stage], 1)
 
 
 def test_stages_change_values_and_never_add_keys():
     def keys(config, prefix=""):
-        return {key for name, value in config.items() for key in
-                (keys(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name})}
+        return {
+            key
+            for name, value in config.items()
+            for key in (keys(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name})
+        }
 
     for stage in STAGES:
         assert keys(importlib.import_module(f"configs.{stage}").get_config()) == keys(defaults.base()), stage
@@ -92,16 +102,23 @@ def test_a_key_with_a_hyphen_is_overridden_like_any_other():
 @pytest.mark.parametrize("place", ["pipe", "zeros", "folder", "long"])
 def test_what_is_no_file_is_no_config(place, tmp_path):
     path = tmp_path / "config.py"
-    {"pipe": lambda: os.mkfifo(path), "zeros": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir,
-     "long": lambda: path.write_text("#" * (1 << 21))}[place]()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "zeros": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "long": lambda: path.write_text("#" * (1 << 21)),
+    }[place]()
     for read in (lambda: parse_flags(["train", f"--config={path}", "--workdir=w"], ""), lambda: load_run_config(path)):
         with pytest.raises(InputError, match="not a file|of at most"):
             read()
 
 
 def test_a_config_file_that_cannot_be_run_is_named(tmp_path):
-    for text, said in (("def get_config(: pass", "invalid syntax"), ("x = 1", "no attribute"),
-                       ("def get_config(): return {}", "must return a ConfigDict")):
+    for text, said in (
+        ("def get_config(: pass", "invalid syntax"),
+        ("x = 1", "no attribute"),
+        ("def get_config(): return {}", "must return a ConfigDict"),
+    ):
         (tmp_path / "c.py").write_text(text)
         with pytest.raises(InputError, match=said):
             load_run_config(tmp_path / "c.py")

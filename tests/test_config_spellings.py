@@ -25,8 +25,9 @@ def test_lists(text):
     assert tuple(parsed(f"--config.data.lengths={text}").data.lengths) == (256, 512)
 
 
-@pytest.mark.parametrize(("text", "value"), [("False", False), ("false", False), ("0", False), ("True", True),
-                                             ("true", True), ("1", True)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("False", False), ("false", False), ("0", False), ("True", True), ("true", True), ("1", True)]
+)
 def test_truth(text, value):
     assert parsed(f"--config.data.pad_short_audio={text}").data.pad_short_audio is value
 
@@ -35,10 +36,19 @@ def test_a_flag_and_its_value_may_stand_apart():
     assert parsed("--config.optim.lr", "3e-4").optim.lr == 3e-4
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("--config.steps=1e3", "steps"), ("--config.optim.lr=None", "lr"), ("--config.optim.rl=1e-4", "rl"),
-    ("--config.data.lengths=()", "lengths"), ("--config.steps=", "steps"), ("--config.steps=ten", "steps"),
-    ("--config.optim.lr=1e-4x", "lr"), ("--config.optim=3", "optim")])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("--config.steps=1e3", "steps"),
+        ("--config.optim.lr=None", "lr"),
+        ("--config.optim.rl=1e-4", "rl"),
+        ("--config.data.lengths=()", "lengths"),
+        ("--config.steps=", "steps"),
+        ("--config.steps=ten", "steps"),
+        ("--config.optim.lr=1e-4x", "lr"),
+        ("--config.optim=3", "optim"),
+    ],
+)
 def test_what_cannot_be_meant_is_refused_in_one_line(text, named):
     with pytest.raises(InputError, match=named) as refused:
         parsed(text)

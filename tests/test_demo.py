@@ -19,13 +19,27 @@ def test_the_demo_says_how_long_each_part_took(tmp_path, monkeypatch):
 
     evaluations = [evaluate.parse_arguments(words) for verb, words in ran if verb == "crab_jax.evaluate"]
     assert [(one.mute_audio, one.blank_video) for one in evaluations] == [
-        (False, False), (True, False), (False, True), (False, False)]
+        (False, False),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
     assert len({(one.data, one.batch_size, one.max_new_tokens, one.tasks, one.limit) for one in evaluations}) == 1
     assert report.parse_arguments(ran[-1][1]).results == str(tmp_path / "results.json")
     seconds = json.loads((tmp_path / "seconds.json").read_text())
-    assert list(seconds) == ["scenes", "train", "untrained model", "evaluate trained", "evaluate audio_muted",
-                             "evaluate video_blanked", "evaluate untrained", "baselines", "predict", "predict a mask",
-                             "report"]
+    assert list(seconds) == [
+        "scenes",
+        "train",
+        "untrained model",
+        "evaluate trained",
+        "evaluate audio_muted",
+        "evaluate video_blanked",
+        "evaluate untrained",
+        "baselines",
+        "predict",
+        "predict a mask",
+        "report",
+    ]
 
 
 def test_the_report_has_the_scores_that_evaluate_wrote(tmp_path, monkeypatch):
@@ -40,5 +54,8 @@ def test_the_report_has_the_scores_that_evaluate_wrote(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["tasks"] == {"avqa": {"accuracy": 0}}
     assert [found["baselines"][name]["avqa"]["accuracy"] for name in ("untrained", "audio_muted", "video_blanked")] == [
-        1, 2, 3]
+        1,
+        2,
+        3,
+    ]
     assert {"empty", "constant"} <= found["baselines"].keys()

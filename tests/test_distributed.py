@@ -25,34 +25,69 @@ from tests.test_train import SMALL
 HOST, COUNT, INDEX = distributed.EXPLICIT
 
 
-@pytest.mark.parametrize("environ, wanted", [
-    ({}, None),
-    ({HOST: "h:1", COUNT: "4", INDEX: "3"}, {"coordinator_address": "h:1", "num_processes": 4, "process_id": 3,
-                                              "cluster_detection_method": "deactivate"}),
-    ({"SLURM_JOB_ID": "7"}, None),  # inside an allocation, but not started by srun
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
-    # What a batch script of eight tasks sees, without srun; then what `srun -n 1` in it does.
-    ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2",
-      "SLURM_GPUS_ON_NODE": "8"}, None),
-    ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1",
-      "SLURM_STEP_NUM_NODES": "1"}, None),
-    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, {}),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": ""}, None),
-    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, {}),
-    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
-     {"local_device_ids": [0, 1, 2, 3, 4, 5, 6, 7]}),  # else JAX would use one GPU of each node
-    ({"TPU_ML_PLATFORM": "JAX"}, {}),
-    ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}, None),
-    ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
-    ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, {}),
-])
+@pytest.mark.parametrize(
+    "environ, wanted",
+    [
+        ({}, None),
+        (
+            {HOST: "h:1", COUNT: "4", INDEX: "3"},
+            {
+                "coordinator_address": "h:1",
+                "num_processes": 4,
+                "process_id": 3,
+                "cluster_detection_method": "deactivate",
+            },
+        ),
+        ({"SLURM_JOB_ID": "7"}, None),  # inside an allocation, but not started by srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        # What a batch script of eight tasks sees, without srun; then what `srun -n 1` in it does.
+        (
+            {
+                "SLURM_JOB_ID": "1",
+                "SLURM_PROCID": "0",
+                "SLURM_LOCALID": "0",
+                "SLURM_NTASKS": "8",
+                "SLURM_JOB_NUM_NODES": "2",
+                "SLURM_GPUS_ON_NODE": "8",
+            },
+            None,
+        ),
+        (
+            {
+                "SLURM_JOB_ID": "1",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "8",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_STEP_NUM_NODES": "1",
+            },
+            None,
+        ),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, {}),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": ""}, None),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, {}),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+            {"local_device_ids": [0, 1, 2, 3, 4, 5, 6, 7]},
+        ),  # else JAX would use one GPU of each node
+        ({"TPU_ML_PLATFORM": "JAX"}, {}),
+        ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}, None),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+    ],
+)
 def test_how_processes_find_each_other_is_read_from_the_environment(environ, wanted):
     assert distributed.launch(environ) == wanted
 
 
-@pytest.mark.parametrize("environ, named", [
-    ({HOST: "h:1", COUNT: "2"}, INDEX), ({HOST: "h:1", COUNT: "two", INDEX: "0"}, "two"),
-    ({HOST: "h:1", COUNT: "2", INDEX: "2"}, "count them from 0"), ({HOST: "h", COUNT: "2", INDEX: "1"}, "host:port")])
+@pytest.mark.parametrize(
+    "environ, named",
+    [
+        ({HOST: "h:1", COUNT: "2"}, INDEX),
+        ({HOST: "h:1", COUNT: "two", INDEX: "0"}, "two"),
+        ({HOST: "h:1", COUNT: "2", INDEX: "2"}, "count them from 0"),
+        ({HOST: "h", COUNT: "2", INDEX: "1"}, "host:port"),
+    ],
+)
 def test_half_an_explicit_start_is_refused(environ, named):
     with pytest.raises(InputError, match=named):
         distributed.launch(environ)
@@ -147,18 +182,32 @@ class Processes:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        command = [sys.executable, "-m", "crab_jax.train", "--config=configs/tiny.py", "--config.init_from=",
-                   f"--config.data.root={root}", "--config.data.batch_size=8", "--config.log_every=1", *SMALL,
-                   f"--workdir={workdir}", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "crab_jax.train",
+            "--config=configs/tiny.py",
+            "--config.init_from=",
+            f"--config.data.root={root}",
+            "--config.data.batch_size=8",
+            "--config.log_every=1",
+            *SMALL,
+            f"--workdir={workdir}",
+            *options,
+        ]
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         self.all = []
         for index in range(count):
-            environ = os.environ | {"XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "float32",
-                                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # they take longer than the steps
+            environ = os.environ | {
+                "XLA_FLAGS": flags,
+                "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }  # they take longer than the steps
             if count > 1:
                 environ |= {HOST: address, COUNT: str(count), INDEX: str(index)}
-            self.all.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                             text=True))
+            self.all.append(
+                subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
 
     def end(self, timeout: float = 900) -> list[tuple[int, str, str]]:
         """(exit code, stdout, stderr) of each."""
@@ -227,15 +276,22 @@ def reach(processes: Processes, workdir: Path, step: int) -> None:
 def children(process: subprocess.Popen) -> list[int]:
     """Processes that a process started and that are still there."""
     states = [file.read_text() for file in Path("/proc").glob("[0-9]*/status")]
-    return [int(found[1]) for state in states if f"PPid:\t{process.pid}\n" in state
-            and (found := re.search(r"^Pid:\t(\d+)", state, re.M))]
+    return [
+        int(found[1])
+        for state in states
+        if f"PPid:\t{process.pid}\n" in state and (found := re.search(r"^Pid:\t(\d+)", state, re.M))
+    ]
 
 
 @pytest.mark.exhaustive
 def test_killed_or_stopped_processes_cost_no_number(questions, tmp_path):
     """Stopped for a while, then killed (each of the two once) and started again: the losses of an undisturbed run."""
-    steps = ("--config.steps=24", "--config.checkpoint_every=3", "--config.data.workers=1",
-             "--config.watchdog_seconds=1")
+    steps = (
+        "--config.steps=24",
+        "--config.checkpoint_every=3",
+        "--config.data.workers=1",
+        "--config.watchdog_seconds=1",
+    )
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert [code for code, _, _ in Processes(2, questions, whole, *steps, devices=1).end()] == [0, 0]
 
@@ -301,17 +357,26 @@ def small_run(count: int, *arguments: str) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    return [subprocess.Popen([sys.executable, "-c", SCRIPT, *(arguments or ("0",))], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env=os.environ | {
-                                 HOST: address, COUNT: str(count), INDEX: str(index), "XLA_FLAGS": ""})
-            for index in range(count)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *(arguments or ("0",))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {HOST: address, COUNT: str(count), INDEX: str(index), "XLA_FLAGS": ""},
+        )
+        for index in range(count)
+    ]
 
 
 def errors_of(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, list[str]]]:
     """(exit code, lines on stderr of ours) of each process, which end within `seconds`."""
     try:
-        return [(process.returncode, [line for line in errors.splitlines() if line.startswith("error: ")])
-                for process in processes for errors in [process.communicate(timeout=seconds)[1]]]
+        return [
+            (process.returncode, [line for line in errors.splitlines() if line.startswith("error: ")])
+            for process in processes
+            for errors in [process.communicate(timeout=seconds)[1]]
+        ]
     finally:
         for process in processes:
             process.kill()
@@ -337,8 +402,11 @@ def test_one_that_stands_still_is_named_and_goes_on_and_one_that_is_killed_ends_
     works(processes)
     processes[2].send_signal(signal.SIGSTOP)
     for other in processes[:2]:
-        assert re.match(rf"process \d: waiting for a step, for \d+ s now; process 2 on {socket.gethostname()} has not "
-                        r"answered for \d+ s$", said(other, "not answered"))
+        assert re.match(
+            rf"process \d: waiting for a step, for \d+ s now; process 2 on {socket.gethostname()} has not "
+            r"answered for \d+ s$",
+            said(other, "not answered"),
+        )
     processes[2].send_signal(signal.SIGCONT)
     for other in processes[:2]:
         said(other, "went on after")
@@ -359,13 +427,17 @@ def test_the_death_of_the_first_process_ends_all_with_its_name():
     assert [process.returncode for process in processes[1:]] == [1, 1]
     wanted = f"error: process 0 on {socket.gethostname()} is gone (it was killed"
     for lines in said:  # C++ may have the word before
-        assert [line[:len(wanted)] for line in lines if line.startswith("error:")] == [wanted], lines
+        assert [line[: len(wanted)] for line in lines if line.startswith("error:")] == [wanted], lines
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, own, others", [
-    (("0", "error", "sleep"), "clip.mp4 [video]: is damaged; copy it again", "clip.mp4 [video]: is damaged"),
-    (("5", "sleep"), f"process 1 on {socket.gethostname()} [seed]: is 5, on process 0 it is 0", "[seed]: is 5")])
+@pytest.mark.parametrize(
+    "arguments, own, others",
+    [
+        (("0", "error", "sleep"), "clip.mp4 [video]: is damaged; copy it again", "clip.mp4 [video]: is damaged"),
+        (("5", "sleep"), f"process 1 on {socket.gethostname()} [seed]: is 5, on process 0 it is 0", "[seed]: is 5"),
+    ],
+)
 def test_an_error_of_one_process_ends_the_other_with_its_reason(arguments, own, others):
     (code0, errors0), (code1, errors1) = errors_of(small_run(2, *arguments))
     assert (code0, code1) == (2, 2)

@@ -79,16 +79,23 @@ def test_the_data_root_of_training_is_taken_where_it_is_there(tmp_path):
     config = tiny.get_config()
     config.data.root = str(tmp_path)
     assert runs.data_root("", resolve(config)) == tmp_path and runs.data_root("other", resolve(config)) == Path("other")
-    for root, said in (("/on/that/machine", "trained on /on/that/machine, which is no folder here; give --data=DIR"),
-                       ("", "trained without one")):
+    for root, said in (
+        ("/on/that/machine", "trained on /on/that/machine, which is no folder here; give --data=DIR"),
+        ("", "trained without one"),
+    ):
         config.data.root = root
         with pytest.raises(InputError, match=said):
             runs.data_root("", resolve(config))
 
 
-@pytest.mark.parametrize("environ, kept", [
-    ({"HOME": "/dev/null"}, False), ({"HOME": "/proc/1"}, False),
-    ({"HOME": "/dev/null", "XDG_CACHE_HOME": "{tmp}"}, True)])
+@pytest.mark.parametrize(
+    "environ, kept",
+    [
+        ({"HOME": "/dev/null"}, False),
+        ({"HOME": "/proc/1"}, False),
+        ({"HOME": "/dev/null", "XDG_CACHE_HOME": "{tmp}"}, True),
+    ],
+)
 def test_a_home_that_cannot_be_written_keeps_nothing(environ, kept, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -110,10 +117,28 @@ def test_predict_works_in_a_folder_that_may_not_be_written_to(picture, scenes_ro
     here.chmod(0o555)
     repository = Path(__file__).parent.parent
     done = subprocess.run(
-        ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", sys.executable, "-m",
-         "crab_jax.predict", "--checkpoint", "warm_start", "--video",
-         next((scenes_root / "test").rglob("clip.mp4")), "--question", "What is heard?", "--max-new-tokens", "2",
-         "--out", out], cwd=here, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(repository), "HOME": str(here), "PYTHONDONTWRITEBYTECODE": "1"})
+        [
+            "setpriv",
+            "--bounding-set=-dac_override,-dac_read_search",
+            "--inh-caps=-all",
+            sys.executable,
+            "-m",
+            "crab_jax.predict",
+            "--checkpoint",
+            "warm_start",
+            "--video",
+            next((scenes_root / "test").rglob("clip.mp4")),
+            "--question",
+            "What is heard?",
+            "--max-new-tokens",
+            "2",
+            "--out",
+            out,
+        ],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(repository), "HOME": str(here), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in out.iterdir()] == ["predictions.jsonl"] and not list(here.iterdir())

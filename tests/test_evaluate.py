@@ -53,8 +53,13 @@ class Scripted(nn.Module):
         width = batch.text_mask.shape[1]
         fill = jnp.broadcast_to(batch.index[:, None, None, None].astype(jnp.float32), cache.k.shape[1:])[None]
         start = jnp.broadcast_to(batch.text_mask.sum(-1)[:, None, None, None].astype(jnp.float32), cache.v.shape[1:])
-        hidden = jnp.stack([jnp.broadcast_to(batch.index[:, None], (len(batch.index), width)),
-                            jnp.zeros((len(batch.index), width), int)], -1)
+        hidden = jnp.stack(
+            [
+                jnp.broadcast_to(batch.index[:, None], (len(batch.index), width)),
+                jnp.zeros((len(batch.index), width), int),
+            ],
+            -1,
+        )
         return hidden.astype(jnp.float32), KVCache(fill, start[None])
 
     @nn.compact
@@ -66,7 +71,7 @@ class Scripted(nn.Module):
     def logits(self, hidden):
         table = np.full((len(self.cfg.scripts), STEPS), 2)
         for row, script in enumerate(self.cfg.scripts):
-            table[row, :len(script)] = script
+            table[row, : len(script)] = script
         index, step = hidden[..., 0].astype(int), hidden[..., 1].astype(int)
         return nn.one_hot(jnp.asarray(table)[index, jnp.minimum(step, STEPS - 1)], self.cfg.llama.vocab_size)
 
@@ -89,12 +94,23 @@ def question(name, truth):
 
 
 def picture(name, task, kind):
-    return Example(id=name, task=task, instruction="Segment it.", mask=f"{name}.png", mask_kind=kind,
-                   meta={"objects": ["dog"], "video": name})
+    return Example(
+        id=name,
+        task=task,
+        instruction="Segment it.",
+        mask=f"{name}.png",
+        mask_kind=kind,
+        meta={"objects": ["dog"], "video": name},
+    )
 
 
-EXAMPLES = [question("q/1", "yes"), question("q/2", "no"), picture("s 1", "s4", "binary"),
-            picture("s 2", "s4", "binary"), picture("c", "avss", "semantic")]
+EXAMPLES = [
+    question("q/1", "yes"),
+    question("q/2", "no"),
+    picture("s 1", "s4", "binary"),
+    picture("s 2", "s4", "binary"),
+    picture("c", "avss", "semantic"),
+]
 TEXTS = [TASKS["avqa"].target("yes"), "no idea", f"It is {MASK}", "nothing to see", f"It is {MASK}"]
 
 
@@ -103,7 +119,7 @@ HALF[:, :4] = 1
 
 
 def text_batch(indices):
-    lengths = np.array([3, 5, 2, 4])[:len(indices)]
+    lengths = np.array([3, 5, 2, 4])[: len(indices)]
     batch = empty_batch(Bucket(length=5, frames=1, windows=1, fbank_frames=98, masks=0), len(indices), SIZE)
     return batch.replace(index=np.array(indices, np.int32), text_mask=np.arange(5) < lengths[:, None])
 
@@ -113,9 +129,12 @@ def mask_batch(indices, kinds, values):
     values = np.array(values)[:, None, None, None]
     empty = empty_batch(Bucket(length=5, frames=1, windows=1, fbank_frames=98, masks=1), len(indices), SIZE)
     return empty.replace(
-        index=np.array(indices, np.int32), text_mask=text_batch(indices).text_mask,
-        seg_kind=np.array(kinds, np.int32)[:, None], seg_target=(HALF * values).astype(np.int32),
-        seg_frame=(HALF * np.where(values == 1, 255, values))[..., None].repeat(3, -1).astype(np.uint8))
+        index=np.array(indices, np.int32),
+        text_mask=text_batch(indices).text_mask,
+        seg_kind=np.array(kinds, np.int32)[:, None],
+        seg_target=(HALF * values).astype(np.int32),
+        seg_frame=(HALF * np.where(values == 1, 255, values))[..., None].repeat(3, -1).astype(np.uint8),
+    )
 
 
 def batches():
@@ -150,8 +169,11 @@ def run(root, monkeypatch, model, tokenizer, *flags):
         return ((None, batch) for batch in batches())
 
     monkeypatch.setattr(inference, "eval_batches", eval_batches)
-    verb.evaluate(parse_arguments(["--checkpoint", "x", "--out", str(root / "out"), "--max-new-tokens", str(STEPS),
-                                   "--examples", "0", *flags]))
+    verb.evaluate(
+        parse_arguments(
+            ["--checkpoint", "x", "--out", str(root / "out"), "--max-new-tokens", str(STEPS), "--examples", "0", *flags]
+        )
+    )
     return asked
 
 
@@ -210,8 +232,9 @@ def answering(tmp_path, monkeypatch, tokenizer):
 
 
 def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if
-            path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def test_killed_five_times_the_result_is_the_same(answering):
@@ -223,7 +246,7 @@ def test_killed_five_times_the_result_is_the_same(answering):
             evaluate(rng=rng, deaths=(1,) if rng.random() < 0.6 else (0,))
         predictions = root / "out" / "predictions.jsonl"
         if predictions.exists() and rng.random() < 0.7:  # the last line was being written
-            predictions.write_bytes(predictions.read_bytes()[:-int(rng.integers(1, 40))])
+            predictions.write_bytes(predictions.read_bytes()[: -int(rng.integers(1, 40))])
     evaluate(rng=rng)
     assert files(root / "out") == files(root / "whole")
     done = len(evaluate.asked)
@@ -271,16 +294,32 @@ def test_answers_of_another_model_are_set_aside_not_mixed(answering, capsys):
 
 # What answers depend on, and a change of each.
 ANOTHER = {
-    "parameters": {"params": 2.0}, "max_new_tokens": ("--max-new-tokens", "9"), "force_masks": ("--force-masks",),
-    "weights": ("--weights", "int8"), "mute_audio": ("--mute-audio",), "blank_video": ("--blank-video",),
-    "video_frames": {"data.video_frames": 3}, "pad_short_audio": {"data.pad_short_audio": True},
+    "parameters": {"params": 2.0},
+    "max_new_tokens": ("--max-new-tokens", "9"),
+    "force_masks": ("--force-masks",),
+    "weights": ("--weights", "int8"),
+    "mute_audio": ("--mute-audio",),
+    "blank_video": ("--blank-video",),
+    "video_frames": {"data.video_frames": 3},
+    "pad_short_audio": {"data.pad_short_audio": True},
     "image_size": {"sizes.clip.image_size": 32, "sizes.seg.image_size": 32, "sizes.seg.grid": 4},
     "visual_queries": {"sizes.visual.queries": 5},
-    "audio_queries": {"sizes.audio.queries": 5}, "clock": {"compat": "released"},
+    "audio_queries": {"sizes.audio.queries": 5},
+    "clock": {"compat": "released"},
     "model": {"sizes.llama.heads": 2, "sizes.llama.kv_heads": 2},
-    "tokenizer": {}, "examples": {}}
-SAME = [("--batch-size", "3"), ("--examples", "0"), ("--tensor", "1"), ("--cache-dir", "c"),
-        {"data.lengths": (64, 2048)}, {"data.on_error": "skip"}, {"seed": 5}, {"steps": 9}]
+    "tokenizer": {},
+    "examples": {},
+}
+SAME = [
+    ("--batch-size", "3"),
+    ("--examples", "0"),
+    ("--tensor", "1"),
+    ("--cache-dir", "c"),
+    {"data.lengths": (64, 2048)},
+    {"data.on_error": "skip"},
+    {"seed": 5},
+    {"steps": 9},
+]
 
 
 @pytest.mark.parametrize("name", ANOTHER)
@@ -352,8 +391,7 @@ def test_a_mask_of_another_shape_than_the_truth_is_refused(tmp_path, answering, 
     right, turned = np.asfortranarray(truth > 0).astype(np.uint8, order="F"), np.asfortranarray(truth.T > 0)
     if shape == "png":
         masks = []
-        for name, mask in (("right", truth), ("turned", truth.T), ("square", truth[:, :12]),
-                           ("half", truth[::2, ::2])):
+        for name, mask in (("right", truth), ("turned", truth.T), ("square", truth[:, :12]), ("half", truth[::2, ::2])):
             Image.fromarray(mask).save(root / f"{name}.png")
             masks.append(f"{name}.png")
     else:
@@ -364,8 +402,9 @@ def test_a_mask_of_another_shape_than_the_truth_is_refused(tmp_path, answering, 
         (root / "p.jsonl").write_text(json.dumps({"id": "s 1", "text": "", "mask": mask}) + "\n")
         arguments = ("--predictions", str(root / "p.jsonl"), "--data", str(root), "--tasks", "s4", "--limit", "1")
         if number == 1 or number == 2 and shape != "png":
-            with pytest.raises(InputError, match="is 12x20, but the true mask is 20x12: width and height are exchanged"
-                               ) as refused:
+            with pytest.raises(
+                InputError, match="is 12x20, but the true mask is 20x12: width and height are exchanged"
+            ) as refused:
                 evaluate(*arguments, out=f"o{number}")
             assert "p.jsonl, s 1" in str(refused.value)
         else:
@@ -387,9 +426,11 @@ def test_a_true_mask_is_compared_with_its_picture_wherever_they_meet(tmp_path, m
         example = dataclasses.replace(answer.example, mask=mask, image="p.png", second=0)
         write_jsonl(tmp_path / "test.jsonl", [example])
         (tmp_path / "predictions.jsonl").write_text(json.dumps({"id": "x", "task": "s4", "text": "", "mask": None}))
-        for use, arguments in ((verb.judge_folder, (tmp_path, [example], tmp_path)),
-                               (report.mask_picture, (example, answer, tmp_path, "shown")),
-                               (labels.places, (example, tmp_path))):
+        for use, arguments in (
+            (verb.judge_folder, (tmp_path, [example], tmp_path)),
+            (report.mask_picture, (example, answer, tmp_path, "shown")),
+            (labels.places, (example, tmp_path)),
+        ):
             if fits:
                 use(*arguments)
             else:
@@ -408,7 +449,8 @@ def test_predictions_are_scored_without_a_model_as_with_one(answering):
     assert len(evaluate.asked) == before
     found, again = files(root / "out"), files(root / "again")
     assert {name: found[name] for name in found if name not in ("evaluation.json", "results.html")} == {
-        name: again[name] for name in again if name not in ("evaluation.json", "results.html")}
+        name: again[name] for name in again if name not in ("evaluation.json", "results.html")
+    }
     assert list(json.loads((root / "s4" / "results.json").read_text())["tasks"]) == ["s4"]
     with pytest.raises(InputError, match="--data"):
         evaluate("--predictions", str(root / "out" / "predictions.jsonl"))
@@ -464,8 +506,11 @@ def test_select_takes_the_first_of_each_task():
 
 def test_labels_are_checked_before_decoding():
     check_labels(EXAMPLES)
-    for broken in (dataclasses.replace(EXAMPLES[0], meta={}), dataclasses.replace(EXAMPLES[2], mask=None),
-                   dataclasses.replace(EXAMPLES[4], mask_kind="binary")):
+    for broken in (
+        dataclasses.replace(EXAMPLES[0], meta={}),
+        dataclasses.replace(EXAMPLES[2], mask=None),
+        dataclasses.replace(EXAMPLES[4], mask_kind="binary"),
+    ):
         with pytest.raises(InputError, match=broken.id):
             check_labels([broken])
 

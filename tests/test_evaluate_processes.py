@@ -21,15 +21,38 @@ def start(root, out, *flags, devices=1):
     """One program that evaluates a few tasks of a few scenes."""
     xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "crab_jax.evaluate", "--checkpoint", "warm_start", "--data", root, "--tasks",
-         "ave,avqa,s4", "--limit", "6", "--batch-size", "2", "--max-new-tokens", "120", "--out", out, *flags],
-        cwd=REPOSITORY, env={**os.environ, "XLA_FLAGS": xla}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True)
+        [
+            sys.executable,
+            "-m",
+            "crab_jax.evaluate",
+            "--checkpoint",
+            "warm_start",
+            "--data",
+            root,
+            "--tasks",
+            "ave,avqa,s4",
+            "--limit",
+            "6",
+            "--batch-size",
+            "2",
+            "--max-new-tokens",
+            "120",
+            "--out",
+            out,
+            *flags,
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "XLA_FLAGS": xla},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def finish(program):
@@ -66,8 +89,11 @@ def test_processes_that_differ_are_refused_before_they_load_a_model(scenes_root,
     programs = []
     for index in (0, 1):
         monkeypatch.setenv("JAX_PROCESS_ID", str(index))
-        programs.append(start(scenes_root, tmp_path, "--limit", str(6 + index),
-                              *([] if as_one_run else ["--process", f"{index}/2"])))
+        programs.append(
+            start(
+                scenes_root, tmp_path, "--limit", str(6 + index), *([] if as_one_run else ["--process", f"{index}/2"])
+            )
+        )
     # Of two that are started alone the first to come does not know of the other: it waits for it.
     refused = programs if as_one_run else []
     while not refused:
@@ -115,8 +141,9 @@ def test_evaluated_again_in_other_batches_the_scores_are_the_same(scenes_root, w
     tasks = json.loads(again["results.json"])["tasks"]
     for task, scores in json.loads(expected["results.json"])["tasks"].items():
         found = tasks[task]
-        assert found.pop("intervals") == {name: pytest.approx(pair, abs=1e-3) for name, pair in
-                                          scores.pop("intervals").items()}
+        assert found.pop("intervals") == {
+            name: pytest.approx(pair, abs=1e-3) for name, pair in scores.pop("intervals").items()
+        }
         assert found == pytest.approx(scores, abs=1e-3)
 
 

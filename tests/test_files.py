@@ -20,8 +20,11 @@ from data_pipelines.tokens import Tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4920739\n"
 PAGE = b"\n<!DOCTYPE html>\n<html lang=en><head><title>model.safetensors at main</title>"
-STAND_INS = [(POINTER, "is a Git LFS pointer, not the file itself; run: git lfs pull"),
-             (PAGE, "is a web page, not the"), (b"\xef\xbb\xbf<HTML>", "is a web page")]
+STAND_INS = [
+    (POINTER, "is a Git LFS pointer, not the file itself; run: git lfs pull"),
+    (PAGE, "is a web page, not the"),
+    (b"\xef\xbb\xbf<HTML>", "is a web page"),
+]
 
 
 def tokenizer_json(path):
@@ -34,14 +37,22 @@ def llama_directory(path):
 
 
 READERS = {
-    "model.safetensors": torch_file.read_safetensors, "weights.bin": torch_file.read, "BEATs.pt": torch_file.read,
+    "model.safetensors": torch_file.read_safetensors,
+    "weights.bin": torch_file.read,
+    "BEATs.pt": torch_file.read,
     PACKED: lambda path: stored_params(path.parent),
     "pytorch_model.bin": lambda path: torch_file.read_model_dir(path.parent),
-    "rows.npz": importing.read_arrays, "tuned.safetensors": released.crab_source, "tuned.bin": released.crab_source,
-    "config.json": lambda path: load_config(path.parent), "tokenizer.json": tokenizer_json,
-    "tokenizer.model": llama_directory, "tokenizer_config.json": llama_directory,
-    "predictions.jsonl": read_rows, "train.jsonl": read_jsonl,
-    "model.safetensors.index.json": lambda path: torch_file.read_model_dir(path.parent)}
+    "rows.npz": importing.read_arrays,
+    "tuned.safetensors": released.crab_source,
+    "tuned.bin": released.crab_source,
+    "config.json": lambda path: load_config(path.parent),
+    "tokenizer.json": tokenizer_json,
+    "tokenizer.model": llama_directory,
+    "tokenizer_config.json": llama_directory,
+    "predictions.jsonl": read_rows,
+    "train.jsonl": read_jsonl,
+    "model.safetensors.index.json": lambda path: torch_file.read_model_dir(path.parent),
+}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -55,26 +66,46 @@ def test_what_was_not_fetched_is_called_that(name, content, said, tmp_path):
 
 
 def test_pointers_are_told_from_files_that_speak_of_them():
-    for content, pointer in ((POINTER, True), (POINTER.replace(b"\n", b"\r\n"), True), (b"", False),
-                             (b"version https://git", False), (b"x" + POINTER, False)):
+    for content, pointer in (
+        (POINTER, True),
+        (POINTER.replace(b"\n", b"\r\n"), True),
+        (b"", False),
+        (b"version https://git", False),
+        (b"x" + POINTER, False),
+    ):
         assert bool(files.stand_in(content)) == pointer
 
 
-@pytest.mark.parametrize("content", [POINTER, PAGE, b"\xef\xbb\xbf<HTML>", b"\n<?xml version='1.0'?><!-- x --><html>",
-                                     b"/annex/objects/MD5E-s1--x.mp4\n", b"<script>"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        POINTER,
+        PAGE,
+        b"\xef\xbb\xbf<HTML>",
+        b"\n<?xml version='1.0'?><!-- x --><html>",
+        b"/annex/objects/MD5E-s1--x.mp4\n",
+        b"<script>",
+    ],
+)
 def test_what_was_not_fetched_is_called_the_same_whatever_was_wanted(tmp_path, content):
     """A config, a list, a film, a sound and a picture."""
     (tmp_path / "x").write_bytes(content)
     wanted = files.stand_in(content)[0]
-    for read in (read_rows, lambda path: files.refuse_stand_in(path), media.read_picture, media.read_audio,
-                 media.video_size):
+    for read in (
+        read_rows,
+        lambda path: files.refuse_stand_in(path),
+        media.read_picture,
+        media.read_audio,
+        media.video_size,
+    ):
         with pytest.raises(InputError) as refused:
             read(tmp_path / "x")
         assert refused.value.problem == wanted
 
 
-@pytest.mark.parametrize("content", [b"not a model", b"", b"\x00" * 64,
-                                     b"\x0a\x0f\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"])
+@pytest.mark.parametrize(
+    "content", [b"not a model", b"", b"\x00" * 64, b"\x0a\x0f\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"]
+)
 def test_a_tokenizer_model_that_is_none_is_named_in_one_line(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(InputError, match="tokenizer.model.*cannot be read") as error:
@@ -91,9 +122,12 @@ def test_a_legacy_flag_that_is_no_flag_is_refused(golden, legacy, tmp_path):
 
 
 EXAMPLE = {"id": "é", "task": "avqa", "instruction": "?"}
-TEXTS = {"train.jsonl": (read_jsonl, EXAMPLE), "samples.json": (read_samples, [{"task": "ave"}]),
-         "config.json": (lambda path: load_config(path.parent), {"model": "tiny", "compat": "paper", "é": 1}),
-         "any.json": (read_json, {"a": "é"})}
+TEXTS = {
+    "train.jsonl": (read_jsonl, EXAMPLE),
+    "samples.json": (read_samples, [{"task": "ave"}]),
+    "config.json": (lambda path: load_config(path.parent), {"model": "tiny", "compat": "paper", "é": 1}),
+    "any.json": (read_json, {"a": "é"}),
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -114,14 +148,25 @@ def test_weights_with_a_byte_order_mark_in_their_index_are_read(tmp_path):
     import safetensors.numpy
 
     safetensors.numpy.save_file({"w": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}),
-                                                           encoding="utf-8-sig")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "a.safetensors"}}), encoding="utf-8-sig"
+    )
     assert torch_file.read_model_dir(tmp_path)["w"].tolist() == [1, 1]
 
 
 LINES = b'{"step": 1, "index": 1, "id": "a"}\n{"step": 2, "index": 2, "id": "b"}\n'
-TAILS = [b'{"step": 3, "ind', bytes(4096), b"\xff\xfe\x00garbage", b"\n\n\n", b"garbage\nmore\n",
-         b'{"a": 1}\0\0\0\n', b"7\n", b"[" * 100_000, b'"half', b"\x00\n\x00\n"]
+TAILS = [
+    b'{"step": 3, "ind',
+    bytes(4096),
+    b"\xff\xfe\x00garbage",
+    b"\n\n\n",
+    b"garbage\nmore\n",
+    b'{"a": 1}\0\0\0\n',
+    b"7\n",
+    b"[" * 100_000,
+    b'"half',
+    b"\x00\n\x00\n",
+]
 
 
 @pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
@@ -136,7 +181,7 @@ def test_what_a_power_cut_leaves_at_the_end_of_a_log_is_cut_off(tail, tmp_path, 
     assert list(predictions.read_all(tmp_path)) == ["a", "b"]
     (tmp_path / "metrics.jsonl").write_bytes(LINES + tail)
     train.keep_until(tmp_path / "metrics.jsonl", 1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[:LINES.index(b"\n") + 1]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[: LINES.index(b"\n") + 1]
 
 
 def test_a_line_without_its_end_is_ended_and_one_that_cannot_be_read_left_out(tmp_path, capsys):

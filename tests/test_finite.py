@@ -42,8 +42,10 @@ def test_integers_and_nothing_are_finite():
 
 def tree():
     rng = np.random.default_rng(0)
-    return {"llama": {"kernel": rng.normal(size=(2, 300, 500)).astype(np.float32), "n": np.int32([1])},
-            "clip": {"scale": rng.normal(size=7).astype(ml_dtypes.bfloat16)}}
+    return {
+        "llama": {"kernel": rng.normal(size=(2, 300, 500)).astype(np.float32), "n": np.int32([1])},
+        "clip": {"scale": rng.normal(size=7).astype(ml_dtypes.bfloat16)},
+    }
 
 
 def packed(folder, params):
@@ -51,9 +53,13 @@ def packed(folder, params):
 
 
 def imported(folder, params):
-    checkpoints.save_streamed(folder / checkpoints.IMPORTED, {
-        path: checkpoints.Streamed(leaf.shape, leaf.dtype, 0, lambda leaf=leaf: [((), leaf)])
-        for path, leaf in traverse_util.flatten_dict(params, sep="/").items()})
+    checkpoints.save_streamed(
+        folder / checkpoints.IMPORTED,
+        {
+            path: checkpoints.Streamed(leaf.shape, leaf.dtype, 0, lambda leaf=leaf: [((), leaf)])
+            for path, leaf in traverse_util.flatten_dict(params, sep="/").items()
+        },
+    )
 
 
 def run(folder, params):
@@ -72,8 +78,10 @@ def test_every_kind_of_checkpoint_is_refused_by_the_name_of_what_is_broken(store
     with monkeypatch.context() as patch:
         patch.setattr(finite, "check", lambda tree, where: tree)  # as a program writes it that does not look
         store(tmp_path, params)
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), params)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        params,
+    )
     name = "llama/kernel" if place == "llama" else "clip/scale"
     stored = checkpoints.stored_params(tmp_path)
     for load in (stored.load, lambda: stored.load(wanted), lambda: stored.some([name])):
@@ -99,8 +107,9 @@ def test_a_run_does_not_go_on_from_values_that_are_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["trainable/w", "opt/mu/w"])
 def test_a_step_that_is_not_finite_is_not_saved_and_the_last_good_one_stays(place, value, tmp_path):
     def state(bad: dict[str, float]):
-        return traverse_util.unflatten_dict({name: jnp.array([1.0, bad.get(name, 2.0)]) for name in
-                                             ("trainable/w", "opt/mu/w")}, sep="/")
+        return traverse_util.unflatten_dict(
+            {name: jnp.array([1.0, bad.get(name, 2.0)]) for name in ("trainable/w", "opt/mu/w")}, sep="/"
+        )
 
     store = checkpoints.RunCheckpoints(tmp_path)
     with pytest.raises(InputError, match=rf"{place}.*not saved, there is no step before it"):
@@ -120,7 +129,8 @@ def test_values_beyond_a_narrower_dtype_are_refused_while_they_become_infinite(t
     packed(tmp_path / "largest", {"w": np.float32([1.0, -3.4e38])})  # above the largest of bfloat16 too
     with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
         checkpoints.stored_params(tmp_path / "largest").load(
-            {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)})
+            {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)}
+        )
     params = {"w": np.float32([1.0, 70000.0])}
     packed(tmp_path, params)
     wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)}

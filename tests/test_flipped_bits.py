@@ -19,8 +19,9 @@ from data_pipelines.tokens import Tokenizer
 FLIPS = 100
 
 
-def flip(folder: Path, rng: np.random.Generator, skip: Callable[[Path], bool] = lambda path: False
-         ) -> tuple[Path, bytes]:
+def flip(
+    folder: Path, rng: np.random.Generator, skip: Callable[[Path], bool] = lambda path: False
+) -> tuple[Path, bytes]:
     """Flip one bit, drawn evenly over the bytes of all files below `folder`; the file, and what it held."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size and not skip(path))
     sizes = np.array([path.stat().st_size for path in files])
@@ -35,8 +36,9 @@ def flip(folder: Path, rng: np.random.Generator, skip: Callable[[Path], bool] = 
 
 
 def same(one, other) -> bool:
-    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(jax.tree.map(
-        lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other))
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other)
+    )
 
 
 def train_tree(step: int):
@@ -125,8 +127,22 @@ def test_bits_of_a_packed_model(tmp_path, golden):
 @pytest.fixture(scope="module")
 def prepared_scenes(scenes_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "root"
-    prepare.run(["--root", str(scenes_root), "--out", str(out), "--image-size", "8", "--video-frames", "2",
-                 "--workers", "0", "--splits", "test"])
+    prepare.run(
+        [
+            "--root",
+            str(scenes_root),
+            "--out",
+            str(out),
+            "--image-size",
+            "8",
+            "--video-frames",
+            "2",
+            "--workers",
+            "0",
+            "--splits",
+            "test",
+        ]
+    )
     return out
 
 

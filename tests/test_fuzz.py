@@ -35,20 +35,36 @@ def test_plans_are_the_same_each_time_and_all_different():
     assert len({plan.changes for plan in plans(200, 5)}) == 200
 
 
-@pytest.mark.parametrize("family", [mutate.MEDIA, mutate.PNG, mutate.JSON, mutate.TEXT, mutate.ARCHIVE,
-                                    mutate.WEIGHTS], ids=["media", "png", "json", "text", "archive", "weights"])
+@pytest.mark.parametrize(
+    "family",
+    [mutate.MEDIA, mutate.PNG, mutate.JSON, mutate.TEXT, mutate.ARCHIVE, mutate.WEIGHTS],
+    ids=["media", "png", "json", "text", "archive", "weights"],
+)
 def test_every_mutation_takes_any_bytes(family):
     chance = random.Random(0)
-    for data in (b"", b"x", b"\x89PNG\r\n\x1a\n", b"PK\5\6" + bytes(18), b'{"a": [1]}\n{"b": 2}\n',
-                 chance.randbytes(500)):
+    for data in (
+        b"",
+        b"x",
+        b"\x89PNG\r\n\x1a\n",
+        b"PK\5\6" + bytes(18),
+        b'{"a": [1]}\n{"b": 2}\n',
+        chance.randbytes(500),
+    ):
         for mutation in family:
             assert isinstance(mutation(data, random.Random(1)), bytes)
 
 
-@pytest.mark.parametrize(("code", "fell"), [
-    ("raise ValueError", "traceback"), ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
-    ("while True: pass", "still ran"), ("import sys; sys.exit(2)", "0 lines of an error"),
-    ("import sys; sys.exit('error: a: b; c')", "exit code 1"), ("print('fine')", "")])
+@pytest.mark.parametrize(
+    ("code", "fell"),
+    [
+        ("raise ValueError", "traceback"),
+        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
+        ("while True: pass", "still ran"),
+        ("import sys; sys.exit(2)", "0 lines of an error"),
+        ("import sys; sys.exit('error: a: b; c')", "exit code 1"),
+        ("print('fine')", ""),
+    ],
+)
 def test_the_cage_sees_what_no_command_may_do(code, fell, tmp_path):
     (tmp_path / "tried.py").write_text(code)
     cage = Cage(tmp_path / "cage", tmp_path)

@@ -26,8 +26,9 @@ OPTIONS = GenerateOptions(eos_id=EOS, pad_id=PAD, mask_ids=MASKS, max_new_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    llama: LlamaConfig = LlamaConfig(vocab_size=40, hidden=32, layers=2, heads=4, kv_heads=2, mlp_dim=48,
-                                     dtype="float32")
+    llama: LlamaConfig = LlamaConfig(
+        vocab_size=40, hidden=32, layers=2, heads=4, kv_heads=2, mlp_dim=48, dtype="float32"
+    )
 
 
 @flax.struct.dataclass
@@ -67,8 +68,9 @@ compiled = jax.jit(generate, static_argnums=(0, 3))
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(lambda: nn.unbox(MODEL.init(
-        jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="full")["params"]))
+    shapes = jax.eval_shape(
+        lambda: nn.unbox(MODEL.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="full")["params"])
+    )
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32), shapes)
 
@@ -76,9 +78,11 @@ def params():
 def prompts(rows: list[list[int]], width: int | None = None, index=None, junk: int = 7) -> Prompts:
     """Right-padded prompts; pads hold `junk`, which must not matter."""
     width = width or max(map(len, rows))
-    return Prompts(jnp.array([row + [junk] * (width - len(row)) for row in rows], jnp.int32),
-                   jnp.array([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
-                   jnp.asarray(range(len(rows)) if index is None else index, jnp.int32))
+    return Prompts(
+        jnp.array([row + [junk] * (width - len(row)) for row in rows], jnp.int32),
+        jnp.array([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
+        jnp.asarray(range(len(rows)) if index is None else index, jnp.int32),
+    )
 
 
 ROWS = [[1, 5, 9, 21], [1, 33], [1, 8, 8, 30, 31, 4, 22], [1], [1, 17, 6, 38, 25]]
@@ -99,12 +103,12 @@ def endless(params):
         for _ in range(OPTIONS.max_new_tokens):
             padded = jnp.array([sequence + [PAD] * (24 - len(sequence))])
             sequence.append(int(full(params, padded)[1][0, len(sequence) - 1].argmax()))
-        continued.append(sequence[len(row):])
+        continued.append(sequence[len(row) :])
     return continued
 
 
 def until(tokens: list[int], eos: int) -> list[int]:
-    return tokens[:tokens.index(eos) + 1] if eos in tokens else tokens
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +117,8 @@ def expected(endless):
 
 
 def generated(out, row: int) -> list[int]:
-    assert (out.tokens[row, out.lengths[row]:] == PAD).all()
-    return out.tokens[row, :out.lengths[row]].tolist()
+    assert (out.tokens[row, out.lengths[row] :] == PAD).all()
+    return out.tokens[row, : out.lengths[row]].tolist()
 
 
 def test_greedy_equals_naive_decoding(params, expected):
@@ -168,6 +172,7 @@ def test_the_loop_ends_when_every_row_has_ended(params):
         def decode(self, token, positions, cache):
             jax.debug.callback(lambda: steps.append(1))
             return super().decode(token, positions, cache)
+
     forced = jnp.array([[5, 6, EOS] + [-1] * 9] * 2)
     out = compiled(Counting(), params, prompts(ROWS[:2]), OPTIONS, None, forced)
     jax.effects_barrier()
@@ -188,23 +193,27 @@ def test_mask_states_are_the_states_that_predicted_the_mask_tokens(params):
         hidden, _ = full(params, jnp.array([ROWS[row] + new]))
         first = len(ROWS[row]) + 3 - 1  # in both rows the six that count start at new token 3
         assert new[3:9] == list(MASKS)
-        np.testing.assert_allclose(out.mask_states[row, 0], hidden[0, first:first + 6], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(out.mask_states[row, 0], hidden[0, first : first + 6], rtol=1e-4, atol=1e-4)
 
 
 def test_several_mask_groups_are_kept_in_their_order(params):
     """Two groups with text between; three of which two are kept; one; six mask tokens that are no ordered group."""
     longer = dataclasses.replace(OPTIONS, max_new_tokens=20, mask_groups=2)
-    rows = [[21, *MASKS, 22, *MASKS, EOS], [*MASKS, *MASKS, *MASKS, EOS], [*MASKS, 21, MASKS[0], EOS],
-            [*MASKS[1:], MASKS[0], EOS]]
+    rows = [
+        [21, *MASKS, 22, *MASKS, EOS],
+        [*MASKS, *MASKS, *MASKS, EOS],
+        [*MASKS, 21, MASKS[0], EOS],
+        [*MASKS[1:], MASKS[0], EOS],
+    ]
     forced = jnp.array([row + [-1] * (20 - len(row)) for row in rows])
     out = compiled(MODEL, params, prompts(ROWS[:4]), longer, None, forced)
     assert out.has_mask.tolist() == [[True, True], [True, True], [True, False], [True, False]]
     for row, starts in enumerate([(1, 8), (6, 12), (0,), (0,)]):
-        new = out.tokens[row, :out.lengths[row]].tolist()
+        new = out.tokens[row, : out.lengths[row]].tolist()
         hidden, _ = full(params, jnp.array([(ROWS[row] + new + [PAD] * 24)[:28]]))
         for group, start in enumerate(starts):
             first = len(ROWS[row]) + start - 1
-            np.testing.assert_allclose(out.mask_states[row, group], hidden[0, first:first + 6], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(out.mask_states[row, group], hidden[0, first : first + 6], rtol=1e-4, atol=1e-4)
 
 
 def test_mask_tokens_are_appended_to_an_answer_without_any(params, endless):
@@ -214,7 +223,10 @@ def test_mask_tokens_are_appended_to_an_answer_without_any(params, endless):
     forced = forced.at[2, :7].set(jnp.array([*MASKS, EOS]))
     out = compiled(MODEL, params, prompts(ROWS[:3]), options, None, forced)
     assert [generated(out, row) for row in range(3)] == [
-        [5, 6, *MASKS, EOS], [8, 8, 8, 8, 8, *MASKS, EOS], [*MASKS, EOS]]
+        [5, 6, *MASKS, EOS],
+        [8, 8, 8, 8, 8, *MASKS, EOS],
+        [*MASKS, EOS],
+    ]
     assert out.forced.tolist() == [True, True, False] and out.has_mask.all()
     hidden, _ = full(params, jnp.array([ROWS[0] + generated(out, 0)]))
     np.testing.assert_allclose(out.mask_states[0, 0], hidden[0, 5:11], rtol=1e-4, atol=1e-4)
@@ -226,8 +238,14 @@ def test_a_stream_is_the_generation_as_it_comes(params):
     whole, heard = compiled(MODEL, params, prompts(ROWS), OPTIONS), []
     before = (_start._cache_size(), _advance._cache_size())
     for every in (4, 5):
-        out = stream(MODEL, params, prompts(ROWS), OPTIONS, lambda tokens, lengths: heard.append(
-            [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]), every)
+        out = stream(
+            MODEL,
+            params,
+            prompts(ROWS),
+            OPTIONS,
+            lambda tokens, lengths: heard.append([row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]),
+            every,
+        )
         assert heard[-1] == [generated(whole, row) for row in range(len(ROWS))]
         jax.tree.map(np.testing.assert_array_equal, (out.tokens, out.has_mask), (whole.tokens, whole.has_mask))
     assert [len(row[0]) for row in heard[:3]] == [1, 5, 9] and heard[0][0] == heard[2][0][:1]
@@ -261,8 +279,11 @@ def test_sampling_depends_on_the_seed_and_the_example_only(params):
 
 def test_top_p_keeps_the_fewest_likely_tokens():
     logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
-    draw = lambda top_p: set(sample(jnp.tile(logits, (400, 1)), jax.random.split(jax.random.key(0), 400), 1.0,  # noqa: E731
-                                    top_p).tolist())
+
+    def draw(top_p):
+        keys = jax.random.split(jax.random.key(0), 400)
+        return set(sample(jnp.tile(logits, (400, 1)), keys, 1.0, top_p).tolist())
+
     assert draw(0.4) == {1}
     assert draw(0.6) == {1, 2}
     assert draw(0.9) == {1, 2, 3}
@@ -278,8 +299,13 @@ def test_options_out_of_range_are_refused(field, value):
 def test_meshes_generate_what_one_device_does():
     """Eight virtual devices along data, along fsdp, and mixed with tensor, in a process of its own."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-m", "tests.same_generation"], env={**os.environ, "XLA_FLAGS": flags},
-                          capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.same_generation"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for mesh, (same, furthest) in json.loads(done.stdout.splitlines()[-1]).items():
         assert same == 1.0 and furthest < 1e-5, mesh

@@ -56,7 +56,8 @@ ENTRY %main (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
 def test_collectives_of_nested_loops_are_multiplied_by_both_depths():
     assert hlo.collectives(hlo.ops(TEXT)) == {
         "all-gather": {"count": 32, "bytes": 32 * 128 * 256 * 2},
-        "all-reduce": {"count": 1 + 32 * 5, "bytes": (10 + 12) * 4 + 32 * 5 * 4 * 8 * 2}}
+        "all-reduce": {"count": 1 + 32 * 5, "bytes": (10 + 12) * 4 + 32 * 5 * 4 * 8 * 2},
+    }
 
 
 def test_what_is_computed_inside_a_fusion_is_no_buffer():

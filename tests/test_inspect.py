@@ -26,8 +26,9 @@ WITHOUT_2, ONLY_3 = np.array([1, 0, 1], np.float32), np.array([0, 0, 1], np.floa
 def small():
     """(model, parameters): one layer per module where it may be, random weights."""
     config = tiny.get_config()
-    config.update({"sizes": {"llama": {"layers": 2}, "beats": {"layers": 1}, "visual": {"layers": 1},
-                             "audio": {"layers": 1}}})
+    config.update(
+        {"sizes": {"llama": {"layers": 2}, "beats": {"layers": 1}, "visual": {"layers": 1}, "audio": {"layers": 1}}}
+    )
     model, rng = Crab(resolve(config).model), np.random.default_rng(0)
     shapes = nn.unbox(runs.abstract_params(model))
     return model, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
@@ -46,10 +47,14 @@ def batch(small):
     loss_mask = np.zeros((3, 12), bool)
     loss_mask[0, 8], loss_mask[1, 9:] = True, True
     return batch.replace(
-        tokens=rng.integers(4, 600, batch.tokens.shape).astype(np.int32), slots=slots, loss_mask=loss_mask,
-        text_mask=np.arange(12) < np.array([[9], [12], [12]]), index=np.array([0, 1, -1], np.int32),
+        tokens=rng.integers(4, 600, batch.tokens.shape).astype(np.int32),
+        slots=slots,
+        loss_mask=loss_mask,
+        text_mask=np.arange(12) < np.array([[9], [12], [12]]),
+        index=np.array([0, 1, -1], np.int32),
         seg_kind=np.array([[0], [1], [1]], np.int32),
-        task=np.array([NAMES.index("ave"), NAMES.index("s4"), 0], np.int32))
+        task=np.array([NAMES.index("ave"), NAMES.index("s4"), 0], np.int32),
+    )
 
 
 def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(small, batch):
@@ -77,8 +82,10 @@ def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(
 
 def test_a_head_that_is_taken_out_adds_nothing(small):
     _, params = small
-    old, cut, none = (traverse_util.flatten_dict(tree) for tree in
-                      (params, verb.keep_heads(params, WITHOUT_2), verb.keep_heads(params, np.zeros(3))))
+    old, cut, none = (
+        traverse_util.flatten_dict(tree)
+        for tree in (params, verb.keep_heads(params, WITHOUT_2), verb.keep_heads(params, np.zeros(3)))
+    )
     heads = [path for path in old if path[-1] == "lora_B"]
     assert heads and {path for path in old if not np.array_equal(old[path], cut[path])} == set(heads)
     for path in heads:
@@ -106,18 +113,29 @@ def test_the_verb_writes_json_and_plots(small, batch, tmp_path, monkeypatch, cap
     write_jsonl(tmp_path / "test.jsonl", [Example(id="a", task="ave", instruction="?", target="!")])
     monkeypatch.setattr(runs, "load_model", lambda path: (model, params, None, None))
     monkeypatch.setattr(verb, "answered_batches", lambda examples, *rest: [batch])
-    verb.router(verb.parse_arguments(["router", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--data",
-                                      str(tmp_path)]))
+    verb.router(
+        verb.parse_arguments(["router", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--data", str(tmp_path)])
+    )
     found = json.loads((tmp_path / "o" / "router.json").read_text())
     heads = model.cfg.lora.heads
     assert found["heads"] == heads and len(found["projections"]) == 7
-    assert set(found["routing"]["ave"]) == {"all", *verb.SEGMENTS} and set(found["routing"]["s4"]) == {"all", "text",
-                                                                                                      "answer"}
+    assert set(found["routing"]["ave"]) == {"all", *verb.SEGMENTS} and set(found["routing"]["s4"]) == {
+        "all",
+        "text",
+        "answer",
+    }
     assert np.shape(found["routing"]["ave"]["visual"]["weights"]) == (2, 7, heads)
     assert found["ablation"]["s4"][verb.WITHOUT_ALL].keys() == {"text", "bce", "dice"}
     names = {path.name for path in (tmp_path / "o").iterdir()}
-    assert {"router.html", "router_layers.png", "router_projections.png", "router_segments.png", "router_entropy.png",
-            "ablation_text.png", "ablation_bce.png"} <= names
+    assert {
+        "router.html",
+        "router_layers.png",
+        "router_projections.png",
+        "router_segments.png",
+        "router_entropy.png",
+        "ablation_text.png",
+        "ablation_bce.png",
+    } <= names
     assert "without head 1" in capsys.readouterr().out
 
 

@@ -28,7 +28,7 @@ WORKERS = 2
 # workers of --worker=all share one standard input. With a file watch_for, ps becomes a command line of this machine
 # that has its text. With a file odd, ssh commands that hold its first line meet its second: cut (input ends), lost
 # (the slice is, once) or twice.
-GCLOUD = r'''
+GCLOUD = r"""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -101,18 +101,18 @@ elif verb in ("ssh", "scp"):
     sys.exit(next((code for code in codes if code), 0))
 else:
     sys.exit(f"ERROR: (gcloud) no such command: {argv}")
-'''
+"""
 
 # What installs on a worker: a python that records its argv and does what the file `train` in the cloud's folder says.
-UV = r'''#!/bin/sh
+UV = r"""#!/bin/sh
 if [ "$1" = venv ]; then
     for folder; do :; done
     mkdir -p "$folder/bin"
     cp "$FAKE_CLOUD/train" "$folder/bin/python"
 fi
 echo "$WORKER uv $*" >>"$FAKE_CLOUD/installs"
-'''
-TRAIN = r'''#!PYTHON -S
+"""
+TRAIN = r"""#!PYTHON -S
 import json, os, signal, sys, time
 from pathlib import Path
 cloud, worker = Path(os.environ["FAKE_CLOUD"]), os.environ["WORKER"]
@@ -122,7 +122,7 @@ with open(cloud / f"train{worker}.jsonl", "a") as file:
 print("step 1/2 of worker", worker)
 BODY
 print("step 2/2")
-'''
+"""
 
 
 @pytest.fixture
@@ -134,8 +134,11 @@ def cloud(tmp_path):
     (repo / "configs" / "tiny.py").write_text("# a config\n")
     for name in ("launch_tpu.sh", "launch_slurm.sh"):
         shutil.copy(REPOSITORY / name, repo / name)
-    for words in (["init", "-q"], ["add", "."],
-                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "one"]):
+    for words in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "one"],
+    ):
         subprocess.run(["git", *words], cwd=repo, check=True)
     (tmp_path / "gcloud.py").write_text(GCLOUD)
     script(bin_dir / "gcloud", f'#!/bin/sh\nexec {sys.executable} -S {tmp_path}/gcloud.py "$@"\n')
@@ -156,8 +159,14 @@ def train_does(cloud: Path, body: str) -> None:
 
 def environment(cloud: Path, **more: str) -> dict[str, str]:
     path = f"{cloud / 'bin'}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "FAKE_CLOUD": str(cloud), "PYTHON": "no local check", "TMPDIR": str(cloud),
-            **more}
+    return {
+        **os.environ,
+        "PATH": path,
+        "FAKE_CLOUD": str(cloud),
+        "PYTHON": "no local check",
+        "TMPDIR": str(cloud),
+        **more,
+    }
 
 
 PLACE = ["--name=crab", "--zone=us-west4-a"]
@@ -166,8 +175,14 @@ RUN = ["run", *SLICE, "--config=configs/tiny.py", "--workdir=/mnt/runs/x"]
 
 
 def launch(cloud: Path, *words: str, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run([str(cloud / "repo" / "launch_tpu.sh"), *words], capture_output=True, text=True, timeout=120,
-                          env=environment(cloud, **more), cwd=cloud)
+    return subprocess.run(
+        [str(cloud / "repo" / "launch_tpu.sh"), *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(cloud, **more),
+        cwd=cloud,
+    )
 
 
 def calls(cloud: Path) -> list[list[str]]:
@@ -188,26 +203,46 @@ def runs_of(cloud: Path, worker: int) -> list[list]:
 
 # ------------------------------------------------------------------------------------------------------------- input
 
+
 def test_help_shows_an_example_and_every_flag(cloud):
     done = launch(cloud, "--help")
     assert done.returncode == 0
     text = (REPOSITORY / "launch_tpu.sh").read_text()
-    parsed = text[text.index("parse() {"):text.index("number() {")]
-    flags = {word.rstrip(")").strip() for line in parsed.splitlines() for word in line.split("|")
-             for word in [word.strip().split(")")[0]] if word.startswith("--") and " " not in word}
+    parsed = text[text.index("parse() {") : text.index("number() {")]
+    flags = {
+        word.rstrip(")").strip()
+        for line in parsed.splitlines()
+        for word in line.split("|")
+        for word in [word.strip().split(")")[0]]
+        if word.startswith("--") and " " not in word
+    }
     assert len(flags) > 12
     for flag in flags - {"--*", "--config.*"}:
         assert flag in done.stdout, flag
     assert "./launch_tpu.sh run --name=" in done.stdout
 
 
-@pytest.mark.parametrize(("changed", "named"), [
-    (["--name=Crab_1"], "--name"), (["--name="], "--name"), (["--zone=moon"], "--zone"), (["--type=v9:4x4"], "--type"),
-    (["--type=v5e"], "--type"), (["--type=v5e:4x"], "--type"), (["--config=configs/none.py"], "configs/none.py"),
-    (["--config=configs/new.py"], "not in commit"), (["--workdir=runs/x"], "--workdir"), (["--workdir="], "--workdir"),
-    (["--wrokdir=/mnt/x"], "--wrokdir"), (["--env=NOTE"], "--env"), (["--poll=soon"], "--poll"), (["tpu"], "tpu"),
-    (["--spot", "--reserved"], "--spot"), (["--setup"], "--setup"),
-])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--name=Crab_1"], "--name"),
+        (["--name="], "--name"),
+        (["--zone=moon"], "--zone"),
+        (["--type=v9:4x4"], "--type"),
+        (["--type=v5e"], "--type"),
+        (["--type=v5e:4x"], "--type"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/new.py"], "not in commit"),
+        (["--workdir=runs/x"], "--workdir"),
+        (["--workdir="], "--workdir"),
+        (["--wrokdir=/mnt/x"], "--wrokdir"),
+        (["--env=NOTE"], "--env"),
+        (["--poll=soon"], "--poll"),
+        (["tpu"], "tpu"),
+        (["--spot", "--reserved"], "--spot"),
+        (["--setup"], "--setup"),
+    ],
+)
 def test_bad_input_is_one_line_before_anything_is_created(cloud, changed, named):
     (cloud / "repo" / "configs" / "new.py").write_text("# not committed\n")
     done = launch(cloud, *RUN, *changed)
@@ -248,11 +283,18 @@ def test_a_mistyped_override_is_found_before_anything_is_created(cloud):
 
 # ------------------------------------------------------------------------------------------------------------- types
 
-@pytest.mark.parametrize(("given", "accelerator", "runtime"), [
-    ("v5e:16x16", "v5litepod-256", "v2-alpha-tpuv5-lite"), ("v5litepod-8", "v5litepod-8", "v2-alpha-tpuv5-lite"),
-    ("v6e:4x4", "v6e-16", "v2-alpha-tpuv6e"), ("v4:4x4x4", "v4-128", "tpu-ubuntu2204-base"),
-    ("v5p:2x2x4", "v5p-32", "v2-alpha-tpuv5"), ("v5p-32", "v5p-32", "v2-alpha-tpuv5"),
-])
+
+@pytest.mark.parametrize(
+    ("given", "accelerator", "runtime"),
+    [
+        ("v5e:16x16", "v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5litepod-8", "v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v6e:4x4", "v6e-16", "v2-alpha-tpuv6e"),
+        ("v4:4x4x4", "v4-128", "tpu-ubuntu2204-base"),
+        ("v5p:2x2x4", "v5p-32", "v2-alpha-tpuv5"),
+        ("v5p-32", "v5p-32", "v2-alpha-tpuv5"),
+    ],
+)
 def test_types_by_topology_or_by_name(cloud, given, accelerator, runtime):
     """v4 and v5p are named by TensorCores, two per chip; the others by chips (Cloud TPU documentation)."""
     assert launch(cloud, "create", *SLICE, f"--type={given}").returncode == 0
@@ -262,19 +304,32 @@ def test_types_by_topology_or_by_name(cloud, given, accelerator, runtime):
 
 # --------------------------------------------------------------------------------------------------------------- run
 
-HARD = ["--config.data.root=/mnt/it's \"my\" data", "--config.tokenizer=$HOME/`x`; rm *", "--config.fresh=('a b', 'c')",
-        "--config.init_from="]
+HARD = [
+    '--config.data.root=/mnt/it\'s "my" data',
+    "--config.tokenizer=$HOME/`x`; rm *",
+    "--config.fresh=('a b', 'c')",
+    "--config.init_from=",
+]
 
 
 def test_run_creates_installs_and_runs_on_all_workers(cloud):
-    done = launch(cloud, *RUN, *HARD, "--setup=mkdir -p 'a b' && echo \"$WORKER\" >'a b/it'", "--env=NOTE=two 'words'",
-                  "--spot", "--project=p", "--create-flag=--network=tpus", "--ssh-flag=--internal-ip")
+    done = launch(
+        cloud,
+        *RUN,
+        *HARD,
+        "--setup=mkdir -p 'a b' && echo \"$WORKER\" >'a b/it'",
+        "--env=NOTE=two 'words'",
+        "--spot",
+        "--project=p",
+        "--create-flag=--network=tpus",
+        "--ssh-flag=--internal-ip",
+    )
     assert done.returncode == 0, done.stderr
     create = next(argv for argv in calls(cloud) if argv[3] == "create")
     assert {"--spot", "--project=p", "--network=tpus", "--zone=us-west4-a"} <= set(create)
     assert all("--internal-ip" in argv and "--project=p" in argv for argv in calls(cloud) if argv[3] in ("ssh", "scp"))
     for worker in range(WORKERS):
-        (argv, where, note), = runs_of(cloud, worker)
+        ((argv, where, note),) = runs_of(cloud, worker)
         assert argv == ["-u", "-m", "crab_jax.train", "--config=configs/tiny.py", *HARD, "--workdir=/mnt/runs/x"]
         assert note == "two 'words'"
         assert (Path(where) / "configs" / "tiny.py").read_text() == "# a config\n"
@@ -286,13 +341,24 @@ def test_run_creates_installs_and_runs_on_all_workers(cloud):
 def test_buckets_are_mounted_and_named_by_their_mount(cloud):
     for tool, status in (("sudo", 0), ("mountpoint", 1), ("gcsfuse", 0)):
         script(cloud / "bin" / tool, f'#!/bin/sh\necho "$WORKER {tool} $*" >>"$FAKE_CLOUD/mounts"\nexit {status}\n')
-    done = launch(cloud, *RUN, "--config.data.root=gs://media/av", "--config.init_from=gs://crab-1/base",
-                  "--workdir=gs://crab-1/runs/x")
+    done = launch(
+        cloud,
+        *RUN,
+        "--config.data.root=gs://media/av",
+        "--config.init_from=gs://crab-1/base",
+        "--workdir=gs://crab-1/runs/x",
+    )
     assert done.returncode == 0, done.stderr
-    assert runs_of(cloud, 1)[0][0][-3:] == ["--config.data.root=/mnt/gs/media/av",
-                                            "--config.init_from=/mnt/gs/crab-1/base", "--workdir=/mnt/gs/crab-1/runs/x"]
-    mounted = [line.split()[0] + " " + line.split()[-1] for line in (cloud / "mounts").read_text().splitlines()
-               if line.split()[1] == "gcsfuse"]
+    assert runs_of(cloud, 1)[0][0][-3:] == [
+        "--config.data.root=/mnt/gs/media/av",
+        "--config.init_from=/mnt/gs/crab-1/base",
+        "--workdir=/mnt/gs/crab-1/runs/x",
+    ]
+    mounted = [
+        line.split()[0] + " " + line.split()[-1]
+        for line in (cloud / "mounts").read_text().splitlines()
+        if line.split()[1] == "gcsfuse"
+    ]
     assert sorted(mounted) == ["0 /mnt/gs/crab-1", "0 /mnt/gs/media", "1 /mnt/gs/crab-1", "1 /mnt/gs/media"]
 
 
@@ -307,15 +373,30 @@ def test_evaluate_runs_on_all_workers(cloud, out):
     assert done.returncode == 0, done.stderr
     assert "done: /mnt/gs/crab-1/test" in done.stderr
     for worker in range(WORKERS):
-        (argv, _, _), = runs_of(cloud, worker)
+        ((argv, _, _),) = runs_of(cloud, worker)
         mounted = [word.replace("gs://", "/mnt/gs/") for word in out]
-        assert argv == ["-u", "-m", "crab_jax.evaluate", "--checkpoint=/mnt/runs/x", "--data", "/mnt/gs/media/av",
-                        "--mute-audio", *mounted]
+        assert argv == [
+            "-u",
+            "-m",
+            "crab_jax.evaluate",
+            "--checkpoint=/mnt/runs/x",
+            "--data",
+            "/mnt/gs/media/av",
+            "--mute-audio",
+            *mounted,
+        ]
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    (EVALUATE, "--out"), ([*EVALUATE, "--out=runs/x"], "--out"), ([*SLICE, "--", "train"], "'train' follows --"),
-    ([*RUN[1:], "--", "evaluate", "--out=/mnt/x"], "--config"), ([*SLICE, "--"], "--")])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (EVALUATE, "--out"),
+        ([*EVALUATE, "--out=runs/x"], "--out"),
+        ([*SLICE, "--", "train"], "'train' follows --"),
+        ([*RUN[1:], "--", "evaluate", "--out=/mnt/x"], "--config"),
+        ([*SLICE, "--"], "--"),
+    ],
+)
 def test_evaluate_with_bad_input_is_one_line_before_anything_is_created(cloud, words, named):
     done = launch(cloud, *(words if words[0] == "run" else ["run", *words]))
     assert done.returncode == 2
@@ -397,8 +478,9 @@ def test_a_preempted_run_is_restarted_on_a_new_slice(cloud, queued, end):
 def test_an_interrupted_run_goes_on_where_the_slice_stays(cloud, end):
     """Maintenance ends the processes and keeps the slice."""
     assert ON_REQUEST in (REPOSITORY / "crab_jax" / "train.py").read_text()
-    train_does(cloud, PREEMPTED_ONCE.replace('(cloud / "vm").write_text("PREEMPTED")', "pass").replace(
-        "sys.exit(CODE)", end))
+    train_does(
+        cloud, PREEMPTED_ONCE.replace('(cloud / "vm").write_text("PREEMPTED")', "pass").replace("sys.exit(CODE)", end)
+    )
     done = launch(cloud, *RUN)
     assert done.returncode == 0, done.stderr
     assert verbs(cloud) == ["tpu-vm create"] and len(runs_of(cloud, 0)) == 2
@@ -454,8 +536,14 @@ while True: time.sleep(0.1)
 def running(cloud):
     """(cloud, the launcher of a run that goes on until it is stopped)."""
     train_does(cloud, UNTIL_TERM.replace("ON_REQUEST", ON_REQUEST))
-    process = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=environment(cloud), cwd=cloud)
+    process = subprocess.Popen(
+        [str(cloud / "repo" / "launch_tpu.sh"), *RUN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(cloud),
+        cwd=cloud,
+    )
     wait_for(lambda: "going" in log_of(cloud, 0) and "going" in log_of(cloud, 1), process)
     yield cloud, process
     if process.poll() is None:
@@ -493,8 +581,14 @@ def test_a_lost_launcher_leaves_the_run_and_finds_it_again(running):
     process.wait()
     other = launch(cloud, *RUN, "--config.steps=3")
     assert other.returncode == 2 and "another run is on it" in other.stderr
-    again = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env=environment(cloud), cwd=cloud)
+    again = subprocess.Popen(
+        [str(cloud / "repo" / "launch_tpu.sh"), *RUN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(cloud),
+        cwd=cloud,
+    )
     assert "step 1/2 of worker 0" in again.stdout.readline()
     launch(cloud, "stop", *PLACE)
     again.communicate(timeout=60)
@@ -516,9 +610,10 @@ def test_delete(cloud, flags, verb):
 
 # ----------------------------------------------------------------------------------------------------------- dry run
 
+
 def test_dry_run_prints_commands_that_can_be_pasted(cloud):
     """The printed text, run by a shell, does what the run itself would have done."""
-    words = [*RUN, *HARD, "--setup=echo \"it's\" >done", f"--env=NOTE={SECRET}"]
+    words = [*RUN, *HARD, '--setup=echo "it\'s" >done', f"--env=NOTE={SECRET}"]
     printed = launch(cloud, *words, "--dry-run")
     assert printed.returncode == 0 and not calls(cloud)
     assert PIECE not in printed.stdout + printed.stderr and "NOTE=***" in printed.stdout
@@ -528,7 +623,7 @@ def test_dry_run_prints_commands_that_can_be_pasted(cloud):
     (cloud / "calls.jsonl").unlink()
     pasted = paste(cloud, printed.stdout, NOTE=SECRET)
     by_hand = [scratched(argv[2:]) for argv in calls(cloud)]
-    (argv, _, note), = runs_of(cloud, 1)
+    ((argv, _, note),) = runs_of(cloud, 1)
     assert argv[3:] == ["--config=configs/tiny.py", *HARD, "--workdir=/mnt/runs/x"] and note == SECRET, pasted.stderr
     assert (cloud / "worker1" / "done").read_text() == "it's\n"
 
@@ -540,8 +635,15 @@ def test_dry_run_prints_commands_that_can_be_pasted(cloud):
 
 
 def paste(cloud: Path, text: str, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=cloud / "repo",
-                          env=environment(cloud, **more), timeout=120)
+    return subprocess.run(
+        ["bash"],
+        input=text,
+        capture_output=True,
+        text=True,
+        cwd=cloud / "repo",
+        env=environment(cloud, **more),
+        timeout=120,
+    )
 
 
 def scratched(argv: list[str]) -> list[str]:
@@ -554,8 +656,8 @@ def test_dry_run_of_a_queued_run_needs_no_gcloud(cloud):
     done = launch(cloud, *RUN, "--queued", "--dry-run", "--spot")
     words = shlex.split(done.stdout, comments=True)
     create = words.index("create")
-    assert done.returncode == 0 and words[create - 4:create] == ["gcloud", "compute", "tpus", "queued-resources"]
-    assert {"--spot", "--node-id=crab"} <= set(words[create:create + 8])
+    assert done.returncode == 0 and words[create - 4 : create] == ["gcloud", "compute", "tpus", "queued-resources"]
+    assert {"--spot", "--node-id=crab"} <= set(words[create : create + 8])
 
 
 # ----------------------------------------------------------------------------------------------------------- secrets
@@ -584,8 +686,11 @@ os.umask(mask)
 
 def holding(folder: Path, text: str) -> dict[str, str]:
     """The files below a folder, links not followed, that hold a text, with their modes."""
-    return {str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777) for path in folder.rglob("*")
-            if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()}
+    return {
+        str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()
+    }
 
 
 def assert_nowhere(cloud: Path, *done: subprocess.CompletedProcess) -> None:
@@ -602,11 +707,16 @@ def own_mask() -> str:
     return oct(mask)
 
 
-@pytest.mark.parametrize(("words", "outside"), [
-    ([f"--env=TOKEN={SECRET}"], {}), (["--env", f"TOKEN={SECRET}"], {"TOKEN": "another"}),
-    (["--env=TOKEN"], {"TOKEN": SECRET}), (["--env", "TOKEN"], {"TOKEN": SECRET}),
-    ([f"--env=TOKEN={PIECE}", f"--env=TOKEN={SECRET}", "--env=PATH=/none"], {}),
-])
+@pytest.mark.parametrize(
+    ("words", "outside"),
+    [
+        ([f"--env=TOKEN={SECRET}"], {}),
+        (["--env", f"TOKEN={SECRET}"], {"TOKEN": "another"}),
+        (["--env=TOKEN"], {"TOKEN": SECRET}),
+        (["--env", "TOKEN"], {"TOKEN": SECRET}),
+        ([f"--env=TOKEN={PIECE}", f"--env=TOKEN={SECRET}", "--env=PATH=/none"], {}),
+    ],
+)
 def test_values_of_env_reach_every_worker_and_stand_nowhere(cloud, words, outside):
     """Neither on a command line of gcloud or of any process, nor in an output, nor in a file that stays."""
     (cloud / "watch_for").write_text(PIECE)
@@ -623,8 +733,14 @@ def test_values_of_env_reach_every_worker_and_stand_nowhere(cloud, words, outsid
 def test_while_a_run_goes_on_its_values_lie_in_one_private_file_per_worker(cloud):
     train_does(cloud, UNTIL_TERM.replace("ON_REQUEST", ON_REQUEST))
     token = [f"--env=TOKEN={SECRET}"]
-    process = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN, *token], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=environment(cloud), cwd=cloud)
+    process = subprocess.Popen(
+        [str(cloud / "repo" / "launch_tpu.sh"), *RUN, *token],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(cloud),
+        cwd=cloud,
+    )
     wait_for(lambda: "going" in log_of(cloud, 0) and "going" in log_of(cloud, 1), process)
     try:
         assert holding(cloud, PIECE) == {f"worker{number}/crab_jax/environment": "0o600" for number in range(WORKERS)}
@@ -639,8 +755,14 @@ def test_while_a_run_goes_on_its_values_lie_in_one_private_file_per_worker(cloud
         assert less.returncode == 2 and "with other values" in less.stderr
         for done in (other, changed, less):
             assert PIECE not in done.stdout + done.stderr and done.stderr.count("\n") <= 2
-        again = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN, "--env=TOKEN"], stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True, env=environment(cloud, TOKEN=SECRET), cwd=cloud)
+        again = subprocess.Popen(
+            [str(cloud / "repo" / "launch_tpu.sh"), *RUN, "--env=TOKEN"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(cloud, TOKEN=SECRET),
+            cwd=cloud,
+        )
         assert "step 1/2 of worker 0" in again.stdout.readline()
     finally:
         stopped = launch(cloud, "stop", *PLACE)
@@ -656,14 +778,17 @@ def test_a_run_of_an_older_launcher_is_known_and_its_values_are_not_told(cloud, 
     home = cloud / "worker0" / "crab_jax"
     home.mkdir(parents=True)
     (cloud / "vm").write_text("READY")
-    (home / "command").write_text(f"env 'TOKEN={PIECE} x' ../venv/bin/python -u -m crab_jax.train "
-                                  "--config=configs/tiny.py --workdir=/mnt/runs/x\n")
+    (home / "command").write_text(
+        f"env 'TOKEN={PIECE} x' ../venv/bin/python -u -m crab_jax.train "
+        "--config=configs/tiny.py --workdir=/mnt/runs/x\n"
+    )
     (home / "log").write_text("step 1\n")
     with subprocess.Popen(["sleep", "60"]) as old:
         (home / "pid").write_text(str(old.pid))
         command = [str(cloud / "repo" / "launch_tpu.sh"), *RUN, f"--env=TOKEN={PIECE} {'x' if same else 'y'}"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cloud,
-                              env=environment(cloud)) as ours:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cloud, env=environment(cloud)
+        ) as ours:
             said = ours.stdout.readline()
             while said and "on the slice already" not in said and "another run is on it" not in said:
                 said = ours.stdout.readline()
@@ -674,11 +799,19 @@ def test_a_run_of_an_older_launcher_is_known_and_its_values_are_not_told(cloud, 
     assert same or "another run is on it: python -u -m crab_jax.train" in said
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    ([f"--env={PIECE}"], "--env: number 1"), (["--env=A=1", f"--env=={PIECE}"], "--env: number 2"),
-    ([f"--env=1A={PIECE}"], "--env"), ([f"--env=A B={PIECE}"], "--env"), ([f"-env=TOKEN={PIECE}"], "'-env'"),
-    ([f"TOKEN={PIECE}"], "'TOKEN'"), ([f"--evn=TOKEN={PIECE}"], "--evn is not a flag"), (["--env"], "--env"),
-])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([f"--env={PIECE}"], "--env: number 1"),
+        (["--env=A=1", f"--env=={PIECE}"], "--env: number 2"),
+        ([f"--env=1A={PIECE}"], "--env"),
+        ([f"--env=A B={PIECE}"], "--env"),
+        ([f"-env=TOKEN={PIECE}"], "'-env'"),
+        ([f"TOKEN={PIECE}"], "'TOKEN'"),
+        ([f"--evn=TOKEN={PIECE}"], "--evn is not a flag"),
+        (["--env"], "--env"),
+    ],
+)
 def test_a_mistyped_env_is_named_without_its_value(cloud, words, named):
     done = launch(cloud, *RUN, *words)
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
@@ -732,9 +865,15 @@ def test_links_that_wait_in_the_temporary_folder_are_not_followed(cloud):
 def test_a_launcher_that_is_ended_leaves_no_temporary_files(cloud, sent):
     train_does(cloud, "time.sleep(3)")
     (cloud / "tmp").mkdir()
-    process = subprocess.Popen([str(cloud / "repo" / "launch_tpu.sh"), *RUN, f"--env=TOKEN={SECRET}"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env=environment(cloud, TMPDIR=str(cloud / "tmp")), cwd=cloud)
+    process = subprocess.Popen(
+        [str(cloud / "repo" / "launch_tpu.sh"), *RUN, f"--env=TOKEN={SECRET}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment(cloud, TMPDIR=str(cloud / "tmp")),
+        cwd=cloud,
+    )
     wait_for(lambda: "step 1" in log_of(cloud, 0), process)
     assert len(list((cloud / "tmp").iterdir())) == 1
     os.killpg(process.pid, sent)
@@ -751,6 +890,7 @@ def test_a_temporary_folder_that_cannot_be_written_is_one_line(cloud):
 
 
 # ---------------------------------------------------------------------------------------------- the same all through
+
 
 def test_a_restart_installs_the_commit_that_the_run_began_with(cloud):
     """Work goes on in the checkout while a run is followed."""
@@ -800,8 +940,12 @@ def pinned(path: Path) -> dict[str, str]:
 def test_lists_of_versions_satisfy_what_the_project_asks_for(python):
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
-    asked = [line for text in (setup["options"]["install_requires"], setup["options.extras_require"]["dev"])
-             for line in text.splitlines() if line]
+    asked = [
+        line
+        for text in (setup["options"]["install_requires"], setup["options.extras_require"]["dev"])
+        for line in text.splitlines()
+        if line
+    ]
     versions = pinned(REPOSITORY / "constraints" / f"{python}.txt")
     for requirement in map(Requirement, asked):
         assert canonicalize_name(requirement.name) in versions, f"{requirement} is new: make lock"
@@ -816,8 +960,13 @@ def test_lists_of_versions_satisfy_what_the_project_asks_for(python):
 
 def test_nothing_tells_to_install_a_name_that_is_not_ours():
     """`crab_jax` on a package index would be somebody else's."""
-    files = [path for path in REPOSITORY.rglob("*") if path.suffix in (".md", ".py", ".sh", ".cfg", ".toml")
-             and not path.is_relative_to(REPOSITORY / ".venv") and "runs" not in path.parts]
+    files = [
+        path
+        for path in REPOSITORY.rglob("*")
+        if path.suffix in (".md", ".py", ".sh", ".cfg", ".toml")
+        and not path.is_relative_to(REPOSITORY / ".venv")
+        and "runs" not in path.parts
+    ]
     wrong = re.compile(r"(pip|uv)3? +install[^\n`;]*[ '\"]crab[_-]jax(\[|['\"` ]|$)", re.MULTILINE)
     assert len(files) > 50
     assert not [path for path in files if wrong.search(path.read_text())]
@@ -825,7 +974,7 @@ def test_nothing_tells_to_install_a_name_that_is_not_ours():
 
 # ------------------------------------------------------------------------------------------------------------- SLURM
 
-SRUN = r'''
+SRUN = r"""
 import json, os, signal, sys, time
 from pathlib import Path
 cloud = Path(os.environ["FAKE_CLOUD"])
@@ -834,15 +983,16 @@ signal.signal(signal.SIGTERM, lambda *_: ((cloud / "srun_ended").touch(), sys.ex
 (cloud / "srun.env").write_text(os.environ.get("TOKEN", ""))
 while os.environ.get("GO_ON"): time.sleep(0.1)
 sys.exit(int(os.environ.get("CODE", 0)))
-'''
+"""
 
 
 @pytest.fixture
 def slurm(cloud):
     """The fake of a SLURM cluster: srun records its arguments, scancel signals it, scontrol records."""
     (cloud / "srun.py").write_text(SRUN)
-    script(cloud / "bin" / "srun", f"#!/bin/sh\necho $$ >{cloud}/srun.pid\n"
-                                   f'exec {sys.executable} -S {cloud}/srun.py "$@"\n')
+    script(
+        cloud / "bin" / "srun", f'#!/bin/sh\necho $$ >{cloud}/srun.pid\nexec {sys.executable} -S {cloud}/srun.py "$@"\n'
+    )
     script(cloud / "bin" / "scancel", f'#!/bin/sh\necho "$@" >>{cloud}/scancel\nkill -TERM "$(cat {cloud}/srun.pid)"\n')
     script(cloud / "bin" / "scontrol", f'#!/bin/sh\nls {cloud}/srun_ended && echo "$@" >{cloud}/scontrol\n')
     return cloud
@@ -850,16 +1000,21 @@ def slurm(cloud):
 
 def sbatch(slurm: Path, *words: str, **more: str) -> subprocess.Popen:
     words = words or ("--config=configs/tiny.py", *HARD)
-    return subprocess.Popen(["bash", "launch_slurm.sh", *words], cwd=slurm / "repo",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment(slurm, SLURM_JOB_ID="17", PYTHON="py", **more))
+    return subprocess.Popen(
+        ["bash", "launch_slurm.sh", *words],
+        cwd=slurm / "repo",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(slurm, SLURM_JOB_ID="17", PYTHON="py", **more),
+    )
 
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_slurm_runs_train_once_per_task(slurm, code):
     assert sbatch(slurm, CODE=str(code)).wait(timeout=60) == code
     words = json.loads((slurm / "srun.json").read_text())
-    train = words[words.index("py"):]
+    train = words[words.index("py") :]
     assert train == ["py", "-u", "-m", "crab_jax.train", "--config=configs/tiny.py", *HARD]
     assert "--gpu-bind=none" in words  # JAX picks the GPU of the local rank among all of the node
     assert not (slurm / "scontrol").exists()
@@ -868,11 +1023,12 @@ def test_slurm_runs_train_once_per_task(slurm, code):
 def test_slurm_runs_evaluate_too(slurm):
     assert sbatch(slurm, "evaluate", "--checkpoint", "a b", CODE="0").wait(timeout=60) == 0
     words = json.loads((slurm / "srun.json").read_text())
-    assert words[words.index("py"):] == ["py", "-u", "-m", "crab_jax.evaluate", "--checkpoint", "a b"]
+    assert words[words.index("py") :] == ["py", "-u", "-m", "crab_jax.evaluate", "--checkpoint", "a b"]
 
 
-@pytest.mark.parametrize("words", [[f"--env=TOKEN={PIECE}"], ["--env", f"TOKEN={PIECE}"],
-                                   ["evaluate", f"--env=TOKEN={PIECE}"]])
+@pytest.mark.parametrize(
+    "words", [[f"--env=TOKEN={PIECE}"], ["--env", f"TOKEN={PIECE}"], ["evaluate", f"--env=TOKEN={PIECE}"]]
+)
 def test_slurm_refuses_values_among_the_arguments_of_a_job(slurm, words):
     """scontrol shows these to every user; the environment of sbatch is handed over instead."""
     job = sbatch(slurm, *words)
@@ -900,8 +1056,11 @@ def test_slurm_requeues_after_the_run_ended_on_a_signal(slurm, sent):
 
 
 def test_slurm_asks_for_as_many_tasks_as_gpus_and_for_a_warning():
-    options = dict(line[len("#SBATCH --"):].strip().partition("=")[::2]
-                   for line in (REPOSITORY / "launch_slurm.sh").read_text().splitlines() if line.startswith("#SBATCH"))
+    options = dict(
+        line[len("#SBATCH --") :].strip().partition("=")[::2]
+        for line in (REPOSITORY / "launch_slurm.sh").read_text().splitlines()
+        if line.startswith("#SBATCH")
+    )
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert options["signal"].startswith("B:USR1@") and "requeue" in options and options["open-mode"] == "append"
 

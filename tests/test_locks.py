@@ -30,8 +30,12 @@ run_verb(main)
 
 
 def holder(folder: Path, use: str = "", share: int = 0, seconds: float = 60) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder), use, str(share), str(seconds)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), use, str(share), str(seconds)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture
@@ -125,8 +129,12 @@ def test_a_lock_is_refreshed(tmp_path, monkeypatch):
 
 def test_a_process_whose_folder_was_taken_over_while_it_slept_ends(tmp_path):
     slow = HOLD.replace("def main", "locks.BEAT_SECONDS = 0.5\ndef main")
-    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path), "", "0", "60"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(tmp_path), "", "0", "60"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "mine\n"
     owner = json.loads((tmp_path / ".lock.0").read_text())
     (tmp_path / ".lock.0").write_text(json.dumps(owner | {"pid": os.getpid(), "host": "node8"}))
@@ -143,7 +151,9 @@ def test_of_many_that_start_at_once_one_passes(tmp_path, links, left):
         with locks.locked(folder):
             owner = json.loads((folder / ".lock.0").read_text())
         (folder / ".lock.0").write_text(json.dumps(owner | {"started": "1"}))
-    code = ("" if links else "def link(*a):\n    raise OSError(95, 'no')\nimport os\nos.link = link\n") + """
+    code = (
+        ("" if links else "def link(*a):\n    raise OSError(95, 'no')\nimport os\nos.link = link\n")
+        + """
 import sys, time
 from pathlib import Path
 from crab_jax import locks
@@ -158,8 +168,16 @@ def main():
         wait_for(sys.argv[2] + "/end")
 run_verb(main)
 """
-    started = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)]
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(tmp_path)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(6)
+    ]
     assert [process.stdout.readline() for process in started] == ["ready\n"] * 6
     (tmp_path / "go").touch()
     deadline = time.monotonic() + 60
@@ -185,8 +203,7 @@ def test_shares_of_one_use_go_together_and_others_do_not(tmp_path):
 def test_one_that_is_to_share_and_differs_is_told_in_what(tmp_path):
     """As the processes of one evaluation, whose uses are objects."""
     told = rf"share {tmp_path} \[--limit\]: is 4, of process {os.getpid()} on .* it is 3; start all with the same"
-    with locks.locked(tmp_path, use='{"processes": 2, "--limit": 3}', share=0), pytest.raises(
-            InputError, match=told):
+    with locks.locked(tmp_path, use='{"processes": 2, "--limit": 3}', share=0), pytest.raises(InputError, match=told):
         with locks.locked(tmp_path, use='{"processes": 2, "--limit": 4}', share=1):
             pass
 
@@ -237,19 +254,39 @@ def test_a_full_disk_is_told_before_the_work_and_leaves_nothing(tmp_path, monkey
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights can be tried by root only")
 def test_a_folder_that_exists_and_may_not_be_written_to(tmp_path):
     tmp_path.chmod(0o555)
-    code = "import sys\nfrom crab_jax import locks\nfrom crab_jax.errors import run_verb\n" \
-           "run_verb(lambda: locks.locked(sys.argv[1]).__enter__())"
-    done = subprocess.run(["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all",
-                           sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    code = (
+        "import sys\nfrom crab_jax import locks\nfrom crab_jax.errors import run_verb\n"
+        "run_verb(lambda: locks.locked(sys.argv[1]).__enter__())"
+    )
+    done = subprocess.run(
+        [
+            "setpriv",
+            "--bounding-set=-dac_override,-dac_read_search",
+            "--inh-caps=-all",
+            sys.executable,
+            "-c",
+            code,
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error, said", [
-    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device; make room"),
-    (PermissionError(errno.EACCES, "Permission denied", b"/x/\xff"), "Permission denied; check the path"),
-    (ValueError("RESOURCE_EXHAUSTED: No space left on device [source locations]"), "the disk: No space left on device"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file: Disk quota exceeded; make room")])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device; make room"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/x/\xff"), "Permission denied; check the path"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: No space left on device [source locations]"),
+            "the disk: No space left on device",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file: Disk quota exceeded; make room"),
+    ],
+)
 def test_what_a_disk_does_is_one_line(error, said, capsys):
     def main():
         raise RuntimeError("a library's own words") from error
@@ -275,14 +312,16 @@ def test_a_mistake_in_the_program_stays_a_traceback(capsys):
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_console_that_cannot_show_a_name_escapes_it(encoding):
     code = "from crab_jax.errors import run_verb\nrun_verb(lambda: print('crab \\U0001f980 \\udcff', flush=True))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": encoding})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}
+    )
     assert done.returncode == 0 and done.stdout == b"crab \\U0001f980 \\udcff\n", done.stderr
 
 
 def test_output_that_nobody_reads_ends_quietly():
-    code = "import sys\nfrom crab_jax.errors import run_verb\n" \
-           "run_verb(lambda: [print('x' * 1000) for _ in range(10000)])"
+    code = (
+        "import sys\nfrom crab_jax.errors import run_verb\nrun_verb(lambda: [print('x' * 1000) for _ in range(10000)])"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()
@@ -294,7 +333,8 @@ def test_a_log_on_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.splitlines() == [
-        "error: a file: No space left on device; make room, then start again"]
+        "error: a file: No space left on device; make room, then start again"
+    ]
 
 
 def test_streams_without_an_encoding_are_left_alone(monkeypatch):

@@ -23,7 +23,8 @@ def batch():
     return dict(
         text=(normal(6, 9, 13), rng.integers(0, 13, (6, 9)), rng.random((6, 9)) < 0.5),
         masks=(normal(6, 5, 7), normal(6, 4, 5, 7), rng.integers(0, 2, (6, 5, 7)), kind),
-        valid=np.array([True, True, True, True, True, False]))
+        valid=np.array([True, True, True, True, True, False]),
+    )
 
 
 @jax.jit
@@ -40,8 +41,9 @@ def test_each_term_equals_the_released_one(arrays):
     for suffix, target in (("", arrays["bin.gt"]), ("_empty", empty)):
         np.testing.assert_allclose(losses.bce_rows(logits, target)[0], arrays[f"bce{suffix}"], rtol=1e-6)
         np.testing.assert_allclose(losses.dice_rows(logits, target)[0], arrays[f"dice{suffix}"], rtol=1e-6)
-    np.testing.assert_allclose(losses.ce_rows(arrays["cls.logits"][None], arrays["cls.gt"])[0], arrays["avss_ce"],
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.ce_rows(arrays["cls.logits"][None], arrays["cls.gt"])[0], arrays["avss_ce"], rtol=1e-6
+    )
 
 
 def test_text_loss_equals_the_released_one(arrays):
@@ -66,9 +68,11 @@ def test_released_reduction_equals_the_released_mask_loss(golden, arrays):
 def test_rows_of_another_kind_and_filler_rows_do_not_count(batch):
     found = terms(batch)
     binary, semantic, target, _ = batch["masks"]
-    expected = {"bce": losses.bce_rows(binary, target)[jnp.array([0, 3])],
-                "dice": losses.dice_rows(binary, target)[jnp.array([0, 3])],
-                "ce": losses.ce_rows(semantic, target)[jnp.array([1, 4])]}
+    expected = {
+        "bce": losses.bce_rows(binary, target)[jnp.array([0, 3])],
+        "dice": losses.dice_rows(binary, target)[jnp.array([0, 3])],
+        "ce": losses.ce_rows(semantic, target)[jnp.array([1, 4])],
+    }
     for name, values in expected.items():
         np.testing.assert_allclose(found[name].sum, values.sum(), rtol=1e-6)
         assert found[name].number == 2

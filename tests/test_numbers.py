@@ -39,9 +39,13 @@ def batch_of(**changes) -> Batch:
     rng = np.random.default_rng(0)
     batch = empty_batch(Bucket(length=LENGTH, frames=1, windows=1, fbank_frames=98, masks=1), ROWS, SIDE)
     batch = batch.replace(
-        tokens=rng.integers(0, VOCAB, (ROWS, LENGTH), np.int32), loss_mask=rng.random((ROWS, LENGTH)) < 0.6,
-        fbank=rng.normal(1, 1, batch.fbank.shape).astype(np.float32), index=np.int32([5, 3, 8, 1]),
-        seg_kind=np.int32([[1], [0], [2], [1]]), text_mask=np.ones((ROWS, LENGTH), bool))
+        tokens=rng.integers(0, VOCAB, (ROWS, LENGTH), np.int32),
+        loss_mask=rng.random((ROWS, LENGTH)) < 0.6,
+        fbank=rng.normal(1, 1, batch.fbank.shape).astype(np.float32),
+        index=np.int32([5, 3, 8, 1]),
+        seg_kind=np.int32([[1], [0], [2], [1]]),
+        text_mask=np.ones((ROWS, LENGTH), bool),
+    )
     return batch.replace(**changes)
 
 
@@ -54,8 +58,9 @@ def heard(row: int, value: float) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("model", "tx", "accumulate"))
 def compiled(state, batch, model, tx, accumulate):
-    return train.train_step(state, {}, batch, model=model, tx=tx, loss_cfg=losses.LossConfig(), seed=0,
-                            accumulate=accumulate)
+    return train.train_step(
+        state, {}, batch, model=model, tx=tx, loss_cfg=losses.LossConfig(), seed=0, accumulate=accumulate
+    )
 
 
 @cache
@@ -126,12 +131,18 @@ def test_parameters_that_would_overflow_skip_the_step_though_loss_and_gradient_a
     assert said(metrics) == "; the parameters after it would not be finite"
 
 
-@pytest.mark.parametrize("changes", [
-    {"loss_mask": np.zeros((ROWS, LENGTH), bool)}, {"seg_kind": np.zeros((ROWS, 1), np.int32)},
-    {"seg_kind": np.ones((ROWS, 1), np.int32)}, {"seg_kind": np.full((ROWS, 1), 2, np.int32)},
-    {"loss_mask": np.zeros((ROWS, LENGTH), bool), "seg_kind": np.zeros((ROWS, 1), np.int32)},
-    {"index": np.full(ROWS, -1, np.int32)}],
-    ids=("no targets", "no masks", "binary", "semantic", "neither targets nor masks", "fillers"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_mask": np.zeros((ROWS, LENGTH), bool)},
+        {"seg_kind": np.zeros((ROWS, 1), np.int32)},
+        {"seg_kind": np.ones((ROWS, 1), np.int32)},
+        {"seg_kind": np.full((ROWS, 1), 2, np.int32)},
+        {"loss_mask": np.zeros((ROWS, LENGTH), bool), "seg_kind": np.zeros((ROWS, 1), np.int32)},
+        {"index": np.full(ROWS, -1, np.int32)},
+    ],
+    ids=("no targets", "no masks", "binary", "semantic", "neither targets nor masks", "fillers"),
+)
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_no_targets_no_masks_one_kind_alone_or_fillers_alone_divide_by_nothing(changes, accumulate):
     _, after, metrics = step(batch_of(**changes), accumulate=accumulate)

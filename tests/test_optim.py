@@ -20,12 +20,15 @@ def test_split_covers_every_leaf_once_and_merge_inverts_it():
     assert jax.tree.all(jax.tree.map(np.array_equal, merged, PARAMS))
 
 
-@pytest.mark.parametrize("trainable, frozen, named", [
-    (("a/.*",), (), "b/w"),  # uncovered leaf
-    (("a/.*",), (".*",), "a/"),  # doubly covered leaf
-    (("a/.*",), ("b/.*", "typo/.*"), "typo/.*"),  # pattern without a leaf
-    (("a/lora",), ("a/w", "b/.*", "a/lora_A"), "a/lora"),  # patterns match in full, not a prefix
-])
+@pytest.mark.parametrize(
+    "trainable, frozen, named",
+    [
+        (("a/.*",), (), "b/w"),  # uncovered leaf
+        (("a/.*",), (".*",), "a/"),  # doubly covered leaf
+        (("a/.*",), ("b/.*", "typo/.*"), "typo/.*"),  # pattern without a leaf
+        (("a/lora",), ("a/w", "b/.*", "a/lora_A"), "a/lora"),  # patterns match in full, not a prefix
+    ],
+)
 def test_patterns_that_do_not_partition_are_refused_by_name(trainable, frozen, named):
     with pytest.raises(InputError, match=named.replace("*", r"\*").replace(".", r"\.")):
         optim.split(PARAMS, trainable, frozen)
@@ -54,8 +57,11 @@ def test_a_larger_gradient_is_scaled_down_to_the_norm_and_a_smaller_one_stays():
     """Seen in the first moments, which are a tenth of the gradient: Adam's first update hides the scale."""
     tx = optim.optimizer(optim.OptimConfig(lr=1e-1, schedule="constant", clip_norm=1.0), 10)
     params = {"w": jnp.zeros(3)}
-    for gradient, wanted in (([3e4, 4e4, 0.0], [0.6, 0.8, 0.0]), ([0.03, 0.04, 0.0], [0.03, 0.04, 0.0]),
-                             ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])):
+    for gradient, wanted in (
+        ([3e4, 4e4, 0.0], [0.6, 0.8, 0.0]),
+        ([0.03, 0.04, 0.0], [0.03, 0.04, 0.0]),
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
+    ):
         _, opt = tx.update({"w": jnp.array(gradient)}, tx.init(params), params)
         np.testing.assert_allclose(optax.tree.get(opt, "mu")["w"], 0.1 * np.array(wanted), rtol=1e-5)
 
@@ -80,13 +86,16 @@ def test_a_step_that_is_not_sound_changes_nothing_but_its_count():
     assert_not_taken((TREE, opt), step(opt, jnp.bool_(False)))
 
 
-@pytest.mark.parametrize("name, config, moments, params, grads", [
-    # An old momentum over a second moment that is gone: the update is infinite, by values that are all in bounds.
-    ("eps", {"eps": 1e-30, "b1": 0.999999}, (1e20, 0.0), 1.0, 0.0),
-    ("decay", {"lr": 10.0, "weight_decay": 100.0}, (0.0, 0.0), 1e36, 0.0),
-    ("rate", {"lr": 10.0}, (-3e38, 0.01), 1.0, 0.0),
-    ("norm", {"lr": 1e-3}, (0.0, 0.0), 3e38, 0.0),  # finite parameters that nothing can be computed with
-])
+@pytest.mark.parametrize(
+    "name, config, moments, params, grads",
+    [
+        # An old momentum over a second moment that is gone: the update is infinite, by values that are all in bounds.
+        ("eps", {"eps": 1e-30, "b1": 0.999999}, (1e20, 0.0), 1.0, 0.0),
+        ("decay", {"lr": 10.0, "weight_decay": 100.0}, (0.0, 0.0), 1e36, 0.0),
+        ("rate", {"lr": 10.0}, (-3e38, 0.01), 1.0, 0.0),
+        ("norm", {"lr": 1e-3}, (0.0, 0.0), 3e38, 0.0),  # finite parameters that nothing can be computed with
+    ],
+)
 def test_a_step_after_which_a_parameter_would_not_be_finite_is_not_taken(name, config, moments, params, grads):
     tx = optim.optimizer(optim.OptimConfig(**{"schedule": "constant", "clip_norm": 0.0, **config}), 10)
     trainable = {**TREE, "b": jnp.full(4, params)}

@@ -23,19 +23,43 @@ from tests.test_flipped_bits import FROZEN, abstract, same, train_tree
 OUT = {name: command for name, command in COMMANDS.items() if any("OUT" in word for word in command[1])} | {
     "train": ("crab_jax.train", ["--config=configs/tiny.py", "--workdir=OUT"]),
     "compare": ("crab_jax.compare", ["nowhere", "nowhere", "--out", "OUT/x"]),
-    "recipe": ("crab_jax.recipe", ["--out", "OUT"]), "stages": ("crab_jax.stages", ["--out", "OUT"]),
-    "demo": ("crab_jax.demo", ["--out", "OUT"]), "pack": ("crab_jax.recipe", ["--out", "ELSEWHERE", "--pack", "OUT"]),
+    "recipe": ("crab_jax.recipe", ["--out", "OUT"]),
+    "stages": ("crab_jax.stages", ["--out", "OUT"]),
+    "demo": ("crab_jax.demo", ["--out", "OUT"]),
+    "pack": ("crab_jax.recipe", ["--out", "ELSEWHERE", "--pack", "OUT"]),
     "own": ("data_pipelines.__main__", ["own", "--csv", "TABLE", "--root", "OUT", "--copy"]),
     "status": ("data_pipelines.__main__", ["status", "--root", "nowhere", "--json", "OUT/x"]),
     "validate": ("data_pipelines.__main__", ["validate", "--root", "nowhere", "--json", "OUT/x"]),
-    "annotate journal": ("data_pipelines.av_uie.__main__", [
-        "annotate", "--examples", "LIST", "--url", "http://h/v1", "--model", "m", "--out", "ELSEWHERE/x",
-        "--journal", "OUT/x"])}
+    "annotate journal": (
+        "data_pipelines.av_uie.__main__",
+        [
+            "annotate",
+            "--examples",
+            "LIST",
+            "--url",
+            "http://h/v1",
+            "--model",
+            "m",
+            "--out",
+            "ELSEWHERE/x",
+            "--journal",
+            "OUT/x",
+        ],
+    ),
+}
 OUT |= {"scenes": ("data_pipelines.sources.scenes", ["--out", "OUT"])}  # all else of it is right
-PLACES = {"a file": "is no folder", "below a file": "Not a directory", "a dangling link": "is a link to",
-          "/": "folder of the system", "/proc": "folder of the system", "/proc/self": "folder of the system",
-          "/sys/x": "folder of the system", "/dev": "folder of the system", "a link to /dev": "folder of the system",
-          "a read-only disk": "Read-only file system"}
+PLACES = {
+    "a file": "is no folder",
+    "below a file": "Not a directory",
+    "a dangling link": "is a link to",
+    "/": "folder of the system",
+    "/proc": "folder of the system",
+    "/proc/self": "folder of the system",
+    "/sys/x": "folder of the system",
+    "/dev": "folder of the system",
+    "a link to /dev": "folder of the system",
+    "a read-only disk": "Read-only file system",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +69,12 @@ def places(tmp_path_factory):
     (base / "file").write_text("mine")
     (base / "dangling").symlink_to(base / "nowhere")
     (base / "linked").symlink_to("/dev")
-    found = {"a file": base / "file", "below a file": base / "file" / "x", "a dangling link": base / "dangling",
-             "a link to /dev": base / "linked"}
+    found = {
+        "a file": base / "file",
+        "below a file": base / "file" / "x",
+        "a dangling link": base / "dangling",
+        "a link to /dev": base / "linked",
+    }
     try:
         with kills.small_disk(base / "disk", 1 << 20) as disk:
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -67,8 +95,13 @@ def test_no_verb_begins_where_it_cannot_write(name, places, tmp_path, monkeypatc
         place = places.get(kind, kind if kind.startswith("/") else None)
         if place is None or inside and kind == "/":
             continue
-        given = [word.replace("OUT", str(place)).replace("ELSEWHERE", str(tmp_path / "else")).replace(
-            "LIST", str(tmp_path / "list")).replace("TABLE", str(tmp_path / "table")) for word in words]
+        given = [
+            word.replace("OUT", str(place))
+            .replace("ELSEWHERE", str(tmp_path / "else"))
+            .replace("LIST", str(tmp_path / "list"))
+            .replace("TABLE", str(tmp_path / "table"))
+            for word in words
+        ]
         code, said = run(module, given, monkeypatch, capsys)
         assert (code, len(said)) == (2, 1), (kind, said)
         assert problem in said[0] and str(place) in said[0], (kind, said)
@@ -82,6 +115,7 @@ def test_a_file_that_is_a_device_is_not_replaced(tmp_path):
 
 
 # Files.
+
 
 @pytest.fixture
 def short_files():
@@ -141,6 +175,7 @@ def test_room_is_looked_for_before_the_work(tmp_path, monkeypatch):
 
 # Checkpoints.
 
+
 def test_a_run_begins_where_its_checkpoints_have_room(tmp_path, monkeypatch):
     saved = checkpoints.RunCheckpoints(tmp_path / "checkpoints")
     tree = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
@@ -185,12 +220,19 @@ def test_a_step_that_did_not_fit_ends_the_run_at_once_and_the_one_before_is_rest
 
 
 def test_tensorboard_on_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
-    code = "import resource, signal, sys\nfrom pathlib import Path\nfrom crab_jax.errors import run_verb\n" \
-           "from crab_jax.train import Board\nboard = Board(Path(sys.argv[1]), 0)\n" \
-           "resource.setrlimit(resource.RLIMIT_FSIZE, (5000,) * 2)\n" \
-           "run_verb(lambda: [board.add(step, {f'{n}': 0.5 for n in range(20)}) for step in range(1000)])"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom crab_jax.errors import run_verb\n"
+        "from crab_jax.train import Board\nboard = Board(Path(sys.argv[1]), 0)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000,) * 2)\n"
+        "run_verb(lambda: [board.add(step, {f'{n}': 0.5 for n in range(20)}) for step in range(1000)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 2 and "File too large" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
@@ -203,13 +245,14 @@ def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
     data, events = next(tmp_path.iterdir()).read_bytes(), []
     while data:
         size = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12:12 + size]))
-        data = data[16 + size:]
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
     assert [event.step for event in events] == [0, 5, 5]
     assert events[1].session_log.status == 1 and events[2].summary.value[0].tag == "loss"
 
 
 # Verbs.
+
 
 @pytest.fixture(scope="module")
 def battery(tmp_path_factory):
@@ -236,8 +279,13 @@ def test_a_verb_whose_disk_was_full_says_so_and_comes_to_the_same_result(name, b
     assert battery.full(name, 1), battery.failed
 
 
-@pytest.mark.parametrize("words", ['RESOURCE_EXHAUSTED: Failed writing: "/a/6/x": No space left on device', "write() "
-                                   "failed: No space left on device; writing /a/6/x; at byte 0; at record 0"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        'RESOURCE_EXHAUSTED: Failed writing: "/a/6/x": No space left on device',
+        "write() failed: No space left on device; writing /a/6/x; at byte 0; at record 0",
+    ],
+)
 def test_the_file_that_a_library_could_not_write_is_named(words):
     assert str(find_input_error(ValueError(words))) == "/a/6/x: No space left on device; make room, then start again"
 

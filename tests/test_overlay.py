@@ -80,8 +80,11 @@ def test_an_empty_box_draws_nothing():
 
 def test_events_of_answers_and_labels_become_the_same_tracks():
     answer = overlay.event_tracks("ave", {"event": "Bell", "ranges": [[2, 5]]})
-    assert answer == overlay.event_tracks("ave", {"event": "Bell", "start": 2, "end": 5}) == [
-        overlay.Track("Bell", ((2, 5),))]
+    assert (
+        answer
+        == overlay.event_tracks("ave", {"event": "Bell", "start": 2, "end": 5})
+        == [overlay.Track("Bell", ((2, 5),))]
+    )
     tracks = overlay.event_tracks("avvp", {"audio": [["Car", 0, 3], ["Car", 6, 12]], "visual": [["Dog", 4, 4]]})
     assert [(t.label, t.spans) for t in tracks] == [("Car (heard)", ((0, 3), (6, 10))), ("Dog (seen)", ())]
     assert overlay.event_tracks("ave", None) == []

@@ -25,18 +25,53 @@ from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
 
 HARMLESS = "a <range> of plain words"
-SCRIPTS = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>", "<a href=//e.x>x</a>",
-           "<iframe src=https://e.x>", "<meta http-equiv=refresh content=0;url=//e.x>", "<base href=//e.x>",
-           "<link rel=stylesheet href=//e.x>", "<style>*{display:none}</style>", "<form action=//e.x><input name=q>",
-           "<object data=//e.x>", "<video src=x onerror=alert(1)>", "<math><a xlink:href=javascript:alert(1)>",
-           "<body onload=alert(1)>", "javascript:alert(1)", "<details open ontoggle=alert(1)>", "{0.__class__} {} {x}",
-           "<input autofocus onfocus=alert(1)>", "<textarea>", "<plaintext>")
+SCRIPTS = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)>",
+    "<a href=//e.x>x</a>",
+    "<iframe src=https://e.x>",
+    "<meta http-equiv=refresh content=0;url=//e.x>",
+    "<base href=//e.x>",
+    "<link rel=stylesheet href=//e.x>",
+    "<style>*{display:none}</style>",
+    "<form action=//e.x><input name=q>",
+    "<object data=//e.x>",
+    "<video src=x onerror=alert(1)>",
+    "<math><a xlink:href=javascript:alert(1)>",
+    "<body onload=alert(1)>",
+    "javascript:alert(1)",
+    "<details open ontoggle=alert(1)>",
+    "{0.__class__} {} {x}",
+    "<input autofocus onfocus=alert(1)>",
+    "<textarea>",
+    "<plaintext>",
+)
 AROUND = ("{}", '">{}', "'>{}", "</pre></title></style></script></textarea>{}", "-->{}<!--", "]]>{}<![CDATA[")
-ODD = ['" onmouseover="alert(1)', "' onmouseover='alert(1)", "` onerror=`x", "&lt;script&gt;alert(1)&lt;/script&gt;",
-       "&#60;script&#62;", "&#x3c;b&#x3e;", "&quot; onclick=&quot;x", "\0<script>\0", "<scr\0ipt>x</scr\0ipt>",
-       "\u202e<gpj.exe>\u202c", "\u2066x\u2069", "\ufeff<b>", "\x1b[31mred\x1b]0;title\x07", "a\r\nb\x85c\u2028d",
-       "\ud800 half", "\uff1cscript\uff1e", "+ADw-script+AD4-", "<\u017fcript>", "=cmd|' /C calc'!A1", "%3Cscript%3E",
-       "$\\frac{$", "x" * 5000]
+ODD = [
+    '" onmouseover="alert(1)',
+    "' onmouseover='alert(1)",
+    "` onerror=`x",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;",
+    "&#x3c;b&#x3e;",
+    "&quot; onclick=&quot;x",
+    "\0<script>\0",
+    "<scr\0ipt>x</scr\0ipt>",
+    "\u202e<gpj.exe>\u202c",
+    "\u2066x\u2069",
+    "\ufeff<b>",
+    "\x1b[31mred\x1b]0;title\x07",
+    "a\r\nb\x85c\u2028d",
+    "\ud800 half",
+    "\uff1cscript\uff1e",
+    "+ADw-script+AD4-",
+    "<\u017fcript>",
+    "=cmd|' /C calc'!A1",
+    "%3Cscript%3E",
+    "$\\frac{$",
+    "x" * 5000,
+]
 HOSTILE = [around.format("{}").replace("{}", text, 1) for text in SCRIPTS for around in AROUND] + ODD
 
 
@@ -87,8 +122,17 @@ def quick_charts(monkeypatch):
 
 
 def asked(text, **more):
-    return Example(**{"id": text, "task": "avqa", "instruction": f"{text}\n{text}", "target": text, "windows": "none",
-                      "meta": {"dataset": text, "question": text, "answer": text, "row": text, text: [text]}, **more})
+    return Example(
+        **{
+            "id": text,
+            "task": "avqa",
+            "instruction": f"{text}\n{text}",
+            "target": text,
+            "windows": "none",
+            "meta": {"dataset": text, "question": text, "answer": text, "row": text, text: [text]},
+            **more,
+        }
+    )
 
 
 def file_name(text):
@@ -96,22 +140,42 @@ def file_name(text):
 
 
 def plain(text, tmp_path, tokenizer):
-    page.write(tmp_path / "page.html", text, page.figure(page.Picture(b"png", text)),
-               [page.Section(text, text, page.table((text,), [(text,)])), page.Section(text, text, page.NONE)])
+    page.write(
+        tmp_path / "page.html",
+        text,
+        page.figure(page.Picture(b"png", text)),
+        [page.Section(text, text, page.table((text,), [(text,)])), page.Section(text, text, page.NONE)],
+    )
     return (tmp_path / "page.html").read_text()
 
 
 def results(text, tmp_path, tokenizer):
     row = {"n": text, "n_unparsed": text, "n_no_mask": 0, "accuracy": 0.5, TASKS["avqa"].headline: 0.5}
     answer = Prediction(asked(text), text, None, None, (text,))
-    shown = [(text, results_page.drawn(one, 0.5, tmp_path)) for one in (
-        answer, Prediction(asked(text, task="s4", image=file_name(text), mask="rle:" + text, mask_kind="binary"), text,
-                           None))]
-    results_page.write(tmp_path / "page.html", text, {"tasks": {"avqa": {**row, "n": 3, "n_unparsed": 0}}},
-                       {"avqa": {text: (0.5, 3)}}, shown)
+    shown = [
+        (text, results_page.drawn(one, 0.5, tmp_path))
+        for one in (
+            answer,
+            Prediction(
+                asked(text, task="s4", image=file_name(text), mask="rle:" + text, mask_kind="binary"), text, None
+            ),
+        )
+    ]
+    results_page.write(
+        tmp_path / "page.html",
+        text,
+        {"tasks": {"avqa": {**row, "n": 3, "n_unparsed": 0}}},
+        {"avqa": {text: (0.5, 3)}},
+        shown,
+    )
     run = report.ReportData(
-        title=text, config={"seed": text, text: text}, results={"tasks": {"avqa": row}, "baselines": {text: {}}},
-        metrics=[{"step": 1}], pictures={"masks": [page.Picture(b"png", text)]}, answers=[(text,) * 4])
+        title=text,
+        config={"seed": text, text: text},
+        results={"tasks": {"avqa": row}, "baselines": {text: {}}},
+        metrics=[{"step": 1}],
+        pictures={"masks": [page.Picture(b"png", text)]},
+        answers=[(text,) * 4],
+    )
     report.write(tmp_path / "report.html", run)
     return (tmp_path / "page.html").read_text() + (tmp_path / "report.html").read_text()
 
@@ -119,8 +183,10 @@ def results(text, tmp_path, tokenizer):
 def clip(text, tmp_path, tokenizer):
     (tmp_path / file_name(text)).write_bytes(b"no media")
     kinds = (("avqa", text, None), ("avcap", text, None), ("s4", {"objects": [text]}, None), ("ms3", None, b"png"))
-    answers = [clip_page.Answered(Prediction(asked(text, task=task), text, parsed, None, (text,)), picture, (text,))
-               for task, parsed, picture in kinds]
+    answers = [
+        clip_page.Answered(Prediction(asked(text, task=task), text, parsed, None, (text,)), picture, (text,))
+        for task, parsed, picture in kinds
+    ]
     clip_page.write(tmp_path / "page.html", [str(tmp_path / file_name(text))], answers, b"png")
     return (tmp_path / "page.html").read_text()
 
@@ -194,7 +260,8 @@ def test_a_markdown_card_has_its_own_cells_alone(text):
     usual = card.markdown(card.card([asked(HARMLESS)]), HARMLESS)
     found = card.markdown(card.card(examples), text)
     assert [line.count("|") - line.count("\\|") for line in found.splitlines()] == [
-        line.count("|") for line in usual.splitlines()]
+        line.count("|") for line in usual.splitlines()
+    ]
     assert not re.search(r"(?<!\\)[<>`\[]", found) and not cell(text).startswith(("=", "+", "@"))
 
 

@@ -90,29 +90,32 @@ def refused(capsys, *argv):
     return printed.err
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--task", "asr", "--video", "clip.mp4"], "unknown task 'asr'"),
-    (["--video", "clip.mp4"], "[task]: is missing"),
-    (["--task", "ave"], "exactly one is needed"),
-    (["--task", "ave", "--video", "none.mp4"], "none.mp4"),
-    (["--task", "ave", "--video", "broken.mp4"], "broken.mp4"),
-    (["--task", "s4", "--image", "broken.mp4", "--audio", "tone.wav"], "broken.mp4"),
-    (["--task", "avqa", "--video", "clip.mp4"], "[question]: is missing"),
-    (["--task", "avqa", "--video", "clip.mp4", "--question", " "], "[question]: is missing"),
-    (["--task", "ref-avs", "--video", "clip.mp4"], "[expression]: is missing"),
-    (["--task", "s4", "--image", "picture.png"], "a picture has no sound"),
-    (["--task", "ave", "--image", "picture.png", "--audio", "tone.wav"], "cannot be asked about a picture"),
-    (["--task", "s4", "--video", "clip.mp4", "--second", "12"], "[second]: is 12"),
-    (["--task", "s4", "--video", "clip.mp4", "--prompt-variant", "best"], "unknown value 'best'"),
-    (["--task", "ave", "--video", "clip.mp4", "--second", "soon"], "see --help"),
-    (["--task", "ave", "--video", "clip.mp4", "--mask", "picture.png"], "ave has no mask"),
-    (["--samples", "none.json"], "no such file"),
-    (["--task", "s4", "--image", "picture.png", "--audio", "tone.wav", "--second", "5"], "the clip has 5 parts"),
-    (["--samples", "clip.mp4", "--task", "ave"], "cannot be combined"),
-    (["--all-tasks", "--video", "clip.mp4", "--task", "ave"], "[--task]: cannot be combined with --all-tasks"),
-    (["--all-tasks", "--video", "clip.mp4", "--mask", "picture.png"], "[--mask]: cannot be combined"),
-    (["--all-tasks", "--image", "picture.png"], "a picture has no sound"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "asr", "--video", "clip.mp4"], "unknown task 'asr'"),
+        (["--video", "clip.mp4"], "[task]: is missing"),
+        (["--task", "ave"], "exactly one is needed"),
+        (["--task", "ave", "--video", "none.mp4"], "none.mp4"),
+        (["--task", "ave", "--video", "broken.mp4"], "broken.mp4"),
+        (["--task", "s4", "--image", "broken.mp4", "--audio", "tone.wav"], "broken.mp4"),
+        (["--task", "avqa", "--video", "clip.mp4"], "[question]: is missing"),
+        (["--task", "avqa", "--video", "clip.mp4", "--question", " "], "[question]: is missing"),
+        (["--task", "ref-avs", "--video", "clip.mp4"], "[expression]: is missing"),
+        (["--task", "s4", "--image", "picture.png"], "a picture has no sound"),
+        (["--task", "ave", "--image", "picture.png", "--audio", "tone.wav"], "cannot be asked about a picture"),
+        (["--task", "s4", "--video", "clip.mp4", "--second", "12"], "[second]: is 12"),
+        (["--task", "s4", "--video", "clip.mp4", "--prompt-variant", "best"], "unknown value 'best'"),
+        (["--task", "ave", "--video", "clip.mp4", "--second", "soon"], "see --help"),
+        (["--task", "ave", "--video", "clip.mp4", "--mask", "picture.png"], "ave has no mask"),
+        (["--samples", "none.json"], "no such file"),
+        (["--task", "s4", "--image", "picture.png", "--audio", "tone.wav", "--second", "5"], "the clip has 5 parts"),
+        (["--samples", "clip.mp4", "--task", "ave"], "cannot be combined"),
+        (["--all-tasks", "--video", "clip.mp4", "--task", "ave"], "[--task]: cannot be combined with --all-tasks"),
+        (["--all-tasks", "--video", "clip.mp4", "--mask", "picture.png"], "[--mask]: cannot be combined"),
+        (["--all-tasks", "--image", "picture.png"], "a picture has no sound"),
+    ],
+)
 def test_a_wrong_command_says_what_to_fix(media, tmp_path, capsys, arguments, said):
     files = {path.name: str(path) for path in media.iterdir()}
     arguments = [files.get(argument, argument) for argument in arguments]
@@ -120,8 +123,17 @@ def test_a_wrong_command_says_what_to_fix(media, tmp_path, capsys, arguments, sa
 
 
 def test_a_missing_checkpoint_is_named(media, tmp_path, capsys):
-    said = refused(capsys, "--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "out", "--task", "ave",
-                   "--video", media / "clip.mp4")
+    said = refused(
+        capsys,
+        "--checkpoint",
+        tmp_path / "nowhere",
+        "--out",
+        tmp_path / "out",
+        "--task",
+        "ave",
+        "--video",
+        media / "clip.mp4",
+    )
     assert "nowhere" in said
 
 
@@ -140,9 +152,13 @@ def test_a_wrong_samples_file_is_named(media, tmp_path, capsys, text):
 
 def test_samples_are_relative_to_their_file_and_idx_is_the_second(tmp_path):
     (tmp_path / "s.json").write_text('[{"task": "s4", "image_path": "a/0.jpg", "audio_path": "a.wav", "idx": 3}]')
-    (record, where), = verb.read_samples(tmp_path / "s.json")
-    assert record == {"task": "s4", "image_path": str(tmp_path / "a/0.jpg"), "audio_path": str(tmp_path / "a.wav"),
-                      "second": 3}
+    ((record, where),) = verb.read_samples(tmp_path / "s.json")
+    assert record == {
+        "task": "s4",
+        "image_path": str(tmp_path / "a/0.jpg"),
+        "audio_path": str(tmp_path / "a.wav"),
+        "second": 3,
+    }
     assert where.endswith("s.json[0]")
 
 
@@ -203,12 +219,18 @@ def test_sound_of_another_length_is_put_in_step_with_the_video(media, tmp_path):
     assert len(sound_of(long)) == 2 * RATE
 
 
-@pytest.mark.parametrize(("clip", "second", "said"), [
-    ("late15", 3, "the sound starts 1.4 s after the pictures; silence is put in front"),
-    ("late3", 7, "the sound starts 2.9 s after the pictures; silence is put in front"),
-    ("early", 5, "the sound starts 2.0 s before the pictures; its beginning is cut off"),
-    ("varying", 7, None), ("still", 8, None), ("long", 7, "the audio lasts 14.0 s, but the video 10.0 s: "),
-    ("short", 4, "the audio lasts 6.0 s, but the video 10.0 s: the rest is filled with silence")])
+@pytest.mark.parametrize(
+    ("clip", "second", "said"),
+    [
+        ("late15", 3, "the sound starts 1.4 s after the pictures; silence is put in front"),
+        ("late3", 7, "the sound starts 2.9 s after the pictures; silence is put in front"),
+        ("early", 5, "the sound starts 2.0 s before the pictures; its beginning is cut off"),
+        ("varying", 7, None),
+        ("still", 8, None),
+        ("long", 7, "the audio lasts 14.0 s, but the video 10.0 s: "),
+        ("short", 4, "the audio lasts 6.0 s, but the video 10.0 s: the rest is filled with silence"),
+    ],
+)
 def test_the_loudest_second_is_that_of_the_picture_whatever_the_times_of_frames_and_sound(tmp_path, clip, second, said):
     """What is asked, heard and shown is of the same second of the clip."""
     times, sound, offset = {
@@ -218,7 +240,8 @@ def test_the_loudest_second_is_that_of_the_picture_whatever_the_times_of_frames_
         "varying": ([*map(float, range(6)), *(6 + i / 60 for i in range(240))], clips.beep(10, 7.1, 7.9), 0.0),
         "still": ([0.0, *(8 + i / 30 for i in range(60))], clips.beep(10, 8.1, 8.9), 0.0),
         "long": (clips.steady(10), clips.beep(14, 7.1, 7.9), 0.0),
-        "short": (clips.steady(10), clips.beep(6, 4.1, 4.9), 0.0)}[clip]
+        "short": (clips.steady(10), clips.beep(6, 4.1, 4.9), 0.0),
+    }[clip]
     path = clips.write_clip(tmp_path / "clip.mp4", times, sound, offset)
     asked = ask(tmp_path, tmp_path / "out", task="s4", video_path=path.name)
     assert asked.example.second == second
@@ -259,8 +282,9 @@ def test_a_moment_of_sound_is_the_sound_of_its_picture(media, tmp_path):
 def test_the_loudest_second_is_asked_about_unless_another_one_is_given(media, tmp_path):
     late = ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="late.wav").example
     assert (late.windows, late.second) == ("one", 7)
-    assert ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="late.wav",
-               second=0).example.second == 0
+    assert (
+        ask(media, tmp_path, task="arig", image_path="picture.png", audio_path="late.wav", second=0).example.second == 0
+    )
 
 
 def test_masks_and_boxes_are_drawn_at_the_size_of_the_picture(media, tmp_path):
@@ -290,7 +314,7 @@ def test_class_maps_have_the_names_of_their_colours_beside_them(media, tmp_path)
     names = verb.draw(asked, read_answer(asked.example, "", np.full((8, 8), 23, np.int32)), tmp_path)
     overlay = Image.open(tmp_path / names["overlay"])
     assert overlay.width > SIZE[0] + 40 and Image.open(tmp_path / names["mask"]).size == SIZE
-    beside = np.array(overlay)[:, SIZE[0]:].reshape(-1, 3).tolist()
+    beside = np.array(overlay)[:, SIZE[0] :].reshape(-1, 3).tolist()
     assert avss_palette()[23].tolist() in beside and avss_palette()[1].tolist() not in beside
 
 
@@ -340,8 +364,10 @@ def test_greys_of_16_bits_are_drawn_as_the_model_sees_them(media, tmp_path):
 
 
 def test_the_picture_that_was_asked_about_is_always_written(media, tmp_path):
-    for name, record in {"question": {"image_path": "picture.png", "audio_path": "tone.wav", "question": "What?"},
-                         "ms3": {"task": "ms3", "video_path": "clip.mp4", "second": 1}}.items():
+    for name, record in {
+        "question": {"image_path": "picture.png", "audio_path": "tone.wav", "question": "What?"},
+        "ms3": {"task": "ms3", "video_path": "clip.mp4", "second": 1},
+    }.items():
         asked = ask(media, tmp_path / name, **record)
         assert asked.picture == str(tmp_path / name / "000_picture.png")
         assert Image.open(asked.picture).size == SIZE and Image.open(asked.picture).mode == "RGB"
@@ -353,9 +379,11 @@ def test_damage_is_named_before_a_model_is_loaded(media, tmp_path):
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     Image.new("L", (9, 9)).save(tmp_path / "small.png")
     sound = str(media / "tone.wav")
-    for record, said in (({"image_path": "cut.png"}, "ends before"),
-                         ({"image_path": str(media / "picture.png"), "mask_path": "small.png"}, "is 9x9, but its"),
-                         ({"image_path": str(media / "picture.png"), "mask_path": "cut.png"}, "ends before")):
+    for record, said in (
+        ({"image_path": "cut.png"}, "ends before"),
+        ({"image_path": str(media / "picture.png"), "mask_path": "small.png"}, "is 9x9, but its"),
+        ({"image_path": str(media / "picture.png"), "mask_path": "cut.png"}, "ends before"),
+    ):
         with pytest.raises(InputError, match=said):
             ask(tmp_path, tmp_path / "out", task="s4", audio_path=sound, **record)
 
@@ -372,10 +400,14 @@ def test_a_name_that_is_no_text_is_drawn_and_shown(media, tmp_path):
 
 
 ANSWERS = {
-    "avqa": {"answer": "two"}, "ave": {"event": "Church bell", "start": 2, "end": 5},
-    "avvp": {"audio": [["Dog", 0, 3]], "visual": []}, "arig": {"object": "dog", "box": [9, 9, 99, 99]},
-    "ref-avs": {"expression": "it", "object": "tuba"}, "avcap": {"caption": "A bell rings over a dog."},
-    **{name: {"objects": ["dog"]} for name in ("s4", "ms3", "avss")}}
+    "avqa": {"answer": "two"},
+    "ave": {"event": "Church bell", "start": 2, "end": 5},
+    "avvp": {"audio": [["Dog", 0, 3]], "visual": []},
+    "arig": {"object": "dog", "box": [9, 9, 99, 99]},
+    "ref-avs": {"expression": "it", "object": "tuba"},
+    "avcap": {"caption": "A bell rings over a dog."},
+    **{name: {"objects": ["dog"]} for name in ("s4", "ms3", "avss")},
+}
 
 
 def scripted(examples):
@@ -386,10 +418,13 @@ def scripted(examples):
         yield read_answer(example, text, None if example.task == "ref-avs" else mask)
 
 
-@pytest.mark.parametrize(("flags", "asked"), [
-    (["--video", "mute.mp4"], ["avqa", "avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap"]),
-    (["--image", "picture.png", "--audio", "tone.wav"], ["arig", "s4", "ms3", "avss", "ref-avs"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (["--video", "mute.mp4"], ["avqa", "avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap"]),
+        (["--image", "picture.png", "--audio", "tone.wav"], ["arig", "s4", "ms3", "avss", "ref-avs"]),
+    ],
+)
 def test_all_tasks_make_one_page(media, tmp_path, monkeypatch, capsys, flags, asked):
     monkeypatch.setattr(verb, "load_config", lambda path: None)
     monkeypatch.setattr(verb.layout, "serving_mesh", lambda *arguments: None)
@@ -404,8 +439,12 @@ def test_all_tasks_make_one_page(media, tmp_path, monkeypatch, capsys, flags, as
     assert not re.search(r"https?:|<script|<link|url\(", text)
     assert "the pixels of the sounding object: dog" in text and "No picture: fewer than six mask tokens" in text
     is_video = "--video" in flags
-    assert ("What happens when" in text, "A bell rings over a dog." in text, "<video controls" in text,
-            "taken as silent" in text) == (is_video,) * 4
+    assert (
+        "What happens when" in text,
+        "A bell rings over a dog." in text,
+        "<video controls" in text,
+        "taken as silent" in text,
+    ) == (is_video,) * 4
     assert text.count("<figure>") == (6 if is_video else 5) and str(tmp_path / "page.html") in capsys.readouterr().out
 
 
@@ -419,13 +458,18 @@ def test_an_answer_without_mask_tokens_has_a_warning_and_no_mask(media, tmp_path
 def save_small_model(folder):
     """A packed tiny model with one layer per module and random weights."""
     config = tiny.get_config()
-    config.update({"init_from": "", "sizes": {"llama": {"layers": 1}, "beats": {"layers": 1},
-                                              "visual": {"layers": 1}, "audio": {"layers": 1}}})
+    config.update(
+        {
+            "init_from": "",
+            "sizes": {"llama": {"layers": 1}, "beats": {"layers": 1}, "visual": {"layers": 1}, "audio": {"layers": 1}},
+        }
+    )
     rng = np.random.default_rng(0)
     config = resolve(config)
     shapes = nn.unbox(runs.abstract_params(Crab(config.model)))
-    save_packed(folder, jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), shapes),
-                config.to_dict())
+    save_packed(
+        folder, jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), shapes), config.to_dict()
+    )
     Tokenizer.load(config.tokenizer).save(folder)
 
 
@@ -434,10 +478,25 @@ def test_a_model_answers_a_clip(media, tmp_path, capsys):
     save_small_model(tmp_path / "model")
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
-        verb.main(["--checkpoint", str(tmp_path / "model"), "--task", "ave", "--video", str(media / "clip.mp4"),
-                   "--out", str(out), "--max-new-tokens", "4", "--stream", "--weights", "int8"])
+        verb.main(
+            [
+                "--checkpoint",
+                str(tmp_path / "model"),
+                "--task",
+                "ave",
+                "--video",
+                str(media / "clip.mp4"),
+                "--out",
+                str(out),
+                "--max-new-tokens",
+                "4",
+                "--stream",
+                "--weights",
+                "int8",
+            ]
+        )
     printed = capsys.readouterr().out
-    line, = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
+    (line,) = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
     assert stop.value.code == 0 and f"000_ave: {line['text']}" in printed
     assert printed.startswith(line["text"]), "the text as it came"
     assert line["parsed"] is None and "cannot be read" in " ".join(line["warnings"])

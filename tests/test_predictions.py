@@ -31,8 +31,9 @@ def test_probabilities_keep_their_level_and_their_side_of_one_half(tmp_path):
     np.testing.assert_array_equal(np.array(again), np.array(Image.open(tmp_path / "m.png")))
 
 
-@pytest.mark.parametrize(("ending", "options"), [("webp", {"quality": 60}), ("jpg", {"quality": 60}),
-                                                 ("avif", {"quality": 40})])
+@pytest.mark.parametrize(
+    ("ending", "options"), [("webp", {"quality": 60}), ("jpg", {"quality": 60}), ("avif", {"quality": 40})]
+)
 def test_a_mask_in_colours_of_a_format_that_blurs_is_read_by_its_greys(tmp_path, ending, options):
     """Black and white in RGB come back with a tinge; a red object, which is as good in a PNG, is refused."""
     mask = np.zeros((24, 36), np.uint8)
@@ -54,7 +55,7 @@ def test_masks_of_which_nothing_is_above_one_half_are_told(tmp_path):
     for name, high in (("a", 90), ("b", 60)):
         Image.fromarray(np.array([[10, high], [0, 20]], np.uint8)).save(tmp_path / f"{name}.png")
     rows = {name: {"id": name, "mask": f"{name}.png"} for name in "ab"}
-    said, = files.MaskLevels(rows, {"a", "b"}, tmp_path).told
+    (said,) = files.MaskLevels(rows, {"a", "b"}, tmp_path).told
     assert "no grey level above 90 of 255" in said and "mask_levels" in said
     Image.fromarray(np.array([[10, 200], [0, 20]], np.uint8)).save(tmp_path / "b.png")
     assert not files.MaskLevels(rows, {"a", "b"}, tmp_path).told
@@ -73,14 +74,29 @@ def test_class_ids_and_masks_of_others_are_read(tmp_path):
         np.testing.assert_array_equal(files.load_mask(mask, "binary", tmp_path), half)
     Image.fromarray(np.full((4, 8), 255, np.uint8)).save(tmp_path / "wide.png")
     assert files.load_mask("wide.png", "binary", tmp_path).shape == (224, 224)
-    for bad, kind, match in (("none.png", "binary", "no such file"), ({"size": [2, 2]}, "binary", "run-length"),
-                             (text, "semantic", "class ids are needed")):
+    for bad, kind, match in (
+        ("none.png", "binary", "no such file"),
+        ({"size": [2, 2]}, "binary", "run-length"),
+        (text, "semantic", "class ids are needed"),
+    ):
         with pytest.raises(InputError, match=match):
             files.load_mask(bad, kind, tmp_path)
 
 
-@pytest.mark.parametrize("level, bits, refused", [(1, 8, 0), (2, 8, 1), (100, 8, 1), (128, 8, 0), (255, 8, 0),
-                                                  (7, 16, 1), (255, 16, 0), (1000, 16, 1), (65535, 16, 0)])
+@pytest.mark.parametrize(
+    "level, bits, refused",
+    [
+        (1, 8, 0),
+        (2, 8, 1),
+        (100, 8, 1),
+        (128, 8, 0),
+        (255, 8, 0),
+        (7, 16, 1),
+        (255, 16, 0),
+        (1000, 16, 1),
+        (65535, 16, 0),
+    ],
+)
 def test_masks_of_one_dark_level_are_not_read_as_nothing(tmp_path, level, bits, refused):
     """A class id, or 0 and 100: a hundredth of a probability everywhere is no answer of any program."""
     Image.fromarray((np.eye(4) * level).astype(np.uint8 if bits == 8 else np.uint16)).save(tmp_path / "m.png")
@@ -94,8 +110,18 @@ def test_masks_of_one_dark_level_are_not_read_as_nothing(tmp_path, level, bits, 
         assert (files.load_mask("m.png", "binary", tmp_path, full) > 0.5).sum() == 4
 
 
-@pytest.mark.parametrize("row", [{"id": ["a"]}, {"id": {}}, {"id": 3}, {"id": None}, {"video_path": 3},
-                                 {"image_path": ["a"]}, {"question_id": [1]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": ["a"]},
+        {"id": {}},
+        {"id": 3},
+        {"id": None},
+        {"video_path": 3},
+        {"image_path": ["a"]},
+        {"question_id": [1]},
+    ],
+)
 def test_what_names_an_example_is_text(row):
     with pytest.raises(InputError, match="f:1"):
         files.assign([{**row, "text": "x"}], EXAMPLES, "f")
@@ -115,9 +141,9 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_can_be_continued(tmp_path
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         complete = [row["id"] for row in files.read_rows(path)]
-        assert complete == [e.id for e in EXAMPLES[:len(complete)]]
+        assert complete == [e.id for e in EXAMPLES[: len(complete)]]
         if cut % 29 == 0:
-            write(path, EXAMPLES[len(complete):])
+            write(path, EXAMPLES[len(complete) :])
             assert path.read_bytes() == whole
 
 
@@ -140,27 +166,72 @@ def test_a_damaged_file_is_named(tmp_path):
         files.read_rows(tmp_path / "none.jsonl")
 
 
-AVQA = [Example(id=f"q{i}", task="avqa", instruction=TASKS["avqa"].instruction(question=question),
-                video=f"v/{clip}.mp4", meta={"answer": "two", "question_id": i})
-        for i, (clip, question) in enumerate([("0001", "How many?"), ("0001", "Where?"), ("0002", "How many?")])]
-S4 = [Example(id=f"s{k}", task="s4", instruction=TASKS["s4"].instruction(second=k), video="x/clip.mp4",
-              seg_image=f"v1s/uid_0/frames/{k}.jpg", mask="m.png", mask_kind="binary") for k in range(3)]
-REF = [Example(id=f"r{k}", task="ref-avs", instruction="?", target=TASKS["ref-avs"].target(f"The {name} one.", name),
-               seg_image="media/uid/frames/0.jpg", mask="m.png", mask_kind="binary")
-       for k, name in enumerate(("cat", "dog"))]
+AVQA = [
+    Example(
+        id=f"q{i}",
+        task="avqa",
+        instruction=TASKS["avqa"].instruction(question=question),
+        video=f"v/{clip}.mp4",
+        meta={"answer": "two", "question_id": i},
+    )
+    for i, (clip, question) in enumerate([("0001", "How many?"), ("0001", "Where?"), ("0002", "How many?")])
+]
+S4 = [
+    Example(
+        id=f"s{k}",
+        task="s4",
+        instruction=TASKS["s4"].instruction(second=k),
+        video="x/clip.mp4",
+        seg_image=f"v1s/uid_0/frames/{k}.jpg",
+        mask="m.png",
+        mask_kind="binary",
+    )
+    for k in range(3)
+]
+REF = [
+    Example(
+        id=f"r{k}",
+        task="ref-avs",
+        instruction="?",
+        target=TASKS["ref-avs"].target(f"The {name} one.", name),
+        seg_image="media/uid/frames/0.jpg",
+        mask="m.png",
+        mask_kind="binary",
+    )
+    for k, name in enumerate(("cat", "dog"))
+]
 
 
 def test_lines_of_the_released_code_find_their_examples():
     """The keys are those that scripts/finetune/inference_hyper_lora.py writes for each task."""
     text = "<s> So the answer is <answer> two </answer>.</s><unk>"
-    by_qid = [{"instruction": e.instruction, "output": "two", "predict": text, "qid": e.meta["question_id"]}
-              for e in AVQA]
-    by_clip = [{"instruction": e.instruction, "output": "two", "predict": text,
-                "video_path": f"/group/data/video_data/{e.video[2:]}"} for e in AVQA]
-    masks = [{"image_path": f"/group/AVS/v1s/uid_0/frames/{k}.jpg", "gt_path": "a/gt.png", "pred_path": "a/pred.png",
-              "output": "It is", "iou": 0.5, "fscore": 0.6} for k in range(3)]
-    refs = [{"image_path": "/REFAVS/media/uid/frames/0.jpg", "pred_path": "p.png", "label": e.target, "output": "o"}
-            for e in REF]
+    by_qid = [
+        {"instruction": e.instruction, "output": "two", "predict": text, "qid": e.meta["question_id"]} for e in AVQA
+    ]
+    by_clip = [
+        {
+            "instruction": e.instruction,
+            "output": "two",
+            "predict": text,
+            "video_path": f"/group/data/video_data/{e.video[2:]}",
+        }
+        for e in AVQA
+    ]
+    masks = [
+        {
+            "image_path": f"/group/AVS/v1s/uid_0/frames/{k}.jpg",
+            "gt_path": "a/gt.png",
+            "pred_path": "a/pred.png",
+            "output": "It is",
+            "iou": 0.5,
+            "fscore": 0.6,
+        }
+        for k in range(3)
+    ]
+    refs = [
+        {"image_path": "/REFAVS/media/uid/frames/0.jpg", "pred_path": "p.png", "label": e.target, "output": "o"}
+        for e in REF
+    ]
     for rows, examples in ((by_qid, AVQA), (by_clip, AVQA), (masks, S4), (refs, REF)):
         assert files.assign(rows, examples, "f") == {e.id: row for e, row in zip(examples, rows, strict=True)}
     assert files.text_of(by_qid[0], "f") == text and files.text_of(masks[0], "f") == "It is"
@@ -169,19 +240,40 @@ def test_lines_of_the_released_code_find_their_examples():
 def test_gold_answers_in_the_wording_of_the_release_find_their_example():
     """Several expressions about one picture are told apart by their labels, which say "is null" and "guitar_man"."""
     said = [("The loud one", ""), ("The loudest one", ""), ("The third one", "guitar and man")]
-    examples = [Example(id=f"n{k}", task="ref-avs", instruction="?", target=TASKS["ref-avs"].target(expression, name),
-                        seg_image="media/uid/frames/0.jpg", mask="m.png", mask_kind="binary")
-                for k, (expression, name) in enumerate(said)]
-    rows = [{"image_path": "/REFAVS/media/uid/frames/0.jpg", "predict": "",
-             "label": e.target.replace("does not appear", "is null").replace("guitar and man", "guitar_man") + "</s>"}
-            for e in examples]
+    examples = [
+        Example(
+            id=f"n{k}",
+            task="ref-avs",
+            instruction="?",
+            target=TASKS["ref-avs"].target(expression, name),
+            seg_image="media/uid/frames/0.jpg",
+            mask="m.png",
+            mask_kind="binary",
+        )
+        for k, (expression, name) in enumerate(said)
+    ]
+    rows = [
+        {
+            "image_path": "/REFAVS/media/uid/frames/0.jpg",
+            "predict": "",
+            "label": e.target.replace("does not appear", "is null").replace("guitar and man", "guitar_man") + "</s>",
+        }
+        for e in examples
+    ]
     assert files.assign(rows, examples, "f") == {e.id: row for e, row in zip(examples, rows, strict=True)}
 
 
-@pytest.mark.parametrize(("rows", "match"), [
-    ([{"id": "z", "text": ""}], "f:1.*no example 'z'"), ([{"id": "q0"}, {"id": "q0"}], "f:2.*second answer"),
-    ([{"video_path": "a/0001.mp4", "predict": ""}], "fits 2 examples"), ([{"qid": 99}], "fits 0 examples"),
-    ([{"video_path": "a/9.mp4"}], "fits 0 examples"), ([{"predict": "x"}], "fits 3 examples")])
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([{"id": "z", "text": ""}], "f:1.*no example 'z'"),
+        ([{"id": "q0"}, {"id": "q0"}], "f:2.*second answer"),
+        ([{"video_path": "a/0001.mp4", "predict": ""}], "fits 2 examples"),
+        ([{"qid": 99}], "fits 0 examples"),
+        ([{"video_path": "a/9.mp4"}], "fits 0 examples"),
+        ([{"predict": "x"}], "fits 3 examples"),
+    ],
+)
 def test_a_line_that_fits_no_example_or_several_is_named(rows, match):
     with pytest.raises(InputError, match=match):
         files.assign(rows, AVQA, "f")
@@ -197,6 +289,7 @@ def test_a_line_without_an_answer_is_named():
 
 # Scales of grey levels: what a mask of ours, or of another program, says.
 
+
 def binary(n, task="s4"):
     return [Example(id=f"e{i}", task=task, instruction="?", mask="m.png", mask_kind="binary") for i in range(n)]
 
@@ -205,8 +298,10 @@ def levels_of(folder, rows):
     """The masks that are scored of these lines, by id, and what is said about them."""
     found = files.MaskLevels(rows, set(rows), folder)
     examples = {example.id: example for example in binary(len(rows))}
-    return {name: files.answer_of(row | {"text": ""}, examples[name], folder, name, found.of(name, row, name)).mask
-            for name, row in rows.items()}, found.told
+    return {
+        name: files.answer_of(row | {"text": ""}, examples[name], folder, name, found.of(name, row, name)).mask
+        for name, row in rows.items()
+    }, found.told
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -244,18 +339,24 @@ def write_levels(folder, arrays):
     return {f"e{i}": {"mask": f"m{i}.png"} for i in range(len(arrays))}
 
 
-EIGHT, SIXTEEN = (lambda *values: np.array([values[:2], values[2:]], np.uint8)), (
-    lambda *values: np.array([values[:2], values[2:]], np.uint16))
+EIGHT, SIXTEEN = (
+    (lambda *values: np.array([values[:2], values[2:]], np.uint8)),
+    (lambda *values: np.array([values[:2], values[2:]], np.uint16)),
+)
 
 
-@pytest.mark.parametrize(("arrays", "most", "told"), [
-    ([EIGHT(0, 1, 1, 0), EIGHT(0, 0, 0, 0)], 1, 1),
-    ([EIGHT(0, 1, 1, 0), EIGHT(0, 0, 255, 0)], 255, 0),  # one file of 0 and 1 among others is nearly empty
-    ([EIGHT(0, 1, 1, 0), EIGHT(0, 128, 2, 0)], 255, 0),
-    ([SIXTEEN(0, 1, 1, 0), SIXTEEN(0, 0, 1, 0)], 1, 1),
-    ([SIXTEEN(0, 255, 1, 0), SIXTEEN(0, 0, 1, 0)], 255, 1),
-    ([SIXTEEN(0, 255, 1, 0), SIXTEEN(0, 0, 65535, 0)], 65535, 0),
-    ([SIXTEEN(0, 30000, 40000, 0), EIGHT(0, 1, 0, 0)], None, 1)])  # each depth for itself
+@pytest.mark.parametrize(
+    ("arrays", "most", "told"),
+    [
+        ([EIGHT(0, 1, 1, 0), EIGHT(0, 0, 0, 0)], 1, 1),
+        ([EIGHT(0, 1, 1, 0), EIGHT(0, 0, 255, 0)], 255, 0),  # one file of 0 and 1 among others is nearly empty
+        ([EIGHT(0, 1, 1, 0), EIGHT(0, 128, 2, 0)], 255, 0),
+        ([SIXTEEN(0, 1, 1, 0), SIXTEEN(0, 0, 1, 0)], 1, 1),
+        ([SIXTEEN(0, 255, 1, 0), SIXTEEN(0, 0, 1, 0)], 255, 1),
+        ([SIXTEEN(0, 255, 1, 0), SIXTEEN(0, 0, 65535, 0)], 65535, 0),
+        ([SIXTEEN(0, 30000, 40000, 0), EIGHT(0, 1, 0, 0)], None, 1),
+    ],
+)  # each depth for itself
 def test_grey_files_of_others_are_read_by_all_of_a_run(tmp_path, arrays, most, told):
     masks, said = levels_of(tmp_path, write_levels(tmp_path, arrays))
     assert len(said) == told
@@ -285,25 +386,40 @@ def paletted(ids, *colours):
 HALF = np.array([[0, 1], [1, 1]], np.uint8)
 
 
-@pytest.mark.parametrize("picture", [
-    Image.fromarray(HALF.astype(bool)), paletted(HALF, (0, 0, 0), (128, 0, 0)), paletted(HALF, (0, 0, 0), (0, 0, 9)),
-    paletted(HALF, (0, 0, 0), (255, 255, 255)), Image.fromarray(HALF[..., None] * np.array([0, 0, 255], np.uint8)),
-    Image.fromarray((HALF * 255)[..., None].repeat(3, 2)), Image.fromarray((HALF * 255)[..., None].repeat(4, 2)),
-    Image.merge("LA", [Image.fromarray(HALF * 255)] * 2), Image.fromarray(HALF.astype(np.float32)),
-    Image.fromarray(HALF)], ids=lambda p: f"{p.mode}")
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.fromarray(HALF.astype(bool)),
+        paletted(HALF, (0, 0, 0), (128, 0, 0)),
+        paletted(HALF, (0, 0, 0), (0, 0, 9)),
+        paletted(HALF, (0, 0, 0), (255, 255, 255)),
+        Image.fromarray(HALF[..., None] * np.array([0, 0, 255], np.uint8)),
+        Image.fromarray((HALF * 255)[..., None].repeat(3, 2)),
+        Image.fromarray((HALF * 255)[..., None].repeat(4, 2)),
+        Image.merge("LA", [Image.fromarray(HALF * 255)] * 2),
+        Image.fromarray(HALF.astype(np.float32)),
+        Image.fromarray(HALF),
+    ],
+    ids=lambda p: f"{p.mode}",
+)
 def test_masks_of_every_mode_are_read(tmp_path, picture):
     name = "m.tif" if picture.mode == "F" else "m.png"
     picture.save(tmp_path / name)
     np.testing.assert_array_equal(files.load_mask(name, "binary", tmp_path), HALF)
 
 
-@pytest.mark.parametrize(("picture", "match"), [
-    (paletted(HALF, (68, 1, 84), (253, 231, 36)), "without black"),
-    (Image.fromarray(RNG.integers(0, 255, (40, 40, 3), np.uint8)), "coloured picture"),
-    (Image.merge("LA", [Image.fromarray(HALF * 255), Image.fromarray(255 - HALF * 255)]), "transparency"),
-    (Image.fromarray(HALF.astype(np.float32) * 255), "outside 0 to 1"),
-    (Image.fromarray(HALF.astype(np.float32) * np.float32("nan")), "outside 0 to 1"),
-    (Image.fromarray(HALF.astype(np.int32) * 70000), "outside 0 to 65535")], ids=lambda v: getattr(v, "mode", ""))
+@pytest.mark.parametrize(
+    ("picture", "match"),
+    [
+        (paletted(HALF, (68, 1, 84), (253, 231, 36)), "without black"),
+        (Image.fromarray(RNG.integers(0, 255, (40, 40, 3), np.uint8)), "coloured picture"),
+        (Image.merge("LA", [Image.fromarray(HALF * 255), Image.fromarray(255 - HALF * 255)]), "transparency"),
+        (Image.fromarray(HALF.astype(np.float32) * 255), "outside 0 to 1"),
+        (Image.fromarray(HALF.astype(np.float32) * np.float32("nan")), "outside 0 to 1"),
+        (Image.fromarray(HALF.astype(np.int32) * 70000), "outside 0 to 65535"),
+    ],
+    ids=lambda v: getattr(v, "mode", ""),
+)
 def test_pictures_that_may_mean_anything_are_no_masks(tmp_path, picture, match):
     picture.save(tmp_path / "m.tif")
     with pytest.raises(InputError, match=match):
@@ -327,8 +443,13 @@ def test_masks_are_found_where_they_are_said_to_be_and_never_two_by_one_file(tmp
     (folder / "masks").mkdir(parents=True)
     for place in (folder / "masks" / "a.png", tmp_path / "outside.png"):
         Image.fromarray(HALF * 255).save(place)
-    for name in ("masks/a.png", str(folder / "masks/a.png"), "/gone/masks/a.png", "../outside.png",
-                 "C:\\x\\masks\\a.png"):
+    for name in (
+        "masks/a.png",
+        str(folder / "masks/a.png"),
+        "/gone/masks/a.png",
+        "../outside.png",
+        "C:\\x\\masks\\a.png",
+    ):
         np.testing.assert_array_equal(files.load_mask(name, "binary", folder), HALF)
     for bad in ("masks/b.png", "/gone/b.png", "x" * 5000, "masks", "a\0b", 5, ["masks/a.png"], True):
         with pytest.raises(InputError):
@@ -341,10 +462,17 @@ def test_masks_are_found_where_they_are_said_to_be_and_never_two_by_one_file(tmp
         levels_of(folder, {"e0": {"mask": "masks/a.png"}, "e1": {"mask": "masks/b.png"}})
 
 
-@pytest.mark.parametrize(("text", "match"), [
-    ("\ufeff{}".encode("utf-16"), "UTF-16"), ("{}\n".encode("utf-16-be"), "UTF-16"),
-    (b'{"id": "a"}\n{"id": "\xff"}\n', "p.jsonl:2.*not UTF-8"), (b'{"id": "a", "id": "b"}\n', "comes twice"),
-    (b"\0\0\0\0\n", "UTF-16"), (b'{"id"\0: 1}\n', "not valid JSON")])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("\ufeff{}".encode("utf-16"), "UTF-16"),
+        ("{}\n".encode("utf-16-be"), "UTF-16"),
+        (b'{"id": "a"}\n{"id": "\xff"}\n', "p.jsonl:2.*not UTF-8"),
+        (b'{"id": "a", "id": "b"}\n', "comes twice"),
+        (b"\0\0\0\0\n", "UTF-16"),
+        (b'{"id"\0: 1}\n', "not valid JSON"),
+    ],
+)
 def test_what_is_no_text_is_named(tmp_path, text, match):
     (tmp_path / "p.jsonl").write_bytes(text)
     with pytest.raises(InputError, match=match):
@@ -358,6 +486,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 
 # Run lengths.
+
 
 def code_of(mask):
     return coco.encode(np.asfortranarray(mask))
@@ -378,16 +507,57 @@ def test_run_lengths_are_read_as_the_library_wrote_them(height, width, seed, sha
 CODE = code_of(np.eye(8, dtype=np.uint8))["counts"].decode()
 
 
-@pytest.mark.parametrize("size", [[-8, 8], [-8, -8], [0, 64], [100000, 100000], [8.0, 8], [True, 64], "88", ["8", "8"],
-                                  [8], [8, 8, 1], None, {}, 64, [10**30, 1], [float("nan"), 8]])
+@pytest.mark.parametrize(
+    "size",
+    [
+        [-8, 8],
+        [-8, -8],
+        [0, 64],
+        [100000, 100000],
+        [8.0, 8],
+        [True, 64],
+        "88",
+        ["8", "8"],
+        [8],
+        [8, 8, 1],
+        None,
+        {},
+        64,
+        [10**30, 1],
+        [float("nan"), 8],
+    ],
+)
 @pytest.mark.parametrize("kind", ["binary"])
 def test_sizes_are_looked_at_before_the_library_sees_them(size, kind, tmp_path):
     with pytest.raises(InputError, match="run lengths: size"):
         files.load_mask({"size": size, "counts": CODE}, kind, tmp_path)
 
 
-@pytest.mark.parametrize("counts", ["", "0", CODE[:-1], CODE + "1", CODE + CODE, "o" * 99, "~", " " + CODE, CODE + "\n",
-                                    "b'" + CODE + "'", [1, 2], [64], 64, None, {}, "P" * 9, "é", "\0", b"\xff", "O2"])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        "",
+        "0",
+        CODE[:-1],
+        CODE + "1",
+        CODE + CODE,
+        "o" * 99,
+        "~",
+        " " + CODE,
+        CODE + "\n",
+        "b'" + CODE + "'",
+        [1, 2],
+        [64],
+        64,
+        None,
+        {},
+        "P" * 9,
+        "é",
+        "\0",
+        b"\xff",
+        "O2",
+    ],
+)
 def test_counts_that_do_not_fill_the_size_are_refused(counts, tmp_path):
     with pytest.raises(InputError, match="run lengths: "):
         files.load_mask({"size": [8, 8], "counts": counts}, "binary", tmp_path)
@@ -397,8 +567,9 @@ def test_counts_that_do_not_fill_the_size_are_refused(counts, tmp_path):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(-3, 9), min_size=2, max_size=2),
-       st.text(st.characters(min_codepoint=47, max_codepoint=112)))
+@given(
+    st.lists(st.integers(-3, 9), min_size=2, max_size=2), st.text(st.characters(min_codepoint=47, max_codepoint=112))
+)
 def test_any_run_lengths_are_a_whole_mask_or_an_input_error(size, counts):
     try:
         mask = decode_runs(size, counts, "x")

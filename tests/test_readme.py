@@ -36,8 +36,12 @@ def test_the_python_code_runs_in_any_folder(scenes_root, tmp_path):
     (tmp_path / "configs" / "__init__.py").write_text("raise ImportError('of another project')")
     (tmp_path / "clip.mp4").symlink_to(scenes_root / "test" / "000000" / "clip.mp4")
     (code,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.append({str(REPOSITORY)!r})\n{code}"],
-                          capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.append({str(REPOSITORY)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) >= 2
 
@@ -45,9 +49,14 @@ def test_the_python_code_runs_in_any_folder(scenes_root, tmp_path):
 @pytest.mark.slow
 def test_the_python_commands_run_in_order(scenes_root, tmp_path):
     scene = scenes_root / "test" / "000000"
-    places = {"runs/demo/train": REPOSITORY / "crab_jax/warm_start", "runs/demo/scenes": scenes_root,
-              "clip.mp4": scene / "clip.mp4", "picture.jpg": scene / "frames" / "3.jpg",
-              "sound.wav": scene / "audio.wav", "runs/": f"{tmp_path}/"}
+    places = {
+        "runs/demo/train": REPOSITORY / "crab_jax/warm_start",
+        "runs/demo/scenes": scenes_root,
+        "clip.mp4": scene / "clip.mp4",
+        "picture.jpg": scene / "frames" / "3.jpg",
+        "sound.wav": scene / "audio.wav",
+        "runs/": f"{tmp_path}/",
+    }
     commands = readme_commands()
     assert {words[2] for words in commands} >= {"crab_jax.train", "crab_jax.evaluate", "crab_jax.predict"}
     for words in commands:

@@ -14,8 +14,16 @@ from data_pipelines.examples import Example
 
 def scores(value):
     """Scores of every task with an interval of the headline metric."""
-    return {name: {task.headline: value, "n": 7, "n_unparsed": 1, "n_no_mask": 2,
-                   "intervals": {task.headline: [value - 0.1, value + 0.1]}} for name, task in TASKS.items()}
+    return {
+        name: {
+            task.headline: value,
+            "n": 7,
+            "n_unparsed": 1,
+            "n_no_mask": 2,
+            "intervals": {task.headline: [value - 0.1, value + 0.1]},
+        }
+        for name, task in TASKS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +34,14 @@ def data():
     routing = verb.Routing(weights, np.ones((4, 2, 7)), np.array([5, 5, 2, 0]))
     picture = verb.Picture(verb.overlay.png(np.zeros((4, 4, 3), np.uint8)), "look <here>")
     return verb.ReportData(
-        title="Report of a & b", config={"seed": 3, "optim.lr": 1e-4},
+        title="Report of a & b",
+        config={"seed": 3, "optim.lr": 1e-4},
         metrics=[{"step": step, **{part: 1 / step for part in parts}} for step in (10, 20, 30)],
         results={"tasks": scores(0.75), "baselines": {"constant": scores(0.25), "empty": {}}},
         pictures={"masks": [picture], "boxes": [picture], "times": []},
         answers=[("avqa", "How many?", "two", "<answer> three </answer>")],
-        routing={"ave": routing, "s4": routing})
+        routing={"ave": routing, "s4": routing},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,7 @@ def test_the_file_needs_nothing_but_itself(page):
     text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(", text)
     assert set(re.findall(r'src="([^"]*)"', text)) == {"data:image/png;"}
-    assert "name=\"viewport\"" in text and "@media print" in text
+    assert 'name="viewport"' in text and "@media print" in text
 
 
 def test_every_section_is_there_and_an_empty_one_says_so(page):
@@ -69,7 +79,13 @@ def test_scores_stand_beside_baselines_with_intervals_and_counts(page):
     table = section(page, "scores").split("</table>")[0]
     row = re.search(r"<tr><td>ave</td>.*?</tr>", table)[0]
     assert [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] == [
-        "ave", "accuracy", "7", "0.750 [0.650, 0.850]", "0.250 [0.150, 0.350]", "-"]
+        "ave",
+        "accuracy",
+        "7",
+        "0.750 [0.650, 0.850]",
+        "0.250 [0.150, 0.350]",
+        "-",
+    ]
 
 
 def test_an_empty_report_can_be_written(tmp_path):
@@ -88,8 +104,14 @@ def test_answers_are_shown_next_to_the_truth(tmp_path):
     s4 = Example("s", "s4", "?", image="p.png", mask="m.png", mask_kind="binary", meta={"objects": ["dog"]})
     arig = Example("a", "arig", "?", image="p.png", meta={"object": "dog", "box": [0, 0, 99, 99]})
     avqa = Example("q", "avqa", "?", meta={"answer": "two", "question": "How many?"})
-    found = verb.collect([read_answer(s4, "", np.ones((4, 4), np.float32)), read_answer(arig, "no box", None),
-                          read_answer(avqa, "one", None)], tmp_path)
+    found = verb.collect(
+        [
+            read_answer(s4, "", np.ones((4, 4), np.float32)),
+            read_answer(arig, "no box", None),
+            read_answer(avqa, "one", None),
+        ],
+        tmp_path,
+    )
     assert {key: len(value) for key, value in found["pictures"].items()} == {"masks": 1, "boxes": 1, "times": 0}
     assert "no box could be read" in found["pictures"]["boxes"][0].caption
     assert found["answers"] == [("avqa", "How many?", "two", "one")]

@@ -48,7 +48,7 @@ def manifest(workdir: Path) -> dict:
 def fewer(scenes_root, tmp_path) -> Path:
     """A root with the first half of the scenes' Examples."""
     examples = read_jsonl(scenes_root / "train.jsonl")
-    write_jsonl(tmp_path / "fewer" / "train.jsonl", examples[:len(examples) // 2])
+    write_jsonl(tmp_path / "fewer" / "train.jsonl", examples[: len(examples) // 2])
     return tmp_path / "fewer"
 
 
@@ -65,11 +65,17 @@ def test_other_examples_are_refused_and_can_be_asked_for(workdir, scenes_root, f
         go_on(workdir, scenes_root)
 
 
-@pytest.mark.parametrize("change", [
-    lambda e: e[::-1], lambda e: e[1:], lambda e: [*e[:-1], dataclasses.replace(e[-1], target="no")],
-    lambda e: [dataclasses.replace(e[0], second=1), *e[1:]],
-    lambda e: [dataclasses.replace(e[0], audio="x.wav"), *e[1:]],
-    lambda e: [dataclasses.replace(e[0], meta={**e[0].meta, "one_of": "clip"}), *e[1:]]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e[::-1],
+        lambda e: e[1:],
+        lambda e: [*e[:-1], dataclasses.replace(e[-1], target="no")],
+        lambda e: [dataclasses.replace(e[0], second=1), *e[1:]],
+        lambda e: [dataclasses.replace(e[0], audio="x.wav"), *e[1:]],
+        lambda e: [dataclasses.replace(e[0], meta={**e[0].meta, "one_of": "clip"}), *e[1:]],
+    ],
+)
 def test_whatever_changes_a_batch_is_another_list(scenes_root, change):
     examples = read_jsonl(scenes_root / "train.jsonl")
     assert learned(change(examples)) != learned(examples)
@@ -136,8 +142,16 @@ def test_a_damaged_manifest_is_one_line(workdir, scenes_root):
 def test_the_hash_of_many_examples_is_a_small_part_of_reading_them(tmp_path):
     import time
 
-    examples = [Example(id=str(i), task="ave", instruction="<video> <audio> What is it? " * 4, target=f"event {i}",
-                        video=f"ave/{i}.mp4") for i in range(5000)]
+    examples = [
+        Example(
+            id=str(i),
+            task="ave",
+            instruction="<video> <audio> What is it? " * 4,
+            target=f"event {i}",
+            video=f"ave/{i}.mp4",
+        )
+        for i in range(5000)
+    ]
     write_jsonl(tmp_path / "train.jsonl", examples)
     began = time.process_time()
     found = read_jsonl(tmp_path / "train.jsonl")
@@ -150,11 +164,19 @@ def test_the_hash_of_many_examples_is_a_small_part_of_reading_them(tmp_path):
 @pytest.mark.exhaustive
 def test_a_run_by_the_command_line_is_locked_and_refuses_other_data(scenes_root, fewer, tmp_path):
     """Cases w9 and w13: two at once, then a resume on a part of the data, then asked for by name."""
-    one_task = [f"--config.data.weights.{task}=0.0" for task in
-                ("ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")]
+    one_task = [
+        f"--config.data.weights.{task}=0.0" for task in ("ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
+    ]
     words = [*one_task, "--config.optim.clip_norm=0", "--config.checkpoint_every=1", "--config.log_every=1"]
-    both = [subprocess.Popen(command(scenes_root, tmp_path / "run", *words, "--config.steps=2"), text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command(scenes_root, tmp_path / "run", *words, "--config.steps=2"),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=600)[1] for process in both]
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 2], said
@@ -164,11 +186,12 @@ def test_a_run_by_the_command_line_is_locked_and_refuses_other_data(scenes_root,
     assert steps == [1, 2] and not list((tmp_path / "run").glob(".lock*"))
     assert manifest(tmp_path / "run")["data"]["count"] > 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
-    again = [command(fewer, tmp_path / "run", *words, "--config.steps=2", *more) for more in (
-        (), ("--config.data.allow_other=true",))]
+    again = [
+        command(fewer, tmp_path / "run", *words, "--config.steps=2", *more)
+        for more in ((), ("--config.data.allow_other=true",))
+    ]
     done = subprocess.run(again[0], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "other Examples" in done.stderr
     (fewer / "train").symlink_to(scenes_root / "train")
     done = subprocess.run(again[1], capture_output=True, text=True)
     assert done.returncode == 0 and "resumed from step 1" in done.stdout, done.stderr
-

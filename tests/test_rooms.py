@@ -33,10 +33,15 @@ def within(names: set[str], *prefixes: str) -> set[str]:
     return {name for name in names if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)}
 
 
-@pytest.mark.parametrize(("folder", "never"), [
-    ("crab_jax/models", ("crab_jax.tasks", "data_pipelines", "crab_jax.config", "crab_jax.runs", "crab_jax.optim")),
-    ("crab_jax/tasks", ("crab_jax.models", "data_pipelines")),
-    ("crab_jax", ("configs",)), ("data_pipelines", ("configs",))])
+@pytest.mark.parametrize(
+    ("folder", "never"),
+    [
+        ("crab_jax/models", ("crab_jax.tasks", "data_pipelines", "crab_jax.config", "crab_jax.runs", "crab_jax.optim")),
+        ("crab_jax/tasks", ("crab_jax.models", "data_pipelines")),
+        ("crab_jax", ("configs",)),
+        ("data_pipelines", ("configs",)),
+    ],
+)
 def test_a_room_does_not_know_those_above_it(folder, never):
     broken = {file: found for file, names in rooms(folder).items() if (found := within(names, *never))}
     assert not broken
@@ -50,12 +55,17 @@ def test_data_knows_of_the_library_only_what_lies_below_it():
 
 
 def test_no_module_of_the_library_imports_in_a_circle():
-    modules = {file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): names
-               for folder in ("crab_jax", "data_pipelines") for file, names in rooms(folder).items()}
+    modules = {
+        file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): names
+        for folder in ("crab_jax", "data_pipelines")
+        for file, names in rooms(folder).items()
+    }
     # A module does not wait for the package that it lies in.
     del modules["crab_jax"]  # which imports nothing until it is asked
-    top = {name: {other for other in names if other in modules and not f"{name}.".startswith(f"{other}.")}
-           for name, names in modules.items()}
+    top = {
+        name: {other for other in names if other in modules and not f"{name}.".startswith(f"{other}.")}
+        for name, names in modules.items()
+    }
     order: list[str] = []
     while ready := [name for name, names in top.items() if name not in order and names <= set(order)]:
         order += ready

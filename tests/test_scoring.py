@@ -19,12 +19,23 @@ def ave(name, event, start, end):
 
 
 def avqa(name, answer):
-    return Example(id=name, task="avqa", instruction="?", target=TASKS["avqa"].target(answer),
-                   meta={"answer": answer, "type": ["Audio", "Counting"]})
+    return Example(
+        id=name,
+        task="avqa",
+        instruction="?",
+        target=TASKS["avqa"].target(answer),
+        meta={"answer": answer, "type": ["Audio", "Counting"]},
+    )
 
 
-EXAMPLES = [ave("a", "Dog", 0, 10), ave("b", "Dog", 2, 5), ave("c", "Cat", 0, 4), avqa("d", "yes"), avqa("e", "no"),
-            avqa("f", "yes")]
+EXAMPLES = [
+    ave("a", "Dog", 0, 10),
+    ave("b", "Dog", 2, 5),
+    ave("c", "Cat", 0, 4),
+    avqa("d", "yes"),
+    avqa("e", "no"),
+    avqa("f", "yes"),
+]
 PERFECT = [Answer(e.id, e.target) for e in EXAMPLES]
 
 
@@ -64,16 +75,24 @@ def test_answers_must_fit_the_examples():
         score([PERFECT[0], PERFECT[0]], EXAMPLES)
 
 
-@pytest.mark.parametrize(("task", "meta", "field"), [
-    ("ave", {"event": "Dog", "start": 0}, "meta.end"), ("avqa", {}, "meta.answer"),
-    ("ave", {"event": "Dog", "start": "x", "end": None}, "meta.start"),
-    ("avqa", {"answer": "yes", "type": "Audio"}, "meta.type"),
-    ("avvp", {"audio": []}, "meta.visual"), ("avcap", {"captions": "a dog"}, "meta.captions"),
-    ("avcap", {"captions": []}, "meta.captions"), ("ave", {"event": "Dog", "start": 3, "end": 11}, "meta.end"),
-    ("ave", {"event": "Dog", "start": 3.0, "end": 8}, "meta.start"), ("avqa", {"answer": 2}, "meta.answer"),
-    ("ref-avs", {"expression": "it", "object": "", "split": "seen"}, "meta.split"),
-    ("arig", {"object": "dog", "box": [5, 5, 225, 9]}, "meta.box"), ("avvp", {"audio": [["Dog", 0, 12]]}, "meta.audio"),
-])
+@pytest.mark.parametrize(
+    ("task", "meta", "field"),
+    [
+        ("ave", {"event": "Dog", "start": 0}, "meta.end"),
+        ("avqa", {}, "meta.answer"),
+        ("ave", {"event": "Dog", "start": "x", "end": None}, "meta.start"),
+        ("avqa", {"answer": "yes", "type": "Audio"}, "meta.type"),
+        ("avvp", {"audio": []}, "meta.visual"),
+        ("avcap", {"captions": "a dog"}, "meta.captions"),
+        ("avcap", {"captions": []}, "meta.captions"),
+        ("ave", {"event": "Dog", "start": 3, "end": 11}, "meta.end"),
+        ("ave", {"event": "Dog", "start": 3.0, "end": 8}, "meta.start"),
+        ("avqa", {"answer": 2}, "meta.answer"),
+        ("ref-avs", {"expression": "it", "object": "", "split": "seen"}, "meta.split"),
+        ("arig", {"object": "dog", "box": [5, 5, 225, 9]}, "meta.box"),
+        ("avvp", {"audio": [["Dog", 0, 12]]}, "meta.audio"),
+    ],
+)
 def test_a_bad_label_is_named(task, meta, field):
     with pytest.raises(InputError) as error:
         check_label(Example(id="x", task=task, instruction="?", meta=meta))
@@ -106,9 +125,13 @@ def test_bootstrap_is_seeded():
 def test_constant_baseline_is_the_best_single_answer():
     results = baseline_results(EXAMPLES, "constant", resamples=5)["tasks"]
     assert results["avqa"]["accuracy"] == pytest.approx(2 / 3)
-    best = max(score([Answer(e.id, TASKS["ave"].target(event, s, t)) for e in EXAMPLES[:3]], EXAMPLES[:3],
-                     resamples=1)["tasks"]["ave"]["accuracy"]
-               for event in ("Dog", "Cat") for s, t in ((0, 10), (2, 5), (0, 4), (1, 7)))
+    best = max(
+        score([Answer(e.id, TASKS["ave"].target(event, s, t)) for e in EXAMPLES[:3]], EXAMPLES[:3], resamples=1)[
+            "tasks"
+        ]["ave"]["accuracy"]
+        for event in ("Dog", "Cat")
+        for s, t in ((0, 10), (2, 5), (0, 4), (1, 7))
+    )
     assert results["ave"]["accuracy"] == pytest.approx(best)
     assert results["ave"]["n_unparsed"] == 0
 
@@ -128,7 +151,7 @@ def binary_example(name):
 
 def disc(size=16):
     y, x = np.mgrid[:size, :size] - size / 2
-    return (x ** 2 + y ** 2 < 20).astype(np.int32)
+    return (x**2 + y**2 < 20).astype(np.int32)
 
 
 def test_masks_are_scored_and_a_missing_one_counts():
@@ -150,8 +173,12 @@ def test_table_shows_every_metric_with_its_interval():
     table = markdown(results)
     assert "| ave | 3 | accuracy | 1.0000 | 1.0000 .. 1.0000 | 0 | 0 |" in table
     assert "| ave | accuracy | 1.0000 | 1.0000 .. 1.0000 | 1.0000 | 1.0000 .. 1.0000 |" in table
-    assert all(f"| {name} | {metric} |" in table for name, row in results["tasks"].items()
-               for metric in row["intervals"] if not metric.endswith(scoring.PARSED))
+    assert all(
+        f"| {name} | {metric} |" in table
+        for name, row in results["tasks"].items()
+        for metric in row["intervals"]
+        if not metric.endswith(scoring.PARSED)
+    )
     assert table.startswith(scoring.headlines(results))
 
 
@@ -163,8 +190,13 @@ def test_every_metric_is_bootstrapped_when_a_group_is_rare():
 
 
 def test_every_metric_is_given_over_the_readable_answers_too():
-    answers = [Answer("a", EXAMPLES[0].target), Answer("b", "no idea"), Answer("d", "?"),
-               Answer("e", EXAMPLES[4].target), Answer("f", EXAMPLES[4].target)]
+    answers = [
+        Answer("a", EXAMPLES[0].target),
+        Answer("b", "no idea"),
+        Answer("d", "?"),
+        Answer("e", EXAMPLES[4].target),
+        Answer("f", EXAMPLES[4].target),
+    ]
     rows = score(answers, EXAMPLES, resamples=40)["tasks"]
     assert (rows["ave"]["n_unparsed"], rows["ave"]["accuracy_parsed"]) == (2, 1.0)
     assert rows["avqa"]["accuracy"] == pytest.approx(1 / 3) and rows["avqa"]["accuracy_parsed"] == 0.5

@@ -1,6 +1,6 @@
 """Where parameters lie: the golden of crab_7b, inferred meshes, refusals with numbers, and that no mesh changes a step.
 
-    python -m tests.test_sharding      rewrites tests/crab_7b_shardings.json
+python -m tests.test_sharding      rewrites tests/crab_7b_shardings.json
 """
 
 import dataclasses
@@ -52,16 +52,26 @@ def test_every_parameter_of_crab_7b_lies_as_committed():
 
 def test_every_matrix_of_the_language_model_is_split_over_both_axes():
     committed = json.loads(GOLDEN.read_text())
-    matrices = {path: spec for path, spec in committed.items() if path.startswith("llama/") and
-                path.endswith(("kernel", "embedding"))}
+    matrices = {
+        path: spec
+        for path, spec in committed.items()
+        if path.startswith("llama/") and path.endswith(("kernel", "embedding"))
+    }
     assert len(matrices) == 9
     assert all({"fsdp", "tensor"} <= set(spec) for spec in matrices.values()), matrices
 
 
-@pytest.mark.parametrize("devices, state, memory, expected", [
-    (256, 17 * 2**30, int(15.75 * 2**30), 8), (16, 17 * 2**30, int(31.25 * 2**30), 4),
-    (16, 17 * 2**30, int(95.74 * 2**30), 1), (12, 17 * 2**30, int(15.75 * 2**30), 6),
-    (2, 10**15, 2**30, 2), (8, 10**15, None, 1)])
+@pytest.mark.parametrize(
+    "devices, state, memory, expected",
+    [
+        (256, 17 * 2**30, int(15.75 * 2**30), 8),
+        (16, 17 * 2**30, int(31.25 * 2**30), 4),
+        (16, 17 * 2**30, int(95.74 * 2**30), 1),
+        (12, 17 * 2**30, int(15.75 * 2**30), 6),
+        (2, 10**15, 2**30, 2),
+        (8, 10**15, None, 1),
+    ],
+)
 def test_fsdp_is_the_fewest_devices_that_leave_room(devices, state, memory, expected):
     assert sharding.infer_split(devices, state, memory) == expected
 
@@ -103,9 +113,16 @@ def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, c
     assert layout.micro_batches(resolve(config), mesh) == 1, "a given number is not changed"
 
 
-@pytest.mark.parametrize("name, count, weights, batch, expected", [
-    ("v5e", 8, "float", 16, (4, 1, 2)), ("v5e", 8, "int8", 16, (8, 1, 1)), ("v6e", 4, "float", 6, (2, 1, 1)),
-    ("v5e", 1, "float", 16, (1, 1, 1)), (None, 8, "float", 1, (1, 1, 1))])
+@pytest.mark.parametrize(
+    "name, count, weights, batch, expected",
+    [
+        ("v5e", 8, "float", 16, (4, 1, 2)),
+        ("v5e", 8, "int8", 16, (8, 1, 1)),
+        ("v6e", 4, "float", 6, (2, 1, 1)),
+        ("v5e", 1, "float", 16, (1, 1, 1)),
+        (None, 8, "float", 1, (1, 1, 1)),
+    ],
+)
 def test_a_model_that_answers_is_split_no_more_than_it_must(monkeypatch, name, count, weights, batch, expected):
     memory = {chip.name: chip.hbm_bytes for chip in chips.CHIPS}.get(name)
     monkeypatch.setattr(chips, "memory_of", lambda device: memory)
@@ -128,8 +145,12 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
     def leaf(shape, *spec):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    trainable = {"whole": leaf((768, 4096)), "small": leaf((8, 8)), "split": leaf((4096, 8), "fsdp"),
-                 "odd": leaf((771, 1001))}
+    trainable = {
+        "whole": leaf((768, 4096)),
+        "small": leaf((8, 8)),
+        "split": leaf((4096, 8), "fsdp"),
+        "odd": leaf((771, 1001)),
+    }
     from crab_jax.train import TrainState
 
     state = TrainState(jnp.int32(0), trainable, {"mu": trainable})
@@ -152,8 +173,16 @@ def differences(*words: str, processes: int = 1) -> dict[str, dict[str, float]]:
     started = []
     for index in range(processes):
         told = zip(distributed.EXPLICIT, (address, str(processes), str(index)), strict=True) if processes > 1 else ()
-        started.append(subprocess.Popen(command, env={**environ, **dict(told)}, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, cwd=HERE.parent))
+        started.append(
+            subprocess.Popen(
+                command,
+                env={**environ, **dict(told)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=HERE.parent,
+            )
+        )
     outputs = [process.communicate() for process in started]
     for process, (_, errors) in zip(started, outputs, strict=True):
         assert process.returncode == 0, errors[-2000:]
@@ -174,8 +203,13 @@ def check_the_same(found: dict[str, dict[str, float]]) -> None:
 def test_the_mask_decoder_of_a_device_sees_its_own_rows_only():
     """Both kinds of masks of 7 rows are 14; a batch that is gathered would be 28, of both kinds 56."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    done = subprocess.run([sys.executable, "-m", "tests.mask_rows"], env={**os.environ, "XLA_FLAGS": flags},
-                          capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mask_rows"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = set(json.loads(done.stdout.splitlines()[-1]))
     assert {7, 14} <= sizes and not sizes & {28, 56}

@@ -26,7 +26,12 @@ def test_the_first_stage_starts_from_encoders_and_language_model_alone(base):
 
 def test_every_stage_of_the_paper_is_run_with_its_own_config():
     assert [stage.name for stage in stages.STAGES] == [
-        "pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "finetune_avs"]
+        "pretrain_visual",
+        "pretrain_audio",
+        "pretrain_seg",
+        "finetune",
+        "finetune_avs",
+    ]
     assert all(set(stage.tasks) <= set(TASKS) for stage in stages.STAGES)
 
 
@@ -39,8 +44,13 @@ def test_every_stage_improves_what_it_trains_and_changes_nothing_else(tmp_path):
         run = tmp_path / stage.name
         config = runs.load_config(run)
         assert config.init_from == str(before)
-        trained, frozen = ([traverse_util.flatten_dict(part, sep="/") for part in pair] for pair in zip(
-            *(optim.split(load_params(path), config.trainable, config.frozen) for path in (before, run)), strict=True))
+        trained, frozen = (
+            [traverse_util.flatten_dict(part, sep="/") for part in pair]
+            for pair in zip(
+                *(optim.split(load_params(path), config.trainable, config.frozen) for path in (before, run)),
+                strict=True,
+            )
+        )
         assert all(np.array_equal(frozen[0][path], frozen[1][path]) for path in frozen[0])
         assert any(not np.array_equal(trained[0][path], trained[1][path]) for path in trained[0])
         before = run

@@ -55,12 +55,21 @@ def test_mutations_are_refused_or_read(kind, tmp_path):
     sound, path = text_of(kind).encode(), file_of(kind, tmp_path)
 
     @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-    @given(st.lists(st.tuples(st.integers(0, len(sound)), st.integers(0, 40), st.binary(max_size=4) | st.sampled_from(
-        [b"{", b"]", b'"', b"null", b"-1", b"1e999", b"[[", b'"":'])), min_size=1, max_size=4))
+    @given(
+        st.lists(
+            st.tuples(
+                st.integers(0, len(sound)),
+                st.integers(0, 40),
+                st.binary(max_size=4) | st.sampled_from([b"{", b"]", b'"', b"null", b"-1", b"1e999", b"[[", b'"":']),
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
     def check(cuts):
         data = sound
         for at, length, new in cuts:
-            data = data[:at] + new + data[at + length:]
+            data = data[:at] + new + data[at + length :]
         path.write_bytes(data)
         assert verdict(kind.read, path, may_be_read=True) == ""
 
@@ -70,9 +79,13 @@ def test_mutations_are_refused_or_read(kind, tmp_path):
 def test_a_schema_names_the_field_and_what_it_must_be():
     schema = {"a": [{"b?": Whole(1, 9)}], "c": structured.Each(Text(1), structured.Null(Text()))}
     structured.check({"a": [{"b": 1}, {}], "c": {"x": None}, "more": 1}, schema, "f")
-    for at, new, said in ((("a", 0, "b"), 10, r"f \[a\[0\].b\]: is 10; must be a whole number from 1 to 9"),
-                          (("a", 0), 5, r"f \[a\[0\]\]: is 5; must be an object"), (("c",), [], "must be an object"),
-                          (("a",), None, r"f \[a\]: is None; must be a list"), (("c", "x"), 1, r"f \[c.x\]: is 1")):
+    for at, new, said in (
+        (("a", 0, "b"), 10, r"f \[a\[0\].b\]: is 10; must be a whole number from 1 to 9"),
+        (("a", 0), 5, r"f \[a\[0\]\]: is 5; must be an object"),
+        (("c",), [], "must be an object"),
+        (("a",), None, r"f \[a\]: is None; must be a list"),
+        (("c", "x"), 1, r"f \[c.x\]: is 1"),
+    ):
         with pytest.raises(InputError, match=said):
             structured.check(changed({"a": [{"b": 1}], "c": {"x": None}}, at, new), schema, "f")
     with pytest.raises(InputError, match=r"f \[c\]: is missing"):
@@ -100,9 +113,32 @@ def test_links_of_a_hugging_face_cache_lead_to_its_blobs(tmp_path):
     assert structured.shard_index(index) == {"w": "a.safetensors"}
 
 
-HOSTILE = (None, True, -1, 10**300, 1e308, float("nan"), float("inf"), " ", [[]], [None], [["a"]],
-           [["a", 0, 11]], [["a", -1, 3]], [["a", 1.5, 3]], [["a", "1", "3"]], [[[], 0, 3]], [["a", 0, float("inf")]],
-           [10, 10, 5, 5], [0, 0, 1e9, 1], [0, 0, 10**300, 1], [0, 0, float("nan"), 1], [-5, 0, 10, 10], 11, {"a": 1})
+HOSTILE = (
+    None,
+    True,
+    -1,
+    10**300,
+    1e308,
+    float("nan"),
+    float("inf"),
+    " ",
+    [[]],
+    [None],
+    [["a"]],
+    [["a", 0, 11]],
+    [["a", -1, 3]],
+    [["a", 1.5, 3]],
+    [["a", "1", "3"]],
+    [[[], 0, 3]],
+    [["a", 0, float("inf")]],
+    [10, 10, 5, 5],
+    [0, 0, 1e9, 1],
+    [0, 0, 10**300, 1],
+    [0, 0, float("nan"), 1],
+    [-5, 0, 10, 10],
+    11,
+    {"a": 1},
+)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

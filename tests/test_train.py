@@ -26,15 +26,31 @@ from data_pipelines import mixture
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, read_jsonl
 
-SMALL = ("--config.sizes.llama.layers=1", "--config.sizes.clip.layers=2", "--config.sizes.clip.taps=(1,2,2)",
-         "--config.sizes.beats.layers=1", "--config.sizes.visual.layers=1", "--config.sizes.audio.layers=1")
+SMALL = (
+    "--config.sizes.llama.layers=1",
+    "--config.sizes.clip.layers=2",
+    "--config.sizes.clip.taps=(1,2,2)",
+    "--config.sizes.beats.layers=1",
+    "--config.sizes.visual.layers=1",
+    "--config.sizes.audio.layers=1",
+)
 LEFT_OUT = ("ave", "avvp", "avqa", "ms3", "avss", "ref-avs", "avcap")  # arig and s4 fill one bucket each
 TWO_BUCKETS = tuple(f"--config.data.weights.{task}=0.0" for task in LEFT_OUT)
 
 
 def command(root: Path, workdir: Path, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "crab_jax.train", "--config=configs/tiny.py", "--config.init_from=",
-            f"--config.data.root={root}", "--config.data.batch_size=4", f"--workdir={workdir}", *SMALL, *extra]
+    return [
+        sys.executable,
+        "-m",
+        "crab_jax.train",
+        "--config=configs/tiny.py",
+        "--config.init_from=",
+        f"--config.data.root={root}",
+        "--config.data.batch_size=4",
+        f"--workdir={workdir}",
+        *SMALL,
+        *extra,
+    ]
 
 
 def losses_of(workdir: Path) -> dict[int, float]:
@@ -56,8 +72,9 @@ def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_r
     stopped = max(losses_of(killed))
     assert process.returncode == 0 and f"stopped on request after step {stopped} of 12" in told
     target = killed / "checkpoints" / str(3 * (stopped // 3 + 1))
-    with subprocess.Popen(command(scenes_root, killed, *options), stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command(scenes_root, killed, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         deadline = time.monotonic() + 300
         while not target.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
@@ -84,8 +101,14 @@ def small_run(root: Path) -> tuple:
     """(step function, fresh state, frozen, batches of two buckets) of a small model on one device."""
     config = tiny.get_config()
     config.init_from, config.data.root, config.data.batch_size, config.steps = "", str(root), 4, 30
-    for path, value in (("llama.layers", 1), ("clip.layers", 2), ("clip.taps", (1, 2, 2)), ("beats.layers", 1),
-                        ("visual.layers", 1), ("audio.layers", 1)):
+    for path, value in (
+        ("llama.layers", 1),
+        ("clip.layers", 2),
+        ("clip.taps", (1, 2, 2)),
+        ("beats.layers", 1),
+        ("visual.layers", 1),
+        ("audio.layers", 1),
+    ):
         module, field = path.split(".")
         config.sizes[module][field] = value
     config.data.weights.update({task: 0.0 for task in ("arig", "ms3", "avss", "ref-avs")})
@@ -135,8 +158,9 @@ def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
 
     def run(skipped: list[int]) -> None:
         for step, value in enumerate(skipped, 1):
-            guard.add(step, {"skipped": value, "loss": np.nan, "grad_norm": np.inf, "bad_rows": 1, "bad_index": 1},
-                      batch)
+            guard.add(
+                step, {"skipped": value, "loss": np.nan, "grad_norm": np.inf, "bad_rows": 1, "bad_index": 1}, batch
+            )
         guard.settle()
 
     run([1, 0, 1, 0])  # never two in a row
@@ -167,18 +191,21 @@ def test_the_input_that_is_waited_for_is_named(scenes_root):
     assert line == f"input of step 7: worker 0 of 2, on examples {', '.join(order.examples[i].id for i in asked)}"
 
 
-@pytest.mark.parametrize("flags, named", [
-    (("--config.optim.lrr=1",), "lrr"),
-    (("--config.optim={'lr': 1}",), "optim"),
-    (("--config.steps=2.5",), "steps"),
-    (("--config.model=huge",), "model"),
-    (("--config.optim.schedule=cosnie",), "schedule"),
-    (("--config.data.root=/nowhere",), "/nowhere"),
-    (("--config.init_from=/nowhere",), "/nowhere"),
-    (("--config.data.batch_size=5", "--config.optim.accumulate=2"), "batch_size"),
-    (("--config.trainable=('vl_projector/.*',)",), "parameter"),
-    (("--workdir=/proc/nothing",), "--workdir"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--config.optim.lrr=1",), "lrr"),
+        (("--config.optim={'lr': 1}",), "optim"),
+        (("--config.steps=2.5",), "steps"),
+        (("--config.model=huge",), "model"),
+        (("--config.optim.schedule=cosnie",), "schedule"),
+        (("--config.data.root=/nowhere",), "/nowhere"),
+        (("--config.init_from=/nowhere",), "/nowhere"),
+        (("--config.data.batch_size=5", "--config.optim.accumulate=2"), "batch_size"),
+        (("--config.trainable=('vl_projector/.*',)",), "parameter"),
+        (("--workdir=/proc/nothing",), "--workdir"),
+    ],
+)
 def test_bad_flags_are_one_line_and_exit_2(scenes_root, tmp_path, capsys, monkeypatch, flags, named):
     from crab_jax.errors import run_verb
 

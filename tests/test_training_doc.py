@@ -26,7 +26,7 @@ TEXT = (REPOSITORY / "docs" / "training.md").read_text()
 def commands(first: str) -> list[list[str]]:
     """The words after `first` of every command in the document's code blocks that begins with it."""
     lines = "\n".join(re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ").splitlines()
-    return [shlex.split(line[len(first):]) for line in lines if line.startswith(first + " ")]
+    return [shlex.split(line[len(first) :]) for line in lines if line.startswith(first + " ")]
 
 
 def of_train(words: list[str]) -> list[str]:
@@ -35,7 +35,7 @@ def of_train(words: list[str]) -> list[str]:
 
 
 LAUNCHED = [words for first in ("./launch_tpu.sh run", "sbatch") for words in commands(first)]
-EVALUATED = [words[words.index("evaluate") + 1:] for words in LAUNCHED if "evaluate" in words]
+EVALUATED = [words[words.index("evaluate") + 1 :] for words in LAUNCHED if "evaluate" in words]
 TRAINED = [of_train(words) for words in (*commands("python -m crab_jax.train"), *LAUNCHED) if "evaluate" not in words]
 
 
@@ -45,8 +45,10 @@ def test_every_way_to_start_a_run_is_there():
     stages = {word.partition("=")[2] for words in TRAINED for word in words if word.startswith("--config=")}
     tabled = set(re.findall(r"^\| `(configs/\w+\.py)`", TEXT, re.MULTILINE))
     assert all((REPOSITORY / name).is_file() for name in stages | tabled)
-    assert tabled == {f"configs/{name}.py" for name in (
-        "pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "finetune_avs")}
+    assert tabled == {
+        f"configs/{name}.py"
+        for name in ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "finetune_avs")
+    }
 
 
 @pytest.mark.parametrize("words", TRAINED, ids=lambda words: f"{words[0]} {words[-1]}")
@@ -95,11 +97,19 @@ def test_other_commands_parse(monkeypatch):
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="what is launched is a git commit")
-@pytest.mark.parametrize("words", [[verb, *words] for verb in ("run", "delete")
-                                   for words in commands(f"./launch_tpu.sh {verb}")], ids=lambda words: words[-1])
+@pytest.mark.parametrize(
+    "words",
+    [[verb, *words] for verb in ("run", "delete") for words in commands(f"./launch_tpu.sh {verb}")],
+    ids=lambda words: words[-1],
+)
 def test_launches_can_be_dry_run(words):
-    done = subprocess.run(["./launch_tpu.sh", words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True,
-                          text=True, env={**os.environ, "PYTHON": "no local check"})
+    done = subprocess.run(
+        ["./launch_tpu.sh", words[0], "--dry-run", *words[1:]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": "no local check"},
+    )
     assert done.returncode == 0, done.stderr
     for word in of_train(words):
         assert word in done.stdout
@@ -113,8 +123,14 @@ def test_the_import_from_nothing_draws_what_crab_adds_and_nothing_else(golden, t
     weights = golden / "weights"
     Tokenizer.load(weights / "llama").save(tmp_path)
     sizes = json.loads((golden / "manifest.json").read_text())["config"]
-    files = importing.Files(weights / "clip", weights / "llama", next((weights / "beats").glob("*.pt")), (), tmp_path,
-                            fresh=tuple(given.fresh))
+    files = importing.Files(
+        weights / "clip",
+        weights / "llama",
+        next((weights / "beats").glob("*.pt")),
+        (),
+        tmp_path,
+        fresh=tuple(given.fresh),
+    )
 
     class Reached(Exception):
         pass
@@ -135,8 +151,12 @@ def test_the_rehearsal_runs_as_written(scenes_root, tmp_path):
     (block,) = [block for block in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) if "xla_force_host" in block]
     short = " --config.steps=1 --config.data.batch_size=4 --config.log_every=1"
     script = block.strip() + short
-    for written, real in (("runs/demo/scenes", scenes_root), ("runs/rehearsal", tmp_path / "run"),
-                          ("python -m", f"{sys.executable} -m"), ("device_count=8", 'device_count=8" $XLA_FLAGS"')):
+    for written, real in (
+        ("runs/demo/scenes", scenes_root),
+        ("runs/rehearsal", tmp_path / "run"),
+        ("python -m", f"{sys.executable} -m"),
+        ("device_count=8", 'device_count=8" $XLA_FLAGS"'),
+    ):
         script = script.replace(written, str(real))
     done = subprocess.run(["bash", "-ec", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,8 +17,12 @@ def world(scenes_root):
     folders = sorted({example.meta["scene"] for example in examples})
     scenes = {folder: scene_graph.load(scenes_root / folder / "scene.json") for folder in folders}
     tables = [warmup.table_of(scene) for scene in scenes.values()]
-    return (examples, scenes, {folder: number for number, folder in enumerate(folders)},
-            {name: np.stack([table[name] for table in tables]) for name in tables[0]})
+    return (
+        examples,
+        scenes,
+        {folder: number for number, folder in enumerate(folders)},
+        {name: np.stack([table[name] for table in tables]) for name in tables[0]},
+    )
 
 
 def test_pointed_map_holds_the_area_of_the_boxes_of_the_named_things(world):
@@ -32,7 +36,8 @@ def test_pointed_map_holds_the_area_of_the_boxes_of_the_named_things(world):
         told = warmup.pointed(warmup.table_of(scene), example)
         kinds, share = np.split(told, [warmup.KINDS])
         assert {k for k, told in zip(scene_graph.KINDS, kinds, strict=True) if told} == set(names) & set(
-            scene_graph.KINDS)
+            scene_graph.KINDS
+        )
         boxes = [t.boxes[example.second] for t in scene.things if t.kind in names and t.seen(example.second)]
         area = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in filter(None, boxes))
         assert share.max(initial=0) <= 1
@@ -55,8 +60,11 @@ def test_a_batch_shows_the_second_that_its_picture_and_window_show(world):
         for name in ("what", "where", "loudness"):
             np.testing.assert_array_equal(batch[name][row], tables[name][scene, [example.second]])
     video = [e for e in examples if e.task == "ave"]
-    batch = next(warmup.reader_batches(warmup.text_arrays(video, numbers, tables, tokenizer, decode), tables, 4,
-                                       np.random.default_rng(0)))
+    batch = next(
+        warmup.reader_batches(
+            warmup.text_arrays(video, numbers, tables, tokenizer, decode), tables, 4, np.random.default_rng(0)
+        )
+    )
     assert batch["what"].shape == (4, scene_graph.SECONDS, warmup.SLOTS, warmup.KINDS)
 
 

@@ -1,8 +1,8 @@
 """PyTorch files <-> checkpoints.
 
-    python -m crab_jax.convert import --clip DIR --llama DIR --beats FILE --crab FILE... --out CKPT
-    python -m crab_jax.convert export CKPT --format crab|hf --out DIR
-    python -m crab_jax.convert verify CKPT --outputs FILE
+python -m crab_jax.convert import --clip DIR --llama DIR --beats FILE --crab FILE... --out CKPT
+python -m crab_jax.convert export CKPT --format crab|hf --out DIR
+python -m crab_jax.convert verify CKPT --outputs FILE
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--bert", type=path, help="config.json of the Q-Formers' BERT (default: bert-base, 12 heads)")
     new.add_argument("--taps", type=Wholes(0, 1024), help="CLIP layers, e.g. 14,22,23")
     new.add_argument("--lora-alpha", type=Real(1e-9, 1e9), default=16.0)
-    new.add_argument("--low-res", type=Whole(1, 2**16),
-                     help="side at which mask levels are averaged (default: half the picture)")
+    new.add_argument(
+        "--low-res", type=Whole(1, 2**16), help="side at which mask levels are averaged (default: half the picture)"
+    )
     new.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
     new.add_argument("--compat", default="released", choices=list(PRESETS))
 
@@ -78,8 +79,18 @@ def main(arguments: argparse.Namespace) -> None:
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     else:
         heads = read_json(a.bert, {"num_attention_heads": Whole(1, 1024)})["num_attention_heads"] if a.bert else 12
-        files = Files(a.clip, a.llama, a.beats, tuple(a.crab), a.tokenizer, a.position_buffers, a.token_rows, a.state,
-                      tuple(a.fresh), a.seed)
+        files = Files(
+            a.clip,
+            a.llama,
+            a.beats,
+            tuple(a.crab),
+            a.tokenizer,
+            a.position_buffers,
+            a.token_rows,
+            a.state,
+            tuple(a.fresh),
+            a.seed,
+        )
         choices = Choices(heads, a.taps, a.lora_alpha, a.low_res, a.dtype, a.compat)
         config = load_run_config(a.config) if a.config else None
         with locked(a.out):

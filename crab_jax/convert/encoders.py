@@ -112,28 +112,66 @@ def qformer_rules(cfg: QFormerConfig, prefix: str, kind: str, at: str = "") -> l
     return [rule._replace(target=at + rule.target) for rule in rules]
 
 
-def clip_config(config: Mapping[str, Any], taps: Iterable[int], dtype: str = "bfloat16",
-                where: str = "config.json") -> ClipConfig:
+def clip_config(
+    config: Mapping[str, Any], taps: Iterable[int], dtype: str = "bfloat16", where: str = "config.json"
+) -> ClipConfig:
     """Sizes from a Hugging Face CLIP `config.json`. Raises InputError if a size is missing or the formula differs."""
     vision = config.get("vision_config", config)
     check(vision, {}, where, "vision_config")
     formula = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     _require(where, formula | vision, formula)  # files often leave these defaults out
-    return ClipConfig(taps=tuple(taps), dtype=dtype, **_sizes(where, vision, {
-        "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "layers": "num_hidden_layers",
-        "heads": "num_attention_heads", "mlp_dim": "intermediate_size"}))
+    return ClipConfig(
+        taps=tuple(taps),
+        dtype=dtype,
+        **_sizes(
+            where,
+            vision,
+            {
+                "image_size": "image_size",
+                "patch_size": "patch_size",
+                "width": "hidden_size",
+                "layers": "num_hidden_layers",
+                "heads": "num_attention_heads",
+                "mlp_dim": "intermediate_size",
+            },
+        ),
+    )
 
 
 def beats_config(cfg: Mapping[str, Any], dtype: str = "bfloat16", where: str = "BEATs cfg") -> BeatsConfig:
     """Sizes from the `cfg` of a BEATs file. Raises InputError if a size is missing or the formula differs."""
     check(cfg, {}, where, "cfg")
-    _require(where, cfg, {"layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True, "activation_fn": "gelu",
-                          "relative_position_embedding": True, "conv_bias": False})
-    return BeatsConfig(dtype=dtype, **_sizes(where, cfg, {
-        "layers": "encoder_layers", "width": "encoder_embed_dim", "heads": "encoder_attention_heads",
-        "mlp_dim": "encoder_ffn_embed_dim", "embed_dim": "embed_dim", "patch_size": "input_patch_size",
-        "conv_pos": "conv_pos", "conv_pos_groups": "conv_pos_groups", "num_buckets": "num_buckets",
-        "max_distance": "max_distance"}))
+    _require(
+        where,
+        cfg,
+        {
+            "layer_norm_first": False,
+            "deep_norm": True,
+            "gru_rel_pos": True,
+            "activation_fn": "gelu",
+            "relative_position_embedding": True,
+            "conv_bias": False,
+        },
+    )
+    return BeatsConfig(
+        dtype=dtype,
+        **_sizes(
+            where,
+            cfg,
+            {
+                "layers": "encoder_layers",
+                "width": "encoder_embed_dim",
+                "heads": "encoder_attention_heads",
+                "mlp_dim": "encoder_ffn_embed_dim",
+                "embed_dim": "embed_dim",
+                "patch_size": "input_patch_size",
+                "conv_pos": "conv_pos",
+                "conv_pos_groups": "conv_pos_groups",
+                "num_buckets": "num_buckets",
+                "max_distance": "max_distance",
+            },
+        ),
+    )
 
 
 SIZE = Whole(1, 2**24)
@@ -143,8 +181,12 @@ def _sizes(where: str, config: Mapping[str, Any], names: Mapping[str, str]) -> d
     """Our field -> value of their field."""
     for theirs in names.values():
         if not SIZE.fits(config.get(theirs)):
-            raise InputError(where, theirs, f"{config.get(theirs)!r:.60} is not a size",
-                             f"give the config of this model: {SIZE.wanted}")
+            raise InputError(
+                where,
+                theirs,
+                f"{config.get(theirs)!r:.60} is not a size",
+                f"give the config of this model: {SIZE.wanted}",
+            )
     return {ours: config[theirs] for ours, theirs in names.items()}
 
 

@@ -44,9 +44,11 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
         raise InputError("--format", form, "is unknown", f"use one of {', '.join(FORMATS)}")
     cfg = load_config(checkpoint).model
     params = stored_params(checkpoint)
-    need_room(out, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in
-                       traverse_util.flatten_dict(params.shapes).values()),
-              "the model")
+    need_room(
+        out,
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in traverse_util.flatten_dict(params.shapes).values()),
+        "the model",
+    )
     before = set(out.rglob("*")) if out.exists() else set()
     (write_crab if form == "crab" else write_hugging_face)(cfg, params, out)
     if form == "hf":
@@ -71,7 +73,7 @@ class _Reader:
             self._held = {}
             wanted: list[str] = []
             size = 0
-            for name in self._paths[self._paths.index(path):]:
+            for name in self._paths[self._paths.index(path) :]:
                 leaf = self._shapes[name]
                 size += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
                 if wanted and size > AT_ONCE:
@@ -111,8 +113,9 @@ def write_crab(cfg: CrabConfig, params: StoredParams, out: Path) -> None:
 
     torch_writer.save(out / "finetune_weights.bin", tensors("lora", "vl_projector", "al_projector"))
     vocabulary = tensors_of(vocab_rules(PEFT, "llama/"), params, rows)
-    torch_writer.save(out / "avs_finetune_weights.bin",
-                      tensors("seg_module") | tensors_of(buffer_rules(), params, rows) | vocabulary)
+    torch_writer.save(
+        out / "avs_finetune_weights.bin", tensors("seg_module") | tensors_of(buffer_rules(), params, rows) | vocabulary
+    )
     for name, component in (("visual", "vl_projector"), ("audio", "al_projector"), ("segmentation", "seg_module")):
         bare = {key.removeprefix(PEFT): tensor for key, tensor in tensors(component).items()}
         torch_writer.save(out / f"{name}_pretrain.bin", bare)
@@ -125,47 +128,96 @@ def write_hugging_face(cfg: CrabConfig, params: StoredParams, out: Path, shard_b
     clip, beats, llama = (tensors_of(rules[name], params, base) for name in ("clip", "beats", "llama"))
     torch_writer.save_model_dir(out / "clip", clip)
     torch_writer.save_model_dir(out / "llama", llama, shard_bytes)
-    torch_writer.save(out / "beats" / "BEATs.pt", {
-        "cfg": beats_cfg(cfg.beats), "model": {key.removeprefix("model."): value for key, value in beats.items()}})
+    torch_writer.save(
+        out / "beats" / "BEATs.pt",
+        {"cfg": beats_cfg(cfg.beats), "model": {key.removeprefix("model."): value for key, value in beats.items()}},
+    )
     lora = tensors_of(crab_rules(cfg)["lora"], params, base)
     torch_writer.save_safetensors(out / "adapter" / "adapter_model.safetensors", lora)
-    for folder, config in (("clip", clip_json(cfg.clip)), ("llama", llama_json(cfg.llama, base, llama)),
-                           ("adapter", adapter_json(cfg.lora))):
+    for folder, config in (
+        ("clip", clip_json(cfg.clip)),
+        ("llama", llama_json(cfg.llama, base, llama)),
+        ("adapter", adapter_json(cfg.lora)),
+    ):
         name = "adapter_config.json" if folder == "adapter" else "config.json"
         write_whole(out / folder / name, json.dumps(config, indent=1))
 
 
 def clip_json(cfg: ClipConfig) -> dict[str, Any]:
     """config.json of a CLIPVisionModel."""
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5, "image_size": cfg.image_size, "patch_size": cfg.patch_size,
-            "hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "num_attention_heads": cfg.heads,
-            "intermediate_size": cfg.mlp_dim}
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "intermediate_size": cfg.mlp_dim,
+    }
 
 
 def llama_json(cfg: LlamaConfig, vocab_size: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM or Qwen2ForCausalLM without the added tokens."""
     kind, name = ("qwen2", "Qwen2ForCausalLM") if cfg.qkv_bias else ("llama", "LlamaForCausalLM")
-    return {"architectures": [name], "model_type": kind, "hidden_act": "silu", "vocab_size": vocab_size,
-            "hidden_size": cfg.hidden, "num_hidden_layers": cfg.layers, "num_attention_heads": cfg.heads,
-            "num_key_value_heads": cfg.kv_heads, "intermediate_size": cfg.mlp_dim, "rms_norm_eps": cfg.rms_eps,
-            "rope_theta": cfg.rope_theta, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-            "torch_dtype": tensors["model.norm.weight"].dtype.name}
+    return {
+        "architectures": [name],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "vocab_size": vocab_size,
+        "hidden_size": cfg.hidden,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "intermediate_size": cfg.mlp_dim,
+        "rms_norm_eps": cfg.rms_eps,
+        "rope_theta": cfg.rope_theta,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": tensors["model.norm.weight"].dtype.name,
+    }
 
 
 def beats_cfg(cfg: BeatsConfig) -> dict[str, Any]:
     """The `cfg` of a BEATs file."""
-    return {"encoder_layers": cfg.layers, "encoder_embed_dim": cfg.width, "encoder_attention_heads": cfg.heads,
-            "encoder_ffn_embed_dim": cfg.mlp_dim, "embed_dim": cfg.embed_dim, "input_patch_size": cfg.patch_size,
-            "conv_pos": cfg.conv_pos, "conv_pos_groups": cfg.conv_pos_groups, "num_buckets": cfg.num_buckets,
-            "max_distance": cfg.max_distance, "layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True,
-            "activation_fn": "gelu", "relative_position_embedding": True, "conv_bias": False, "dropout": 0.0,
-            "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0, "encoder_layerdrop": 0.0,
-            "finetuned_model": False}
+    return {
+        "encoder_layers": cfg.layers,
+        "encoder_embed_dim": cfg.width,
+        "encoder_attention_heads": cfg.heads,
+        "encoder_ffn_embed_dim": cfg.mlp_dim,
+        "embed_dim": cfg.embed_dim,
+        "input_patch_size": cfg.patch_size,
+        "conv_pos": cfg.conv_pos,
+        "conv_pos_groups": cfg.conv_pos_groups,
+        "num_buckets": cfg.num_buckets,
+        "max_distance": cfg.max_distance,
+        "layer_norm_first": False,
+        "deep_norm": True,
+        "gru_rel_pos": True,
+        "activation_fn": "gelu",
+        "relative_position_embedding": True,
+        "conv_bias": False,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "dropout_input": 0.0,
+        "encoder_layerdrop": 0.0,
+        "finetuned_model": False,
+    }
 
 
 def adapter_json(cfg: LoraConfig) -> dict[str, Any]:
     """The sizes of the multi-head LoRA, in the words of the released peft_hyper."""
-    return {"peft_type": "MULTI_HEAD_LORA", "task_type": "CAUSAL_LM", "r": cfg.rank, "lora_alpha": cfg.alpha,
-            "lora_nums": cfg.heads, "lora_dropout": cfg.dropout, "bias": "none",
-            "target_modules": [name.split(".")[-1] for name in PROJECTIONS]}
+    return {
+        "peft_type": "MULTI_HEAD_LORA",
+        "task_type": "CAUSAL_LM",
+        "r": cfg.rank,
+        "lora_alpha": cfg.alpha,
+        "lora_nums": cfg.heads,
+        "lora_dropout": cfg.dropout,
+        "bias": "none",
+        "target_modules": [name.split(".")[-1] for name in PROJECTIONS],
+    }

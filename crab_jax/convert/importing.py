@@ -81,8 +81,9 @@ class Part(NamedTuple):
         return permute(self.source.tensors[self.rule.source], self.rule.layout)
 
 
-def import_weights(files: Files, out: Path, choices: Choices | None = None, config: RunConfig | None = None
-                   ) -> dict[str, Any]:
+def import_weights(
+    files: Files, out: Path, choices: Choices | None = None, config: RunConfig | None = None
+) -> dict[str, Any]:
     """Write the checkpoint into `out` and return the report, which is also written there. Raises InputError.
 
     config: the run config that the checkpoint records (default configs/finetune.py); its sizes and preset are set here.
@@ -104,8 +105,9 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
     unexplained, ignored = _unread([*base.values(), *crab], used, passed)
     vocab, vocab_notes = _vocabulary(files, base["llama"], given, cfg, tokenizer.base)
     extra, notes = _position_buffers(files, given, shapes)
-    drawn = {path for path in shapes if path not in {part.path for part in parts} and path not in vocab
-             and path not in extra}
+    drawn = {
+        path for path in shapes if path not in {part.path for part in parts} and path not in vocab and path not in extra
+    }
     unfilled = [path for path in drawn if not _may_be_drawn(path, files.fresh)]
     _check_explained(unexplained, unfilled, files)
     for path in sorted(drawn):  # a set has another order in each process
@@ -116,15 +118,27 @@ def import_weights(files: Files, out: Path, choices: Choices | None = None, conf
     leaves = _leaves(parts, vocab, extra, shapes, cfg, files.seed, broken)
 
     report = {
-        "sources": {source.where: {"keys": len(source.tensors), "used": len(used.get(source.where, ())),
-                                   "ignored": dict(Counter(ignored[source.where].values())),
-                                   "ignored_keys": ignored[source.where]} for source in [*base.values(), *crab]},
-        "parameters": {"leaves": len(shapes), "from_files": len(shapes) - len(notes),
-                       "not_from_weight_files": notes | vocab_notes,
-                       "dtypes": dict(Counter(leaf.dtype.name for leaf in leaves.values()))},
-        "lora_heads": cfg.lora.heads, "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries,
-                                                  "masks": cfg.seg.queries},
-        "compat": choices.compat, "seed": files.seed, "sizes": _plain(cfg)}
+        "sources": {
+            source.where: {
+                "keys": len(source.tensors),
+                "used": len(used.get(source.where, ())),
+                "ignored": dict(Counter(ignored[source.where].values())),
+                "ignored_keys": ignored[source.where],
+            }
+            for source in [*base.values(), *crab]
+        },
+        "parameters": {
+            "leaves": len(shapes),
+            "from_files": len(shapes) - len(notes),
+            "not_from_weight_files": notes | vocab_notes,
+            "dtypes": dict(Counter(leaf.dtype.name for leaf in leaves.values())),
+        },
+        "lora_heads": cfg.lora.heads,
+        "queries": {"visual": cfg.visual.queries, "audio": cfg.audio.queries, "masks": cfg.seg.queries},
+        "compat": choices.compat,
+        "seed": files.seed,
+        "sizes": _plain(cfg),
+    }
     need_room(out, sum(leaf.nbytes for leaf in leaves.values()), "the model")
     with replaced(out) as new:
         digests = save_streamed(new / IMPORTED, _with_progress(leaves))
@@ -149,16 +163,29 @@ def _tokenizer(files: Files, llama: Source) -> Tokenizer:
         raise InputError(llama.where, "model.embed_tokens.weight", "is missing", "give a LLaMA directory to --llama")
     rows = len(llama.tensors["model.embed_tokens.weight"])
     if tokenizer.base != rows:
-        raise InputError(str(files.tokenizer or files.llama), "vocabulary", f"has {tokenizer.base} tokens, the "
-                         f"embedding has {rows} rows", "give the tokenizer of this model")
+        raise InputError(
+            str(files.tokenizer or files.llama),
+            "vocabulary",
+            f"has {tokenizer.base} tokens, the embedding has {rows} rows",
+            "give the tokenizer of this model",
+        )
     return tokenizer
 
 
-def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConfig, fresh: Sequence[str],
-          shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Part], dict[str, set[str]]]:
+def _plan(
+    base: Mapping[str, Source],
+    given: Mapping[str, Source],
+    cfg: CrabConfig,
+    fresh: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[list[Part], dict[str, set[str]]]:
     """Where every tensor goes, except the vocabulary and the position matrices; and the keys used of each file."""
-    wanted = [(source, rule) for name, source in base.items() for rule in released.base_rules(cfg)[name]
-              if rule.target not in (EMBEDDING, KERNEL)]
+    wanted = [
+        (source, rule)
+        for name, source in base.items()
+        for rule in released.base_rules(cfg)[name]
+        if rule.target not in (EMBEDDING, KERNEL)
+    ]
     for component, rules in released.crab_rules(cfg).items():
         if component in released.present(given) or component not in fresh:
             wanted += [(given.get(rule.source), rule) for rule in rules]
@@ -172,11 +199,15 @@ def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConf
             continue
         path, index = split_target(rule.target)
         part = Part(path, index, source, rule)
-        expected, found = shapes[path][len(index):], part.load().shape
+        expected, found = shapes[path][len(index) :], part.load().shape
         if tuple(found) != expected:
-            raise InputError(source.where, rule.source, f"has shape {tuple(source.tensors[rule.source].shape)} "
-                             f"({tuple(found)} as {rule.target}), the model wants {expected}",
-                             "give files of one model, or the options that match them")
+            raise InputError(
+                source.where,
+                rule.source,
+                f"has shape {tuple(source.tensors[rule.source].shape)} "
+                f"({tuple(found)} as {rule.target}), the model wants {expected}",
+                "give files of one model, or the options that match them",
+            )
         parts.append(part)
         used[source.where].add(rule.source)
     for key in (EMBED, HEAD, *(rule.source for rule in released.buffer_rules())):
@@ -187,16 +218,27 @@ def _plan(base: Mapping[str, Source], given: Mapping[str, Source], cfg: CrabConf
             missing.append((base["llama"].where, rule.source))
         used[base["llama"].where].add(rule.source)
     if missing:
-        spare = [key for source in {s.where: s for s in [*base.values(), *given.values()]}.values()
-                 for key in source.tensors if not any(key in keys for keys in used.values())
-                 and not any(re.fullmatch(pattern, key) for pattern in source.ignored)]
+        spare = [
+            key
+            for source in {s.where: s for s in [*base.values(), *given.values()]}.values()
+            for key in source.tensors
+            if not any(key in keys for keys in used.values())
+            and not any(re.fullmatch(pattern, key) for pattern in source.ignored)
+        ]
         absent = sorted(set(COMPONENTS) - released.present(given) - set(fresh))
-        fix = f"give the files that hold {', '.join(absent)}, or --fresh {' '.join(absent)}" if absent else \
-            "give the files that hold them"
+        fix = (
+            f"give the files that hold {', '.join(absent)}, or --fresh {' '.join(absent)}"
+            if absent
+            else "give the files that hold them"
+        )
         told = f"; {len(spare)} keys of the files have no use: {spare[:3]}" if spare else ""
         keys = [key for _, key in missing]
-        raise InputError(", ".join(dict.fromkeys(where for where, _ in missing)), keys[0],
-                         f"{len(keys)} tensors are missing: {keys[:3]}{told}", fix)
+        raise InputError(
+            ", ".join(dict.fromkeys(where for where, _ in missing)),
+            keys[0],
+            f"{len(keys)} tensors are missing: {keys[:3]}{told}",
+            fix,
+        )
     _check_stacks(parts)
     return parts, used
 
@@ -208,12 +250,17 @@ def _check_stacks(parts: Sequence[Part]) -> None:
         other = first.setdefault(part.path, part)
         ours, theirs = (p.source.tensors[p.rule.source].dtype for p in (part, other))
         if ours != theirs:
-            raise InputError(part.source.where, part.rule.source, f"is {ours}, its sibling {other.rule.source} is "
-                             f"{theirs}", "give files of one model")
+            raise InputError(
+                part.source.where,
+                part.rule.source,
+                f"is {ours}, its sibling {other.rule.source} is {theirs}",
+                "give files of one model",
+            )
 
 
-def _unread(sources: Sequence[Source], used: Mapping[str, set[str]], passed: Mapping[str, Mapping[str, str]]
-            ) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
+def _unread(
+    sources: Sequence[Source], used: Mapping[str, set[str]], passed: Mapping[str, Mapping[str, str]]
+) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
     """((file, key) that nothing explains, file -> {ignored key: why})."""
     unexplained = []
     ignored: dict[str, dict[str, str]] = {}
@@ -240,9 +287,13 @@ def _check_explained(unexplained: Sequence[tuple[str, str]], unfilled: Sequence[
     if not unexplained and not unfilled:
         return
     where, key = unexplained[0] if unexplained else (", ".join(map(str, files.crab)), unfilled[0])
-    raise InputError(where, key, f"{len(unexplained)} keys have no use: {[key for _, key in unexplained[:5]]}; "
-                     f"{len(unfilled)} parameters have no source: {sorted(unfilled)[:5]}",
-                     "give files of one model, or report the keys if the release has changed")
+    raise InputError(
+        where,
+        key,
+        f"{len(unexplained)} keys have no use: {[key for _, key in unexplained[:5]]}; "
+        f"{len(unfilled)} parameters have no source: {sorted(unfilled)[:5]}",
+        "give files of one model, or report the keys if the release has changed",
+    )
 
 
 def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
@@ -257,8 +308,9 @@ def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
     return torch_file.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
 
 
-def _position_buffers(files: Files, given: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
-                      ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _position_buffers(
+    files: Files, given: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The random position matrices and where they come from; empty when they must be drawn."""
     rules = released.buffer_rules()
     if files.position_buffers is None:
@@ -275,14 +327,19 @@ def _position_buffers(files: Files, given: Mapping[str, Source], shapes: Mapping
             raise InputError(where, f"{files.state}*{suffix}", problem, "name one with --state PREFIX")
         value = np.asarray(arrays[names[0]])
         if value.shape != shapes[rule.target]:
-            raise InputError(where, names[0], f"has shape {value.shape}, the model wants {shapes[rule.target]}",
-                             "give the buffers of this model")
+            raise InputError(
+                where,
+                names[0],
+                f"has shape {value.shape}, the model wants {shapes[rule.target]}",
+                "give the buffers of this model",
+            )
         found[rule.target], notes[rule.target] = value, f"{where}: {names[0]}"
     return found, notes
 
 
-def _vocabulary(files: Files, llama: Source, given: Mapping[str, Source], cfg: CrabConfig, base: int
-                ) -> tuple[dict[str, list[tuple[str, Any]]], dict[str, str]]:
+def _vocabulary(
+    files: Files, llama: Source, given: Mapping[str, Source], cfg: CrabConfig, base: int
+) -> tuple[dict[str, list[tuple[str, Any]]], dict[str, str]]:
     """For embedding and output matrix the pieces of rows that make them, (origin, array or None), and notes on rows
     that no weight file holds. None stands for rows to draw."""
     added = cfg.llama.vocab_size - base
@@ -297,21 +354,34 @@ def _vocabulary(files: Files, llama: Source, given: Mapping[str, Source], cfg: C
             source, key, pieces = llama, rule.source, base
         value = source.tensors[key]
         if value.shape != (pieces, cfg.llama.hidden):
-            raise InputError(source.where, key, f"has shape {value.shape}, the model wants "
-                             f"{(pieces, cfg.llama.hidden)}", "give files of one model and its tokenizer")
+            raise InputError(
+                source.where,
+                key,
+                f"has shape {value.shape}, the model wants {(pieces, cfg.llama.hidden)}",
+                "give files of one model and its tokenizer",
+            )
         rows[path] = [(source.where, value)]
         if pieces == base:
             name = NEW_ROWS[path]
             new = supplied.get(name)
             if files.token_rows and new is None:
-                raise InputError(str(files.token_rows), name, f"is missing; the file has {sorted(supplied)}",
-                                 "give an .npz with embed_tokens.new_rows and lm_head.new_rows")
+                raise InputError(
+                    str(files.token_rows),
+                    name,
+                    f"is missing; the file has {sorted(supplied)}",
+                    "give an .npz with embed_tokens.new_rows and lm_head.new_rows",
+                )
             if new is not None and new.shape != (added, cfg.llama.hidden):
-                raise InputError(str(files.token_rows), name, f"has shape {new.shape}, the model wants "
-                                 f"{(added, cfg.llama.hidden)}", "give the rows of the added tokens")
+                raise InputError(
+                    str(files.token_rows),
+                    name,
+                    f"has shape {new.shape}, the model wants {(added, cfg.llama.hidden)}",
+                    "give the rows of the added tokens",
+                )
             rows[path].append(("", new))
             notes[f"{path} rows {base}..{base + added - 1}"] = (
-                f"{files.token_rows}: {name}" if new is not None else f"drawn from seed {files.seed}")
+                f"{files.token_rows}: {name}" if new is not None else f"drawn from seed {files.seed}"
+            )
     return rows, notes
 
 
@@ -335,8 +405,9 @@ def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _init(rng: jax.Array, name: str, module: nn.Module, inputs: tuple[Any, ...], wanted: tuple[str, ...]
-          ) -> dict[str, jax.Array]:
+def _init(
+    rng: jax.Array, name: str, module: nn.Module, inputs: tuple[Any, ...], wanted: tuple[str, ...]
+) -> dict[str, jax.Array]:
     """The wanted leaves of one module, by their paths below `name`."""
     tree = nn.unbox(module.lazy_init(rng, *inputs, method=_whole_llama if name == "llama" else None)["params"])
     flat = traverse_util.flatten_dict({name: tree}, sep="/")
@@ -349,10 +420,17 @@ def _whole_llama(llama: Llama, tokens: jax.Array) -> jax.Array:
     return llama.logits(hidden)
 
 
-def _leaves(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], extra: Mapping[str, np.ndarray],
-            shapes: Mapping[str, tuple[int, ...]], cfg: CrabConfig, seed: int, broken: dict[str, finite.Faults]
-            ) -> dict[str, Streamed]:
+def _leaves(
+    parts: Sequence[Part],
+    vocab: Mapping[str, list[tuple[str, Any]]],
+    extra: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    cfg: CrabConfig,
+    seed: int,
+    broken: dict[str, finite.Faults],
+) -> dict[str, Streamed]:
     """Everything to write; a tensor is read when its turn comes. What is not finite is noted in `broken`."""
+
     def looked_at(name: str, value: np.ndarray) -> np.ndarray:
         if fault := finite.faults(value):
             broken[name] = fault
@@ -361,15 +439,28 @@ def _leaves(parts: Sequence[Part], vocab: Mapping[str, list[tuple[str, Any]]], e
     stacks: dict[str, list[Part]] = {}
     for part in parts:
         stacks.setdefault(part.path, []).append(part)
-    leaves = {path: Streamed(shapes[path], stack[0].load().dtype, len(stack[0].at),
-                             lambda stack=stack: ((part.at, looked_at(part.name, part.load())) for part in stack))
-              for path, stack in stacks.items()}
+    leaves = {
+        path: Streamed(
+            shapes[path],
+            stack[0].load().dtype,
+            len(stack[0].at),
+            lambda stack=stack: ((part.at, looked_at(part.name, part.load())) for part in stack),
+        )
+        for path, stack in stacks.items()
+    }
     for path, value in extra.items():
-        leaves[path] = Streamed(shapes[path], value.dtype, 0, lambda path=path, value=value: [
-            ((), looked_at(path, value))])
+        leaves[path] = Streamed(
+            shapes[path], value.dtype, 0, lambda path=path, value=value: [((), looked_at(path, value))]
+        )
     for path, pieces in vocab.items():
-        leaves[path] = Streamed(shapes[path], pieces[0][1].dtype, 0, lambda path=path, pieces=pieces: [
-            ((), looked_at(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))])
+        leaves[path] = Streamed(
+            shapes[path],
+            pieces[0][1].dtype,
+            0,
+            lambda path=path, pieces=pieces: [
+                ((), looked_at(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))
+            ],
+        )
     return leaves
 
 
@@ -392,8 +483,8 @@ def _table(path: str, pieces: Sequence[tuple[str, Any]], cfg: CrabConfig, seed: 
     for _, piece in pieces:
         if piece is None:  # the added tokens' rows of a fresh model
             fresh = _draw(cfg, seed, {path})[path]
-            piece = (fresh.T if path == KERNEL else fresh)[at:cfg.llama.vocab_size]
-        table[at:at + len(piece)] = piece.astype(dtype)
+            piece = (fresh.T if path == KERNEL else fresh)[at : cfg.llama.vocab_size]
+        table[at : at + len(piece)] = piece.astype(dtype)
         at += len(piece)
     return table.T if path == KERNEL else table
 
@@ -410,9 +501,13 @@ def _run_config(cfg: CrabConfig, choices: Choices, config: RunConfig | None) -> 
     config = config or resolve(paper_defaults())
     compat = PRESETS[choices.compat]
     return dataclasses.replace(
-        config, model_name="crab_7b", compat=choices.compat, model=cfg,
+        config,
+        model_name="crab_7b",
+        compat=choices.compat,
+        model=cfg,
         data=dataclasses.replace(config.data, **derived_data(cfg, compat)),
-        loss=dataclasses.replace(config.loss, reduction=compat.mask_loss_reduction))
+        loss=dataclasses.replace(config.loss, reduction=compat.mask_loss_reduction),
+    )
 
 
 def load_run_config(file: Path) -> RunConfig:
@@ -438,14 +533,20 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"{where}: {source['used']} of {source['keys']} keys used")
         lines += [f"  ignored {count}: {why}" for why, count in source["ignored"].items()]
     parameters = report["parameters"]
-    lines.append(f"parameters: {parameters['leaves']} leaves, {parameters['from_files']} filled from the files; dtypes "
-                 + ", ".join(f"{name} x{count}" for name, count in parameters["dtypes"].items()))
+    lines.append(
+        f"parameters: {parameters['leaves']} leaves, {parameters['from_files']} filled from the files; dtypes "
+        + ", ".join(f"{name} x{count}" for name, count in parameters["dtypes"].items())
+    )
     drawn: dict[str, list[str]] = {}
     for path, origin in parameters["not_from_weight_files"].items():
         drawn.setdefault(origin, []).append(path)
-    lines += [f"  {origin}: {', '.join(paths[:4])}" + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-              for origin, paths in drawn.items()]
+    lines += [
+        f"  {origin}: {', '.join(paths[:4])}" + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+        for origin, paths in drawn.items()
+    ]
     queries = report["queries"]
-    lines.append(f"LoRA heads {report['lora_heads']}; queries: visual {queries['visual']}, audio {queries['audio']}, "
-                 f"masks {queries['masks']}; compat {report['compat']}; seed {report['seed']}")
+    lines.append(
+        f"LoRA heads {report['lora_heads']}; queries: visual {queries['visual']}, audio {queries['audio']}, "
+        f"masks {queries['masks']}; compat {report['compat']}; seed {report['seed']}"
+    )
     return "\n".join(lines)

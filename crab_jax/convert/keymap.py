@@ -66,8 +66,12 @@ def to_params(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], where: s
     rules = list(rules)
     missing = [r.source for r in rules if r.source not in tensors]
     if missing:
-        raise InputError(where, missing[0], f"{len(missing)} expected keys are missing, e.g. {missing[:5]}",
-                         "give the file that holds them, or the config that matches this file")
+        raise InputError(
+            where,
+            missing[0],
+            f"{len(missing)} expected keys are missing, e.g. {missing[:5]}",
+            "give the file that holds them, or the config that matches this file",
+        )
     targets = [split_target(rule.target) for rule in rules]
     indices: dict[str, list[tuple[int, ...]]] = {}
     for path, index in targets:
@@ -80,9 +84,14 @@ def to_params(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], where: s
             if len(set(indices[path])) != math.prod(sizes) or len(indices[path]) != math.prod(sizes):
                 raise ValueError(f"key table: {path} is not filled exactly once")
             flat[path] = np.empty(sizes + value.shape, value.dtype)
-        if (value.shape, value.dtype) != (flat[path].shape[len(index):], flat[path].dtype):
-            raise InputError(where, rule.source, f"{value.dtype}{value.shape} in our layout, its siblings are "
-                             f"{flat[path].dtype}{flat[path].shape[len(index):]}", "give files of one model")
+        if (value.shape, value.dtype) != (flat[path].shape[len(index) :], flat[path].dtype):
+            raise InputError(
+                where,
+                rule.source,
+                f"{value.dtype}{value.shape} in our layout, its siblings are "
+                f"{flat[path].dtype}{flat[path].shape[len(index) :]}",
+                "give files of one model",
+            )
         flat[path][index] = value
     nested: dict[str, Any] = {}
     for path, value in flat.items():

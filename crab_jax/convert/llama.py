@@ -25,8 +25,10 @@ LLAMA_IGNORED = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "rotary
 
 def vocab_rules(prefix: str = "", at: str = "") -> list[Rule]:
     """Embedding and output matrix; `prefix` is "base_model.model." in *avs_finetune_weights.bin."""
-    return [Rule(f"{prefix}model.embed_tokens.weight", f"{at}embed_tokens/embedding"),
-            Rule(f"{prefix}lm_head.weight", f"{at}lm_head/kernel", "linear")]
+    return [
+        Rule(f"{prefix}model.embed_tokens.weight", f"{at}embed_tokens/embedding"),
+        Rule(f"{prefix}lm_head.weight", f"{at}lm_head/kernel", "linear"),
+    ]
 
 
 def llama_rules(cfg: LlamaConfig, at: str = "") -> list[Rule]:
@@ -53,8 +55,9 @@ def lora_rules(cfg: LlamaConfig, lora: LoraConfig, at: str = "") -> list[Rule]:
             path = f"{at}layers[{layer}]/{name.replace('.', '/')}"
             rules.append(Rule(f"{source}lora_A.weight", f"{path}/lora_A", "linear"))
             rules.append(Rule(f"{source}lora_route.weight", f"{path}/lora_route", "linear"))
-            rules += [Rule(f"{source}lora_B{head}.weight", f"{path}/lora_B[{head}]", "linear")
-                      for head in range(lora.heads)]
+            rules += [
+                Rule(f"{source}lora_B{head}.weight", f"{path}/lora_B[{head}]", "linear") for head in range(lora.heads)
+            ]
     return rules
 
 
@@ -63,8 +66,10 @@ def lora_sizes(tensors: Mapping[str, Any], where: str = "checkpoint") -> tuple[i
 
     Raises InputError if there are none, or if layers disagree.
     """
-    shapes = {kind: {np.shape(tensors[key])[0] for key in tensors if key.endswith(f"{kind}.weight")}
-              for kind in ("lora_A", "lora_route")}
+    shapes = {
+        kind: {np.shape(tensors[key])[0] for key in tensors if key.endswith(f"{kind}.weight")}
+        for kind in ("lora_A", "lora_route")
+    }
     for kind, sizes in shapes.items():
         if len(sizes) != 1:
             problem = f"layers disagree on its size: {sorted(sizes)}" if sizes else "no such weight"
@@ -73,9 +78,14 @@ def lora_sizes(tensors: Mapping[str, Any], where: str = "checkpoint") -> tuple[i
 
 
 _SIZE = Whole(1, 2**24)
-LLAMA = {**dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                          "intermediate_size"), _SIZE),
-         "num_key_value_heads?": Null(_SIZE), "rms_norm_eps": Real(1e-12, 1), "rope_theta?": Null(Real(1, 1e12))}
+LLAMA = {
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), _SIZE
+    ),
+    "num_key_value_heads?": Null(_SIZE),
+    "rms_norm_eps": Real(1e-12, 1),
+    "rope_theta?": Null(Real(1, 1e12)),
+}
 
 
 def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides: Any) -> LlamaConfig:
@@ -85,16 +95,28 @@ def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides:
     if kind not in ("llama", "qwen2"):
         raise InputError(where, "model_type", f"{kind!r:.60} is not supported", "give a LLaMA or Qwen2 directory")
     rope = hf.get("rope_parameters") or {}  # where newer transformers keep rope_theta and the scaling
-    unsupported = {field: hf[field] for field in ("rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias",
-                                                  "use_sliding_window") if hf.get(field)}
+    unsupported = {
+        field: hf[field]
+        for field in ("rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+        if hf.get(field)
+    }
     if rope.get("rope_type", "default") != "default":
         unsupported["rope_parameters"] = rope
     for field, value in unsupported.items():
-        fix = "give a model whose lm_head has a matrix of its own, as LLaMA-2's has: Crab trains the two apart" \
-            if field == "tie_word_embeddings" else "give a model without it"
+        fix = (
+            "give a model whose lm_head has a matrix of its own, as LLaMA-2's has: Crab trains the two apart"
+            if field == "tie_word_embeddings"
+            else "give a model without it"
+        )
         raise InputError(where, field, f"{value!r:.60} is not supported", fix)
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-              "rms_norm_eps")
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+    )
     for field in needed:
         if field not in hf:
             raise InputError(where, field, "it is missing", "give the config.json of the model's own directory")
@@ -102,24 +124,40 @@ def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides:
     check(rope, {"rope_theta?": LLAMA["rope_theta?"]}, where, "rope_parameters")
     vocab_size, hidden, layers, heads, mlp_dim, rms_eps = (hf[field] for field in needed)
     fields = dict(
-        vocab_size=vocab_size, hidden=hidden, layers=layers, heads=heads, mlp_dim=mlp_dim, rms_eps=rms_eps,
-        kv_heads=hf.get("num_key_value_heads") or heads, qkv_bias=kind == "qwen2",
-        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+        vocab_size=vocab_size,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        rms_eps=rms_eps,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        qkv_bias=kind == "qwen2",
+        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+    )
     return LlamaConfig(**(fields | overrides))
 
 
-def pad_vocab(params: Mapping[str, Any], cfg: LlamaConfig, new_embeddings: np.ndarray | None = None,
-              new_heads: np.ndarray | None = None) -> dict[str, Any]:
+def pad_vocab(
+    params: Mapping[str, Any],
+    cfg: LlamaConfig,
+    new_embeddings: np.ndarray | None = None,
+    new_heads: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Llama parameters with `padded_vocab` rows: those of the file, then the added tokens', then zeros.
 
     `new_embeddings`, `new_heads` float [rows, D] are the added tokens' rows of the embedding and the output matrix.
     Raises InputError when there are more rows than `cfg.vocab_size`, or fewer.
     """
+
     def pad(rows: np.ndarray, new: np.ndarray | None, field: str) -> np.ndarray:
         rows = rows if new is None else np.concatenate([rows, np.asarray(new, rows.dtype)])
         if len(rows) != cfg.vocab_size:
-            raise InputError("language model", field, f"{len(rows)} rows for {cfg.vocab_size} tokens",
-                             "set vocab_size to the rows of the file plus the added tokens")
+            raise InputError(
+                "language model",
+                field,
+                f"{len(rows)} rows for {cfg.vocab_size} tokens",
+                "set vocab_size to the rows of the file plus the added tokens",
+            )
         return np.pad(rows, ((0, cfg.padded_vocab - len(rows)), (0, 0)))
 
     embedding = pad(params["embed_tokens"]["embedding"], new_embeddings, "embed_tokens")
@@ -129,5 +167,8 @@ def pad_vocab(params: Mapping[str, Any], cfg: LlamaConfig, new_embeddings: np.nd
 
 def trim_vocab(params: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The inverse of `pad_vocab`: only the first `rows` tokens, for export."""
-    return {**params, "embed_tokens": {"embedding": params["embed_tokens"]["embedding"][:rows]},
-            "lm_head": {"kernel": params["lm_head"]["kernel"][:, :rows]}}
+    return {
+        **params,
+        "embed_tokens": {"embedding": params["embed_tokens"]["embedding"][:rows]},
+        "lm_head": {"kernel": params["lm_head"]["kernel"][:, :rows]},
+    }

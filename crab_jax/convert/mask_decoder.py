@@ -24,14 +24,19 @@ def _attention(source: str, target: str) -> list[Rule]:
 
 
 def _packed_attention(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.in_proj_weight", f"{target}/in_proj/kernel", "linear"),
-            Rule(f"{source}.in_proj_bias", f"{target}/in_proj/bias"),
-            *_linear(f"{source}.out_proj", f"{target}/out_proj")]
+    return [
+        Rule(f"{source}.in_proj_weight", f"{target}/in_proj/kernel", "linear"),
+        Rule(f"{source}.in_proj_bias", f"{target}/in_proj/bias"),
+        *_linear(f"{source}.out_proj", f"{target}/out_proj"),
+    ]
 
 
 def _upscale(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.0.weight", f"{target}/conv/kernel", "conv_transpose2d"),
-            Rule(f"{source}.0.bias", f"{target}/conv/bias"), *_norm(f"{source}.1", f"{target}/norm")]
+    return [
+        Rule(f"{source}.0.weight", f"{target}/conv/kernel", "conv_transpose2d"),
+        Rule(f"{source}.0.bias", f"{target}/conv/bias"),
+        *_norm(f"{source}.1", f"{target}/norm"),
+    ]
 
 
 def _query_layer(source: str, target: str) -> list[Rule]:
@@ -42,8 +47,11 @@ def _query_layer(source: str, target: str) -> list[Rule]:
 
 
 def _two_way_block(source: str, target: str) -> list[Rule]:
-    rules = [r for n in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
-             for r in _attention(f"{source}.{n}", f"{target}/{n}")]
+    rules = [
+        r
+        for n in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+        for r in _attention(f"{source}.{n}", f"{target}/{n}")
+    ]
     rules += [r for n in ("lin1", "lin2") for r in _linear(f"{source}.mlp.{n}", f"{target}/{n}")]
     return rules + [r for i in (1, 2, 3, 4) for r in _norm(f"{source}.norm{i}", f"{target}/norm{i}")]
 
@@ -55,8 +63,10 @@ def seg_rules(cfg: SegConfig, prefix: str, at: str = "") -> list[Rule]:
     rules += _linear(f"{p}text_hidden_fcs.0.2", "text_hidden_fcs/layers_1")
     rules += [Rule(f"{p}no_mask_embed.weight", "no_mask_embed")]
     for i in (0, 2):
-        rules += [Rule(f"{p}image_feature_neck.{i}.weight", f"image_feature_neck/conv_{i}/kernel", "conv2d"),
-                  *_norm(f"{p}image_feature_neck.{i + 1}", f"image_feature_neck/norm_{i + 1}")]
+        rules += [
+            Rule(f"{p}image_feature_neck.{i}.weight", f"image_feature_neck/conv_{i}/kernel", "conv2d"),
+            *_norm(f"{p}image_feature_neck.{i + 1}", f"image_feature_neck/norm_{i + 1}"),
+        ]
     for level in range(cfg.scales):
         source, target = f"{d}.transformer.{level}", f"mask_decoder/transformer_{level}"
         for i in range(cfg.depth):
@@ -84,5 +94,7 @@ def seg_rules(cfg: SegConfig, prefix: str, at: str = "") -> list[Rule]:
 def position_rules(prefix: str, at: str = "") -> list[Rule]:
     """The two random position matrices, under the names they have as buffers of the released modules."""
     leaf = "positional_encoding_gaussian_matrix"
-    return [Rule(f"{prefix}pe_layer.{leaf}", f"{at}pe_layer/{leaf}"),
-            Rule(f"{prefix}mask_decoder.pe1.{leaf}", f"{at}mask_decoder/pe1/{leaf}")]
+    return [
+        Rule(f"{prefix}pe_layer.{leaf}", f"{at}pe_layer/{leaf}"),
+        Rule(f"{prefix}mask_decoder.pe1.{leaf}", f"{at}mask_decoder/pe1/{leaf}"),
+    ]

@@ -69,13 +69,22 @@ def crab_source(path: Path) -> Source:
     """One of Crab's files, with its keys under their PEFT names. Raises InputError when it is none."""
     tensors = torch_file.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
     fine_tuned = any(name.startswith(PEFT) for name in tensors)
-    known = re.compile(rf"({re.escape(PEFT)})?(model\.(vl_projector|al_projector|seg_module|embed_tokens)\.|lm_head\."
-                       r"|model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_)")
+    known = re.compile(
+        rf"({re.escape(PEFT)})?(model\.(vl_projector|al_projector|seg_module|embed_tokens)\.|lm_head\."
+        r"|model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_)"
+    )
     if not any(known.match(name) for name in tensors):
-        raise InputError(str(path), "", f"holds no weights of Crab (first keys: {list(tensors)[:3]})",
-                         "give files like finetune_weights.bin or visual_pretrain.bin")
-    renamed = tensors if fine_tuned else torch_file.LazyTensors(
-        {PEFT + name: (lambda name=name: tensors[name]) for name in tensors})
+        raise InputError(
+            str(path),
+            "",
+            f"holds no weights of Crab (first keys: {list(tensors)[:3]})",
+            "give files like finetune_weights.bin or visual_pretrain.bin",
+        )
+    renamed = (
+        tensors
+        if fine_tuned
+        else torch_file.LazyTensors({PEFT + name: (lambda name=name: tensors[name]) for name in tensors})
+    )
     return Source(str(path), renamed, QFORMER_IGNORED | ({} if fine_tuned else _POPPED))
 
 
@@ -122,8 +131,12 @@ class _Shapes:
 
     def size(self, key: str, axis: int) -> int:
         if key not in self.given:
-            raise InputError(", ".join(sorted({source.where for source in self.given.values()})), key,
-                             "this tensor is missing, and a size is read from it", "fetch the file again")
+            raise InputError(
+                ", ".join(sorted({source.where for source in self.given.values()})),
+                key,
+                "this tensor is missing, and a size is read from it",
+                "fetch the file again",
+            )
         source = self.given[key]
         shape = source.tensors[key].shape
         if axis >= len(shape):
@@ -139,49 +152,71 @@ def _qformer(shapes: _Shapes, kind: str, in_dim: int, out_dim: int, choices: Cho
     layer = f"{stem}_Qformer.bert.encoder.layer."
     width = shapes.size(f"{stem}_query_tokens", 2)
     if width % choices.bert_heads:
-        raise InputError(shapes.given[f"{stem}_query_tokens"].where, f"{stem}_query_tokens",
-                         f"width {width} does not split into {choices.bert_heads} heads",
-                         "give --bert CONFIG.JSON of the model's BERT")
+        raise InputError(
+            shapes.given[f"{stem}_query_tokens"].where,
+            f"{stem}_query_tokens",
+            f"width {width} does not split into {choices.bert_heads} heads",
+            "give --bert CONFIG.JSON of the model's BERT",
+        )
     return QFormerConfig(
-        in_dim=in_dim, out_dim=out_dim, width=width, heads=choices.bert_heads, dtype=choices.dtype,
+        in_dim=in_dim,
+        out_dim=out_dim,
+        width=width,
+        heads=choices.bert_heads,
+        dtype=choices.dtype,
         mlp_dim=shapes.size(f"{layer}0.intermediate_query.dense.weight", 0),
-        layers=shapes.count(re.escape(layer) + r"(\d+)\."), queries=shapes.size(f"{stem}_query_tokens", 1))
+        layers=shapes.count(re.escape(layer) + r"(\d+)\."),
+        queries=shapes.size(f"{stem}_query_tokens", 1),
+    )
 
 
 def _seg(shapes: _Shapes, llama: LlamaConfig, clip: ClipConfig, choices: Choices) -> SegConfig:
     decoder = f"{SEG}mask_decoder."
     transformer, queries = f"{decoder}transformer.0.layers.", f"{decoder}query_generator.layers."
     return SegConfig(
-        **_seg_frame(llama, clip, choices), dim=shapes.size(f"{SEG}no_mask_embed.weight", 1),
+        **_seg_frame(llama, clip, choices),
+        dim=shapes.size(f"{SEG}no_mask_embed.weight", 1),
         queries=shapes.size(f"{decoder}avs_query_tokens.weight", 0),
         mlp_dim=shapes.size(f"{transformer}0.mlp.lin1.weight", 0),
         depth=shapes.count(re.escape(transformer) + r"(\d+)"),
         query_layers=shapes.count(re.escape(queries) + r"(\d+)"),
         query_mlp_dim=shapes.size(f"{queries}0.ffn.0.weight", 0),
-        classes=shapes.size(f"{decoder}avss_classifier.weight", 0))
+        classes=shapes.size(f"{decoder}avss_classifier.weight", 0),
+    )
 
 
 def _seg_frame(llama: LlamaConfig, clip: ClipConfig, choices: Choices) -> dict[str, Any]:
     """The sizes of the mask branch that other modules decide."""
-    return dict(llm_dim=llama.hidden, image_dim=clip.width, grid=clip.image_size // clip.patch_size,
-                image_size=clip.image_size, low_res=choices.low_res or clip.image_size // 2,
-                chain_queries=PRESETS[choices.compat].chain_queries)
+    return dict(
+        llm_dim=llama.hidden,
+        image_dim=clip.width,
+        grid=clip.image_size // clip.patch_size,
+        image_size=clip.image_size,
+        low_res=choices.low_res or clip.image_size // 2,
+        chain_queries=PRESETS[choices.compat].chain_queries,
+    )
 
 
-def read_config(clip: Path, llama: Path, beats: Source, given: Mapping[str, Source], vocab_size: int,
-                choices: Choices) -> CrabConfig:
+def read_config(
+    clip: Path, llama: Path, beats: Source, given: Mapping[str, Source], vocab_size: int, choices: Choices
+) -> CrabConfig:
     """CrabConfig of the files; components that Crab's files lack get the default sizes. Raises InputError."""
     vision = read_json(clip / "config.json", {"vision_config?": {}})
     layers = vision.get("vision_config", vision).get("num_hidden_layers")
     taps = choices.taps or (DEFAULT_TAPS.get(layers) if isinstance(layers, int) else None)
     if taps is None:
-        raise InputError(str(clip / "config.json"), "num_hidden_layers",
-                         f"the taps of {layers!r:.40} layers are not known", "give --taps A,B,C")
+        raise InputError(
+            str(clip / "config.json"),
+            "num_hidden_layers",
+            f"the taps of {layers!r:.40} layers are not known",
+            "give --taps A,B,C",
+        )
     clip_cfg = clip_config(vision, taps, choices.dtype, str(clip / "config.json"))
     metadata = beats.tensors.metadata if isinstance(beats.tensors, torch_file.LazyTensors) else {}
     beats_cfg = beats_config(metadata.get("cfg", {}), choices.dtype, beats.where)
-    llama_cfg = llama_config(read_json(llama / "config.json"), str(llama / "config.json"), vocab_size=vocab_size,
-                             dtype=choices.dtype)
+    llama_cfg = llama_config(
+        read_json(llama / "config.json"), str(llama / "config.json"), vocab_size=vocab_size, dtype=choices.dtype
+    )
     compat, shapes, found = PRESETS[choices.compat], _Shapes(given), present(given)
 
     def qformer(component: str, kind: str, in_dim: int) -> QFormerConfig:
@@ -193,11 +228,21 @@ def read_config(clip: Path, llama: Path, beats: Source, given: Mapping[str, Sour
     if "lora" in found:
         rank, heads = _lora(given)
         lora = dataclasses.replace(lora, rank=rank, heads=heads)
-    seg = _seg(shapes, llama_cfg, clip_cfg, choices) if "seg_module" in found else SegConfig(
-        **_seg_frame(llama_cfg, clip_cfg, choices))
-    return CrabConfig(clip=clip_cfg, beats=beats_cfg, llama=llama_cfg, lora=lora, seg=seg, seg_taps=compat.seg_taps,
-                      visual=qformer("vl_projector", "visual", clip_cfg.width),
-                      audio=qformer("al_projector", "audio", beats_cfg.width))
+    seg = (
+        _seg(shapes, llama_cfg, clip_cfg, choices)
+        if "seg_module" in found
+        else SegConfig(**_seg_frame(llama_cfg, clip_cfg, choices))
+    )
+    return CrabConfig(
+        clip=clip_cfg,
+        beats=beats_cfg,
+        llama=llama_cfg,
+        lora=lora,
+        seg=seg,
+        seg_taps=compat.seg_taps,
+        visual=qformer("vl_projector", "visual", clip_cfg.width),
+        audio=qformer("al_projector", "audio", beats_cfg.width),
+    )
 
 
 def _lora(given: Mapping[str, Source]) -> tuple[int, int]:
@@ -216,16 +261,21 @@ def _lora(given: Mapping[str, Source]) -> tuple[int, int]:
 def crab_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:
     """Key tables of Crab's own files by component, without the vocabulary and the position matrices."""
     prefix = f"{PEFT}model."
-    return {"vl_projector": qformer_rules(cfg.visual, prefix, "visual", "vl_projector/"),
-            "al_projector": qformer_rules(cfg.audio, prefix, "audio", "al_projector/"),
-            "lora": lora_rules(cfg.llama, cfg.lora, "llama/"),
-            "seg_module": seg_rules(cfg.seg, SEG, "seg_module/")}
+    return {
+        "vl_projector": qformer_rules(cfg.visual, prefix, "visual", "vl_projector/"),
+        "al_projector": qformer_rules(cfg.audio, prefix, "audio", "al_projector/"),
+        "lora": lora_rules(cfg.llama, cfg.lora, "llama/"),
+        "seg_module": seg_rules(cfg.seg, SEG, "seg_module/"),
+    }
 
 
 def base_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:
     """Key tables of the frozen models' own files: "clip", "beats", and "llama" with its vocabulary."""
-    return {"clip": clip_rules(cfg.clip, "clip/"), "beats": beats_rules(cfg.beats, "beats/"),
-            "llama": llama_rules(cfg.llama, "llama/")}
+    return {
+        "clip": clip_rules(cfg.clip, "clip/"),
+        "beats": beats_rules(cfg.beats, "beats/"),
+        "llama": llama_rules(cfg.llama, "llama/"),
+    }
 
 
 def buffer_rules() -> list[Rule]:
@@ -235,6 +285,8 @@ def buffer_rules() -> list[Rule]:
 
 def base_sources(clip: Path, llama: Path, beats: Path) -> dict[str, Source]:
     """The frozen models' files, by the names of `base_rules`."""
-    return {"clip": Source(str(clip), torch_file.read_model_dir(clip), CLIP_IGNORED),
-            "beats": Source(str(beats), torch_file.read(beats), BEATS_IGNORED),
-            "llama": Source(str(llama), torch_file.read_model_dir(llama), LLAMA_IGNORED)}
+    return {
+        "clip": Source(str(clip), torch_file.read_model_dir(clip), CLIP_IGNORED),
+        "beats": Source(str(beats), torch_file.read(beats), BEATS_IGNORED),
+        "llama": Source(str(llama), torch_file.read_model_dir(llama), LLAMA_IGNORED),
+    }

@@ -27,18 +27,40 @@ from crab_jax.files import refuse_stand_in
 from crab_jax.structured import safetensors_header, shard_index
 
 _DTYPES = {
-    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8,
-    "uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16, "uint8": np.uint8, "bool": np.bool_,
-    "complex64": np.complex64, "complex128": np.complex128,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2, "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint64": np.uint64,
+    "uint32": np.uint32,
+    "uint16": np.uint16,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+    "complex64": np.complex64,
+    "complex128": np.complex128,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
 }
 STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128", "UntypedStorage": "uint8",
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
 }
 LARGEST_PICKLE = 32 * 2**20  # bytes of the names of tensors and their plain values; a model of 7 B has under one
 MOST_VALUES = 300_000
@@ -101,8 +123,13 @@ class _Tensor(NamedTuple):
     def build(self) -> np.ndarray:
         """Read-only view on the file; raises ValueError when the window leaves the storage."""
         dtype = np.dtype(_DTYPES[self.dtype])
-        view = np.ndarray(self.shape, dtype, self.storage.record.map(), self.offset * dtype.itemsize,
-                          tuple(stride * dtype.itemsize for stride in self.strides))
+        view = np.ndarray(
+            self.shape,
+            dtype,
+            self.storage.record.map(),
+            self.offset * dtype.itemsize,
+            tuple(stride * dtype.itemsize for stride in self.strides),
+        )
         view.flags.writeable = False
         return view
 
@@ -126,8 +153,9 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: An
     return _checked(_Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides)))
 
 
-def _tensor_v3(storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: bool, _hooks: Any,
-               dtype: str, *_: Any) -> _Tensor:
+def _tensor_v3(
+    storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: bool, _hooks: Any, dtype: str, *_: Any
+) -> _Tensor:
     return _checked(_Tensor(storage, dtype, offset, tuple(shape), tuple(strides)))
 
 
@@ -162,8 +190,12 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return name
-        raise InputError(str(self._path), self._record, f"it refers to {module}.{name}, which is not a tensor",
-                         f"do not load files you do not trust; otherwise {_CONTAINERS}")
+        raise InputError(
+            str(self._path),
+            self._record,
+            f"it refers to {module}.{name}, which is not a tensor",
+            f"do not load files you do not trust; otherwise {_CONTAINERS}",
+        )
 
     def persistent_load(self, reference: tuple) -> _Storage:
         kind, dtype, key, _device, _count = reference
@@ -216,8 +248,9 @@ def _check_sums(sums: Mapping[str, tuple[_Record, int]], path: Path) -> None:
     if wrong and len(wrong) == len(sums) > 1:
         print(f"warning: {path} was written without checksums: it is not verified", file=sys.stderr)
     elif wrong:
-        raise InputError(str(path), wrong[0], f"{len(wrong)} storages are damaged (their CRC-32 differs)",
-                         "fetch the file again")
+        raise InputError(
+            str(path), wrong[0], f"{len(wrong)} storages are damaged (their CRC-32 differs)", "fetch the file again"
+        )
 
 
 def read(path: str | Path) -> LazyTensors:
@@ -234,16 +267,24 @@ def read(path: str | Path) -> LazyTensors:
     except FileNotFoundError:
         raise InputError(str(path), "", "there is no such file", "check the path") from None
     except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(str(path), "", f"it is not a whole PyTorch zip file ({error})",
-                         f"fetch it again; if PyTorch older than 1.6 wrote it, {_CONTAINERS}") from error
+        raise InputError(
+            str(path),
+            "",
+            f"it is not a whole PyTorch zip file ({error})",
+            f"fetch it again; if PyTorch older than 1.6 wrote it, {_CONTAINERS}",
+        ) from error
     return LazyTensors(tensors, metadata)
 
 
 def _load(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, Any]]:
     records = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(records) != 1:
-        raise InputError(str(path), "data.pkl", f"the zip file holds {len(records)} of this record, not one",
-                         "give a file written by torch.save")
+        raise InputError(
+            str(path),
+            "data.pkl",
+            f"the zip file holds {len(records)} of this record, not one",
+            "give a file written by torch.save",
+        )
     order = records[0].removesuffix("data.pkl") + "byteorder"
     if order in archive.namelist() and archive.open(order).read(16) != b"little":
         raise InputError(str(path), order, "only little-endian files are read", "save it on a little-endian machine")
@@ -259,8 +300,12 @@ def _load(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Callable[[], 
     except (InputError, zipfile.BadZipFile):
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(str(path), records[0], f"it is damaged or holds more than tensors ({error!r})",
-                         f"fetch it again, or {_CONTAINERS}") from error
+        raise InputError(
+            str(path),
+            records[0],
+            f"it is damaged or holds more than tensors ({error!r})",
+            f"fetch it again, or {_CONTAINERS}",
+        ) from error
 
 
 def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.ndarray]], seen: Iterator[int]) -> Any:
@@ -294,8 +339,12 @@ def read_model_dir(folder: str | Path) -> LazyTensors:
             return _read_shards(index, reader)
         if (folder / name).exists():
             return reader(folder / name)
-    raise InputError(str(folder), "model.safetensors", "the directory holds neither this file, nor pytorch_model.bin, "
-                     "nor the index of shards", "give a directory that holds the whole model")
+    raise InputError(
+        str(folder),
+        "model.safetensors",
+        "the directory holds neither this file, nor pytorch_model.bin, nor the index of shards",
+        "give a directory that holds the whole model",
+    )
 
 
 def _read_shards(index: Path, reader: Callable[[Path], LazyTensors]) -> LazyTensors:
@@ -303,15 +352,31 @@ def _read_shards(index: Path, reader: Callable[[Path], LazyTensors]) -> LazyTens
     shards = {file: reader(index.parent / file) for file in sorted(set(files.values()))}
     for name, file in files.items():
         if name not in shards[file]:
-            raise InputError(str(index.parent / file), name, "the index names this tensor but the shard lacks it",
-                             "fetch the directory again")
+            raise InputError(
+                str(index.parent / file),
+                name,
+                "the index names this tensor but the shard lacks it",
+                "fetch the directory again",
+            )
     return LazyTensors({name: partial(shards[file].__getitem__, name) for name, file in files.items()})
 
 
 _SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
@@ -323,7 +388,7 @@ def read_safetensors(path: str | Path) -> LazyTensors:
     tensors = {}
     for name, entry in header.items():
         (first, end), dtype, shape = entry["data_offsets"], _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         storage = _Storage(_Record(path, start + first, end - first), dtype)
         tensors[name] = _Tensor(storage, dtype, 0, shape, strides).build
     return LazyTensors(tensors, metadata)

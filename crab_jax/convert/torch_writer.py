@@ -73,12 +73,28 @@ def _pickle(value: Any, tensors: list[Tensor]) -> bytes:
     """Opcodes (protocol 2) that put `value` on the stack; tensors become references to numbered storages."""
     if isinstance(value, Tensor):
         tensors.append(value)
-        strides = [math.prod(value.shape[axis + 1:]) for axis in range(len(value.shape))]
-        storage = (b"(" + _text("storage") + _name("torch", _STORAGE_OF[value.dtype.name])
-                   + _text(str(len(tensors) - 1)) + _text("cpu") + _integer(math.prod(value.shape)) + b"tQ")
+        strides = [math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape))]
+        storage = (
+            b"("
+            + _text("storage")
+            + _name("torch", _STORAGE_OF[value.dtype.name])
+            + _text(str(len(tensors) - 1))
+            + _text("cpu")
+            + _integer(math.prod(value.shape))
+            + b"tQ"
+        )
         hooks = _name("collections", "OrderedDict") + b")R"
-        return (_name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + _integer(0) + _integers(value.shape)
-                + _integers(strides) + b"\x89" + hooks + b"tR")
+        return (
+            _name("torch._utils", "_rebuild_tensor_v2")
+            + b"("
+            + storage
+            + _integer(0)
+            + _integers(value.shape)
+            + _integers(strides)
+            + b"\x89"
+            + hooks
+            + b"tR"
+        )
     if isinstance(value, Mapping):
         return b"}(" + b"".join(_text(key) + _pickle(item, tensors) for key, item in value.items()) + b"u"
     if isinstance(value, bool):
@@ -115,8 +131,11 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     end = 0
     for name, tensor in tensors.items():
         first, end = end, end + _size(tensor)
-        header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype.name], "shape": list(tensor.shape),
-                        "data_offsets": [first, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [first, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     written = Progress(Path(path).name, end, unit="GB", scale=1e9)
@@ -144,5 +163,7 @@ def save_model_dir(folder: str | Path, tensors: Mapping[str, Tensor], shard_byte
         save_safetensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(map(_size, tensors.values()))
-    write_whole(folder / "model.safetensors.index.json",
-                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    write_whole(
+        folder / "model.safetensors.index.json",
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1),
+    )

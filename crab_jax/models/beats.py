@@ -72,8 +72,14 @@ class PositionConv(nn.Module):
         kernel = v * (g / jnp.linalg.norm(v, axis=(1, 2), keepdims=True))
         # An even kernel padded by k/2 on both sides gives one output too many; the last one is never made.
         pad = (cfg.conv_pos // 2, (cfg.conv_pos - 1) // 2)
-        y = jax.lax.conv_general_dilated(x, kernel.astype(dtype), (1,), [pad], dimension_numbers=("NWC", "WIO", "NWC"),
-                                         feature_group_count=cfg.conv_pos_groups)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(dtype),
+            (1,),
+            [pad],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=cfg.conv_pos_groups,
+        )
         return nn.gelu(y + bias, approximate=False)
 
 
@@ -131,11 +137,16 @@ class Beats(nn.Module):
         """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if fbank.ndim != 3 or fbank.shape[1] < cfg.patch_size or fbank.shape[2] != MEL_BINS:
-            raise InputError("Beats", "fbank", f"shape {fbank.shape} is not [B, at least {cfg.patch_size}, {MEL_BINS}]",
-                             "give whole windows of log-mel frames")
+            raise InputError(
+                "Beats",
+                "fbank",
+                f"shape {fbank.shape} is not [B, at least {cfg.patch_size}, {MEL_BINS}]",
+                "give whole windows of log-mel frames",
+            )
         patch = (cfg.patch_size, cfg.patch_size)
         x = nn.Conv(cfg.embed_dim, patch, patch, "VALID", use_bias=False, dtype=dtype, name="patch_embedding")(
-            fbank[..., None].astype(dtype))
+            fbank[..., None].astype(dtype)
+        )
         x = _norm("layer_norm", dtype)(x.reshape(len(x), -1, cfg.embed_dim))
         if cfg.embed_dim != cfg.width:
             x = nn.Dense(cfg.width, dtype=dtype, name="post_extract_proj")(x)
@@ -145,6 +156,7 @@ class Beats(nn.Module):
         table = nn.Embed(cfg.num_buckets, cfg.heads, dtype=jnp.float32, name="relative_attention_bias")
         steps = np.arange(x.shape[1])
         bias = table(relative_bucket(steps - steps[:, None], cfg.num_buckets, cfg.max_distance)).transpose(2, 0, 1)
-        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=cfg.layers)
+        layers = nn.scan(
+            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.layers
+        )
         return layers(cfg, name="layers")(x, bias)[0]

@@ -33,11 +33,16 @@ class ClipConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise InputError("ClipConfig", "image_size", f"{self.image_size} is no multiple of {self.patch_size}",
-                             "choose a multiple of patch_size")
+            raise InputError(
+                "ClipConfig",
+                "image_size",
+                f"{self.image_size} is no multiple of {self.patch_size}",
+                "choose a multiple of patch_size",
+            )
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:
-            raise InputError("ClipConfig", "taps", f"{self.taps} must lie in 0..{self.layers}",
-                             "choose existing layers")
+            raise InputError(
+                "ClipConfig", "taps", f"{self.taps} must lie in 0..{self.layers}", "choose existing layers"
+            )
 
     @property
     def patches(self) -> int:
@@ -108,11 +113,16 @@ class Clip(nn.Module):
         """pixels float[B,H,W,3] from `normalize` -> one [B,N,C] in `cfg.dtype` per tap, class token dropped."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if pixels.shape[1:] != (cfg.image_size, cfg.image_size, 3):
-            raise InputError("Clip", "pixels", f"shape {pixels.shape} is not [B,{cfg.image_size},{cfg.image_size},3]",
-                             "resize the frames to image_size")
+            raise InputError(
+                "Clip",
+                "pixels",
+                f"shape {pixels.shape} is not [B,{cfg.image_size},{cfg.image_size},3]",
+                "resize the frames to image_size",
+            )
         patch = (cfg.patch_size, cfg.patch_size)
         x = nn.Conv(cfg.width, patch, patch, "VALID", use_bias=False, dtype=dtype, name="patch_embedding")(
-            pixels.astype(dtype))
+            pixels.astype(dtype)
+        )
         x = x.reshape(len(x), cfg.patches, cfg.width)
         init = nn.initializers.normal(0.02)
         token = self.param("class_embedding", init, (cfg.width,)).astype(dtype)

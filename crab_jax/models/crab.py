@@ -67,8 +67,7 @@ class Crab(nn.Module):
         self.beats = Beats(cfg.beats)
         self.vl_projector = QFormer(cfg.visual)
         self.al_projector = QFormer(cfg.audio)
-        self.llama: Any = (FusedLlama(cfg.llama, cfg.lora, self.weights) if self.weights else
-                           Llama(cfg.llama, cfg.lora))
+        self.llama: Any = FusedLlama(cfg.llama, cfg.lora, self.weights) if self.weights else Llama(cfg.llama, cfg.lora)
         self.seg_module = SegModule(cfg.seg)
 
     def encode_images(self, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -138,8 +137,7 @@ class Crab(nn.Module):
         return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
 
     def prefill(self, batch: Any, cache: KVCache, features: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
-        """Prompt pass that fills the cache: (hidden [B,L,D], cache). With `features` [B,R,D] the batch needs no media.
-        """
+        """Read the prompt, fill the cache: (hidden [B,L,D], cache). With `features` [B,R,D] no media is needed."""
         if features is None:
             features = self.features(batch.frames, batch.fbank)
         x = self.splice(batch, [features] if features.shape[1] else [])

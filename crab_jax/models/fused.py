@@ -54,19 +54,22 @@ class JointDense(nn.Module):
         if self.lora is None:
             return found
         rank, heads = self.lora.rank, self.lora.heads
-        parts = low[..., :len(self.widths) * each].reshape(*low.shape[:-1], len(self.widths), each)
+        parts = low[..., : len(self.widths) * each].reshape(*low.shape[:-1], len(self.widths), each)
         route = jax.nn.softmax(parts[..., rank:].astype(jnp.float32)) * self.lora.scale
         low = (route.astype(self.dtype)[..., None] * parts[..., None, :rank]).reshape(*parts.shape[:-1], heads * rank)
-        return [y + low[..., i, :] @ self.param(f"lora_B_{i}", _zeros, (heads * rank, width), self.dtype)
-                for i, (y, width) in enumerate(zip(found, self.widths, strict=True))]
+        return [
+            y + low[..., i, :] @ self.param(f"lora_B_{i}", _zeros, (heads * rank, width), self.dtype)
+            for i, (y, width) in enumerate(zip(found, self.widths, strict=True))
+        ]
 
 
 def integer_product(module: nn.Module, x: jax.Array, out: int, kind: str) -> jax.Array:
     """float32 [..., out]: x times the parameters `kernel` (of integers) and `scale` of a module."""
     width = x.shape[-1]
     scales = width // quantize.group_of(kind, width)
-    return quantize.product(x, module.param("kernel", _zeros, (width, out), kind),
-                            module.param("scale", _zeros, (scales, out), jnp.float32))
+    return quantize.product(
+        x, module.param("kernel", _zeros, (width, out), kind), module.param("scale", _zeros, (scales, out), jnp.float32)
+    )
 
 
 def _padded(columns: int) -> int:
@@ -81,8 +84,9 @@ class FusedBlock(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: KVCache, positions: jax.Array, rotation: Any,
-                 mask: jax.Array) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, x: jax.Array, cache: KVCache, positions: jax.Array, rotation: Any, mask: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
         cfg = self.cfg
 
         def dense(name: str, *widths: int, use_bias: bool = False) -> JointDense:
@@ -91,12 +95,15 @@ class FusedBlock(nn.Module):
         b, length = positions.shape
         y = RMSNorm(cfg.rms_eps, name="input_layernorm")(x)
         kv = cfg.kv_heads * cfg.head_dim
-        q, k, v = (y.reshape(b, length, -1, cfg.head_dim) for y in dense(
-            "qkv", cfg.hidden, kv, kv, use_bias=cfg.qkv_bias)(y))
+        q, k, v = (
+            y.reshape(b, length, -1, cfg.head_dim) for y in dense("qkv", cfg.hidden, kv, kv, use_bias=cfg.qkv_bias)(y)
+        )
         q, k = jnp.split(rotate(jnp.concatenate([q, k], axis=2), *rotation), [cfg.heads], axis=2)
         rows = jnp.arange(b)[:, None]
-        cache = KVCache(cache.k.at[rows, :, :, positions].set(k.astype(cache.k.dtype)),
-                        cache.v.at[rows, :, positions].set(v.astype(cache.v.dtype)))
+        cache = KVCache(
+            cache.k.at[rows, :, :, positions].set(k.astype(cache.k.dtype)),
+            cache.v.at[rows, :, positions].set(v.astype(cache.v.dtype)),
+        )
         x = x + dense("o", cfg.hidden)(attend_cache(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask))[0]
         y = RMSNorm(cfg.rms_eps, name="post_attention_layernorm")(x)
         gate, up = dense("gate_up", cfg.mlp_dim, cfg.mlp_dim)(y)
@@ -157,6 +164,7 @@ def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, wher
 
     One layer at a time: when `params` are NumPy arrays, a device holds no more than the result and one layer.
     """
+
     def outer(embed_tokens: Any, norm: Any, lm_head: Any) -> Any:
         plain = {"embed_tokens": embed_tokens, "norm": norm} | ({"lm_head": lm_head} if kind == "float" else {})
         cast = jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), plain)
@@ -171,18 +179,26 @@ def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, wher
 
 def _fuse_block(layer: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str) -> Any:
     attention, mlp = layer["self_attn"], layer["mlp"]
-    joint = {"qkv": [attention[name] for name in _QKV], "o": [attention["o_proj"]],
-             "gate_up": [mlp[name] for name in _GATE_UP], "down": [mlp["down_proj"]]}
+    joint = {
+        "qkv": [attention[name] for name in _QKV],
+        "o": [attention["o_proj"]],
+        "gate_up": [mlp[name] for name in _GATE_UP],
+        "down": [mlp["down_proj"]],
+    }
     norms = {name: layer[name] for name in ("input_layernorm", "post_attention_layernorm")}
     return jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), norms) | {
-        name: _fuse_dense(dense, cfg.dtype, lora, kind) for name, dense in joint.items()}
+        name: _fuse_dense(dense, cfg.dtype, lora, kind) for name, dense in joint.items()
+    }
 
 
 def _fuse_dense(dense: list[Any], dtype: str, lora: LoraConfig | None, kind: str) -> dict[str, jax.Array]:
     """Parameters of a JointDense from those of the LoraDenses that it joins."""
     kernel = jnp.concatenate([p["kernel"] for p in dense], axis=1)
-    columns = [jnp.zeros((len(kernel), 0))] if lora is None else [
-        jnp.concatenate([p["lora_A"], p["lora_route"]], axis=1) for p in dense]
+    columns = (
+        [jnp.zeros((len(kernel), 0))]
+        if lora is None
+        else [jnp.concatenate([p["lora_A"], p["lora_route"]], axis=1) for p in dense]
+    )
     low = jnp.concatenate(columns, axis=1)
     low = jnp.pad(low, [(0, 0), (0, _padded(low.shape[1]) - low.shape[1])]).astype(dtype)
     found: dict[str, jax.Array] = {}
@@ -191,8 +207,9 @@ def _fuse_dense(dense: list[Any], dtype: str, lora: LoraConfig | None, kind: str
     else:
         found |= {**_base(kernel, kind), "low": low}
     if lora is not None:
-        found |= {f"lora_B_{i}": p["lora_B"].reshape(-1, p["lora_B"].shape[-1]).astype(dtype)
-                  for i, p in enumerate(dense)}
+        found |= {
+            f"lora_B_{i}": p["lora_B"].reshape(-1, p["lora_B"].shape[-1]).astype(dtype) for i, p in enumerate(dense)
+        }
     if "bias" in dense[0]:
         found["bias"] = jnp.concatenate([p["bias"] for p in dense]).astype(dtype)
     return found

@@ -67,12 +67,15 @@ class KVCache:
 def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
     """Empty cache for `batch` rows of up to `length` positions, in `dtype` (the compute dtype by default)."""
     rows = (cfg.layers, batch, cfg.kv_heads)
-    return KVCache(jnp.zeros((*rows, cfg.head_dim, length), dtype or cfg.dtype),
-                   jnp.zeros((*rows, length, cfg.head_dim), dtype or cfg.dtype))
+    return KVCache(
+        jnp.zeros((*rows, cfg.head_dim, length), dtype or cfg.dtype),
+        jnp.zeros((*rows, length, cfg.head_dim), dtype or cfg.dtype),
+    )
 
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
     """The same cache with `length` more slots, all empty."""
+
     def padded(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, length if number == x.ndim + axis else 0) for number in range(x.ndim)])
 
@@ -114,7 +117,8 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> j
     product = functools.partial(jnp.einsum, "blkgd,bkdn->bkgln", preferred_element_type=jnp.float32)
     # XLA's CPU backend has no batched product of bfloat16 matrices that gives float32.
     scores = jax.lax.platform_dependent(
-        grouped, k, cpu=lambda q, k: product(q.astype(jnp.float32), k.astype(jnp.float32)), default=product)
+        grouped, k, cpu=lambda q, k: product(q.astype(jnp.float32), k.astype(jnp.float32)), default=product
+    )
     scores = scores * width**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
     return jnp.einsum("bkgln,bknd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
@@ -162,8 +166,10 @@ class Attention(nn.Module):
             out = attend(q, k, v, mask)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = KVCache(cache.k.at[layer, rows, :, :, positions].set(k.astype(cache.k.dtype)),
-                            cache.v.at[layer, rows, :, positions].set(v.astype(cache.v.dtype)))
+            cache = KVCache(
+                cache.k.at[layer, rows, :, :, positions].set(k.astype(cache.k.dtype)),
+                cache.v.at[layer, rows, :, positions].set(v.astype(cache.v.dtype)),
+            )
             out = attend_cache(q, cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype), mask)
         return dense(cfg.hidden, axes=("heads", "embed"), name="o_proj")(out, deterministic), cache
 
@@ -197,7 +203,8 @@ class Block(nn.Module):
         x, cache = carry
         y = RMSNorm(self.cfg.rms_eps, name="input_layernorm")(x)
         y, cache = Attention(self.cfg, self.lora, name="self_attn")(
-            y, cache, layer, positions, rotation, mask, deterministic)
+            y, cache, layer, positions, rotation, mask, deterministic
+        )
         x = nn.with_logical_constraint(x + y, ("batch", None, None))
         y = RMSNorm(self.cfg.rms_eps, name="post_attention_layernorm")(x)
         x = x + MLP(self.cfg, self.lora, name="mlp")(y, deterministic)
@@ -237,14 +244,20 @@ class Llama(nn.Module):
     def setup(self) -> None:
         cfg = self.cfg
         self.embed_tokens = nn.Embed(
-            cfg.padded_vocab, cfg.hidden, dtype=cfg.dtype,
-            embedding_init=nn.with_logical_partitioning(_normal, ("vocab", "embed")))
+            cfg.padded_vocab,
+            cfg.hidden,
+            dtype=cfg.dtype,
+            embedding_init=nn.with_logical_partitioning(_normal, ("vocab", "embed")),
+        )
         self.layers = _layers(cfg, self.lora)
         self.norm = RMSNorm(cfg.rms_eps)
         self.lm_head = nn.Dense(
-            cfg.padded_vocab, use_bias=False, dtype=cfg.dtype,
+            cfg.padded_vocab,
+            use_bias=False,
+            dtype=cfg.dtype,
             kernel_init=nn.with_logical_partitioning(_normal, ("embed", "vocab")),
-            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32))
+            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+        )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B,...] -> [B,...,D]. A device looks up its features for the rows of its whole fsdp group, then features
@@ -255,8 +268,14 @@ class Llama(nn.Module):
         found = nn.with_logical_constraint(found, ("group", *inner, "embed"))
         return nn.with_logical_constraint(found, ("batch", *inner, None))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, key_mask: jax.Array | None = None,
-                 cache: KVCache | None = None, deterministic: bool = True) -> tuple[jax.Array, Any]:
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        key_mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, Any]:
         """Embeddings [B,L,D] and their positions int32[B,L] -> (hidden [B,L,D] after the final norm, cache).
 
         Without a cache attention is causal over the L inputs; `key_mask` bool[B,L] also hides inputs (left padding).

@@ -77,8 +77,9 @@ class LoraDense(nn.Module):
     def _weight(self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
 
-    def _project(self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array,
-                 deterministic: bool) -> tuple[jax.Array, jax.Array]:
+    def _project(
+        self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """(dropout(x) A as [..., 1 or heads, rank], router scores [..., heads])."""
         if deterministic or lora.dropout == 0.0:
             low, scores = jnp.split(x @ jnp.concatenate([a, route], axis=1), [lora.rank], axis=-1)

@@ -57,8 +57,12 @@ class SegConfig:
         if self.scales != 2:
             raise InputError("SegConfig", "scales", f"is {self.scales}", "the decoder has exactly two levels: use 2")
         if self.dim % (2 * self.heads):
-            raise InputError("SegConfig", "dim", f"{self.dim} is no multiple of 2 * heads = {2 * self.heads}",
-                             "choose dim and heads so that attention at half width splits evenly")
+            raise InputError(
+                "SegConfig",
+                "dim",
+                f"{self.dim} is no multiple of 2 * heads = {2 * self.heads}",
+                "choose dim and heads so that attention at half width splits evenly",
+            )
 
 
 def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
@@ -66,8 +70,9 @@ def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
 
 
 def _conv(features: int, size: int, dtype: Any, name: str | None, use_bias: bool = False) -> nn.Conv:
-    return nn.Conv(features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype,
-                   kernel_init=_KERNEL_INIT, name=name)
+    return nn.Conv(
+        features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype, kernel_init=_KERNEL_INIT, name=name
+    )
 
 
 def _norm(dtype: Any, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
@@ -106,8 +111,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, size in enumerate(self.sizes):
             name = f"layers_{i}"
-            x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else
-                 _dense(size, self.dtype, name))(x)
+            x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else _dense(size, self.dtype, name))(
+                x
+            )
             x = nn.relu(x) if i < len(self.sizes) - 1 else x
         return x
 
@@ -120,8 +126,16 @@ class Upscale2x(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.ConvTranspose(self.features, (2, 2), strides=(2, 2), padding="VALID", transpose_kernel=True,
-                             dtype=self.dtype, kernel_init=_KERNEL_INIT, name="conv")(x)
+        x = nn.ConvTranspose(
+            self.features,
+            (2, 2),
+            strides=(2, 2),
+            padding="VALID",
+            transpose_kernel=True,
+            dtype=self.dtype,
+            kernel_init=_KERNEL_INIT,
+            name="conv",
+        )(x)
         return nn.gelu(_norm(self.dtype, "norm", 1e-6)(x), approximate=False)
 
 
@@ -196,8 +210,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q_in, k_in, v_in = (_dense(self.inner, self.dtype, f"{name}_proj")(x) for name, x in
-                            zip("qkv", (q, k, v), strict=True))
+        q_in, k_in, v_in = (
+            _dense(self.inner, self.dtype, f"{name}_proj")(x) for name, x in zip("qkv", (q, k, v), strict=True)
+        )
         out = _attend(q_in, k_in, v_in, self.heads)
         return _dense(q.shape[-1], self.dtype, "out_proj")(out)
 
@@ -313,8 +328,9 @@ class SegModule(nn.Module):
     cfg: SegConfig
 
     @nn.compact
-    def __call__(self, states: jax.Array, features: tuple[jax.Array, ...], kinds: tuple[str, ...] = KINDS
-                 ) -> tuple[jax.Array | None, jax.Array | None]:
+    def __call__(
+        self, states: jax.Array, features: tuple[jax.Array, ...], kinds: tuple[str, ...] = KINDS
+    ) -> tuple[jax.Array | None, jax.Array | None]:
         cfg = self.cfg
         batch = states.shape[0]
         prompts = Mlp((cfg.llm_dim, cfg.dim), cfg.dtype, name="text_hidden_fcs")(states)

@@ -92,8 +92,13 @@ class QFormer(nn.Module):
         queries = self.param("query_tokens", nn.initializers.normal(0.02), (1, cfg.queries, cfg.width))
         y = _norm("embeddings_norm", dtype)(jnp.broadcast_to(queries, (len(x), cfg.queries, cfg.width)))
         y = nn.Dropout(cfg.dropout, deterministic=deterministic)(y)
-        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                         in_axes=nn.broadcast, length=cfg.layers)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=cfg.layers,
+        )
         y, _ = layers(cfg, name="layers")(y, tokens, deterministic)
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for a linear layer
         y = nn.gelu(nn.Dense(cfg.out_dim, dtype=dtype, kernel_init=init, name="proj_0")(y), approximate=False)

@@ -29,15 +29,24 @@ METRICS = {
 }
 LABEL = {
     "object": TEXT,
-    "box": Field(f"[x1, y1, x2, y2] in pixels of the {SIZE} x {SIZE} picture, x1 <= x2 and y1 <= y2",
-                 lambda value, meta: is_list(value, lambda edge: is_number(edge, 0, SIZE), 4) and len(value) == 4 and
-                 value[0] <= value[2] and value[1] <= value[3]),
+    "box": Field(
+        f"[x1, y1, x2, y2] in pixels of the {SIZE} x {SIZE} picture, x1 <= x2 and y1 <= y2",
+        lambda value, meta: (
+            is_list(value, lambda edge: is_number(edge, 0, SIZE), 4)
+            and len(value) == 4
+            and value[0] <= value[2]
+            and value[1] <= value[3]
+        ),
+    ),
 }
 _NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers are no pixels
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
 _BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*\d[^()\[\]{}]*[)\]}]")
-_NO_CORNERS = re.compile(r"\b(?:width|height|size|cent(?:er|re)|radius|(?:bottom|lower)[\s-]*left|"
-                         r"(?:top|upper)[\s-]*right)\b", re.IGNORECASE)  # nor are they those two
+_NO_CORNERS = re.compile(
+    r"\b(?:width|height|size|cent(?:er|re)|radius|(?:bottom|lower)[\s-]*left|"
+    r"(?:top|upper)[\s-]*right)\b",
+    re.IGNORECASE,
+)  # nor are they those two
 _QUESTIONS = {
     "train": "Please recognize the category of object that makes the sound and then output its location coordinates.",
     "test": "Please recognize the category of object that makes the sound and then output the location coordinates.",
@@ -53,8 +62,10 @@ def instruction(variant: str = "train") -> str:
 def target(object: str, box: Sequence[float], reasoning: str = "") -> str:
     """The answer: optional reasoning, the object and its corners, rounded to whole pixels."""
     x1, y1, x2, y2 = (round(value) for value in box)
-    answer = (f"The sounding object is {object}. Its coordinate of top left corner is ({x1},{y1}) and coordinate of "
-              f"bottom right corner is ({x2},{y2})")
+    answer = (
+        f"The sounding object is {object}. Its coordinate of top left corner is ({x1},{y1}) and coordinate of "
+        f"bottom right corner is ({x2},{y2})"
+    )
     return f"{reasoning} {answer}".lstrip()
 
 
@@ -64,10 +75,10 @@ def parse(text: str) -> Box | None:
     None without two points, when other brackets with numbers come before the second, when the corners are not in order,
     when the text speaks of a width or a centre, and for fractions of the picture (decimals, none above 1).
     """
-    said = text[max(text.rfind("top left"), 0):]
+    said = text[max(text.rfind("top left"), 0) :]
     found = list(itertools.islice(_BRACKETS.finditer(said), 2))
     points = [point for one in found if (point := _POINT.fullmatch(one[0]))]
-    if len(points) < 2 or _NO_CORNERS.search(said[max(0, found[0].start() - 40):found[1].start()]):
+    if len(points) < 2 or _NO_CORNERS.search(said[max(0, found[0].start() - 40) : found[1].start()]):
         return None
     numbers = [number for point in points for number in point.groups()]
     x1, y1, x2, y2 = map(float, numbers)
@@ -89,28 +100,49 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
     if not samples:
         return {}
     ious = [s["iou"] for s in samples]
-    return {"mean_iou": float(np.mean(ious)), "ciou_50": success_rate(ious), "auc": success_auc(ious),
-            "complete_iou": float(np.mean([s["complete"] for s in samples])),
-            "parse_rate": float(np.mean([s["parsed"] for s in samples]))}
+    return {
+        "mean_iou": float(np.mean(ious)),
+        "ciou_50": success_rate(ious),
+        "auc": success_auc(ious),
+        "complete_iou": float(np.mean([s["complete"] for s in samples])),
+        "parse_rate": float(np.mean([s["parsed"] for s in samples])),
+    }
 
 
-def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
-              ) -> list[tuple[str, np.ndarray | None]]:
+def constants(
+    metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
+) -> list[tuple[str, np.ndarray | None]]:
     """The most frequent object with the mean, the median, the full and the central box."""
     name = Counter(meta["object"] for meta in metas).most_common(1)[0][0]
     boxes = np.array([meta["box"] for meta in metas], float)
     quarter = SIZE // 4
-    candidates = (boxes.mean(0), np.median(boxes, axis=0), (0, 0, SIZE, SIZE),
-                  (quarter, quarter, SIZE - quarter, SIZE - quarter))
+    candidates = (
+        boxes.mean(0),
+        np.median(boxes, axis=0),
+        (0, 0, SIZE, SIZE),
+        (quarter, quarter, SIZE - quarter, SIZE - quarter),
+    )
     return [(target(name, box), None) for box in candidates]
 
 
-ARIG = Task(name="arig", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="mean_iou", metrics=METRICS, label=LABEL,
-            windows=("five", "one_of_five", "ten", "one"),
-            breakdown=by_group(lambda meta: [str(meta["object"])], reduce, "mean_iou"),
-            published=[Published("Crab", {"mean_iou": 0.4178, "auc": 0.42}, NOTES),
-                       Published("FNAC", {"mean_iou": 0.2715, "auc": 0.31}, NOTES),
-                       Published("GroundingGPT", {"mean_iou": 0.4402, "auc": 0.45}, AV_REASONER),
-                       Published("AV-Reasoner", {"mean_iou": 0.4506, "auc": 0.47}, AV_REASONER),
-                       Published("AV-Reasoner, thinking", {"mean_iou": 0.4673, "auc": 0.49}, AV_REASONER)])
+ARIG = Task(
+    name="arig",
+    instruction=instruction,
+    target=target,
+    parse=parse,
+    stats=stats,
+    reduce=reduce,
+    constants=constants,
+    headline="mean_iou",
+    metrics=METRICS,
+    label=LABEL,
+    windows=("five", "one_of_five", "ten", "one"),
+    breakdown=by_group(lambda meta: [str(meta["object"])], reduce, "mean_iou"),
+    published=[
+        Published("Crab", {"mean_iou": 0.4178, "auc": 0.42}, NOTES),
+        Published("FNAC", {"mean_iou": 0.2715, "auc": 0.31}, NOTES),
+        Published("GroundingGPT", {"mean_iou": 0.4402, "auc": 0.45}, AV_REASONER),
+        Published("AV-Reasoner", {"mean_iou": 0.4506, "auc": 0.47}, AV_REASONER),
+        Published("AV-Reasoner, thinking", {"mean_iou": 0.4673, "auc": 0.49}, AV_REASONER),
+    ],
+)

@@ -32,9 +32,11 @@ _ROUGE_BETA = 1.2
 _CIDER_SIGMA = 6.0  # width of CIDEr-D's length penalty, in words
 _CIDER_SCALE = 10.0
 _CIDER_COLUMNS = ("key", "order", "pair", "candidate", "reference", "first")
-_INSTRUCTIONS = {"train": f"{VIDEO}{AUDIO}Please describe this video and audio.",
-                 "test": f"{VIDEO}{AUDIO}Please describe this video.",
-                 "quick": f"{VIDEO}{AUDIO}Please describe this video."}
+_INSTRUCTIONS = {
+    "train": f"{VIDEO}{AUDIO}Please describe this video and audio.",
+    "test": f"{VIDEO}{AUDIO}Please describe this video.",
+    "quick": f"{VIDEO}{AUDIO}Please describe this video.",
+}
 
 
 def instruction(variant: str = "train") -> str:
@@ -60,7 +62,7 @@ def words(text: str) -> list[str]:
 
 def ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
     """How often each run of `order` words occurs."""
-    return Counter(tuple(tokens[i:i + order]) for i in range(len(tokens) - order + 1))
+    return Counter(tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1))
 
 
 def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -82,7 +84,7 @@ def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -
 
 def bleu(counts: np.ndarray) -> float:
     """BLEU-4 in [0, 1] from summed `bleu_counts`: geometric mean of the precisions times the brevity penalty."""
-    matches, totals, (length, reference_length) = counts[:ORDERS], counts[ORDERS:2 * ORDERS], counts[2 * ORDERS:]
+    matches, totals, (length, reference_length) = counts[:ORDERS], counts[ORDERS : 2 * ORDERS], counts[2 * ORDERS :]
     if not np.all(matches > 0):
         return 0.0
     return float(np.exp(np.mean(np.log(matches / totals)) + min(0.0, 1 - reference_length / length)))
@@ -93,7 +95,7 @@ def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     common = [_common_subsequence(candidate, reference) for reference in references]
     precision = max(c / max(1, len(candidate)) for c in common)
     recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
-    beta2 = _ROUGE_BETA ** 2
+    beta2 = _ROUGE_BETA**2
     return (1 + beta2) * precision * recall / (recall + beta2 * precision) if precision and recall else 0.0
 
 
@@ -124,7 +126,7 @@ def cider_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) 
                 rows.append((key, order - 1, pair, found[gram], wanted[gram], gram in wanted and gram not in seen))
             seen |= wanted.keys()
     columns = zip(_CIDER_COLUMNS, np.array(rows, np.int64).reshape(-1, len(_CIDER_COLUMNS)).T, strict=True)
-    penalty = np.array([np.exp(-(len(candidate) - len(r)) ** 2 / (2 * _CIDER_SIGMA ** 2)) for r in references])
+    penalty = np.array([np.exp(-((len(candidate) - len(r)) ** 2) / (2 * _CIDER_SIGMA**2)) for r in references])
     return dict(columns) | {"penalty": penalty}
 
 
@@ -146,7 +148,7 @@ def cider_d(samples: Sequence[Mapping[str, np.ndarray]]) -> float:
     def per_cell(values: np.ndarray) -> np.ndarray:
         return np.bincount(cell, weights=values, minlength=pairs.sum() * ORDERS)
 
-    norms = np.sqrt(per_cell(candidate ** 2) * per_cell(reference ** 2))
+    norms = np.sqrt(per_cell(candidate**2) * per_cell(reference**2))
     cosine = per_cell(np.minimum(candidate, reference) * reference) / np.where(norms > 0, norms, 1.0)
     similarity = cosine.reshape(-1, ORDERS).mean(1) * np.concatenate([s["penalty"] for s in samples])
     clip = np.repeat(np.arange(len(samples)), pairs)
@@ -158,17 +160,22 @@ def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], 
     if isinstance(meta["captions"], str):
         raise TypeError("captions must be a list of texts")
     candidate, references = words(parsed or ""), [words(caption) for caption in meta["captions"]]
-    return {"bleu": bleu_counts(candidate, references), "rouge_l": rouge_l(candidate, references),
-            "cider": cider_counts(candidate, references)}
+    return {
+        "bleu": bleu_counts(candidate, references),
+        "rouge_l": rouge_l(candidate, references),
+        "cider": cider_counts(candidate, references),
+    }
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
     """bleu4 and rouge_l in [0, 1], cider_d in [0, 10]. BLEU and CIDEr-D are corpus scores, not means over clips."""
     if not samples:
         return {}
-    return {"cider_d": cider_d([s["cider"] for s in samples]),
-            "bleu4": bleu(np.sum([s["bleu"] for s in samples], axis=0)),
-            "rouge_l": float(np.mean([s["rouge_l"] for s in samples]))}
+    return {
+        "cider_d": cider_d([s["cider"] for s in samples]),
+        "bleu4": bleu(np.sum([s["bleu"] for s in samples], axis=0)),
+        "rouge_l": float(np.mean([s["rouge_l"] for s in samples])),
+    }
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
@@ -179,6 +186,16 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(text, None) for text in dict.fromkeys([captions.most_common(1)[0][0], *typical])]
 
 
-AVCAP = Task(name="avcap", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-             constants=constants, headline="cider_d", metrics=METRICS, label={"captions": TEXTS},
-             windows=("ten", "none"))
+AVCAP = Task(
+    name="avcap",
+    instruction=instruction,
+    target=target,
+    parse=parse,
+    stats=stats,
+    reduce=reduce,
+    constants=constants,
+    headline="cider_d",
+    metrics=METRICS,
+    label={"captions": TEXTS},
+    windows=("ten", "none"),
+)

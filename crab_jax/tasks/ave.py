@@ -28,9 +28,10 @@ METRICS = {
 LABEL = {
     "event": TEXT,
     "start": Field(f"a whole second from 0 to {SECONDS}", lambda value, meta: is_whole(value, 0, SECONDS)),
-    "end": Field(f"a whole second from `start` to {SECONDS}, the first after the event",
-                 lambda value, meta: is_whole(value, meta["start"] if is_whole(meta.get("start"), 0, SECONDS) else 0,
-                                              SECONDS)),
+    "end": Field(
+        f"a whole second from `start` to {SECONDS}, the first after the event",
+        lambda value, meta: is_whole(value, meta["start"] if is_whole(meta.get("start"), 0, SECONDS) else 0, SECONDS),
+    ),
 }
 _PROMPT = f"{VIDEO}{AUDIO}Please describe the events and time range that occurred in the video."
 _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
@@ -43,8 +44,10 @@ def instruction(variant: str = "train") -> str:
 
 def target(event: str, start: int, end: int, reasoning: str = "") -> str:
     """`{reasoning} So the audible and visible event in the video is <event> X </event>, and the time range is ...`."""
-    answer = (f"So the audible and visible event in the video is <event> {event} </event>, "
-              f"and the time range is <range> {start},{end} </range>.")
+    answer = (
+        f"So the audible and visible event in the video is <event> {event} </event>, "
+        f"and the time range is <range> {start},{end} </range>."
+    )
     return f"{reasoning} {answer}" if reasoning else answer
 
 
@@ -64,7 +67,7 @@ def parse(text: str) -> dict[str, Any] | None:
     after, before = ([read_ranges(c) for name, c in part if name == "range"] for part in (tags[last:], tags[:last]))
     within = [[(span.start, span.end)] if span.read else None for span in inside]
     said = next((source for source in (after, before, within) if any(found != [] for found in source)), [])
-    name = (event[:inside[0].first] if inside else event).strip(" ,.;:")
+    name = (event[: inside[0].first] if inside else event).strip(" ,.;:")
     if None in said or not said or not normalise(name):
         return None
     return {"event": name, "ranges": [[start, end] for found in said if found for start, end in found]}
@@ -77,8 +80,9 @@ def active_seconds(ranges: Sequence[Sequence[float]], inclusive: bool = False) -
     return np.any([(start <= seconds) & (seconds < end + inclusive) for start, end in ranges], axis=0)
 
 
-def segment_accuracy(parsed: Mapping[str, Any] | None, event: str, start: int, end: int,
-                     inclusive: bool = False) -> float:
+def segment_accuracy(
+    parsed: Mapping[str, Any] | None, event: str, start: int, end: int, inclusive: bool = False
+) -> float:
     """Share of the ten seconds whose label (the event or background) is right; nothing parsed = all background.
 
     `inclusive` lets both the label and the answer include their end second, as some released scorers do.
@@ -91,8 +95,9 @@ def segment_accuracy(parsed: Mapping[str, Any] | None, event: str, start: int, e
     return float(np.mean(np.where(answer, truth & right_event, ~truth)))
 
 
-def stats(parsed: Mapping[str, Any] | None, mask: np.ndarray | None, meta: Mapping[str, Any],
-          gt_mask: np.ndarray | None) -> Stats:
+def stats(
+    parsed: Mapping[str, Any] | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None
+) -> Stats:
     """Accuracies of one clip."""
     label = (meta["event"], meta["start"], meta["end"])
     return {
@@ -114,8 +119,18 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(target(event, *span), None) for event, span in itertools.product(events, ranges)]
 
 
-AVE = Task(name="ave", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-           constants=constants, headline="accuracy", metrics=METRICS, label=LABEL, timed=True,
-           breakdown=by_group(lambda meta: [str(meta["event"])], reduce, "accuracy"),
-           published=[Published("Crab", {"accuracy": 0.8015}, NOTES),
-                      Published("MM-Pyramid", {"accuracy": 0.7780}, NOTES)])
+AVE = Task(
+    name="ave",
+    instruction=instruction,
+    target=target,
+    parse=parse,
+    stats=stats,
+    reduce=reduce,
+    constants=constants,
+    headline="accuracy",
+    metrics=METRICS,
+    label=LABEL,
+    timed=True,
+    breakdown=by_group(lambda meta: [str(meta["event"])], reduce, "accuracy"),
+    published=[Published("Crab", {"accuracy": 0.8015}, NOTES), Published("MM-Pyramid", {"accuracy": 0.7780}, NOTES)],
+)

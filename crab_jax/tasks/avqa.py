@@ -18,8 +18,17 @@ from crab_jax.tasks.placeholders import AUDIO, VIDEO
 from crab_jax.tasks.task import AV_REASONER, NOTES, TEXT, Field, Meta, Published, Stats, Task, by_group, is_list
 from crab_jax.tasks.text import find_tags, normalise
 
-SUBTYPES = ("audio_counting", "audio_comparative", "visual_counting", "visual_location", "audio_visual_existential",
-            "audio_visual_counting", "audio_visual_location", "audio_visual_comparative", "audio_visual_temporal")
+SUBTYPES = (
+    "audio_counting",
+    "audio_comparative",
+    "visual_counting",
+    "visual_location",
+    "audio_visual_existential",
+    "audio_visual_counting",
+    "audio_visual_location",
+    "audio_visual_comparative",
+    "audio_visual_temporal",
+)
 MODALITIES = ("audio", "visual", "audio_visual")
 METRICS = {
     "accuracy": "exact match over all questions (MUSIC-AVQA)",
@@ -36,9 +45,11 @@ def kind_of(meta: Meta) -> str:
 
 LABEL = {
     "answer": TEXT,
-    "type": Field("[modality, kind] as in the release, such as [\"Audio-Visual\", \"Counting\"], or left out",
-                  lambda value, meta: is_list(value, lambda word: isinstance(word, str)) and
-                  kind_of(meta) in ("", *SUBTYPES), ""),
+    "type": Field(
+        '[modality, kind] as in the release, such as ["Audio-Visual", "Counting"], or left out',
+        lambda value, meta: is_list(value, lambda word: isinstance(word, str)) and kind_of(meta) in ("", *SUBTYPES),
+        "",
+    ),
 }
 _MODALITY = {name: name.rpartition("_")[0] for name in SUBTYPES}
 _PROMPT = f"{VIDEO}{AUDIO}Please answer this question: "
@@ -91,17 +102,26 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(target(answer), None) for answer, _ in Counter(str(m["answer"]) for m in metas).most_common(3)]
 
 
-AVQA = Task(name="avqa", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="accuracy", metrics=METRICS, label=LABEL, windows=("music_avqa", "ten"),
-            breakdown=by_group(lambda meta: ["/".join(meta.get("type", ())) or "no type"], reduce, "accuracy"),
-            published=[
-                Published("Crab", {"accuracy": 0.7894, "audio": 0.7658, "visual": 0.9073, "audio_visual": 0.7413},
-                          NOTES),
-                Published("TSPM", {"accuracy": 0.7679, "audio": 0.7691, "visual": 0.8361, "audio_visual": 0.7351},
-                          NOTES),
-                Published("LAVISH", {"accuracy": 0.7446, "audio": 0.7597, "visual": 0.8022, "audio_visual": 0.7126},
-                          NOTES),
-                Published("VALOR", {"accuracy": 0.7890}, NOTES),
-                Published("PAVE", {"accuracy": 0.8230}, AV_REASONER),
-                Published("AV-Reasoner", {"accuracy": 0.8339}, AV_REASONER),
-                Published("AV-Reasoner, thinking", {"accuracy": 0.8501}, AV_REASONER)])
+AVQA = Task(
+    name="avqa",
+    instruction=instruction,
+    target=target,
+    parse=parse,
+    stats=stats,
+    reduce=reduce,
+    constants=constants,
+    headline="accuracy",
+    metrics=METRICS,
+    label=LABEL,
+    windows=("music_avqa", "ten"),
+    breakdown=by_group(lambda meta: ["/".join(meta.get("type", ())) or "no type"], reduce, "accuracy"),
+    published=[
+        Published("Crab", {"accuracy": 0.7894, "audio": 0.7658, "visual": 0.9073, "audio_visual": 0.7413}, NOTES),
+        Published("TSPM", {"accuracy": 0.7679, "audio": 0.7691, "visual": 0.8361, "audio_visual": 0.7351}, NOTES),
+        Published("LAVISH", {"accuracy": 0.7446, "audio": 0.7597, "visual": 0.8022, "audio_visual": 0.7126}, NOTES),
+        Published("VALOR", {"accuracy": 0.7890}, NOTES),
+        Published("PAVE", {"accuracy": 0.8230}, AV_REASONER),
+        Published("AV-Reasoner", {"accuracy": 0.8339}, AV_REASONER),
+        Published("AV-Reasoner, thinking", {"accuracy": 0.8501}, AV_REASONER),
+    ],
+)

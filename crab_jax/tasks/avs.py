@@ -20,13 +20,15 @@ from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
 from crab_jax.tasks.task import CLIP, NOTES, Breakdown, Field, Meta, Published, Stats, Task, by_group, is_list, is_text
 from crab_jax.tasks.text import object_words
 
-CLASSES = tuple("""
+CLASSES = tuple(
+    """
     background accordion airplane axe baby bassoon bell bird boat boy bus car cat cello clarinet clipper clock dog
     donkey drum duck elephant emergency-car erhu flute frying-food girl goose guitar gun guzheng hair-dryer handpan
     harmonica harp helicopter hen horse keyboard leopard lion man marimba missile-rocket motorcycle mower parrot
     piano pig pipa saw saxophone sheep sitar sorna squirrel tabla tank tiger tractor train trombone truck trumpet
     tuba ukulele utv vacuum-cleaner violin wolf woman
-""".split())  # AVSBench-semantic class ids 0..70 (label2idx.json less one)
+""".split()
+)  # AVSBench-semantic class ids 0..70 (label2idx.json less one)
 BINARY_METRICS = {
     "miou": "mean IoU over frames, threshold 0.5; an empty frame scores the share of pixels left empty",
     "f_score": "mean over frames of the largest F (beta^2 0.3) over 255 thresholds (released Crab code)",
@@ -37,7 +39,8 @@ BINARY_METRICS = {
 SEMANTIC_METRICS = {
     "miou": "mean over all 71 classes of a class's mean IoU over its frames; absent classes are 0 (AVSBench)",
     "f_score": "the same for F (beta^2 0.3)",
-    "miou_nobg": "miou over the 70 classes without background", "f_score_nobg": "f_score without background",
+    "miou_nobg": "miou over the 70 classes without background",
+    "f_score_nobg": "f_score without background",
     "miou_nobg_official": "as the official code computes it: an index slip drops class 70 (woman), not background",
     "f_score_nobg_official": "f_score with the same slip",
     "miou_present": "miou over the classes that occur, without background",
@@ -45,8 +48,9 @@ SEMANTIC_METRICS = {
     "object_accuracy": "answers that name the sounding objects, of the labels that say them, in whatever spelling",
     "mask_rate": "answers with six mask tokens",
 }
-_OBJECTS = Field("a list of names; [] where the annotation does not say what sounds",
-                 lambda value, meta: is_list(value, is_text))
+_OBJECTS = Field(
+    "a list of names; [] where the annotation does not say what sounds", lambda value, meta: is_list(value, is_text)
+)
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _ANSWER = re.compile(r"object making (?:the )?sound in the (?:video|image) is ")
 _MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
@@ -60,8 +64,10 @@ def ordinal(second: int) -> str:
 
 
 def _video_prompt(second: int) -> str:
-    return (f"{VIDEO}{AUDIO}Please recognize the category of object making sound in the video, and then segment out "
-            f"the object that makes the sound at the {ordinal(second)} second of the video.")
+    return (
+        f"{VIDEO}{AUDIO}Please recognize the category of object making sound in the video, and then segment out "
+        f"the object that makes the sound at the {ordinal(second)} second of the video."
+    )
 
 
 def _instruction(test: Callable[[int], str]) -> Callable[..., str]:
@@ -70,14 +76,17 @@ def _instruction(test: Callable[[int], str]) -> Callable[..., str]:
         if variant == "quick":
             return f"{IMAGE}{AUDIO}Please segment out the object that makes the sound in the image."
         return test(second) if variant == "test" else _video_prompt(second)
+
     return instruction
 
 
 def target(objects: Sequence[str] | str, second: int = 0, reasoning: str = "") -> str:
     """The answer: optional reasoning, the sounding objects, and the mask tokens."""
     names = objects if isinstance(objects, str) else " and ".join(objects)
-    answer = (f"The object making the sound in the video is {names}. "
-              f"The mask of the object that makes the sound at the {ordinal(second)} second is {MASK}")
+    answer = (
+        f"The object making the sound in the video is {names}. "
+        f"The mask of the object that makes the sound at the {ordinal(second)} second is {MASK}"
+    )
     return f"{reasoning} {answer}".lstrip()
 
 
@@ -110,8 +119,13 @@ def binary_stats(mask: np.ndarray | None, gt: np.ndarray) -> Stats:
     missing = mask is None
     scores = np.zeros(np.shape(gt)) if missing else np.asarray(mask)
     curve = np.zeros(len(segmentation.THRESHOLDS)) if missing else segmentation.f_curve(scores, gt)
-    return {"has_mask": not missing, "iou": segmentation.mask_iou(scores, gt), "curve": curve, "f": float(curve.max()),
-            "has_object": bool((np.asarray(gt) > 0).any())}
+    return {
+        "has_mask": not missing,
+        "iou": segmentation.mask_iou(scores, gt),
+        "curve": curve,
+        "f": float(curve.max()),
+        "has_object": bool((np.asarray(gt) > 0).any()),
+    }
 
 
 def _binary_task_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
@@ -126,8 +140,9 @@ def video_f(samples: Sequence[Stats]) -> float:
     videos = defaultdict(list)
     for place, sample in enumerate(samples):
         videos[place if sample["video"] is None else ("video", sample["video"])].append(sample)
-    return float(np.mean([segmentation.f_measure([s["curve"] for s in frames if s["has_object"]])
-                          for frames in videos.values()]))
+    return float(
+        np.mean([segmentation.f_measure([s["curve"] for s in frames if s["has_object"]]) for frames in videos.values()])
+    )
 
 
 def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
@@ -140,8 +155,11 @@ def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
 
 def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
     predicted = np.zeros(np.shape(gt_mask), np.int64) if mask is None else np.asarray(mask)
-    return {**segmentation.class_scores(predicted, gt_mask), "has_mask": mask is not None,
-            "named": named(parsed, meta["objects"])}
+    return {
+        **segmentation.class_scores(predicted, gt_mask),
+        "has_mask": mask is not None,
+        "named": named(parsed, meta["objects"]),
+    }
 
 
 def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
@@ -150,9 +168,12 @@ def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
         return {}
     metrics = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
     totals = segmentation.class_totals(samples)
-    for variant, options in (("", {}), ("_nobg", {"background": False}),
-                             ("_nobg_official", {"background": False, "official_slip": True}),
-                             ("_present", {"background": False, "absent": False})):
+    for variant, options in (
+        ("", {}),
+        ("_nobg", {"background": False}),
+        ("_nobg_official", {"background": False, "official_slip": True}),
+        ("_present", {"background": False, "absent": False}),
+    ):
         metrics[f"miou{variant}"], metrics[f"f_score{variant}"] = segmentation.class_means([totals], **options)
     return metrics
 
@@ -160,8 +181,11 @@ def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
 def _class_breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
     """Mean IoU of each class that an answer or a label shows, and on how many frames."""
     totals = segmentation.class_totals(samples)
-    return {name: (float(iou / seen), int(seen))
-            for name, iou, seen in zip(CLASSES, totals["iou"], totals["seen"], strict=True) if seen}
+    return {
+        name: (float(iou / seen), int(seen))
+        for name, iou, seen in zip(CLASSES, totals["iou"], totals["seen"], strict=True)
+        if seen
+    }
 
 
 def _most_frequent_answer(metas: Sequence[Mapping[str, Any]]) -> str:
@@ -186,21 +210,42 @@ def _semantic_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
 
 
 def _image_test(second: int) -> str:
-    return (f"{IMAGE}{AUDIO}Please recognize the category of the object making the sound in the image "
-            "and segment it out.")
+    return (
+        f"{IMAGE}{AUDIO}Please recognize the category of the object making the sound in the image and segment it out."
+    )
 
 
 def _task(name: str, test: Callable[[int], str], published: Sequence[Published] = (), semantic: bool = False) -> Task:
-    common: dict[str, Any] = {"name": name, "instruction": _instruction(test), "target": target, "parse": parse,
-                              "headline": "miou", "published": published}
+    common: dict[str, Any] = {
+        "name": name,
+        "instruction": _instruction(test),
+        "target": target,
+        "parse": parse,
+        "headline": "miou",
+        "published": published,
+    }
     clip = CLIP._replace(needed="") if semantic else CLIP
     usual = ("ten", "one", "five", "one_of_five") if semantic else ("five", "one_of_five", "ten", "one")
     common |= {"label": {"objects": _OBJECTS, "video": clip}, "windows": usual}
     if semantic:
-        return Task(stats=_semantic_stats, reduce=_semantic_reduce, constants=_semantic_constants, mask_kind="semantic",
-                    metrics=SEMANTIC_METRICS, breakdown=_class_breakdown, **common)
-    return Task(stats=_binary_task_stats, reduce=_binary_reduce, constants=_binary_constants, mask_kind="binary",
-                metrics=BINARY_METRICS, breakdown=by_group(_objects, _binary_reduce, "miou"), **common)
+        return Task(
+            stats=_semantic_stats,
+            reduce=_semantic_reduce,
+            constants=_semantic_constants,
+            mask_kind="semantic",
+            metrics=SEMANTIC_METRICS,
+            breakdown=_class_breakdown,
+            **common,
+        )
+    return Task(
+        stats=_binary_task_stats,
+        reduce=_binary_reduce,
+        constants=_binary_constants,
+        mask_kind="binary",
+        metrics=BINARY_METRICS,
+        breakdown=by_group(_objects, _binary_reduce, "miou"),
+        **common,
+    )
 
 
 def _objects(meta: Meta) -> list[str]:
@@ -209,6 +254,9 @@ def _objects(meta: Meta) -> list[str]:
 
 S4 = _task("s4", _video_prompt)
 # The released MS3 evaluation asks about the third second whatever the frame is.
-MS3 = _task("ms3", lambda second: _video_prompt(2),
-            [Published("Crab", {"miou": 0.5821}, NOTES), Published("AVSegFormer", {"miou": 0.5840}, NOTES)])
+MS3 = _task(
+    "ms3",
+    lambda second: _video_prompt(2),
+    [Published("Crab", {"miou": 0.5821}, NOTES), Published("AVSegFormer", {"miou": 0.5840}, NOTES)],
+)
 AVSS = _task("avss", _image_test, semantic=True)

@@ -22,27 +22,42 @@ from crab_jax.tasks.times import find_spans
 SECONDS = 10
 LEVELS = ("segment", "event")
 _TYPES = ("audio", "visual", "audio_visual")
-METRICS = {f"{level}_{name}": f"{level}-level F: {what} (AVVP-ECCV20)" for level in LEVELS for name, what in {
-    "audio": "audible events (A)", "visual": "visible events (V)",
-    "audio_visual": "events both audible and visible (AV)",
-    "event_av": "audio and visual counts pooled per class (Event@AV)",
-    "type_av": "mean of A, V and AV (Type@AV)"}.items()}
+METRICS = {
+    f"{level}_{name}": f"{level}-level F: {what} (AVVP-ECCV20)"
+    for level in LEVELS
+    for name, what in {
+        "audio": "audible events (A)",
+        "visual": "visible events (V)",
+        "audio_visual": "events both audible and visible (AV)",
+        "event_av": "audio and visual counts pooled per class (Event@AV)",
+        "type_av": "mean of A, V and AV (Type@AV)",
+    }.items()
+}
 Events = list[list[Any]]  # [[name, start, end], ...]
 
 
 def _is_event(event: Any) -> bool:
-    return is_list(event, lambda part: True, 3) and len(event) == 3 and is_text(event[0]) and all(
-        is_whole(second, 0, SECONDS) for second in event[1:])
+    return (
+        is_list(event, lambda part: True, 3)
+        and len(event) == 3
+        and is_text(event[0])
+        and all(is_whole(second, 0, SECONDS) for second in event[1:])
+    )
 
 
-_EVENTS = Field(f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}",
-                lambda value, meta: is_list(value, _is_event))
+_EVENTS = Field(
+    f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}", lambda value, meta: is_list(value, _is_event)
+)
 LABEL = {"audio": _EVENTS, "visual": _EVENTS}
 
-_PROMPT = (f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information in the "
-           "video, as well as the start and end times of these events.")
-_QUICK = (f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information, as well as "
-          "the start and end time of these events.")
+_PROMPT = (
+    f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information in the "
+    "video, as well as the start and end times of these events."
+)
+_QUICK = (
+    f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information, as well as "
+    "the start and end time of these events."
+)
 _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _QUICK}
 
 
@@ -87,8 +102,11 @@ def parse(text: str) -> dict[str, Events] | None:
     Reads `<audio>`/`<visual>` for the tag names, several spans per name and several names per tag; an event without a
     span (or `none`) adds nothing, nor does a span that cannot be read (crab_jax/tasks/times.py).
     """
-    tags = [(name, content) for name, content in find_tags(text, ("audio_event", "visual_event", "audio", "visual"))
-            if normalise(content)]
+    tags = [
+        (name, content)
+        for name, content in find_tags(text, ("audio_event", "visual_event", "audio", "visual"))
+        if normalise(content)
+    ]
     if not tags:
         return None
     events: dict[str, Events] = {"audio": [], "visual": []}
@@ -101,7 +119,7 @@ def _read_events(content: str) -> Events:
     events: Events = []
     name, cursor = "", 0
     for span in find_spans(content):
-        words = content[cursor:span.first].strip(" ,;:.\n\t").removeprefix("and ")
+        words = content[cursor : span.first].strip(" ,;:.\n\t").removeprefix("and ")
         name = words if normalise(words) not in ("", "and") else name
         if normalise(name) and span.read:
             events.append([name, span.start, span.end])
@@ -138,8 +156,11 @@ def _runs(row: np.ndarray) -> list[tuple[int, int]]:
 
 def _overlaps(run: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
     """Whether any other run has an intersection over union of at least 0.5 with `run`."""
-    return any(2 * max(0, min(run[1], e) - max(run[0], s)) >=
-               (run[1] - run[0]) + (e - s) - max(0, min(run[1], e) - max(run[0], s)) for s, e in others)
+    return any(
+        2 * max(0, min(run[1], e) - max(run[0], s))
+        >= (run[1] - run[0]) + (e - s) - max(0, min(run[1], e) - max(run[0], s))
+        for s, e in others
+    )
 
 
 def _event_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -153,8 +174,9 @@ def _event_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.array(counts, int).reshape(-1, 3).T
 
 
-def f_scores(level: str, answer_a: np.ndarray, answer_v: np.ndarray, truth_a: np.ndarray,
-             truth_v: np.ndarray) -> dict[str, float]:
+def f_scores(
+    level: str, answer_a: np.ndarray, answer_v: np.ndarray, truth_a: np.ndarray, truth_v: np.ndarray
+) -> dict[str, float]:
     """F-scores of one clip at `level` ("segment" or "event") from bool[C,10] arrays (utils/avvp_eval_metrics.py).
 
     audio, visual: one modality. audio_visual: what is both audible and visible. event_av: audio and visual counts
@@ -163,19 +185,25 @@ def f_scores(level: str, answer_a: np.ndarray, answer_v: np.ndarray, truth_a: np
     counts = {"segment": _segment_counts, "event": _event_counts}[level]
     audio, visual = counts(answer_a, truth_a), counts(answer_v, truth_v)
     both = counts(answer_a & answer_v, truth_a & truth_v)
-    return {"audio": _mean_f(*audio), "visual": _mean_f(*visual), "audio_visual": _mean_f(*both),
-            "event_av": _mean_f(*(audio + visual))}
+    return {
+        "audio": _mean_f(*audio),
+        "visual": _mean_f(*visual),
+        "audio_visual": _mean_f(*both),
+        "event_av": _mean_f(*(audio + visual)),
+    }
 
 
-def stats(parsed: Mapping[str, Events] | None, mask: np.ndarray | None, meta: Mapping[str, Any],
-          gt_mask: np.ndarray | None) -> Stats:
+def stats(
+    parsed: Mapping[str, Events] | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None
+) -> Stats:
     """The eight F-scores of one clip; an unreadable answer is an empty one.
 
     A name that the label set does not know is one more class, so inventing events costs precision.
     """
     answer = parsed or {"audio": [], "visual": []}
-    classes = sorted({normalise(name) for events in (*answer.values(), meta["audio"], meta["visual"])
-                      for name, *_ in events})
+    classes = sorted(
+        {normalise(name) for events in (*answer.values(), meta["audio"], meta["visual"]) for name, *_ in events}
+    )
     arrays = [occurrence(label[modality], classes) for label in (answer, meta) for modality in ("audio", "visual")]
     return {f"{level}_{name}": value for level in LEVELS for name, value in f_scores(level, *arrays).items()}
 
@@ -185,12 +213,14 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
     if not samples:
         return {}
     metrics = {name: float(np.mean([s[name] for s in samples])) for name in samples[0]}
-    return metrics | {f"{level}_type_av": float(np.mean([metrics[f"{level}_{kind}"] for kind in _TYPES]))
-                      for level in LEVELS}
+    return metrics | {
+        f"{level}_type_av": float(np.mean([metrics[f"{level}_{kind}"] for kind in _TYPES])) for level in LEVELS
+    }
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
     """Per modality: nothing, or the one to three most frequent events, over the whole clip or over median spans."""
+
     def candidates(modality: str) -> list[Events]:
         spans: dict[str, list[tuple[int, int]]] = {}
         for name, start, end in (event for meta in metas for event in meta[modality]):
@@ -204,12 +234,25 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(text, None) for text in dict.fromkeys(target(audio, visual) for audio, visual in pairs)]
 
 
-AVVP = Task(name="avvp", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-            constants=constants, headline="segment_type_av", metrics=METRICS, label=LABEL, timed=True,
-            breakdown=by_group(lambda meta: {str(name) for name, *_ in (*meta["audio"], *meta["visual"])}, reduce,
-                               "segment_type_av"),
-            published=[  # which average is meant, Type@AV or Event@AV, the sources do not say
-                Published("Crab", {"segment_type_av": 0.5900, "event_type_av": 0.5444}, AV_REASONER),
-                Published("MEERKAT", {"segment_type_av": 0.5496}, AV_REASONER),
-                Published("AV-Reasoner", {"segment_type_av": 0.6240, "event_type_av": 0.5940}, AV_REASONER),
-                Published("AV-Reasoner, thinking", {"segment_type_av": 0.6470, "event_type_av": 0.6200}, AV_REASONER)])
+AVVP = Task(
+    name="avvp",
+    instruction=instruction,
+    target=target,
+    parse=parse,
+    stats=stats,
+    reduce=reduce,
+    constants=constants,
+    headline="segment_type_av",
+    metrics=METRICS,
+    label=LABEL,
+    timed=True,
+    breakdown=by_group(
+        lambda meta: {str(name) for name, *_ in (*meta["audio"], *meta["visual"])}, reduce, "segment_type_av"
+    ),
+    published=[  # which average is meant, Type@AV or Event@AV, the sources do not say
+        Published("Crab", {"segment_type_av": 0.5900, "event_type_av": 0.5444}, AV_REASONER),
+        Published("MEERKAT", {"segment_type_av": 0.5496}, AV_REASONER),
+        Published("AV-Reasoner", {"segment_type_av": 0.6240, "event_type_av": 0.5940}, AV_REASONER),
+        Published("AV-Reasoner, thinking", {"segment_type_av": 0.6470, "event_type_av": 0.6200}, AV_REASONER),
+    ],
+)

@@ -25,10 +25,15 @@ _SPLITS = {"": "seen and unseen together", "_seen": "seen objects", "_unseen": "
 METRICS = {
     **{f"j{split}": f"mean IoU (J), threshold 0.5 (released Crab code), {what}" for split, what in _SPLITS.items()},
     **{f"j_04{split}": f"mean IoU (J), threshold 0.4 (Ref-AVS release), {what}" for split, what in _SPLITS.items()},
-    **{f"f{split}": f"mean over frames of the largest F over 255 thresholds (released Crab code), {what}"
-       for split, what in _SPLITS.items()},
-    **{f"f_video{split}": "mean over expressions of the largest F of the mean curve of the frames, without empty ones "
-       f"(Ref-AVS release), {what}" for split, what in _SPLITS.items()},
+    **{
+        f"f{split}": f"mean over frames of the largest F over 255 thresholds (released Crab code), {what}"
+        for split, what in _SPLITS.items()
+    },
+    **{
+        f"f_video{split}": "mean over expressions of the largest F of the mean curve of the frames, without empty ones "
+        f"(Ref-AVS release), {what}"
+        for split, what in _SPLITS.items()
+    },
     "s_null": "null expressions: square root of the share of pixels above 0.5, lower is better",
     "s_null_04": "the same above 0.4",
     "object_accuracy": "answers that name the object, or say that there is none",
@@ -36,11 +41,17 @@ METRICS = {
 }
 LABEL = {
     "expression": TEXT,
-    "object": Field("the name of the object, \"\" where the expression refers to nothing",
-                    lambda value, meta: value == "" or is_text(value)),
-    "split": Field('"seen" or "unseen", and "null" where `object` is ""', lambda value, meta:
-                   value in ("seen", "unseen", "null") and (value == "null") == (meta.get("object", value) == ""),
-                   "score"),
+    "object": Field(
+        'the name of the object, "" where the expression refers to nothing',
+        lambda value, meta: value == "" or is_text(value),
+    ),
+    "split": Field(
+        '"seen" or "unseen", and "null" where `object` is ""',
+        lambda value, meta: (
+            value in ("seen", "unseen", "null") and (value == "null") == (meta.get("object", value) == "")
+        ),
+        "score",
+    ),
 }
 _ANSWER, _NULL, _MASK_FOLLOWS = "second in the video, ", "does not appear", re.compile(r"\.\s*Its mask\b")
 
@@ -50,8 +61,10 @@ def instruction(variant: str = "train", expression: str = "", second: int = 0) -
     if variant == "quick":
         return f"{IMAGE}{AUDIO}Please segment out {expression.lower()} in the image."
     if variant == "test":
-        return (f"{VIDEO}{AUDIO}{IMAGE}Please segment out the corresponding object in the image based on the "
-                f"referential expression: {expression}")
+        return (
+            f"{VIDEO}{AUDIO}{IMAGE}Please segment out the corresponding object in the image based on the "
+            f"referential expression: {expression}"
+        )
     return f"{VIDEO}{AUDIO}Please segment out {expression.lower()} at the {ordinal(second)} second in the video."
 
 
@@ -83,11 +96,17 @@ def stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask
     empty = np.zeros(np.shape(gt_mask))
     scores = empty if mask is None else mask
     names = [meta["object"]] if meta["object"] else []
-    return {"split": meta["split"], "has_mask": sample["has_mask"], "f": sample["f"],
-            "named": names_match(parsed, names), "curve": sample["curve"], "has_object": sample["has_object"],
-            "video": meta.get("one_of"),
-            **{f"j{name}": segmentation.mask_iou(scores, gt_mask, at) for name, at in J_THRESHOLDS.items()},
-            **{f"s{name}": segmentation.null_s(scores, at) for name, at in J_THRESHOLDS.items()}}
+    return {
+        "split": meta["split"],
+        "has_mask": sample["has_mask"],
+        "f": sample["f"],
+        "named": names_match(parsed, names),
+        "curve": sample["curve"],
+        "has_object": sample["has_object"],
+        "video": meta.get("one_of"),
+        **{f"j{name}": segmentation.mask_iou(scores, gt_mask, at) for name, at in J_THRESHOLDS.items()},
+        **{f"s{name}": segmentation.null_s(scores, at) for name, at in J_THRESHOLDS.items()},
+    }
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
@@ -102,14 +121,26 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
     return metrics | mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
 
 
-def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
-              ) -> list[tuple[str, np.ndarray | None]]:
+def constants(
+    metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
+) -> list[tuple[str, np.ndarray | None]]:
     """The most frequent expression and object with each constant mask."""
     expression, name = Counter((meta["expression"], meta["object"]) for meta in metas).most_common(1)[0][0]
     text = target(expression, name)
     return [(text, mask) for mask in segmentation.constant_masks(gt_masks)] or [(text, None)]
 
 
-REF_AVS = Task(name="ref-avs", instruction=instruction, target=target, parse=parse, stats=stats, reduce=reduce,
-               constants=constants, headline="j", metrics=METRICS, label=LABEL, mask_kind="binary",
-               breakdown=by_group(lambda meta: [meta["object"]] if meta["object"] else [], reduce, "j"))
+REF_AVS = Task(
+    name="ref-avs",
+    instruction=instruction,
+    target=target,
+    parse=parse,
+    stats=stats,
+    reduce=reduce,
+    constants=constants,
+    headline="j",
+    metrics=METRICS,
+    label=LABEL,
+    mask_kind="binary",
+    breakdown=by_group(lambda meta: [meta["object"]] if meta["object"] else [], reduce, "j"),
+)

@@ -70,8 +70,11 @@ def class_scores(predicted: np.ndarray, gt: np.ndarray, classes: int = CLASSES) 
     hits = np.bincount(gt[predicted == gt], minlength=classes).astype(np.float64)
     union = area_p + area_g - hits
     precision, recall = hits / np.maximum(area_p, 1), hits / np.maximum(area_g, 1)
-    return {"iou": hits / np.maximum(union, 1), "seen": (union > 0).astype(np.float64),
-            "f": (1 + BETA2) * precision * recall / np.maximum(BETA2 * precision + recall, 1e-20)}
+    return {
+        "iou": hits / np.maximum(union, 1),
+        "seen": (union > 0).astype(np.float64),
+        "f": (1 + BETA2) * precision * recall / np.maximum(BETA2 * precision + recall, 1e-20),
+    }
 
 
 def class_totals(frames: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -79,8 +82,9 @@ def class_totals(frames: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarra
     return {name: np.sum([frame[name] for frame in frames], axis=0) for name in ("iou", "f", "seen")}
 
 
-def class_means(frames: Sequence[dict[str, np.ndarray]], background: bool = True, absent: bool = True,
-                official_slip: bool = False) -> tuple[float, float]:
+def class_means(
+    frames: Sequence[dict[str, np.ndarray]], background: bool = True, absent: bool = True, official_slip: bool = False
+) -> tuple[float, float]:
     """Mean IoU and F over classes of the per-class means over frames (`class_scores`) that show the class.
 
     background: whether class 0 takes part. official_slip: without background, drop the last class instead of class 0,
@@ -140,6 +144,6 @@ def constant_masks(gts: Sequence[np.ndarray | None]) -> list[np.ndarray]:
     mean = np.mean(maps, axis=0)
     height, width = mean.shape
     centre = np.zeros_like(mean)
-    centre[height // 4: height - height // 4, width // 4: width - width // 4] = 1
+    centre[height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
     cuts = [(mean >= level).astype(np.float64) for level in (0.1, 0.2, 0.3, 0.4, 0.5)]
     return [mean, *cuts, np.zeros_like(mean), np.ones_like(mean), centre]

@@ -38,8 +38,12 @@ def is_whole(value: Any, low: int, high: int) -> bool:
 
 def is_number(value: Any, low: float, high: float) -> bool:
     """Whether a value is a finite number in [low, high]."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and (
-        math.isfinite(value))
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and (math.isfinite(value))
+    )
 
 
 def is_list(value: Any, holds: Callable[[Any], bool], least: int = 0) -> bool:
@@ -48,8 +52,10 @@ def is_list(value: Any, holds: Callable[[Any], bool], least: int = 0) -> bool:
 
 
 TEXT = Field("text, without angle brackets", lambda value, meta: is_text(value))
-TEXTS = Field("a list of at least one text",
-              lambda value, meta: is_list(value, lambda text: isinstance(text, str) and bool(text.strip()), 1))
+TEXTS = Field(
+    "a list of at least one text",
+    lambda value, meta: is_list(value, lambda text: isinstance(text, str) and bool(text.strip()), 1),
+)
 CLIP = Field("the name of the clip, or null", lambda value, meta: value is None or isinstance(value, str), "score")
 
 
@@ -135,13 +141,16 @@ def wrong_fields(task: Task, meta: Meta, needed: Sequence[str] = ("answer", "sco
             yield name, f"is {meta[name]!r:.60}", field.must_be
 
 
-def by_group(groups: Callable[[Meta], Iterable[str]], reduce: Callable[[Sequence[Stats]], dict[str, float]],
-             metric: str) -> Callable[[Sequence[Stats], Sequence[Meta]], Breakdown]:
+def by_group(
+    groups: Callable[[Meta], Iterable[str]], reduce: Callable[[Sequence[Stats]], dict[str, float]], metric: str
+) -> Callable[[Sequence[Stats], Sequence[Meta]], Breakdown]:
     """A `breakdown`: `metric` over the samples of each of `groups(meta)`, in alphabetical order."""
+
     def breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
         found: dict[str, list[Stats]] = {}
         for sample, meta in zip(samples, metas, strict=True):
             for name in groups(meta):
                 found.setdefault(name, []).append(sample)
         return {name: (reduce(found[name])[metric], len(found[name])) for name in sorted(found)}
+
     return breakdown

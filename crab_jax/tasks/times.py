@@ -6,11 +6,20 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "min": 60.0,
-            "minute": 60.0}
+_SECONDS = {
+    "s": 1.0,
+    "sec": 1.0,
+    "second": 1.0,
+    "ms": 1e-3,
+    "msec": 1e-3,
+    "millisecond": 1e-3,
+    "min": 60.0,
+    "minute": 60.0,
+}
 _UNIT = r"milliseconds?|msecs?|ms|minutes?|mins?|seconds?|secs?|s"
 _DECIMAL = r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
-_TOKEN = re.compile(rf"""
+_TOKEN = re.compile(
+    rf"""
     (?P<time>(?:
         (?P<clock>(?:[0-9]{{1,2}}:)?[0-9]{{1,2}}:[0-5][0-9](?:\.[0-9]{{1,6}})?)
       | (?P<minutes>[0-9]{{1,3}})\s*(?:m|mins?|minutes?)
@@ -21,12 +30,16 @@ _TOKEN = re.compile(rf"""
   | (?P<dash>(?<=\s)[-\u2013\u2014\u2212~](?=\s)|(?<=[\w.)\]])[-\u2013\u2014\u2212~](?=[\w(\[]))
   | (?P<mark>[,;.()\[\]])
   | (?P<other>\S)
-    """, re.IGNORECASE | re.VERBOSE)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 _LONGEST = 999  # of a bare number, in seconds; a longer one is a year, or counts something else
 _OPENING, _CLOSING = ("(", "["), (")", "]")
 _TO = ("to", "until", "till")
-_FILLER = frozenset("from between the time range is are at in on of for during video clip about around and then second "
-                    "seconds event audio visual".split())
+_FILLER = frozenset(
+    "from between the time range is are at in on of for during video clip about around and then second "
+    "seconds event audio visual".split()
+)
 
 
 class Span(NamedTuple):
@@ -69,8 +82,15 @@ def _tokens(text: str) -> list[_Token]:
             found.append(_Token("time", match["time"], *at, 60 * float(match["minutes"]) + float(match["rest"]), "s"))
         else:
             unit = (match["unit"] or "").lower()
-            found.append(_Token("time", match["time"], *at, float(match["number"]),
-                                unit if unit in _SECONDS else unit.removesuffix("s")))
+            found.append(
+                _Token(
+                    "time",
+                    match["time"],
+                    *at,
+                    float(match["number"]),
+                    unit if unit in _SECONDS else unit.removesuffix("s"),
+                )
+            )
     return found
 
 
@@ -106,6 +126,7 @@ class _Pair(NamedTuple):
 
 def _pair(tokens: Sequence[_Token], at: int, between: bool) -> _Pair | None:
     """The pair of times that starts at `at`, if any."""
+
     def time(at: int) -> int | None:
         at += at < len(tokens) and tokens[at].text in ("second", "sec")  # "second 3"
         return at if at < len(tokens) and tokens[at].kind == "time" else None
@@ -132,11 +153,12 @@ def read_ranges(text: str) -> list[tuple[float, float]] | None:
     at, glue, joined = 0, "", ""
     while at < len(tokens):
         token = tokens[at]
-        pair = _pair(tokens, at, any(one.text == "between" for one in tokens[max(0, at - 2):at]))
+        pair = _pair(tokens, at, any(one.text == "between" for one in tokens[max(0, at - 2) : at]))
         if pair:
             in_brackets = at > 0 and tokens[at - 1].kind in _OPENING
-            if pair.times is None or (not in_brackets and joined and joined == (
-                    glue or joined)):  # "0,2,5,7" may list four seconds, and "1,5 2,5" hold decimal commas
+            if pair.times is None or (
+                not in_brackets and joined and joined == (glue or joined)
+            ):  # "0,2,5,7" may list four seconds, and "1,5 2,5" hold decimal commas
                 return None
             if pair.past < len(tokens) and tokens[pair.past].text == "of":  # "0.3-0.5 of the clip" are shares
                 return None
@@ -168,7 +190,7 @@ def _bracketed(text: str, tokens: Sequence[_Token], at: int) -> tuple[list[Span]
     close = next((i for i in range(at + 1, len(tokens)) if tokens[i].kind in (*_OPENING, *_CLOSING)), len(tokens))
     if close == len(tokens) or tokens[close].kind in _OPENING:  # cut off, or others inside
         return [], at + 1
-    inside = text[tokens[at].last:tokens[close].first]
+    inside = text[tokens[at].last : tokens[close].first]
     if not re.search(r"\d", inside):
         return [], at + 1
     ranges = read_ranges(inside) or []
@@ -192,8 +214,12 @@ def _bare(tokens: Sequence[_Token], at: int) -> tuple[list[Span], int]:
             if pairs and at + bool(opening) < len(tokens) and tokens[at + bool(opening)].kind == "time":
                 sound, past = False, at + bool(opening) + 1
             break
-        signed = tokens[at].kind == "time" and at > 0 and tokens[at - 1].kind == "other" and (
-            tokens[at - 1].last == tokens[at].first)  # "-3 to 5 s"
+        signed = (
+            tokens[at].kind == "time"
+            and at > 0
+            and tokens[at - 1].kind == "other"
+            and (tokens[at - 1].last == tokens[at].first)
+        )  # "-3 to 5 s"
         sound &= pair.times is not None and pair.join != " " and not signed
         pairs.append((opening, pair))
         start, end = pair.times or (0, 0)

@@ -89,8 +89,14 @@ def _parser() -> CommandLine:
         return one
 
     read = add("read", _READ, _read, "JSONL file to write")
-    read.add_argument("--labels", action="append", type=PATH, required=True, metavar="[NAME=]PATH",
-                      help=f"released zip or unpacked folder, of {', '.join(released.ZIPS)}; may be repeated")
+    read.add_argument(
+        "--labels",
+        action="append",
+        type=PATH,
+        required=True,
+        metavar="[NAME=]PATH",
+        help=f"released zip or unpacked folder, of {', '.join(released.ZIPS)}; may be repeated",
+    )
     read.add_argument("--skip-bad", action="store_true", help="leave out damaged label files instead of stopping")
     write = add("write", _WRITE, _write, "JSONL file to write")
     llm = add("annotate", _ANNOTATE, _annotate, "JSONL file to write")
@@ -99,29 +105,42 @@ def _parser() -> CommandLine:
     _endpoint_arguments(llm)
     check = add("verify", _VERIFY, _verify, "folder to write")
     check.add_argument("--examples", type=PATH, required=True, metavar="FILE", help="JSONL of Examples with targets")
-    check.add_argument("--root", type=PATH, metavar="DIR",
-                       help="where media and masks are (default: the folder of --examples)")
+    check.add_argument(
+        "--root", type=PATH, metavar="DIR", help="where media and masks are (default: the folder of --examples)"
+    )
     check.add_argument("--accept", type=PATH, metavar="FILE", help="ids, one a line, that a person found good")
     check.add_argument("--reject", type=PATH, metavar="FILE", help="ids, one a line, that a person found bad")
     check.add_argument("--sample", type=Whole(1), default=5, help="good Examples of each task on the page (default: 5)")
     describe = add("card", _CARD, _card, "folder to write")
     describe.add_argument("--examples", type=PATH, required=True, nargs="+", metavar="FILE", help="JSONL of Examples")
-    describe.add_argument("--tokenizer", type=PATH, metavar="PATH",
-                          help="tokenizer.json or folder, to count tokens too")
+    describe.add_argument(
+        "--tokenizer", type=PATH, metavar="PATH", help="tokenizer.json or folder, to count tokens too"
+    )
     describe.add_argument("--name", default="AV-UIE", help="title of the card")
     return parser
 
 
 def _plain_labels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=PATH, metavar="DIR",
-                        help="data root of original releases; or where the media of "
-                        "--examples are (default: its folder)")
+    parser.add_argument(
+        "--root",
+        type=PATH,
+        metavar="DIR",
+        help="data root of original releases; or where the media of --examples are (default: its folder)",
+    )
     parser.add_argument("--datasets", default="", metavar="A,B", help="of the root (default: all that are there)")
     parser.add_argument("--split", type=Name(), default="train")
-    parser.add_argument("--missing", choices=("raise", "skip"), default="raise", help="what to do about media files "
-                        "that are not there (default: raise)")
-    parser.add_argument("--malformed", choices=("raise", "skip"), default="raise", help="what to do about rows that "
-                        "cannot be read (default: raise)")
+    parser.add_argument(
+        "--missing",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about media files that are not there (default: raise)",
+    )
+    parser.add_argument(
+        "--malformed",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about rows that cannot be read (default: raise)",
+    )
     parser.add_argument("--examples", type=PATH, metavar="FILE", help="a JSONL file of Examples instead")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
     parser.add_argument("--limit", type=Whole(1), help="the first so many Examples of each task")
@@ -129,24 +148,39 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
 
 def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     environment = os.environ.get
-    parser.add_argument("--url", default=environment("AV_UIE_BASE_URL", ""), help="the endpoint up to /v1 (default: "
-                        "AV_UIE_BASE_URL)")
+    parser.add_argument(
+        "--url", default=environment("AV_UIE_BASE_URL", ""), help="the endpoint up to /v1 (default: AV_UIE_BASE_URL)"
+    )
     parser.add_argument("--model", default=environment("AV_UIE_MODEL", ""), help="(default: AV_UIE_MODEL)")
-    parser.add_argument("--key-env", default="AV_UIE_API_KEY", metavar="NAME",
-                        help="environment variable that holds the key; unset for a server without one "
-                        "(default: AV_UIE_API_KEY)")
-    parser.add_argument("--parameters", type=strict_json, default=annotate.PARAMETERS, metavar="JSON",
-                        help=f"of the request (default: {json.dumps(annotate.PARAMETERS)})")
+    parser.add_argument(
+        "--key-env",
+        default="AV_UIE_API_KEY",
+        metavar="NAME",
+        help="environment variable that holds the key; unset for a server without one (default: AV_UIE_API_KEY)",
+    )
+    parser.add_argument(
+        "--parameters",
+        type=strict_json,
+        default=annotate.PARAMETERS,
+        metavar="JSON",
+        help=f"of the request (default: {json.dumps(annotate.PARAMETERS)})",
+    )
     parser.add_argument("--journal", type=PATH, metavar="FILE", help="answers received (default: <out>.journal)")
     parser.add_argument("--workers", type=Whole(1), default=8, help="requests at a time (default: 8)")
-    parser.add_argument("--rpm", type=Real(1e-3, 1e9, zero=True), default=0.0,
-                        help="requests a minute (default: no limit)")
+    parser.add_argument(
+        "--rpm", type=Real(1e-3, 1e9, zero=True), default=0.0, help="requests a minute (default: no limit)"
+    )
     parser.add_argument("--timeout", type=Real(1e-3, 1e6), default=120.0, help="seconds for one reply (default: 120)")
     parser.add_argument("--attempts", type=Whole(1), default=6, help="tries of one request (default: 6)")
-    parser.add_argument("--backoff", type=Real(0, 1e6), default=1.0,
-                        help="seconds before a second try; doubles (default: 1)")
-    parser.add_argument("--corrections", type=Whole(0, 3), default=1,
-                        help="how often a target that disagrees is asked for again (default: 1)")
+    parser.add_argument(
+        "--backoff", type=Real(0, 1e6), default=1.0, help="seconds before a second try; doubles (default: 1)"
+    )
+    parser.add_argument(
+        "--corrections",
+        type=Whole(0, 3),
+        default=1,
+        help="how often a target that disagrees is asked for again (default: 1)",
+    )
     parser.add_argument("--price-in", type=Real(), default=0.0, help="of a million prompt tokens")
     parser.add_argument("--price-out", type=Real(), default=0.0, help="of a million answer tokens")
     parser.add_argument("--budget", type=Real(), default=0.0, help="stop before all answers cost more (default: none)")
@@ -156,11 +190,16 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 # Input and output.
 
+
 def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
     """The Examples with plain labels that the arguments name, and the root of their media."""
     if bool(args.examples) == bool(args.datasets or not args.examples and args.root):
-        raise InputError("command line", "", "give plain labels once",
-                         "give --root (and --datasets) for original releases, or --examples for a JSONL file")
+        raise InputError(
+            "command line",
+            "",
+            "give plain labels once",
+            "give --root (and --datasets) for original releases, or --examples for a JSONL file",
+        )
     if args.examples:
         root, examples = Path(args.root or Path(args.examples).parent), read_jsonl(args.examples)
     else:
@@ -177,6 +216,7 @@ def _as_json(value: Any) -> str:
 
 # The commands.
 
+
 def _read(args: argparse.Namespace) -> None:
     examples, _ = _examples(args)
     attached: list[Example] = []
@@ -187,14 +227,23 @@ def _read(args: argparse.Namespace) -> None:
         result = released.attach(examples, found)
         if not result.examples:
             asked = next((e.id for e in examples if e.task in released.ZIPS[found.name]), "none of its task")
-            problem = (f"none of its {len(found.texts)} labels (such as {min(found.texts)!r}) belongs to an example "
-                       f"(such as {asked!r})")
+            problem = (
+                f"none of its {len(found.texts)} labels (such as {min(found.texts)!r}) belongs to an example "
+                f"(such as {asked!r})"
+            )
             raise InputError(path, "", problem, "check --datasets, --split and --examples")
         attached += result.examples
-        report[found.name] = {"labels": len(found.texts), "examples": len(result.examples), "bad": found.problems,
-                              "examples_without": result.without, "labels_unused": result.unused}
-        print(f"{found.name}: {len(result.examples)} targets from {len(found.texts)} labels; {len(result.without)} "
-              f"examples have none, {len(result.unused)} labels are not used, {len(found.problems)} are bad")
+        report[found.name] = {
+            "labels": len(found.texts),
+            "examples": len(result.examples),
+            "bad": found.problems,
+            "examples_without": result.without,
+            "labels_unused": result.unused,
+        }
+        print(
+            f"{found.name}: {len(result.examples)} targets from {len(found.texts)} labels; {len(result.without)} "
+            f"examples have none, {len(result.unused)} labels are not used, {len(found.problems)} are bad"
+        )
     write_jsonl(args.out, attached)
     write_whole(f"{args.out}.report.json", _as_json(report))
 
@@ -213,9 +262,18 @@ def _annotate(args: argparse.Namespace) -> None:
     if not isinstance(args.parameters, dict):
         raise InputError("--parameters", "", "is no JSON object", 'give it as {"temperature": 0.3}')
     endpoint = annotate.Endpoint(
-        url=args.url, model=args.model, key=os.environ.get(args.key_env, ""), parameters=args.parameters,
-        timeout=args.timeout, attempts=args.attempts, backoff=args.backoff, per_minute=args.rpm,
-        price_in=args.price_in, price_out=args.price_out, budget=args.budget)
+        url=args.url,
+        model=args.model,
+        key=os.environ.get(args.key_env, ""),
+        parameters=args.parameters,
+        timeout=args.timeout,
+        attempts=args.attempts,
+        backoff=args.backoff,
+        per_minute=args.rpm,
+        price_in=args.price_in,
+        price_out=args.price_out,
+        budget=args.budget,
+    )
     if args.estimate:
         print(_as_json(annotate.estimate(examples, endpoint, root)), end="")
         return
@@ -226,9 +284,15 @@ def _annotate(args: argparse.Namespace) -> None:
     progress = Progress("annotated", sum(map(annotate.asked_about, examples)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as clean as ctrl-C
     try:
-        outcome = annotate.run(examples, client, root, args.corrections, args.workers,
-                               lambda done: progress.to(done, f"  {_costs(client)}"), lambda: on_stderr(
-                                   "stopping: waiting for the requests under way; ctrl-C again drops them"))
+        outcome = annotate.run(
+            examples,
+            client,
+            root,
+            args.corrections,
+            args.workers,
+            lambda done: progress.to(done, f"  {_costs(client)}"),
+            lambda: on_stderr("stopping: waiting for the requests under way; ctrl-C again drops them"),
+        )
     finally:
         print(_costs(client))
         journal.close()
@@ -244,8 +308,10 @@ def _annotate(args: argparse.Namespace) -> None:
 def _costs(client: annotate.Client) -> str:
     """What was asked and what it cost: of this run, and of the journal since its start."""
     counts, journal = client.counts, client.journal
-    return (f"{counts['asked']} asked, {counts['cached']} from the journal, {counts['retried']} retried; in all "
-            f"{journal.tokens_in} + {journal.tokens_out} tokens, cost {client.spent():.4f}, {journal.lost} lost")
+    return (
+        f"{counts['asked']} asked, {counts['cached']} from the journal, {counts['retried']} retried; in all "
+        f"{journal.tokens_in} + {journal.tokens_out} tokens, cost {client.spent():.4f}, {journal.lost} lost"
+    )
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -70,16 +70,27 @@ class Endpoint:
         """Raises InputError; never with the URL or the key in it, because either may hold a secret."""
         try:
             parts = urlsplit(self.url)
-            clean = parts.scheme in ("http", "https") and parts.hostname and not (
-                parts.username or parts.password or parts.query or parts.fragment)
+            clean = (
+                parts.scheme in ("http", "https")
+                and parts.hostname
+                and not (parts.username or parts.password or parts.query or parts.fragment)
+            )
         except ValueError:
             clean = False
         if not clean:
-            raise InputError("--url", "", "is no plain http(s) address",
-                             "give it as https://host/v1, without a key, user or query in it")
+            raise InputError(
+                "--url",
+                "",
+                "is no plain http(s) address",
+                "give it as https://host/v1, without a key, user or query in it",
+            )
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
-            raise InputError("the API key", "", "holds a space, a line end or a character that no key has",
-                             "set the environment variable to the key alone")
+            raise InputError(
+                "the API key",
+                "",
+                "holds a space, a line end or a character that no key has",
+                "set the environment variable to the key alone",
+            )
         if not self.model:
             raise InputError("--model", "", "is empty", "name a model of the endpoint")
         if self.budget and not (self.price_in or self.price_out):
@@ -151,8 +162,12 @@ class Journal:
                 self._keep(record)
             except (ValueError, TypeError):
                 self.close()
-                raise InputError(f"{self.path}:{number}", "", "is no record of this journal",
-                                 "remove the line; the answer in it is asked for again") from None
+                raise InputError(
+                    f"{self.path}:{number}",
+                    "",
+                    "is no record of this journal",
+                    "remove the line; the answer in it is asked for again",
+                ) from None
 
     def _keep(self, record: dict[str, Any]) -> None:
         if "lost" in record:
@@ -224,7 +239,7 @@ class Client:
                     raise
                 self._count(retried=1)
                 self._hold(failure.wait)
-                pause = min(_LONGEST_WAIT, self.endpoint.backoff * 2 ** attempt) * random.uniform(0.5, 1.0)
+                pause = min(_LONGEST_WAIT, self.endpoint.backoff * 2**attempt) * random.uniform(0.5, 1.0)
                 if self.stop.wait(max(pause, failure.wait)):
                     raise Stopped from None
             else:
@@ -248,8 +263,12 @@ class Client:
         with self._lock:
             budget = self.endpoint.budget
             if budget and cost > 0 and self.spent() + self._reserved + cost > budget:
-                raise InputError("--budget", "", f"{budget:g} is spent but for what the next request may cost",
-                                 "raise it and run the same command again; what was answered is kept")
+                raise InputError(
+                    "--budget",
+                    "",
+                    f"{budget:g} is spent but for what the next request may cost",
+                    "raise it and run the same command again; what was answered is kept",
+                )
             self._reserved += cost
 
     def _wait_for_turn(self) -> None:
@@ -351,14 +370,16 @@ def tokens_in(messages: Messages) -> int:
     return sum(len(message["content"]) for message in messages) // CHARACTERS_PER_TOKEN + 4 * len(messages)
 
 
-def annotated(example: Example, client: Client, root: str | Path | None, vocabulary: Sequence[str],
-              corrections: int) -> Example:
+def annotated(
+    example: Example, client: Client, root: str | Path | None, vocabulary: Sequence[str], corrections: int
+) -> Example:
     """The Example with the LLM's target: the first that agrees with the label, or the last of 1 + corrections."""
     messages = prompts.messages(example, root)
     for left in range(corrections, -1, -1):
         text = client.ask(example.id, messages)
-        answer = dataclasses.replace(example, target=text,
-                                     meta={**example.meta, "reasoning": f"{verify.LLM}{client.endpoint.model}"})
+        answer = dataclasses.replace(
+            example, target=text, meta={**example.meta, "reasoning": f"{verify.LLM}{client.endpoint.model}"}
+        )
         problems = verify.problems(answer, root, vocabulary)
         if not problems or not left:
             return answer
@@ -378,9 +399,15 @@ def asked_about(example: Example) -> bool:
     return example.task in labels.ANSWER_STARTS and not labels.weak(example)
 
 
-def run(examples: Sequence[Example], client: Client, root: str | Path | None = None, corrections: int = 1,
-        workers: int = 8, progress: Callable[[int], None] | None = None,
-        stopping: Callable[[], None] | None = None) -> Outcome:
+def run(
+    examples: Sequence[Example],
+    client: Client,
+    root: str | Path | None = None,
+    corrections: int = 1,
+    workers: int = 8,
+    progress: Callable[[int], None] | None = None,
+    stopping: Callable[[], None] | None = None,
+) -> Outcome:
     """Targets for every Example that needs one, `workers` requests at a time.
 
     An Example whose request fails for good is left out and named. progress: called with the number of finished ones,
@@ -440,8 +467,12 @@ def run(examples: Sequence[Example], client: Client, root: str | Path | None = N
         elif isinstance(result, Failure):
             failed[examples[place].id], barren = result.what, barren + 1
             if barren >= max(5, 2 * workers) and fatal is None:
-                fatal = InputError("the endpoint", "", f"has not answered {barren} requests in a row: {result.what}",
-                                   "check it, and run the same command again; what was answered is kept")
+                fatal = InputError(
+                    "the endpoint",
+                    "",
+                    f"has not answered {barren} requests in a row: {result.what}",
+                    "check it, and run the same command again; what was answered is kept",
+                )
         else:
             fatal = fatal or result
         if fatal:
@@ -458,5 +489,9 @@ def estimate(examples: Sequence[Example], endpoint: Endpoint, root: str | Path |
     requests = [prompts.messages(example, root) for example in asked]
     total_in = sum(map(tokens_in, requests))
     total_out = sum(len(request[-1]["content"]) // CHARACTERS_PER_TOKEN for request in requests)
-    return {"requests": len(asked), "tokens_in": total_in, "tokens_out": total_out,
-            "cost": endpoint.cost(total_in, total_out)}
+    return {
+        "requests": len(asked),
+        "tokens_in": total_in,
+        "tokens_out": total_out,
+        "cost": endpoint.cost(total_in, total_out),
+    }

@@ -14,23 +14,36 @@ from data_pipelines.examples import TASK_NAMES, Example
 
 # What each task asks of a model (paper sections 1 and 3).
 GRANULARITY = {
-    "ave": "temporal localisation", "avvp": "temporal localisation", "avqa": "spatio-temporal reasoning",
-    "arig": "spatial localisation", "s4": "pixel-level understanding", "ms3": "pixel-level understanding",
-    "avss": "pixel-level understanding", "ref-avs": "pixel-level understanding", "avcap": "captioning"}
+    "ave": "temporal localisation",
+    "avvp": "temporal localisation",
+    "avqa": "spatio-temporal reasoning",
+    "arig": "spatial localisation",
+    "s4": "pixel-level understanding",
+    "ms3": "pixel-level understanding",
+    "avss": "pixel-level understanding",
+    "ref-avs": "pixel-level understanding",
+    "avcap": "captioning",
+}
 _SOURCES = {"ave": "ave", "avvp": "avvp", "avqa": "avqa", "ref-avs": "ref_avs", "avcap": "valor"}
 
 
 def source(example: Example) -> str:
     """The data set that an Example comes from: `meta.dataset`, and for one written elsewhere the task's own."""
-    return str(example.meta.get("dataset") or ("scenes" if "scene" in example.meta else
-                                                _SOURCES.get(example.task, example.task)))
+    return str(
+        example.meta.get("dataset")
+        or ("scenes" if "scene" in example.meta else _SOURCES.get(example.task, example.task))
+    )
 
 
 def lengths(values: Iterable[int]) -> dict[str, float]:
     """mean, median, 95th percentile and largest."""
     found = np.array([*values], float)
-    return {"mean": round(float(found.mean()), 1), "median": float(np.median(found)),
-            "p95": float(np.percentile(found, 95)), "max": float(found.max())}
+    return {
+        "mean": round(float(found.mean()), 1),
+        "median": float(np.median(found)),
+        "p95": float(np.percentile(found, 95)),
+        "max": float(found.max()),
+    }
 
 
 def card(examples: Sequence[Example], count_tokens: Callable[[str], int] | None = None) -> dict[str, Any]:
@@ -41,20 +54,30 @@ def card(examples: Sequence[Example], count_tokens: Callable[[str], int] | None 
     """
     groups = {task: [e for e in examples if e.task == task] for task in TASK_NAMES}
     tasks = {task: _task_card(found, len(examples), count_tokens) for task, found in groups.items() if found}
-    return {"samples": len(examples), "tasks": tasks,
-            "granularity": _shares(GRANULARITY[e.task] for e in examples), "sources": _shares(map(source, examples)),
-            "writers": _shares(_writer(e) for e in examples),
-            "coverage": _coverage(examples), "target_words": lengths(len(e.target.split()) for e in examples)}
+    return {
+        "samples": len(examples),
+        "tasks": tasks,
+        "granularity": _shares(GRANULARITY[e.task] for e in examples),
+        "sources": _shares(map(source, examples)),
+        "writers": _shares(_writer(e) for e in examples),
+        "coverage": _coverage(examples),
+        "target_words": lengths(len(e.target.split()) for e in examples),
+    }
 
 
 def _task_card(examples: Sequence[Example], total: int, count_tokens: Callable[[str], int] | None) -> dict[str, Any]:
     texts = [reasoning_of(example) for example in examples]
-    found = {"samples": len(examples), "share": round(len(examples) / total, 4),
-             "granularity": GRANULARITY[examples[0].task],
-             "sources": dict(Counter(map(source, examples))), "writers": dict(Counter(map(_writer, examples))),
-             "coverage": _coverage(examples), "distinct_reasoning": len({text for text in texts if text}),
-             "reasoning_words": lengths(len(text.split()) for text in texts),
-             "target_words": lengths(len(e.target.split()) for e in examples)}
+    found = {
+        "samples": len(examples),
+        "share": round(len(examples) / total, 4),
+        "granularity": GRANULARITY[examples[0].task],
+        "sources": dict(Counter(map(source, examples))),
+        "writers": dict(Counter(map(_writer, examples))),
+        "coverage": _coverage(examples),
+        "distinct_reasoning": len({text for text in texts if text}),
+        "reasoning_words": lengths(len(text.split()) for text in texts),
+        "target_words": lengths(len(e.target.split()) for e in examples),
+    }
     if count_tokens:
         found["target_tokens"] = lengths(count_tokens(e.target) for e in examples)
     return found
@@ -76,14 +99,27 @@ def _shares(names: Iterable[str]) -> dict[str, dict[str, float]]:
 def markdown(found: Mapping[str, Any], name: str) -> str:
     """The card as a page."""
     words = found["target_words"]
-    lines = [f"# {cell(name)}", "", f"{found['samples']:,} samples; {found['coverage']:.1%} reason before they answer. "
-             f"Targets have {words['mean']} words on average, {words['max']:g} at most.", "",
-             "| task | samples | share | sources | written by | reasoning | distinct | words mean / p95 / max |"
-             + (" tokens mean / p95 / max |" if _has_tokens(found) else ""),
-             "|---|---|---|---|---|---|---|---|" + ("---|" if _has_tokens(found) else "")]
+    lines = [
+        f"# {cell(name)}",
+        "",
+        f"{found['samples']:,} samples; {found['coverage']:.1%} reason before they answer. "
+        f"Targets have {words['mean']} words on average, {words['max']:g} at most.",
+        "",
+        "| task | samples | share | sources | written by | reasoning | distinct | words mean / p95 / max |"
+        + (" tokens mean / p95 / max |" if _has_tokens(found) else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if _has_tokens(found) else ""),
+    ]
     for task, row in found["tasks"].items():
-        cells = [task, f"{row['samples']:,}", f"{row['share']:.1%}", _counts(row["sources"]), _counts(row["writers"]),
-                 f"{row['coverage']:.1%}", f"{row['distinct_reasoning']:,}", _lengths(row["target_words"])]
+        cells = [
+            task,
+            f"{row['samples']:,}",
+            f"{row['share']:.1%}",
+            _counts(row["sources"]),
+            _counts(row["writers"]),
+            f"{row['coverage']:.1%}",
+            f"{row['distinct_reasoning']:,}",
+            _lengths(row["target_words"]),
+        ]
         cells += [_lengths(row["target_tokens"])] if _has_tokens(found) else []
         lines.append(f"| {' | '.join(cells)} |")
     for title, key in (("Granularity", "granularity"), ("Sources", "sources"), ("Reasoning written by", "writers")):

@@ -16,19 +16,39 @@ from data_pipelines.examples import Example
 from data_pipelines.labels import answer, label, names, spans_of, weak
 from data_pipelines.sources.arig import box_of
 
-__all__ = ["ANSWER_STARTS", "BOX_SPACE", "Place", "answer", "box_place", "label", "mask_place", "names", "places",
-           "reasoning_of", "spans_of", "weak", "with_reasoning"]
+__all__ = [
+    "ANSWER_STARTS",
+    "BOX_SPACE",
+    "Place",
+    "answer",
+    "box_place",
+    "label",
+    "mask_place",
+    "names",
+    "places",
+    "reasoning_of",
+    "spans_of",
+    "weak",
+    "with_reasoning",
+]
 
 BOX_SPACE = arig.SIZE  # coordinates are pixels of a 224 x 224 picture, as in AV-UIE
 # How the answer of each task begins; what stands before it is the reasoning. AVCap has an answer only.
 ANSWER_STARTS = {
-    "ave": "So the audible and visible event", "avvp": "Therefore, visual and audio events are",
-    "avqa": "So the answer is", "arig": "The sounding object is", "s4": "The object making the sound in the video is",
-    "ms3": "The object making the sound in the video is", "avss": "The object making the sound in the video is",
-    "ref-avs": "At the "}
-_WHERE = (("in the upper left", "at the top", "in the upper right"),
-          ("on the left", "in the middle", "on the right"),
-          ("in the lower left", "at the bottom", "in the lower right"))
+    "ave": "So the audible and visible event",
+    "avvp": "Therefore, visual and audio events are",
+    "avqa": "So the answer is",
+    "arig": "The sounding object is",
+    "s4": "The object making the sound in the video is",
+    "ms3": "The object making the sound in the video is",
+    "avss": "The object making the sound in the video is",
+    "ref-avs": "At the ",
+}
+_WHERE = (
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
+)
 
 
 class Place(NamedTuple):
@@ -71,7 +91,7 @@ def mask_place(mask: np.ndarray, name: str = "") -> Place | None:
 def box_place(box: Sequence[float]) -> Place:
     """The place of everything inside a box."""
     x1, y1, x2, y2 = (round(value) for value in box)
-    return Place((x1, y1, x2, y2), ((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1) * (y2 - y1) / BOX_SPACE ** 2)
+    return Place((x1, y1, x2, y2), ((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1) * (y2 - y1) / BOX_SPACE**2)
 
 
 def places(example: Example, root: str | Path | None) -> tuple[Place, ...] | None:

@@ -64,8 +64,12 @@ def read(path: str | Path, name: str = "", strict: bool = True) -> Labels:
     path = Path(path)
     name = name or path.name.removesuffix(".zip").removesuffix(SUFFIX)
     if name not in ZIPS:
-        raise InputError(str(path), "", f"{name!r} is none of the released labels",
-                         f"use <name>{SUFFIX}.zip, or say NAME=PATH, with a name of {', '.join(ZIPS)}")
+        raise InputError(
+            str(path),
+            "",
+            f"{name!r} is none of the released labels",
+            f"use <name>{SUFFIX}.zip, or say NAME=PATH, with a name of {', '.join(ZIPS)}",
+        )
     texts: dict[str, str] = {}
     problems = []
     for entry, content in _files(path):
@@ -78,16 +82,27 @@ def read(path: str | Path, name: str = "", strict: bool = True) -> Labels:
             except UnicodeDecodeError as error:
                 problem = f"is not UTF-8 at byte {error.start}"
             else:
-                problem = ("is empty" if not text else "holds zeros" if "\0" in text else "is there twice"
-                           if stem in texts else None)
+                problem = (
+                    "is empty"
+                    if not text
+                    else "holds zeros"
+                    if "\0" in text
+                    else "is there twice"
+                    if stem in texts
+                    else None
+                )
         if problem:
             problems.append(f"{entry} {problem}")
         else:
             texts[stem] = text
     if problems and strict:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise InputError(str(path), "", "; ".join(problems[:_SHOWN]) + more,
-                         "download it again, or leave these files out with --skip-bad")
+        raise InputError(
+            str(path),
+            "",
+            "; ".join(problems[:_SHOWN]) + more,
+            "download it again, or leave these files out with --skip-bad",
+        )
     if not texts:
         raise InputError(str(path), "", "holds no labels", "download it again")
     return Labels(name, texts, problems)
@@ -123,11 +138,16 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
             if len(infos) > _MEMBERS or sum(info.file_size for info in infos) > _UNPACKED:
-                raise InputError(str(path), "", f"holds {len(infos):,} files, or more than {_UNPACKED:,} bytes in all",
-                                 "download it again")
+                raise InputError(
+                    str(path),
+                    "",
+                    f"holds {len(infos):,} files, or more than {_UNPACKED:,} bytes in all",
+                    "download it again",
+                )
             if (stated := _stated(path)) not in (len(infos), _IN_ZIP64):  # Python reads what the index lists
-                raise InputError(str(path), "", f"lists {len(infos):,} of {stated:,} files; it is damaged",
-                                 "download it again")
+                raise InputError(
+                    str(path), "", f"lists {len(infos):,} of {stated:,} files; it is damaged", "download it again"
+                )
             for info in infos:
                 if info.is_dir() or _of_macos(info.filename):
                     continue
@@ -146,7 +166,7 @@ def _stated(path: Path) -> int:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 22 - 0xFFFF))  # its comment may be so long
         end = file.read()
-    return int.from_bytes(end[(at := end.rfind(b"PK\5\6")) + 10:at + 12], "little")
+    return int.from_bytes(end[(at := end.rfind(b"PK\5\6")) + 10 : at + 12], "little")
 
 
 def _of_macos(entry: str) -> bool:
@@ -155,6 +175,7 @@ def _of_macos(entry: str) -> bool:
 
 # Under which file stems the label of an Example may stand, the likeliest first. AVE and LLP files are named by the
 # video; the names of arig and AVS are not known, so every id that their release has for a frame is tried.
+
 
 def _video_keys(example: Example) -> list[str]:
     return [Path(example.video).stem if example.video else "", str(example.meta.get("filename", "")), example.id]
@@ -171,7 +192,12 @@ def _frame_keys(example: Example) -> list[str]:
 
 
 KEYS: dict[str, Callable[[Example], list[str]]] = {
-    "ave": _video_keys, "avvp": _video_keys, "music_avqa": _question_keys, "arig": _frame_keys, "AVS": _frame_keys}
+    "ave": _video_keys,
+    "avvp": _video_keys,
+    "music_avqa": _question_keys,
+    "arig": _frame_keys,
+    "AVS": _frame_keys,
+}
 
 
 def target(example: Example, text: str) -> str:
@@ -184,14 +210,18 @@ def target(example: Example, text: str) -> str:
     if example.task == "avvp":
         return re.sub(r"<(/?)(audio|visual)>", r"<\1\2_event>", text)
     task = TASKS[example.task]
-    if example.task in ZIPS["arig"] + ZIPS["AVS"] and not labels.weak(example) and (
-            task.parse(text) is None or (task.mask_kind != "none" and MASK not in text)):
+    if (
+        example.task in ZIPS["arig"] + ZIPS["AVS"]
+        and not labels.weak(example)
+        and (task.parse(text) is None or (task.mask_kind != "none" and MASK not in text))
+    ):
         return labels.with_reasoning(example, text, RELEASED).target
     return text
 
 
-def attach(examples: Sequence[Example], found: Labels, keys: Mapping[str, Callable[[Example], list[str]]] = KEYS
-           ) -> Attached:
+def attach(
+    examples: Sequence[Example], found: Labels, keys: Mapping[str, Callable[[Example], list[str]]] = KEYS
+) -> Attached:
     """Released targets for the Examples of the zip's tasks; Examples of other tasks are left out.
 
     keys: how the file stem of an Example is found, per zip. Two rows of AVE about one video share its one file; the
@@ -207,6 +237,9 @@ def attach(examples: Sequence[Example], found: Labels, keys: Mapping[str, Callab
             without.append(example.id)
             continue
         taken.add(key)
-        attached.append(dataclasses.replace(example, target=target(example, found.texts[key]),
-                                            meta={**example.meta, "reasoning": RELEASED}))
+        attached.append(
+            dataclasses.replace(
+                example, target=target(example, found.texts[key]), meta={**example.meta, "reasoning": RELEASED}
+            )
+        )
     return Attached(attached, without, sorted(found.texts.keys() - taken))

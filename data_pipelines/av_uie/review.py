@@ -43,22 +43,28 @@ def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
     by_task: dict[str, list[Example]] = {}
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
-    return [example for found in by_task.values()
-            for example in sorted(found, key=_rank)[:per_task]]
+    return [example for found in by_task.values() for example in sorted(found, key=_rank)[:per_task]]
 
 
 def _rank(example: Example) -> bytes:
     return hashlib.sha256(example.id.encode("utf-8", "surrogatepass")).digest()
 
 
-def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root: str | Path | None = None,
-         per_task: int = 5, most: int = 300) -> str:
+def page(
+    good: Sequence[Example],
+    bad: Sequence[tuple[Example, list[str]]],
+    root: str | Path | None = None,
+    per_task: int = 5,
+    most: int = 300,
+) -> str:
     """The page. `most` quarantined Examples are shown, evenly from all of them, and it says how many there are."""
     shown = [bad[i * len(bad) // min(len(bad), most)] for i in range(min(len(bad), most))]
     reasons = Counter(_kind(reason) for _, found in bad for reason in found)
     rows = [(str(n), reason) for reason, n in reasons.most_common(30)] or [("", "nothing is in quarantine")]
     picked = sample(good, per_task)
-    return document("AV-UIE targets", Html("""
+    return document(
+        "AV-UIE targets",
+        Html("""
 <p>{good} agree with their labels, {bad} are in quarantine.</p>
 <h2>Why</h2>{reasons}
 <h2>Quarantined: {shown} of {bad}</h2>
@@ -69,9 +75,18 @@ def page(good: Sequence[Example], bad: Sequence[tuple[Example, list[str]]], root
 <p>Save each box as a file and give it to <code>verify</code>.</p>
 <label>--accept<textarea id="accept" spellcheck="false"></textarea></label>
 <label>--reject<textarea id="reject" spellcheck="false"></textarea></label>
-""").format(good=len(good), bad=len(bad), shown=len(shown), picked=len(picked), reasons=table((), rows),
+""").format(
+            good=len(good),
+            bad=len(bad),
+            shown=len(shown),
+            picked=len(picked),
+            reasons=table((), rows),
             quarantined=NONE.join(_article(example, root, found) for example, found in shown),
-            sample=NONE.join(_article(example, root, []) for example in picked)), _STYLE, _SCRIPT)
+            sample=NONE.join(_article(example, root, []) for example in picked),
+        ),
+        _STYLE,
+        _SCRIPT,
+    )
 
 
 def _kind(reason: str) -> str:
@@ -84,7 +99,7 @@ def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) 
     for block in (VIDEO, AUDIO, IMAGE):
         question = question.replace(block, "")
     before = reasoning_of(example)
-    answer = example.target[example.target.find(before) + len(before):] if before else example.target
+    answer = example.target[example.target.find(before) + len(before) :] if before else example.target
     what, verb = ("reject", "reject") if not reasons else ("accept", "accept all the same")
     listed = NONE.join(Html("<li>{}</li>").format(reason) for reason in reasons)
     problems = Html('<ul class="bad">{}</ul>').format(listed) if reasons else NONE
@@ -93,10 +108,20 @@ def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) 
         '<article>{picture}<div><span class="id">{name}</span> · {task} <span class="by">{by}</span> <label class="by">'
         '<input type="checkbox" name="{what}" value="{name}"> {verb}</label></div>{problems}'
         '<div class="by">{question}</div><p>{before} <span class="answer">{answer}</span></p>'
-        "<details><summary>label</summary><pre>{label}</pre></details></article>\n").format(
-            picture=_picture(example, root), name=printable(example.id), task=example.task,
-            by=example.meta.get("reasoning", "plain"), what=what, verb=verb, problems=problems, question=question,
-            before=_marked(before), answer=_marked(answer), label=label)
+        "<details><summary>label</summary><pre>{label}</pre></details></article>\n"
+    ).format(
+        picture=_picture(example, root),
+        name=printable(example.id),
+        task=example.task,
+        by=example.meta.get("reasoning", "plain"),
+        what=what,
+        verb=verb,
+        problems=problems,
+        question=question,
+        before=_marked(before),
+        answer=_marked(answer),
+        label=label,
+    )
 
 
 def _marked(text: str) -> Html:

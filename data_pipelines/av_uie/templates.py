@@ -27,7 +27,8 @@ _CUES = {  # what the words of a referring expression tell to compare, in the or
     "listen to the rhythm": r"rhythm\w*|faster|slower|fastest|slowest",
     "listen to when things sound": r"first|last|long\w*|short\w*|duration|start\w*|before|after|continuous\w*|earl\w*",
     "listen to what makes a sound": r"sound\w*|silent|play\w*|mak\w*|sing\w*|speak\w*|talk\w*|bark\w*|voice|noise",
-    "look where things are": r"left|right|middle|cent\w+|front|behind|beside|next|near\w*|under|above|top|bottom|back"}
+    "look where things are": r"left|right|middle|cent\w+|front|behind|beside|next|near\w*|under|above|top|bottom|back",
+}
 
 
 def write(example: Example, root: str | Path | None = None) -> Example:
@@ -134,4 +135,11 @@ def _ref_avs(values: dict[str, Any], found: Places) -> str:
 
 
 _WRITERS: dict[str, Callable[[dict[str, Any], Places], str]] = {
-    "ave": _ave, "avvp": _avvp, "arig": _arig, "s4": _avs, "ms3": _avs, "avss": _avs, "ref-avs": _ref_avs}
+    "ave": _ave,
+    "avvp": _avvp,
+    "arig": _arig,
+    "s4": _avs,
+    "ms3": _avs,
+    "avss": _avs,
+    "ref-avs": _ref_avs,
+}

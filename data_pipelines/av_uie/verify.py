@@ -23,8 +23,9 @@ from data_pipelines.labels import MASKED, disagreements
 RELEASED, LLM = "released", "llm:"  # who wrote a target: meta["reasoning"]
 LONGEST = 1500  # characters of an LLM's reasoning
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_GIVEN_AWAY = re.compile(r"\b(?:labels?|annotat\w+|ground[- ]truth|the facts|given facts|answer sentence|as an ai)\b",
-                         re.IGNORECASE)
+_GIVEN_AWAY = re.compile(
+    r"\b(?:labels?|annotat\w+|ground[- ]truth|the facts|given facts|answer sentence|as an ai)\b", re.IGNORECASE
+)
 
 
 def problems(example: Example, root: str | Path | None = None, vocabulary: Collection[str] = ()) -> list[str]:
@@ -59,8 +60,9 @@ def vocabulary_of(examples: Iterable[Example]) -> dict[str, frozenset[str]]:
     return {task: frozenset(found) for task, found in names.items()}
 
 
-def invented(example: Example, said: str, facts: str, vocabulary: Collection[str] = (), places: bool = True
-             ) -> list[str]:
+def invented(
+    example: Example, said: str, facts: str, vocabulary: Collection[str] = (), places: bool = True
+) -> list[str]:
     """What the reasoning `said` of an LLM adds to the `facts` that it was given; [] when nothing.
 
     places: whether the facts say where things are; if not, numbers are not compared.
@@ -76,14 +78,19 @@ def invented(example: Example, said: str, facts: str, vocabulary: Collection[str
     known, left = f" {normalise(facts)} ", f" {normalise(said)} "
     for name in sorted(labels.names(example), key=len, reverse=True):  # `car` is not named by `race car`
         left = left.replace(f" {normalise(name)} ", "  ")
-    other = [name for name in sorted(vocabulary) if f" {normalise(name)} " in left
-             and f" {normalise(name)} " not in known]
+    other = [
+        name for name in sorted(vocabulary) if f" {normalise(name)} " in left and f" {normalise(name)} " not in known
+    ]
     return found + [f"the reasoning names {name!r}, which no fact does" for name in other]
 
 
-def split(examples: Sequence[Example], root: str | Path | None = None, accept: Collection[str] = (),
-          reject: Collection[str] = (), progress: Callable[[int], None] | None = None
-          ) -> tuple[list[Example], list[tuple[Example, list[str]]]]:
+def split(
+    examples: Sequence[Example],
+    root: str | Path | None = None,
+    accept: Collection[str] = (),
+    reject: Collection[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Example], list[tuple[Example, list[str]]]]:
     """The Examples that agree with their labels, and the others with the reasons.
 
     accept, reject: ids that a person has looked at; they go where the person says, whatever the checks say.
@@ -120,5 +127,7 @@ def counted(bad: Iterable[tuple[Example, list[str]]]) -> dict[str, Any]:
     """How many Examples were quarantined per task, and the ids with their reasons."""
     found = list(bad)
     tasks = [example.task for example, _ in found]
-    return {"tasks": {task: tasks.count(task) for task in sorted(set(tasks))},
-            "quarantined": [{"id": example.id, "task": example.task, "reasons": reasons} for example, reasons in found]}
+    return {
+        "tasks": {task: tasks.count(task) for task in sorted(set(tasks))},
+        "quarantined": [{"id": example.id, "task": example.task, "reasons": reasons} for example, reasons in found],
+    }

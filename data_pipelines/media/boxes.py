@@ -12,8 +12,25 @@ _BLOCK = 1 << 20
 
 # MP4, MOV, M4A, 3GP
 
-MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"mfra", b"styp", b"sidx", b"uuid",
-             b"pnot", b"meta", b"udta", b"emsg", b"prft", b"ssix")
+MP4_BOXES = (
+    b"ftyp",
+    b"moov",
+    b"mdat",
+    b"free",
+    b"skip",
+    b"wide",
+    b"moof",
+    b"mfra",
+    b"styp",
+    b"sidx",
+    b"uuid",
+    b"pnot",
+    b"meta",
+    b"udta",
+    b"emsg",
+    b"prft",
+    b"ssix",
+)
 
 
 def mp4(read: Read, size: int) -> str:
@@ -53,8 +70,10 @@ def encrypted(path: str | Path) -> bool:
     """Whether the tracks of an MP4 are protected: its boxes are whole, and nothing can be decoded."""
     with open(path, "rb") as file:
         number = file.fileno()
-        return any(kind == b"moov" and b"sinf" in os.pread(number, min(end - start, _BLOCK), start) for kind, start, end
-                   in _boxes(lambda at, count: os.pread(number, count, at), 0, os.fstat(number).st_size))
+        return any(
+            kind == b"moov" and b"sinf" in os.pread(number, min(end - start, _BLOCK), start)
+            for kind, start, end in _boxes(lambda at, count: os.pread(number, count, at), 0, os.fstat(number).st_size)
+        )
 
 
 def _boxes(read: Read, at: int, end: int) -> list[tuple[bytes, int, int]]:
@@ -79,8 +98,10 @@ def _last_chunk(read: Read, at: int, end: int) -> int:
         if kind in (b"trak", b"mdia", b"minf", b"stbl"):
             last = max(last, _last_chunk(read, start, stop))
         elif kind == b"dinf":  # samples in another file, which nothing reads
-            external = any(kind == b"dref" and not read(start + 8, 12)[11:] == b"\1" for kind, start, _ in
-                           _boxes(read, start, stop))
+            external = any(
+                kind == b"dref" and not read(start + 8, 12)[11:] == b"\1"
+                for kind, start, _ in _boxes(read, start, stop)
+            )
         elif kind in (b"stco", b"co64"):
             wide = 4 if kind == b"stco" else 8
             count = min(int.from_bytes(read(start + 4, 4), "big"), (stop - start - 8) // wide)
@@ -96,8 +117,10 @@ def _indexed(box: bytes, at: int) -> int:
     at += int.from_bytes(box[20 + wide : 20 + 2 * wide], "big")
     table = 24 + 2 * wide
     count = int.from_bytes(box[table - 2 : table], "big")
-    return at + sum(int.from_bytes(box[place : place + 4], "big") & 0x7FFFFFFF
-                    for place in range(table, min(table + 12 * count, len(box) - 11), 12))
+    return at + sum(
+        int.from_bytes(box[place : place + 4], "big") & 0x7FFFFFFF
+        for place in range(table, min(table + 12 * count, len(box) - 11), 12)
+    )
 
 
 # Matroska, WebM

@@ -56,8 +56,13 @@ class Stamp(NamedTuple):
     duration: int
 
 
-def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction | None, splices: bool = False,
-                until: Fraction | None = None) -> FrameTimes:
+def frame_times(
+    stamps: Sequence[Stamp],
+    tick: Fraction | None,
+    rate: Fraction | None,
+    splices: bool = False,
+    until: Fraction | None = None,
+) -> FrameTimes:
     """The times of the frames that `stamps`, in the order of the file, are of. `rate`: frames a second as the container
     has it; `splices`: whether times may start anew in the middle of such a file; `until`: the second, on the file's own
     clock, to which the last frame is held where it would end before."""
@@ -74,8 +79,14 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
             rate = 1 / (max(lengths) * tick)
         believable = rate if rate and 1 <= rate <= 240 else None
         period = 1 / believable if believable else Fraction(0)
-        return FrameTimes(tuple(range(len(stamps))), period, None, len(stamps) * period if len(stamps) > 1 else
-                          Fraction(0), False, odd)
+        return FrameTimes(
+            tuple(range(len(stamps))),
+            period,
+            None,
+            len(stamps) * period if len(stamps) > 1 else Fraction(0),
+            False,
+            odd,
+        )
     order = sorted(range(len(known)), key=known.__getitem__)
     first = known[order[0]]
     ticks = tuple(known[place] - first for place in order)
@@ -87,8 +98,14 @@ def frame_times(stamps: Sequence[Stamp], tick: Fraction | None, rate: Fraction |
         held = (until - first * tick) / tick - ticks[-1]
         if 0 < held <= LONGEST / tick and (not duration or held > duration + Fraction(END) / tick):
             end = ticks[-1] + held
-    return FrameTimes(ticks, tick, first * tick, end * tick if len(ticks) > 1 else Fraction(0),
-                      not _on_grid(ticks, end / len(ticks), tick), "")
+    return FrameTimes(
+        ticks,
+        tick,
+        first * tick,
+        end * tick if len(ticks) > 1 else Fraction(0),
+        not _on_grid(ticks, end / len(ticks), tick),
+        "",
+    )
 
 
 def is_held(times: FrameTimes) -> bool:
@@ -139,9 +156,14 @@ def _cut_period(ticks: Sequence[int], tick: Fraction) -> Fraction:
     places = [round(time / period) - len(body) for time in ticks[len(body) :]]
     holes = places[-1] + 1 - STRAYS
     few = 0 < holes <= min(3 * STRAYS, len(ticks) // 10) and holes * period * tick <= HELD
-    cut = few and _on_grid(body, period, tick) and all(
-        abs(time - (place + len(body)) * period) * tick <= JITTER / 10
-        for time, place in zip(ticks[len(body) :], places, strict=True))
+    cut = (
+        few
+        and _on_grid(body, period, tick)
+        and all(
+            abs(time - (place + len(body)) * period) * tick <= JITTER / 10
+            for time, place in zip(ticks[len(body) :], places, strict=True)
+        )
+    )
     return period if cut else Fraction(0)
 
 
@@ -223,7 +245,7 @@ def place(samples: np.ndarray, start: float, seconds: float, rate: int) -> np.nd
     shift, length = _span(len(samples), start, seconds, rate)
     if not shift and length == len(samples):
         return samples
-    samples = samples[max(0, -shift):]
+    samples = samples[max(0, -shift) :]
     front = np.zeros(min(max(0, shift), length), samples.dtype)
     samples = samples[: length - len(front)]
     behind = np.zeros(length - len(front) - len(samples), samples.dtype)

@@ -92,10 +92,21 @@ def _rank(stream: Any) -> tuple[bool, bool, bool, bool]:
     """Streams that players prefer sort first: one that can be decoded, a film before pictures in the codec of covers,
     what is meant for all, what the file calls its default."""
     codec = stream.codec_context
-    aside = (Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired | Disposition.visual_impaired
-             | Disposition.dependent | Disposition.metadata | Disposition.non_diegetic)
-    return (codec is None, codec is not None and codec.name in _STILLS, bool(stream.disposition & aside),
-            not stream.disposition & Disposition.default)
+    aside = (
+        Disposition.comment
+        | Disposition.descriptions
+        | Disposition.hearing_impaired
+        | Disposition.visual_impaired
+        | Disposition.dependent
+        | Disposition.metadata
+        | Disposition.non_diegetic
+    )
+    return (
+        codec is None,
+        codec is not None and codec.name in _STILLS,
+        bool(stream.disposition & aside),
+        not stream.disposition & Disposition.default,
+    )
 
 
 def _pixels(stream: av.VideoStream) -> int:

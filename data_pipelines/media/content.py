@@ -13,19 +13,46 @@ _AGAIN = "copy or download it again"
 _NO_MEDIA = "is no picture, film or sound but"
 _PLAYLIST = (f"{_NO_MEDIA} a playlist, which names other files", "give the film or sound itself")
 _TEXTS = [  # (how a text begins, what it is, what to do)
-    (rb"#EXTM3U|#EXTINF|#EXT-X-|ffconcat version|\[playlist\]|<\?wpl|<asx|(<\?xml[^>]*>\s*)?<(MPD|playlist|smil)\b"
-     rb"|v=0\s+o=|\[InternetShortcut\]|\[Reference\]|file '|file \S+\s|(https?|rtsp|rtmp)://\S+\s*$", *_PLAYLIST),
+    (
+        rb"#EXTM3U|#EXTINF|#EXT-X-|ffconcat version|\[playlist\]|<\?wpl|<asx|(<\?xml[^>]*>\s*)?<(MPD|playlist|smil)\b"
+        rb"|v=0\s+o=|\[InternetShortcut\]|\[Reference\]|file '|file \S+\s|(https?|rtsp|rtmp)://\S+\s*$",
+        *_PLAYLIST,
+    )
 ]
 _BINARIES = [  # (offset, bytes, what it is, what to do)
-    (0, b"PK\3\4", "a ZIP archive", "unpack it"), (0, b"PK\5\6", "a ZIP archive", "unpack it"),
-    (0, b"\x1f\x8b", "compressed (gzip)", "unpack it"), (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
-    (0, b"Rar!\x1a\x07", "a RAR archive", "unpack it"), (0, b"\xfd7zXZ\0", "compressed (xz)", "unpack it"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unpack it"), (257, b"ustar", "a tar archive", "unpack it"),
+    (0, b"PK\3\4", "a ZIP archive", "unpack it"),
+    (0, b"PK\5\6", "a ZIP archive", "unpack it"),
+    (0, b"\x1f\x8b", "compressed (gzip)", "unpack it"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (0, b"Rar!\x1a\x07", "a RAR archive", "unpack it"),
+    (0, b"\xfd7zXZ\0", "compressed (xz)", "unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unpack it"),
+    (257, b"ustar", "a tar archive", "unpack it"),
     (0, b"%PDF-", "a PDF document", "export its picture"),
 ]
 # How formats begin that are text, or begin like it.
-_MEDIA_TEXT = (b"#!AMR", b"YUV4MPEG2", b"NIST_1A", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"PF", b"Pf",
-               b"/* XPM", b"#define", b"GIF8", b"fLaC", b"OggS", b"RIFF", b"FORM", b"FLV")
+_MEDIA_TEXT = (
+    b"#!AMR",
+    b"YUV4MPEG2",
+    b"NIST_1A",
+    b"P1",
+    b"P2",
+    b"P3",
+    b"P4",
+    b"P5",
+    b"P6",
+    b"P7",
+    b"PF",
+    b"Pf",
+    b"/* XPM",
+    b"#define",
+    b"GIF8",
+    b"fLaC",
+    b"OggS",
+    b"RIFF",
+    b"FORM",
+    b"FLV",
+)
 
 
 def head(path: str | Path) -> bytes:

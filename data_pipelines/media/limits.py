@@ -45,8 +45,12 @@ def _read(text: str) -> Limits:
         except ValueError:
             number = math.nan
         if name not in Limits._fields or not 0 < number < 1e9:
-            raise InputError(VARIABLE, name, f"{part!r:.60} is no limit",
-                             f"write name=number, of {', '.join(Limits._fields)}, with spaces between them")
+            raise InputError(
+                VARIABLE,
+                name,
+                f"{part!r:.60} is no limit",
+                f"write name=number, of {', '.join(Limits._fields)}, with spaces between them",
+            )
         found = found._replace(**{name: number})
     return found
 
@@ -63,13 +67,23 @@ def check(path: str | Path, field: str, **found: float) -> None:
         most = getattr(allowed, name)
         if not value <= most:
             what = name.replace("film_", "").replace("loudest", "times full scale in a sample")
-            raise InputError(str(path), field, f"has {value:,.4g} {what}, and at most {most:,g} are read",
-                             f"make it smaller, or raise the limit for one command: {VARIABLE}={name}=NUMBER")
+            raise InputError(
+                str(path),
+                field,
+                f"has {value:,.4g} {what}, and at most {most:,g} are read",
+                f"make it smaller, or raise the limit for one command: {VARIABLE}={name}=NUMBER",
+            )
 
 
 def check_sound(path: str | Path, seconds: float, rate: float, channels: int) -> None:
     """`check` what the header of a sound says; `seconds` 0 for unknown."""
     if rate < LOWEST_RATE:
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
-    check(path, "audio", channels=channels, kilohertz=rate / 1e3, hours=seconds / 3600,
-          gigasamples=seconds * rate * channels / 1e9)
+    check(
+        path,
+        "audio",
+        channels=channels,
+        kilohertz=rate / 1e3,
+        hours=seconds / 3600,
+        gigasamples=seconds * rate * channels / 1e9,
+    )

@@ -57,9 +57,14 @@ def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
     All is checked before the C library sees it, which leaves memory as it finds it where runs end early. Raises
     InputError that names `where`.
     """
+
     def refuse(problem: str) -> InputError:
-        return InputError(where, "mask", f"is no mask in COCO run lengths: {problem}",
-                          "write the run-length encoding of pycocotools.mask.encode, counts as text")
+        return InputError(
+            where,
+            "mask",
+            f"is no mask in COCO run lengths: {problem}",
+            "write the run-length encoding of pycocotools.mask.encode, counts as text",
+        )
 
     if not (isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
         raise refuse(f"size is {size!r:.60}, not two whole numbers above 0")
@@ -149,7 +154,7 @@ def _grey(mask: Picture) -> tuple[np.ndarray, str]:
 
 def _palette_against(image: Image.Image) -> str:
     """What of a palette contradicts that black is the background, and index 0 too; "" when nothing does."""
-    if (image.getpalette("RGB") or [])[3 * 255:] == [224, 224, 192] and image.histogram()[255]:
+    if (image.getpalette("RGB") or [])[3 * 255 :] == [224, 224, 192] and image.histogram()[255]:
         return "its index 255 has the colour that Pascal VOC gives to pixels of no class, which count as something"
     every = Image.frombytes("P", (256, 1), bytes(range(256)))
     every.putpalette(image.getpalette("RGB") or [])
@@ -200,8 +205,11 @@ def _ids(mask: Picture, where: str) -> Image.Image:
         pixels = image.width * image.height
         most = int(STRAY * pixels)
         found = image.getcolors(SEMANTIC_CLASSES + most)
-        stray = most + 1 if found is None else sum(
-            count for count, colour in found if _labels_of_colours(np.array(colour), -1) < 0)
+        stray = (
+            most + 1
+            if found is None
+            else sum(count for count, colour in found if _labels_of_colours(np.array(colour), -1) < 0)
+        )
         if stray > most:
             number = "more than " if found is None else ""
             problem = f"{number}{stray} of {pixels} pixels have a colour of no class"
@@ -210,8 +218,14 @@ def _ids(mask: Picture, where: str) -> Image.Image:
     return image
 
 
-def read_mask(path: str | Path, size: int | None, kind: str, picture: tuple[int, int] | None = None,
-              unknown: int = 0, content: bytes | None = None) -> np.ndarray:
+def read_mask(
+    path: str | Path,
+    size: int | None,
+    kind: str,
+    picture: tuple[int, int] | None = None,
+    unknown: int = 0,
+    content: bytes | None = None,
+) -> np.ndarray:
     """int32[size, size]: a ground-truth mask, nearest neighbour; int32[H, W] of its own size with None.
 
     `binary`: 1 where the grey value is above 0 (above half of white in a JPEG, which blurs). `semantic`: class ids

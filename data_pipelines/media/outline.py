@@ -51,6 +51,7 @@ def behind_tags(path: str | Path) -> bytes:
 
 # Ogg
 
+
 def _ogg(read: Read, size: int) -> str:
     """Pages must be whole, each the one after the last of its stream, and no packet go on in a page that is not there.
     Decoders leave out a page of another checksum than its own, and what follows is heard too early."""
@@ -103,6 +104,7 @@ def chained(path: str | Path) -> bool:
 
 # Flash
 
+
 def _flash(read: Read, size: int) -> str:
     at, stated = int.from_bytes(read(5, 4), "big") + 4, 0.0
     while at < size:
@@ -120,6 +122,7 @@ def _flash(read: Read, size: int) -> str:
 
 
 # MPEG transport and program streams
+
 
 def _transport(start: bytes) -> int:
     """The length of the packets of a transport stream, 0 for another file."""
@@ -155,6 +158,7 @@ def _mpegps(read: Read, size: int) -> str:
 
 
 # GIF
+
 
 def _gif(read: Read, size: int) -> str:
     """Ends between two blocks: many writers leave out the last one, which says that it is the last."""

@@ -32,11 +32,30 @@ LARGE = 50_000_000  # pixels; a larger picture is made smaller while it is decod
 MOST_BYTES = 1 << 30  # of a file, whose picture takes as much again
 _PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 AGAIN = "copy or download the file again"
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what puts a picture upright
-_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError, EOFError,
-               OverflowError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises of bad files
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation: what puts a picture upright
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    MemoryError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)  # what Pillow raises of bad files
 
 
 class Picture(NamedTuple):
@@ -60,9 +79,12 @@ def _refused(where: str, field: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
-        raise InputError(where, field, f"has {pixels:,.0f} megapixels, and at most {limit:,.0f} are read",
-                         f"make the picture smaller, or raise the limit for one command: {VARIABLE}=megapixels=NUMBER"
-                         ) from None
+        raise InputError(
+            where,
+            field,
+            f"has {pixels:,.0f} megapixels, and at most {limit:,.0f} are read",
+            f"make the picture smaller, or raise the limit for one command: {VARIABLE}=megapixels=NUMBER",
+        ) from None
     except _UNREADABLE as error:
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         problem = "ends before the picture does" if cut else f"cannot be decoded ({error.__class__.__name__})"
@@ -72,8 +94,12 @@ def _refused(where: str, field: str) -> Iterator[None]:
 def _file(path: str | Path, field: str) -> BinaryIO:
     """The open file of a picture, all of which can be read."""
     if (size := os.path.getsize(require(path, field))) > MOST_BYTES:
-        raise InputError(str(path), field, f"has {size / 2**30:.1f} GB, and at most {MOST_BYTES >> 30} is read",
-                         "copy or download the file again, or export it smaller")
+        raise InputError(
+            str(path),
+            field,
+            f"has {size / 2**30:.1f} GB, and at most {MOST_BYTES >> 30} is read",
+            "copy or download the file again, or export it smaller",
+        )
     return open(path, "rb")
 
 
@@ -83,7 +109,7 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
         with _refused(str(path), field), _file(path, field) as file:
             head = file.read(kinds.HEAD)
     else:
-        head = content[:kinds.HEAD]
+        head = content[: kinds.HEAD]
     kind = kinds.kind_of(head)
     if kind is None:
         other = not_supported(path) if os.path.isfile(path) else None
@@ -94,8 +120,9 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
     return kind
 
 
-def _with_metadata_or_without(kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
-                              ) -> Image.Image:
+def _with_metadata_or_without(
+    kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     """A picture, opened from its path or bytes and put to `use`; anew without its metadata where that fails."""
     # Pillow refuses twice as many, before it decodes; a lower limit is ours alone.
     Image.MAX_IMAGE_PIXELS = max(_PILLOWS, round(limits().megapixels * 1e6) // 2)
@@ -144,8 +171,9 @@ def _check_header(picture: Image.Image, where: str, field: str) -> None:
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
         if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail of another one
-            raise InputError(where, field, "is a camera's raw file, or its first page is a preview only",
-                             "export it as JPEG or PNG")
+            raise InputError(
+                where, field, "is a camera's raw file, or its first page is a preview only", "export it as JPEG or PNG"
+            )
 
 
 @contextlib.contextmanager
@@ -178,8 +206,13 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
             turn, size = _orientation(picture), stored["size"]
             bits = re.search(r"[LI];(\d+)", stored["raw"])
             upright = picture if turn == 1 else picture.transpose(_TURNS[turn])
-            yield Picture(upright, size[::-1] if turn > 4 else size, turn > 1, picture.format or kind.picture[0],
-                          int(bits[1]) if bits else 16 if picture.mode in DEEP else 8)
+            yield Picture(
+                upright,
+                size[::-1] if turn > 4 else size,
+                turn > 1,
+                picture.format or kind.picture[0],
+                int(bits[1]) if bits else 16 if picture.mode in DEEP else 8,
+            )
 
 
 def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
@@ -210,6 +243,7 @@ def _header(path: str | Path, field: str) -> tuple[tuple[int, int], int]:
     """((width, height) as a viewer shows it, EXIF orientation) of a picture file; nothing is decoded."""
     kind = kind_of(path, field)
     with _refused(str(path), field):
+
         def look(picture: Image.Image) -> Image.Image:
             _check_header(picture, str(path), field)
             return picture
@@ -284,13 +318,14 @@ def outline(path: str | Path, field: str = "image") -> str:
 
 # What is beside the pixels.
 
+
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(kind, whole chunk) of a PNG, up to its end."""
     at = len(kinds.PNG)
     while at + 8 <= len(content):
-        end = at + 12 + int.from_bytes(content[at:at + 4], "big")
-        yield content[at + 4:at + 8], content[at:end]
-        if content[at + 4:at + 8] == b"IEND":
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        yield content[at + 4 : at + 8], content[at:end]
+        if content[at + 4 : at + 8] == b"IEND":
             return
         at = end
 
@@ -298,8 +333,12 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _pixels_are_whole(content: bytes) -> bool:
     """Whether no chunk of pixels of a PNG has another checksum than its own, which Pillow does not look at. One that
     is cut off with the file has none."""
-    return all(len(chunk) - 12 < int.from_bytes(chunk[:4], "big") or kind != b"IDAT"
-               or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big") for kind, chunk in _png_chunks(content))
+    return all(
+        len(chunk) - 12 < int.from_bytes(chunk[:4], "big")
+        or kind != b"IDAT"
+        or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        for kind, chunk in _png_chunks(content)
+    )
 
 
 def _bare_png(content: bytes) -> bytes:
@@ -348,7 +387,7 @@ def _jpeg_segments(content: bytes, coded: bool = True) -> Iterator[_Segment]:
         start, body, marker = at, found.end(), content[found.end() - 1]
         if marker == _EOI:
             return
-        at = header = body + int.from_bytes(content[body:body + 2], "big")
+        at = header = body + int.from_bytes(content[body : body + 2], "big")
         if marker == _SOS and coded:
             behind = _NEXT_MARKER.search(content, header)
             at = behind.start() if behind else len(content)
@@ -363,7 +402,7 @@ def _bare_jpeg(content: bytes) -> bytes:
     for marker, start, _, _, end in segments:
         if marker not in (0xFE, *range(0xE1, 0xF0)) or (marker == 0xEE and b"Adobe" in content[start:end]):
             kept += content[start:end]
-    return kept + content[segments[-1].end:] if segments else content
+    return kept + content[segments[-1].end :] if segments else content
 
 
 def _has_end(file: BinaryIO) -> bool:
@@ -396,7 +435,7 @@ def _ends_early(picture: Image.Image, content: bytes) -> bool:
         return True
     if frame.marker in _ARITHMETIC:
         return False  # encoders leave out zeros at the end: something behind the data changes whole pictures too
-    filled = content[:scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
+    filled = content[: scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
     with Image.open(io.BytesIO(filled), formats=("JPEG",)) as other:
         other.draft(picture.mode, picture.size)
         return other.tobytes() != picture.tobytes()
@@ -406,7 +445,7 @@ def _refined(content: bytes, frame: _Segment, scans: Sequence[_Segment]) -> bool
     """Whether the scans of a progressive JPEG give every coefficient of every component to its last bit."""
     finest = {content[at]: [99] * 64 for at in range(frame.body + 8, frame.header, 3)}
     for scan in scans:
-        first, last, bits = content[scan.header - 3:scan.header]
+        first, last, bits = content[scan.header - 3 : scan.header]
         for at in range(scan.body + 3, scan.header - 3, 2):
             for coefficient in range(first, min(last, 63) + 1):
                 finest[content[at]][coefficient] = bits & 15

@@ -42,8 +42,9 @@ _UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written t
 
 def _is_soundfile(start: bytes) -> bool:
     """Whether libsndfile reads a file that begins so: WAV, FLAC, MP3, Ogg, AIFF, AU, CAF and Wave64."""
-    return (start[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"riff")
-            and start[8:11] != b"AVI") or is_mpeg_audio(start)
+    return (
+        start[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"riff") and start[8:11] != b"AVI"
+    ) or is_mpeg_audio(start)
 
 
 def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
@@ -71,8 +72,9 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
         raise InputError(path, "audio", problem, AGAIN) from None
     exact = kind not in ("MP3", "OGG")  # else the number is guessed
     if len(samples) < (1 if exact else 0.9) * stated < _UNKNOWN:
-        raise InputError(path, "audio", f"only {len(samples)} of {stated} samples can be decoded; "
-                         "the file is truncated", AGAIN)
+        raise InputError(
+            path, "audio", f"only {len(samples)} of {stated} samples can be decoded; the file is truncated", AGAIN
+        )
     # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
     return _mean(samples), rate
 
@@ -85,8 +87,12 @@ def _check_rate(path: str, rate: int) -> None:
         decode_alone(stream)
         frame = next(container.decode(stream), None)
     if frame is not None and frame.sample_rate != rate:
-        raise InputError(path, "audio", f"says {rate} samples a second, and its frames {frame.sample_rate}; the file "
-                         "is damaged", AGAIN)
+        raise InputError(
+            path,
+            "audio",
+            f"says {rate} samples a second, and its frames {frame.sample_rate}; the file is damaged",
+            AGAIN,
+        )
 
 
 def _mean(samples: np.ndarray) -> np.ndarray:
@@ -115,8 +121,9 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
     with open(path, "rb") as file:
         content = file.read()
     frames = mpeg_frames(content)
-    if frames is None or (frames.stated + SLACK >= frames.whole if frames.stated
-                          else len(samples) >= frames.whole * frames.samples):
+    if frames is None or (
+        frames.stated + SLACK >= frames.whole if frames.stated else len(samples) >= frames.whole * frames.samples
+    ):
         return samples
     with soundfile.SoundFile(io.BytesIO(with_index(content, frames))) as file:
         every = file.read(dtype="float32", always_2d=True)
@@ -248,8 +255,12 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
     if not np.isfinite(loudest):
         raise InputError(str(path), "audio", "holds NaN or infinite samples", "export the audio again")
     if loudest > limits().loudest:
-        raise InputError(str(path), "audio", f"holds samples of {loudest:,.3g} times full scale",
-                         "export it again: samples of decimal numbers lie between -1 and 1")
+        raise InputError(
+            str(path),
+            "audio",
+            f"holds samples of {loudest:,.3g} times full scale",
+            "export it again: samples of decimal numbers lie between -1 and 1",
+        )
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if not len(mono):

@@ -67,8 +67,12 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
     one, hidden ones too: what is shown may refer to them. None when the times do not tell.
     """
     times = [packet.pts for packet in packets if packet.pts is not None]
-    if (not packets or len(set(times)) < len(packets) or any(map(_changes_decoder, packets[1:]))
-            or _only_decoding_times(packets)):
+    if (
+        not packets
+        or len(set(times)) < len(packets)
+        or any(map(_changes_decoder, packets[1:]))
+        or _only_decoding_times(packets)
+    ):
         return None
     order = sorted(time for time, packet in zip(times, packets, strict=True) if not packet.is_discard)
     wanted = {order[number]: number for number in numbers}
@@ -112,15 +116,15 @@ def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndar
     return np.rot90(small, _quarter_turns(frame))
 
 
-def _decode_needed(stream: av.VideoStream, packets: Sequence[av.Packet], decoded: set[int], wanted: Mapping[int, int],
-                   size: int) -> dict[int, np.ndarray]:
+def _decode_needed(
+    stream: av.VideoStream, packets: Sequence[av.Packet], decoded: set[int], wanted: Mapping[int, int], size: int
+) -> dict[int, np.ndarray]:
     """Number -> frame, resized, of those of the `wanted` times that decoding the packets `decoded` gives."""
     picked: dict[int, np.ndarray] = {}
     context, running, scaler = stream.codec_context, False, VideoReformatter()
 
     def take(frames: Sequence[av.VideoFrame]) -> None:
-        picked.update((wanted[f.pts], _small(f, size, scaler))
-                      for f in frames if f.pts is not None and f.pts in wanted)
+        picked.update((wanted[f.pts], _small(f, size, scaler)) for f in frames if f.pts is not None and f.pts in wanted)
 
     begins = False  # a group in the midst of the film: its first frame is to come
     for place, packet in enumerate([*packets, None]):
@@ -209,6 +213,7 @@ def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int
 
 # When frames are shown.
 
+
 def times_of(stamps: Iterable[Stamp], stream: av.VideoStream, path: str | Path) -> FrameTimes:
     """The times of the shown frames of the stream of a file, in the order of the file."""
     given = [*stamps], stream.time_base, stream.average_rate or stream.guessed_rate, splices(stream.container)
@@ -264,8 +269,10 @@ def begins_whole(first: av.Packet | None, frames: Iterable[Stamp]) -> bool:
     """Whether the first coded frame stands for itself, and none of the shown `frames` comes before it. Of what was
     recorded or cut in the middle of a broadcast decoders leave out what refers to frames that are not there: only they
     know when it begins."""
-    return first is None or (first.is_keyframe and not any(
-        first.pts is not None and frame.pts is not None and frame.pts < first.pts for frame in frames))
+    return first is None or (
+        first.is_keyframe
+        and not any(first.pts is not None and frame.pts is not None and frame.pts < first.pts for frame in frames)
+    )
 
 
 def _key(path: str | Path) -> tuple[str, int, int]:

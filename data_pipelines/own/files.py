@@ -53,21 +53,37 @@ class Media:
         if "://" in given:
             raise row.error(field, f"is the address {given!r:.80}", "download the file, and give its path")
         kinds = [given.strip(), given.strip().replace("\\", "/")]
-        found = next((path for text in kinds for base in (self.folder, self.root)
-                      if os.path.exists(path := os.path.join(base, text))), None)
+        found = next(
+            (
+                path
+                for text in kinds
+                for base in (self.folder, self.root)
+                if os.path.exists(path := os.path.join(base, text))
+            ),
+            None,
+        )
         if found is None:
-            raise row.error(field, f"no such file {given!r:.120}",
-                            f"give its path from the folder of the table ({self.folder}) or from --root")
+            raise row.error(
+                field,
+                f"no such file {given!r:.120}",
+                f"give its path from the folder of the table ({self.folder}) or from --root",
+            )
         if field != "frames" and not os.path.isfile(found):
-            raise row.error(field, f"{given!r:.120} is a folder", "give a file" + (
-                ", or the folder in the column `frames`" if field in ("media", "video") else ""))
+            raise row.error(
+                field,
+                f"{given!r:.120} is a folder",
+                "give a file" + (", or the folder in the column `frames`" if field in ("media", "video") else ""),
+            )
         real, root = os.path.realpath(found), os.path.realpath(self.root)
         for path, base in ((os.path.abspath(found), os.path.abspath(self.root)), (real, root)):
             if real.startswith(root + os.sep) and path.startswith(base + os.sep):
                 return os.path.relpath(path, base).replace(os.sep, "/")
         if not self.copy:
-            raise row.error(field, f"{given!r:.120} lies outside of --root {self.root}",
-                            "put it there, or give --copy to have it copied")
+            raise row.error(
+                field,
+                f"{given!r:.120} lies outside of --root {self.root}",
+                "put it there, or give --copy to have it copied",
+            )
         return self._copied(row, field, found, kinds[1])
 
     def _copied(self, row: Row, field: str, found: str, given: str) -> str:
@@ -90,8 +106,15 @@ class Media:
         """video, frames, image and audio of a row: those of its columns, and those in `media` by their kinds."""
         named = [(field, row.given(field)) for field in ("video", "frames", "image", "audio") if row.given(field)]
         several = row.given("media")
-        for path in several if isinstance(several, list) else re.split(r"\s*[;|\n]\s*", several) if isinstance(
-                several, str) else [several] if several is not None else []:
+        for path in (
+            several
+            if isinstance(several, list)
+            else re.split(r"\s*[;|\n]\s*", several)
+            if isinstance(several, str)
+            else [several]
+            if several is not None
+            else []
+        ):
             suffix = os.path.splitext(path)[1].lower() if isinstance(path, str) else ""
             named.append(("image" if suffix in PHOTOS else "audio" if suffix in SOUNDS else "video", path))
         found: dict[str, str] = {}

@@ -38,8 +38,11 @@ def example_of(row: Row, files: Media) -> Example:
     row = dataclasses.replace(row, values={**row.values, "task": task})
     for name in COLUMNS:
         if name not in (*COMMON, *FIELDS[task]) and row.given(name) is not None:
-            raise row.error(name, f"is {row.given(name)!r:.60}, but {task} has no {name}",
-                            f"leave it empty; {task} takes {', '.join(FIELDS[task])}")
+            raise row.error(
+                name,
+                f"is {row.given(name)!r:.60}, but {task} has no {name}",
+                f"leave it empty; {task} takes {', '.join(FIELDS[task])}",
+            )
     sources = files.sources(row)
     if not sources.keys() & {"video", "frames", "image"} and not (task == "avcap" and "audio" in sources):
         raise row.error("media", "is empty", "give a video, or a picture and its sound")
@@ -52,10 +55,18 @@ def example_of(row: Row, files: Media) -> Example:
     if "frames" in sources:
         visual["frames"] = _frames(row, files, sources)
     given = row.given("id")
-    return Example(**{
-        "id": f"{task}-{row.number}" if given is None else str(given), "task": task, "instruction": prompt,
-        "target": TASKS[task].target(**label, reasoning=reasoning), "mask_kind": TASKS[task].mask_kind, **visual,
-        "meta": {**meta, "video": clip}, **fields})
+    return Example(
+        **{
+            "id": f"{task}-{row.number}" if given is None else str(given),
+            "task": task,
+            "instruction": prompt,
+            "target": TASKS[task].target(**label, reasoning=reasoning),
+            "mask_kind": TASKS[task].mask_kind,
+            **visual,
+            "meta": {**meta, "video": clip},
+            **fields,
+        }
+    )
 
 
 def _frames(row: Row, files: Media, sources: Mapping[str, str]) -> tuple[str, ...]:
@@ -85,8 +96,12 @@ def _only(row: Row, sources: Mapping[str, str], *wanted: str) -> None:
     if len(shown) != 1 or shown[0] not in wanted:
         what = {"video": "a video", "frames": "pictures of a clip", "image": "one picture"}
         asked = " or ".join(what[field] for field in wanted)
-        raise row.error("media", f"{row.values['task']} is asked about {asked}, not about "
-                        f"{' and '.join(what[field] for field in shown) or 'sound alone'}", "give that")
+        raise row.error(
+            "media",
+            f"{row.values['task']} is asked about {asked}, not about "
+            f"{' and '.join(what[field] for field in shown) or 'sound alone'}",
+            "give that",
+        )
 
 
 def _avqa(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -> Made:
@@ -95,11 +110,13 @@ def _avqa(row: Row, files: Media, sources: Mapping[str, str], seconds: float) ->
     kind = row.given("type")
     kinds = [part.strip() for part in re.split(r"[/,]", kind)] if isinstance(kind, str) else kind
     if kinds is not None and not TASKS["avqa"].label["type"].holds(kinds, {"type": kinds}):
-        raise row.error("type", f"is {kind!r:.60}", f"use modality/kind, as in Audio-Visual/Counting, of "
-                        f"{', '.join(avqa.SUBTYPES)}, or leave it empty")
+        raise row.error(
+            "type",
+            f"is {kind!r:.60}",
+            f"use modality/kind, as in Audio-Visual/Counting, of {', '.join(avqa.SUBTYPES)}, or leave it empty",
+        )
     meta = {**label, "question": question} | ({"type": kinds} if kinds else {})
-    return (TASKS["avqa"].instruction(question=question), label, meta,
-            {"windows": windows_for(TASKS["avqa"], seconds)})
+    return (TASKS["avqa"].instruction(question=question), label, meta, {"windows": windows_for(TASKS["avqa"], seconds)})
 
 
 def _ave(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -> Made:
@@ -127,8 +144,10 @@ def _avvp(row: Row, files: Media, sources: Mapping[str, str], seconds: float) ->
             if not sense:
                 raise row.error("events", f"does not say whether {part!r:.40} is heard or seen", form)
             by_sense[sense] += [part] if part.strip() else []
-        given = {sense: [] if [p.lower() for p in parts] == ["none"] else "; ".join(parts) or None
-                 for sense, parts in by_sense.items()}
+        given = {
+            sense: [] if [p.lower() for p in parts] == ["none"] else "; ".join(parts) or None
+            for sense, parts in by_sense.items()
+        }
     if not isinstance(given, dict) or given.keys() != {"audio", "visual"}:
         says = "does not say what is heard and what is seen"
         raise row.error("events", "is empty" if given is None else says, form)
@@ -149,8 +168,9 @@ def _events(row: Row, given: Any) -> list[list[Any]]:
                 raise row.error("events", f"cannot be read: {part!r:.60}", form)
             if re.search(_SPAN, match["name"]):  # a comma may be part of a name
                 raise row.error("events", f"holds two events without a `;` between: {part!r:.60}", form)
-            found += [[match["name"].strip(" ,:"), int(start), int(end)]
-                      for start, end in re.findall(_SPAN, match["spans"])]
+            found += [
+                [match["name"].strip(" ,:"), int(start), int(end)] for start, end in re.findall(_SPAN, match["spans"])
+            ]
         else:
             found.append(list(part) if isinstance(part, list | tuple) else [part])
     for event in found:
@@ -174,16 +194,23 @@ def _avcap(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -
 def _arig(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -> Made:
     _only(row, sources, "image")
     label = {"object": _one_name(row), "box": _box(row, files.root / sources["image"])}
-    return (TASKS["arig"].instruction(), label, label,
-            {"windows": windows_for(TASKS["arig"], seconds), "second": row.second()})
+    return (
+        TASKS["arig"].instruction(),
+        label,
+        label,
+        {"windows": windows_for(TASKS["arig"], seconds), "second": row.second()},
+    )
 
 
 def _box(row: Row, picture: Path) -> list[int]:
     """The box of a row in the 224 x 224 picture, from pixels of the picture (`box`) or of that one (`box_224`)."""
     pixels, scaled = row.given("box"), row.given("box_224")
     if (pixels is None) == (scaled is None):
-        raise row.error("box", "is empty, and so is box_224" if pixels is None else "is given beside box_224",
-                        "give x1, y1, x2, y2 in pixels of the picture in `box`, or of the 224 x 224 one in `box_224`")
+        raise row.error(
+            "box",
+            "is empty, and so is box_224" if pixels is None else "is given beside box_224",
+            "give x1, y1, x2, y2 in pixels of the picture in `box`, or of the 224 x 224 one in `box_224`",
+        )
     field, given = ("box", pixels) if scaled is None else ("box_224", scaled)
     form = "give x1, y1, x2, y2: the corners at the upper left and lower right"
     numbers = given if isinstance(given, list) else [float(text) for text in _NUMBER.findall(str(given))]
@@ -219,8 +246,11 @@ def _moment(row: Row, files: Media, sources: Mapping[str, str], seconds: float) 
     """(second, windows, mask and picture) of a question about the pixels of one picture."""
     task, one_picture = str(row.values["task"]), not sources.keys() & {"video", "frames"}
     if (second := row.second()) is None:
-        raise row.error("second", f"is empty, and {task} is asked about one second",
-                        "give the number of the second that the mask is of, counted from 0")
+        raise row.error(
+            "second",
+            f"is empty, and {task} is asked about one second",
+            "give the number of the second that the mask is of, counted from 0",
+        )
     windows = windows_for(TASKS[task], seconds, one_picture)
     if "frames" in sources:
         count = len(_frames(row, files, sources))
@@ -229,15 +259,20 @@ def _moment(row: Row, files: Media, sources: Mapping[str, str], seconds: float) 
         windows = "five" if count == 5 and task != "ref-avs" else "ten"
     parts = 5 if windows in ("five", "one_of_five") else SECONDS
     if second >= parts:
-        raise row.error("second", f"is {second}, but a clip of {seconds:.1f} s is asked about in {parts} parts",
-                        f"count from 0 to {parts - 1}")
+        raise row.error(
+            "second",
+            f"is {second}, but a clip of {seconds:.1f} s is asked about in {parts} parts",
+            f"count from 0 to {parts - 1}",
+        )
     fields: dict[str, Any] = {"second": second, "windows": windows}
     if not one_picture and "image" in sources:
         fields |= {"seg_image": sources["image"], "image": None}
     elif "video" in sources and not 0.8 * parts <= seconds <= 1.2 * parts:
-        raise row.error("image", f"is empty, and it is not certain which picture of a clip of {seconds:.1f} s second "
-                        f"{second} means", "give the picture that the mask was drawn on, or a clip of "
-                        f"{parts} seconds")
+        raise row.error(
+            "image",
+            f"is empty, and it is not certain which picture of a clip of {seconds:.1f} s second {second} means",
+            f"give the picture that the mask was drawn on, or a clip of {parts} seconds",
+        )
     elif "video" in sources and parts != SECONDS:  # ten frames are taken of a clip, so none is that of its second
         fields |= {"seg_image": files.moment(sources["video"], second, parts)}
     given = row.text("mask", "give the file of the mask, or `nothing` where nothing is to be seen")
@@ -252,8 +287,12 @@ def _avs(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -> 
     names = _name_list(row)
     clip = sources.keys() & {"video", "frames"}
     variant = "train" if clip else "test" if task == "avss" else "quick"  # what each is asked about one picture
-    return (TASKS[task].instruction(variant=variant, second=second), {"objects": names, "second": second},
-            {"objects": names}, fields)
+    return (
+        TASKS[task].instruction(variant=variant, second=second),
+        {"objects": names, "second": second},
+        {"objects": names},
+        fields,
+    )
 
 
 def _ref_avs(row: Row, files: Media, sources: Mapping[str, str], seconds: float) -> Made:
@@ -267,10 +306,22 @@ def _ref_avs(row: Row, files: Media, sources: Mapping[str, str], seconds: float)
     second, fields = _moment(row, files, sources, seconds)
     variant = "train" if sources.keys() & {"video", "frames"} else "quick"
     label = {"expression": expression, "object": name, "second": second}
-    return (TASKS["ref-avs"].instruction(variant, expression, second), label,
-            {"expression": expression, "object": name, "split": kind}, fields)
+    return (
+        TASKS["ref-avs"].instruction(variant, expression, second),
+        label,
+        {"expression": expression, "object": name, "split": kind},
+        fields,
+    )
 
 
 _MAKE: dict[str, Callable[[Row, Media, Mapping[str, str], float], Made]] = {
-    "avqa": _avqa, "ave": _ave, "avvp": _avvp, "avcap": _avcap, "arig": _arig, "s4": _avs, "ms3": _avs, "avss": _avs,
-    "ref-avs": _ref_avs}
+    "avqa": _avqa,
+    "ave": _ave,
+    "avvp": _avvp,
+    "avcap": _avcap,
+    "arig": _arig,
+    "s4": _avs,
+    "ms3": _avs,
+    "avss": _avs,
+    "ref-avs": _ref_avs,
+}

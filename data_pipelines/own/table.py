@@ -19,17 +19,47 @@ from data_pipelines.datasets import SPLITS
 
 COMMON = ("id", "task", "split", "media", "video", "frames", "image", "audio", "reasoning")
 # What a row of each task says besides.
-FIELDS = {"avqa": ("question", "answer", "type"), "ave": ("events",), "avvp": ("events",), "avcap": ("answer",),
-          "arig": ("object", "box", "box_224", "second"), "s4": ("object", "mask", "second"),
-          "ms3": ("object", "mask", "second"), "avss": ("object", "mask", "second"),
-          "ref-avs": ("expression", "object", "mask", "second", "type")}
+FIELDS = {
+    "avqa": ("question", "answer", "type"),
+    "ave": ("events",),
+    "avvp": ("events",),
+    "avcap": ("answer",),
+    "arig": ("object", "box", "box_224", "second"),
+    "s4": ("object", "mask", "second"),
+    "ms3": ("object", "mask", "second"),
+    "avss": ("object", "mask", "second"),
+    "ref-avs": ("expression", "object", "mask", "second", "type"),
+}
 COLUMNS = tuple(dict.fromkeys((*COMMON, *(name for names in FIELDS.values() for name in names))))
 OTHER_NAMES = {"objects": "object", "event": "events", "caption": "answer", "captions": "answer"}
-SPLIT_NAMES = {**{split: split for split in SPLITS}, "training": "train", "validation": "val", "valid": "val",
-               "dev": "val", "testing": "test"}
+SPLIT_NAMES = {
+    **{split: split for split in SPLITS},
+    "training": "train",
+    "validation": "val",
+    "valid": "val",
+    "dev": "val",
+    "testing": "test",
+}
 # What pandas, R and spreadsheets write into cells that hold nothing, or a formula that failed.
-EMPTY = frozenset(("nan", "NaN", "NA", "N/A", "<NA>", "NaT", "#N/A", "#N/A N/A", "#NA", "#REF!", "#NAME?", "#VALUE!",
-                   "#DIV/0!", "#NUM!", "#NULL!"))
+EMPTY = frozenset(
+    (
+        "nan",
+        "NaN",
+        "NA",
+        "N/A",
+        "<NA>",
+        "NaT",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "#REF!",
+        "#NAME?",
+        "#VALUE!",
+        "#DIV/0!",
+        "#NUM!",
+        "#NULL!",
+    )
+)
 Say = Callable[[str], None]
 
 
@@ -49,8 +79,11 @@ class Row:
         value = self.values.get(field)
         value = value.strip() if isinstance(value, str) else value
         if isinstance(value, str) and value in EMPTY:
-            raise self.error(field, f"is {value!r}, which programs write for nothing, or for an error of a formula",
-                             "leave the cell empty, or write what is meant")
+            raise self.error(
+                field,
+                f"is {value!r}, which programs write for nothing, or for an error of a formula",
+                "leave the cell empty, or write what is meant",
+            )
         return None if value in ("", []) else value
 
     def text(self, field: str, fix: str = "") -> str:
@@ -71,6 +104,7 @@ class Row:
 
 
 # Reading a table.
+
 
 def read_text(path: Path, flag: str, say: Say) -> str:
     """The text of a file, as programs for tables save it: UTF-8, UTF-16 with its mark, or Western Windows (said)."""
@@ -106,8 +140,12 @@ def _check_columns(names: Sequence[str], where: str, say: Say) -> None:
         if times > 1:
             raise InputError(where, name, "comes twice in the header", "keep one column")
     if "task" not in names:
-        raise InputError(where, "task", f"no such column among {', '.join(names)[:80]!r}",
-                         f"name the columns in the first line, some of {', '.join(COLUMNS)}")
+        raise InputError(
+            where,
+            "task",
+            f"no such column among {', '.join(names)[:80]!r}",
+            f"name the columns in the first line, some of {', '.join(COLUMNS)}",
+        )
     others = [name for name in names if name and name not in COLUMNS]
     for name in others:
         if close := difflib.get_close_matches(name, [c for c in COLUMNS if c not in names], 1, 0.8):
@@ -121,10 +159,13 @@ def csv_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
     text = read_text(path, "--csv", say)
     skipped = 0
     if found := re.match(r"sep=(.)\r?\n", text):
-        text, skipped = text[found.end():], 1
+        text, skipped = text[found.end() :], 1
     first = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = found[1] if found else max(",;\t|", key=lambda mark: sum(_name(cell) in COLUMNS for cell in
-                                                                         first.replace('"', "").split(mark)))
+    delimiter = (
+        found[1]
+        if found
+        else max(",;\t|", key=lambda mark: sum(_name(cell) in COLUMNS for cell in first.replace('"', "").split(mark)))
+    )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     try:
@@ -140,13 +181,21 @@ def csv_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
                 names = [_name(cell) for cell in cells]
                 _check_columns(names, where, say)
                 continue
-            if any(cell.strip() for cell in cells[len(names):]):
-                raise InputError(where, "", f"has {len(cells)} cells, but the header {len(names)}",
-                                 f"put text that holds {delimiter!r} in double quotes")
+            if any(cell.strip() for cell in cells[len(names) :]):
+                raise InputError(
+                    where,
+                    "",
+                    f"has {len(cells)} cells, but the header {len(names)}",
+                    f"put text that holds {delimiter!r} in double quotes",
+                )
             yield Row(where, number, dict(zip(names, cells, strict=False)))
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num + skipped}", "", f"cannot be read as CSV ({error})",
-                         "look for a double quote that is not closed") from None
+        raise InputError(
+            f"{path}:{reader.line_num + skipped}",
+            "",
+            f"cannot be read as CSV ({error})",
+            "look for a double quote that is not closed",
+        ) from None
     if not names:
         raise InputError(str(path), "--csv", "is empty", "name the columns in its first line")
 

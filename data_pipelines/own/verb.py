@@ -45,8 +45,9 @@ def split_of(row: Row, default: str) -> str:
     return name
 
 
-def build(rows: Sequence[Row], files: Media, split: str, progress: Callable[[str], None] | None = None
-          ) -> dict[str, list[Example]]:
+def build(
+    rows: Sequence[Row], files: Media, split: str, progress: Callable[[str], None] | None = None
+) -> dict[str, list[Example]]:
     """split -> the Examples of its rows, in order. Raises the first InputError, with how many more rows are wrong."""
     examples: dict[str, list[Example]] = {}
     seen: dict[tuple[str, str], int] = {}
@@ -74,8 +75,12 @@ def _check_root(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise InputError(str(root), "--root", "is no folder", "give a folder")
     if releases := [d.folder for name, d in DATASETS.items() if name != "own" and (root / d.folder).is_dir()]:
-        raise InputError(str(root), "--root", f"holds {releases[0]}/, which a list of examples beside it would hide",
-                         f"give --root {root / 'own'}, which is read as the dataset `own`")
+        raise InputError(
+            str(root),
+            "--root",
+            f"holds {releases[0]}/, which a list of examples beside it would hide",
+            f"give --root {root / 'own'}, which is read as the dataset `own`",
+        )
 
 
 def run(argv: Sequence[str]) -> bool:
@@ -88,8 +93,9 @@ def run(argv: Sequence[str]) -> bool:
     parser.add_argument("--split", default="train", choices=SPLITS, help="of rows that do not say theirs (%(default)s)")
     parser.add_argument("--copy", action="store_true", help="copy media that lie elsewhere to R/media")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that are there")
-    parser.add_argument("--workers", type=Whole(0, 1024), default=0,
-                        help="processes that validate (default: one per core)")
+    parser.add_argument(
+        "--workers", type=Whole(0, 1024), default=0, help="processes that validate (default: one per core)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments: argparse.Namespace = parser.parse_args(argv)
     table, root = Path(arguments.csv or arguments.jsonl), Path(arguments.root)

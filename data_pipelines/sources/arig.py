@@ -44,10 +44,16 @@ def read(release: Release, split: str, variant: str, part: str = "semantic") -> 
 def _example(clip: Clip, second: int, box: Box, variant: str) -> Example:
     name = " and ".join(clip.objects)
     return Example(
-        id=f"{clip.uid}-{second}", task="arig", instruction=arig.instruction(variant),
-        target=arig.target(name, box) if name else "", image=clip.frames[second], audio=clip.audio, second=second,
+        id=f"{clip.uid}-{second}",
+        task="arig",
+        instruction=arig.instruction(variant),
+        target=arig.target(name, box) if name else "",
+        image=clip.frames[second],
+        audio=clip.audio,
+        second=second,
         windows="one_of_five" if variant == "quick" else "five",
-        meta={"object": name, "box": list(box), "video": clip.uid, "row": clip.row.place})
+        meta={"object": name, "box": list(box), "video": clip.uid, "row": clip.row.place},
+    )
 
 
 def _listed(release: Release, row: Row, split: str, variant: str) -> Iterator[Example]:
@@ -73,11 +79,13 @@ def _listed(release: Release, row: Row, split: str, variant: str) -> Iterator[Ex
     yield _example(clip, int(found[2]), (x1, y1, x2, y2), variant)
 
 
-def _boxes(release: Release, clips: Iterable[Clip | InputError]
-           ) -> Iterator[tuple[Clip | InputError, int, Box | None | InputError]]:
+def _boxes(
+    release: Release, clips: Iterable[Clip | InputError]
+) -> Iterator[tuple[Clip | InputError, int, Box | None | InputError]]:
     """(clip, second, its box) of every mask, in order. The masks are decoded by threads."""
-    tasks = [(clip, second) for clip in clips
-             for second in range(1 if isinstance(clip, InputError) else len(clip.masks))]
+    tasks = [
+        (clip, second) for clip in clips for second in range(1 if isinstance(clip, InputError) else len(clip.masks))
+    ]
 
     def box_at(task: tuple[Clip | InputError, int]) -> Box | None | InputError:
         clip, second = task

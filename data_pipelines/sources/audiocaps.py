@@ -46,9 +46,13 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         audio = next((name for name in names if release.kind(name)), names[0])
         captions = [row.words("caption") for row in rows]
         yield Example(
-            id=clip, task="avcap", instruction=PROMPT, target=captions[0],
+            id=clip,
+            task="avcap",
+            instruction=PROMPT,
+            target=captions[0],
             audio=release.inside(audio, rows[0].where, "audiocap_id"),
-            meta={"captions": captions, "video": _video(rows[0], listed) or clip, "row": rows[0].place})
+            meta={"captions": captions, "video": _video(rows[0], listed) or clip, "row": rows[0].place},
+        )
 
 
 def _video(row: Row, listed: bool) -> str:

@@ -18,10 +18,35 @@ from data_pipelines.sources.release import Found, Release, Row, each, sample_lis
 
 # The official order: class index 0..27 (28 is background).
 CATEGORIES = (
-    "Church bell", "Male speech, man speaking", "Bark", "Fixed-wing aircraft, airplane", "Race car, auto racing",
-    "Female speech, woman speaking", "Helicopter", "Violin, fiddle", "Flute", "Ukulele", "Frying (food)", "Truck",
-    "Shofar", "Motorcycle", "Acoustic guitar", "Train horn", "Clock", "Banjo", "Goat", "Baby cry, infant cry", "Bus",
-    "Chainsaw", "Cat", "Horse", "Toilet flush", "Rodents, rats, mice", "Accordion", "Mandolin")
+    "Church bell",
+    "Male speech, man speaking",
+    "Bark",
+    "Fixed-wing aircraft, airplane",
+    "Race car, auto racing",
+    "Female speech, woman speaking",
+    "Helicopter",
+    "Violin, fiddle",
+    "Flute",
+    "Ukulele",
+    "Frying (food)",
+    "Truck",
+    "Shofar",
+    "Motorcycle",
+    "Acoustic guitar",
+    "Train horn",
+    "Clock",
+    "Banjo",
+    "Goat",
+    "Baby cry, infant cry",
+    "Bus",
+    "Chainsaw",
+    "Cat",
+    "Horse",
+    "Toilet flush",
+    "Rodents, rats, mice",
+    "Accordion",
+    "Mandolin",
+)
 COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
 SAMPLE = ("event", "vid", "start_time", "end_time")  # the same of Crab's lists
 FILES = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
@@ -42,10 +67,15 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: all background
             raise row.error(ends, f"the event lasts from {start} to {end}", "the end must come after the start")
         yield Example(
-            id=f"{video}-{CATEGORIES.index(event)}", task="ave", instruction=ave.instruction(variant),
-            target=ave.target(event, start, end), video=release.inside(f"AVE/{video}.mp4", row.where, clip),
+            id=f"{video}-{CATEGORIES.index(event)}",
+            task="ave",
+            instruction=ave.instruction(variant),
+            target=ave.target(event, start, end),
+            video=release.inside(f"AVE/{video}.mp4", row.where, clip),
             audio=release.sound(video),
-            meta={"event": event, "start": start, "end": end, "video": video, "row": row.place})
+            meta={"event": event, "start": start, "end": end, "video": video, "row": row.place},
+        )
 
-    return each(release.records(name) if listed else release.table(name, COLUMNS, "&", quoted=False, header=None),
-                examples)
+    return each(
+        release.records(name) if listed else release.table(name, COLUMNS, "&", quoted=False, header=None), examples
+    )

@@ -22,12 +22,56 @@ from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each, sample_lists
 
 ANSWERS = (
-    "two", "cello", "congas", "zero", "no", "pipa", "six", "yes", "one", "four", "three", "seven", "five", "ukulele",
-    "right", "piano", "left", "accordion", "clarinet", "guzheng", "more than ten", "nine", "indoor", "saxophone",
-    "drum", "violin", "middle", "outdoor", "bagpipe", "bassoon", "acoustic_guitar", "banjo", "electric_bass", "ten",
-    "eight", "flute", "simultaneously", "trumpet", "erhu", "xylophone", "tuba", "suona")
-FOLDERS = ("videos", "video_data", "MUSIC-AVQA-videos-Real", "MUCIS-AVQA-videos-Synthetic",  # (sic)
-           "MUSIC-AVQA-videos-Synthetic")
+    "two",
+    "cello",
+    "congas",
+    "zero",
+    "no",
+    "pipa",
+    "six",
+    "yes",
+    "one",
+    "four",
+    "three",
+    "seven",
+    "five",
+    "ukulele",
+    "right",
+    "piano",
+    "left",
+    "accordion",
+    "clarinet",
+    "guzheng",
+    "more than ten",
+    "nine",
+    "indoor",
+    "saxophone",
+    "drum",
+    "violin",
+    "middle",
+    "outdoor",
+    "bagpipe",
+    "bassoon",
+    "acoustic_guitar",
+    "banjo",
+    "electric_bass",
+    "ten",
+    "eight",
+    "flute",
+    "simultaneously",
+    "trumpet",
+    "erhu",
+    "xylophone",
+    "tuba",
+    "suona",
+)
+FOLDERS = (
+    "videos",
+    "video_data",
+    "MUSIC-AVQA-videos-Real",
+    "MUCIS-AVQA-videos-Synthetic",  # (sic)
+    "MUSIC-AVQA-videos-Synthetic",
+)
 _DIGITS = 8  # of a real video's name
 _SLOT = re.compile(r"<[^<>]*>")
 
@@ -53,11 +97,22 @@ def read(release: Release, split: str, variant: str, annotations: str = "json_up
         times[number] += 1
         again = f".{times[number]}" if annotations == "json" and times[number] > 1 else ""
         yield Example(
-            id=f"{number}{again}", task="avqa", instruction=avqa.instruction(variant, question=question),
-            target=avqa.target(answer), windows="music_avqa",
-            video=release.inside(path, row.where, "video_id"), audio=release.sound(video),
-            meta={"answer": answer, "type": kind, "question": question, "video": video, "question_id": number,
-                  "row": row.place})
+            id=f"{number}{again}",
+            task="avqa",
+            instruction=avqa.instruction(variant, question=question),
+            target=avqa.target(answer),
+            windows="music_avqa",
+            video=release.inside(path, row.where, "video_id"),
+            audio=release.sound(video),
+            meta={
+                "answer": answer,
+                "type": kind,
+                "question": question,
+                "video": video,
+                "question_id": number,
+                "row": row.place,
+            },
+        )
 
     name = f"{annotations}/avqa-{split}.json"
     lists = sample_lists(split, "music_avqa_data") if annotations == "json_update" else ()
@@ -86,8 +141,12 @@ def _listed(row: Row, field: str, length: int | None = None) -> list[str]:
             values = strict_json(row.text(field))
         except ValueError:
             values = None
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or (
-            length is not None and len(values) != length):
-        raise row.error(field, f"is {row.values.get(field)!r:.60}",
-                        'must be a JSON list of texts, such as ["Audio", ...]')
+    if (
+        not isinstance(values, list)
+        or not all(isinstance(value, str) for value in values)
+        or (length is not None and len(values) != length)
+    ):
+        raise row.error(
+            field, f"is {row.values.get(field)!r:.60}", 'must be a JSON list of texts, such as ["Audio", ...]'
+        )
     return values

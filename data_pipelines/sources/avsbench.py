@@ -30,10 +30,30 @@ from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each
 
 S4_CATEGORIES = (
-    "baby_laughter", "female_singing", "male_speech", "dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop",
-    "coyote_howling", "mynah_bird_singing", "playing_acoustic_guitar", "playing_tabla", "playing_violin",
-    "playing_piano", "playing_ukulele", "playing_glockenspiel", "helicopter", "race_car", "driving_buses",
-    "ambulance_siren", "typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting", "lawn_mowing")
+    "baby_laughter",
+    "female_singing",
+    "male_speech",
+    "dog_barking",
+    "cat_meowing",
+    "lions_roaring",
+    "horse_clip-clop",
+    "coyote_howling",
+    "mynah_bird_singing",
+    "playing_acoustic_guitar",
+    "playing_tabla",
+    "playing_violin",
+    "playing_piano",
+    "playing_ukulele",
+    "playing_glockenspiel",
+    "helicopter",
+    "race_car",
+    "driving_buses",
+    "ambulance_siren",
+    "typing_on_computer_keyboard",
+    "chainsawing_trees",
+    "cap_gun_shooting",
+    "lawn_mowing",
+)
 SPLITS = ("train", "val", "test")
 SECONDS = {"v1s": 5, "v1m": 5, "v2": 10}
 PARTS = {"s4": "v1s", "ms3": "v1m", "avss": "v2"}  # of the semantic release; Crab reads AVSS from v2 alone
@@ -87,12 +107,19 @@ def _examples(clips: Iterable[Clip | InputError], task: str, variant: str) -> It
             in_video = "<video>" in text
             meta = {"objects": clip.objects, "video": clip.uid, "row": clip.row.place}
             yield Example(
-                id=f"{clip.uid}-{second}", task=task, instruction=text,
+                id=f"{clip.uid}-{second}",
+                task=task,
+                instruction=text,
                 target=TASKS[task].target(clip.objects, second) if clip.objects else "",
-                frames=clip.frames if in_video else (), image=None if in_video else clip.frames[second],
-                audio=clip.audio, windows=whole if in_video else single, second=second, mask=mask,
+                frames=clip.frames if in_video else (),
+                image=None if in_video else clip.frames[second],
+                audio=clip.audio,
+                windows=whole if in_video else single,
+                second=second,
+                mask=mask,
                 mask_kind=TASKS[task].mask_kind,
-                meta=meta | ({"one_of": clip.uid} if task == "avss" else {}))
+                meta=meta | ({"one_of": clip.uid} if task == "avss" else {}),
+            )
 
 
 def semantic_clips(release: Release, split: str, part: str, masks: str) -> Iterator[Clip | InputError]:
@@ -109,12 +136,22 @@ def semantic_clips(release: Release, split: str, part: str, masks: str) -> Itera
             seconds = range(SECONDS[part])
             labelled = range(1) if part == "v1s" and split == "train" else seconds
             at = release.inside(f"{part}/{uid}", row.where, "uid")
-            yield Clip(uid, objects, tuple(f"{at}/frames/{k}.jpg" for k in seconds),
-                       tuple(f"{at}/{masks}/{k}.png" for k in labelled), f"{at}/audio.wav", row)
+            yield Clip(
+                uid,
+                objects,
+                tuple(f"{at}/frames/{k}.jpg" for k in seconds),
+                tuple(f"{at}/{masks}/{k}.png" for k in labelled),
+                f"{at}/audio.wav",
+                row,
+            )
 
     name = release.annotation("metadata.csv", f"{LISTS[part]}_samples.json")
-    yield from each(release.records(name, "uid") if name.endswith(".json") else
-                    release.table(name, ("uid", "a_obj", "split", "label")), clips)
+    yield from each(
+        release.records(name, "uid")
+        if name.endswith(".json")
+        else release.table(name, ("uid", "a_obj", "split", "label")),
+        clips,
+    )
 
 
 def object_names(value: Any) -> list[str]:
@@ -140,8 +177,12 @@ def check_classes(release: Release) -> None:
         found, wanted = release.json("label2idx.json"), {name: i for i, name in enumerate(CLASSES, 1)}
         if found != wanted:
             odd = next((k for k in wanted if not isinstance(found, dict) or found.get(k) != wanted[k]), "more classes")
-            raise InputError(str(release.base / "label2idx.json"), odd, "is not the released numbering of the classes",
-                             "copy the file of AVSBench-semantic")
+            raise InputError(
+                str(release.base / "label2idx.json"),
+                odd,
+                "is not the released numbering of the classes",
+                "copy the file of AVSBench-semantic",
+            )
 
 
 def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
@@ -151,8 +192,17 @@ def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
     def clips(row: Row) -> Iterator[Clip]:
         if row.one_of("split", SPLITS) == split:
             clip, category = row.name("name", "-_wznbUu3DY"), row.one_of("category", S4_CATEGORIES)
-            yield _object_clip(release, row, clip, category.replace("_", " "), "Single-source/s4_data",
-                               f"{split}/{category}/", f"{split}/{category}/", clip, 1 if split == "train" else 5)
+            yield _object_clip(
+                release,
+                row,
+                clip,
+                category.replace("_", " "),
+                "Single-source/s4_data",
+                f"{split}/{category}/",
+                f"{split}/{category}/",
+                clip,
+                1 if split == "train" else 5,
+            )
 
     yield from each(release.table(name, ("name", "start", "category", "split")), clips)
 
@@ -169,10 +219,15 @@ def ms3_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
     yield from each(release.table(name, ("video_id", "split")), clips)
 
 
-def _object_clip(release: Release, row: Row, clip: str, name: str, data: str, labels: str, pictures: str, stem: str,
-                 masks: int) -> Clip:
+def _object_clip(
+    release: Release, row: Row, clip: str, name: str, data: str, labels: str, pictures: str, stem: str, masks: int
+) -> Clip:
     at = release.inside(data, row.where, "")
-    return Clip(clip, [name] if name else [],
-                tuple(f"{at}/visual_frames/{pictures}{clip}/{stem}_{k}.png" for k in range(1, 6)),
-                tuple(f"{at}/gt_masks/{labels}{clip}/{clip}_{k}.png" for k in range(1, masks + 1)),
-                f"{at}/audio_wav/{labels}{clip}.wav", row)
+    return Clip(
+        clip,
+        [name] if name else [],
+        tuple(f"{at}/visual_frames/{pictures}{clip}/{stem}_{k}.png" for k in range(1, 6)),
+        tuple(f"{at}/gt_masks/{labels}{clip}/{clip}_{k}.png" for k in range(1, masks + 1)),
+        f"{at}/audio_wav/{labels}{clip}.wav",
+        row,
+    )

@@ -24,10 +24,32 @@ from data_pipelines.sources.release import Found, Release, Row, each, sample_lis
 
 # The official order and spelling: class index 0..24.
 CATEGORIES = (
-    "Speech", "Car", "Cheering", "Dog", "Cat", "Frying_(food)", "Basketball_bounce", "Fire_alarm", "Chainsaw", "Cello",
-    "Banjo", "Singing", "Chicken_rooster", "Violin_fiddle", "Vacuum_cleaner", "Baby_laughter", "Accordion",
-    "Lawn_mower", "Motorcycle", "Helicopter", "Acoustic_guitar", "Telephone_bell_ringing", "Baby_cry_infant_cry",
-    "Blender", "Clapping")
+    "Speech",
+    "Car",
+    "Cheering",
+    "Dog",
+    "Cat",
+    "Frying_(food)",
+    "Basketball_bounce",
+    "Fire_alarm",
+    "Chainsaw",
+    "Cello",
+    "Banjo",
+    "Singing",
+    "Chicken_rooster",
+    "Violin_fiddle",
+    "Vacuum_cleaner",
+    "Baby_laughter",
+    "Accordion",
+    "Lawn_mower",
+    "Motorcycle",
+    "Helicopter",
+    "Acoustic_guitar",
+    "Telephone_bell_ringing",
+    "Baby_cry_infant_cry",
+    "Blender",
+    "Clapping",
+)
 FILES = {"train": "AVVP_train.csv", "val": "AVVP_val_pd.csv", "test": "AVVP_test_pd.csv"}
 DENSE = {"audio": "AVVP_eval_audio.csv", "visual": "AVVP_eval_visual.csv"}
 FOLDERS = ("data/LLP_dataset/video", "LLP_dataset/video", "video", "llp_videos")
@@ -42,8 +64,12 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     dense: dict[str, dict[str, avvp.Events]] = {}
     lines: dict[str, list[str]] = {}  # clip -> the dense rows that name it
     for kind in DENSE if split != "train" else ():
-        dense[kind], wrong = _dense(release.table(_annotation(release, DENSE[kind]), (
-            "filename", "onset", "offset", "event_labels"), "\t", quoted=False), lines)
+        dense[kind], wrong = _dense(
+            release.table(
+                _annotation(release, DENSE[kind]), ("filename", "onset", "offset", "event_labels"), "\t", quoted=False
+            ),
+            lines,
+        )
         yield from wrong
     name, listed = _weak(release, split)
     if split == "test":
@@ -60,11 +86,14 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         # By the whole name: the dense files hold clips of neither split, some with damaged ids.
         label = _said(row, text) if text else {kind: union(spans.get(filename, [])) for kind, spans in dense.items()}
         yield Example(
-            id=filename, task="avvp", instruction=avvp.instruction(variant),
+            id=filename,
+            task="avvp",
+            instruction=avvp.instruction(variant),
             target=_TAG.sub(r"<\1\2_event>", text) if text else _target(label),
             video=release.inside(release.pick(f"{video}.mp4", *FOLDERS), row.where, "filename"),
             audio=release.sound(video),
-            meta={"labels": labels, **label, "filename": filename, "video": video, "row": row.place})
+            meta={"labels": labels, **label, "filename": filename, "video": video, "row": row.place},
+        )
 
     yield from each(_rows(release, name), examples)
 
@@ -115,14 +144,17 @@ def _note_strays(release: Release, lines: Mapping[str, list[str]]) -> None:
     for name, places in lines.items():
         if name not in known:
             more = f" and {len(places) - 1} more" if places[1:] else ""
-            release.note(str(release.base / places[0]), "filename",
-                         f"{name!r:.60} names no clip of val or test; the row{more} counts nowhere")
+            release.note(
+                str(release.base / places[0]),
+                "filename",
+                f"{name!r:.60} names no clip of val or test; the row{more} counts nowhere",
+            )
 
 
-def _dense(rows: Iterable[Row | InputError], lines: dict[str, list[str]]
-           ) -> tuple[dict[str, avvp.Events], list[InputError]]:
-    """(filename -> [[name, onset, offset], ...], rows that cannot be read); adds to `lines` where each clip is named.
-    """
+def _dense(
+    rows: Iterable[Row | InputError], lines: dict[str, list[str]]
+) -> tuple[dict[str, avvp.Events], list[InputError]]:
+    """(filename -> [[name, onset, offset], ...], rows that cannot be read); adds each clip's line to `lines`."""
     spans: dict[str, avvp.Events] = {}
     wrong: list[InputError] = []
     for row in rows:
@@ -147,5 +179,4 @@ def union(spans: Iterable[Iterable]) -> avvp.Events:
     by_name: dict[str, list[tuple[int, int]]] = {}
     for name, onset, offset in spans:
         by_name.setdefault(name, []).append((onset, offset))
-    return [[name, *span] for name in sorted(by_name, key=CATEGORIES.index)
-            for span in avvp.merge_spans(by_name[name])]
+    return [[name, *span] for name in sorted(by_name, key=CATEGORIES.index) for span in avvp.merge_spans(by_name[name])]

@@ -49,8 +49,9 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         category = _lookup(row, "category_id", categories)
         picture = "/".join(image.text("coco_url").split("/")[-2:])
         size = image.integer("height", 1, 10**5), image.integer("width", 1, 10**5)
-        yield _example(row, category, release.inside(picture, image.where, "coco_url"),
-                       inline_mask(rasterise(row, *size)))
+        yield _example(
+            row, category, release.inside(picture, image.where, "coco_url"), inline_mask(rasterise(row, *size))
+        )
 
     def _lookup(row: Row, field: str, table: Mapping[int, Any]) -> Row:
         number = row.integer(field, 0, 10**12)
@@ -69,12 +70,20 @@ def _small(row: Row) -> bool:
 
 def _example(row: Row, category: Row, image: str, mask: str) -> Example:
     name = category.text("name")
-    prompt = f"{IMAGE}Please segment out the object that corresponding to the {name}, {category.text('def')} " \
-             "in the image."
+    prompt = (
+        f"{IMAGE}Please segment out the object that corresponding to the {name}, {category.text('def')} in the image."
+    )
     return Example(
-        id=str(row.integer("id", 0, 10**12)), task="s4", instruction=prompt, target=f"It is {MASK}", image=image,
-        windows="none", mask_kind="binary", mask=mask,
-        meta={"objects": [name], "video": str(row.values["image_id"]), "row": row.place})
+        id=str(row.integer("id", 0, 10**12)),
+        task="s4",
+        instruction=prompt,
+        target=f"It is {MASK}",
+        image=image,
+        windows="none",
+        mask_kind="binary",
+        mask=mask,
+        meta={"objects": [name], "video": str(row.values["image_id"]), "row": row.place},
+    )
 
 
 def _listed(release: Release, row: Row) -> Iterator[Example]:
@@ -98,10 +107,18 @@ def _by_id(items: list[Any], where: str, field: str) -> dict[int, Mapping[str, A
 def rasterise(row: Row, height: int, width: int) -> dict[str, Any]:
     """COCO run-length code of the union of a row's polygons, [[x, y, x, y, ...], ...] in pixels."""
     polygons = row.values.get("segmentation")
-    if not isinstance(polygons, list) or not polygons or not all(
-            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
-                isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v) for v in p)
-            for p in polygons):
-        raise row.error("segmentation", "is no list of polygons of at least three points",
-                        "use the annotation file as released")
+    if (
+        not isinstance(polygons, list)
+        or not polygons
+        or not all(
+            isinstance(p, list)
+            and len(p) >= 6
+            and len(p) % 2 == 0
+            and all(isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v) for v in p)
+            for p in polygons
+        )
+    ):
+        raise row.error(
+            "segmentation", "is no list of polygons of at least three points", "use the annotation file as released"
+        )
     return coco.merge(coco.frPyObjects([[float(v) for v in p] for p in polygons], height, width))

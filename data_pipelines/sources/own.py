@@ -24,8 +24,11 @@ from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-_OTHERS = {".jsonl.txt": "rename it", ".JSONL": "rename it",
-           ".csv": "make the list with python -m data_pipelines own --csv"}
+_OTHERS = {
+    ".jsonl.txt": "rename it",
+    ".JSONL": "rename it",
+    ".csv": "make the list with python -m data_pipelines own --csv",
+}
 PATHS = ("video", "image", "audio", "seg_image", "mask")
 SAMPLES = "samples.json"
 _FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # of a prompt
@@ -64,7 +67,9 @@ def _example(release: Release, line: str, row: Row) -> Example:
     example = from_json(record, row.where)
     paths: dict[str, Any] = {
         field: release.inside(path, row.where, field)
-        for field in PATHS if (path := getattr(example, field)) and not path.startswith(INLINE_MASK)}
+        for field in PATHS
+        if (path := getattr(example, field)) and not path.startswith(INLINE_MASK)
+    }
     frames = tuple(release.inside(path, row.where, "frames") for path in example.frames)
     if not isinstance(example.meta.get("one_of", ""), str):
         raise row.error("meta", f"one_of is {example.meta['one_of']!r:.40}", "must be text, the same in all of a group")
@@ -92,10 +97,15 @@ def _sample(release: Release, row: Row) -> Iterator[Example]:
     if not source:
         raise row.error("video_path", "is missing, and image_path too", "give one of them")
     yield Example(
-        id=row.place.rpartition(" ")[2], task=task.name, instruction=task.instruction(variant="quick", **asked),
-        second=second, windows=windows_for(task, _SECONDS.get(task.name, 10), one_window=True),
+        id=row.place.rpartition(" ")[2],
+        task=task.name,
+        instruction=task.instruction(variant="quick", **asked),
+        second=second,
+        windows=windows_for(task, _SECONDS.get(task.name, 10), one_window=True),
         mask_kind=task.mask_kind if "mask" in paths else "none",
-        meta={**{k: v for k, v in asked.items() if k != "second"}, "row": row.place}, **paths)
+        meta={**{k: v for k, v in asked.items() if k != "second"}, "row": row.place},
+        **paths,
+    )
 
 
 def pictures(release: Release, folder: str, row: Row) -> list[str]:
@@ -105,15 +115,19 @@ def pictures(release: Release, folder: str, row: Row) -> list[str]:
     if (kind := release.kind(folder)) != "folder":
         problem = f"{folder} is a link out of the data root" if kind == "outside" else f"{folder} is no folder"
         raise (InputError if kind == "outside" else MissingFile)(
-            row.where, "frames", problem, "give a folder of pictures, or a list of them")
+            row.where, "frames", problem, "give a folder of pictures, or a list of them"
+        )
     found = [name for name in release.names(folder) if name.lower().endswith(PICTURES)]
     if not found:
-        raise MissingFile(row.where, "frames", f"{folder} holds no pictures",
-                          f"put files that end in {', '.join(PICTURES)} there")
+        raise MissingFile(
+            row.where, "frames", f"{folder} holds no pictures", f"put files that end in {', '.join(PICTURES)} there"
+        )
     return [f"{folder}/{name}" for name in sorted(found, key=_natural)]
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """A key by which numbers inside of names are compared as numbers."""
-    return [(not part.isascii() or not part.isdigit(), int(part) if part.isascii() and part.isdigit() else 0, part)
-            for part in re.split(r"([0-9]+)", name)]
+    return [
+        (not part.isascii() or not part.isdigit(), int(part) if part.isascii() and part.isdigit() else 0, part)
+        for part in re.split(r"([0-9]+)", name)
+    ]

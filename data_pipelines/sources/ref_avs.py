@@ -31,6 +31,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
     split: one of SPLITS, or "test" for its three parts together. Examples of one row share meta's `one_of`.
     """
+
     def examples(row: Row) -> Iterator[Example]:
         part = row.one_of("split", (*SPLITS, UNUSED))
         if part != split and not (split == "test" and part in _PARTS) or row.text("uid").strip() == _NO_EXPRESSION:
@@ -48,14 +49,27 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
             text = ref_avs.instruction(variant, expression, second)
             in_video = "<video>" in text
             yield Example(
-                id=f"{line}-{second}", task="ref-avs", instruction=text,
+                id=f"{line}-{second}",
+                task="ref-avs",
+                instruction=text,
                 target=ref_avs.target(expression, named, second),
-                frames=frames if in_video else (), image=frames[second] if "<image>" in text else None,
-                audio=f"{at}/audio.wav", windows="ten", second=second,
+                frames=frames if in_video else (),
+                image=frames[second] if "<image>" in text else None,
+                audio=f"{at}/audio.wav",
+                windows="ten",
+                second=second,
                 mask=EMPTY_MASK if absent else release.inside(f"{masks}/{second:05d}.png", row.where, "fid"),
                 mask_kind="binary",
-                meta={"expression": expression, "object": named, "video": video, "uid": uid[0],
-                      "split": _PARTS.get(part, "seen") if named else "null", "one_of": line, "row": row.place})
+                meta={
+                    "expression": expression,
+                    "object": named,
+                    "video": video,
+                    "uid": uid[0],
+                    "split": _PARTS.get(part, "seen") if named else "null",
+                    "one_of": line,
+                    "row": row.place,
+                },
+            )
 
     name = release.annotation("metadata.csv")
     return each(release.table(name, ("vid", "uid", "split", "fid", "exp")), examples)

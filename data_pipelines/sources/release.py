@@ -78,11 +78,17 @@ class Row:
             raise self.error(field, f"is the number {value}", f"write it as text, with its leading zeros: {example}")
         value = _plain(self.text(field))
         if _SCIENTIFIC.fullmatch(value):
-            raise self.error(field, f"is {value!r}, a name that a spreadsheet turned into a number",
-                             f"restore the row from the release; it must look like {example}")
+            raise self.error(
+                field,
+                f"is {value!r}, a name that a spreadsheet turned into a number",
+                f"restore the row from the release; it must look like {example}",
+            )
         if _NOTHING.fullmatch(value) or not safe_name(value):
-            raise self.error(field, f"is {value!r:.60}",
-                             f"must look like {example}: the name of a file, without / or \\ or control characters")
+            raise self.error(
+                field,
+                f"is {value!r:.60}",
+                f"must look like {example}: the name of a file, without / or \\ or control characters",
+            )
         return value
 
     def matching(self, field: str, pattern: re.Pattern[str], example: str) -> re.Match[str]:
@@ -155,8 +161,12 @@ class Release:
         found = next((name for name in names if os.path.isfile(self.base / name)), None)
         if found is None:
             others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
-            raise MissingFile(str(self.base / names[0]), "", f"no such annotation file{others}",
-                              "copy the release's annotation files; docs/datasets.md shows the tree")
+            raise MissingFile(
+                str(self.base / names[0]),
+                "",
+                f"no such annotation file{others}",
+                "copy the release's annotation files; docs/datasets.md shows the tree",
+            )
         return found
 
     def text(self, name: str, whole: bool = True) -> str:
@@ -167,8 +177,12 @@ class Release:
         """
         path = self.base / name
         if not self._contains(path):
-            raise InputError(str(path), "", "is a link out of the data root",
-                             "put the file there, or link the dataset's whole folder")
+            raise InputError(
+                str(path),
+                "",
+                "is a link out of the data root",
+                "put the file there, or link the dataset's whole folder",
+            )
         data = read_bytes(path, "", LIST, _AGAIN)
         if not data.strip():
             raise InputError(str(path), "", "is empty", _AGAIN)
@@ -178,8 +192,12 @@ class Release:
             wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
             if whole or wide:
                 number = data.count(b"\n", 0, error.start) + 1
-                raise InputError(f"{path}:{number}", "", f"is not UTF-8 text{' but UTF-16' if wide else ''}",
-                                 "save the file as UTF-8" if wide else _AGAIN) from None
+                raise InputError(
+                    f"{path}:{number}",
+                    "",
+                    f"is not UTF-8 text{' but UTF-16' if wide else ''}",
+                    "save the file as UTF-8" if wide else _AGAIN,
+                ) from None
             return data.decode("utf-8-sig", "surrogateescape")
 
     def lines(self, name: str) -> list[str]:
@@ -196,12 +214,16 @@ class Release:
     def check_line(self, name: str, number: int, line: str) -> None:
         """Raise InputError for a line that is not UTF-8, such as the curly quotes and accents of Windows-1252."""
         if not line.isascii() and _UNDECODED.search(line):
-            raise InputError(f"{self.base / name}:{number}", "",
-                             f"is not UTF-8 text: {line.encode('utf-8', 'surrogateescape')[:60]!r}",
-                             "save the file as UTF-8, or restore the row from the release")
+            raise InputError(
+                f"{self.base / name}:{number}",
+                "",
+                f"is not UTF-8 text: {line.encode('utf-8', 'surrogateescape')[:60]!r}",
+                "save the file as UTF-8, or restore the row from the release",
+            )
 
-    def table(self, name: str, columns: Sequence[str], delimiter: str = ",", quoted: bool = True,
-              header: bool | None = True) -> Iterator[Row | InputError]:
+    def table(
+        self, name: str, columns: Sequence[str], delimiter: str = ",", quoted: bool = True, header: bool | None = True
+    ) -> Iterator[Row | InputError]:
         """Rows of a table of text, one line each, or several where a quotation goes on.
 
         header: True = the first line names the columns, which may be more than `columns` and in any order;
@@ -217,8 +239,12 @@ class Release:
             line = lines[0] if lines else ""
             named = _cells(line, delimiter, quoted) or []
             absent = next((column for column in columns if column not in named), columns[0])
-            raise InputError(f"{self.base / name}:1", absent, f"no such column in the header {line!r:.80}",
-                             f"the header of the release has {delimiter.join(columns)!r}")
+            raise InputError(
+                f"{self.base / name}:1",
+                absent,
+                f"no such column in the header {line!r:.80}",
+                f"the header of the release has {delimiter.join(columns)!r}",
+            )
         if twice := [column for column in columns if names.count(column) > 1]:
             raise InputError(f"{self.base / name}:1", twice[0], "comes twice in the header", "keep one of the columns")
         at, still_open = first, False
@@ -232,10 +258,18 @@ class Release:
                     self.check_line(name, number + k, lines[number - 1 + k])
                 if cells is None or len(cells) != len(names):
                     problem = f"has {len(cells)} fields, not {len(names)}" if cells else "has an unfinished quotation"
-                    raise InputError(f"{self.base / name}:{number}", "", f"{problem}: {lines[number - 1]!r:.60}",
-                                     "restore the row from the release")
-                row = Row(self.base, f"{name}:{number}", dict(zip(names, cells, strict=True)),
-                          at == len(lines) and name in self._unended)
+                    raise InputError(
+                        f"{self.base / name}:{number}",
+                        "",
+                        f"{problem}: {lines[number - 1]!r:.60}",
+                        "restore the row from the release",
+                    )
+                row = Row(
+                    self.base,
+                    f"{name}:{number}",
+                    dict(zip(names, cells, strict=True)),
+                    at == len(lines) and name in self._unended,
+                )
                 if row.unended:
                     self.unended.append(row.place)
                 yield row
@@ -250,11 +284,13 @@ class Release:
         try:
             return strict_json(text, constants=True)
         except json.JSONDecodeError as error:
-            raise InputError(f"{self.base / name}:{error.lineno}", "", f"not valid JSON ({error.msg})",
-                             "copy the file again") from None
+            raise InputError(
+                f"{self.base / name}:{error.lineno}", "", f"not valid JSON ({error.msg})", "copy the file again"
+            ) from None
         except ValueError as error:  # numbers of thousands of digits, too
-            raise InputError(str(self.base / name), "", f"not readable JSON ({str(error):.100})",
-                             "copy the file again") from None
+            raise InputError(
+                str(self.base / name), "", f"not readable JSON ({str(error):.100})", "copy the file again"
+            ) from None
 
     def records(self, name: str, key: str = "", items: Any = None) -> Iterator[Row | InputError]:
         """The objects of a JSON file, or `items` from inside of one.
@@ -264,8 +300,11 @@ class Release:
         """
         places, items, damaged = (None, items, False) if items is not None else self._items(name, key)
         for number, item in enumerate(items):
-            row = Row(self.base, f"{name}:{places[number] if places else f'item {number}'}",
-                      item if isinstance(item, dict) else {})
+            row = Row(
+                self.base,
+                f"{name}:{places[number] if places else f'item {number}'}",
+                item if isinstance(item, dict) else {},
+            )
             if isinstance(item, InputError):
                 yield item
             elif not isinstance(item, dict):
@@ -291,8 +330,12 @@ class Release:
         elif isinstance(content, dict) and content and key and all(isinstance(v, dict) for v in content.values()):
             content = [{key: named, **value} for named, value in content.items()]
         if not isinstance(content, list):
-            raise InputError(str(self.base / name), "", f"holds {type(content).__name__}, not a list",
-                             "use the annotation file as released")
+            raise InputError(
+                str(self.base / name),
+                "",
+                f"holds {type(content).__name__}, not a list",
+                "use the annotation file as released",
+            )
         return None, content, damaged
 
     def _record(self, name: str, number: int, line: str) -> Any:
@@ -308,8 +351,12 @@ class Release:
         """`path` relative to the data root. Raises InputError for one that is absolute or climbs out with `..`."""
         parts = path.rstrip("/").split("/")
         if path.startswith(("/", "~")) or "\\" in path or "\0" in path or {"", ".."} & set(parts) or _DRIVE.match(path):
-            raise InputError(where, field, f"the path {path!r:.80} leaves the data root",
-                             "give a path inside it, with / between its parts")
+            raise InputError(
+                where,
+                field,
+                f"the path {path!r:.80} leaves the data root",
+                "give a path inside it, with / between its parts",
+            )
         return f"{self.folder}/{path}" if self.folder else path
 
     def sound(self, name: str) -> str | None:
@@ -322,7 +369,7 @@ class Release:
         return next((f"{folder}/{path}" for folder in folders if self.kind(f"{folder}/{path}")), f"{folders[0]}/{path}")
 
     def kind(self, path: str) -> str:
-        """"file", "folder", "outside" for a link that leaves the release, "special" for a pipe or a device, "" for
+        """ "file", "folder", "outside" for a link that leaves the release, "special" for a pipe or a device, "" for
         nothing there.
 
         A folder is listed once, so that a hundred thousand questions cost a few hundred system calls.
@@ -354,8 +401,15 @@ class Release:
         try:
             if entry.is_symlink() and not self._contains(entry.path):
                 return "outside"
-            return "file" if entry.is_file() else "folder" if entry.is_dir() else "special" if os.path.exists(
-                entry.path) else ""
+            return (
+                "file"
+                if entry.is_file()
+                else "folder"
+                if entry.is_dir()
+                else "special"
+                if os.path.exists(entry.path)
+                else ""
+            )
         except OSError:  # links in a circle
             return ""
 
@@ -367,14 +421,19 @@ class Release:
         """Raise MissingFile when `path` (relative to the data root) is no file, InputError when it leads elsewhere."""
         kind = self.kind(path.removeprefix(f"{self.folder}/") if self.folder else path)
         if kind == "outside":
-            raise InputError(where, field, f"{path} is a link out of the data root",
-                             "put the file there, or link the dataset's whole folder")
+            raise InputError(
+                where,
+                field,
+                f"{path} is a link out of the data root",
+                "put the file there, or link the dataset's whole folder",
+            )
         if kind == "special":
             raise InputError(where, field, f"{path} is a pipe or a device", "put a file there")
         if kind != "file":
             problem = f"{path} is {'a folder' if kind else 'missing'}"
-            raise MissingFile(where, field, problem,
-                              "complete the copy, or read what is there with missing=skip (data.on_error=skip)")
+            raise MissingFile(
+                where, field, problem, "complete the copy, or read what is there with missing=skip (data.on_error=skip)"
+            )
 
 
 _JSON_LINES = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")

@@ -160,27 +160,47 @@ def sample(seed: int, split: str, index: int) -> Scene:
         size = rng.uniform(*_SIZES[seen])
         margin = size / 2 + 0.03
         x = float(np.clip(_SLOT_X[slots[i]] + rng.uniform(-0.04, 0.04), margin, 1 - margin)) if visible else 0.0
-        things.append(Thing(
-            kind=KINDS[kind], slot=SLOTS[slots[i]] if visible else None,
-            x=round(x, 4), y=round(float(rng.uniform(0.36, 0.64)), 4) if visible else 0.0,
-            size=round(float(size), 4) if visible else 0.0, visible=visible, sounding=sounding,
-            loudness=float(next(levels)) if sounding else 0.0,
-            pitch=round(float(rng.random()), 4), phase=round(float(rng.random()), 4)))
+        things.append(
+            Thing(
+                kind=KINDS[kind],
+                slot=SLOTS[slots[i]] if visible else None,
+                x=round(x, 4),
+                y=round(float(rng.uniform(0.36, 0.64)), 4) if visible else 0.0,
+                size=round(float(size), 4) if visible else 0.0,
+                visible=visible,
+                sounding=sounding,
+                loudness=float(next(levels)) if sounding else 0.0,
+                pitch=round(float(rng.random()), 4),
+                phase=round(float(rng.random()), 4),
+            )
+        )
     return Scene(split, index, seed, tuple(things))
 
 
 def save(path: Path, scene: Scene) -> None:
     """Write scene.json: the graph, with the per-second flags spelled out for other readers."""
-    things = [{**dataclasses.asdict(t), "class_id": CLASS_IDS[t.kind], "seen": [t.seen(k) for k in range(SECONDS)],
-               "heard": [t.heard(k) for k in range(SECONDS)]} for t in scene.things]
+    things = [
+        {
+            **dataclasses.asdict(t),
+            "class_id": CLASS_IDS[t.kind],
+            "seen": [t.seen(k) for k in range(SECONDS)],
+            "heard": [t.heard(k) for k in range(SECONDS)],
+        }
+        for t in scene.things
+    ]
     record = {"split": scene.split, "index": scene.index, "seed": scene.seed, "things": things}
     write_whole(path, json.dumps(record) + "\n")  # it appears only when the scene is complete
 
 
 _NUMBER, _INTERVAL = Real(-1e6, 1e6), Null((Whole(0, SECONDS), Whole(0, SECONDS)))
-_THING = {"kind": Choice(tuple(KINDS)), "slot": Null(Text()), "visible": _INTERVAL, "sounding": _INTERVAL,
-          **dict.fromkeys(("x", "y", "size", "loudness", "pitch", "phase"), _NUMBER),
-          "boxes": (Null((_NUMBER,) * 4),) * SECONDS}
+_THING = {
+    "kind": Choice(tuple(KINDS)),
+    "slot": Null(Text()),
+    "visible": _INTERVAL,
+    "sounding": _INTERVAL,
+    **dict.fromkeys(("x", "y", "size", "loudness", "pitch", "phase"), _NUMBER),
+    "boxes": (Null((_NUMBER,) * 4),) * SECONDS,
+}
 SCENE = {"split": Choice(SPLITS), "index": Whole(), "seed": Whole(), "things": [_THING]}
 
 

@@ -24,21 +24,37 @@ _INK = (28, 28, 32)
 
 # Each kind is a list of (shape, coordinates in the unit square, colour); fixed, so that a small encoder can learn it.
 _SHAPES: dict[str, list[tuple[str, tuple[float, ...], tuple[int, int, int]]]] = {
-    "piano": [("box", (0.05, 0.18, 0.95, 0.82), (36, 36, 44)), ("box", (0.10, 0.46, 0.90, 0.76), (245, 245, 245)),
-              *[("box", (x, 0.46, x + 0.06, 0.64), _INK) for x in (0.18, 0.34, 0.50, 0.66, 0.80)]],
-    "drum": [("box", (0.12, 0.32, 0.88, 0.80), (205, 40, 45)), ("oval", (0.12, 0.66, 0.88, 0.94), (205, 40, 45)),
-             ("oval", (0.12, 0.14, 0.88, 0.46), (250, 235, 220))],
-    "violin": [("oval", (0.24, 0.08, 0.76, 0.52), (175, 95, 30)), ("oval", (0.16, 0.42, 0.84, 0.96), (175, 95, 30)),
-               ("box", (0.46, 0.04, 0.54, 0.70), _INK), ("box", (0.36, 0.70, 0.64, 0.76), _INK)],
-    "flute": [("poly", (0.04, 0.72, 0.72, 0.04, 0.96, 0.28, 0.28, 0.96), (90, 205, 230)),
-              *[("oval", (c - 0.06, 0.94 - c, c + 0.06, 1.06 - c), _INK) for c in (0.30, 0.50, 0.70)]],
-    "accordion": [("box", (0.05, 0.15, 0.95, 0.85), (35, 150, 70)),
-                  *[("box", (x, 0.15, x + 0.05, 0.85), (190, 240, 190)) for x in (0.32, 0.44, 0.56, 0.68)],
-                  ("box", (0.10, 0.25, 0.20, 0.75), (250, 250, 250))],
-    "trumpet": [("box", (0.05, 0.42, 0.70, 0.58), (240, 190, 30)),
-                ("poly", (0.60, 0.42, 0.95, 0.12, 0.95, 0.88, 0.60, 0.58), (240, 190, 30)),
-                *[("box", (x, 0.22, x + 0.08, 0.50), (200, 140, 10)) for x in (0.24, 0.36, 0.48)],
-                ("oval", (0.26, 0.50, 0.58, 0.78), (240, 190, 30))],
+    "piano": [
+        ("box", (0.05, 0.18, 0.95, 0.82), (36, 36, 44)),
+        ("box", (0.10, 0.46, 0.90, 0.76), (245, 245, 245)),
+        *[("box", (x, 0.46, x + 0.06, 0.64), _INK) for x in (0.18, 0.34, 0.50, 0.66, 0.80)],
+    ],
+    "drum": [
+        ("box", (0.12, 0.32, 0.88, 0.80), (205, 40, 45)),
+        ("oval", (0.12, 0.66, 0.88, 0.94), (205, 40, 45)),
+        ("oval", (0.12, 0.14, 0.88, 0.46), (250, 235, 220)),
+    ],
+    "violin": [
+        ("oval", (0.24, 0.08, 0.76, 0.52), (175, 95, 30)),
+        ("oval", (0.16, 0.42, 0.84, 0.96), (175, 95, 30)),
+        ("box", (0.46, 0.04, 0.54, 0.70), _INK),
+        ("box", (0.36, 0.70, 0.64, 0.76), _INK),
+    ],
+    "flute": [
+        ("poly", (0.04, 0.72, 0.72, 0.04, 0.96, 0.28, 0.28, 0.96), (90, 205, 230)),
+        *[("oval", (c - 0.06, 0.94 - c, c + 0.06, 1.06 - c), _INK) for c in (0.30, 0.50, 0.70)],
+    ],
+    "accordion": [
+        ("box", (0.05, 0.15, 0.95, 0.85), (35, 150, 70)),
+        *[("box", (x, 0.15, x + 0.05, 0.85), (190, 240, 190)) for x in (0.32, 0.44, 0.56, 0.68)],
+        ("box", (0.10, 0.25, 0.20, 0.75), (250, 250, 250)),
+    ],
+    "trumpet": [
+        ("box", (0.05, 0.42, 0.70, 0.58), (240, 190, 30)),
+        ("poly", (0.60, 0.42, 0.95, 0.12, 0.95, 0.88, 0.60, 0.58), (240, 190, 30)),
+        *[("box", (x, 0.22, x + 0.08, 0.50), (200, 140, 10)) for x in (0.24, 0.36, 0.48)],
+        ("oval", (0.26, 0.50, 0.58, 0.78), (240, 190, 30)),
+    ],
 }
 
 
@@ -46,8 +62,12 @@ def _pose(thing: Thing, time: float) -> tuple[float, float, float, float]:
     """Centre x, y (pixels), angle (radians) and scale at `time` seconds: gentle, a few pixels over seconds."""
     swing = math.sin(2 * math.pi * (time / 5 + thing.phase))
     dx, dy, angle, scale = {
-        "piano": (0.0, 0.0, 0.0, 1.0), "drum": (0.0, 0.022, 0.0, 1.0), "violin": (0.0, 0.0, 0.18, 1.0),
-        "flute": (0.022, 0.0, 0.0, 1.0), "accordion": (0.0, 0.0, 0.0, 1.07), "trumpet": (0.0, 0.0, 0.18, 1.0),
+        "piano": (0.0, 0.0, 0.0, 1.0),
+        "drum": (0.0, 0.022, 0.0, 1.0),
+        "violin": (0.0, 0.0, 0.18, 1.0),
+        "flute": (0.022, 0.0, 0.0, 1.0),
+        "accordion": (0.0, 0.0, 0.0, 1.07),
+        "trumpet": (0.0, 0.0, 0.18, 1.0),
     }[thing.kind]
     return (thing.x + dx * swing) * SIZE, (thing.y + dy * swing) * SIZE, angle * swing, 1 + (scale - 1) * swing
 
@@ -123,6 +143,7 @@ def box_of(mask: np.ndarray) -> Box | None:
 
 # Timbres. Each is (notes in Hz for a pitch in [0, 1), samples, rng) -> float32 waveform; level is set afterwards.
 
+
 def _wave(frequency: np.ndarray | float, length: int, harmonics: np.ndarray) -> np.ndarray:
     """A tone of the given frequency (Hz, constant or per sample) from one period with the given harmonic amplitudes."""
     cycle = np.arange(4096) * (2 * np.pi / 4096)
@@ -183,7 +204,13 @@ def _trumpet(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 _TIMBRES: dict[str, Callable[[float, int, np.random.Generator], np.ndarray]] = {
-    "piano": _piano, "drum": _drum, "violin": _violin, "flute": _flute, "accordion": _accordion, "trumpet": _trumpet}
+    "piano": _piano,
+    "drum": _drum,
+    "violin": _violin,
+    "flute": _flute,
+    "accordion": _accordion,
+    "trumpet": _trumpet,
+}
 
 
 def timbre(kind: str, pitch: float, seconds: int, rng: np.random.Generator) -> np.ndarray:
@@ -208,8 +235,11 @@ def synthesise(scene: Scene) -> np.ndarray:
 
 # The 71 colours of AVSBench-semantic, flat RGB: the bits of a class id, spread over the channels from the top bit down
 # (AVSBench color_dataloader.py).
-PALETTE = [sum(((label >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
-           for label in range(71) for channel in range(3)]
+PALETTE = [
+    sum(((label >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
+    for label in range(71)
+    for channel in range(3)
+]
 
 
 def _write_mask(path: Path, ids: np.ndarray, colours: list[int] | None) -> None:
@@ -259,9 +289,13 @@ def write_scene(folder: Path, scene: Scene, masks: Iterable[tuple[str, int]]) ->
     for kind, second in masks:
         _write_mask(folder / "masks" / f"{kind}_{second}.png", 255 * (things[second] == KINDS.index(kind) + 1), None)
     _write_mask(folder / "masks" / "empty.png", np.zeros((SIZE, SIZE)), None)
-    scene = dataclasses.replace(scene, things=tuple(
-        dataclasses.replace(t, boxes=tuple(box_of(ids == KINDS.index(t.kind) + 1) for ids in things))
-        for t in scene.things))
+    scene = dataclasses.replace(
+        scene,
+        things=tuple(
+            dataclasses.replace(t, boxes=tuple(box_of(ids == KINDS.index(t.kind) + 1) for ids in things))
+            for t in scene.things
+        ),
+    )
     save(folder / "scene.json", scene)
     return scene
 

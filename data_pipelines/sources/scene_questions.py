@@ -17,8 +17,12 @@ import numpy as np
 
 from data_pipelines.sources.scene_graph import KINDS, SECONDS, SLOTS, Scene, Thing
 
-_RARE = {("Audio", "Comparative"): 2.5, ("Audio-Visual", "Comparative"): 2.0, ("Audio-Visual", "Location"): 2.5,
-         ("Audio-Visual", "Temporal"): 2.5}  # types that few scenes allow are asked more often where they can be
+_RARE = {
+    ("Audio", "Comparative"): 2.5,
+    ("Audio-Visual", "Comparative"): 2.0,
+    ("Audio-Visual", "Location"): 2.5,
+    ("Audio-Visual", "Temporal"): 2.5,
+}  # types that few scenes allow are asked more often where they can be
 _YES_NO = 0.5  # weight of a template whose answers are yes and no: six of the nine types have them
 _SLOT_OR_KIND = re.compile(rf"\b({'|'.join((*KINDS, *SLOTS))})\b")
 _COUNTS = ("zero", "one", "two", "three")
@@ -55,8 +59,11 @@ def _only(things: Sequence[Thing]) -> Thing | None:
 def _first_last(things: Sequence[Thing]) -> tuple[Thing | None, Thing | None]:
     """The thing that starts to sound before all others, and the one after all others; None on a tie."""
     starts = [t.onset for t in things]
-    return (_only([t for t in things if t.onset == min(starts)]),
-            _only([t for t in things if t.onset == max(starts)])) if len(things) > 1 else (None, None)
+    return (
+        (_only([t for t in things if t.onset == min(starts)]), _only([t for t in things if t.onset == max(starts)]))
+        if len(things) > 1
+        else (None, None)
+    )
 
 
 def _yes(condition: bool) -> str:
@@ -127,8 +134,11 @@ def _audio_visual_comparative(seen: Sequence[Thing]) -> Iterator[tuple[str, str,
     for a, b in itertools.permutations(seen, 2):
         if a.sounding or b.sounding:
             for one, other in (("instrument", "instrument"), (a.kind, b.kind)):
-                yield ("Comparative", f"Is the {one} on the {a.slot} louder than the {other} on the {b.slot}?",
-                       _yes(a.loudness > b.loudness))
+                yield (
+                    "Comparative",
+                    f"Is the {one} on the {a.slot} louder than the {other} on the {b.slot}?",
+                    _yes(a.loudness > b.loudness),
+                )
 
 
 def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[str, str, str]]:
@@ -141,8 +151,11 @@ def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[
         if alone and alone.visible:
             yield "Temporal", f"Where is the {word} sounding instrument?", alone.slot
             for other in scene.visible:
-                yield ("Location", f"Is the {word} sound coming from the {other.slot} instrument?",
-                       _yes(other is alone))
+                yield (
+                    "Location",
+                    f"Is the {word} sound coming from the {other.slot} instrument?",
+                    _yes(other is alone),
+                )
             for side in ("left", "right"):
                 if neighbour := _only(_beside(scene, alone, side)):
                     text = f"What is the {side} instrument of the {word} sounding instrument?"
@@ -206,8 +219,10 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
         for word, alone in zip(("first", "last"), _first_last(heard), strict=True):
             if alone:
                 yield word, f"the object that starts sounding {word}", if_seen(alone)
-    for word, text, group in (("sounding", "the object that is making a sound", playing),
-                              ("silent", "the silent object", silent)):
+    for word, text, group in (
+        ("sounding", "the object that is making a sound", playing),
+        ("silent", "the silent object", silent),
+    ):
         if not group or (len(group) == 1 and len(seen) > 1):
             yield word, text, _only(group)
     for kind in KINDS:

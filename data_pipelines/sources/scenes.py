@@ -32,8 +32,18 @@ from data_pipelines.sources.scene_media import occupancy, write_scene
 from data_pipelines.sources.scene_questions import expressions, questions
 from data_pipelines.workers import end_with_parent
 
-__all__ = ["KINDS", "NOTHING", "PER_SCENE", "SPLITS", "Scene", "examples", "load_split", "occupancy", "scene_table",
-           "write"]
+__all__ = [
+    "KINDS",
+    "NOTHING",
+    "PER_SCENE",
+    "SPLITS",
+    "Scene",
+    "examples",
+    "load_split",
+    "occupancy",
+    "scene_table",
+    "write",
+]
 
 FORMAT = 2  # of the scenes on disk; a root of another format is not continued
 PER_SCENE = {"avqa": 3, "arig": 1, "s4": 1, "ms3": 1, "avss": 1, "ref-avs": 3}  # Examples of one scene; others: 1
@@ -42,6 +52,7 @@ _EXPRESSIONS = 3  # expressions of one scene that have masks on disk
 
 
 # Explicit reasoning: short regular sentences about what is seen and heard, as in AV-UIE (paper section 3).
+
 
 def _name(thing: Thing, slot: bool, level: bool) -> str:
     where = [thing.slot] if slot and thing.slot else []
@@ -79,8 +90,11 @@ def _caption(scene: Scene) -> str:
     seen = " and ".join(f"{_article(t.kind)} on the {t.slot}" for t in scene.visible)
     playing = " and ".join(f"{_name(t, False, True)} is playing" for t in scene.visible if t.sounding)
     hidden = [f"{_name(t, False, True)} plays off screen" for t in scene.sounding if not t.visible]
-    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in
-                    (f"the video shows {seen}", playing, *hidden) if sentence)
+    return " ".join(
+        f"{sentence[0].upper()}{sentence[1:]}."
+        for sentence in (f"the video shows {seen}", playing, *hidden)
+        if sentence
+    )
 
 
 def _article(kind: str) -> str:
@@ -102,8 +116,10 @@ def _ave(scene: Scene, count: int) -> Iterator[_Item]:
 
 
 def _avvp(scene: Scene, count: int) -> Iterator[_Item]:
-    label = {"audio": [[t.kind, *t.sounding] for t in scene.sounding],
-             "visual": [[t.kind, *t.visible] for t in scene.visible]}
+    label = {
+        "audio": [[t.kind, *t.sounding] for t in scene.sounding],
+        "visual": [[t.kind, *t.visible] for t in scene.visible],
+    }
     seen = _listing("see", [_name(t, False, False) for t in scene.visible])
     heard = _listing("hear", [_name(t, False, False) for t in scene.sounding])
     yield {}, label, f"{seen} {heard}", {}, label
@@ -132,10 +148,18 @@ def _avs(task: str) -> Callable[[Scene, int], Iterator[_Item]]:
     def items(scene: Scene, count: int) -> Iterator[_Item]:
         for second in _seconds(scene, task, count):
             objects = [t.kind for t in scene.sources(second)] or [NOTHING]
-            mask = {"mask": f"{scene.folder}/labels_semantic/{second}.png",
-                    "mask_kind": "semantic" if task == "avss" else "binary"}
-            yield ({"second": second}, {"objects": objects, "second": second}, _moment(scene, second),
-                   _picture(scene, second) | mask, {"objects": objects, "video": scene.folder})
+            mask = {
+                "mask": f"{scene.folder}/labels_semantic/{second}.png",
+                "mask_kind": "semantic" if task == "avss" else "binary",
+            }
+            yield (
+                {"second": second},
+                {"objects": objects, "second": second},
+                _moment(scene, second),
+                _picture(scene, second) | mask,
+                {"objects": objects, "video": scene.folder},
+            )
+
     return items
 
 
@@ -145,9 +169,13 @@ def _ref_avs(scene: Scene, count: int) -> Iterator[_Item]:
         mask = {"mask": f"{scene.folder}/masks/{name}.png", "mask_kind": "binary"}
         reasoning = f"{_seen(scene, slot=' on the ' in item.text)} {_heard(scene, level='est sound' in item.text)}"
         label = {"expression": item.text, "object": item.object, "second": item.second}
-        yield ({"expression": item.text, "second": item.second}, label, reasoning,
-               _picture(scene, item.second) | mask,
-               {"expression": item.text, "object": item.object, "split": item.split, "video": scene.folder})
+        yield (
+            {"expression": item.text, "second": item.second},
+            label,
+            reasoning,
+            _picture(scene, item.second) | mask,
+            {"expression": item.text, "object": item.object, "split": item.split, "video": scene.folder},
+        )
 
 
 def _avcap(scene: Scene, count: int) -> Iterator[_Item]:
@@ -156,13 +184,20 @@ def _avcap(scene: Scene, count: int) -> Iterator[_Item]:
 
 
 _ITEMS: dict[str, Callable[[Scene, int], Iterator[_Item]]] = {
-    "avqa": _avqa, "ave": _ave, "avvp": _avvp, "arig": _arig, "s4": _avs("s4"), "ms3": _avs("ms3"),
-    "avss": _avs("avss"), "ref-avs": _ref_avs, "avcap": _avcap}
+    "avqa": _avqa,
+    "ave": _ave,
+    "avvp": _avvp,
+    "arig": _arig,
+    "s4": _avs("s4"),
+    "ms3": _avs("ms3"),
+    "avss": _avs("avss"),
+    "ref-avs": _ref_avs,
+    "avcap": _avcap,
+}
 
 
 def _picture(scene: Scene, second: int) -> dict[str, Any]:
-    return {"second": second, "seg_image": f"{scene.folder}/frames/{second}.jpg",
-            "audio": f"{scene.folder}/audio.wav"}
+    return {"second": second, "seg_image": f"{scene.folder}/frames/{second}.jpg", "audio": f"{scene.folder}/audio.wav"}
 
 
 def _seconds(scene: Scene, task: str, count: int) -> list[int]:
@@ -194,8 +229,14 @@ def load_split(root: str | Path, split: str) -> list[Scene]:
     return [load(Path(root) / split / f"{i:06d}" / "scene.json") for i in range(counts[split])]
 
 
-def examples(root: str | Path, split: str, reasoning: str = "explicit", variant: str = "train",
-             tasks: Sequence[str] | None = None, per_scene: Mapping[str, int] | None = None) -> list[Example]:
+def examples(
+    root: str | Path,
+    split: str,
+    reasoning: str = "explicit",
+    variant: str = "train",
+    tasks: Sequence[str] | None = None,
+    per_scene: Mapping[str, int] | None = None,
+) -> list[Example]:
     """Examples of a written split, grouped by scene; paths are relative to `root`.
 
     reasoning: "explicit" puts what is seen and heard before the answer, "plain" is the answer alone.
@@ -205,8 +246,12 @@ def examples(root: str | Path, split: str, reasoning: str = "explicit", variant:
     if reasoning not in ("explicit", "plain"):
         raise InputError("examples", "reasoning", f"unknown value {reasoning!r}", "use explicit or plain")
     counts = PER_SCENE | dict(per_scene or {})
-    return [example for scene in load_split(root, split) for task in tasks or TASK_NAMES
-            for example in _scene_examples(scene, task, counts.get(task, 1), reasoning == "explicit", variant)]
+    return [
+        example
+        for scene in load_split(root, split)
+        for task in tasks or TASK_NAMES
+        for example in _scene_examples(scene, task, counts.get(task, 1), reasoning == "explicit", variant)
+    ]
 
 
 def _scene_examples(scene: Scene, task: str, count: int, explicit: bool, variant: str) -> Iterator[Example]:
@@ -220,9 +265,15 @@ def _scene_examples(scene: Scene, task: str, count: int, explicit: bool, variant
         if task == "arig":
             fields = {k: v for k, v in fields.items() if k != "seg_image"}
         suffix = f"-{number}" if task in PER_SCENE else ""
-        yield Example(id=f"{scene.split}-{scene.id}-{task}{suffix}", task=task, instruction=text,
-                      target=TASKS[task].target(**label, reasoning=thought if explicit else ""),
-                      **visual, **fields, meta={**meta, "scene": scene.folder})
+        yield Example(
+            id=f"{scene.split}-{scene.id}-{task}{suffix}",
+            task=task,
+            instruction=text,
+            target=TASKS[task].target(**label, reasoning=thought if explicit else ""),
+            **visual,
+            **fields,
+            meta={**meta, "scene": scene.folder},
+        )
 
 
 def _write_one(job: tuple[str, int, str, int]) -> None:
@@ -233,8 +284,13 @@ def _write_one(job: tuple[str, int, str, int]) -> None:
         write_scene(folder, scene, [(e.object, e.second) for e in expressions(scene, _EXPRESSIONS) if e.object])
 
 
-def write(out: str | Path, counts: Mapping[str, int], seed: int = 0, workers: int = 1,
-          progress: Callable[[str], None] | None = None) -> None:
+def write(
+    out: str | Path,
+    counts: Mapping[str, int],
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> None:
     """Write a data root of scenes; does nothing when `out` already holds it, continues when it holds a part of it.
 
     counts: scenes per split of SPLITS. progress: called with a line of text every few seconds.
@@ -243,16 +299,24 @@ def write(out: str | Path, counts: Mapping[str, int], seed: int = 0, workers: in
     out = Path(out)
     unknown = set(counts) - set(SPLITS)
     if unknown or min(counts.values(), default=0) < 0 or seed < 0:
-        raise InputError("scenes", "counts", f"bad counts {dict(counts)} or seed {seed}",
-                         f"give numbers >= 0 for {', '.join(SPLITS)} and a seed >= 0")
+        raise InputError(
+            "scenes",
+            "counts",
+            f"bad counts {dict(counts)} or seed {seed}",
+            f"give numbers >= 0 for {', '.join(SPLITS)} and a seed >= 0",
+        )
     settings = {"format": FORMAT, "seed": seed, "counts": {s: counts[s] for s in SPLITS if s in counts}}
     marker = out / "scenes.json"
     state = read_json(marker) if marker.is_file() else None
     if state == settings | {"complete": True}:
         return
     if state and state != settings | {"complete": False}:
-        raise InputError(str(marker), "", f"holds scenes of other settings ({json.dumps(state)})",
-                         "choose another folder or delete this one")
+        raise InputError(
+            str(marker),
+            "",
+            f"holds scenes of other settings ({json.dumps(state)})",
+            "choose another folder or delete this one",
+        )
     write_whole(marker, json.dumps(settings | {"complete": False}) + "\n")
     jobs = [(str(out), seed, split, i) for split, count in settings["counts"].items() for i in range(count)]
     _run(jobs, workers, progress)

@@ -23,10 +23,14 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     def examples(row: Row) -> Iterator[Example]:
         video, caption = row.name("video_id", "x-2Abohj8VY_30.000_40.000"), row.words("desc")
         yield Example(
-            id=video, task="avcap", instruction=avcap.instruction(variant), target=avcap.target(caption),
+            id=video,
+            task="avcap",
+            instruction=avcap.instruction(variant),
+            target=avcap.target(caption),
             video=release.inside(release.pick(f"{video}.mp4", *FOLDERS), row.where, "video_id"),
             audio=release.sound(video),
-            meta={"captions": [caption], "video": video, "row": row.place})
+            meta={"captions": [caption], "video": video, "row": row.place},
+        )
 
     name = release.annotation(f"desc_{split}.json", *sample_lists(split, "valor"))
     return each(release.records(name, "video_id"), examples)

@@ -35,41 +35,57 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         if not isinstance(number, str | int):
             raise row.error("id", f"is {number!r:.60}", "must be text or a whole number")
         yield Example(
-            id=f"{kind}-{number}", task="avcap", windows="none",
-            instruction=f"{_BLOCKS[kind]}Please answer the question:\n{question}", target=answer,
-            image=path if kind == "image" else None, video=path if kind == "video" else None,
-            meta={"captions": [answer], "row": row.place})
+            id=f"{kind}-{number}",
+            task="avcap",
+            windows="none",
+            instruction=f"{_BLOCKS[kind]}Please answer the question:\n{question}",
+            target=answer,
+            image=path if kind == "image" else None,
+            video=path if kind == "video" else None,
+            meta={"captions": [answer], "row": row.place},
+        )
 
     def _visual(row: Row) -> tuple[str, str]:
         kinds = [kind for kind in _BLOCKS if row.values.get(kind)]
         value = row.values.get(kinds[0]) if kinds else None
         path = value[0] if isinstance(value, list) and len(value) == 1 else value
         if len(kinds) != 1 or not isinstance(path, str):
-            raise row.error("image", "the record does not have exactly one image or video",
-                            "give one path in 'image' or in 'video'")
+            raise row.error(
+                "image", "the record does not have exactly one image or video", "give one path in 'image' or in 'video'"
+            )
         path = path if kinds[0] == "image" or "." in path.rpartition("/")[2] else f"{path}.mp4"  # as Valley's loader
         return kinds[0], release.inside(path, row.where, kinds[0])
 
     found = _files(release)
     if not found:
-        raise MissingFile(str(release.base / FILES[0]), "", f"no such annotation file (nor {', '.join(FILES[1:])})",
-                          "copy the release's annotation files; docs/datasets.md shows the tree")
+        raise MissingFile(
+            str(release.base / FILES[0]),
+            "",
+            f"no such annotation file (nor {', '.join(FILES[1:])})",
+            "copy the release's annotation files; docs/datasets.md shows the tree",
+        )
     for name in found:
         yield from each(release.records(name), examples)
 
 
 def _files(release: Release) -> list[str]:
     """The annotation files to read, so that no record is read twice; a note names those that are left out."""
-    there = {file: [name for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
-             for file in (*FILES, CRAB)}
+    there = {
+        file: [name for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
+        for file in (*FILES, CRAB)
+    }
     whole = all(there[file] or file == PARTS[1] and there[CRAB] for file in PARTS)
     chosen = [MERGED] if there[MERGED] and not whole else list(PARTS)
     if not there[PARTS[1]] and chosen != [MERGED]:
         chosen[1] = CRAB
     found = [there[file][0] for file in chosen if there[file]]
     for name in (name for names in there.values() for name in names if name not in found):
-        release.note(str(release.base / name), "", f"is not read, because {' and '.join(found)} hold the same records",
-                     "remove the form that you do not want")
+        release.note(
+            str(release.base / name),
+            "",
+            f"is not read, because {' and '.join(found)} hold the same records",
+            "remove the form that you do not want",
+        )
     return found
 
 
@@ -79,8 +95,11 @@ def _turn(row: Row, number: int) -> str:
     turn = turns[number] if isinstance(turns, list) and len(turns) > number else None
     value = turn.get("value") if isinstance(turn, dict) else None
     if isinstance(turn, dict) and turn.get("from", SPEAKERS[number][0]) not in SPEAKERS[number]:
-        raise row.error(f"conversations[{number}]", f"is said by {turn['from']!r:.40}",
-                        f"a question by {SPEAKERS[0][0]} and an answer by {SPEAKERS[1][0]} must come first")
+        raise row.error(
+            f"conversations[{number}]",
+            f"is said by {turn['from']!r:.40}",
+            f"a question by {SPEAKERS[0][0]} and an answer by {SPEAKERS[1][0]} must come first",
+        )
     if not isinstance(value, str):
         raise row.error(f"conversations[{number}]", "holds no text", "restore the record from the release")
     return " ".join(value.replace("<image>", " ").replace("<video>", " ").split())

@@ -29,17 +29,26 @@ ROUTE = "base_model.model.model.layers.0.mlp.up_proj.lora_route.weight"
 @pytest.fixture(scope="module")
 def choices(golden) -> Choices:
     config = json.loads((golden / "manifest.json").read_text())["config"]
-    return Choices(bert_heads=config["bert"]["num_attention_heads"], taps=tuple(config["select_layer_list"]),
-                   lora_alpha=config["lora"]["lora_alpha"], low_res=config["seg"]["low_res_mask_size"],
-                   dtype="float32")
+    return Choices(
+        bert_heads=config["bert"]["num_attention_heads"],
+        taps=tuple(config["select_layer_list"]),
+        lora_alpha=config["lora"]["lora_alpha"],
+        low_res=config["seg"]["low_res_mask_size"],
+        dtype="float32",
+    )
 
 
 @pytest.fixture(scope="module")
 def files(golden, tmp_path_factory) -> Files:
     weights, tokenizer = golden / "weights", tmp_path_factory.mktemp("tokenizer")
     Tokenizer.load(weights / "llama").save(tokenizer)  # faster to load than the sentencepiece model
-    return Files(weights / "clip", weights / "llama", next((weights / "beats").glob("*.pt")),
-                 (weights / "crab/finetune_weights.bin", weights / "crab/avs_finetune_weights.bin"), tokenizer)
+    return Files(
+        weights / "clip",
+        weights / "llama",
+        next((weights / "beats").glob("*.pt")),
+        (weights / "crab/finetune_weights.bin", weights / "crab/avs_finetune_weights.bin"),
+        tokenizer,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,7 @@ def with_heads(heads):
             arrays |= {key.replace("lora_B0", f"lora_B{head}"): low + head for head in range(heads)}
             route = key.replace("lora_B0", "lora_route")
             arrays[route] = np.resize(arrays[route], (heads, arrays[route].shape[1]))
+
     return change
 
 
@@ -96,11 +106,25 @@ def test_import_export_import_is_bit_exact(files, choices, imported, tmp_path):
     first, _ = imported
     written = export(first, "crab", tmp_path / "crab") + export(first, "hf", tmp_path / "hf")
     assert {path.name for path in written} >= {
-        "finetune_weights.bin", "avs_finetune_weights.bin", "visual_pretrain.bin", "audio_pretrain.bin",
-        "segmentation_pretrain.bin", "model.safetensors", "BEATs.pt", "adapter_model.safetensors"}
+        "finetune_weights.bin",
+        "avs_finetune_weights.bin",
+        "visual_pretrain.bin",
+        "audio_pretrain.bin",
+        "segmentation_pretrain.bin",
+        "model.safetensors",
+        "BEATs.pt",
+        "adapter_model.safetensors",
+    }
     crab = tuple(tmp_path / "crab" / name for name in ("finetune_weights.bin", "avs_finetune_weights.bin"))
-    back = dataclasses.replace(files, clip=tmp_path / "hf/clip", llama=tmp_path / "hf/llama", tokenizer=None,
-                               beats=tmp_path / "hf/beats/BEATs.pt", crab=crab, seed=5)
+    back = dataclasses.replace(
+        files,
+        clip=tmp_path / "hf/clip",
+        llama=tmp_path / "hf/llama",
+        tokenizer=None,
+        beats=tmp_path / "hf/beats/BEATs.pt",
+        crab=crab,
+        seed=5,
+    )
     report = import_weights(back, tmp_path / "again", choices)
     assert report["parameters"]["not_from_weight_files"] == {}  # our export also holds the position matrices
     trees = [checkpoints.tree_hash(checkpoints.load_params(folder)) for folder in (first, tmp_path / "again")]
@@ -131,7 +155,7 @@ def test_pretraining_files_import_too(files, choices, imported, tmp_path):
     params = checkpoints.load_params(tmp_path / "stage")
     tuned = checkpoints.load_params(first)
     np.testing.assert_array_equal(params["vl_projector"]["proj_0"]["kernel"], tuned["vl_projector"]["proj_0"]["kernel"])
-    np.testing.assert_array_equal(params["llama"]["lm_head"]["kernel"][:, :len(rows)], (rows + 1).T)
+    np.testing.assert_array_equal(params["llama"]["lm_head"]["kernel"][:, : len(rows)], (rows + 1).T)
     assert "drop it" in str(report["sources"][str(tmp_path / "visual.bin")]["ignored"])
     drawn = report["parameters"]["not_from_weight_files"]
     assert any("embed_tokens/embedding rows" in path for path in drawn)
@@ -144,8 +168,9 @@ def test_pretraining_files_import_too(files, choices, imported, tmp_path):
     assert "replaced by" in ignored["base_model.model.model.vl_projector.visual_query_tokens"]
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(np.float32, np.nan), (np.float16, np.inf),
-                                              (ml_dtypes.bfloat16, -np.inf)])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(np.float32, np.nan), (np.float16, np.inf), (ml_dtypes.bfloat16, -np.inf)]
+)
 def test_weights_that_are_no_numbers_are_counted_by_file_and_tensor(dtype, value, files, choices, tmp_path):
     def spoil(arrays):
         for key in ("lora_A", "lora_route"):
@@ -197,8 +222,9 @@ def test_storage_dtypes_and_torch_shards_are_kept(dtype, files, choices, tmp_pat
     names = list(tensors)
     shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
     for shard, held in shards.items():
-        torch_writer.save(llama / shard, {k: Tensor(tensors[k].shape, tensors[k].dtype, lambda k=k: tensors[k])
-                                          for k in held})
+        torch_writer.save(
+            llama / shard, {k: Tensor(tensors[k].shape, tensors[k].dtype, lambda k=k: tensors[k]) for k in held}
+        )
     index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
     (llama / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (llama / "config.json").write_text((files.llama / "config.json").read_text())
@@ -222,10 +248,13 @@ def test_a_tied_language_model_is_refused(files, choices, tmp_path):
     """Its files lack the output matrix; Crab trains and saves embedding and output matrix apart."""
     config = json.loads((files.llama / "config.json").read_text())
     tensors = {k: v for k, v in torch_file.read_model_dir(files.llama).items() if k != "lm_head.weight"}
-    torch_writer.save_safetensors(tmp_path / "model.safetensors", {
-        k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in tensors.items()})
-    for tied, problem in ((True, "config.json .tie_word_embeddings.*a matrix of its own"),
-                          (False, r"\[lm_head.weight\]: 1 tensors are missing")):
+    torch_writer.save_safetensors(
+        tmp_path / "model.safetensors", {k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in tensors.items()}
+    )
+    for tied, problem in (
+        (True, "config.json .tie_word_embeddings.*a matrix of its own"),
+        (False, r"\[lm_head.weight\]: 1 tensors are missing"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
         with pytest.raises(InputError, match=problem) as caught:
             import_weights(dataclasses.replace(files, llama=tmp_path), tmp_path / "out", choices)
@@ -244,10 +273,10 @@ def test_what_was_never_saved_is_supplied_or_drawn_and_said(golden, files, choic
     embed = {name: tree["llama"]["embed_tokens"]["embedding"] for name, tree in trees.items()}
     np.testing.assert_array_equal(embed["drawn"], embed["again"])
     np.testing.assert_array_equal(embed["drawn"][:base], embed["rows"][:base])
-    new = {name: value[base:base + 17] for name, value in embed.items()}
+    new = {name: value[base : base + 17] for name, value in embed.items()}
     assert 0.01 < new["drawn"].std() < 0.03 and (new["drawn"] != new["other"]).any()
     np.testing.assert_array_equal(new["rows"], np.load(unsaved)["embed_tokens.new_rows"])
-    assert not embed["drawn"][base + 17:].any()
+    assert not embed["drawn"][base + 17 :].any()
     notes = {name: report["parameters"]["not_from_weight_files"] for name, report in reports.items()}
     key = next(path for path in notes["rows"] if path.startswith("llama/embed_tokens"))
     assert "seed 7" in notes["drawn"][key] and "unsaved_state.npz" in notes["rows"][key]
@@ -273,12 +302,15 @@ def extra(arrays):
     arrays["base_model.model.model.vl_projector.surprise"] = np.zeros(3, np.float32)
 
 
-@pytest.mark.parametrize("change, problem", [
-    (renamed, r"1 tensors are missing: .*lora_route.*1 keys of the files have no use: .*lora_router"),
-    (lambda arrays: arrays.pop(ROUTE), r"up_proj.lora_route.weight\]: 1 tensors are missing"),
-    (reshaped, r"visual_proj.0.weight\]: has shape \(\d+, \d+\).*the model wants \(\d+, \d+\)"),
-    (extra, r"surprise.*1 keys have no use.*0 parameters have no source"),
-])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (renamed, r"1 tensors are missing: .*lora_route.*1 keys of the files have no use: .*lora_router"),
+        (lambda arrays: arrays.pop(ROUTE), r"up_proj.lora_route.weight\]: 1 tensors are missing"),
+        (reshaped, r"visual_proj.0.weight\]: has shape \(\d+, \d+\).*the model wants \(\d+, \d+\)"),
+        (extra, r"surprise.*1 keys have no use.*0 parameters have no source"),
+    ],
+)
 def test_a_file_with_another_content_gives_one_clear_error(change, problem, files, choices, tmp_path):
     bad = rewrite(files.crab[0], tmp_path / "bad.bin", change)
     with pytest.raises(InputError, match=problem) as caught:
@@ -296,18 +328,19 @@ def test_another_model_is_not_written_over(files, choices, tmp_path):
 def test_wrong_and_damaged_files_are_named(files, choices, tmp_path):
     cut = tmp_path / "finetune_weights.bin"
     whole = files.crab[0].read_bytes()
-    cut.write_bytes(whole[:len(whole) // 2])
+    cut.write_bytes(whole[: len(whole) // 2])
     for options, problem in (
-            ({"crab": (cut,)}, "finetune_weights.bin.*not a whole PyTorch zip file"),
-            ({"crab": (files.beats,)}, "holds no weights of Crab"),
-            ({"crab": (files.clip / "model.safetensors",)}, "holds no weights of Crab"),
-            ({"crab": files.crab[1:]}, "tensors are missing.*--fresh al_projector lora vl_projector"),
-            ({"crab": files.crab[:1]}, "tensors are missing.*--fresh seg_module"),
-            ({"llama": files.clip}, r"clip \[model.embed_tokens.weight\]: is missing"),
-            ({"clip": files.llama}, "llama.config.json"),
-            ({"clip": tmp_path}, "neither this file"),
-            ({"beats": files.crab[0]}, "finetune_weights.bin.*layer_norm_first"),
-            ({"fresh": ("everything",)}, "is no component")):
+        ({"crab": (cut,)}, "finetune_weights.bin.*not a whole PyTorch zip file"),
+        ({"crab": (files.beats,)}, "holds no weights of Crab"),
+        ({"crab": (files.clip / "model.safetensors",)}, "holds no weights of Crab"),
+        ({"crab": files.crab[1:]}, "tensors are missing.*--fresh al_projector lora vl_projector"),
+        ({"crab": files.crab[:1]}, "tensors are missing.*--fresh seg_module"),
+        ({"llama": files.clip}, r"clip \[model.embed_tokens.weight\]: is missing"),
+        ({"clip": files.llama}, "llama.config.json"),
+        ({"clip": tmp_path}, "neither this file"),
+        ({"beats": files.crab[0]}, "finetune_weights.bin.*layer_norm_first"),
+        ({"fresh": ("everything",)}, "is no component"),
+    ):
         with pytest.raises(InputError, match=problem):
             import_weights(dataclasses.replace(files, **options), tmp_path / "out", choices)
     with pytest.raises(InputError, match="--bert"):
@@ -318,10 +351,25 @@ def test_a_file_that_would_run_code_stops_the_import(files, tmp_path, capsys):
     evil, victim = tmp_path / "evil.bin", tmp_path / "victim"
     command = f"touch {victim}".encode()
     with zipfile.ZipFile(evil, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02}(X\x01\0\0\0xcos\nsystem\n(X" + struct.pack("<I", len(command))
-                         + command + b"tRu.")
-    arguments = parser().parse_args(["import", "--clip", str(files.clip), "--llama", str(files.llama), "--beats",
-                                     str(files.beats), "--crab", str(evil), "--out", str(tmp_path / "out")])
+        archive.writestr(
+            "archive/data.pkl",
+            b"\x80\x02}(X\x01\0\0\0xcos\nsystem\n(X" + struct.pack("<I", len(command)) + command + b"tRu.",
+        )
+    arguments = parser().parse_args(
+        [
+            "import",
+            "--clip",
+            str(files.clip),
+            "--llama",
+            str(files.llama),
+            "--beats",
+            str(files.beats),
+            "--crab",
+            str(evil),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     with pytest.raises(InputError, match=r"evil.bin \[archive/data.pkl\]: it refers to os.system"):
         main(arguments)
     assert not victim.exists()
@@ -333,11 +381,39 @@ def test_the_command_line(golden, files, choices, tmp_path, capsys):
     bert = tmp_path / "bert.json"
     bert.write_text(json.dumps({"num_attention_heads": choices.bert_heads}))
     out = str(tmp_path / "out")
-    main(parser().parse_args([
-        "import", "--clip", str(files.clip), "--llama", str(files.llama), "--beats", str(files.beats), "--crab",
-        str(files.crab[0]), "--tokenizer", str(files.tokenizer), "--fresh", "seg_module", "--token-rows", unsaved,
-        "--bert", str(bert), "--taps", ",".join(map(str, choices.taps)), "--lora-alpha", str(choices.lora_alpha),
-        "--dtype", "float32", "--low-res", str(choices.low_res), "--out", out]))
+    main(
+        parser().parse_args(
+            [
+                "import",
+                "--clip",
+                str(files.clip),
+                "--llama",
+                str(files.llama),
+                "--beats",
+                str(files.beats),
+                "--crab",
+                str(files.crab[0]),
+                "--tokenizer",
+                str(files.tokenizer),
+                "--fresh",
+                "seg_module",
+                "--token-rows",
+                unsaved,
+                "--bert",
+                str(bert),
+                "--taps",
+                ",".join(map(str, choices.taps)),
+                "--lora-alpha",
+                str(choices.lora_alpha),
+                "--dtype",
+                "float32",
+                "--low-res",
+                str(choices.low_res),
+                "--out",
+                out,
+            ]
+        )
+    )
     said = capsys.readouterr().out
     assert "ignored" in said and "drawn from seed 0: seg_module/" in said and "compat released" in said
     main(parser().parse_args(["verify", out, "--outputs", str(golden / "llama.npz"), "--prefix", "lora."]))
@@ -361,12 +437,39 @@ def test_predict_evaluate_and_train_take_an_import(files, imported, scenes_root,
         assert stop.value.code == 0, capsys.readouterr().err
 
     example = next(e for e in read_jsonl(scenes_root / "test.jsonl") if e.task == "s4")
-    ends_well(predict, "--checkpoint", checkpoint, "--task", "s4", "--video", str(scenes_root / example.video),
-              "--second", "1", "--max-new-tokens", "7", "--force-masks", "--out", str(tmp_path / "asked"))
+    ends_well(
+        predict,
+        "--checkpoint",
+        checkpoint,
+        "--task",
+        "s4",
+        "--video",
+        str(scenes_root / example.video),
+        "--second",
+        "1",
+        "--max-new-tokens",
+        "7",
+        "--force-masks",
+        "--out",
+        str(tmp_path / "asked"),
+    )
     (answer,) = map(json.loads, (tmp_path / "asked/predictions.jsonl").read_text().splitlines())
     assert isinstance(answer["text"], str) and list((tmp_path / "asked").rglob("*.png"))
-    ends_well(evaluate, "--checkpoint", checkpoint, "--data", str(scenes_root), "--tasks", "ave", "--limit", "1",
-              "--max-new-tokens", "2", "--out", str(tmp_path / "scored"))
+    ends_well(
+        evaluate,
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        str(scenes_root),
+        "--tasks",
+        "ave",
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "2",
+        "--out",
+        str(tmp_path / "scored"),
+    )
     assert "ave" in json.loads((tmp_path / "scored/results.json").read_text())["tasks"]
 
     # The config that the import recorded: its sizes, and the preset of the weights; one task, so one compilation.
@@ -374,10 +477,22 @@ def test_predict_evaluate_and_train_take_an_import(files, imported, scenes_root,
     recorded["data"]["weights"] = {task: float(task == "ave") for task in TASKS}
     stage = tmp_path / "stage.py"
     stage.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({recorded})\n")
-    monkeypatch.setattr("sys.argv", [
-        "train", f"--config={stage}", f"--workdir={tmp_path / 'run'}", f"--config.init_from={checkpoint}",
-        f"--config.tokenizer={checkpoint}", f"--config.data.root={scenes_root}", "--config.data.batch_size=1",
-        "--config.steps=1", "--config.log_every=1", "--config.mesh.fsdp=1", "--config.optim.accumulate=1"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "train",
+            f"--config={stage}",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.init_from={checkpoint}",
+            f"--config.tokenizer={checkpoint}",
+            f"--config.data.root={scenes_root}",
+            "--config.data.batch_size=1",
+            "--config.steps=1",
+            "--config.log_every=1",
+            "--config.mesh.fsdp=1",
+            "--config.optim.accumulate=1",
+        ],
+    )
     train.main()
     assert re.search(r"^step 1/1  loss \d", capsys.readouterr().out, re.MULTILINE)
     export(tmp_path / "run", "crab", tmp_path / "trained")

@@ -6,10 +6,14 @@ import pytest
 from crab_jax.convert.keymap import Rule, from_params, to_params, unread
 from crab_jax.errors import InputError
 
-RULES = [Rule("layers.0.w.weight", "a/layers[0]/w/kernel", "linear"),
-         Rule("layers.1.w.weight", "a/layers[1]/w/kernel", "linear"),
-         Rule("conv.weight", "conv/kernel", "conv2d"), Rule("up.weight", "up/kernel", "conv_transpose2d"),
-         Rule("position.weight", "position/kernel", "conv1d"), Rule("norm.weight", "norm/scale")]
+RULES = [
+    Rule("layers.0.w.weight", "a/layers[0]/w/kernel", "linear"),
+    Rule("layers.1.w.weight", "a/layers[1]/w/kernel", "linear"),
+    Rule("conv.weight", "conv/kernel", "conv2d"),
+    Rule("up.weight", "up/kernel", "conv_transpose2d"),
+    Rule("position.weight", "position/kernel", "conv1d"),
+    Rule("norm.weight", "norm/scale"),
+]
 
 
 def tensors():

@@ -24,8 +24,10 @@ def directory(source: Path, out: Path, tensors=None, config=None) -> Path:
         held.pop(name, None)
         if value is not None:
             held[name] = value
-    torch_writer.save_safetensors(out / "model.safetensors", {
-        name: Tensor(value.shape, value.dtype, lambda value=value: value) for name, value in held.items()})
+    torch_writer.save_safetensors(
+        out / "model.safetensors",
+        {name: Tensor(value.shape, value.dtype, lambda value=value: value) for name, value in held.items()},
+    )
     settings = json.loads((source / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(settings | (config or {})))
     return out
@@ -37,8 +39,11 @@ def same(one, other) -> bool:
 
 
 def _leaves(tree):
-    return [leaf for key in sorted(tree) for leaf in (_leaves(tree[key]) if isinstance(tree[key], dict) else
-                                                      [np.asarray(tree[key], np.float32)])]
+    return [
+        leaf
+        for key in sorted(tree)
+        for leaf in (_leaves(tree[key]) if isinstance(tree[key], dict) else [np.asarray(tree[key], np.float32)])
+    ]
 
 
 def test_clip_without_its_text_half(files, choices, imported, tmp_path):  # noqa: F811
@@ -51,9 +56,15 @@ def test_clip_without_its_text_half(files, choices, imported, tmp_path):  # noqa
     assert same(tmp_path / "out", imported[0])
 
 
-@pytest.mark.parametrize("config", [
-    {"num_key_value_heads": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    {"rope_scaling": None}], ids=["no-kv-heads", "rope-of-transformers-5", "no-scaling"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_key_value_heads": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"rope_scaling": None},
+    ],
+    ids=["no-kv-heads", "rope-of-transformers-5", "no-scaling"],
+)
 def test_configs_of_other_versions(config, files, choices, imported, tmp_path):  # noqa: F811
     llama = directory(files.llama, tmp_path / "llama", config=config)
     import_weights(dataclasses.replace(files, llama=llama), tmp_path / "out", choices)
@@ -71,8 +82,9 @@ def test_two_precisions_in_one_directory(files, choices, tmp_path):  # noqa: F81
     """bfloat16 matrices with float32 norms, as some trainers save them."""
     held = torch_file.read_model_dir(files.llama)
     low = {name: value.astype(ml_dtypes.bfloat16) for name, value in held.items() if "norm" not in name}
-    import_weights(dataclasses.replace(files, llama=directory(files.llama, tmp_path / "llama", low)),
-                   tmp_path / "out", choices)
+    import_weights(
+        dataclasses.replace(files, llama=directory(files.llama, tmp_path / "llama", low)), tmp_path / "out", choices
+    )
     params = checkpoints.load_params(tmp_path / "out")["llama"]
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(np.asarray(params["norm"]["scale"]), held["model.norm.weight"])
@@ -83,14 +95,18 @@ def prefixed(source: Path, change) -> dict[str, np.ndarray | None]:
     return {name: None for name in held} | {change(name): value for name, value in held.items()}
 
 
-@pytest.mark.parametrize(("part", "tensors", "config", "problem"), [
-    ("llama", lambda source: {"lm_head.weight": None}, {}, "lm_head.weight"),
-    ("clip", lambda source: prefixed(source, lambda name: f"vision_tower.{name}"), {}, "vision_tower|vision_model"),
-    ("clip", lambda source: prefixed(source, lambda name: name.removeprefix("vision_model.")), {}, "vision_model"),
-    ("llama", lambda source: {}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
-    ("llama", lambda source: {}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope"),
-    ("clip", lambda source: {}, {"hidden_act": "gelu"}, "gelu"),
-], ids=["no-lm-head", "vision-tower", "no-prefix", "linear-rope", "linear-rope-5", "clip-with-gelu"])
+@pytest.mark.parametrize(
+    ("part", "tensors", "config", "problem"),
+    [
+        ("llama", lambda source: {"lm_head.weight": None}, {}, "lm_head.weight"),
+        ("clip", lambda source: prefixed(source, lambda name: f"vision_tower.{name}"), {}, "vision_tower|vision_model"),
+        ("clip", lambda source: prefixed(source, lambda name: name.removeprefix("vision_model.")), {}, "vision_model"),
+        ("llama", lambda source: {}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
+        ("llama", lambda source: {}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope"),
+        ("clip", lambda source: {}, {"hidden_act": "gelu"}, "gelu"),
+    ],
+    ids=["no-lm-head", "vision-tower", "no-prefix", "linear-rope", "linear-rope-5", "clip-with-gelu"],
+)
 def test_other_models_are_refused_in_one_line(part, tensors, config, problem, files, choices, tmp_path):  # noqa: F811
     source = getattr(files, part)
     settings = json.loads((source / "config.json").read_text())

@@ -35,8 +35,16 @@ def storage(kind: str, key: str = "0", module: str = "torch") -> bytes:
 
 
 def tensor(kind: str, shape, strides, offset: int = 0, key: str = "0") -> bytes:
-    return call("torch._utils", "_rebuild_tensor_v2", storage(kind, key), b"J" + struct.pack("<i", offset),
-                integers(*shape), integers(*strides), b"\x89", call("collections", "OrderedDict"))
+    return call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage(kind, key),
+        b"J" + struct.pack("<i", offset),
+        integers(*shape),
+        integers(*strides),
+        b"\x89",
+        call("collections", "OrderedDict"),
+    )
 
 
 def dictionary(**items: bytes) -> bytes:
@@ -78,11 +86,23 @@ def test_tensors_are_read_only_views_of_the_file(golden):
     assert not value.flags.writeable and not value.flags.owndata
 
 
-@pytest.mark.parametrize("kind, dtype", [
-    ("DoubleStorage", np.float64), ("FloatStorage", np.float32), ("HalfStorage", np.float16),
-    ("BFloat16Storage", ml_dtypes.bfloat16), ("LongStorage", np.int64), ("IntStorage", np.int32),
-    ("ShortStorage", np.int16), ("CharStorage", np.int8), ("ByteStorage", np.uint8), ("BoolStorage", np.bool_),
-    ("ComplexFloatStorage", np.complex64), ("ComplexDoubleStorage", np.complex128)])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("DoubleStorage", np.float64),
+        ("FloatStorage", np.float32),
+        ("HalfStorage", np.float16),
+        ("BFloat16Storage", ml_dtypes.bfloat16),
+        ("LongStorage", np.int64),
+        ("IntStorage", np.int32),
+        ("ShortStorage", np.int16),
+        ("CharStorage", np.int8),
+        ("ByteStorage", np.uint8),
+        ("BoolStorage", np.bool_),
+        ("ComplexFloatStorage", np.complex64),
+        ("ComplexDoubleStorage", np.complex128),
+    ],
+)
 def test_every_element_type(tmp_path, kind, dtype):
     values = np.array([[1, 0, 1], [0, 1, 1]]).astype(dtype)
     path = write(tmp_path / "a.pt", dictionary(x=tensor(kind, (2, 3), (3, 1))), _0=values.tobytes())
@@ -93,8 +113,17 @@ def test_every_element_type(tmp_path, kind, dtype):
 
 def test_element_types_without_a_storage_class(tmp_path):
     values = np.arange(4).astype(ml_dtypes.float8_e4m3fn)
-    rebuilt = call("torch._utils", "_rebuild_tensor_v3", storage("UntypedStorage", module="torch.storage"), b"K\x00",
-                   integers(4), integers(1), b"\x89", call("collections", "OrderedDict"), b"ctorch\nfloat8_e4m3fn\n")
+    rebuilt = call(
+        "torch._utils",
+        "_rebuild_tensor_v3",
+        storage("UntypedStorage", module="torch.storage"),
+        b"K\x00",
+        integers(4),
+        integers(1),
+        b"\x89",
+        call("collections", "OrderedDict"),
+        b"ctorch\nfloat8_e4m3fn\n",
+    )
     read = torch_file.read(write(tmp_path / "a.pt", dictionary(x=rebuilt), _0=values.tobytes()))["x"]
     assert read.dtype == ml_dtypes.float8_e4m3fn
     np.testing.assert_array_equal(read, values)
@@ -102,9 +131,13 @@ def test_element_types_without_a_storage_class(tmp_path):
 
 def test_strided_views_share_a_storage(tmp_path):
     base = np.arange(12, dtype=np.float32)
-    items = dictionary(transposed=tensor("FloatStorage", (4, 3), (1, 4)), tail=tensor("FloatStorage", (2,), (1,), 10),
-                       repeated=tensor("FloatStorage", (3, 2), (0, 1), 4), scalar=tensor("FloatStorage", (), (), 7),
-                       empty=tensor("FloatStorage", (0, 5), (5, 1)))
+    items = dictionary(
+        transposed=tensor("FloatStorage", (4, 3), (1, 4)),
+        tail=tensor("FloatStorage", (2,), (1,), 10),
+        repeated=tensor("FloatStorage", (3, 2), (0, 1), 4),
+        scalar=tensor("FloatStorage", (), (), 7),
+        empty=tensor("FloatStorage", (0, 5), (5, 1)),
+    )
     read = torch_file.read(write(tmp_path / "a.pt", items, _0=base.tobytes()))
     np.testing.assert_array_equal(read["transposed"], base.reshape(3, 4).T)
     np.testing.assert_array_equal(read["tail"], base[10:])
@@ -129,10 +162,20 @@ def test_a_state_dict_with_module_metadata(tmp_path):
     assert list(torch_file.read(write(tmp_path / "a.pt", state, _0=b"\0\0\0\0"))) == ["w"]
 
 
-@pytest.mark.parametrize("module, name, argument", [
-    ("os", "system", "touch {}"), ("posix", "system", "touch {}"), ("builtins", "eval", "open({!r}, 'w')"),
-    ("builtins", "exec", "open({!r}, 'w')"), ("pathlib", "Path", "{}"), ("torch.storage", "_load_from_bytes", "{}"),
-    ("torch", "load", "{}"), ("torch.nn", "Module", "{}"), ("collections", "namedtuple", "{}")])
+@pytest.mark.parametrize(
+    "module, name, argument",
+    [
+        ("os", "system", "touch {}"),
+        ("posix", "system", "touch {}"),
+        ("builtins", "eval", "open({!r}, 'w')"),
+        ("builtins", "exec", "open({!r}, 'w')"),
+        ("pathlib", "Path", "{}"),
+        ("torch.storage", "_load_from_bytes", "{}"),
+        ("torch", "load", "{}"),
+        ("torch.nn", "Module", "{}"),
+        ("collections", "namedtuple", "{}"),
+    ],
+)
 def test_code_is_refused_and_does_not_run(tmp_path, module, name, argument):
     victim = tmp_path / "victim"
     path = write(tmp_path / "evil.bin", dictionary(x=call(module, name, text(argument.format(str(victim))))))
@@ -152,8 +195,10 @@ def test_a_pickle_cannot_change_the_admitted_functions(tmp_path, state):
     assert torch_file.read(write(tmp_path / "good.bin", good, _0=b"\0\0\0\0"))["x"] == 0
 
 
-@pytest.mark.parametrize("shape, strides, offset", [
-    ((3,), (1,), 0), ((2,), (1,), 1), ((2,), (-1,), 0), ((1,), (1,), -1), ((2, 2), (2**30, 1), 0)])
+@pytest.mark.parametrize(
+    "shape, strides, offset",
+    [((3,), (1,), 0), ((2,), (1,), 1), ((2,), (-1,), 0), ((1,), (1,), -1), ((2, 2), (2**30, 1), 0)],
+)
 def test_a_tensor_outside_its_storage_is_refused(tmp_path, shape, strides, offset):
     path = write(tmp_path / "a.pt", dictionary(x=tensor("FloatStorage", shape, strides, offset)), _0=bytes(8))
     with pytest.raises(InputError, match="data.pkl"):
@@ -177,7 +222,7 @@ def test_a_compressed_storage_is_refused(tmp_path):
 def test_damaged_files_give_one_clear_error(golden, tmp_path, keep):
     whole = next((golden / "weights/beats").glob("*.pt")).read_bytes()
     path = tmp_path / "cut.pt"
-    path.write_bytes(whole[:int(keep * len(whole)) if keep < 1 else keep])
+    path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
     with pytest.raises(InputError, match="cut.pt"):
         torch_file.read(path)
 
@@ -232,7 +277,7 @@ def test_a_flipped_bit_in_a_storage_is_found_by_the_checksum_of_its_record(golde
     content = path.read_bytes()
     at = content.index(values)
     for place in (at, at + 100, at + len(values) - 1):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1:])
+        path.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
         with pytest.raises(InputError, match=r"data/0.*1 storages are damaged \(their CRC-32 differs\)"):
             torch_file.read(path)
     path.write_bytes(content)
@@ -241,8 +286,11 @@ def test_a_flipped_bit_in_a_storage_is_found_by_the_checksum_of_its_record(golde
 
 def test_a_file_that_was_written_without_checksums_is_read_and_said(tmp_path, capsys):
     path = tmp_path / "w.bin"
-    write(path, dictionary(a=tensor("FloatStorage", (2,), (1,)), b=tensor("FloatStorage", (2,), (1,), key="1")),
-          **{"0": b"abcdefgh", "1": b"ijklmnop"})
+    write(
+        path,
+        dictionary(a=tensor("FloatStorage", (2,), (1,)), b=tensor("FloatStorage", (2,), (1,), key="1")),
+        **{"0": b"abcdefgh", "1": b"ijklmnop"},
+    )
     content = path.read_bytes()
     for values in (b"abcdefgh", b"ijklmnop"):
         content = content.replace(zlib.crc32(values).to_bytes(4, "little"), bytes(4))
@@ -258,9 +306,15 @@ def shared_lists(depth: int) -> bytes:
     return b"}X\x01\x00\x00\x00a" + made + b"s"
 
 
-@pytest.mark.parametrize(("pickled", "problem"), [
-    (shared_lists(12), "more than 300,000 values"), (b"}r\xff\xff\xff\x7f", "place 2,147,483,647"),
-    (b"\x8e\xff\xff\xff\xff\xff\x00\x00\x00", "damaged")], ids=["shared lists", "LONG_BINPUT", "BINBYTES8"])
+@pytest.mark.parametrize(
+    ("pickled", "problem"),
+    [
+        (shared_lists(12), "more than 300,000 values"),
+        (b"}r\xff\xff\xff\x7f", "place 2,147,483,647"),
+        (b"\x8e\xff\xff\xff\xff\xff\x00\x00\x00", "damaged"),
+    ],
+    ids=["shared lists", "LONG_BINPUT", "BINBYTES8"],
+)
 def test_what_a_pickle_asks_for_is_bounded(pickled, problem, tmp_path):
     write(tmp_path / "w.bin", pickled)
     began = time.monotonic()
@@ -270,8 +324,10 @@ def test_what_a_pickle_asks_for_is_bounded(pickled, problem, tmp_path):
 
 
 def test_a_large_pickle_is_refused_before_it_is_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("w/data.pkl", "w",
-                                                                                                 force_zip64=True) as f:
+    with (
+        zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("w/data.pkl", "w", force_zip64=True) as f,
+    ):
         for _ in range(64):
             f.write(bytes(2**20))
     with pytest.raises(InputError, match="67,108,864 bytes, more than 33,554,432"):

@@ -21,10 +21,17 @@ def tensor(value) -> Tensor:
 @pytest.fixture
 def values():
     rng = np.random.default_rng(0)
-    return {"w": rng.normal(size=(3, 5)).astype(np.float32), "half": rng.normal(size=7).astype(np.float16),
-            "brain": rng.normal(size=(2, 3)).astype(ml_dtypes.bfloat16), "double": rng.normal(size=(1, 2)),
-            "ids": np.arange(3), "flags": np.array([True, False]), "scalar": np.float32(2.5).reshape(()),
-            "none": np.zeros((0, 4), np.float32), "view": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    return {
+        "w": rng.normal(size=(3, 5)).astype(np.float32),
+        "half": rng.normal(size=7).astype(np.float16),
+        "brain": rng.normal(size=(2, 3)).astype(ml_dtypes.bfloat16),
+        "double": rng.normal(size=(1, 2)),
+        "ids": np.arange(3),
+        "flags": np.array([True, False]),
+        "scalar": np.float32(2.5).reshape(()),
+        "none": np.zeros((0, 4), np.float32),
+        "view": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    }
 
 
 def test_tensors_and_plain_values_read_back(tmp_path, values):
@@ -50,8 +57,9 @@ def test_the_file_is_laid_out_as_torch_save_does(tmp_path, values):
         data = path.read_bytes()
         for info in archive.infolist():
             assert info.compress_type == zipfile.ZIP_STORED
-            name, extra = (int.from_bytes(data[info.header_offset + at:info.header_offset + at + 2], "little")
-                           for at in (26, 28))
+            name, extra = (
+                int.from_bytes(data[info.header_offset + at : info.header_offset + at + 2], "little") for at in (26, 28)
+            )
             assert (info.header_offset + 30 + name + extra) % torch_writer.ALIGNMENT == 0
     named = {arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"}
     assert {n for n in named if not n.endswith("Storage")} == ADMITTED

@@ -57,6 +57,7 @@ def releases_root(tmp_path_factory):
 @pytest.fixture
 def copied(releases_root, tmp_path):
     """A function that gives a root with copies of some releases, which a test may change with `releases.text`."""
+
     def copy(*folders: str):
         for folder in folders:
             shutil.copytree(releases_root / folder, tmp_path / folder, copy_function=os.link)
@@ -68,11 +69,12 @@ def copied(releases_root, tmp_path):
 @pytest.fixture
 def one_line_error(capsys):
     """A function that runs main(argv) and checks that it ends with code 2 and one line, in which `message` is found."""
+
     def check(main, argv, message) -> None:
         with pytest.raises(SystemExit) as done:
             main(argv)
         assert done.value.code == 2
-        error, = capsys.readouterr().err.splitlines()
+        (error,) = capsys.readouterr().err.splitlines()
         assert error.startswith("error: ") and re.search(message, error)
 
     return check

@@ -48,8 +48,15 @@ class Case:
     field: str = ""
 
 
-def film(path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", pix_fmt: str = "yuv420p",
-         times: Sequence[int] = (), seconds: float = 0.0, options: dict[str, str] | None = None) -> bytes:
+def film(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    codec: str = "mpeg4",
+    pix_fmt: str = "yuv420p",
+    times: Sequence[int] = (),
+    seconds: float = 0.0,
+    options: dict[str, str] | None = None,
+) -> bytes:
     """A clip of uint8[H,W,3] frames at 10 fps, or at `times` in tenths of a second; `seconds` of sound if any."""
     height, width = frames[0].shape[:2] if len(frames) else (32, 48)
     with av.open(str(path), "w", options=options or {}) as container:
@@ -102,14 +109,26 @@ def overwritten(clip: bytes, box: bytes, content: Callable[[int], bytes], skip: 
 def interlaced(pixels: np.ndarray) -> bytes:
     """uint8[H,W] as a PNG that loads in seven passes, which Pillow reads but does not write."""
     rows = b""
-    for top, left, down, right in ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2),
-                                   (1, 0, 2, 1)):
+    for top, left, down, right in (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ):
         part = pixels[top::down, left::right]
         rows += b"".join(b"\0" + row.tobytes() for row in part) if part.size else b""
     height, width = pixels.shape
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        chunk(kind, body) for kind, body in ((b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 1)),
-                                             (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+        chunk(kind, body)
+        for kind, body in (
+            (b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 1)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        )
+    )
 
 
 def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
@@ -130,16 +149,24 @@ def with_segment(jpeg: bytes, marker: int, body: bytes) -> bytes:
 def grey_of(bits: int, values: np.ndarray) -> bytes:
     """A grey PNG of 1, 2 or 4 bits, which Pillow reads but does not write; the width is whole bytes."""
     height, width = values.shape
-    digits = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 8 - bits:].reshape(height, -1)
+    digits = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :].reshape(height, -1)
     rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in digits)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, bits, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", width, height, bits, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def huge(width: int, height: int) -> bytes:
     """The beginning of a large PNG."""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)) + chunk(
-        b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -313,8 +340,10 @@ def pictures(corpus: Corpus) -> None:
     add("exif.jpg", encoded(sky(), "JPEG", quality=95, exif=exif))
     add("4097.png", encoded(np.zeros((2, 4097), np.uint8)))
     add("one.png", encoded(np.full((1, 1, 3), 9, np.uint8)))
-    add("two-pictures.gif", encoded(Image.fromarray(pixels), "GIF", save_all=True,
-                                    append_images=[Image.new("RGB", SIZE)]))
+    add(
+        "two-pictures.gif",
+        encoded(Image.fromarray(pixels), "GIF", save_all=True, append_images=[Image.new("RGB", SIZE)]),
+    )
     look_odd(corpus, pixels)
     not_read(corpus, pixels)
 
@@ -343,8 +372,11 @@ def look_odd(corpus: Corpus, pixels: np.ndarray) -> None:
     add("restarts.jpg", encoded(smooth, "JPEG", restart_marker_blocks=2))
     add("grey-128.jpg", encoded(np.full_like(pixels, 128), "JPEG"))
     add("grey-128-progressive.jpg", encoded(np.full_like(pixels, 128), "JPEG", progressive=True))
-    for name, exif in (("junk", b"Exif\0\0" + bytes(range(200))), ("short", b"Exif\0\0MM"),
-                       ("circle", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x87\x69\0\x04\0\0\0\1\0\0\0\x08\0\0\0\x08")):
+    for name, exif in (
+        ("junk", b"Exif\0\0" + bytes(range(200))),
+        ("short", b"Exif\0\0MM"),
+        ("circle", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x87\x69\0\x04\0\0\0\1\0\0\0\x08\0\0\0\x08"),
+    ):
         add(f"exif-{name}.jpg", with_segment(jpeg, 0xE1, exif))
         add(f"exif-{name}.png", with_chunk(png, b"eXIf", exif[6:]))
         add(f"exif-{name}.webp", encoded(image, "WEBP", exif=exif))
@@ -365,15 +397,33 @@ def look_odd(corpus: Corpus, pixels: np.ndarray) -> None:
     add("16-bit-white-is-0.tif", encoded(0xFFFF - deep, "TIFF", tiffinfo={262: 0}))
     add("2-bit.png", grey_of(2, grey // 64))
     add("4-bit.png", grey_of(4, grey // 16))
-    for mode, kind in (("1", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("CMYK", "TIFF"), ("LAB", "TIFF"),
-                       ("YCbCr", "TIFF"), ("RGB", "BMP"), ("RGB", "PPM"), ("RGB", "JPEG2000"), ("RGB", "AVIF")):
+    for mode, kind in (
+        ("1", "PNG"),
+        ("L", "JPEG"),
+        ("LA", "PNG"),
+        ("RGBA", "WEBP"),
+        ("CMYK", "TIFF"),
+        ("LAB", "TIFF"),
+        ("YCbCr", "TIFF"),
+        ("RGB", "BMP"),
+        ("RGB", "PPM"),
+        ("RGB", "JPEG2000"),
+        ("RGB", "AVIF"),
+    ):
         add(f"{mode}.{kind.lower()}", encoded(image.convert(mode), kind))
     see_through = image.quantize(16)
     see_through.info["transparency"] = 3
     add("palette-see-through.png", encoded(see_through))
     (corpus.media / "http:").mkdir()
-    for name in ("2024-05-01T12:30:05.jpg", "100%25.jpg", "%03d.jpg", "file:x.jpg", "http:/x.jpg", "a?b#c.jpg",
-                 "-x.jpg"):
+    for name in (
+        "2024-05-01T12:30:05.jpg",
+        "100%25.jpg",
+        "%03d.jpg",
+        "file:x.jpg",
+        "http:/x.jpg",
+        "a?b#c.jpg",
+        "-x.jpg",
+    ):
         add(name, jpeg)
 
 
@@ -381,8 +431,12 @@ def encoded_16(values: np.ndarray) -> bytes:
     """uint16[H,W,3] as a PNG, which Pillow reads but does not write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     height, width = values.shape[:2]
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def not_read(corpus: Corpus, pixels: np.ndarray) -> None:
@@ -392,14 +446,23 @@ def not_read(corpus: Corpus, pixels: np.ndarray) -> None:
     def add(name: str, content: bytes, problem: str) -> None:
         corpus.file(name, content, problem, "image")
 
-    for name, content in (("gif", encoded(image.quantize(64), "GIF")), ("webp", encoded(image, "WEBP", lossless=True)),
-                          ("bmp", encoded(image, "BMP")), ("tif", encoded(image, "TIFF")),
-                          ("jp2", encoded(image, "JPEG2000")), ("avif", encoded(smooth, "AVIF")),
-                          ("ppm", encoded(image, "PPM")), ("interlaced.png", interlaced(pixels[..., 0])),
-                          ("progressive.jpg", encoded(smooth, "JPEG", progressive=True))):
+    for name, content in (
+        ("gif", encoded(image.quantize(64), "GIF")),
+        ("webp", encoded(image, "WEBP", lossless=True)),
+        ("bmp", encoded(image, "BMP")),
+        ("tif", encoded(image, "TIFF")),
+        ("jp2", encoded(image, "JPEG2000")),
+        ("avif", encoded(smooth, "AVIF")),
+        ("ppm", encoded(image, "PPM")),
+        ("interlaced.png", interlaced(pixels[..., 0])),
+        ("progressive.jpg", encoded(smooth, "JPEG", progressive=True)),
+    ):
         add(f"cut.{name}", content[: len(content) * 3 // 5], "ends before|cannot be decoded")
-    for name, options in (("progressive", {"progressive": True}), ("restarts", {"restart_marker_blocks": 4}),
-                          ("grey", {})):
+    for name, options in (
+        ("progressive", {"progressive": True}),
+        ("restarts", {"restart_marker_blocks": 4}),
+        ("grey", {}),
+    ):
         jpeg = encoded(smooth.convert("L") if name == "grey" else smooth, "JPEG", **options)
         add(f"cut-{name}-closed.jpg", jpeg[: len(jpeg) * 4 // 5] + b"\xff\xd9", "data end before the picture does")
     add("zeros-behind.jpg", jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2), "ends before")
@@ -409,22 +472,27 @@ def not_read(corpus: Corpus, pixels: np.ndarray) -> None:
     add("preview-first.tif", encoded(image, "TIFF", tiffinfo={254: 1}), "preview only")
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
     for name, content, problem in (
-            ("photo.heic", heic, "is HEIC"), ("heic-inside.jpg", heic, "is HEIC"),
-            ("mif1.heif", b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf" + bytes(99), "is HEIC"),
-            ("raw.cr2", b"II*\0\x10\0\0\0CR\2\0" + bytes(99), r"raw file \(CR2"),
-            ("raw.cr3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99), r"raw file \(CR3"),
-            ("raw.raf", b"FUJIFILMCCD-RAW 0201" + bytes(99), "raw file"),
-            ("drawing.psd", b"8BPS\0\1" + bytes(99), "Photoshop"), ("new.jxl", b"\xff\x0a" + bytes(99), "JPEG XL"),
-            ("boxed.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
-            ("drawing.svg", b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg width='1' height='1'/>", "is SVG"),
-            ("svg-inside.png", b"<svg width='1' height='1'></svg>", "is SVG"),
-            ("postscript-inside.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
-            ("paper.pdf", b"%PDF-1.7\n" + bytes(99), "PDF"), ("icon.ico", b"\0\0\1\0\1\0" + bytes(99), "ICO"),
-            ("web-page.jpg", b"<!DOCTYPE html><title>Sign in</title>", "web page"),
-            ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "LFS pointer"),
-            ("zeros.png", bytes(5000), "zeros"), ("zip-inside.jpg", b"PK\3\4" + bytes(99), "ZIP"),
-            ("film-inside.jpg", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(99), "is a film"),
-            ("unknown.jpg", b"\1\2\3\4\xff" * 99, "no known kind")):
+        ("photo.heic", heic, "is HEIC"),
+        ("heic-inside.jpg", heic, "is HEIC"),
+        ("mif1.heif", b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf" + bytes(99), "is HEIC"),
+        ("raw.cr2", b"II*\0\x10\0\0\0CR\2\0" + bytes(99), r"raw file \(CR2"),
+        ("raw.cr3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99), r"raw file \(CR3"),
+        ("raw.raf", b"FUJIFILMCCD-RAW 0201" + bytes(99), "raw file"),
+        ("drawing.psd", b"8BPS\0\1" + bytes(99), "Photoshop"),
+        ("new.jxl", b"\xff\x0a" + bytes(99), "JPEG XL"),
+        ("boxed.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
+        ("drawing.svg", b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg width='1' height='1'/>", "is SVG"),
+        ("svg-inside.png", b"<svg width='1' height='1'></svg>", "is SVG"),
+        ("postscript-inside.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+        ("paper.pdf", b"%PDF-1.7\n" + bytes(99), "PDF"),
+        ("icon.ico", b"\0\0\1\0\1\0" + bytes(99), "ICO"),
+        ("web-page.jpg", b"<!DOCTYPE html><title>Sign in</title>", "web page"),
+        ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "LFS pointer"),
+        ("zeros.png", bytes(5000), "zeros"),
+        ("zip-inside.jpg", b"PK\3\4" + bytes(99), "ZIP"),
+        ("film-inside.jpg", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(99), "is a film"),
+        ("unknown.jpg", b"\1\2\3\4\xff" * 99, "no known kind"),
+    ):
         add(name, content, problem)
 
 
@@ -451,10 +519,18 @@ def masks(corpus: Corpus) -> None:
     add("cut-mask.png", encoded(noise(1)[0])[:600], "ends before", SEGMENT)
     full = Image.fromarray(np.where(ids > 0, 255, 0).astype(np.uint8))
     add("blurred.jpg", encoded(full, "JPEG"), "", SEGMENT)
-    add("dim.jpg", encoded((ids > 0).astype(np.uint8) * 9 + 3 * np.eye(32, 48, dtype=np.uint8), "JPEG"),
-        "not black and white", SEGMENT)
-    add("shaded.jpg", encoded(Image.fromarray(np.arange(1536).reshape(32, 48).astype(np.uint8)), "JPEG"),
-        "not black and white", SEGMENT)
+    add(
+        "dim.jpg",
+        encoded((ids > 0).astype(np.uint8) * 9 + 3 * np.eye(32, 48, dtype=np.uint8), "JPEG"),
+        "not black and white",
+        SEGMENT,
+    )
+    add(
+        "shaded.jpg",
+        encoded(Image.fromarray(np.arange(1536).reshape(32, 48).astype(np.uint8)), "JPEG"),
+        "not black and white",
+        SEGMENT,
+    )
     objects = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]])
     add("objects.png", indexed(objects, ids // 9 * 2), "", SEGMENT)
     add("black-and-white.gif", encoded(full.convert("P"), "GIF"), "", SEGMENT)
@@ -471,8 +547,12 @@ def masks(corpus: Corpus) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned_picture = {**SEGMENT, "image": "media/exif.jpg"}
-    add("upright.png", encoded(np.ascontiguousarray(np.rot90(ids, -1))), "warning: EXIF turns its picture",
-        turned_picture)
+    add(
+        "upright.png",
+        encoded(np.ascontiguousarray(np.rot90(ids, -1))),
+        "warning: EXIF turns its picture",
+        turned_picture,
+    )
     add("turned-alike.png", encoded(Image.fromarray(ids), exif=exif), "", turned_picture)
     add("sideways.png", encoded(ids), "is 48x32, but its picture is 32x48", turned_picture)
     add("ids.png", encoded(ids))
@@ -487,8 +567,14 @@ def masks(corpus: Corpus) -> None:
     code = coco.encode(np.asfortranarray(ids[:5, :5]))
     corpus.row("inline.rle", "is 5x5, but", "mask", **SEGMENT, mask=inline_mask(code))
     corpus.row("text.rle", "no mask in COCO run lengths", "mask", **SEGMENT, mask="rle:32x48:~~~")
-    corpus.row("no-picture", "which is no frame", "second", **{**SEGMENT, "image": None, "instruction": "<video>?"},
-               video="media/clip.mp4", mask="media/binary.png")
+    corpus.row(
+        "no-picture",
+        "which is no frame",
+        "second",
+        **{**SEGMENT, "image": None, "instruction": "<video>?"},
+        video="media/clip.mp4",
+        mask="media/binary.png",
+    )
 
 
 def paths(corpus: Corpus) -> None:
@@ -498,9 +584,16 @@ def paths(corpus: Corpus) -> None:
     def add(name: str, path: str, problem: str) -> None:
         corpus.row(name, problem, "video" if problem else "", **LOOK, video=path)
 
-    for name, path in (("absolute", "/etc/passwd"), ("escaping", "../ave/x.mp4"), ("deep-escape", "media/../../x.mp4"),
-                       ("backslash", "media\\clip.mp4"), ("home", "~/clip.mp4"), ("drive", "C:/clip.mp4"),
-                       ("address", "https://example.org/clip.mp4"), ("zero-byte", "media/clip.mp4\0.txt")):
+    for name, path in (
+        ("absolute", "/etc/passwd"),
+        ("escaping", "../ave/x.mp4"),
+        ("deep-escape", "media/../../x.mp4"),
+        ("backslash", "media\\clip.mp4"),
+        ("home", "~/clip.mp4"),
+        ("drive", "C:/clip.mp4"),
+        ("address", "https://example.org/clip.mp4"),
+        ("zero-byte", "media/clip.mp4\0.txt"),
+    ):
         add(name, path, "malformed: .*leaves the data root")
     outside = media.parent.parent / "outside.mp4"
     outside.write_bytes((media / "clip.mp4").read_bytes())
@@ -585,8 +678,13 @@ PIPE = b"a pipe"
 QUESTION = json.dumps(releases.AVQA_ROWS["train"][0])
 # (file, dataset, split, content, the text of a problem of it). Sound rows are reported as missing their media.
 ANNOTATIONS: list[tuple[str, str, str, bytes | None, str]] = [
-    ("ave/trainSet.txt", "ave", "train", b"\xef\xbb\xbfBark&RUhOCu3LNXM&good&0&10\r\n\r\n",
-     "missing: .*RUhOCu3LNXM.mp4"),
+    (
+        "ave/trainSet.txt",
+        "ave",
+        "train",
+        b"\xef\xbb\xbfBark&RUhOCu3LNXM&good&0&10\r\n\r\n",
+        "missing: .*RUhOCu3LNXM.mp4",
+    ),
     ("ave/valSet.txt", "ave", "val", b"", "malformed: is empty"),
     ("ave/testSet.txt", "ave", "test", None, "missing: no such annotation file"),
     ("llp/AVVP_train.csv", "avvp", "train", "filename\tevent_labels\n".encode("utf-16"), "not UTF-8"),
@@ -597,31 +695,80 @@ ANNOTATIONS: list[tuple[str, str, str, bytes | None, str]] = [
     ("music_avqa/json_update/avqa-train.json", "avqa", "train", QUESTION[:-9].encode(), "not valid JSON"),
     ("music_avqa/json_update/avqa-val.json", "avqa", "val", b"[" * 100_000, "brackets too deep"),
     ("music_avqa/json_update/avqa-test.json", "avqa", "test", QUESTION.encode(), "holds dict, not a list"),
-    ("music_avqa/json/avqa-train.json", "avqa_original", "train", b'[{"anser": "one", "anser": "two"}]',
-     "'anser' comes twice"),
-    ("music_avqa/json/avqa-val.json", "avqa_original", "val", f"[{QUESTION}]".replace(": 12,", ": NaN,").encode(),
-     "is nan"),
-    ("music_avqa/json/avqa-test.json", "avqa_original", "test",
-     f"[{QUESTION}]".replace(": 12,", ": Infinity,").encode(), "is inf"),
+    (
+        "music_avqa/json/avqa-train.json",
+        "avqa_original",
+        "train",
+        b'[{"anser": "one", "anser": "two"}]',
+        "'anser' comes twice",
+    ),
+    (
+        "music_avqa/json/avqa-val.json",
+        "avqa_original",
+        "val",
+        f"[{QUESTION}]".replace(": 12,", ": NaN,").encode(),
+        "is nan",
+    ),
+    (
+        "music_avqa/json/avqa-test.json",
+        "avqa_original",
+        "test",
+        f"[{QUESTION}]".replace(": 12,", ": Infinity,").encode(),
+        "is inf",
+    ),
     ("avsbench_semantic/metadata.csv", "avss", "train", b"uid,split,label\nx,train,v2\n", "no such column"),
-    ("avsbench_object/Single-source/s4_meta_data.csv", "s4_object", "train",
-     b"name,start,category,split,note\n-_wznbUu3DY,0,helicopter,train,extra\n", "missing: .*-_wznbUu3DY"),
-    ("avsbench_object/Multi-sources/ms3_meta_data.csv", "ms3_object", "train", b'video_id,split\n"jlhuZfcw61w,train\n',
-     "unfinished quotation"),
-    ("ref_avs/metadata.csv", "ref_avs", "train",
-     b'vid,uid,split,fid,exp\r\n-8mcyL3kWNQ_8000_18000,-8mcyL3kWNQ_8000_18000_cat_1,train,11,"the cat, left"\r\n',
-     "missing: .*-8mcyL3kWNQ_8000_18000/"),
+    (
+        "avsbench_object/Single-source/s4_meta_data.csv",
+        "s4_object",
+        "train",
+        b"name,start,category,split,note\n-_wznbUu3DY,0,helicopter,train,extra\n",
+        "missing: .*-_wznbUu3DY",
+    ),
+    (
+        "avsbench_object/Multi-sources/ms3_meta_data.csv",
+        "ms3_object",
+        "train",
+        b'video_id,split\n"jlhuZfcw61w,train\n',
+        "unfinished quotation",
+    ),
+    (
+        "ref_avs/metadata.csv",
+        "ref_avs",
+        "train",
+        b'vid,uid,split,fid,exp\r\n-8mcyL3kWNQ_8000_18000,-8mcyL3kWNQ_8000_18000_cat_1,train,11,"the cat, left"\r\n',
+        "missing: .*-8mcyL3kWNQ_8000_18000/",
+    ),
     ("valor/desc_train.json", "valor", "train", b'[{"video_id": ' + b"9" * 5000 + b"}]", "5000 digits"),
     ("valor/desc_val.json", "valor", "val", b'[["video_id", "desc"]]', "not an object"),
     ("valor/desc_test.json", "valor", "test", PIPE, "missing: no such annotation file"),
-    ("video_llava/valley_.json", "video_llava", "train",
-     b'[{"id": {}, "video": "../x.mp4", "conversations": [{"value": "a"}, {"value": "b"}]}]', "leaves the data root"),
-    ("audiocaps/train.csv", "audiocaps", "train", b"audiocap_id,youtube_id,start_time,caption\n1,\0,0,x\n",
-     "is '.x00'"),
+    (
+        "video_llava/valley_.json",
+        "video_llava",
+        "train",
+        b'[{"id": {}, "video": "../x.mp4", "conversations": [{"value": "a"}, {"value": "b"}]}]',
+        "leaves the data root",
+    ),
+    (
+        "audiocaps/train.csv",
+        "audiocaps",
+        "train",
+        b"audiocap_id,youtube_id,start_time,caption\n1,\0,0,x\n",
+        "is '.x00'",
+    ),
     ("audiocaps/val.csv", "audiocaps", "val", b"<html><body>Sign in</body></html>\n", "is a web page"),
-    ("audiocaps/test.json", "audiocaps", "test", b'[{"audiocap_id": 1.5, "youtube_id": "r1nicOVtvkQ", "caption": "x"}]',
-     "is 1.5"),
-    ("lvis/lvis_v1_train.json", "lvis", "train", b'{"images": [], "categories": [], "annotations": [{"area": NaN}]}',
-     "is nan"),
+    (
+        "audiocaps/test.json",
+        "audiocaps",
+        "test",
+        b'[{"audiocap_id": 1.5, "youtube_id": "r1nicOVtvkQ", "caption": "x"}]',
+        "is 1.5",
+    ),
+    (
+        "lvis/lvis_v1_train.json",
+        "lvis",
+        "train",
+        b'{"images": [], "categories": [], "annotations": [{"area": NaN}]}',
+        "is nan",
+    ),
     ("lvis/lvis_v1_val.json", "lvis", "val", b'{"images": [], "annotations": []}', "is no list"),
 ]

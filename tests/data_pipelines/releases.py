@@ -75,9 +75,13 @@ def sound(source: Path, target: Path, seconds: float, rate: int = SAMPLE_RATE, c
 # One function per release.
 
 AVE_ROWS = {
-    "train": ["Church bell&RUhOCu3LNXM&good&0&10", "Church bell&VWi2ENBuTbw&good&0&0",
-              "Violin, fiddle&-67UNKFmRLk&good&7&10", "Mandolin&0f_iTO5t3hU&good&0&10",
-              "Banjo&0f_iTO5t3hU&good&0&10"],
+    "train": [
+        "Church bell&RUhOCu3LNXM&good&0&10",
+        "Church bell&VWi2ENBuTbw&good&0&0",
+        "Violin, fiddle&-67UNKFmRLk&good&7&10",
+        "Mandolin&0f_iTO5t3hU&good&0&10",
+        "Banjo&0f_iTO5t3hU&good&0&10",
+    ],
     "val": ["Frying (food)&MH3m4AwEcRY&good&6&8"],
     "test": ["Ukulele&0f_iTO5t3hU&good&2&4", "Accordion&_-PljzzluWN&good&0&10"],
 }
@@ -96,21 +100,38 @@ def ave(root: Path, scenes: Scenes) -> None:
 
 
 LLP_WEAK = {
-    "train": [("BjCEufrlXm4_20_30", "Speech,Dog"), ("KWdhwfzfppg_260_270", "Cello,Violin_fiddle,Accordion"),
-              ("AP0061o0Nvk_101.8_111.8", "Car")],
+    "train": [
+        ("BjCEufrlXm4_20_30", "Speech,Dog"),
+        ("KWdhwfzfppg_260_270", "Cello,Violin_fiddle,Accordion"),
+        ("AP0061o0Nvk_101.8_111.8", "Car"),
+    ],
     "val": [("6aV6c8mY0lg_30_40", "Chainsaw")],
-    "test": [("KSRjje7GH44_60_70", "Blender,Speech"), ("1-VMTJRpjbE_150_160", "Clapping,Clapping"),
-             ("8DF2PxdT5tE_390_400", "Cheering,Frying_(food)"), ("_a-b_c-d_e-_0_10", "Dog")],
+    "test": [
+        ("KSRjje7GH44_60_70", "Blender,Speech"),
+        ("1-VMTJRpjbE_150_160", "Clapping,Clapping"),
+        ("8DF2PxdT5tE_390_400", "Cheering,Frying_(food)"),
+        ("_a-b_c-d_e-_0_10", "Dog"),
+    ],
 }
 LLP_DENSE = {  # with a clip of no split, damaged ids, an inverted span, touching and doubled spans
-    "audio": [("KSRjje7GH44_60_70", 8, 10, "Blender"), ("KSRjje7GH44_60_70", 0, 3, "Speech"),
-              ("KSRjje7GH44_60_70", 3, 5, "Speech"), ("KSRjje7GH44_60_70", 3, 5, "Speech"),
-              ("6aV6c8mY0lg_30_40", 0, 10, "Chainsaw"), ("VMTJRpjbE_150_160", 2, 4, "Clapping"),
-              ("19jWnmYnlD8_30_400", 0, 10, "Clapping"), ("8DF2PxdT5tE_390_400", 9, 0, "Cheering"),
-              ("8DF2PxdT5tE_390_400", 0, 7, "Frying_(food)")],
-    "visual": [("6aV6c8mY0lg_30_40", 0, 1, "Chainsaw"), ("6aV6c8mY0lg_30_40", 3, 6, "Chainsaw"),
-               ("6aV6c8mY0lg_30_40", 9, 10, "Chainsaw"), ("8DF2PxdT5tE_390_400", 5, 5, "Cheering"),
-               ("_a-b_c-d_e-_0_10", 1, 9, "Dog")],
+    "audio": [
+        ("KSRjje7GH44_60_70", 8, 10, "Blender"),
+        ("KSRjje7GH44_60_70", 0, 3, "Speech"),
+        ("KSRjje7GH44_60_70", 3, 5, "Speech"),
+        ("KSRjje7GH44_60_70", 3, 5, "Speech"),
+        ("6aV6c8mY0lg_30_40", 0, 10, "Chainsaw"),
+        ("VMTJRpjbE_150_160", 2, 4, "Clapping"),
+        ("19jWnmYnlD8_30_400", 0, 10, "Clapping"),
+        ("8DF2PxdT5tE_390_400", 9, 0, "Cheering"),
+        ("8DF2PxdT5tE_390_400", 0, 7, "Frying_(food)"),
+    ],
+    "visual": [
+        ("6aV6c8mY0lg_30_40", 0, 1, "Chainsaw"),
+        ("6aV6c8mY0lg_30_40", 3, 6, "Chainsaw"),
+        ("6aV6c8mY0lg_30_40", 9, 10, "Chainsaw"),
+        ("8DF2PxdT5tE_390_400", 5, 5, "Cheering"),
+        ("_a-b_c-d_e-_0_10", 1, 9, "Dog"),
+    ],
 }
 
 
@@ -128,28 +149,64 @@ def llp(root: Path, scenes: Scenes) -> None:
 
 def question(video: str, number: int, kind: str, content: str, values: Sequence[str], answer: str) -> dict:
     """One record of MUSIC-AVQA: seven fields in the released order, two of them JSON inside of text."""
-    return {"video_id": video, "question_id": number, "type": json.dumps(kind.split("/")), "question_content": content,
-            "templ_values": json.dumps(list(values)), "question_deleted": 0, "anser": answer}
+    return {
+        "video_id": video,
+        "question_id": number,
+        "type": json.dumps(kind.split("/")),
+        "question_content": content,
+        "templ_values": json.dumps(list(values)),
+        "question_deleted": 0,
+        "anser": answer,
+    }
 
 
 AVQA_ROWS = {
     "train": [
-        question("00000093", 12, "Audio/Counting", "How many musical instruments were heard throughout the video?", [],
-                 "one"),
-        question("00000100", 35, "Audio-Visual/Counting", "How many sounding <Object> in the video\uff1f", ["violin"],
-                 "three"),
-        question("va00000093", 36, "Audio/Counting", "Are there <Object> and <Object> sound? ", ["cello", "congas"],
-                 "no"),
-        question("00000100", 37, "Audio/Counting", "How many musical instruments were heard throughout the video?", [],
-                 "more than ten")],
+        question(
+            "00000093", 12, "Audio/Counting", "How many musical instruments were heard throughout the video?", [], "one"
+        ),
+        question(
+            "00000100",
+            35,
+            "Audio-Visual/Counting",
+            "How many sounding <Object> in the video\uff1f",
+            ["violin"],
+            "three",
+        ),
+        question(
+            "va00000093", 36, "Audio/Counting", "Are there <Object> and <Object> sound? ", ["cello", "congas"], "no"
+        ),
+        question(
+            "00000100",
+            37,
+            "Audio/Counting",
+            "How many musical instruments were heard throughout the video?",
+            [],
+            "more than ten",
+        ),
+    ],
     "val": [question("00006835", 40, "Visual/Location", "Where is the performance?", [], "indoor")],
     "test": [
-        question("00006835", 4639, "Audio-Visual/Location",
-                 "What is the <LR> instrument of the <FL> sounding instrument?", ["left", "first"], "saxophone"),
-        question("esa00000500", 43702, "Audio/Comparative", "Is the <Object> more rhythmic than the <Object>?",
-                 ["erhu", "electric_bass"], "yes"),
-        question("00000093", 47300, "Audio-Visual/Temporal", "Where is the <FL> sounding instrument?", ["last"],
-                 "left")],
+        question(
+            "00006835",
+            4639,
+            "Audio-Visual/Location",
+            "What is the <LR> instrument of the <FL> sounding instrument?",
+            ["left", "first"],
+            "saxophone",
+        ),
+        question(
+            "esa00000500",
+            43702,
+            "Audio/Comparative",
+            "Is the <Object> more rhythmic than the <Object>?",
+            ["erhu", "electric_bass"],
+            "yes",
+        ),
+        question(
+            "00000093", 47300, "Audio-Visual/Temporal", "Where is the <FL> sounding instrument?", ["last"], "left"
+        ),
+    ],
 }
 
 
@@ -205,8 +262,11 @@ def mask(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
     (image.convert(mode) if mode else image).save(path, compress_level=1)
 
 
-S4_ROWS = [("-_wznbUu3DY", 0, "helicopter", "train"), ("XVlnx4ofu2k", 6, "race_car", "val"),
-           ("_4R3qHn1n50", 0, "lawn_mowing", "test")]
+S4_ROWS = [
+    ("-_wznbUu3DY", 0, "helicopter", "train"),
+    ("XVlnx4ofu2k", 6, "race_car", "val"),
+    ("_4R3qHn1n50", 0, "lawn_mowing", "test"),
+]
 MS3_ROWS = [("jlhuZfcw61w", "train"), ("xv7eM6-UmkY_36", "val"), ("3vheOi4y540_1", "test")]
 
 
@@ -246,17 +306,32 @@ def foreground(source: Path, second: int) -> np.ndarray:
 
 
 REF_AVS_ROWS = [  # vid, uid, split, fid, exp
-    ("-8mcyL3kWNQ_8000_18000", "-8mcyL3kWNQ_8000_18000_emergency-car_1", "train", 11,
-     "The object making the longest sound duration."),
-    ("45AfEdAU050_99000_109000", "null_c-45AfEdAU050_99000_109000_null_1", "train", 0,
-     "The object making a continuous sound"),
+    (
+        "-8mcyL3kWNQ_8000_18000",
+        "-8mcyL3kWNQ_8000_18000_emergency-car_1",
+        "train",
+        11,
+        "The object making the longest sound duration.",
+    ),
+    (
+        "45AfEdAU050_99000_109000",
+        "null_c-45AfEdAU050_99000_109000_null_1",
+        "train",
+        0,
+        "The object making a continuous sound",
+    ),
     ("G8YSz3L1R3M_75000_85000", "G8YSz3L1R3M_75000_85000_boy_1", "train", 0, "Error: request failed"),
     ("--KCIeTv6PM_14000_24000", "--KCIeTv6PM_14000_24000_cat_1", "val", 0, "The object having white and gray fur."),
     ("MDyjY3uiWp0_297000_307000", "MDyjY3uiWp0_297000_307000_saw_4", "test_s", 0, '"the saw, on the left "'),
     ("MDyjY3uiWp0_297000_307000", "MDyjY3uiWp0_297000_307000_saw_4", "test_s", 1, "The saw\u2019s owner."),
     ("bbbbbbbbbbb_0_10000", "bbbbbbbbbbb_0_10000_wolf_6", "test_u", 0, "The animal that howls."),
-    ("-cLOg0sQ0Zo_420000_430000", "null_m--cLOg0sQ0Zo_420000_430000_null_1", "test_n", 0,
-     "The object making a sound with a faster rhythm"),
+    (
+        "-cLOg0sQ0Zo_420000_430000",
+        "null_m--cLOg0sQ0Zo_420000_430000_null_1",
+        "test_n",
+        0,
+        "The object making a sound with a faster rhythm",
+    ),
     ("ddddddddddd_0_10000", "ddddddddddd_0_10000_man_1", "TODO", 0, "never shown"),
 ]
 
@@ -280,8 +355,10 @@ def ref_avs(root: Path, scenes: Scenes) -> None:
 
 
 VALOR_ROWS = {
-    "train": [("x-2Abohj8VY_30.000_40.000", "With the rumble, on a moving bus, a crowd spoke."),
-              ("0_3-a_bcdef_0.000_7.000", "A short one")],
+    "train": [
+        ("x-2Abohj8VY_30.000_40.000", "With the rumble, on a moving bus, a crowd spoke."),
+        ("0_3-a_bcdef_0.000_7.000", "A short one"),
+    ],
     "val": [("CEfOX4fYlsY_20.000_30.000", "In one room, a yellow bird leaped over the fence.")],
     "test": [("eeeeeeeeeee_0.000_10.000", "A piano plays.")],
 }
@@ -301,13 +378,30 @@ def video_llava(root: Path, scenes: Scenes) -> None:
     def turns(asked: str, answered: str) -> list[dict]:
         return [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
 
-    images = [{"id": 0, "image": "llava_image/00453/004539375.jpg", "conversations": turns(
-                  "<image>\nRender a clear and concise summary of the photo.", "select luxury furniture")},
-              {"id": "1", "image": "llava_image/00453/004539376.jpg", "conversations": turns(
-                  "Write a terse but informative summary of the picture.\n<image>", "a drum on a table .")}]
-    videos = [{"id": 0, "video": "valley/000001/7.mp4", "conversations": turns(
-                  "<video>\nWhat are the main activities?", "Someone plays the piano!")},
-              {"id": 1, "video": "valley/000001/8", "conversations": turns("What happens?\n<video>", "Nothing")}]
+    images = [
+        {
+            "id": 0,
+            "image": "llava_image/00453/004539375.jpg",
+            "conversations": turns(
+                "<image>\nRender a clear and concise summary of the photo.", "select luxury furniture"
+            ),
+        },
+        {
+            "id": "1",
+            "image": "llava_image/00453/004539376.jpg",
+            "conversations": turns(
+                "Write a terse but informative summary of the picture.\n<image>", "a drum on a table ."
+            ),
+        },
+    ]
+    videos = [
+        {
+            "id": 0,
+            "video": "valley/000001/7.mp4",
+            "conversations": turns("<video>\nWhat are the main activities?", "Someone plays the piano!"),
+        },
+        {"id": 1, "video": "valley/000001/8", "conversations": turns("What happens?\n<video>", "Nothing")},
+    ]
     text(root / "llava_image_.json", json.dumps(images))
     text(root / "valley_.json", json.dumps(videos))
     for record in images:
@@ -317,9 +411,11 @@ def video_llava(root: Path, scenes: Scenes) -> None:
 
 
 AUDIOCAPS_ROWS = {
-    "train": [(91139, "r1nicOVtvkQ", 130, "A woman talks nearby as water pours"),
-              (11542, "3eJ9RynJzP8", 80, '"The wind is blowing, insects are singing, and rustling occurs"'),
-              (12347, "3zCI4li7fe0", 30, "Woman giving a spe\u00e9ch")],
+    "train": [
+        (91139, "r1nicOVtvkQ", 130, "A woman talks nearby as water pours"),
+        (11542, "3eJ9RynJzP8", 80, '"The wind is blowing, insects are singing, and rustling occurs"'),
+        (12347, "3zCI4li7fe0", 30, "Woman giving a spe\u00e9ch"),
+    ],
     "val": [(97151 + i, "vfY_TJq7n_U", 130, f"Caption {i}") for i in range(5)],
     "test": [(103 + i, "-ab_cdefghi", 0, f"Words {i}") for i in range(5)],
 }
@@ -340,18 +436,56 @@ def lvis(root: Path, scenes: Scenes) -> None:
         name = f"val2017/{number:012d}.jpg"
         copy(scenes.take()[1] / "frames/4.jpg", root / name)
         square = [10.5, 10, 60, 10, 60, 60, 10.5, 60]
-        text(root / f"lvis_v1_{split}.json", json.dumps({
-            "info": {}, "licenses": [],
-            "images": [{"id": number, "width": 128, "height": 128, "license": 1, "neg_category_ids": [],
-                        "coco_url": f"http://images.cocodataset.org/{name}", "not_exhaustive_category_ids": []}],
-            "categories": [{"id": 36, "name": "bat_(animal)", "synset": "bat.n.01", "synonyms": ["bat_(animal)"],
-                            "def": "nocturnal mouselike mammal", "frequency": "r", "image_count": 1,
-                            "instance_count": 2}],
-            "annotations": [
-                {"id": 1, "image_id": number, "category_id": 36, "area": 2900.5, "bbox": [10.5, 10, 109.5, 110],
-                 "segmentation": [square, [100, 100, 120, 100, 120, 120]]},
-                {"id": 2, "image_id": number, "category_id": 36, "area": 12.0, "bbox": [0, 0, 4, 3],
-                 "segmentation": [[0, 0, 4, 0, 4, 3]]}]}))
+        text(
+            root / f"lvis_v1_{split}.json",
+            json.dumps(
+                {
+                    "info": {},
+                    "licenses": [],
+                    "images": [
+                        {
+                            "id": number,
+                            "width": 128,
+                            "height": 128,
+                            "license": 1,
+                            "neg_category_ids": [],
+                            "coco_url": f"http://images.cocodataset.org/{name}",
+                            "not_exhaustive_category_ids": [],
+                        }
+                    ],
+                    "categories": [
+                        {
+                            "id": 36,
+                            "name": "bat_(animal)",
+                            "synset": "bat.n.01",
+                            "synonyms": ["bat_(animal)"],
+                            "def": "nocturnal mouselike mammal",
+                            "frequency": "r",
+                            "image_count": 1,
+                            "instance_count": 2,
+                        }
+                    ],
+                    "annotations": [
+                        {
+                            "id": 1,
+                            "image_id": number,
+                            "category_id": 36,
+                            "area": 2900.5,
+                            "bbox": [10.5, 10, 109.5, 110],
+                            "segmentation": [square, [100, 100, 120, 100, 120, 120]],
+                        },
+                        {
+                            "id": 2,
+                            "image_id": number,
+                            "category_id": 36,
+                            "area": 12.0,
+                            "bbox": [0, 0, 4, 3],
+                            "segmentation": [[0, 0, 4, 0, 4, 3]],
+                        },
+                    ],
+                }
+            ),
+        )
 
 
 def own(root: Path, scenes: Scenes) -> None:
@@ -363,10 +497,25 @@ def own(root: Path, scenes: Scenes) -> None:
         for k in range(10):  # frame10.jpg sorts before frame2.jpg as text
             copy(source / f"frames/{k}.jpg", root / f"media/{split}_frames/frame{k + 1}.jpg")
         prompt = f"{VIDEO}{AUDIO}What is it?"
-        rows = [{"id": "\u526a\u8f91 1", "task": "avcap", "instruction": prompt, "target": "A piano.",
-                 "video": f"media/{split}.mp4", "meta": {"captions": ["A piano."]}},
-                {"id": "two", "task": "avcap", "instruction": prompt, "target": "A drum.",
-                 "frames": f"media/{split}_frames", "audio": f"media/{split}.wav", "meta": {"captions": ["A drum."]}}]
+        rows = [
+            {
+                "id": "\u526a\u8f91 1",
+                "task": "avcap",
+                "instruction": prompt,
+                "target": "A piano.",
+                "video": f"media/{split}.mp4",
+                "meta": {"captions": ["A piano."]},
+            },
+            {
+                "id": "two",
+                "task": "avcap",
+                "instruction": prompt,
+                "target": "A drum.",
+                "frames": f"media/{split}_frames",
+                "audio": f"media/{split}.wav",
+                "meta": {"captions": ["A drum."]},
+            },
+        ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         text(root / f"{split}.jsonl", lines + "\n\n", newline="\r\n", bom=True)
 

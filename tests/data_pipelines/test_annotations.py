@@ -33,9 +33,13 @@ TABLES = [
     ("s4_object", "test", "Single-source/s4_meta_data.csv", ("name", "category", "split"), ","),
     ("ms3_object", "test", "Multi-sources/ms3_meta_data.csv", ("video_id", "split"), ","),
     ("ref_avs", "train", "metadata.csv", ("vid", "uid", "split", "fid", "exp"), ","),
-    ("audiocaps", "train", "dataset/train.csv", ("audiocap_id", "youtube_id", "start_time", "caption"), ",")]
-LISTS = [("avqa", "data/json_update/avqa-train.json", "question_id"), ("valor", "desc_train.json", "video_id"),
-         ("video_llava", "valley_.json", "id")]
+    ("audiocaps", "train", "dataset/train.csv", ("audiocap_id", "youtube_id", "start_time", "caption"), ","),
+]
+LISTS = [
+    ("avqa", "data/json_update/avqa-train.json", "question_id"),
+    ("valor", "desc_train.json", "video_id"),
+    ("video_llava", "valley_.json", "id"),
+]
 
 
 def path_of(root, name, file):
@@ -80,8 +84,9 @@ SAME = {
 
 
 @pytest.mark.parametrize("change", SAME)
-@pytest.mark.parametrize(("name", "split", "file", "columns", "delimiter"), TABLES,
-                         ids=[f"{t[0]}-{t[2].rpartition('/')[2]}" for t in TABLES])
+@pytest.mark.parametrize(
+    ("name", "split", "file", "columns", "delimiter"), TABLES, ids=[f"{t[0]}-{t[2].rpartition('/')[2]}" for t in TABLES]
+)
 def test_a_table_that_was_saved_again_says_the_same(copied, name, split, file, columns, delimiter, change):
     root = copied(DATASETS[name].folder)
     before, path = read(root, name, split), path_of(root, name, file)
@@ -102,8 +107,15 @@ MALFORMED = [
     ("ms3", "train", "metadata.csv", b"jlhuZfcw61w,jl", b"x,nan,0,0,dog,train,v1m\njlhuZfcw61w,jl", "uid", "look like"),
     ("ms3", "train", "metadata.csv", b"jlhuZfcw61w,jl", b"x,,0,0,dog,train,v1m\njlhuZfcw61w,jl", "uid", "look like"),
     ("ms3", "train", "metadata.csv", b"jlhuZfcw61w,jl", b"x,y,0,0,dog,train\njlhuZfcw61w,jl", "", "6 fields, not 7"),
-    ("s4_object", "val", "Single-source/s4_meta_data.csv", b"XVlnx4ofu2k,", b"1.2E+10,1,helicopter,val\nXVlnx4ofu2k,",
-     "name", "spreadsheet"),
+    (
+        "s4_object",
+        "val",
+        "Single-source/s4_meta_data.csv",
+        b"XVlnx4ofu2k,",
+        b"1.2E+10,1,helicopter,val\nXVlnx4ofu2k,",
+        "name",
+        "spreadsheet",
+    ),
     ("ref_avs", "train", "metadata.csv", b"The object making the longest sound duration.", b"nan", "exp", "is empty"),
     ("ref_avs", "train", "metadata.csv", b"making the longest", b"making the \x93longest\x94", "", "not UTF-8"),
     ("audiocaps", "train", "dataset/train.csv", b"A woman talks nearby as water pours", b"NaN", "caption", "is empty"),
@@ -115,18 +127,29 @@ MALFORMED = [
     ("avqa", "train", "data/json_update/avqa-train.json", b'"three"', b"NaN", "anser", "not text"),
     ("avqa", "train", "data/json_update/avqa-train.json", b"sounding", b"sound\xefng", "", "not UTF-8"),
     ("valor", "train", "desc_train.json", b'"0_3-a_bcdef_0.000_7.000"', b"null", "video_id", "is missing"),
-    ("video_llava", "train", "valley_.json", b'"human", "value": "<video>', b'"system", "value": "<video>',
-     "conversations[0]", "said by 'system'"),
+    (
+        "video_llava",
+        "train",
+        "valley_.json",
+        b'"human", "value": "<video>',
+        b'"system", "value": "<video>',
+        "conversations[0]",
+        "said by 'system'",
+    ),
     ("own", "train", "train.jsonl", b'"A drum."', b'"A dr\xfcm."', "", "not UTF-8"),
     ("own", "train", "train.jsonl", b'{"captions": ["A drum."]}', b'{"captions": ["A drum."]', "", "not valid JSON"),
     ("own", "train", "train.jsonl", b'{"captions": ["A drum."]}', b'{"one_of": 3}', "meta", "must be text"),
 ]
 
 
-@pytest.mark.parametrize(("name", "split", "file", "old", "new", "field", "message"), MALFORMED,
-                         ids=[f"{row[0]}-{n}" for n, row in enumerate(MALFORMED)])
-def test_a_malformed_row_stops_or_is_skipped_counted_and_listed(copied, caplog, name, split, file, old, new, field,
-                                                                message):
+@pytest.mark.parametrize(
+    ("name", "split", "file", "old", "new", "field", "message"),
+    MALFORMED,
+    ids=[f"{row[0]}-{n}" for n, row in enumerate(MALFORMED)],
+)
+def test_a_malformed_row_stops_or_is_skipped_counted_and_listed(
+    copied, caplog, name, split, file, old, new, field, message
+):
     root = copied(DATASETS[name].folder)
     before, path = read(root, name, split), path_of(root, name, file)
     content = path.read_bytes()
@@ -166,10 +189,14 @@ def test_training_skips_malformed_rows_and_lists_them(copied, tmp_path, caplog):
     assert [e.meta["dataset"] for e in order.examples] == ["ave"] * 3 + ["valor"]
     assert "2 malformed rows are left out" in caplog.text
     listed = [json.loads(line) for line in (tmp_path / "run" / runs.LEFT_OUT).read_text().splitlines()]
-    assert [(one["dataset"], one["field"]) for one in listed] == [("ave", "Category"), ("ave", "EndTime"),
-                                                                   ("valor", "video")]
-    assert all(one["where"].endswith(line) for one, line in zip(listed[:2], ("trainSet.txt:1", "trainSet.txt:3"),
-                                                                  strict=True))
+    assert [(one["dataset"], one["field"]) for one in listed] == [
+        ("ave", "Category"),
+        ("ave", "EndTime"),
+        ("valor", "video"),
+    ]
+    assert all(
+        one["where"].endswith(line) for one, line in zip(listed[:2], ("trainSet.txt:1", "trainSet.txt:3"), strict=True)
+    )
 
 
 def test_a_list_of_examples_skips_its_malformed_lines(tmp_path):
@@ -189,25 +216,42 @@ def test_a_list_of_examples_skips_its_malformed_lines(tmp_path):
 
 # Names.
 
+
 def test_any_safe_file_name_is_an_id():
-    for name in ("baby_dog_2_1", "-_wznbUu3DY", "Caf\u00e9 d\u00e9", "\u526a\u8f91 1", "a..b", "x.y_1.5", "~x", "a:b",
-                 "100%"):
+    for name in (
+        "baby_dog_2_1",
+        "-_wznbUu3DY",
+        "Caf\u00e9 d\u00e9",
+        "\u526a\u8f91 1",
+        "a..b",
+        "x.y_1.5",
+        "~x",
+        "a:b",
+        "100%",
+    ):
         assert safe_name(name)
     for name in ("", " ", ".", "..", "a/b", "../x", "a\\b", "a\0b", "a\nb", "a\x7fb", "\x85", "\u2028x", "\ud83d"):
         assert not safe_name(name), ascii(name)
 
 
-@pytest.mark.parametrize(("name", "file", "text"), [
-    ("ave", "trainSet.txt", "Bark&{}&good&0&10\n"),
-    ("avvp", "AVVP_train.csv", "filename\tevent_labels\n{}_0_10\tSpeech\n"),
-    ("avqa", "json_update/avqa-train.json",
-     json.dumps([releases.question("%", 1, "Visual/Location", "Where?", [], "left")])),
-    ("ms3", "metadata.csv", "uid,a_obj,split,label\n{},dog,train,v1m\n"),
-    ("s4_object", "Single-source/s4_meta_data.csv", "name,start,category,split\n{},0,helicopter,train\n"),
-    ("ms3_object", "Multi-sources/ms3_meta_data.csv", "video_id,split\n{},train\n"),
-    ("ref_avs", "metadata.csv", "vid,uid,split,fid,exp\n{0},{0}_cat_1,train,0,The cat.\n"),
-    ("valor", "desc_train.json", '[{{"video_id": "{}", "desc": "A cat."}}]'),
-    ("audiocaps", "train.csv", "audiocap_id,youtube_id,start_time,caption\n1,{},0,A cat.\n")])
+@pytest.mark.parametrize(
+    ("name", "file", "text"),
+    [
+        ("ave", "trainSet.txt", "Bark&{}&good&0&10\n"),
+        ("avvp", "AVVP_train.csv", "filename\tevent_labels\n{}_0_10\tSpeech\n"),
+        (
+            "avqa",
+            "json_update/avqa-train.json",
+            json.dumps([releases.question("%", 1, "Visual/Location", "Where?", [], "left")]),
+        ),
+        ("ms3", "metadata.csv", "uid,a_obj,split,label\n{},dog,train,v1m\n"),
+        ("s4_object", "Single-source/s4_meta_data.csv", "name,start,category,split\n{},0,helicopter,train\n"),
+        ("ms3_object", "Multi-sources/ms3_meta_data.csv", "video_id,split\n{},train\n"),
+        ("ref_avs", "metadata.csv", "vid,uid,split,fid,exp\n{0},{0}_cat_1,train,0,The cat.\n"),
+        ("valor", "desc_train.json", '[{{"video_id": "{}", "desc": "A cat."}}]'),
+        ("audiocaps", "train.csv", "audiocap_id,youtube_id,start_time,caption\n1,{},0,A cat.\n"),
+    ],
+)
 def test_every_reader_takes_any_safe_name(tmp_path, name, file, text):
     def found(video):
         content = text.replace("%", video) if name == "avqa" else text.format(video)
@@ -238,13 +282,35 @@ def test_the_row_of_ms3_without_a_youtube_id(copied):
 # a_obj.
 
 A_OBJ = {
-    "dog": ["dog"], "dog_man": ["dog", "man"], "dog_": ["dog"], "_dog__man_": ["dog", "man"], " dog ": ["dog"],
-    "dog, man": ["dog", "man"], "['dog', 'emergency-car']": ["dog", "emergency-car"], '"dog"': ["dog"],
-    "dog;man|car": ["dog", "man", "car"], "Dog and Man": ["dog", "man"], "dog&cat+pig": ["dog", "cat", "pig"],
-    "emergency_car_dog": ["emergency-car", "dog"], "hair dryer": ["hair-dryer"], "missile/rocket": ["missile-rocket"],
-    "playing_violin": ["playing violin"], "horse_clip-clop": ["horse clip-clop"], "race_car_dog": ["race car", "dog"],
-    "": [], "nan": [], "45": [], "3.0": [], "dog_unicorn": [], "unicorn": [], "_": [], "None": [], "[]": [],
-    "doghouse": [], "dog 2": []}
+    "dog": ["dog"],
+    "dog_man": ["dog", "man"],
+    "dog_": ["dog"],
+    "_dog__man_": ["dog", "man"],
+    " dog ": ["dog"],
+    "dog, man": ["dog", "man"],
+    "['dog', 'emergency-car']": ["dog", "emergency-car"],
+    '"dog"': ["dog"],
+    "dog;man|car": ["dog", "man", "car"],
+    "Dog and Man": ["dog", "man"],
+    "dog&cat+pig": ["dog", "cat", "pig"],
+    "emergency_car_dog": ["emergency-car", "dog"],
+    "hair dryer": ["hair-dryer"],
+    "missile/rocket": ["missile-rocket"],
+    "playing_violin": ["playing violin"],
+    "horse_clip-clop": ["horse clip-clop"],
+    "race_car_dog": ["race car", "dog"],
+    "": [],
+    "nan": [],
+    "45": [],
+    "3.0": [],
+    "dog_unicorn": [],
+    "unicorn": [],
+    "_": [],
+    "None": [],
+    "[]": [],
+    "doghouse": [],
+    "dog 2": [],
+}
 
 
 @pytest.mark.parametrize("text", A_OBJ, ids=ascii)
@@ -285,6 +351,7 @@ def test_an_a_obj_that_names_nothing_costs_no_more_than_its_clip(copied, caplog)
 
 # Notes.
 
+
 def test_dense_rows_of_llp_that_name_no_clip_are_counted(releases_root, copied):
     counts = status(releases_root, ["avvp"])[0]
     notes = {c.split: c.notes for c in counts}
@@ -302,7 +369,7 @@ def test_both_forms_of_video_llava_are_read_once(copied, caplog):
     parts = [json.loads((folder / name).read_text("utf-8-sig")) for name in ("llava_image_.json", "valley_.json")]
     releases.text(folder / "valley_llavaimage.json", json.dumps(parts[0] + parts[1]))
     assert read(root, "video_llava", "train") == before
-    note, = status(root, ["video_llava"])[0][0].notes
+    (note,) = status(root, ["video_llava"])[0][0].notes
     assert "valley_llavaimage.json" in note and "llava_image_.json and valley_.json hold the same records" in note
     assert "valley_llavaimage.json" in caplog.text
     (folder / "valley_.json").unlink()
@@ -318,7 +385,7 @@ def test_a_last_row_that_may_be_cut_off_is_said(copied, caplog):
     file = root / "llp/data/AVVP_train.csv"
     releases.text(file, file.read_text().replace("AP0061o0Nvk_101.8_111.8\tCar\n", "AP0061o0Nvk_101.8_111.8\tCar"))
     assert read(root, "avvp", "train")[2].meta["labels"] == ["Car"]  # or more than that
-    note, = next(c for c in status(root, ["avvp"])[0] if c.split == "train").notes
+    (note,) = next(c for c in status(root, ["avvp"])[0] if c.split == "train").notes
     assert note.startswith("llp/data/AVVP_train.csv:4") and "no line end" in note and "no line end" in caplog.text
     releases.text(root / "ave/testSet.txt", "Bark&RUhOCu3LNXM&good&0&10\nBark&MH3m4AwEcRY&good&0&1")
     with pytest.raises(InputError, match=r"testSet.txt:2 \[EndTime\].*was it 10"):
@@ -339,14 +406,19 @@ def test_two_categories_of_one_number_are_refused(copied):
 
 # JSON in other shapes.
 
+
 @pytest.mark.parametrize(("name", "file", "key"), LISTS)
 def test_json_in_other_shapes_says_the_same(copied, name, file, key):
     root = copied(DATASETS[name].folder)
     path = path_of(root, name, file)
     items = json.loads(path.read_bytes().decode("utf-8-sig"))
     before = [dataclasses.replace(e, meta={}) for e in read(root, name, "train")]
-    shapes = ["\n".join(map(json.dumps, items)), "\r\n".join(map(json.dumps, items)) + "\r\n",
-              json.dumps({"data": items}), json.dumps({"version": 1, "annotations": items})]
+    shapes = [
+        "\n".join(map(json.dumps, items)),
+        "\r\n".join(map(json.dumps, items)) + "\r\n",
+        json.dumps({"data": items}),
+        json.dumps({"version": 1, "annotations": items}),
+    ]
     if name != "video_llava":
         shapes.append(json.dumps({str(item[key]): {k: v for k, v in item.items() if k != key} for item in items}))
     for shape in shapes:
@@ -355,8 +427,11 @@ def test_json_in_other_shapes_says_the_same(copied, name, file, key):
     releases.text(path, "\n".join(map(json.dumps, items)) + '\n{"broken": ')
     with pytest.raises(InputError, match=rf"{path.name}:{len(items) + 1}: not valid JSON"):
         read(root, name, "train")
-    for shape, message in (('{"a": 1}', "holds dict, not a list"), (json.dumps(items)[:-20], "not valid JSON"),
-                           (json.dumps({"a": items, "b": items}), "holds dict")):
+    for shape, message in (
+        ('{"a": 1}', "holds dict, not a list"),
+        (json.dumps(items)[:-20], "not valid JSON"),
+        (json.dumps({"a": items, "b": items}), "holds dict"),
+    ):
         releases.text(path, shape)
         with pytest.raises(InputError, match=message):
             list(records(root, name, "train"))
@@ -370,31 +445,46 @@ def test_a_lost_quotation_mark_costs_one_row_and_a_broken_line_none(copied):
     releases.text(file, content.replace("is blowing, insects", "is blowing,\ninsects"))
     assert read(root, "audiocaps", "train")[1].target == before[1].target
     assert [e.meta["row"] for e in read(root, "audiocaps", "train")] == [
-        "dataset/train.csv:2", "dataset/train.csv:3", "dataset/train.csv:5"]
+        "dataset/train.csv:2",
+        "dataset/train.csv:3",
+        "dataset/train.csv:5",
+    ]
     releases.text(file, content.replace('occurs"', "occurs"))
     with pytest.raises(InputError, match=r"train.csv:3: has an unfinished quotation"):
         read(root, "audiocaps", "train")
     assert [e.id for e in read(root, "audiocaps", "train", malformed="skip")] == [before[0].id, before[2].id]
 
 
-@pytest.mark.parametrize(("lines", "rows"), [
-    (['1,"open', "", 'more, and"', "3,y"], [("1", "open  more, and"), ("3", "y")]),
-    (['1,"open', 'more, and"x', "3,y"], [2, 3, ("3", "y")]),  # the rest of a row is no row
-    (['1,"lost, x', "2,x", '3,"q, r"'], [2, ("2", "x"), ("3", "q, r")]),
-    (['1,"open', '2,"x"', "3,y"], [2, ("2", "x"), ("3", "y")]),
-    (['1,"He said \\"hi\\", then"', "2,x"], [2, ("2", "x")]),  # quotation marks are doubled in a csv, not escaped
-    (['1,5" pipe', "2,x"], [("1", '5" pipe'), ("2", "x")]), (['"1,2"', "2,x"], [2, ("2", "x")])])
+@pytest.mark.parametrize(
+    ("lines", "rows"),
+    [
+        (['1,"open', "", 'more, and"', "3,y"], [("1", "open  more, and"), ("3", "y")]),
+        (['1,"open', 'more, and"x', "3,y"], [2, 3, ("3", "y")]),  # the rest of a row is no row
+        (['1,"lost, x', "2,x", '3,"q, r"'], [2, ("2", "x"), ("3", "q, r")]),
+        (['1,"open', '2,"x"', "3,y"], [2, ("2", "x"), ("3", "y")]),
+        (['1,"He said \\"hi\\", then"', "2,x"], [2, ("2", "x")]),  # quotation marks are doubled in a csv, not escaped
+        (['1,5" pipe', "2,x"], [("1", '5" pipe'), ("2", "x")]),
+        (['"1,2"', "2,x"], [2, ("2", "x")]),
+    ],
+)
 def test_quotations(tmp_path, lines, rows):
     releases.text(tmp_path / "t.csv", "\n".join(["a,b", *lines]) + "\n")
-    found = [tuple(row.values.values()) if isinstance(row, Row) else int(row.where.rpartition(":")[2])
-             for row in Release(tmp_path).table("t.csv", ("a", "b"))]
+    found = [
+        tuple(row.values.values()) if isinstance(row, Row) else int(row.where.rpartition(":")[2])
+        for row in Release(tmp_path).table("t.csv", ("a", "b"))
+    ]
     assert found == rows
 
 
-@pytest.mark.parametrize(("text", "field", "message"), [
-    ("uid,a_obj,split\nx,dog,train\n", "label", "no such column"), ("x,dog,train,v1s\n", "uid", "no such column"),
-    ("uid,a_obj,split,label,Split\nx,dog,train,v1s,test\n", "split", "comes twice"),
-    ("uid,a_obj,subset,label\n", "split", "no such column")])
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        ("uid,a_obj,split\nx,dog,train\n", "label", "no such column"),
+        ("x,dog,train,v1s\n", "uid", "no such column"),
+        ("uid,a_obj,split,label,Split\nx,dog,train,v1s,test\n", "split", "comes twice"),
+        ("uid,a_obj,subset,label\n", "split", "no such column"),
+    ],
+)
 def test_a_header_that_does_not_name_the_columns_stops(tmp_path, text, field, message):
     releases.text(tmp_path / "avsbench_semantic/metadata.csv", text)
     with pytest.raises(InputError, match=message) as raised:
@@ -413,7 +503,7 @@ def test_splits_in_capitals_are_read_and_other_words_are_not(tmp_path):
     releases.text(tmp_path / "Multi-sources/ms3_meta_data.csv", "video_id,split\na,Train\nb,TEST\nc,validation\n")
     found = list(DATASETS["ms3_object"].read(Release(tmp_path), "train", "train"))
     assert [e.meta["video"] for e in found if isinstance(e, Example)] == ["a"] * 5
-    error, = (e for e in found if isinstance(e, InputError))
+    (error,) = (e for e in found if isinstance(e, InputError))
     assert error.where.endswith(":4") and "'validation'" in error.problem
 
 
@@ -422,17 +512,43 @@ def test_numbers_are_whole_or_refused():
         return Row(Path(), "x", {"n": value}).integer("n", 0, 100)
 
     assert [of(v) for v in (8, "8", "8.0", 8.0, " 8 ", "08")] == [8] * 6
-    for value in ("8.5", 8.5, float("nan"), float("inf"), "nan", "", "1e1", "1E+01", True, None, "101", -1, "\u0668",
-                  [8]):
+    for value in (
+        "8.5",
+        8.5,
+        float("nan"),
+        float("inf"),
+        "nan",
+        "",
+        "1e1",
+        "1E+01",
+        True,
+        None,
+        "101",
+        -1,
+        "\u0668",
+        [8],
+    ):
         with pytest.raises(InputError, match="whole number from 0 to 100"):
             of(value)
 
 
 # One picture of a clip, or all.
 
+
 def marked(clips=4, pictures=10):
-    return [Example(f"{clip}-{k}", "ref-avs", "<image>", target="a cat", image=f"{k}.png", windows="none",
-                    meta={"one_of": f"clip {clip}"}) for clip in range(clips) for k in range(pictures)]
+    return [
+        Example(
+            f"{clip}-{k}",
+            "ref-avs",
+            "<image>",
+            target="a cat",
+            image=f"{k}.png",
+            windows="none",
+            meta={"one_of": f"clip {clip}"},
+        )
+        for clip in range(clips)
+        for k in range(pictures)
+    ]
 
 
 def order_of(root, frames, **changes):
@@ -479,6 +595,7 @@ def test_marks_that_are_no_text_are_refused(tmp_path):
 
 # Splits together.
 
+
 def test_train_and_val_of_audiocaps_together(releases_root):
     both = read_examples(releases_root, "train+val", ["audiocaps"])
     assert both == [*read(releases_root, "audiocaps", "train"), *read(releases_root, "audiocaps", "val")]
@@ -499,46 +616,105 @@ def test_joined_lists_keep_their_ids_and_marks_apart(tmp_path):
 
 # Crab's own layout.
 
+
 def test_sample_lists_of_crab_say_what_the_releases_say(releases_root, copied):
     root = copied("ave", "music_avqa", "valor", "avsbench_semantic", "llp", "lvis", "audiocaps")
-    before = {(name, split): read(root, name, split) for name, split in (
-        ("ave", "train"), ("ave", "test"), ("avqa", "train"), ("valor", "train"), ("s4", "train"), ("ms3", "test"),
-        ("avss", "val"), ("arig", "train"), ("avvp", "test"), ("audiocaps", "train"))}
+    before = {
+        (name, split): read(root, name, split)
+        for name, split in (
+            ("ave", "train"),
+            ("ave", "test"),
+            ("avqa", "train"),
+            ("valor", "train"),
+            ("s4", "train"),
+            ("ms3", "test"),
+            ("avss", "val"),
+            ("arig", "train"),
+            ("avvp", "test"),
+            ("audiocaps", "train"),
+        )
+    }
 
     def put(folder, file, items, instead):
         releases.text(root / folder / file, json.dumps(items))
         (root / folder / instead).unlink()
 
     for split, file in (("train", "valid_train"), ("test", "test")):
-        put("ave", f"{file}_samples.json", [
-            {"event": e.meta["event"], "vid": e.meta["video"], "start_time": str(e.meta["start"]),
-             "end_time": e.meta["end"]} for e in before["ave", split]], f"{split}Set.txt")
-    put("music_avqa", "data/music_avqa_data/valid_train_samples.json", [
-        {"video_id": e.meta["video"], "question_id": e.meta["question_id"], "type": e.meta["type"],
-         "question": e.meta["question"], "answer": e.meta["answer"], "video_path": "/cluster/x.mp4"}
-        for e in before["avqa", "train"]], "data/json_update/avqa-train.json")
+        put(
+            "ave",
+            f"{file}_samples.json",
+            [
+                {
+                    "event": e.meta["event"],
+                    "vid": e.meta["video"],
+                    "start_time": str(e.meta["start"]),
+                    "end_time": e.meta["end"],
+                }
+                for e in before["ave", split]
+            ],
+            f"{split}Set.txt",
+        )
+    put(
+        "music_avqa",
+        "data/music_avqa_data/valid_train_samples.json",
+        [
+            {
+                "video_id": e.meta["video"],
+                "question_id": e.meta["question_id"],
+                "type": e.meta["type"],
+                "question": e.meta["question"],
+                "answer": e.meta["answer"],
+                "video_path": "/cluster/x.mp4",
+            }
+            for e in before["avqa", "train"]
+        ],
+        "data/json_update/avqa-train.json",
+    )
     put("valor", "train_samples.json", json.loads((root / "valor/desc_train.json").read_text()), "desc_train.json")
     with open(root / "avsbench_semantic/metadata.csv") as file:
         clips = list(csv.DictReader(file))
     for name, part in (("s4", "v1s"), ("ms3", "v1m"), ("avss", "v2")):
-        releases.text(root / f"avsbench_semantic/{name}_samples.json",
-                      json.dumps([clip for clip in clips if clip["label"] == part]))
+        releases.text(
+            root / f"avsbench_semantic/{name}_samples.json",
+            json.dumps([clip for clip in clips if clip["label"] == part]),
+        )
     (root / "avsbench_semantic/metadata.csv").unlink()
-    boxes = [{"split": "train", "frame_path": f"/cluster/AVS/{e.image.partition('/')[2]}", "a_obj": e.meta["object"],
-              "top_left": e.meta["box"][:2], "bottom_right": e.meta["box"][2:]} for e in before["arig", "train"]]
+    boxes = [
+        {
+            "split": "train",
+            "frame_path": f"/cluster/AVS/{e.image.partition('/')[2]}",
+            "a_obj": e.meta["object"],
+            "top_left": e.meta["box"][:2],
+            "bottom_right": e.meta["box"][2:],
+        }
+        for e in before["arig", "train"]
+    ]
     nothing = {**boxes[0], "top_left": [1000, 1000], "bottom_right": [0, 0]}
     releases.text(root / "avsbench_semantic/v1s_grounding_samples.json", json.dumps([*boxes, nothing]))
-    put("llp", "test_samples.json", [
-        {"filename": e.meta["filename"], "vid": e.meta["video"], "event": ",".join(e.meta["labels"])}
-        for e in before["avvp", "test"]], "data/AVVP_test_pd.csv")
-    put("audiocaps", "train.json", [
-        {"audiocap_id": e.audio.rpartition("/")[2][:-4], "start_time": 0, "caption": e.target}
-        for e in before["audiocaps", "train"]], "dataset/train.csv")
+    put(
+        "llp",
+        "test_samples.json",
+        [
+            {"filename": e.meta["filename"], "vid": e.meta["video"], "event": ",".join(e.meta["labels"])}
+            for e in before["avvp", "test"]
+        ],
+        "data/AVVP_test_pd.csv",
+    )
+    put(
+        "audiocaps",
+        "train.json",
+        [
+            {"audiocap_id": e.audio.rpartition("/")[2][:-4], "start_time": 0, "caption": e.target}
+            for e in before["audiocaps", "train"]
+        ],
+        "dataset/train.csv",
+    )
 
     for (name, split), examples in before.items():
         again = read(root, name, split)
         assert [(e.target, e.instruction, e.windows, e.second, *sorted(media(e))) for e in again] == [
-            (e.target, e.instruction, e.windows, e.second, *sorted(media(e))) for e in examples], name
+            (e.target, e.instruction, e.windows, e.second, *sorted(media(e))) for e in examples
+        ], name
         if name != "audiocaps":
             assert [e.id for e in again] == [e.id for e in examples]
 
@@ -550,8 +726,10 @@ def media(example):
 def test_the_texts_of_av_uie_in_crabs_list_of_llp_are_targets(copied):
     root = copied("llp")
     text = "A dog. <visual>Dog,(0 10)</visual> and <audio>Speech,(0 4),(6 9)</audio>"
-    items = [{"filename": "BjCEufrlXm4_20_30", "vid": "BjCEufrlXm4", "event": "Speech,Dog", "label": text},
-             {"filename": "KWdhwfzfppg_260_270", "vid": "KWdhwfzfppg", "event": ["Cello"], "label": None}]
+    items = [
+        {"filename": "BjCEufrlXm4_20_30", "vid": "BjCEufrlXm4", "event": "Speech,Dog", "label": text},
+        {"filename": "KWdhwfzfppg_260_270", "vid": "KWdhwfzfppg", "event": ["Cello"], "label": None},
+    ]
     releases.text(root / "llp/train_samples.json", json.dumps(items))
     (root / "llp/data/AVVP_train.csv").unlink()
     first, second = read(root, "avvp", "train")
@@ -572,9 +750,17 @@ def test_the_separate_sound_of_crab_is_heard_where_it_lies(copied):
         assert [e for e in others if e.video != first.video] == [e for e in rest if e.video != first.video]
 
 
-@pytest.mark.parametrize(("name", "ours", "crabs"), [
-    ("ave", "ave", "ave/AVE_Dataset"), ("ave", "ave", "AVE_Dataset"), ("avqa", "music_avqa", "music-avqa"),
-    ("s4", "avsbench_semantic", "AVS"), ("ref_avs", "ref_avs", "ref-avs/REFAVS"), ("avvp", "llp", "avvp")])
+@pytest.mark.parametrize(
+    ("name", "ours", "crabs"),
+    [
+        ("ave", "ave", "ave/AVE_Dataset"),
+        ("ave", "ave", "AVE_Dataset"),
+        ("avqa", "music_avqa", "music-avqa"),
+        ("s4", "avsbench_semantic", "AVS"),
+        ("ref_avs", "ref_avs", "ref-avs/REFAVS"),
+        ("avvp", "llp", "avvp"),
+    ],
+)
 def test_the_folders_of_crabs_tree_are_known(copied, name, ours, crabs):
     root = copied(ours)
     count = len(read(root, name, "train"))
@@ -590,12 +776,14 @@ def test_a_list_of_the_quick_start_is_read(releases_root, tmp_path):
     clip = releases_root / "own/media/test.mp4"
     for folder in ("", "own/"):
         releases.copy(clip, tmp_path / folder / "ave/a.mp4")
-        items = [{"task": "ave", "video_path": "ave/a.mp4", "audio_path": "ave/a.mp4"},
-                 {"task": "avqa", "video_path": "ave/a.mp4", "audio_path": "ave/a.mp4", "question": "How many?"},
-                 {"task": "arig", "image_path": "arig/1.jpg", "audio_path": "arig/a.wav"},
-                 {"task": "s4", "image_path": "s4/0.jpg", "audio_path": "s4/a.wav", "idx": 3, "mask_path": "s4/0.png"},
-                 {"task": "avss", "image_path": "s4/0.jpg", "audio_path": "s4/a.wav", "mask_path": "s4/0.png"},
-                 {"task": "ref-avs", "image_path": "s4/7.jpg", "audio_path": "s4/a.wav", "exp": "The Cat"}]
+        items = [
+            {"task": "ave", "video_path": "ave/a.mp4", "audio_path": "ave/a.mp4"},
+            {"task": "avqa", "video_path": "ave/a.mp4", "audio_path": "ave/a.mp4", "question": "How many?"},
+            {"task": "arig", "image_path": "arig/1.jpg", "audio_path": "arig/a.wav"},
+            {"task": "s4", "image_path": "s4/0.jpg", "audio_path": "s4/a.wav", "idx": 3, "mask_path": "s4/0.png"},
+            {"task": "avss", "image_path": "s4/0.jpg", "audio_path": "s4/a.wav", "mask_path": "s4/0.png"},
+            {"task": "ref-avs", "image_path": "s4/7.jpg", "audio_path": "s4/a.wav", "exp": "The Cat"},
+        ]
         releases.text(tmp_path / folder / "samples.json", json.dumps(items))
     for found in (list(DATASETS["own"].read(Release(tmp_path, "own"), "test", "train")),):
         assert [e.task for e in found] == [item["task"] for item in items]
@@ -607,8 +795,10 @@ def test_a_list_of_the_quick_start_is_read(releases_root, tmp_path):
     (tmp_path / "own").rename(tmp_path / "elsewhere")  # then the folder itself is a list
     (tmp_path / "ave").rename(tmp_path / "clips")
     assert list_of(tmp_path, "test") == "samples.json"
-    releases.text(tmp_path / "samples.json", json.dumps([
-        {"task": "ave", "video_path": "clips/a.mp4", "audio_path": "clips/a.mp4"}]))
+    releases.text(
+        tmp_path / "samples.json",
+        json.dumps([{"task": "ave", "video_path": "clips/a.mp4", "audio_path": "clips/a.mp4"}]),
+    )
     assert [e.video for e in read_examples(tmp_path, "test")] == ["clips/a.mp4"]
     releases.text(tmp_path / "samples.json", json.dumps([{"task": "ave", "video_path": "/cluster/a.mp4"}]))
     with pytest.raises(InputError, match=r"samples.json:item 0 \[video_path\].*leaves the data root"):

@@ -54,8 +54,9 @@ def test_arrays_of_a_clip(root, tokenizer, config):
     assert (row["task"], row["index"]) == (TASK_NAMES.index("ave"), 5)
 
 
-@pytest.mark.parametrize("clip", [{"video": "clip.mp4"}, {"video": None, "frames": ("0.png", "1.png"),
-                                                             "audio": "clip.wav"}])
+@pytest.mark.parametrize(
+    "clip", [{"video": "clip.mp4"}, {"video": None, "frames": ("0.png", "1.png"), "audio": "clip.wav"}]
+)
 def test_a_picture_beside_a_clip_is_one_more_frame_with_rows_of_its_own(clip, root, tokenizer, config):
     pair = change(CLIP, instruction=f"{VIDEO} {AUDIO} {IMAGE}", image="1.png", **clip)
     row, alone = load(pair, root, tokenizer, config), load(change(CLIP, **clip), root, tokenizer, config)

@@ -25,8 +25,26 @@ from data_pipelines.media.clock import Holes, Stamp, frame_times
 from data_pipelines.shards import Decoding
 from data_pipelines.validate import validate
 
-RATES = [Fraction(text) for text in ("1", "5", "8", "10", "12.5", "15", "24", "24000/1001", "25", "30000/1001", "30",
-                                     "50", "60000/1001", "60", "120")]
+RATES = [
+    Fraction(text)
+    for text in (
+        "1",
+        "5",
+        "8",
+        "10",
+        "12.5",
+        "15",
+        "24",
+        "24000/1001",
+        "25",
+        "30000/1001",
+        "30",
+        "50",
+        "60000/1001",
+        "60",
+        "120",
+    )
+]
 SECOND = [float(i) for i in range(6)] + [6 + i / 30 for i in range(120)]  # a frame a second, then thirty
 STILL = [0.0] + [8 + i / 30 for i in range(60)]
 
@@ -37,12 +55,19 @@ def stamps(times, duration=0):
 
 # Which frames.
 
+
 @settings(deadline=None)
-@given(rate=st.sampled_from(RATES), total=st.integers(1, 2000), count=st.integers(1, 64),
-       tick=st.sampled_from([Fraction(1, 1000), Fraction(1, 90000), Fraction(1, 12800), None]),
-       start=st.integers(-10**6, 10**9), duration=st.sampled_from([0, 1, 2]))
-def test_a_constant_rate_gives_the_numbers_of_the_reference_in_every_time_base(rate, total, count, tick, start,
-                                                                             duration):
+@given(
+    rate=st.sampled_from(RATES),
+    total=st.integers(1, 2000),
+    count=st.integers(1, 64),
+    tick=st.sampled_from([Fraction(1, 1000), Fraction(1, 90000), Fraction(1, 12800), None]),
+    start=st.integers(-(10**6), 10**9),
+    duration=st.sampled_from([0, 1, 2]),
+)
+def test_a_constant_rate_gives_the_numbers_of_the_reference_in_every_time_base(
+    rate, total, count, tick, start, duration
+):
     """Milliseconds (mkv, webm, flv) round the times; AVI has one tick a frame (None); lengths of frames are often
     missing, rounded, or those of another rate."""
     tick = tick or 1 / rate
@@ -63,8 +88,12 @@ def test_small_jitter_and_a_frame_that_is_left_out_change_nothing(total, seed):
     assert not found.varies and clock.chosen(found, 10, "shown") == media.frame_numbers(total - 1, 10)
 
 
-@given(gaps=st.lists(st.integers(1, 4000), min_size=2, max_size=60), duration=st.integers(1, 3000),
-       count=st.integers(1, 20), order=st.randoms(use_true_random=False))
+@given(
+    gaps=st.lists(st.integers(1, 4000), min_size=2, max_size=60),
+    duration=st.integers(1, 3000),
+    count=st.integers(1, 20),
+    order=st.randoms(use_true_random=False),
+)
 def test_otherwise_the_frame_is_the_one_shown_at_that_time(gaps, duration, count, order):
     """Against the plain definition, and whatever the order in the file (B frames)."""
     times = [sum(gaps[:i]) for i in range(len(gaps) + 1)]
@@ -75,20 +104,24 @@ def test_otherwise_the_frame_is_the_one_shown_at_that_time(gaps, duration, count
         end = times[-1] + duration
         assert found.seconds == Fraction(end, 1000)
         assert clock.chosen(found, count, "shown") == [
-            sum(time * count <= i * end for time in times) - 1 for i in range(count)]
+            sum(time * count <= i * end for time in times) - 1 for i in range(count)
+        ]
     else:
         assert clock.chosen(found, count, "shown") == media.frame_numbers(len(times), count)
         middle = found.seconds * 1000 / len(times)
         assert all(abs(time - i * middle) <= min(middle, 100) for i, time in enumerate(times))
 
 
-@pytest.mark.parametrize(("given_stamps", "said"), [
-    ([Stamp(None, None, 0)] * 30, "without a time"),
-    ([Stamp(None, 40 * i, 40) if i else Stamp(None, None, 40) for i in range(30)], "without a time"),
-    (stamps([40 * (i % 15) + (i > 14) for i in range(30)]), "run backwards"),
-    (stamps([0] * 29 + [40]), "at the same time"),
-    (stamps([40 * i + 700_000 * (i > 14) for i in range(30)]), "that jump"),
-])
+@pytest.mark.parametrize(
+    ("given_stamps", "said"),
+    [
+        ([Stamp(None, None, 0)] * 30, "without a time"),
+        ([Stamp(None, 40 * i, 40) if i else Stamp(None, None, 40) for i in range(30)], "without a time"),
+        (stamps([40 * (i % 15) + (i > 14) for i in range(30)]), "run backwards"),
+        (stamps([0] * 29 + [40]), "at the same time"),
+        (stamps([40 * i + 700_000 * (i > 14) for i in range(30)]), "that jump"),
+    ],
+)
 def test_times_that_cannot_be_right_are_not_used(given_stamps, said):
     found = frame_times(given_stamps, Fraction(1, 1000), Fraction(25))
     assert said in found.odd and found.begin is None and not found.varies
@@ -116,6 +149,7 @@ def test_the_last_frame_is_held_as_long_as_the_file_says():
 
 # Where sound goes.
 
+
 @given(samples=st.integers(1, 3000), start=st.floats(-4, 4), seconds=st.floats(0, 4))
 def test_sound_is_placed_to_the_sample(samples, start, seconds):
     wave, rate = np.arange(1, samples + 1, dtype=np.float32), 1000
@@ -135,33 +169,49 @@ def test_sound_in_step_is_left_as_it_is():
 
 def test_holes_of_a_track_are_silence_within_bounds():
     holes = Holes(longest=10, splice=5)
-    found = [holes.before(start, 100, 1000) for start in (
-        0.0, 0.1, 0.25, 0.35,  # wavering
-        1.0, 1.1,  # a hole
-        0.2, 0.3, 4.4,  # backwards, then a hole
-        99.0, 99.1, 103.2, None, 107.3)]  # a jump, a hole, and what would be too much in all
+    found = [
+        holes.before(start, 100, 1000)
+        for start in (
+            0.0,
+            0.1,
+            0.25,
+            0.35,  # wavering
+            1.0,
+            1.1,  # a hole
+            0.2,
+            0.3,
+            4.4,  # backwards, then a hole
+            99.0,
+            99.1,
+            103.2,
+            None,
+            107.3,
+        )
+    ]  # a jump, a hole, and what would be too much in all
     assert found == [0, 0, 0, 0, 600, 0, 0, 0, 4000, 0, 0, 4000, 0, 0]
 
 
 # Files.
+
 
 @pytest.mark.parametrize("ending", [".mp4", ".mkv", ".webm", ".ts", ".flv"])
 def test_a_clip_of_any_container_is_on_one_clock(tmp_path, ending):
     """(times of the frames, sound, offset of it, holes) -> start of the sound, seconds of the frames."""
     every = list(range(10))
     for name, times, sound, offset, holes, start, seconds in (
-            ("plain", steady(10), beep(10, 7.1, 7.9), 0.0, (), 0.0, every),
-            ("late", steady(10), beep(8.5, 5.6, 6.4), 1.5, (), 1.5, every),
-            ("early", steady(10, start=1.0), beep(10.7, 7.8, 8.6), 0.3, (), -0.7, every),
-            ("both late", steady(10, start=1.4), beep(10, 7.1, 7.9), 1.4, (), 0.0, every),
-            ("hole", steady(10), beep(8, 5.1, 5.9), 0.0, [(4, 2.0)], 0.0, every),
-            ("ends early", steady(12), beep(9, 7.1, 7.9), 0.0, (), 0.0, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
-            ("ends late", steady(10), beep(14, 7.1, 7.9), 0.0, (), 0.0, every),
-            ("varying", SECOND, beep(10, 7.1, 7.9), 0.0, (), 0.0, every),
-            ("still", STILL, beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 8 + [8, 9]),
-            ("slides", [0.0, 4.0, 7.0], beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 4 + [4] * 3 + [7] * 3),
-            ("even slides", [1.4, 3.4, 5.4], beep(10, 7.1, 7.9), 1.4, (), 0.0, [0] * 2 + [2] * 2 + [4] * 6),
-            ("end held", [*steady(3), 3.4, 4.5], beep(10, 7.1, 7.9), 0.0, (), 0.0, [0, 1, 2, 2, 3] + [4] * 5)):
+        ("plain", steady(10), beep(10, 7.1, 7.9), 0.0, (), 0.0, every),
+        ("late", steady(10), beep(8.5, 5.6, 6.4), 1.5, (), 1.5, every),
+        ("early", steady(10, start=1.0), beep(10.7, 7.8, 8.6), 0.3, (), -0.7, every),
+        ("both late", steady(10, start=1.4), beep(10, 7.1, 7.9), 1.4, (), 0.0, every),
+        ("hole", steady(10), beep(8, 5.1, 5.9), 0.0, [(4, 2.0)], 0.0, every),
+        ("ends early", steady(12), beep(9, 7.1, 7.9), 0.0, (), 0.0, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
+        ("ends late", steady(10), beep(14, 7.1, 7.9), 0.0, (), 0.0, every),
+        ("varying", SECOND, beep(10, 7.1, 7.9), 0.0, (), 0.0, every),
+        ("still", STILL, beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 8 + [8, 9]),
+        ("slides", [0.0, 4.0, 7.0], beep(10, 7.1, 7.9), 0.0, (), 0.0, [0] * 4 + [4] * 3 + [7] * 3),
+        ("even slides", [1.4, 3.4, 5.4], beep(10, 7.1, 7.9), 1.4, (), 0.0, [0] * 2 + [2] * 2 + [4] * 6),
+        ("end held", [*steady(3), 3.4, 4.5], beep(10, 7.1, 7.9), 0.0, (), 0.0, [0, 1, 2, 2, 3] + [4] * 5),
+    ):
         path = write_clip(tmp_path / f"{name}{ending}", times, sound, offset, holes)
         found = media.timing(path)
         assert found.sound == pytest.approx(start, abs=0.07), name  # what the encoder puts in front
@@ -181,8 +231,13 @@ def test_a_clip_of_any_container_is_on_one_clock(tmp_path, ending):
 
 def test_a_last_frame_is_held_within_reason_and_only_where_frames_come_when_the_picture_changes():
     slides, steps = stamps([0, 4000, 7000], 100), stamps(range(0, 6000, 100), 100)
-    for times, until, seconds in ((slides, 10, 10), (slides, 7.2, 7.1), (slides, 5, 7.1), (slides, 5000, 7.1),
-                                  (stamps([0, 4000, 7000]), 7.2, 7.2)):
+    for times, until, seconds in (
+        (slides, 10, 10),
+        (slides, 7.2, 7.1),
+        (slides, 5, 7.1),
+        (slides, 5000, 7.1),
+        (stamps([0, 4000, 7000]), 7.2, 7.2),
+    ):
         found = frame_times(times, Fraction(1, 1000), Fraction(10), until=Fraction(until))
         assert found.seconds == pytest.approx(seconds)
     assert clock.is_held(frame_times(slides, Fraction(1, 1000), Fraction(10)))
@@ -218,14 +273,17 @@ def retimed(source, target, moved):
     return target
 
 
-@pytest.mark.parametrize(("ending", "moved", "said"), [
-    (".mkv", lambda kind, at: 5000.0 * (kind == "audio"), "do not meet"),
-    (".mkv", lambda kind, at: 3000.0 * (kind == "video"), "do not meet"),
-    (".mkv", lambda kind, at: 72000.0 * (at > 5), "times that jump"),
-    (".ts", lambda kind, at: 20.0 * (at > 6), "times that jump"),
-    (".mkv", lambda kind, at: 100 * at * (kind == "audio"), ""),  # holes of 6 s between all blocks
-    (".ts", lambda kind, at: 2**33 / 90000 - 6, ""),  # the counter of MPEG starts anew in the middle
-])
+@pytest.mark.parametrize(
+    ("ending", "moved", "said"),
+    [
+        (".mkv", lambda kind, at: 5000.0 * (kind == "audio"), "do not meet"),
+        (".mkv", lambda kind, at: 3000.0 * (kind == "video"), "do not meet"),
+        (".mkv", lambda kind, at: 72000.0 * (at > 5), "times that jump"),
+        (".ts", lambda kind, at: 20.0 * (at > 6), "times that jump"),
+        (".mkv", lambda kind, at: 100 * at * (kind == "audio"), ""),  # holes of 6 s between all blocks
+        (".ts", lambda kind, at: 2**33 / 90000 - 6, ""),  # the counter of MPEG starts anew in the middle
+    ],
+)
 def test_times_of_nonsense_neither_silence_a_clip_nor_fill_the_memory(tmp_path, ending, moved, said, monkeypatch):
     monkeypatch.setenv("CRAB_JAX_MEDIA_LIMITS", "hours=1000 gigasamples=100")
     source = write_clip(tmp_path / f"source{ending}", steady(10), beep(10, 7.1, 7.9))
@@ -256,14 +314,19 @@ def test_a_recording_that_begins_in_the_middle_of_a_broadcast_begins_with_what_c
             level = np.full((48, 64, 3), grey(number / 25), np.uint8)
             container.mux(film.encode(av.VideoFrame.from_ndarray(level, "rgb24")))
             part = av.AudioFrame.from_ndarray(
-                (waves[None, number * 1920:][:, :1920] * 32767).astype(np.int16), "s16", "mono")
+                (waves[None, number * 1920 :][:, :1920] * 32767).astype(np.int16), "s16", "mono"
+            )
             part.rate = 48000
             container.mux(sound.encode(part))
         container.mux([*film.encode(), *sound.encode()])
     content = source.getvalue()
-    path.write_bytes(content[len(content) // 188 * 13 // 100 * 188:])
-    asked = {"frames": lambda: media.read_video(path, 8, 16), "moment": lambda: media.read_moment(path, 5, 8, 16),
-             "times": lambda: media.timing(path), "sound": lambda: media.hear(path)}
+    path.write_bytes(content[len(content) // 188 * 13 // 100 * 188 :])
+    asked = {
+        "frames": lambda: media.read_video(path, 8, 16),
+        "moment": lambda: media.read_moment(path, 5, 8, 16),
+        "times": lambda: media.timing(path),
+        "sound": lambda: media.hear(path),
+    }
     found = []
     for first in asked:  # whatever is asked first, and remembered
         video._remembered.clear()
@@ -281,8 +344,9 @@ def test_a_stream_without_a_container_has_the_rate_that_its_frames_say(tmp_path)
     with av.open(str(tmp_path / "a.h264"), "w") as container:
         film = container.add_stream("libx264", rate=10, width=64, height=48)
         for number in range(50):
-            container.mux(film.encode(av.VideoFrame.from_ndarray(
-                np.full((48, 64, 3), grey(number / 10), np.uint8), "rgb24")))
+            container.mux(
+                film.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), grey(number / 10), np.uint8), "rgb24"))
+            )
         container.mux(film.encode())
     soundfile.write(tmp_path / "a.wav", beep(5, 3.1, 3.9), RATE, subtype="FLOAT")
     assert media.timing(tmp_path / "a.h264").seconds == media.watch(tmp_path / "a.h264").seconds == 5
@@ -292,6 +356,7 @@ def test_a_stream_without_a_container_has_the_rate_that_its_frames_say(tmp_path)
 
 # What reads them.
 
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """late.mp4, whose sound starts at 1.5 s; varying.mkv; beside.mp4 with short.wav beside it; a list of all."""
@@ -300,17 +365,44 @@ def root(tmp_path_factory):
     write_clip(folder / "varying.mkv", SECOND, beep(10, 7.1, 7.9))
     write_clip(folder / "beside.mp4", steady(10), beep(10, 2, 3))
     soundfile.write(folder / "short.wav", beep(8, 7.1, 7.9), RATE, subtype="FLOAT")
-    plain = Example(id="late", task="avcap", instruction="<video><audio>What?", target="It.", windows="ten",
-                    video="late.mp4", meta={"captions": ["It."]})
-    write_jsonl(folder / "test.jsonl", [
-        plain, dataclasses.replace(plain, id="varying", video="varying.mkv"),
-        dataclasses.replace(plain, id="beside", video="beside.mp4", audio="short.wav")])
+    plain = Example(
+        id="late",
+        task="avcap",
+        instruction="<video><audio>What?",
+        target="It.",
+        windows="ten",
+        video="late.mp4",
+        meta={"captions": ["It."]},
+    )
+    write_jsonl(
+        folder / "test.jsonl",
+        [
+            plain,
+            dataclasses.replace(plain, id="varying", video="varying.mkv"),
+            dataclasses.replace(plain, id="beside", video="beside.mp4", audio="short.wav"),
+        ],
+    )
     return folder
 
 
 def prepared(root, out, *options):
-    prepare.run(["--root", str(root), "--out", str(out), "--image-size", "16", "--video-frames", "10", "--splits",
-                 "test", "--workers", "0", *options])
+    prepare.run(
+        [
+            "--root",
+            str(root),
+            "--out",
+            str(out),
+            "--image-size",
+            "16",
+            "--video-frames",
+            "10",
+            "--splits",
+            "test",
+            "--workers",
+            "0",
+            *options,
+        ]
+    )
     return out
 
 
@@ -364,13 +456,15 @@ def test_a_root_of_the_format_before_is_read_with_one_warning_and_prepared_anew(
     counted = batching.load(example, root, tokenizer, config_of("counted"))
     capsys.readouterr()
     for which, lines in (("counted", 0), ("shown", 1), ("shown", 0)):
-        np.testing.assert_array_equal(batching.load(example, out, tokenizer, config_of(which))["fbank"],
-                                      counted["fbank"])
+        np.testing.assert_array_equal(
+            batching.load(example, out, tokenizer, config_of(which))["fbank"], counted["fbank"]
+        )
         said = capsys.readouterr().err
         assert said.count("\n") == lines and ("prepare it again" in said) == bool(lines)
     prepared(root, out)  # the same options
-    np.testing.assert_array_equal(*(batching.load(example, folder, tokenizer, config_of("shown"))["fbank"]
-                                    for folder in (root, out)))
+    np.testing.assert_array_equal(
+        *(batching.load(example, folder, tokenizer, config_of("shown"))["fbank"] for folder in (root, out))
+    )
 
 
 def test_what_is_kept_of_decoding_is_kept_by_clock(root, tmp_path, tokenizer):

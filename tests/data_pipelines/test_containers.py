@@ -21,10 +21,13 @@ from data_pipelines import media
 from data_pipelines.examine import examine
 
 CODECS = [
-    ("libx264", {"g": "12", "bf": "3"}), ("libx264", {"g": "12", "bf": "3", "x264-params": "open-gop=1"}),
+    ("libx264", {"g": "12", "bf": "3"}),
+    ("libx264", {"g": "12", "bf": "3", "x264-params": "open-gop=1"}),
     ("libx264", {"x264-params": "intra-refresh=1:keyint=9"}),
     ("libx265", {"x265-params": "keyint=12:bframes=3:open-gop=1:pools=none:log-level=none"}),
-    ("mpeg4", {"g": "12"}), ("mpeg4", {"g": "12", "bf": "2"}), ("libvpx-vp9", {"g": "12", "cpu-used": "8"}),
+    ("mpeg4", {"g": "12"}),
+    ("mpeg4", {"g": "12", "bf": "2"}),
+    ("libvpx-vp9", {"g": "12", "cpu-used": "8"}),
     ("libsvtav1", {"preset": "12", "svtav1-params": "keyint=12:lp=1"}),
 ]
 
@@ -59,8 +62,10 @@ def cut_without_encoding(source: Path, target: Path, seconds: float) -> int:
 
 def every_frame(path: Path, size: int) -> list[np.ndarray]:
     with av.open(str(path)) as container:
-        return [frame.reformat(size, size, "rgb24", interpolation="BILINEAR").to_ndarray()
-                for frame in container.decode(video=0)]
+        return [
+            frame.reformat(size, size, "rgb24", interpolation="BILINEAR").to_ndarray()
+            for frame in container.decode(video=0)
+        ]
 
 
 def ten_are_right(path: Path, size: int = 32) -> None:
@@ -71,6 +76,7 @@ def ten_are_right(path: Path, size: int = 32) -> None:
 
 
 # Frames that are hidden, and frames in another order.
+
 
 @pytest.mark.parametrize(("codec", "options"), CODECS)
 @pytest.mark.parametrize("seconds", [0.3, 1.7])
@@ -92,23 +98,39 @@ def test_a_file_that_calls_every_frame_a_key_frame(tmp_path, codec, options):
     ten_are_right(path)
 
 
-@pytest.mark.parametrize(("codec", "name"), [("libx264", "a.avi"), ("mpeg4", "a.avi"), ("libx264", "a.ts"),
-                                             ("mpeg2video", "a.mpg"), ("libx264", "a.flv"), ("libvpx", "a.webm")])
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [
+        ("libx264", "a.avi"),
+        ("mpeg4", "a.avi"),
+        ("libx264", "a.ts"),
+        ("mpeg2video", "a.mpg"),
+        ("libx264", "a.flv"),
+        ("libvpx", "a.webm"),
+    ],
+)
 def test_frames_come_in_the_order_in_which_they_are_shown(tmp_path, codec, name):
     ten_are_right(drifting(tmp_path / name, codec, {"g": "12", "bf": "0" if codec == "libvpx" else "2"}))
 
 
 # The stream that players choose.
 
-def film_of_tracks(path: Path, pictures: list[tuple[int, tuple[int, int], int]],
-                   sounds: list[tuple[float, int]]) -> Path:
+
+def film_of_tracks(
+    path: Path, pictures: list[tuple[int, tuple[int, int], int]], sounds: list[tuple[float, int]]
+) -> Path:
     """A file of video tracks of (grey level, size, disposition) and sounds of (hertz, disposition), a second long."""
     with av.open(str(path), "w") as container:
         tracks = []
         for level, size, disposition in pictures:
             still = disposition & Disposition.attached_pic
-            track = container.add_stream("mjpeg" if still else "mpeg4", rate=10, width=size[0], height=size[1],
-                                         pix_fmt="yuvj420p" if still else "yuv420p")
+            track = container.add_stream(
+                "mjpeg" if still else "mpeg4",
+                rate=10,
+                width=size[0],
+                height=size[1],
+                pix_fmt="yuvj420p" if still else "yuv420p",
+            )
             track.disposition = disposition
             frame = np.full((size[1], size[0], 3), level, np.uint8)
             tracks.append((track, [av.VideoFrame.from_ndarray(frame, format="rgb24")] * (1 if still else 10)))
@@ -142,10 +164,15 @@ def hertz(path: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv"])
-@pytest.mark.parametrize(("pictures", "wanted"), [
-    ([(200, LARGE, COVER), (80, SMALL, DEFAULT)], 80), ([(80, SMALL, DEFAULT), (200, LARGE, COVER)], 80),
-    ([(80, SMALL, 0), (160, LARGE, DEFAULT)], 160), ([(80, LARGE, DEFAULT), (160, SMALL, 0)], 80),
-])
+@pytest.mark.parametrize(
+    ("pictures", "wanted"),
+    [
+        ([(200, LARGE, COVER), (80, SMALL, DEFAULT)], 80),
+        ([(80, SMALL, DEFAULT), (200, LARGE, COVER)], 80),
+        ([(80, SMALL, 0), (160, LARGE, DEFAULT)], 160),
+        ([(80, LARGE, DEFAULT), (160, SMALL, 0)], 80),
+    ],
+)
 def test_the_film_is_taken_and_no_cover(tmp_path, name, pictures, wanted):
     path = film_of_tracks(tmp_path / name, pictures, [(440.0, DEFAULT)])
     size = next(size for level, size, _ in pictures if level == wanted)
@@ -153,10 +180,17 @@ def test_the_film_is_taken_and_no_cover(tmp_path, name, pictures, wanted):
     assert media.watch(path).frames == 10
 
 
-@pytest.mark.parametrize(("sounds", "wanted"), [
-    ([(300.0, 0), (900.0, DEFAULT)], 900), ([(300.0, DEFAULT), (900.0, 0)], 300), ([(300.0, 0), (900.0, 0)], 300),
-    ([(300.0, ASIDE), (900.0, 0)], 900), ([(300.0, DEFAULT | BLIND), (900.0, DEFAULT)], 900), ([(300.0, ASIDE)], 300),
-])
+@pytest.mark.parametrize(
+    ("sounds", "wanted"),
+    [
+        ([(300.0, 0), (900.0, DEFAULT)], 900),
+        ([(300.0, DEFAULT), (900.0, 0)], 300),
+        ([(300.0, 0), (900.0, 0)], 300),
+        ([(300.0, ASIDE), (900.0, 0)], 900),
+        ([(300.0, DEFAULT | BLIND), (900.0, DEFAULT)], 900),
+        ([(300.0, ASIDE)], 300),
+    ],
+)
 def test_the_default_track_is_heard(tmp_path, sounds, wanted):
     path = film_of_tracks(tmp_path / "a.mkv", [(80, SMALL, DEFAULT)], sounds)
     assert abs(hertz(path) - wanted) < 3
@@ -183,8 +217,21 @@ def test_a_sound_with_a_cover_has_no_film(tmp_path, name):
 
 # Names.
 
-NAMES = [b"12:30:05.mp4", b"2024-05-01T12:30:05.mp4", b"file:x.mp4", b"concat:x.mp4", b"http:x.mp4", b"pat%03d.mp4",
-         b"-dash.mp4", b" space.mp4", b"na\xefve.mp4", b"a|b;c&d'e\"f.mp4", b"pipe:0", b"\xe5\x89\xaa #?.mp4", b"-"]
+NAMES = [
+    b"12:30:05.mp4",
+    b"2024-05-01T12:30:05.mp4",
+    b"file:x.mp4",
+    b"concat:x.mp4",
+    b"http:x.mp4",
+    b"pat%03d.mp4",
+    b"-dash.mp4",
+    b" space.mp4",
+    b"na\xefve.mp4",
+    b"a|b;c&d'e\"f.mp4",
+    b"pipe:0",
+    b"\xe5\x89\xaa #?.mp4",
+    b"-",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,12 +251,15 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, name):
 
 # What a file is by its content.
 
+
 def test_a_cover_that_is_not_called_one(tmp_path):
     """One H.264 picture in front of the film, as a converter leaves it that knows no covers."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
-        tracks = [container.add_stream("libx264", rate=10, width=width, height=height, pix_fmt="yuv420p")
-                  for width, height in (LARGE, SMALL)]
+        tracks = [
+            container.add_stream("libx264", rate=10, width=width, height=height, pix_fmt="yuv420p")
+            for width, height in (LARGE, SMALL)
+        ]
         for track, grey, count in zip(tracks, (200, 80), (1, 10), strict=True):
             for number in range(count):
                 frame = np.full((track.height, track.width, 3), grey, np.uint8)
@@ -229,23 +279,31 @@ def encoded_sound(codec: str, kind: str, seconds: float = 2.0, options: dict[str
         form = stream.codec_context.format.name
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
         frame.rate = rate
-        for part in av.AudioResampler(format=form, layout="mono", rate=rate,
-                                      frame_size=stream.codec_context.frame_size or 1024).resample(frame):
+        for part in av.AudioResampler(
+            format=form, layout="mono", rate=rate, frame_size=stream.codec_context.frame_size or 1024
+        ).resample(frame):
             container.mux(stream.encode(part))
         container.mux(stream.encode())
     return file.getvalue()
 
 
 SOUNDS = {
-    "wav": lambda: wave(tone(2.0)), "flac": lambda: wave(tone(2.0), subtype="PCM_16", kind="FLAC"),
-    "aiff": lambda: wave(tone(2.0), kind="AIFF"), "w64": lambda: wave(tone(2.0), kind="W64"),
-    "rf64": lambda: wave(tone(2.0), kind="RF64"), "caf": lambda: wave(tone(2.0), kind="CAF"),
-    "au": lambda: wave(tone(2.0), kind="AU"), "ogg": lambda: wave(tone(2.0), subtype="VORBIS", kind="OGG"),
+    "wav": lambda: wave(tone(2.0)),
+    "flac": lambda: wave(tone(2.0), subtype="PCM_16", kind="FLAC"),
+    "aiff": lambda: wave(tone(2.0), kind="AIFF"),
+    "w64": lambda: wave(tone(2.0), kind="W64"),
+    "rf64": lambda: wave(tone(2.0), kind="RF64"),
+    "caf": lambda: wave(tone(2.0), kind="CAF"),
+    "au": lambda: wave(tone(2.0), kind="AU"),
+    "ogg": lambda: wave(tone(2.0), subtype="VORBIS", kind="OGG"),
     "mp3": lambda: wave(tone(2.0), subtype="MPEG_LAYER_III", kind="MP3"),
     "mp3 without index": lambda: encoded_sound("libmp3lame", "mp3", options={"write_xing": "0"}),
-    "opus": lambda: encoded_sound("libopus", "ogg"), "webm": lambda: encoded_sound("libopus", "webm"),
-    "aac": lambda: encoded_sound("aac", "adts"), "m4a": lambda: encoded_sound("aac", "ipod"),
-    "mka": lambda: encoded_sound("aac", "matroska"), "wma": lambda: encoded_sound("wmav2", "asf"),
+    "opus": lambda: encoded_sound("libopus", "ogg"),
+    "webm": lambda: encoded_sound("libopus", "webm"),
+    "aac": lambda: encoded_sound("aac", "adts"),
+    "m4a": lambda: encoded_sound("aac", "ipod"),
+    "mka": lambda: encoded_sound("aac", "matroska"),
+    "wma": lambda: encoded_sound("wmav2", "asf"),
 }
 
 
@@ -274,13 +332,15 @@ def test_rate_and_channels_may_change_within_a_track(tmp_path, rate, channels):
     sound = media.read_audio(tmp_path / "a.aac")
     assert abs(len(sound) / RATE - 4) < 0.25  # encoders fill up their first and last frames
     for second in range(4):  # the loudest tone is the same in each
-        part = sound[second * RATE + RATE // 4:][: RATE // 2]
+        part = sound[second * RATE + RATE // 4 :][: RATE // 2]
         assert abs(np.abs(np.fft.rfft(part)).argmax() * 2 - 440) <= 2 and 0.4 < np.abs(part).max() < 0.6
     np.testing.assert_array_equal(media.clip_sound(tmp_path / "a.aac"), sound)
 
 
-@pytest.mark.parametrize(("layout", "codec", "form"), [
-    ("7.1", "aac", "fltp"), ("7.1", "pcm_s24le", "s32"), ("hexadecagonal", "pcm_s16le", "s16")])
+@pytest.mark.parametrize(
+    ("layout", "codec", "form"),
+    [("7.1", "aac", "fltp"), ("7.1", "pcm_s24le", "s32"), ("hexadecagonal", "pcm_s16le", "s16")],
+)
 def test_films_of_many_channels_are_heard(tmp_path, layout, codec, form):
     """PyAV's planes of eight channels and more end the process."""
     path, channels = tmp_path / "a.mkv", av.AudioLayout(layout).nb_channels
@@ -305,14 +365,17 @@ def test_channels_that_cancel_each_other_out_are_called_that(tmp_path, kind):
     if kind == "MKV":
         with av.open(str(tmp_path / "b.mkv"), "w") as container:
             stream = container.add_stream("pcm_s16le", rate=RATE, layout="stereo")
-            frame = av.AudioFrame.from_ndarray((np.stack([tone(2.0), -tone(2.0)]) * 32767).astype(np.int16), "s16p",
-                                               "stereo")
+            frame = av.AudioFrame.from_ndarray(
+                (np.stack([tone(2.0), -tone(2.0)]) * 32767).astype(np.int16), "s16p", "stereo"
+            )
             frame.rate = RATE
             container.mux([*stream.encode(av.AudioResampler("s16").resample(frame)[0]), *stream.encode()])
         path = tmp_path / "b.mkv"
     assert np.abs(media.read_audio(path)).max() < 1e-3 and media.cancels(path)
-    assert ("audio", "warning: is silent: its channels cancel each other out, and their mean is read; export it as mono"
-            ) in examine((str(tmp_path), path.name, ("audio",))).problems
+    assert (
+        "audio",
+        "warning: is silent: its channels cancel each other out, and their mean is read; export it as mono",
+    ) in examine((str(tmp_path), path.name, ("audio",))).problems
     path.write_bytes(wave(np.zeros((2 * RATE, 2))))
     assert not media.cancels(path)
 
@@ -379,15 +442,24 @@ def test_a_picture_that_moves_is_called_a_picture(tmp_path):
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NO_MEDIA = [
-    (LFS, "Git LFS pointer.*git lfs pull"), (b"/annex/objects/MD5E-s1--x.mp4\n", "git-annex.*git annex get"),
-    (b"<!DOCTYPE html><html><title>Sign in</title>", "web page"), (b"\n <HTML><body>404</body>", "web page"),
-    (b"<?xml version='1.0'?><!-- x --><html>", "web page"), (b"Error 404: not found", "but text"),
-    (b'{"message": "rate limit exceeded"}', "but text"), (b"", "is empty"), (bytes(5000), "nothing but zeros"),
+    (LFS, "Git LFS pointer.*git lfs pull"),
+    (b"/annex/objects/MD5E-s1--x.mp4\n", "git-annex.*git annex get"),
+    (b"<!DOCTYPE html><html><title>Sign in</title>", "web page"),
+    (b"\n <HTML><body>404</body>", "web page"),
+    (b"<?xml version='1.0'?><!-- x --><html>", "web page"),
+    (b"Error 404: not found", "but text"),
+    (b'{"message": "rate limit exceeded"}', "but text"),
+    (b"", "is empty"),
+    (bytes(5000), "nothing but zeros"),
     (b"#EXTM3U\n#EXTINF:10,\nclip.mp4\n#EXT-X-ENDLIST\n", "playlist"),
-    (b"ffconcat version 1.0\nfile clip.mp4", "playlist"), (b"file 'clip.mp4'\n", "playlist"),
-    (b"\xef\xbb\xbf[playlist]\nFile1=clip.mp4\n", "playlist"), (b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "playlist"),
-    (b'<?xml version="1.0"?><MPD xmlns="x">', "playlist"), (b"http://example.org/clip.mp4\n", "playlist"),
-    (b"PK\3\4" + bytes(60), "ZIP archive; unpack"), (b"\x1f\x8b\x08" + bytes(60), "gzip"),
+    (b"ffconcat version 1.0\nfile clip.mp4", "playlist"),
+    (b"file 'clip.mp4'\n", "playlist"),
+    (b"\xef\xbb\xbf[playlist]\nFile1=clip.mp4\n", "playlist"),
+    (b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "playlist"),
+    (b'<?xml version="1.0"?><MPD xmlns="x">', "playlist"),
+    (b"http://example.org/clip.mp4\n", "playlist"),
+    (b"PK\3\4" + bytes(60), "ZIP archive; unpack"),
+    (b"\x1f\x8b\x08" + bytes(60), "gzip"),
 ]
 
 
@@ -397,8 +469,12 @@ def test_what_is_no_medium_is_called_what_it_is(tmp_path, content, problem, name
     write_video(tmp_path / "clip.mp4", 4, (16, 16))
     path = tmp_path / name
     path.write_bytes(content)
-    for field, read in (("audio", media.read_audio), ("video", media.watch), ("video", media.video_size),
-                        ("video", lambda path: media.read_video(path, 4, 16))):
+    for field, read in (
+        ("audio", media.read_audio),
+        ("video", media.watch),
+        ("video", media.video_size),
+        ("video", lambda path: media.read_video(path, 4, 16)),
+    ):
         with pytest.raises(InputError, match=rf"{name} \[{field}\]: .*{problem}"):
             read(path)
     assert bool(stand_in(content)) == bool(re.search("Git LFS|annex|web page", problem))
@@ -406,8 +482,10 @@ def test_what_is_no_medium_is_called_what_it_is(tmp_path, content, problem, name
 
 # Truncation.
 
-def container_of(path: Path, name: str, codec: str, sound: str, options: dict[str, str] | None = None,
-                 pipe: bool = False) -> bytes:
+
+def container_of(
+    path: Path, name: str, codec: str, sound: str, options: dict[str, str] | None = None, pipe: bool = False
+) -> bytes:
     """The bytes of a film of 20 frames and two seconds of sound; `pipe`: without going back to fill in lengths."""
     if pipe:
         content = io.BytesIO()
@@ -424,8 +502,12 @@ def container_of(path: Path, name: str, codec: str, sound: str, options: dict[st
         packets += video.encode()
         frame = av.AudioFrame.from_ndarray(tone(2.0, rate)[None], format="fltp", layout="mono")
         frame.rate = rate
-        for part in av.AudioResampler(format=audio.codec_context.format.name, layout="mono", rate=rate,
-                                      frame_size=audio.codec_context.frame_size or 1024).resample(frame):
+        for part in av.AudioResampler(
+            format=audio.codec_context.format.name,
+            layout="mono",
+            rate=rate,
+            frame_size=audio.codec_context.frame_size or 1024,
+        ).resample(frame):
             packets += audio.encode(part)
         packets += audio.encode()
         container.mux(packets)
@@ -434,12 +516,17 @@ def container_of(path: Path, name: str, codec: str, sound: str, options: dict[st
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 FILMS = {  # name -> (how it is made, whether a cut at the edge of its parts can be seen)
-    "mp4": (("mp4", "mpeg4", "aac"), True), "fast mp4": (("mp4", "mpeg4", "aac", {"movflags": "faststart"}), True),
-    "mov": (("mov", "libx264", "aac"), True), "fragments": (("mp4", "libx264", "aac", FRAGMENTS), False),
-    "mkv": (("matroska", "libx264", "aac"), True), "webm": (("webm", "libvpx-vp9", "libopus"), True),
+    "mp4": (("mp4", "mpeg4", "aac"), True),
+    "fast mp4": (("mp4", "mpeg4", "aac", {"movflags": "faststart"}), True),
+    "mov": (("mov", "libx264", "aac"), True),
+    "fragments": (("mp4", "libx264", "aac", FRAGMENTS), False),
+    "mkv": (("matroska", "libx264", "aac"), True),
+    "webm": (("webm", "libvpx-vp9", "libopus"), True),
     "live mkv": (("matroska", "libx264", "aac", {"live": "1"}, True), False),
-    "avi": (("avi", "mpeg4", "libmp3lame"), True), "flv": (("flv", "flv", "aac"), True),
-    "ts": (("mpegts", "libx264", "aac"), False), "mpg": (("mpeg", "mpeg2video", "mp2"), False),
+    "avi": (("avi", "mpeg4", "libmp3lame"), True),
+    "flv": (("flv", "flv", "aac"), True),
+    "ts": (("mpegts", "libx264", "aac"), False),
+    "mpg": (("mpeg", "mpeg2video", "mp2"), False),
     "wmv": (("asf", "wmv2", "wmav2"), True),
 }
 
@@ -467,8 +554,11 @@ def test_a_film_that_was_cut_off_is_refused(films, tmp_path, name, count):
     path, seen = tmp_path / "cut", 0
     for at in cuts(len(content), count):
         path.write_bytes(content[:at])
-        for read, whole in ((lambda path: media.read_video(path, 10, 16), frames), (media.read_audio, sound),
-                            (media.watch, None)):
+        for read, whole in (
+            (lambda path: media.read_video(path, 10, 16), frames),
+            (media.read_audio, sound),
+            (media.watch, None),
+        ):
             try:
                 got = read(path)
             except InputError:
@@ -506,15 +596,25 @@ def one_stream(path: Path, form: str, codec: str) -> bytes:
             stream = container.add_stream(codec, rate=rate, layout="mono")
             frame = av.AudioFrame.from_ndarray(tone(2.0, rate)[None], format="fltp", layout="mono")
             frame.rate = rate
-            for part in av.AudioResampler(format="fltp", layout="mono", rate=rate,
-                                          frame_size=stream.codec_context.frame_size).resample(frame):
+            for part in av.AudioResampler(
+                format="fltp", layout="mono", rate=rate, frame_size=stream.codec_context.frame_size
+            ).resample(frame):
                 container.mux(stream.encode(part))
         container.mux(stream.encode())
     return path.read_bytes()
 
 
-@pytest.mark.parametrize(("form", "codec"), [("ivf", "libvpx-vp9"), ("ivf", "libsvtav1"), ("mxf", "mpeg2video"),
-                                             ("rm", "rv20"), ("ac3", "ac3"), ("eac3", "eac3")])
+@pytest.mark.parametrize(
+    ("form", "codec"),
+    [
+        ("ivf", "libvpx-vp9"),
+        ("ivf", "libsvtav1"),
+        ("mxf", "mpeg2video"),
+        ("rm", "rv20"),
+        ("ac3", "ac3"),
+        ("eac3", "eac3"),
+    ],
+)
 def test_rarer_forms_that_were_cut_off_are_refused_too(tmp_path, form, codec):
     """At any byte, but for the edge of a frame of AC-3; what follows the end is no part of it."""
     content, path, read = one_stream(tmp_path / "whole", form, codec), tmp_path / "x", 0
@@ -546,8 +646,9 @@ ID3V1 = b"TAG" + b"title".ljust(125, b"\0")
 APE = b"APETAGEX" + (2000).to_bytes(4, "little") + (32).to_bytes(4, "little") + bytes(16)
 
 
-@pytest.mark.parametrize("behind", [b"", b"\0" * 100, b"\xff" * 100, ID3V1, APE + ID3V1],
-                         ids=["nothing", "zeros", "ones", "id3", "ape"])
+@pytest.mark.parametrize(
+    "behind", [b"", b"\0" * 100, b"\xff" * 100, ID3V1, APE + ID3V1], ids=["nothing", "zeros", "ones", "id3", "ape"]
+)
 @pytest.mark.parametrize("kind", ["mp3", "mp3 without index", "wav", "ogg", "m4a", "aac", "webm"])
 def test_what_follows_a_sound_is_no_part_of_it(tmp_path, kind, behind):
     (tmp_path / "a").write_bytes(SOUNDS[kind]())
@@ -559,6 +660,7 @@ def test_what_follows_a_sound_is_no_part_of_it(tmp_path, kind, behind):
 
 
 # mp3s whose length libsndfile does not know.
+
 
 def varying_mp3(xing: bool) -> bytes:
     """Three seconds of noise, the first of it quiet: the first frames are much smaller than the others."""

@@ -19,18 +19,28 @@ def whole(tmp_path_factory):
     return {
         "mp4": film(at, noise(8), seconds=1.0, options={"movflags": "faststart"}),
         "h264.mp4": film(at, noise(8), "libx264", seconds=1.0),
-        "wav": wave(tone(0.5)), "flac": wave(tone(0.5), subtype="PCM_16", kind="FLAC"),
+        "wav": wave(tone(0.5)),
+        "flac": wave(tone(0.5), subtype="PCM_16", kind="FLAC"),
         "mp3": wave(tone(0.5), subtype="MPEG_LAYER_III", kind="MP3"),
-        "ogg": wave(tone(0.5), subtype="VORBIS", kind="OGG"), "png": encoded(grey), "jpg": encoded(grey, "JPEG"),
-        "webp": encoded(grey, "WEBP"), "gif": encoded(malformed.Image.fromarray(grey).quantize(8), "GIF")}
+        "ogg": wave(tone(0.5), subtype="VORBIS", kind="OGG"),
+        "png": encoded(grey),
+        "jpg": encoded(grey, "JPEG"),
+        "webp": encoded(grey, "WEBP"),
+        "gif": encoded(malformed.Image.fromarray(grey).quantize(8), "GIF"),
+    }
 
 
 READERS = {  # by the ending
     ("mp4", "h264.mp4"): (lambda path: media.read_video(path, 4, 16), media.watch, media.video_size, media.read_audio),
     ("wav", "flac", "mp3", "ogg"): (media.read_audio,),
-    ("png", "jpg", "webp", "gif"): (lambda path: media.read_image(path, 16), media.image_size, media.read_picture,
-                                    lambda path: media.read_mask(path, None, "binary"),
-                                    lambda path: media.read_mask(path, 16, "semantic"))}
+    ("png", "jpg", "webp", "gif"): (
+        lambda path: media.read_image(path, 16),
+        media.image_size,
+        media.read_picture,
+        lambda path: media.read_mask(path, None, "binary"),
+        lambda path: media.read_mask(path, 16, "semantic"),
+    ),
+}
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
@@ -102,8 +112,10 @@ def test_an_ogg_file_without_one_of_its_pages_is_refused(tmp_path):
     content = wave(tone(4.0) * np.random.default_rng(0).uniform(0, 1, 64000), subtype="VORBIS", kind="OGG")
     pages = [b"OggS" + page for page in content.split(b"OggS")[1:]]
     assert len(pages) > 4
-    for lost, said in ((pages[:3] + pages[4:], "pages are missing"),
-                       (pages[:3] + [b"oggs" + pages[3][4:]] + pages[4:], "is broken")):
+    for lost, said in (
+        (pages[:3] + pages[4:], "pages are missing"),
+        (pages[:3] + [b"oggs" + pages[3][4:]] + pages[4:], "is broken"),
+    ):
         (tmp_path / "x.ogg").write_bytes(b"".join(lost))
         with pytest.raises(InputError, match=said):
             media.read_audio(tmp_path / "x.ogg")
@@ -117,8 +129,11 @@ def test_gigabytes_of_zeros_behind_a_file_cost_neither_time_nor_memory(whole, tm
     path.write_bytes(film(tmp_path / "y.avi", noise(8)) if ending == "avi" else whole[ending])
     with open(path, "ab") as file:
         file.truncate(5 << 30)
-    for read in (media.read_audio, media.watch) if ending in ("avi", "flac", "mp3", "ogg") else (media.read_picture,
-                                                                                               media.image_size):
+    for read in (
+        (media.read_audio, media.watch)
+        if ending in ("avi", "flac", "mp3", "ogg")
+        else (media.read_picture, media.image_size)
+    ):
         with pytest.raises(InputError, match="zeros|at most 1 is read"):
             read(path)
 

@@ -56,8 +56,11 @@ def test_a_root_with_a_file_of_the_split_is_read_as_before(releases_root, tmp_pa
 def test_a_root_with_nothing_says_so(tmp_path):
     with pytest.raises(InputError, match="train.jsonl.*holds no dataset"):
         read_examples(tmp_path, "train")
-    for options, message in (({"frames": "two"}, "one or all"), ({"variant": "x"}, "train, test, quick"),
-                             ({"missing": "x"}, "raise or skip")):
+    for options, message in (
+        ({"frames": "two"}, "one or all"),
+        ({"variant": "x"}, "train, test, quick"),
+        ({"missing": "x"}, "raise or skip"),
+    ):
         (tmp_path / "ave").mkdir(exist_ok=True)
         with pytest.raises(InputError, match=message):
             read_examples(tmp_path, "train", **options)
@@ -112,14 +115,17 @@ def test_the_choice_is_even_and_independent_of_the_other_clips():
 
 def test_the_mixture_takes_one_picture_of_each_clip_in_every_epoch(tokenizer, config):
     picture = Example("", "s4", "See <image>", target="a dog", windows="none")
-    clips = [dataclasses.replace(picture, id=f"{clip}-{k}", image=f"{k}.png", meta={"one_of": f"clip {clip}"})
-             for clip in range(3) for k in range(5)]
+    clips = [
+        dataclasses.replace(picture, id=f"{clip}-{k}", image=f"{k}.png", meta={"one_of": f"clip {clip}"})
+        for clip in range(3)
+        for k in range(5)
+    ]
     single = [dataclasses.replace(picture, id=f"single {k}", image=f"{k}.png") for k in range(3)]
     examples = clips + single
     order = train_order(examples, tokenizer, config, 3, seed=4)
     seen = [examples[i] for number in range(16) for i in order.batches[number]]
     for epoch in range(8):
-        taken = seen[6 * epoch:6 * epoch + 6]
+        taken = seen[6 * epoch : 6 * epoch + 6]
         wanted = one_frame_each(examples, 4, epoch)
         assert sorted(e.id for e in taken) == sorted(e.id for e in wanted)
     assert len({e.id for e in seen}) > 3 + 9  # other pictures in other epochs

@@ -58,8 +58,10 @@ def test_frames_of_a_video(files, arrays):
     assert close(ours, restored * 255)
 
 
-@pytest.mark.parametrize(("name", "file", "policy"), [
-    ("ave", "ave/*.mp3", "ten"), ("s4", "s4/audio.wav", "five"), ("avss48k", "avss/audio.wav", "ten")])
+@pytest.mark.parametrize(
+    ("name", "file", "policy"),
+    [("ave", "ave/*.mp3", "ten"), ("s4", "s4/audio.wav", "five"), ("avss48k", "avss/audio.wav", "ten")],
+)
 def test_windows_of_sound(files, arrays, name, file, policy):
     wave = media.read_audio(next(files.glob(file)))
     assert len(wave) == arrays[f"{name}.audio_len"]

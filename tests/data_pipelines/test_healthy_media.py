@@ -41,9 +41,18 @@ def sound(rate: int = RATE, channels: int = 1, loud_channel: int | None = None) 
     return (noise + tone[:, None] * loud).astype(np.float32)
 
 
-def film(path: Path, codec: str = "libx264", audio: str = "aac", pix_fmt: str = "yuv420p", layout: str = "mono",
-         size: tuple[int, int] = (128, 96), loud_channel: int | None = None, container: dict[str, str] | None = None,
-         stream_options: dict[str, str] | None = None, **attributes) -> Path:
+def film(
+    path: Path,
+    codec: str = "libx264",
+    audio: str = "aac",
+    pix_fmt: str = "yuv420p",
+    layout: str = "mono",
+    size: tuple[int, int] = (128, 96),
+    loud_channel: int | None = None,
+    container: dict[str, str] | None = None,
+    stream_options: dict[str, str] | None = None,
+    **attributes,
+) -> Path:
     """The film in some codecs; `attributes` are set on the coder of the pictures."""
     rate = 48000 if audio == "libopus" else 44100 if audio == "libmp3lame" else RATE
     with av.open(str(path), "w", options=container or {}) as file:
@@ -81,10 +90,12 @@ def check(path: Path, grey: float = GREY, tolerance: float = 4, seconds: float =
 
 
 FILMS = {
-    "vp9-opus.webm": dict(codec="libvpx-vp9", audio="libopus",
-                          stream_options={"cpu-used": "8", "deadline": "realtime"}),
-    "hevc-10-bit.mp4": dict(codec="libx265", pix_fmt="yuv420p10le",
-                            stream_options={"x265-params": "log-level=none", "preset": "ultrafast"}),
+    "vp9-opus.webm": dict(
+        codec="libvpx-vp9", audio="libopus", stream_options={"cpu-used": "8", "deadline": "realtime"}
+    ),
+    "hevc-10-bit.mp4": dict(
+        codec="libx265", pix_fmt="yuv420p10le", stream_options={"x265-params": "log-level=none", "preset": "ultrafast"}
+    ),
     "av1.mp4": dict(codec="libsvtav1", stream_options={"preset": "12"}),
     "h264.ts": dict(),
     "mpeg4-mp3.avi": dict(codec="mpeg4", audio="libmp3lame"),
@@ -101,8 +112,10 @@ def test_films(tmp_path, name):
     check(film(tmp_path / name, **FILMS[name]))
 
 
-@pytest.mark.parametrize(("degrees", "matrix", "square"), [
-    (90, (0, 1, -1, 0), (3, -4)), (180, (-1, 0, 0, -1), (-4, -4)), (270, (0, -1, 1, 0), (-4, 3))])
+@pytest.mark.parametrize(
+    ("degrees", "matrix", "square"),
+    [(90, (0, 1, -1, 0), (3, -4)), (180, (-1, 0, 0, -1), (-4, -4)), (270, (0, -1, 1, 0), (-4, 3))],
+)
 def test_turned_films_are_upright(tmp_path, degrees, matrix, square):
     path = tmp_path / "turned.mp4"
     path.write_bytes(turned(film(tmp_path / "x.mp4").read_bytes(), matrix))
@@ -120,15 +133,17 @@ def test_colours_of_every_matrix_and_range(tmp_path, matrix, full):
     """A colour stays what it was, whatever matrix (BT.709, SMPTE 170M, BT.2020) and range the film is coded in."""
     colour = 200, 50, 20
     with av.open(str(tmp_path / "c.mp4"), "w") as file:
-        stream = file.add_stream("libx264", rate=FPS, width=64, height=64,
-                                 pix_fmt="yuv420p10le" if matrix == 9 else "yuv420p")
+        stream = file.add_stream(
+            "libx264", rate=FPS, width=64, height=64, pix_fmt="yuv420p10le" if matrix == 9 else "yuv420p"
+        )
         stream.options = {"crf": "1", "preset": "ultrafast"}
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
         for number in range(FPS):
             frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), colour, np.uint8), "rgb24")
             # libswscale knows a matrix as the film does, but for SMPTE 170M, its 5.
-            coded = frame.reformat(format=stream.pix_fmt, dst_colorspace={6: 5}.get(matrix, matrix),
-                                   dst_color_range=2 if full else 1)
+            coded = frame.reformat(
+                format=stream.pix_fmt, dst_colorspace={6: 5}.get(matrix, matrix), dst_color_range=2 if full else 1
+            )
             coded.pts, coded.time_base = number, Fraction(1, FPS)
             file.mux(stream.encode(coded))
         file.mux(stream.encode())
@@ -143,8 +158,11 @@ def test_a_cut_without_encoding_at_a_key_frame(tmp_path):
         for packet in old.demux():
             if packet.pts is not None and packet.pts * packet.time_base >= 4:
                 shift = int(4 / packet.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, streams[
-                    packet.stream.index]
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts - shift,
+                    packet.dts - shift,
+                    streams[packet.stream.index],
+                )
                 new.mux(packet)
     frames = media.read_video(path, 6, 64)[:, 24:40, 24:40].mean((1, 2, 3))
     np.testing.assert_allclose(frames, [20 + 22 * second for second in range(4, 10)], atol=4)
@@ -169,12 +187,21 @@ def wave(kind: str, subtype: str, channels: int = 1, rate: int = RATE) -> bytes:
 
 
 SOUNDS = {
-    "ulaw.wav": ("WAV", "ULAW"), "adpcm.wav": ("WAV", "IMA_ADPCM"), "double.wav": ("WAV", "DOUBLE"),
-    "deep.wav": ("WAV", "PCM_24"), "long.wav": ("RF64", "PCM_16"), "a.w64": ("W64", "PCM_16"),
-    "a.au": ("AU", "PCM_16"), "a.aiff": ("AIFF", "PCM_16"), "a.flac": ("FLAC", "PCM_16"),
+    "ulaw.wav": ("WAV", "ULAW"),
+    "adpcm.wav": ("WAV", "IMA_ADPCM"),
+    "double.wav": ("WAV", "DOUBLE"),
+    "deep.wav": ("WAV", "PCM_24"),
+    "long.wav": ("RF64", "PCM_16"),
+    "a.w64": ("W64", "PCM_16"),
+    "a.au": ("AU", "PCM_16"),
+    "a.aiff": ("AIFF", "PCM_16"),
+    "a.flac": ("FLAC", "PCM_16"),
     "vorbis.ogg": ("OGG", "VORBIS"),
-    "opus.ogg": ("OGG", "OPUS"), "a.opus": ("OGG", "OPUS"), "CAPITALS.WAV": ("WAV", "PCM_16"),
-    "a.mp3": ("MP3", "MPEG_LAYER_III"), "mp3-inside.wav": ("MP3", "MPEG_LAYER_III"),
+    "opus.ogg": ("OGG", "OPUS"),
+    "a.opus": ("OGG", "OPUS"),
+    "CAPITALS.WAV": ("WAV", "PCM_16"),
+    "a.mp3": ("MP3", "MPEG_LAYER_III"),
+    "mp3-inside.wav": ("MP3", "MPEG_LAYER_III"),
     "wav-inside.mp3": ("WAV", "PCM_16"),
 }
 
@@ -223,8 +250,9 @@ def test_an_mp3_with_a_picture_in_its_tag(tmp_path):
     check_sound(tmp_path / "a.mp3")
 
 
-@pytest.mark.parametrize("name", ["with spaces.mp4", 'quo"te\'s.mp4', "a;b&c.mp4", "\U0001f3bb.mp4", "-dash.mp4",
-                                  "pat%03d.mp4"])
+@pytest.mark.parametrize(
+    "name", ["with spaces.mp4", "quo\"te's.mp4", "a;b&c.mp4", "\U0001f3bb.mp4", "-dash.mp4", "pat%03d.mp4"]
+)
 def test_names(tmp_path, name, monkeypatch, shared_film):
     shutil.copy(shared_film, tmp_path / name)
     check(tmp_path / name)
@@ -238,6 +266,7 @@ def shared_film(tmp_path_factory) -> Path:
 
 
 # Pictures.
+
 
 def top_left_red() -> Image.Image:
     pixels = np.full((30, 40, 3), (40, 120, 200), np.uint8)
@@ -257,9 +286,23 @@ def test_pictures_that_say_how_they_were_taken(tmp_path, kind, ending, orientati
     assert media.image_size(tmp_path / f"a.{ending}") == ((30, 40) if orientation == 6 else (40, 30))
 
 
-@pytest.mark.parametrize(("kind", "mode"), [
-    ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("GIF", "P"), ("JPEG", "CMYK"), ("BMP", "RGB"), ("TIFF", "RGB"),
-    ("JPEG2000", "RGB"), ("PPM", "RGB"), ("TIFF", "LAB"), ("JPEG", "YCbCr"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("GIF", "P"),
+        ("JPEG", "CMYK"),
+        ("BMP", "RGB"),
+        ("TIFF", "RGB"),
+        ("JPEG2000", "RGB"),
+        ("PPM", "RGB"),
+        ("TIFF", "LAB"),
+        ("JPEG", "YCbCr"),
+        ("WEBP", "RGB"),
+    ],
+)
 def test_kinds_of_pictures(tmp_path, kind, mode):
     from PIL import ImageCms
 
@@ -296,16 +339,24 @@ def test_the_first_picture_of_an_animation(tmp_path):
 
 # Masks.
 
+
 def quarter(high: int, dtype: type = np.uint8) -> np.ndarray:
     mask = np.zeros((8, 8), dtype)
     mask[:4, :4] = high
     return mask
 
 
-@pytest.mark.parametrize("picture", [
-    Image.fromarray(quarter(255)), Image.fromarray(quarter(1)), Image.fromarray(quarter(255)).convert("1"),
-    Image.fromarray(quarter(65535, np.uint16)), Image.fromarray(quarter(1, np.uint16)),
-], ids=["0-255", "0-1", "1-bit", "16-bit", "16-bit-of-0-and-1"])
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.fromarray(quarter(255)),
+        Image.fromarray(quarter(1)),
+        Image.fromarray(quarter(255)).convert("1"),
+        Image.fromarray(quarter(65535, np.uint16)),
+        Image.fromarray(quarter(1, np.uint16)),
+    ],
+    ids=["0-255", "0-1", "1-bit", "16-bit", "16-bit-of-0-and-1"],
+)
 def test_masks_of_every_depth(tmp_path, picture):
     (tmp_path / "m.png").write_bytes(encoded(picture))
     np.testing.assert_array_equal(media.read_mask(tmp_path / "m.png", None, "binary"), quarter(1))

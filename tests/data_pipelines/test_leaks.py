@@ -29,16 +29,31 @@ def example(named=None, **fields):
     return Example(**{"id": "x", "task": "ave", "instruction": "", **meta, **fields})
 
 
-@pytest.mark.parametrize(("dataset", "video", "clip"), [
-    ("ave", ID, Clip(ID)), ("ave", "ab-c_10_200", Clip("ab-c_10_200")),  # an id as it comes
-    ("valor", f"{ID}_30.000_40.000", Clip(ID, (30, 40))), ("valor", ID, Clip(ID)),
-    ("avss", f"{ID}_1000_11000", Clip(ID, (1, 11))), ("ref_avs", f"{ID}_14000_24000", Clip(ID, (14, 24))),
-    ("s4", f"{ID}_0_5000", Clip(ID)), ("arig", f"{ID}_0_5000", Clip(ID)), ("s4_object", ID, Clip(ID)),
-    ("ms3", f"{ID}_36", Clip(ID)), ("ms3", ID, Clip(ID)), ("ms3_object", f"{ID}_1", Clip(ID)),
-    ("ms3_object", "baby_dog_2_1", Clip("baby_dog_2_1")), ("avqa", "00000093", Clip("00000093")),
-    ("own", f"{ID}_30_40", Clip(ID, (30, 40))), ("own", f"{ID}_000030", Clip(ID, (30, 40))),
-    ("own", f"a film [{ID}].mp4", Clip(ID)), ("own", f"clips/{ID}.mp4", Clip(ID)), ("own", "my clip", Clip("my clip")),
-    ("lvis", "155379", None)])
+@pytest.mark.parametrize(
+    ("dataset", "video", "clip"),
+    [
+        ("ave", ID, Clip(ID)),
+        ("ave", "ab-c_10_200", Clip("ab-c_10_200")),  # an id as it comes
+        ("valor", f"{ID}_30.000_40.000", Clip(ID, (30, 40))),
+        ("valor", ID, Clip(ID)),
+        ("avss", f"{ID}_1000_11000", Clip(ID, (1, 11))),
+        ("ref_avs", f"{ID}_14000_24000", Clip(ID, (14, 24))),
+        ("s4", f"{ID}_0_5000", Clip(ID)),
+        ("arig", f"{ID}_0_5000", Clip(ID)),
+        ("s4_object", ID, Clip(ID)),
+        ("ms3", f"{ID}_36", Clip(ID)),
+        ("ms3", ID, Clip(ID)),
+        ("ms3_object", f"{ID}_1", Clip(ID)),
+        ("ms3_object", "baby_dog_2_1", Clip("baby_dog_2_1")),
+        ("avqa", "00000093", Clip("00000093")),
+        ("own", f"{ID}_30_40", Clip(ID, (30, 40))),
+        ("own", f"{ID}_000030", Clip(ID, (30, 40))),
+        ("own", f"a film [{ID}].mp4", Clip(ID)),
+        ("own", f"clips/{ID}.mp4", Clip(ID)),
+        ("own", "my clip", Clip("my clip")),
+        ("lvis", "155379", None),
+    ],
+)
 def test_what_a_name_tells_of_the_clip(dataset, video, clip):
     assert clip_of(example(video), dataset) == clip
 
@@ -58,8 +73,10 @@ def shared(copied):
         file = root / f"llp/data/{kind}.csv"
         releases.text(file, file.read_text().replace("KSRjje7GH44_60_70", f"{ID}_60_70"))
     releases.copy(root / "llp/data/LLP_dataset/video/KSRjje7GH44.mp4", root / f"llp/data/LLP_dataset/video/{ID}.mp4")
-    renamed = {"x-2Abohj8VY_30.000_40.000": "--KCIeTv6PM_15.000_25.000",
-               "0_3-a_bcdef_0.000_7.000": "MDyjY3uiWp0_0.000_7.000"}
+    renamed = {
+        "x-2Abohj8VY_30.000_40.000": "--KCIeTv6PM_15.000_25.000",
+        "0_3-a_bcdef_0.000_7.000": "MDyjY3uiWp0_0.000_7.000",
+    }
     file = root / "valor/desc_train.json"
     text = file.read_text()
     for old, new in renamed.items():
@@ -82,7 +99,7 @@ def test_training_says_them_or_leaves_them_out(shared, caplog):
     tokenizer = runs.tokenizer_of(resolve(config))
     assert config.data.exclude_leaks is False
     every = runs.train_order(resolve(config), tokenizer).examples
-    line, = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
+    (line,) = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
     assert "2 clips (2 examples) of train are in val or test elsewhere: ave in avvp 1, valor in ref_avs 1 (2 " in line
     assert "--config.data.exclude_leaks=true leaves them out" in line and "\n" not in line
     assert [e.id for e in every] == [e.id for e in read_examples(shared, "train", epoch=None)]
@@ -90,7 +107,7 @@ def test_training_says_them_or_leaves_them_out(shared, caplog):
     caplog.clear()
     config.data.exclude_leaks = True
     kept = runs.train_order(resolve(config), tokenizer).examples
-    line, = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
+    (line,) = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
     assert "they are left out (data.exclude_leaks)" in line
     assert [e.id for e in every if e not in kept] == [f"ave-{ID}-0", "valor---KCIeTv6PM_15.000_25.000"]
 
@@ -114,22 +131,47 @@ def test_validate_reports_them_over_all_datasets(shared):
     counts, problems = validate(shared, workers=1)
     found = [(p.dataset, p.split, p.problem) for p in problems if "val or test of" in p.problem]
     assert found == [
-        ("ave", "train", "warning: 1 clips are in val or test of avvp too (1 by video); data.exclude_leaks=true leaves "
-                         "them out of training"),
-        ("valor", "train", "warning: 1 clips are in val or test of ref_avs too (2 by video); data.exclude_leaks=true "
-                           "leaves them out of training"),
+        (
+            "ave",
+            "train",
+            "warning: 1 clips are in val or test of avvp too (1 by video); data.exclude_leaks=true leaves "
+            "them out of training",
+        ),
+        (
+            "valor",
+            "train",
+            "warning: 1 clips are in val or test of ref_avs too (2 by video); data.exclude_leaks=true "
+            "leaves them out of training",
+        ),
         ("ave", "train", "warning: its clip is in val or test of avvp too"),
-        ("valor", "train", "warning: its clip is in val or test of ref_avs too")]
+        ("valor", "train", "warning: its clip is in val or test of ref_avs too"),
+    ]
     assert {p.id for p in problems if "its clip is in val or test of" in p.problem} == {
-        f"ave-{ID}-0", "valor---KCIeTv6PM_15.000_25.000"}
+        f"ave-{ID}-0",
+        "valor---KCIeTv6PM_15.000_25.000",
+    }
     assert leak_problems(shared, ["ave", "valor"]) == []  # neither is in the other
 
 
 def test_a_prepared_root_has_the_same_leaks(shared, tmp_path, caplog):
     out = tmp_path / "prepared"
     with pytest.raises(SystemExit, match="0"):
-        prepare(["--root", str(shared), "--out", str(out), "--datasets", "ave,avvp", "--variants", "train",
-                 "--image-size", "16", "--workers", "1"])
+        prepare(
+            [
+                "--root",
+                str(shared),
+                "--out",
+                str(out),
+                "--datasets",
+                "ave,avvp",
+                "--variants",
+                "train",
+                "--image-size",
+                "16",
+                "--workers",
+                "1",
+            ]
+        )
     assert [p.problem for p in leak_problems(out)] == [p.problem for p in leak_problems(shared, ["ave", "avvp"])] != []
     config = config_of(out, exclude_leaks=True)
     order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
@@ -137,17 +179,27 @@ def test_a_prepared_root_has_the_same_leaks(shared, tmp_path, caplog):
 
 
 def test_own_data_take_part_by_name(shared, tmp_path):
-    examples = [example(f"{ID}_60_70", id="in LLP"), example(f"{ID}_0_10", id="elsewhere in it"),
-                example(None, id="by its file", video=f"media/{ID}.mp4"), example("mine", id="free")]
+    examples = [
+        example(f"{ID}_60_70", id="in LLP"),
+        example(f"{ID}_0_10", id="elsewhere in it"),
+        example(None, id="by its file", video=f"media/{ID}.mp4"),
+        example("mine", id="free"),
+    ]
     write_jsonl(shared / "own/train.jsonl", examples)
     held = held_out(shared)
     found = {e.id: [(leak.other, leak.same) for leak in leaks_of(e, held, "own")] for e in examples}
-    assert found == {"in LLP": [("avvp", True)], "elsewhere in it": [("avvp", False)], "by its file": [("avvp", True)],
-                     "free": []}
+    assert found == {
+        "in LLP": [("avvp", True)],
+        "elsewhere in it": [("avvp", False)],
+        "by its file": [("avvp", True)],
+        "free": [],
+    }
 
     for split, names in (("train", ("a", "b")), ("test", ("b", "c"))):  # lists: train with its own test
-        write_jsonl(tmp_path / f"{split}.jsonl", [
-            example(f"show {name}", id=f"{split} {name}", target="x", task="avcap", windows="none") for name in names])
+        write_jsonl(
+            tmp_path / f"{split}.jsonl",
+            [example(f"show {name}", id=f"{split} {name}", target="x", task="avcap", windows="none") for name in names],
+        )
     kept, line = without(read_examples(tmp_path, "train"), tmp_path, "train", True)
     assert [e.id for e in kept] == ["train a"] and "1 clips (1 examples)" in line
     for split in ("train", "test"):  # two files of one name are two clips
@@ -172,13 +224,29 @@ def test_annotations_that_cannot_be_read_are_said(shared):
 
 # (file, columns, delimiter, how it is saved again, what of a row is damaged)
 AGAIN = [
-    ("ave/trainSet.txt", ("Category", "VideoID", "Quality", "StartTime", "EndTime"), "&", "semicolons",
-     ("good;7;10", "good;7;11")),
+    (
+        "ave/trainSet.txt",
+        ("Category", "VideoID", "Quality", "StartTime", "EndTime"),
+        "&",
+        "semicolons",
+        ("good;7;10", "good;7;11"),
+    ),
     ("llp/data/AVVP_train.csv", ("filename", "event_labels"), "\t", "an index column", ("Speech,Dog", "nan")),
-    ("avsbench_semantic/metadata.csv", ("uid", "a_obj", "split", "label"), ",", "every field quoted",
-     ('"jlhuZfcw61w', '"","nan","0","0","dog","train","v1m"\n"jlhuZfcw61w')),
-    ("ref_avs/metadata.csv", ("vid", "uid", "split", "fid", "exp"), ",", "another order",
-     ("The object making the longest sound duration.", "nan"))]
+    (
+        "avsbench_semantic/metadata.csv",
+        ("uid", "a_obj", "split", "label"),
+        ",",
+        "every field quoted",
+        ('"jlhuZfcw61w', '"","nan","0","0","dog","train","v1m"\n"jlhuZfcw61w'),
+    ),
+    (
+        "ref_avs/metadata.csv",
+        ("vid", "uid", "split", "fid", "exp"),
+        ",",
+        "another order",
+        ("The object making the longest sound duration.", "nan"),
+    ),
+]
 
 
 def test_all_choices_at_once_are_the_same_data_raw_and_prepared(shared, copied, tmp_path_factory, tokenizer, caplog):
@@ -212,7 +280,8 @@ def test_all_choices_at_once_are_the_same_data_raw_and_prepared(shared, copied, 
     assert caplog.text.count("they are left out (data.exclude_leaks)") == 2
     assert {e.task for e in raw} >= {"ave", "s4", "ms3", "avss", "ref-avs"}  # LLP's train has weak labels
     assert [(c.dataset, c.split, c.annotated, c.malformed) for c in status(root, names.split(","))[0]] == [
-        (c.dataset, c.split, c.annotated, c.malformed) for c in status(out, names.split(","))[0]]
+        (c.dataset, c.split, c.annotated, c.malformed) for c in status(out, names.split(","))[0]
+    ]
     decoding, loaded, refused = DataConfig(image_size=16, visual_queries=3, audio_queries=2, lengths=(1024,)), 0, 0
     for one in raw[::2]:
         outcomes = []

@@ -105,10 +105,17 @@ def test_a_large_sound_is_read_in_blocks_to_the_same_samples(tmp_path, monkeypat
     assert np.array_equal(media.read_audio(tmp_path / "a.wav"), whole)
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.mp4", "ffconcat version 1.0\nfile other.mp4\n"), ("a.mkv", "#EXTM3U\n#EXTINF:1,\nother.mp4\n"),
-    ("a.wav", "v=0\no=- 0 0 IN IP4 127.0.0.1\n"), ("a.png", "%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n"),
-    ("a.jpg", "\x00\x00\x01\x00icon"), ("a.avi", ";FFMETADATA1\ntitle=x\n")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.mp4", "ffconcat version 1.0\nfile other.mp4\n"),
+        ("a.mkv", "#EXTM3U\n#EXTINF:1,\nother.mp4\n"),
+        ("a.wav", "v=0\no=- 0 0 IN IP4 127.0.0.1\n"),
+        ("a.png", "%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n"),
+        ("a.jpg", "\x00\x00\x01\x00icon"),
+        ("a.avi", ";FFMETADATA1\ntitle=x\n"),
+    ],
+)
 def test_what_reads_other_files_or_starts_programs_is_not_opened(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     film(tmp_path / "other.mp4", (32, 32))
@@ -126,9 +133,13 @@ def test_a_link_out_of_a_root_is_not_followed_by_the_loader(link, tmp_path):
     if link == "file":
         (root / "media/a.png").symlink_to(elsewhere / "a.png")
     files = Files(root, Decoding(32, 10, False))
-    for read in (lambda path: files.picture(path, "image"), lambda path: files.mask(path, "binary", 8), files.video,
-                 lambda path: files.samples(path, None), lambda path: read_mask(
-                     root, Example("x", "s4", "", mask=path, mask_kind="binary"), 8)):
+    for read in (
+        lambda path: files.picture(path, "image"),
+        lambda path: files.mask(path, "binary", 8),
+        files.video,
+        lambda path: files.samples(path, None),
+        lambda path: read_mask(root, Example("x", "s4", "", mask=path, mask_kind="binary"), 8),
+    ):
         with pytest.raises(InputError, match="is a link out of the data root"):
             read("media/a.png")
     (root / "inside.png").symlink_to(root / "b.png")

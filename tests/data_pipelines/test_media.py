@@ -161,11 +161,15 @@ def _faststart(source, target):
                 new.mux(packet)
 
 
-@pytest.mark.parametrize(("codec", "options"), [
-    ("mpeg4", {"g": "6"}), ("libx264", {"g": "7", "bf": "2"}),
-    ("libx264", {"g": "9", "bf": "3", "x264-params": "open-gop=1"}),
-    ("libx264", {"g": "250", "bf": "3", "b-pyramid": "normal"}),
-])
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("mpeg4", {"g": "6"}),
+        ("libx264", {"g": "7", "bf": "2"}),
+        ("libx264", {"g": "9", "bf": "3", "x264-params": "open-gop=1"}),
+        ("libx264", {"g": "250", "bf": "3", "b-pyramid": "normal"}),
+    ],
+)
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_frames_are_the_same_whether_all_or_only_what_they_need_is_decoded(tmp_path, codec, options, name):
     path, pixels = tmp_path / name, np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)

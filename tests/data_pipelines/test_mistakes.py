@@ -33,17 +33,28 @@ def good(task: str, **label: Any) -> dict[str, Any]:
     labels: dict[str, dict[str, Any]] = {
         "ave": {"event": "Bark", "start": 2, "end": 5},
         "avvp": {"audio": [["Speech", 0, 10], ["Dog", 2, 5]], "visual": [["Dog", 0, 10]]},
-        "avqa": {"answer": "two"}, "arig": {"object": "dog", "box": [20, 30, 120, 200]},
-        "s4": {"objects": ["dog"]}, "ms3": {"objects": ["dog", "man"]}, "avss": {"objects": ["dog"]},
-        "ref-avs": {"object": "dog", "expression": "the loud dog"}, "avcap": {"captions": ["A dog barks."]}}
+        "avqa": {"answer": "two"},
+        "arig": {"object": "dog", "box": [20, 30, 120, 200]},
+        "s4": {"objects": ["dog"]},
+        "ms3": {"objects": ["dog", "man"]},
+        "avss": {"objects": ["dog"]},
+        "ref-avs": {"object": "dog", "expression": "the loud dog"},
+        "avcap": {"captions": ["A dog barks."]},
+    }
     meta = {**labels[task], **label}
     said = {"caption": meta["captions"][0]} if task == "avcap" else meta
     moment = {"second": 3} if TASKS[task].mask_kind != "none" else {}
-    prompt = {"avqa": {"question": "How many dogs are there?"},
-              "ref-avs": {"expression": meta.get("expression")}}.get(task, {})
-    record = {"id": f"{task}-1", "task": task, "instruction": TASKS[task].instruction(**prompt, **moment), **moment,
-              "target": TASKS[task].target(**said, **moment),
-              "meta": {**meta, "video": "clip", **({"split": "seen"} if task == "ref-avs" else {})}}
+    prompt = {"avqa": {"question": "How many dogs are there?"}, "ref-avs": {"expression": meta.get("expression")}}.get(
+        task, {}
+    )
+    record = {
+        "id": f"{task}-1",
+        "task": task,
+        "instruction": TASKS[task].instruction(**prompt, **moment),
+        **moment,
+        "target": TASKS[task].target(**said, **moment),
+        "meta": {**meta, "video": "clip", **({"split": "seen"} if task == "ref-avs" else {})},
+    }
     if task == "arig":
         return {**record, "image": "picture.png", "audio": "clip.wav", "windows": "ten"}
     if moment:
@@ -100,10 +111,20 @@ MISTAKES = [
     Mistake("start after end", changed("ave", {"start": 8, "end": 3}), M, "is 3.*from `start` to 10"),
     Mistake("end after 10", changed("ave", {"end": 12}), M, "is 12"),
     Mistake("negative start", changed("ave", {"start": -1}), M, "is -1"),
-    Mistake("seconds of a clip of 30 s", [{**good("ave", start=2, end=9), "video": "long.mp4"}], W,
-            "counts 10 seconds, but the clip lasts 30.0 s", True),
-    Mistake("an event behind the end of the clip", [{**good("ave", start=2, end=9), "video": "short.mp4"}], M,
-            "until 9, but the clip lasts 5.0 s", True),
+    Mistake(
+        "seconds of a clip of 30 s",
+        [{**good("ave", start=2, end=9), "video": "long.mp4"}],
+        W,
+        "counts 10 seconds, but the clip lasts 30.0 s",
+        True,
+    ),
+    Mistake(
+        "an event behind the end of the clip",
+        [{**good("ave", start=2, end=9), "video": "short.mp4"}],
+        M,
+        "until 9, but the clip lasts 5.0 s",
+        True,
+    ),
     Mistake("seconds with decimals", changed("ave", {"start": 2.5}), M, "is 2.5"),
     Mistake("3.0 for 3", changed("ave", {"start": 2.0}), M, "is 2.0"),
     Mistake("mm:ss", changed("ave", {"start": "00:02"}), M, "is '00:02'"),
@@ -112,14 +133,18 @@ MISTAKES = [
     Mistake("two events in one AVE row", changed("ave", target=2 * target("ave")), M, "2 <event> tags"),
     Mistake("overlapping spans of one event", [good("avvp", audio=[["Dog", 0, 5], ["Dog", 3, 8]])], W, "overlap"),
     Mistake("an event as start, end, name", changed("avvp", {"audio": [[0, 10, "Speech"]]}), M, "name, start, end"),
-    Mistake("audio and visual exchanged", changed("avvp", {"audio": [["Dog", 0, 10]], "visual": [["Speech", 0, 10]]}),
-            M, "differ from the label|not in the label"),
+    Mistake(
+        "audio and visual exchanged",
+        changed("avvp", {"audio": [["Dog", 0, 10]], "visual": [["Speech", 0, 10]]}),
+        M,
+        "differ from the label|not in the label",
+    ),
     # Names and answers.
     Mistake("a name in other case", [good("ave", event="bark")], W, "did you mean 'Bark'", True),
-    Mistake("a name that the benchmark does not know", [good("avvp", audio=[["Doorbell", 0, 3]])], W,
-            "none of the 25", True),
-    Mistake("an object that AVSS does not know", [good("avss", objects=["doorbell"])], W, "none of the 70",
-            True),
+    Mistake(
+        "a name that the benchmark does not know", [good("avvp", audio=[["Doorbell", 0, 3]])], W, "none of the 25", True
+    ),
+    Mistake("an object that AVSS does not know", [good("avss", objects=["doorbell"])], W, "none of the 70", True),
     Mistake("the number of a class for its name", [good("ave", event="2")], M, "a number"),
     Mistake("the number of a class, not as text", changed("ave", {"event": 2}), M, "meta.event.*|is 2"),
     Mistake("None as text", [good("arig", object="None")], M, "stands for no value"),
@@ -129,18 +154,30 @@ MISTAKES = [
     Mistake("digits for words", [good("avqa", answer="2")], W, "answers in words"),
     Mistake("an answer without its tags", changed("avqa", target="two"), M, "the answer is ''"),
     Mistake("an unknown question type", changed("avqa", {"type": ["Sound", "Colour"]}), M, "modality, kind"),
-    Mistake("no question behind the prompt", changed("avqa", instruction=TASKS["avqa"].instruction(question="")), M,
-            "asks no question"),
+    Mistake(
+        "no question behind the prompt",
+        changed("avqa", instruction=TASKS["avqa"].instruction(question="")),
+        M,
+        "asks no question",
+    ),
     Mistake("another question in meta", changed("avqa", {"question": "Is it loud?"}), W, "meta.question is"),
-    Mistake("the same question with two answers", [good("avqa"), {**good("avqa", answer="three"), "id": "b"}], M,
-            "answers the same question"),
+    Mistake(
+        "the same question with two answers",
+        [good("avqa"), {**good("avqa", answer="three"), "id": "b"}],
+        M,
+        "answers the same question",
+    ),
     Mistake("the same row twice", [good("avqa"), {**good("avqa"), "id": "b"}], W, "asks and answers the same"),
     Mistake("one answer for everything", many("avqa", lambda i: {}), W, "the same in the first 10"),
     Mistake("an answer that says nothing", [good("avqa", answer="?")], W, "stands for no value"),
     Mistake("the letter of a choice", [good("avqa", answer="B")], W, "word for word"),
     Mistake("a sentence for an answer", [good("avqa", answer="There are two dogs in it.")], W, "word for word"),
-    Mistake("a template's gap in the question", changed("avqa", instruction=TASKS["avqa"].instruction(
-        question="How many <Object> are there?")), W, "gap of a template"),
+    Mistake(
+        "a template's gap in the question",
+        changed("avqa", instruction=TASKS["avqa"].instruction(question="How many <Object> are there?")),
+        W,
+        "gap of a template",
+    ),
     Mistake("nan for a caption", [good("avcap", captions=["nan"])], M, "no caption"),
     Mistake("a file for a caption", [good("avcap", captions=["clip.mp4"])], M, "no caption"),
     Mistake("an object twice", [good("s4", objects=["dog", "dog"])], W, "names one twice"),
@@ -153,29 +190,39 @@ MISTAKES = [
     Mistake("an id of two lines", changed("ave", id="a\nb"), M, "one line of text"),
     Mistake("a box around the whole picture", [good("arig", box=[0, 0, 224, 224])], W, "whole picture"),
     Mistake("the picture in place of its mask", changed("s4", seg_image="mask.png"), M, "the picture itself"),
-    Mistake("one picture for a clip", [{**good("ave"), "video": None, "frames": ["picture.png"], "audio": "clip.wav"}],
-            W, "10 seconds"),
+    Mistake(
+        "one picture for a clip",
+        [{**good("ave"), "video": None, "frames": ["picture.png"], "audio": "clip.wav"}],
+        W,
+        "10 seconds",
+    ),
     Mistake("a caption that is not in meta", changed("avcap", target="A cat."), M, "none of the captions"),
     Mistake("captions as one text", changed("avcap", {"captions": "A dog barks."}), M, "list of at least one text"),
     # Prompts and targets.
     Mistake("no target", changed("ave", target=""), M, "nothing to learn"),
     Mistake("a target of spaces", changed("ave", target=" \n"), M, "nothing to learn"),
     Mistake("`</s>` behind the target", changed("ave", target=target("ave") + "</s>"), M, "chat wrap"),
-    Mistake("the chat wrap around the prompt", changed("ave", instruction=f"[INST] {PROMPT} [/INST]"), M,
-            "chat wrap"),
+    Mistake("the chat wrap around the prompt", changed("ave", instruction=f"[INST] {PROMPT} [/INST]"), M, "chat wrap"),
     Mistake("USER: before the prompt", changed("ave", instruction="USER: " + PROMPT), M, "chat wrap"),
     Mistake("a tag that is not closed", changed("ave", target=target("ave").replace("</event>", "")), M, "tags"),
     Mistake("a tag of another task", changed("ave", target=target("avqa")), M, "no tag of ave"),
-    Mistake("an answer in other words than the parser reads", changed("s4", target=f"The dog sounds. {MASK}"), M,
-            "objects are"),
+    Mistake(
+        "an answer in other words than the parser reads",
+        changed("s4", target=f"The dog sounds. {MASK}"),
+        M,
+        "objects are",
+    ),
     Mistake("the prompt of another task", changed("ave", instruction=good("avvp")["instruction"]), M, "prompt of avvp"),
     Mistake("a prompt in other words", changed("avqa", instruction=WORDS), W, "no prompt that avqa"),
     Mistake("`<image>` for a video", changed("ave", instruction=PROMPT.replace("video>", "image>")), M, "says <image>"),
     Mistake("no placeholder", changed("ave", instruction="What sounds?"), M, "0 visual placeholders"),
-    Mistake("a placeholder twice", changed("ave", instruction="<video>" + PROMPT), M,
-            "visual placeholders"),
-    Mistake("a picture where the task needs a clip", [{**without("ave", "video")[0], "image": "picture.png"}], M,
-            "<video>, but the example has 'image'"),
+    Mistake("a placeholder twice", changed("ave", instruction="<video>" + PROMPT), M, "visual placeholders"),
+    Mistake(
+        "a picture where the task needs a clip",
+        [{**without("ave", "video")[0], "image": "picture.png"}],
+        M,
+        "<video>, but the example has 'image'",
+    ),
     Mistake("an unknown task", [{**good("ave"), "task": "AVE"}], M, "unknown value 'AVE'"),
     # Boxes.
     Mistake("a box in pixels of a larger picture", changed("arig", {"box": [20, 30, 400, 300]}), M, "224"),
@@ -193,29 +240,48 @@ MISTAKES = [
     Mistake("mask_kind forgotten", without("s4", "mask_kind"), M, "must be 'binary'"),
     Mistake("a binary mask for AVSS", changed("avss", mask_kind="binary"), M, "semantic masks"),
     Mistake("no mask", without("s4", "mask"), M, "is missing"),
-    Mistake("a mask without its tokens in the target", changed("s4", target=target("s4").replace(MASK, "")), M,
-            "six mask tokens"),
+    Mistake(
+        "a mask without its tokens in the target",
+        changed("s4", target=target("s4").replace(MASK, "")),
+        M,
+        "six mask tokens",
+    ),
     Mistake("`<mask_0>` alone", changed("s4", target=target("s4").replace(MASK, "<mask_0>")), M, "six mask tokens"),
     Mistake("mask tokens without a mask", changed("ave", target=target("ave") + MASK), M, "no tag of ave"),
     Mistake("a mask where the task has none", changed("ave", mask="mask.png"), W, "ave has none"),
-    Mistake("the mask of another picture", [good("s4"), {**good("s4"), "id": "b", "video": "many/1.mp4"}], W,
-            "belongs to another picture"),
+    Mistake(
+        "the mask of another picture",
+        [good("s4"), {**good("s4"), "id": "b", "video": "many/1.mp4"}],
+        W,
+        "belongs to another picture",
+    ),
     # Seconds and windows.
     Mistake("`second` in quotes", changed("s4", second="3"), M, "is str '3'"),
     Mistake("`second` counted from 1", changed("s4", second=4), M, "asks about the fourth second"),
     Mistake("`second` after the clip", changed("s4", second=12), M, "is 12|12, which is no"),
-    Mistake("another second in the target", changed("s4", target=target("s4").replace("fourth", "fifth")), M,
-            "the fifth second, not the fourth"),
+    Mistake(
+        "another second in the target",
+        changed("s4", target=target("s4").replace("fourth", "fifth")),
+        M,
+        "the fifth second, not the fourth",
+    ),
     Mistake("windows of another task", changed("ave", windows="music_avqa"), M, "not asked so"),
     Mistake("one window without `second`", changed("avcap", windows="one"), M, "reads? one of 10"),
     Mistake("ten windows of a clip of a minute", [{**good("avqa"), "video": "minute.mp4"}], W, "lasts 61.0 s", True),
-    Mistake("no sound asked for", changed("avqa", windows="none",
-                                          instruction=good("avqa")["instruction"].replace("<audio>", "")), W,
-            "without sound"),
+    Mistake(
+        "no sound asked for",
+        changed("avqa", windows="none", instruction=good("avqa")["instruction"].replace("<audio>", "")),
+        W,
+        "without sound",
+    ),
     # Meta.
     Mistake("no meta", [{**good("ave"), "meta": {}}], W, "is empty"),
-    Mistake("other names in meta", [{**good("ave"), "meta": {"events": "Bark", "begin": 2, "end": 5}}], M,
-            r"missing \(there is 'events'\)"),
+    Mistake(
+        "other names in meta",
+        [{**good("ave"), "meta": {"events": "Bark", "begin": 2, "end": 5}}],
+        M,
+        r"missing \(there is 'events'\)",
+    ),
     Mistake("meta as text", [{**good("ave"), "meta": json.dumps(good("ave")["meta"])}], M, "is str"),
     Mistake("Ref-AVS without meta.split", without("ref-avs", "split"), W, "missing"),
     Mistake("an expression that refers to nothing called seen", changed("ref-avs", {"object": ""}), M, '"null"'),
@@ -231,30 +297,59 @@ MISTAKES = [
     Mistake("a list for a path", changed("ave", video=["clip.mp4"]), M, "is list"),
     Mistake("a file that is not there", changed("ave", video="clip2.mp4"), "missing", "clip2.mp4 is missing", True),
     Mistake("a folder for a video", changed("ave", video="many"), "missing", "is a folder", True),
-    Mistake("a video for a folder of frames", [{**without("ave", "video")[0], "frames": "clip.mp4"}], "missing",
-            "is no folder"),
+    Mistake(
+        "a video for a folder of frames",
+        [{**without("ave", "video")[0], "frames": "clip.mp4"}],
+        "missing",
+        "is no folder",
+    ),
     Mistake("sound of another length", changed("ave", audio="short.wav"), W, "4.00 s of sound for 10.00", True),
-    Mistake("the sound of another clip", [{**good("ave"), "video": "many/1.mp4"},
-                                          {**good("ave", end=6), "id": "b", "audio": "many/1.wav"}], W,
-            "sound of many/1.mp4"),
+    Mistake(
+        "the sound of another clip",
+        [{**good("ave"), "video": "many/1.mp4"}, {**good("ave", end=6), "id": "b", "audio": "many/1.wav"}],
+        W,
+        "sound of many/1.mp4",
+    ),
     Mistake("an unknown field", changed("ave", vidoe="clip.mp4"), M, "unknown field"),
-    Mistake("a record of LLaVA", [{"id": "1", "video": "clip.mp4", "conversations": [
-        {"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "A dog."}]}], M, "missing field"),
+    Mistake(
+        "a record of LLaVA",
+        [
+            {
+                "id": "1",
+                "video": "clip.mp4",
+                "conversations": [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "A dog."}],
+            }
+        ],
+        M,
+        "missing field",
+    ),
     # The file as a whole.
     Mistake("NaN", text_of("ave", lambda text: text.replace('"start": 2', '"start": NaN')), M, "NaN is no number"),
     Mistake("a comma before the brace", text_of("ave", lambda text: text[:-1] + ",}"), M, "not valid JSON"),
     Mistake("single quotes", text_of("ave", lambda text: str(json.loads(text))), M, "not valid JSON"),
     Mistake("typographic quotes", text_of("ave", lambda text: text.replace('"', "\u201d")), M, "not valid JSON"),
-    Mistake("None, True or nan of Python", text_of("ave", lambda text: text.replace('"start": 2', '"start": None')), M,
-            "not valid JSON"),
+    Mistake(
+        "None, True or nan of Python",
+        text_of("ave", lambda text: text.replace('"start": 2', '"start": None')),
+        M,
+        "not valid JSON",
+    ),
     Mistake("a JSON list on one line", text_of("ave", lambda text: f"[{text}]"), M, "JSON object"),
     Mistake("a JSON list over several lines", text_of("ave", lambda text: f"[\n{text}\n]"), M, "not valid JSON"),
-    Mistake("a record over several lines", text_of("ave", lambda text: json.dumps(json.loads(text), indent=1)), M,
-            "not valid JSON"),
+    Mistake(
+        "a record over several lines",
+        text_of("ave", lambda text: json.dumps(json.loads(text), indent=1)),
+        M,
+        "not valid JSON",
+    ),
     Mistake("CSV named .jsonl", b"id,task,video\n1,ave,clip.mp4\n", M, "not valid JSON"),
     Mistake("UTF-16", text_of("ave", lambda text: text.encode("utf-16")), M, "not UTF-8"),
-    Mistake("Western Windows text", text_of("ave", lambda text: text.replace("ave-1", "caf\u00e9").encode("cp1252")),
-            M, "not UTF-8"),
+    Mistake(
+        "Western Windows text",
+        text_of("ave", lambda text: text.replace("ave-1", "caf\u00e9").encode("cp1252")),
+        M,
+        "not UTF-8",
+    ),
     Mistake("a key twice", text_of("ave", lambda text: text[:-1] + ', "id": "b"}'), M, "comes twice"),
 ]
 
@@ -275,8 +370,15 @@ def media_root(tmp_path_factory) -> Path:
     pixels = np.random.default_rng(0).integers(1, 256, (32, 48, 3)).astype(np.uint8)
     mask = np.zeros((32, 48), np.uint8)
     mask[8:20, 10:30] = 255
-    for name, content in (("picture", pixels), ("photo", pixels), ("mask", mask), ("inverted", 255 - mask),
-                          ("small", mask[::2, ::2]), ("classes", mask // 255 * 18), ("many", mask // 255 * 90)):
+    for name, content in (
+        ("picture", pixels),
+        ("photo", pixels),
+        ("mask", mask),
+        ("inverted", 255 - mask),
+        ("small", mask[::2, ::2]),
+        ("classes", mask // 255 * 18),
+        ("many", mask // 255 * 90),
+    ):
         write_picture(root / f"{name}.png", content)
     return root
 
@@ -350,7 +452,7 @@ def test_the_same_clip_in_train_and_test_is_a_leak(media_root, facts, tmp_path):
 def test_a_list_under_another_name_is_pointed_out(name, fix, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / name).write_text("[]")
-    found, = [p for p in status(tmp_path, (), None)[1] if p.dataset == "own" and p.split == "train"]
+    (found,) = [p for p in status(tmp_path, (), None)[1] if p.dataset == "own" and p.split == "train"]
     assert found.kind == M and name in found.problem
     with pytest.raises(InputError, match=fix):
         read_examples(tmp_path, "train", ["own"])
@@ -378,10 +480,16 @@ def test_the_line_is_named_and_skipping_leaves_the_row_out(media_root, tmp_path,
     settings = {"image_size": 16, "visual_queries": 1, "audio_queries": 1}
     with pytest.raises(InputError, match=r"train\.jsonl:2 \[meta\]: .* lasts from 3 to 3.*; the end is"):
         mixture.train_order(examples, tokenizer, DataConfig(**settings), 1, check=labels.check)
-    order = mixture.train_order(examples, tokenizer, DataConfig(**settings, on_error="skip"), 1,
-                                skipped=tmp_path / "skipped", check=mistakes.TrainingLabels(tmp_path, "train").check)
+    order = mixture.train_order(
+        examples,
+        tokenizer,
+        DataConfig(**settings, on_error="skip"),
+        1,
+        skipped=tmp_path / "skipped",
+        check=mistakes.TrainingLabels(tmp_path, "train").check,
+    )
     assert [index for group in order.groups.values() for index in group] == [0]
-    skipped, = map(json.loads, (tmp_path / "skipped").read_text().splitlines())
+    (skipped,) = map(json.loads, (tmp_path / "skipped").read_text().splitlines())
     assert skipped["index"] == 1 and "train.jsonl:2" in skipped["error"]
 
 

@@ -133,7 +133,7 @@ def test_every_mixture_can_be_entered_at_any_batch_of_any_epoch(mixed, root, tok
         whole = orders(mixed + clip, tokenizer, config, 40, **options)
         for start in (4, 9, 13, 31):
             batches = mixture.train_dataset(order, root, tokenizer, config, start=start)
-            assert indices(take(batches, 2)) == whole[start:start + 2]
+            assert indices(take(batches, 2)) == whole[start : start + 2]
 
 
 def test_a_curriculum_lets_tasks_join_at_their_step(mixed, tokenizer, config):
@@ -144,7 +144,8 @@ def test_a_curriculum_lets_tasks_join_at_their_step(mixed, tokenizer, config):
     assert set.union(*tasks[10:]) == {"s4", "avss", "avqa"}
     # Off by default; and once all have joined the shares are those without one.
     assert orders(mixed, tokenizer, config, 9, curriculum=dict.fromkeys(("s4", "avss", "avqa"), 0)) == orders(
-        mixed, tokenizer, config, 9)
+        mixed, tokenizer, config, 9
+    )
     late = sum(orders(mixed, tokenizer, config, 46, curriculum=curriculum)[10:], [])
     assert collections.Counter(mixed[i].task for i in late) == {"s4": 28, "avss": 20, "avqa": 24}
     with pytest.raises(InputError, match="curriculum.*first 3 steps"):

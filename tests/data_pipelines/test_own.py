@@ -26,7 +26,7 @@ from data_pipelines.own.table import Row
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/your_data.md").read_text()
 LINES = re.findall(r"```jsonl\n(.*?)```", DOCUMENT, re.DOTALL)
-TABLE, = re.findall(r"```csv\n(.*?)```", DOCUMENT, re.DOTALL)
+(TABLE,) = re.findall(r"```csv\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,23 @@ def table(root: Path, text: str | bytes, *options: str, name: str = "t.csv") -> 
     """The exit code for a table beside the media, and the Examples of train."""
     (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit) as done:
-        own.main([f"--{'jsonl' if name.endswith('jsonl') else 'csv'}", str(root / name), "--root", str(root),
-                  "--workers", "1", *options])
+        own.main(
+            [
+                f"--{'jsonl' if name.endswith('jsonl') else 'csv'}",
+                str(root / name),
+                "--root",
+                str(root),
+                "--workers",
+                "1",
+                *options,
+            ]
+        )
     lists = root / "train.jsonl"
     return int(done.value.code or 0), read_jsonl(lists) if lists.is_file() else []
 
 
 # The document.
+
 
 def test_the_document_begins_with_three_sound_lines_of_each_task(files, tokenizer):
     assert [{json.loads(line)["task"] for line in block.splitlines()} for block in LINES] == [{t} for t in TASKS]
@@ -104,15 +114,23 @@ def test_help_shows_an_example(capsys):
 ROW = "task,media,question,answer\navqa,clips/dog.mp4,{},two\n"
 
 
-@pytest.mark.parametrize("content", [
-    ROW.format("How many?").encode("utf-8-sig"), ROW.format("How many?").encode("utf-16"),
-    ROW.format("How many?").replace(",", ";").encode(), ROW.format("How many?").replace(",", "\t").encode(),
-    b"sep=;\r\n" + ROW.format("How many?").replace(",", ";").encode(),
-    ROW.format("How many?").replace("\n", "\r\n").encode() + b",,,\r\n\r\n,,,\r\n",
-    ROW.format("How many?").replace("task,media", " Task , MEDIA ").encode(),
-    ROW.format("How many?").replace("\n", "\r").encode(), ROW.format("How many?").replace(",", "|").encode(),
-    ROW.format('"How\nmany?"').encode(), ROW.format("How many?").replace("clips/", "clips\\").encode(),
-    b"\n" + ROW.format("How many?").encode()])
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROW.format("How many?").encode("utf-8-sig"),
+        ROW.format("How many?").encode("utf-16"),
+        ROW.format("How many?").replace(",", ";").encode(),
+        ROW.format("How many?").replace(",", "\t").encode(),
+        b"sep=;\r\n" + ROW.format("How many?").replace(",", ";").encode(),
+        ROW.format("How many?").replace("\n", "\r\n").encode() + b",,,\r\n\r\n,,,\r\n",
+        ROW.format("How many?").replace("task,media", " Task , MEDIA ").encode(),
+        ROW.format("How many?").replace("\n", "\r").encode(),
+        ROW.format("How many?").replace(",", "|").encode(),
+        ROW.format('"How\nmany?"').encode(),
+        ROW.format("How many?").replace("clips/", "clips\\").encode(),
+        b"\n" + ROW.format("How many?").encode(),
+    ],
+)
 def test_tables_as_programs_save_them(root, content):
     code, (example,) = table(root, content)
     assert code == 0 and example.meta["question"] == "How many?" and example.video == "clips/dog.mp4"
@@ -124,31 +142,46 @@ def test_western_windows_text_is_read_and_said(root, capsys):
 
 
 def test_whole_seconds_may_have_been_stored_as_decimals(root):
-    text = "task,media,object,second,mask,events\ns4,clips/dog.mp4,dog,3.0,masks/dog_3.png,\n" \
-           "ave,clips/dog.mp4,,,,Bark 2.0-5.0\n"
+    text = (
+        "task,media,object,second,mask,events\ns4,clips/dog.mp4,dog,3.0,masks/dog_3.png,\n"
+        "ave,clips/dog.mp4,,,,Bark 2.0-5.0\n"
+    )
     code, (masked, timed) = table(root, text)
     assert code == 0 and masked.second == 3 and (timed.meta["start"], timed.meta["end"]) == (2, 5)
 
 
-@pytest.mark.parametrize("said", ["Bark from 2 to 5", "Bark: 2 - 5", "Bark - 2-5", "Bark = 2 to 5", "Bark @ 2s-5s",
-                                  "Bark at 2\u20135", "Bark (2-5)"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Bark from 2 to 5",
+        "Bark: 2 - 5",
+        "Bark - 2-5",
+        "Bark = 2 to 5",
+        "Bark @ 2s-5s",
+        "Bark at 2\u20135",
+        "Bark (2-5)",
+    ],
+)
 def test_a_word_or_sign_before_the_seconds_is_no_part_of_the_name(root, said):
     code, (example,) = table(root, f"task,media,events\nave,clips/dog.mp4,{said}\n")
     assert code == 0 and [example.meta[name] for name in ("event", "start", "end")] == ["Bark", 2, 5]
 
 
-@pytest.mark.parametrize("name", ["Boeing 747", "Race car, auto racing", "Take-off", "Fixed-wing aircraft",
-                                  "Meow - cat"])
+@pytest.mark.parametrize(
+    "name", ["Boeing 747", "Race car, auto racing", "Take-off", "Fixed-wing aircraft", "Meow - cat"]
+)
 def test_names_with_signs_of_their_own_stay_whole(root, name):
     code, (example,) = table(root, f'task,media,events\nave,clips/dog.mp4,"{name} 2-5"\n')
     assert code == 0 and example.meta["event"] == name
 
 
 def test_plain_json_lines_take_lists(root):
-    rows = [{"task": "avvp", "media": "clips/dog.mp4", "events": {"audio": [["Dog", 2, 5]], "visual": []}},
-            {"task": "arig", "media": ["clips/dog.jpg", "clips/dog.wav"], "object": "dog", "box_224": [10, 20, 30, 40]},
-            {"task": "ms3", "video": "clips/dog.mp4", "object": ["dog", "man"], "second": 3, "mask": "masks/dog_3.png"},
-            {"task": "avcap", "media": "clips/dog.mp4", "captions": ["A dog.", "It barks."], "id": 7}]
+    rows = [
+        {"task": "avvp", "media": "clips/dog.mp4", "events": {"audio": [["Dog", 2, 5]], "visual": []}},
+        {"task": "arig", "media": ["clips/dog.jpg", "clips/dog.wav"], "object": "dog", "box_224": [10, 20, 30, 40]},
+        {"task": "ms3", "video": "clips/dog.mp4", "object": ["dog", "man"], "second": 3, "mask": "masks/dog_3.png"},
+        {"task": "avcap", "media": "clips/dog.mp4", "captions": ["A dog.", "It barks."], "id": 7},
+    ]
     code, made = table(root, "".join(json.dumps(row) + "\n" for row in rows), name="t.jsonl")
     assert code == 0 and made[0].meta["audio"] == [["Dog", 2, 5]] and made[1].meta["box"] == [10, 20, 30, 40]
     assert made[2].meta["objects"] == ["dog", "man"] and made[3].meta["captions"] == ["A dog.", "It barks."]
@@ -160,8 +193,10 @@ def test_splits_and_pictures_of_a_clip(root):
     frames.mkdir()
     for second in range(5):
         write_picture(frames / f"{second}.png", np.full((48, 64, 3), 9, np.uint8))
-    text = "task,frames,audio,media,split,object,second,mask,answer\n" \
-           "s4,frames,clips/dog.wav,,train,dog,3,masks/dog_3.png,\navcap,,,clips/band.mp4,Validation,,,,A band.\n"
+    text = (
+        "task,frames,audio,media,split,object,second,mask,answer\n"
+        "s4,frames,clips/dog.wav,,train,dog,3,masks/dog_3.png,\navcap,,,clips/band.mp4,Validation,,,,A band.\n"
+    )
     code, (masked,) = table(root, text)
     assert code == 0 and masked.windows == "five" and masked.frames == tuple(f"frames/{k}.png" for k in range(5))
     assert [e.task for e in read_jsonl(root / "val.jsonl")] == ["avcap"]
@@ -183,12 +218,26 @@ def test_a_box_in_pixels_is_scaled_to_the_picture_that_the_model_sees(root):
     assert TASKS["arig"].parse(example.target) == (112, 56, 224, 224)
 
 
-@pytest.mark.parametrize("seconds, task, one, windows", [
-    (10, "avqa", False, "ten"), (60, "avqa", False, "music_avqa"), (5, "s4", False, "five"),
-    (5, "ms3", True, "one_of_five"), (10, "avss", True, "one"), (5, "avss", False, "ten"), (5, "avss", True, "one"),
-    (5, "arig", False, "five"), (10, "arig", False, "ten"), (5, "arig", True, "one_of_five"), (10, "arig", True, "one"),
-    (10, "ref-avs", True, "ten"), (10, "avvp", False, "ten"), (60, "avcap", False, "ten"),
-    (60, "avqa", True, "music_avqa")])
+@pytest.mark.parametrize(
+    "seconds, task, one, windows",
+    [
+        (10, "avqa", False, "ten"),
+        (60, "avqa", False, "music_avqa"),
+        (5, "s4", False, "five"),
+        (5, "ms3", True, "one_of_five"),
+        (10, "avss", True, "one"),
+        (5, "avss", False, "ten"),
+        (5, "avss", True, "one"),
+        (5, "arig", False, "five"),
+        (10, "arig", False, "ten"),
+        (5, "arig", True, "one_of_five"),
+        (10, "arig", True, "one"),
+        (10, "ref-avs", True, "ten"),
+        (10, "avvp", False, "ten"),
+        (60, "avcap", False, "ten"),
+        (60, "avqa", True, "music_avqa"),
+    ],
+)
 def test_windows_are_those_of_the_datasets(seconds, task, one, windows):
     assert windows_for(TASKS[task], seconds, one) == windows in TASKS[task].windows
 
@@ -198,57 +247,72 @@ def test_windows_are_those_of_the_datasets(seconds, task, one, windows):
 A = "task,media,question,answer,events,object,expression,second,box,mask,type\n"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "is empty"), ("task,media\n", "holds no row"), ("media,answer\nclips/dog.mp4,x\n", "no such column"),
-    ("task,media,anwser\navcap,clips/dog.mp4,x\n", r"\[anwser\].*did you mean 'answer'"),
-    ("task,task\nave,ave\n", "comes twice"), (A + "AVX,clips/dog.mp4\n", "unknown task 'AVX'"),
-    (A + "avqa,clips/dog.mp4,Why, because, it barks,,,,,,,,\n", r"t.csv:2 \[events\]: is 'it barks'"),
-    ("task,media,question,answer\navqa,clips/dog.mp4,Why, because,it barks\n", "has 5 cells, but the header 4"),
-    (A + 'avqa,clips/dog.mp4,"Why,two\n', "double quote"),
-    (A + "avqa,clips/dog.mp4,,two\n", r"t.csv:2 \[question\]: is empty"),
-    (A + "avqa,clips/dog.mp4,How?,\n", r"\[answer\]: is empty"),
-    (A + "avqa,clips/dog.mp4,How?,two,,,,,,,Sound\n", r"\[type\].*Audio-Visual/Counting"),
-    (A + "avqa,clips/dog.mp4,How?,two,Bark 2-5\n", r"\[events\].*avqa has no events"),
-    (A + "avqa,clips/dog.jpg;clips/dog.wav,How?,two\n", "about a video"),
-    (A + "avqa,clips/mute.mp4,How?,two\n", "has no sound"), (A + "avqa,clips/no.mp4,How?,two\n", "no such file"),
-    (A + "avqa,clips,How?,two\n", "is a folder"), (A + "avqa,https://x.org/a.mp4,How?,two\n", "download"),
-    (A + "avqa,,How?,two\n", r"\[media\]: is empty"), (A + "avqa,clips/dog.mp4;clips/band.mp4,How?,two\n", "twice"),
-    (A + "arig,clips/dog.jpg,,,,dog,,,\"1,2,30,40\"\n", "pictures have no sound"),
-    (A + "ave,clips/dog.mp4,,,\n", r"\[events\]: is empty"),
-    (A + "ave,clips/dog.mp4,,,Bark\n", "cannot be read: 'Bark'"),
-    (A + "ave,clips/dog.mp4,,,Bark 0:02-0:05\n", "cannot be read|0:"), (A + "ave,clips/dog.mp4,,,Bark 2.5-5\n", "2.5"),
-    (A + "ave,clips/dog.mp4,,,Bark -2-5\n", "cannot be read: 'Bark -2-5'"),
-    (A + "ave,clips/dog.mp4,,,nan\n", r"\[events\]: is 'nan', which programs write for nothing"),
-    (A + "avqa,clips/dog.mp4,#N/A,two\n", r"\[question\]: is '#N/A'"),
-    (A + "avqa,clips/dog.mp4,How?,NA\n", r"\[answer\]: is 'NA'.*leave the cell empty"),
-    (A + "ave,clips/dog.mp4,,,Bark 5-2\n", "Bark"), (A + "ave,clips/dog.mp4,,,Bark 3-3\n", "the end exclusive"),
-    (A + "ave,clips/dog.mp4,,,Bark 12-20\n", "0 to 10"), (A + "ave,clips/dog.mp4,,,Bark 1-2; Car 3-4\n", "2 events"),
-    (A + 'ave,clips/dog.mp4,,,"Bark 2-5, Car 3-4"\n', "without a `;` between"),
-    (A + 'avvp,clips/dog.mp4,,,"audio: Dog 2-5, visual: Dog 0-10"\n', "what is heard and what is seen"),
-    (A + "ave,clips/dog.mp4,,,2-5 Bark\n", "cannot be read"),
-    (A + "ave,clips/dog.mp4,,,Bark 2-5-7\n", "cannot be read"),
-    (A + "avvp,clips/dog.mp4,,,Dog 2-5\n", "heard or seen"),
-    (A + "avvp,clips/dog.mp4,,,audio: Dog 2-5\n", "what is seen"),
-    (A + "avvp,clips/dog.mp4,,,audio: ; visual: Dog 2-5\n", "is empty"),
-    (A + "arig,clips/dog.jpg;clips/dog.wav,,,,dog\n", r"\[box\]: is empty, and so is box_224"),
-    (A + "arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,\"10,20,900,40\"\n", "leaves the picture of 640 x 480"),
-    (A + "arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,\"100,200,50,40\"\n", "not its width and height"),
-    (A + "arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,\"0.1,0.2,0.5,0.9\"\n", "shares of the picture"),
-    (A + "arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,\"10,20,30\"\n", "upper left"),
-    (A + "s4,clips/dog.mp4,,,,dog,,,,masks/dog_3.png\n", r"\[second\]: is empty"),
-    (A + "s4,clips/dog.mp4,,,,dog,,0:03,,masks/dog_3.png\n", "counted from 0"),
-    (A + "s4,clips/dog.mp4,,,,dog,,10,,masks/dog_3.png\n", "count from 0 to 9"),
-    (A + "s4,clips/dog.mp4,,,,dog,,3\n", r"\[mask\]: is empty"),
-    (A + "s4,clips/dog.mp4,,,,dog,,3,,masks/no.png\n", r"\[mask\]: no such file"),
-    (A + "avss,clips/short.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[image\].*give the picture"),
-    (A + "ref-avs,clips/dog.mp4,,,,,the dog,3,,masks/dog_3.png\n", "`nothing` where nothing fits"),
-    (A + "ref-avs,clips/dog.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[expression\]: is empty"),
-    (A.replace("type", "split") + "avqa,clips/dog.mp4,How?,two,,,,,,,trian\n", "unknown split 'trian'"),
-    (A.replace("type", "id") + "avqa,clips/dog.mp4,How?,two,,,,,,,a\navqa,clips/band.mp4,How?,two,,,,,,,a\n",
-     "t.csv:3.*that of line 2"),
-    (b"PK\x03\x04 a workbook", "save it as CSV"), (b"task\0,media", "no text of a known encoding"),
-    (A + "ave,clips/dog.mp4,,,Bark\nave,clips/no.mp4,,,Bark 2-5\n", r"t.csv:2 .*\(1 more rows are wrong\)"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ("task,media\n", "holds no row"),
+        ("media,answer\nclips/dog.mp4,x\n", "no such column"),
+        ("task,media,anwser\navcap,clips/dog.mp4,x\n", r"\[anwser\].*did you mean 'answer'"),
+        ("task,task\nave,ave\n", "comes twice"),
+        (A + "AVX,clips/dog.mp4\n", "unknown task 'AVX'"),
+        (A + "avqa,clips/dog.mp4,Why, because, it barks,,,,,,,,\n", r"t.csv:2 \[events\]: is 'it barks'"),
+        ("task,media,question,answer\navqa,clips/dog.mp4,Why, because,it barks\n", "has 5 cells, but the header 4"),
+        (A + 'avqa,clips/dog.mp4,"Why,two\n', "double quote"),
+        (A + "avqa,clips/dog.mp4,,two\n", r"t.csv:2 \[question\]: is empty"),
+        (A + "avqa,clips/dog.mp4,How?,\n", r"\[answer\]: is empty"),
+        (A + "avqa,clips/dog.mp4,How?,two,,,,,,,Sound\n", r"\[type\].*Audio-Visual/Counting"),
+        (A + "avqa,clips/dog.mp4,How?,two,Bark 2-5\n", r"\[events\].*avqa has no events"),
+        (A + "avqa,clips/dog.jpg;clips/dog.wav,How?,two\n", "about a video"),
+        (A + "avqa,clips/mute.mp4,How?,two\n", "has no sound"),
+        (A + "avqa,clips/no.mp4,How?,two\n", "no such file"),
+        (A + "avqa,clips,How?,two\n", "is a folder"),
+        (A + "avqa,https://x.org/a.mp4,How?,two\n", "download"),
+        (A + "avqa,,How?,two\n", r"\[media\]: is empty"),
+        (A + "avqa,clips/dog.mp4;clips/band.mp4,How?,two\n", "twice"),
+        (A + 'arig,clips/dog.jpg,,,,dog,,,"1,2,30,40"\n', "pictures have no sound"),
+        (A + "ave,clips/dog.mp4,,,\n", r"\[events\]: is empty"),
+        (A + "ave,clips/dog.mp4,,,Bark\n", "cannot be read: 'Bark'"),
+        (A + "ave,clips/dog.mp4,,,Bark 0:02-0:05\n", "cannot be read|0:"),
+        (A + "ave,clips/dog.mp4,,,Bark 2.5-5\n", "2.5"),
+        (A + "ave,clips/dog.mp4,,,Bark -2-5\n", "cannot be read: 'Bark -2-5'"),
+        (A + "ave,clips/dog.mp4,,,nan\n", r"\[events\]: is 'nan', which programs write for nothing"),
+        (A + "avqa,clips/dog.mp4,#N/A,two\n", r"\[question\]: is '#N/A'"),
+        (A + "avqa,clips/dog.mp4,How?,NA\n", r"\[answer\]: is 'NA'.*leave the cell empty"),
+        (A + "ave,clips/dog.mp4,,,Bark 5-2\n", "Bark"),
+        (A + "ave,clips/dog.mp4,,,Bark 3-3\n", "the end exclusive"),
+        (A + "ave,clips/dog.mp4,,,Bark 12-20\n", "0 to 10"),
+        (A + "ave,clips/dog.mp4,,,Bark 1-2; Car 3-4\n", "2 events"),
+        (A + 'ave,clips/dog.mp4,,,"Bark 2-5, Car 3-4"\n', "without a `;` between"),
+        (A + 'avvp,clips/dog.mp4,,,"audio: Dog 2-5, visual: Dog 0-10"\n', "what is heard and what is seen"),
+        (A + "ave,clips/dog.mp4,,,2-5 Bark\n", "cannot be read"),
+        (A + "ave,clips/dog.mp4,,,Bark 2-5-7\n", "cannot be read"),
+        (A + "avvp,clips/dog.mp4,,,Dog 2-5\n", "heard or seen"),
+        (A + "avvp,clips/dog.mp4,,,audio: Dog 2-5\n", "what is seen"),
+        (A + "avvp,clips/dog.mp4,,,audio: ; visual: Dog 2-5\n", "is empty"),
+        (A + "arig,clips/dog.jpg;clips/dog.wav,,,,dog\n", r"\[box\]: is empty, and so is box_224"),
+        (A + 'arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,"10,20,900,40"\n', "leaves the picture of 640 x 480"),
+        (A + 'arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,"100,200,50,40"\n', "not its width and height"),
+        (A + 'arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,"0.1,0.2,0.5,0.9"\n', "shares of the picture"),
+        (A + 'arig,clips/dog.jpg;clips/dog.wav,,,,dog,,,"10,20,30"\n', "upper left"),
+        (A + "s4,clips/dog.mp4,,,,dog,,,,masks/dog_3.png\n", r"\[second\]: is empty"),
+        (A + "s4,clips/dog.mp4,,,,dog,,0:03,,masks/dog_3.png\n", "counted from 0"),
+        (A + "s4,clips/dog.mp4,,,,dog,,10,,masks/dog_3.png\n", "count from 0 to 9"),
+        (A + "s4,clips/dog.mp4,,,,dog,,3\n", r"\[mask\]: is empty"),
+        (A + "s4,clips/dog.mp4,,,,dog,,3,,masks/no.png\n", r"\[mask\]: no such file"),
+        (A + "avss,clips/short.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[image\].*give the picture"),
+        (A + "ref-avs,clips/dog.mp4,,,,,the dog,3,,masks/dog_3.png\n", "`nothing` where nothing fits"),
+        (A + "ref-avs,clips/dog.mp4,,,,dog,,3,,masks/dog_3.png\n", r"\[expression\]: is empty"),
+        (A.replace("type", "split") + "avqa,clips/dog.mp4,How?,two,,,,,,,trian\n", "unknown split 'trian'"),
+        (
+            A.replace("type", "id") + "avqa,clips/dog.mp4,How?,two,,,,,,,a\navqa,clips/band.mp4,How?,two,,,,,,,a\n",
+            "t.csv:3.*that of line 2",
+        ),
+        (b"PK\x03\x04 a workbook", "save it as CSV"),
+        (b"task\0,media", "no text of a known encoding"),
+        (A + "ave,clips/dog.mp4,,,Bark\nave,clips/no.mp4,,,Bark 2-5\n", r"t.csv:2 .*\(1 more rows are wrong\)"),
+    ],
+)
 def test_a_wrong_table_is_one_line_and_writes_nothing(root, text, message, one_line_error):
     (root / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     before = sorted(root.rglob("*"))
@@ -278,7 +342,7 @@ def test_media_elsewhere_are_copied_when_asked_for(root, tmp_path, one_line_erro
         with pytest.raises(SystemExit) as done:
             own.main(["--csv", str(root / "t.csv"), "--root", str(other), "--copy", "--workers", "1", *again])
         assert not done.value.code
-    example, = read_jsonl(other / "train.jsonl")
+    (example,) = read_jsonl(other / "train.jsonl")
     assert example.video == "media/clips/dog.mp4"
     assert (other / example.video).read_bytes() == (root / "clips/dog.mp4").read_bytes()
     assert sorted(p.name for p in other.rglob("*") if p.is_file()) == ["dog.mp4", "train.jsonl"]

@@ -36,8 +36,15 @@ def test_padding_counts_an_example_as_often_as_it_is_drawn():
 
 def test_what_is_measured_is_what_a_batch_holds(root, tokenizer, config):
     clip = Example("clip", "ave", "See <video> and hear <audio>", target="a dog", video="clip.mp4")
-    pictures = Example("pictures", "ave", "See <video> and hear <audio>", target="a", audio="clip.wav", windows="five",
-                       frames=("0.png", "1.png"))
+    pictures = Example(
+        "pictures",
+        "ave",
+        "See <video> and hear <audio>",
+        target="a",
+        audio="clip.wav",
+        windows="five",
+        frames=("0.png", "1.png"),
+    )
     (row,) = padding.padding(group_by_bucket([clip, pictures], tokenizer, config))
     batch = collate([load(one, root, tokenizer, config) for one in (clip, pictures)], 2)
     empty = [1 - mask.mean() for mask in (batch.text_mask, batch.frame_mask, batch.audio_mask)]

@@ -24,16 +24,32 @@ from data_pipelines.sources.release import Release
 COUNTS = pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.exhaustive)])
 # The annotation files of each dataset's train (in LLP test, which has dense labels too).
 FILES = {
-    "ave": ["trainSet.txt"], "avvp": ["AVVP_test_pd.csv", "AVVP_eval_audio.csv", "AVVP_eval_visual.csv"],
-    "avqa": ["json_update/avqa-train.json"], "avqa_original": ["json/avqa-train.json"],
-    "s4": ["metadata.csv", "label2idx.json"], "ms3": ["metadata.csv"], "avss": ["metadata.csv"],
-    "arig": ["metadata.csv"], "s4_object": ["Single-source/s4_meta_data.csv"],
-    "ms3_object": ["Multi-sources/ms3_meta_data.csv"], "arig_object": ["Single-source/s4_meta_data.csv"],
-    "ref_avs": ["metadata.csv"], "valor": ["desc_train.json"], "video_llava": ["llava_image_.json", "valley_.json"],
-    "audiocaps": ["dataset/train.csv"], "lvis": ["lvis_v1_train.json"], "own": ["train.jsonl"]}
-HEADERS = {"avvp": "filename\tonset\toffset\tevent_labels", "s4": "uid,a_obj,split,label",
-           "ref_avs": "vid,uid,split,fid,exp", "s4_object": "name,start,category,split", "ms3_object": "video_id,split",
-           "audiocaps": "audiocap_id,youtube_id,start_time,caption"}
+    "ave": ["trainSet.txt"],
+    "avvp": ["AVVP_test_pd.csv", "AVVP_eval_audio.csv", "AVVP_eval_visual.csv"],
+    "avqa": ["json_update/avqa-train.json"],
+    "avqa_original": ["json/avqa-train.json"],
+    "s4": ["metadata.csv", "label2idx.json"],
+    "ms3": ["metadata.csv"],
+    "avss": ["metadata.csv"],
+    "arig": ["metadata.csv"],
+    "s4_object": ["Single-source/s4_meta_data.csv"],
+    "ms3_object": ["Multi-sources/ms3_meta_data.csv"],
+    "arig_object": ["Single-source/s4_meta_data.csv"],
+    "ref_avs": ["metadata.csv"],
+    "valor": ["desc_train.json"],
+    "video_llava": ["llava_image_.json", "valley_.json"],
+    "audiocaps": ["dataset/train.csv"],
+    "lvis": ["lvis_v1_train.json"],
+    "own": ["train.jsonl"],
+}
+HEADERS = {
+    "avvp": "filename\tonset\toffset\tevent_labels",
+    "s4": "uid,a_obj,split,label",
+    "ref_avs": "vid,uid,split,fid,exp",
+    "s4_object": "name,start,category,split",
+    "ms3_object": "video_id,split",
+    "audiocaps": "audiocap_id,youtube_id,start_time,caption",
+}
 LETTERS = "ABYZabyz019_-"
 CLIP = st.text(LETTERS, min_size=11, max_size=11)
 WORDS = st.text(st.characters(exclude_characters="\0\r\n<>", exclude_categories=("Cs",)), max_size=20)
@@ -43,8 +59,9 @@ STYLE = st.tuples(st.sampled_from(["\n", "\r\n"]), st.booleans())  # line ends, 
 
 def hold(count, strategy, check):
     """`check(value)` for `count` values of a strategy, the same ones in every run."""
-    settings(max_examples=count, deadline=None, derandomize=True, database=None,
-             suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+    settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )(given(strategy)(check))()
 
 
 def put(root: Path, name: str, text: str | bytes, style: tuple[str, bool] = ("\n", False)) -> None:
@@ -75,14 +92,17 @@ def split_of(name: str) -> str:
 
 # Anything at all.
 
+
 @COUNTS
 @pytest.mark.parametrize("name", DATASETS)
 def test_any_bytes_are_examples_or_input_errors(tmp_path, name, count):
     header = HEADERS.get(name, "").encode()
     cells = st.lists(st.lists(WORDS, min_size=1, max_size=6), max_size=4).map(
-        lambda rows: header + b"\n" + lines_of(rows, "\t" if name == "avvp" else ",").encode())
-    content = st.one_of(st.binary(max_size=80), st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")),
-                        cells)
+        lambda rows: header + b"\n" + lines_of(rows, "\t" if name == "avvp" else ",").encode()
+    )
+    content = st.one_of(
+        st.binary(max_size=80), st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")), cells
+    )
 
     def check(contents):
         for file, data in zip(FILES[name], contents, strict=True):
@@ -96,8 +116,11 @@ def test_any_bytes_are_examples_or_input_errors(tmp_path, name, count):
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | FINITE | WORDS,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=9)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | FINITE | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=9,
+)
 
 
 @COUNTS
@@ -122,17 +145,20 @@ def test_any_text_is_json_that_can_be_written_again_or_an_input_error(count):
             return
         assert json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode()) == value
 
-    pieces = st.lists(st.sampled_from(['"', "\\ud83d", "\\ude00", "\\", "a", "[", "]", "{", "}", ":", ",", "1", "NaN"]),
-                      max_size=12).map("".join)
+    pieces = st.lists(
+        st.sampled_from(['"', "\\ud83d", "\\ude00", "\\", "a", "[", "]", "{", "}", ":", ",", "1", "NaN"]), max_size=12
+    ).map("".join)
     hold(4 * count, st.text(max_size=20) | pieces | pieces.map(lambda t: f'"{t}"'), check)
 
 
 # Sound rows.
 
+
 @COUNTS
 def test_ave(tmp_path, count):
     row = st.tuples(st.sampled_from(ave.CATEGORIES), CLIP, st.integers(0, 9), st.integers(1, ave_task.SECONDS)).filter(
-        lambda r: r[2] < r[3])
+        lambda r: r[2] < r[3]
+    )
 
     def check(value):
         rows, header, style = value
@@ -162,10 +188,25 @@ def test_llp(tmp_path, count):
 
     def check(data):
         weak, style = data.draw(st.tuples(clips, STYLE))
-        dense = {kind: data.draw(st.lists(st.tuples(st.sampled_from([*weak, "a_clip_of_no_split"]), st.integers(0, 10),
-                                                    st.integers(0, 10), label), max_size=6)) for kind in avvp.DENSE}
-        put(tmp_path, "AVVP_test_pd.csv", lines_of([("filename", "event_labels"), *(
-            (clip, ",".join(labels)) for clip, labels in weak.items())], "\t"), style)
+        dense = {
+            kind: data.draw(
+                st.lists(
+                    st.tuples(
+                        st.sampled_from([*weak, "a_clip_of_no_split"]), st.integers(0, 10), st.integers(0, 10), label
+                    ),
+                    max_size=6,
+                )
+            )
+            for kind in avvp.DENSE
+        }
+        put(
+            tmp_path,
+            "AVVP_test_pd.csv",
+            lines_of(
+                [("filename", "event_labels"), *((clip, ",".join(labels)) for clip, labels in weak.items())], "\t"
+            ),
+            style,
+        )
         for kind, rows in dense.items():
             table = [("filename", "onset", "offset", "event_labels"), *rows]
             put(tmp_path, avvp.DENSE[kind], lines_of(table, "\t"), style)
@@ -192,12 +233,24 @@ def test_music_avqa(tmp_path, count):
             template = " ".join([*text, *["<Object>"] * len(slots)]) + data.draw(st.sampled_from(["?", "\uff1f", "? "]))
             video = data.draw(st.sampled_from(["00000093", "va00000012", "esa00000500"]))
             answer = data.draw(st.sampled_from(avqa.ANSWERS))
-            rows.append({"video_id": video, "question_id": number, "type": '["Audio-Visual", "Counting"]',
-                         "question_content": template, "templ_values": json.dumps(slots), "question_deleted": 0,
-                         "anser": answer})
+            rows.append(
+                {
+                    "video_id": video,
+                    "question_id": number,
+                    "type": '["Audio-Visual", "Counting"]',
+                    "question_content": template,
+                    "templ_values": json.dumps(slots),
+                    "question_deleted": 0,
+                    "anser": answer,
+                }
+            )
             wanted.append((str(number), f"videos/{video}.mp4", answer, (" ".join([*text, *slots]) + "?").strip()))
-        put(tmp_path, "json_update/avqa-train.json", json.dumps(rows, indent=data.draw(st.sampled_from([None, 4]))),
-            data.draw(STYLE))
+        put(
+            tmp_path,
+            "json_update/avqa-train.json",
+            json.dumps(rows, indent=data.draw(st.sampled_from([None, 4]))),
+            data.draw(STYLE),
+        )
         assert [(e.id, e.video, e.meta["answer"], e.meta["question"]) for e in read("avqa", tmp_path)] == wanted
 
     hold(count, st.data(), check)
@@ -206,9 +259,16 @@ def test_music_avqa(tmp_path, count):
 @COUNTS
 def test_avsbench_semantic(tmp_path, count):
     objects = st.lists(st.sampled_from(CLASSES), min_size=1, max_size=3).map("_".join) | st.sampled_from(
-        avsbench.S4_CATEGORIES)
-    row = st.tuples(CLIP, st.sampled_from(["", "_3", "_0_5000"]), objects, st.sampled_from(avsbench.SPLITS),
-                    st.sampled_from(["v1s", "v1m", "v2"]), WORDS)
+        avsbench.S4_CATEGORIES
+    )
+    row = st.tuples(
+        CLIP,
+        st.sampled_from(["", "_3", "_0_5000"]),
+        objects,
+        st.sampled_from(avsbench.SPLITS),
+        st.sampled_from(["v1s", "v1m", "v2"]),
+        WORDS,
+    )
 
     def check(value):
         rows, order, style = value
@@ -233,24 +293,35 @@ def test_avsbench_object(tmp_path, count):
         rows, style = value
         table = [("name", "start", "category", "split"), *rows]
         put(tmp_path, "Single-source/s4_meta_data.csv", lines_of(table), style)
-        put(tmp_path, "Multi-sources/ms3_meta_data.csv", lines_of([("video_id", "split"), *(
-            (clip, split) for clip, _, _, split in rows)]), style)
+        put(
+            tmp_path,
+            "Multi-sources/ms3_meta_data.csv",
+            lines_of([("video_id", "split"), *((clip, split) for clip, _, _, split in rows)]),
+            style,
+        )
         for split in avsbench.SPLITS:
             mine = [row for row in rows if row[3] == split]
             s4, ms3 = read("s4_object", tmp_path, split), read("ms3_object", tmp_path, split)
             step = 1 if split == "train" else 5
             assert [e.meta["video"] for e in s4[::step]] == [e.meta["video"] for e in ms3[::5]] == [r[0] for r in mine]
             assert [e.audio for e in s4[::step]] == [
-                f"Single-source/s4_data/audio_wav/{split}/{category}/{clip}.wav" for clip, _, category, _ in mine]
+                f"Single-source/s4_data/audio_wav/{split}/{category}/{clip}.wav" for clip, _, category, _ in mine
+            ]
 
     hold(count, st.tuples(st.lists(row, min_size=1, max_size=4), STYLE), check)
 
 
 @COUNTS
 def test_ref_avs(tmp_path, count):
-    row = st.tuples(st.sampled_from(["", "null_c-", "null_m-"]), CLIP, st.sampled_from(["cat", "hair-dryer"]),
-                    st.integers(1, 6), st.sampled_from(["train", "val", "test_s", "test_u", "test_n", "TODO"]),
-                    st.integers(0, 32), SPACED)
+    row = st.tuples(
+        st.sampled_from(["", "null_c-", "null_m-"]),
+        CLIP,
+        st.sampled_from(["cat", "hair-dryer"]),
+        st.integers(1, 6),
+        st.sampled_from(["train", "val", "test_s", "test_u", "test_n", "TODO"]),
+        st.integers(0, 32),
+        SPACED,
+    )
 
     def check(value):
         rows, style = value
@@ -285,15 +356,25 @@ def test_valor(tmp_path, count):
 
 @COUNTS
 def test_video_llava(tmp_path, count):
-    row = st.tuples(st.sampled_from(["image", "video"]), st.integers() | st.text("abc1", min_size=1, max_size=5),
-                    WORDS, SPACED, st.booleans())
+    row = st.tuples(
+        st.sampled_from(["image", "video"]),
+        st.integers() | st.text("abc1", min_size=1, max_size=5),
+        WORDS,
+        SPACED,
+        st.booleans(),
+    )
 
     def check(rows):
         items, wanted = [], []
         for kind, number, question, answer, first in rows:
             asked = f"<{kind}>\n{question}" if first else f"{question}\n<{kind}>"
-            items.append({"id": number, kind: f"valley/{len(items)}/x.mp4", "conversations": [
-                {"from": "human", "value": asked}, {"from": "gpt", "value": answer}]})
+            items.append(
+                {
+                    "id": number,
+                    kind: f"valley/{len(items)}/x.mp4",
+                    "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}],
+                }
+            )
             text = " ".join(answer.split())
             wanted.append((f"{kind}-{number}", " ".join(question.split()), text + ("" if text[-1] in ".!?" else ".")))
         put(tmp_path, "valley_.json", json.dumps(items))
@@ -307,14 +388,18 @@ def test_video_llava(tmp_path, count):
 @COUNTS
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_audiocaps(tmp_path, kind, count):
-    clips = st.dictionaries(st.tuples(CLIP, st.integers(0, 500)), st.lists(SPACED, min_size=1, max_size=5), min_size=1,
-                            max_size=3)
+    clips = st.dictionaries(
+        st.tuples(CLIP, st.integers(0, 500)), st.lists(SPACED, min_size=1, max_size=5), min_size=1, max_size=3
+    )
 
     def check(value):
         captions, style = value
         header = ("audiocap_id", "youtube_id", "start_time", "caption")
-        rows = [(100 * n + k, clip, start, text) for n, ((clip, start), texts) in enumerate(captions.items())
-                for k, text in enumerate(texts)]
+        rows = [
+            (100 * n + k, clip, start, text)
+            for n, ((clip, start), texts) in enumerate(captions.items())
+            for k, text in enumerate(texts)
+        ]
         if kind == "csv":
             put(tmp_path, "train.csv", lines_of([header, *rows]), style)
         else:
@@ -335,9 +420,11 @@ def test_lvis(tmp_path, count):
     def check(value):
         boxes, name, area, folder = value
         outlines = [[x, y, x + w, y, x + w, y + h, x, y + h] for x, y, w, h in boxes]
-        content = {"images": [{"id": 7, "width": 64, "height": 48, "coco_url": f"http://x.org/{folder}/000000000007.jpg"}],
-                   "categories": [{"id": 3, "name": name, "def": "a thing"}],
-                   "annotations": [{"id": 9, "image_id": 7, "category_id": 3, "area": area, "segmentation": outlines}]}
+        content = {
+            "images": [{"id": 7, "width": 64, "height": 48, "coco_url": f"http://x.org/{folder}/000000000007.jpg"}],
+            "categories": [{"id": 3, "name": name, "def": "a thing"}],
+            "annotations": [{"id": 9, "image_id": 7, "category_id": 3, "area": area, "segmentation": outlines}],
+        }
         put(tmp_path, "lvis_v1_train.json", json.dumps(content))
         found = read("lvis", tmp_path)
         assert len(found) == (area >= 1000)
@@ -350,31 +437,60 @@ def test_lvis(tmp_path, count):
                 inside[int(y) + 1 : int(y + h), int(x) + 1 : int(x + w)] = True
             assert mask.shape == (48, 64) and mask[inside].all()
 
-    hold(count, st.tuples(st.lists(box, min_size=1, max_size=3), WORDS, st.sampled_from([999.5, 1000, 5e4]),
-                          st.sampled_from(["train2017", "val2017"])), check)
+    hold(
+        count,
+        st.tuples(
+            st.lists(box, min_size=1, max_size=3),
+            WORDS,
+            st.sampled_from([999.5, 1000, 5e4]),
+            st.sampled_from(["train2017", "val2017"]),
+        ),
+        check,
+    )
 
 
 @COUNTS
 def test_own(tmp_path, count):
-    path = st.lists(st.text("ab \u526a.-", min_size=1, max_size=6).filter(lambda p: p not in (".", "..")),
-                    min_size=1, max_size=3).map("/".join).filter(lambda p: not p.startswith("~"))
+    path = (
+        st.lists(
+            st.text("ab \u526a.-", min_size=1, max_size=6).filter(lambda p: p not in (".", "..")),
+            min_size=1,
+            max_size=3,
+        )
+        .map("/".join)
+        .filter(lambda p: not p.startswith("~"))
+    )
     maybe = st.none() | path
 
     def check(data):
         examples = []
         for number in data.draw(st.lists(WORDS, min_size=1, max_size=3, unique=True)):
             video = data.draw(maybe)
-            examples.append(Example(
-                id=number, task=data.draw(st.sampled_from(TASK_NAMES)), instruction=data.draw(WORDS),
-                target=data.draw(WORDS), video=video, image=data.draw(maybe), audio=data.draw(maybe),
-                frames=() if video else tuple(data.draw(st.lists(path, max_size=3))),
-                windows=data.draw(st.sampled_from(WINDOWS)), second=data.draw(st.none() | st.integers()),
-                seg_image=data.draw(maybe), mask=data.draw(maybe | st.just("rle:empty")),
-                mask_kind=data.draw(st.sampled_from(MASK_KINDS)),
-                meta=data.draw(st.dictionaries(WORDS, JSON, max_size=2))))
+            examples.append(
+                Example(
+                    id=number,
+                    task=data.draw(st.sampled_from(TASK_NAMES)),
+                    instruction=data.draw(WORDS),
+                    target=data.draw(WORDS),
+                    video=video,
+                    image=data.draw(maybe),
+                    audio=data.draw(maybe),
+                    frames=() if video else tuple(data.draw(st.lists(path, max_size=3))),
+                    windows=data.draw(st.sampled_from(WINDOWS)),
+                    second=data.draw(st.none() | st.integers()),
+                    seg_image=data.draw(maybe),
+                    mask=data.draw(maybe | st.just("rle:empty")),
+                    mask_kind=data.draw(st.sampled_from(MASK_KINDS)),
+                    meta=data.draw(st.dictionaries(WORDS, JSON, max_size=2)),
+                )
+            )
         ascii_only = data.draw(st.booleans())
-        put(tmp_path, "train.jsonl", "".join(json.dumps(to_json(e), ensure_ascii=ascii_only) + "\n" for e in examples),
-            data.draw(STYLE))
+        put(
+            tmp_path,
+            "train.jsonl",
+            "".join(json.dumps(to_json(e), ensure_ascii=ascii_only) + "\n" for e in examples),
+            data.draw(STYLE),
+        )
         found = list(own.read(Release(tmp_path), "train", "train"))
         for example, back in zip(examples, found, strict=True):
             assert to_json(back) == {**to_json(example), "meta": {**example.meta, "row": back.meta["row"]}}

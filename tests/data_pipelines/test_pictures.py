@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 48, 32
 @pytest.fixture
 def read(tmp_path):
     """A function that gives int[H,W,3] of the content of a picture file."""
+
     def of(content, name="x.bin"):
         (tmp_path / name).write_bytes(content)
         return media.read_picture(tmp_path / name).astype(int)
@@ -41,8 +42,16 @@ def colours():
 def turned(pixels, orientation):
     """What is stored of upright `pixels` under an EXIF orientation, worked out from its definition: where the stored
     row 0 and column 0 are shown."""
-    return {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
-            6: np.rot90(pixels), 7: pixels[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(pixels, -1)}[orientation]
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels),
+        7: pixels[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(pixels, -1),
+    }[orientation]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -51,8 +60,12 @@ def test_every_orientation_is_upright_in_size_and_pixels(read, tmp_path, colours
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {"quality": 95})
-    content = encoded(np.ascontiguousarray(turned(colours, orientation)), kind, exif=exif,
-                      **{} if kind in ("PNG", "TIFF") else options)
+    content = encoded(
+        np.ascontiguousarray(turned(colours, orientation)),
+        kind,
+        exif=exif,
+        **{} if kind in ("PNG", "TIFF") else options,
+    )
     pixels = read(content)
     assert pixels.shape == colours.shape and np.abs(pixels - colours).mean() < 4
     assert media.image_size(tmp_path / "x.bin") == (WIDTH, HEIGHT)
@@ -72,17 +85,29 @@ def test_every_mode_is_what_a_viewer_shows(read, colours):
     image = Image.fromarray(colours)
     grey = np.array(image.convert("L")).astype(int)
     three = grey[..., None].repeat(3, 2)
-    for mode, kind in (("RGB", "PNG"), ("RGBA", "PNG"), ("RGB", "BMP"), ("RGB", "TIFF"), ("RGB", "PPM"),
-                       ("RGB", "WEBP"), ("YCbCr", "TIFF"), ("LAB", "TIFF")):
+    for mode, kind in (
+        ("RGB", "PNG"),
+        ("RGBA", "PNG"),
+        ("RGB", "BMP"),
+        ("RGB", "TIFF"),
+        ("RGB", "PPM"),
+        ("RGB", "WEBP"),
+        ("YCbCr", "TIFF"),
+        ("LAB", "TIFF"),
+    ):
         options = {"lossless": True} if kind == "WEBP" else {}
         assert np.abs(read(encoded(image.convert(mode), kind, **options)) - colours).mean() < 3, (mode, kind)
     for mode, kind in (("L", "PNG"), ("LA", "PNG"), ("L", "TIFF"), ("L", "GIF"), ("L", "PPM"), ("PA", "PNG")):
         if mode != "PA":
             np.testing.assert_array_equal(read(encoded(image.convert(mode), kind)), three)
     deep = grey.astype(np.uint16) * 256 + 77
-    for content in (encoded(deep), encoded(deep, "TIFF"), encoded(deep, "PPM"),
-                    encoded(0xFFFF - deep, "TIFF", tiffinfo={262: 0}),
-                    encoded(Image.fromarray(deep.byteswap().view(deep.dtype.newbyteorder())), "TIFF")):
+    for content in (
+        encoded(deep),
+        encoded(deep, "TIFF"),
+        encoded(deep, "PPM"),
+        encoded(0xFFFF - deep, "TIFF", tiffinfo={262: 0}),
+        encoded(Image.fromarray(deep.byteswap().view(deep.dtype.newbyteorder())), "TIFF"),
+    ):
         np.testing.assert_array_equal(read(content), three)
     np.testing.assert_array_equal(read(encoded_16(colours.astype(np.uint16) * 256 + 9)), colours)
     for bits in (1, 2, 4):
@@ -115,7 +140,14 @@ def test_metadata_of_every_sort_change_nothing(read, colours):
             np.testing.assert_array_equal(read(with_chunk(png, kind, body)), colours)
             np.testing.assert_array_equal(read(png[:-12] + malformed.chunk(kind, body) + png[-12:]), colours)
         for marker in (0xE1, 0xE2, 0xED, 0xEF, 0xFE):
-            for head in (b"", b"Exif\0\0", b"MPF\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0", b"http://ns.adobe.com/xap/1.0/\0"):
+            for head in (
+                b"",
+                b"Exif\0\0",
+                b"MPF\0",
+                b"ICC_PROFILE\0",
+                b"Photoshop 3.0\0",
+                b"http://ns.adobe.com/xap/1.0/\0",
+            ):
                 np.testing.assert_array_equal(read(with_segment(jpeg, marker, head + body)), plain)
 
 
@@ -165,8 +197,20 @@ def test_a_large_picture_is_made_smaller_while_it_is_decoded(read, tmp_path, col
     assert media.read_mask(tmp_path / "x.bin", None, "binary").shape == (HEIGHT, WIDTH)  # masks are not
 
 
-@pytest.mark.parametrize("name", [b"12:30:05.jpg", b"100%25.jpg", b"%d.png", b"caf\xe9 \xff.jpg", b"\xe5\x89\xaa.png",
-                                  b"new\nline.jpg", b"http:", b"-o.jpg", b"x.heic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"12:30:05.jpg",
+        b"100%25.jpg",
+        b"%d.png",
+        b"caf\xe9 \xff.jpg",
+        b"\xe5\x89\xaa.png",
+        b"new\nline.jpg",
+        b"http:",
+        b"-o.jpg",
+        b"x.heic",
+    ],
+)
 def test_names_of_every_sort(tmp_path, colours, name):
     path = os.path.join(str(tmp_path), os.fsdecode(name))
     Path(path).write_bytes(encoded(colours))
@@ -229,10 +273,16 @@ def test_the_border_of_pascal_voc_is_refused_in_a_mask_of_something(tmp_path):
             np.testing.assert_array_equal(media.read_mask(tmp_path / "m.png", None, "binary"), ids > 0)
 
 
-@pytest.mark.parametrize(("content", "name"), [
-    (b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\1", "PAM"), (b"\x0a\5\1\x08" + bytes(200), "PCX"),
-    (b"\x01\xda\1\1" + bytes(600), "SGI"), (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(99), "JPEG-LS"),
-    (b"\0\5\x16\7" + bytes(80), "beside its content .*give the file without")])
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\1", "PAM"),
+        (b"\x0a\5\1\x08" + bytes(200), "PCX"),
+        (b"\x01\xda\1\1" + bytes(600), "SGI"),
+        (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(99), "JPEG-LS"),
+        (b"\0\5\x16\7" + bytes(80), "beside its content .*give the file without"),
+    ],
+)
 def test_what_is_whole_but_not_read_is_called_by_its_name(read, content, name):
     with pytest.raises(InputError, match=f"is .*{name}") as refused:
         read(content)
@@ -240,6 +290,7 @@ def test_what_is_whole_but_not_read_is_called_by_its_name(read, content, name):
 
 
 # The cases that were reported.
+
 
 @pytest.fixture
 def cases():

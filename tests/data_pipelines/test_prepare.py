@@ -70,9 +70,14 @@ def test_examples_are_the_same_for_every_dataset_split_variant_and_choice_of_fra
                 assert list(map(str, raw)) == list(map(str, ours)), (name, split, variant)
                 seen += len(raw)
     assert seen > 500
-    for options in ({"split": "train"}, {"split": "train", "frames": "all"}, {"split": "train", "epoch": 3, "seed": 1},
-                    {"split": "train", "epoch": None}, {"split": "test", "variant": "quick"},
-                    {"split": "val", "datasets": ["valor", "lvis"], "missing": "skip"}):
+    for options in (
+        {"split": "train"},
+        {"split": "train", "frames": "all"},
+        {"split": "train", "epoch": 3, "seed": 1},
+        {"split": "train", "epoch": None},
+        {"split": "test", "variant": "quick"},
+        {"split": "val", "datasets": ["valor", "lvis"], "missing": "skip"},
+    ):
         assert read_examples(releases_root, **options) == read_examples(prepared, **options)
 
 
@@ -84,8 +89,10 @@ def test_arrays_of_every_dataset_are_the_same(releases_root, prepared, tokenizer
             chosen = [one for one in found[:: -max(1, len(found) // 2)] if isinstance(one, Example)]
             for number, example in enumerate(chosen):
                 config = (CONFIG, blind)[number % 2]
-                raw, ours = (outcome(lambda root=root, e=example, c=config: batching.load(e, root, tokenizer, c))
-                             for root in (releases_root, prepared))
+                raw, ours = (
+                    outcome(lambda root=root, e=example, c=config: batching.load(e, root, tokenizer, c))
+                    for root in (releases_root, prepared)
+                )
                 assert same(raw, ours), (example.id, variant)
                 loaded += isinstance(raw, dict)
                 kinds.add((example.task, example.windows))
@@ -96,13 +103,15 @@ def test_arrays_of_every_dataset_are_the_same(releases_root, prepared, tokenizer
 def test_batches_of_training_and_of_evaluation_are_the_same(releases_root, prepared, tokenizer):
     examples = read_examples(releases_root, "train", epoch=None)
     order = mixture.train_order(examples, tokenizer, CONFIG, batch_size=4, seed=3)
-    streams = (iter(mixture.train_dataset(order, root, tokenizer, CONFIG, start=5))
-               for root in (releases_root, prepared))
+    streams = (
+        iter(mixture.train_dataset(order, root, tokenizer, CONFIG, start=5)) for root in (releases_root, prepared)
+    )
     for _, raw, ours in zip(range(3), *streams, strict=False):
         assert same(vars(raw), vars(ours))
     tested = read_examples(releases_root, "test", ["ave", "s4"])
-    for (_, raw), (_, ours) in zip(*(mixture.eval_batches(tested, root, tokenizer, CONFIG, 3)
-                                     for root in (releases_root, prepared)), strict=True):
+    for (_, raw), (_, ours) in zip(
+        *(mixture.eval_batches(tested, root, tokenizer, CONFIG, 3) for root in (releases_root, prepared)), strict=True
+    ):
         assert same(vars(raw), vars(ours))
 
 
@@ -111,8 +120,7 @@ def test_masks_of_any_size_are_those_of_the_files(releases_root, prepared):
         split = "val" if name == "lvis" else "test"
         example = next(e for e in read_examples(releases_root, split, [name]) if e.mask)
         for size in (16, 7, 300):
-            raw, ours = (decoded.read_mask(root, example, size)
-                         for root in (releases_root, prepared))
+            raw, ours = (decoded.read_mask(root, example, size) for root in (releases_root, prepared))
             np.testing.assert_array_equal(raw, ours)
 
 
@@ -120,14 +128,26 @@ def test_evaluation_scores_and_draws_the_same(scenes_root, tmp_path):
     prepared = run(scenes_root, tmp_path / "prepared", "--splits", "test")
     assert read_examples(prepared, "test") == read_examples(scenes_root, "test") == read_jsonl(prepared / "test.jsonl")
     mask = {"size": [9, 9], "counts": coco.encode(np.asfortranarray(np.eye(9, dtype=np.uint8)))["counts"].decode()}
-    rows = [{"id": example.id, "text": example.target, **({"mask": mask} if example.mask_kind == "binary" else {})}
-            for example in read_examples(prepared, "test")]
+    rows = [
+        {"id": example.id, "text": example.target, **({"mask": mask} if example.mask_kind == "binary" else {})}
+        for example in read_examples(prepared, "test")
+    ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = []
     for root in (scenes_root, prepared):
         out = tmp_path / f"out{len(results)}"
-        flags = ["--predictions", tmp_path / "answers.jsonl", "--data", root, "--out", out, "--tasks",
-                 "s4,ave", "--limit", 2]
+        flags = [
+            "--predictions",
+            tmp_path / "answers.jsonl",
+            "--data",
+            root,
+            "--out",
+            out,
+            "--tasks",
+            "s4,ave",
+            "--limit",
+            2,
+        ]
         evaluate.evaluate(evaluate.parse_arguments([*map(str, flags), "--examples", "1"]))
         results.append(json.loads((out / "results.json").read_text()))
         assert (out / "results.html").read_text().count("<img") >= 2
@@ -154,9 +174,11 @@ def test_another_decoding_is_refused_by_name(prepared, tokenizer, caplog):
 def test_what_was_not_prepared_is_named(ave, tokenizer):
     root, out = ave
     run(root, out, "--splits", "test", "--variants", "train")
-    for options, message in (({"split": "val", "datasets": ["ave"]}, r"\[datasets\]: was prepared without ave val"),
-                             ({"split": "test", "variant": "quick"}, r"\[variant\]: was prepared without quick"),
-                             ({"split": "test", "datasets": ["avqa"]}, "was prepared without avqa test")):
+    for options, message in (
+        ({"split": "val", "datasets": ["ave"]}, r"\[datasets\]: was prepared without ave val"),
+        ({"split": "test", "variant": "quick"}, r"\[variant\]: was prepared without quick"),
+        ({"split": "test", "datasets": ["avqa"]}, "was prepared without avqa test"),
+    ):
         with pytest.raises(InputError, match=message):
             read_examples(out, **options)
     other = dataclasses.replace(read_examples(out, "test")[0], video="ave/AVE/other.mp4")
@@ -181,8 +203,9 @@ def test_files_that_cannot_be_decoded_are_the_same_errors_and_skipped_alike(ave,
     assert raw == ours and "damaged" in raw[2]
     config = dataclasses.replace(CONFIG, on_error="skip")
     with caplog.at_level(logging.ERROR):
-        raw, ours = ([batch for _, batch in mixture.eval_batches(examples, root, tokenizer, config, 2)]
-                     for root in (root, out))
+        raw, ours = (
+            [batch for _, batch in mixture.eval_batches(examples, root, tokenizer, config, 2)] for root in (root, out)
+        )
     assert len(raw) == len(ours) and all(same(vars(a), vars(b)) for a, b in zip(raw, ours, strict=True))
 
 
@@ -254,7 +277,7 @@ def test_records_are_read_from_their_places_as_array_record_reads_them(tmp_path)
     for record in records:
         writer.write(record)
     writer.close()
-    written = [(record[:prepare._HEAD], len(record), shards.checksum(record)) for record in records]
+    written = [(record[: prepare._HEAD], len(record), shards.checksum(record)) for record in records]
     places = prepare._locate(tmp_path / "shard", written)
     direct = [place for place in places if place[0]]
     assert len(direct) > 0.8 * len(records)
@@ -308,11 +331,12 @@ def test_bad_command_lines(ave, tmp_path):
     (tmp_path / "full" / "a").touch()
     shutil.copytree(root / "ave", tmp_path / "of" / "ave")
     for arguments, message in (
-            (["--root", str(root / "no"), "--out", str(out)], "no.*--root.*is no folder"),
-            (["--root", str(root), "--out", str(tmp_path / "full")], "holds something that prepare did not write"),
-            (["--root", str(root), "--out", str(out), "--variants", "x"], "unknown variant 'x'"),
-            (["--root", str(root), "--out", str(out), "--image-size", "0"], "--image-size.*a whole number from 1"),
-            (["--root", str(root), "--out", str(out), "--splits", "no"], "holds none of no")):
+        (["--root", str(root / "no"), "--out", str(out)], "no.*--root.*is no folder"),
+        (["--root", str(root), "--out", str(tmp_path / "full")], "holds something that prepare did not write"),
+        (["--root", str(root), "--out", str(out), "--variants", "x"], "unknown variant 'x'"),
+        (["--root", str(root), "--out", str(out), "--image-size", "0"], "--image-size.*a whole number from 1"),
+        (["--root", str(root), "--out", str(out), "--splits", "no"], "holds none of no"),
+    ):
         with pytest.raises(InputError, match=message):
             prepare.run(arguments)
     run(root, out, "--splits", "val")
@@ -329,5 +353,9 @@ def test_records_are_taken_apart_as_they_were_put_together():
         with pytest.raises((ValueError, IndexError, KeyError)):
             shards.decode(cut)
     assert shards.Medium("frames", "a", "b").key() != shards.Medium("frames", "ab", "").key()
-    assert Decoding(1, 2, False)._asdict() == {"image_size": 1, "video_frames": 2, "pad_short_audio": False,
-                                               "clock": "shown"}
+    assert Decoding(1, 2, False)._asdict() == {
+        "image_size": 1,
+        "video_frames": 2,
+        "pad_short_audio": False,
+        "clock": "shown",
+    }

@@ -29,7 +29,8 @@ LABELS = {
     "avqa": {"answer": "more than ten", "reasoning": "I hear  two violins, 3.5 s apart."},
     "ave": {"event": "Male speech, man speaking", "start": 0, "end": 8},
     "avvp": {"audio": [["Frying_(food)", 0, 10]], "visual": [["Dog", 0, 1], ["Dog", 3, 6]]},
-    "arig": {"object": "dog", "box": [21, 72, 196, 140]}, "avcap": {"caption": "naïve café – 東京 😀"},
+    "arig": {"object": "dog", "box": [21, 72, 196, 140]},
+    "avcap": {"caption": "naïve café – 東京 😀"},
     **{name: {"objects": ["guitar", "man"], "second": 3} for name in ("s4", "ms3", "avss")},
     "ref-avs": {"expression": "The loud One", "object": "emergency-car", "second": 3},
 }
@@ -44,7 +45,8 @@ class Slow:
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=stored.SerializeToString())
         self.legacy, size = legacy, self.pieces.get_piece_size()
         self.added = {name: self.pieces.piece_to_id(name) for name in ADDED[:3]} | {
-            name: size + place for place, name in enumerate(ADDED[3:])}
+            name: size + place for place, name in enumerate(ADDED[3:])
+        }
 
     def ids(self, text: str) -> list[int]:
         if not text:
@@ -59,7 +61,7 @@ class Slow:
     def _piece(self, text: str) -> list[int]:
         if self.legacy or not text.startswith(("▁", " ")):
             return self.pieces.encode(text)
-        return self.pieces.encode("<unk>" + text)[len(self.pieces.encode("<unk>")):]
+        return self.pieces.encode("<unk>" + text)[len(self.pieces.encode("<unk>")) :]
 
 
 @pytest.fixture(params=LEGACY)
@@ -120,8 +122,11 @@ def test_prompts_labels_and_slots_of_every_task(loaded, task, variant):
     assert ids[~is_target].tolist() == slow.ids(chat_prompt(instruction))
     assert ids[is_target].tolist() == slow.ids(target + "</s>")
 
-    rows = {name: np.arange(count) + first for name, count, first in (("<video>", 320, 0), ("<image>", 32, 0),
-                                                                      ("<audio>", 96, 320)) if name in instruction}
+    rows = {
+        name: np.arange(count) + first
+        for name, count, first in (("<video>", 320, 0), ("<image>", 32, 0), ("<audio>", 96, 320))
+        if name in instruction
+    }
     spliced = ours.expand(ids, is_target, rows)
     assert len(spliced.tokens) == len(ids) + sum(len(run) - 1 for run in rows.values()) == ours.length(ids, rows)
     for name, run in rows.items():

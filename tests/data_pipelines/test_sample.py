@@ -51,8 +51,18 @@ def test_the_choice_depends_on_the_seed_and_on_no_other_record(copied):
 
 def test_the_page(releases_root, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
-        sample.main(["--root", str(releases_root), "--datasets", "ave,avss,arig,own", "--n", "1", "--out",
-                     str(tmp_path / "page")])
+        sample.main(
+            [
+                "--root",
+                str(releases_root),
+                "--datasets",
+                "ave,avss,arig,own",
+                "--n",
+                "1",
+                "--out",
+                str(tmp_path / "page"),
+            ]
+        )
     assert done.value.code == 0 and "4 records in" in capsys.readouterr().out
     page = (tmp_path / "page/index.html").read_text()
     shown = ["ave-ave", "avss-avss", "arig-arig", "avcap-own", "padding"]
@@ -80,8 +90,10 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
     bad = dataclasses.replace(good, id="bad", image="missing.png")
     long = dataclasses.replace(good, id="long", target="dog " * 900)
     weak = dataclasses.replace(good, id="weak", target="")
-    shown = {one.id: sample.article(one, root, tokenizer, dataclasses.replace(config, lengths=(256, *sample.LONGER)))
-             for one in (good, bad, long, weak)}
+    shown = {
+        one.id: sample.article(one, root, tokenizer, dataclasses.replace(config, lengths=(256, *sample.LONGER)))
+        for one in (good, bad, long, weak)
+    }
     assert "&lt;b&gt;\u526a" in shown[good.id] and "<b>\u526a" not in shown[good.id]
     assert "missing.png" in shown["bad"] and 'class="bad"' in shown["bad"] and "<svg" not in shown["bad"]
     assert "longer than 256" in shown["long"] and "longer than" not in shown[good.id]
@@ -91,11 +103,16 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
     assert (group.records, none) == (2, {})
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--root", "/no/such/folder", "--out", "x"], "--root.*is no folder"), (["--root", "."], "--out"),
-    (["--root", ".", "--out", "{tmp}", "--n", "0"], "--n.*must be a whole number from 1"),
-    (["--root", ".", "--out", "{tmp}", "--datasets", "avee"], "avee.*unknown dataset"),
-    (["--root", "{tmp}", "--out", "{tmp}/x"], "no readable record of 'train'"),
-    (["--root", ".", "--out", "{tmp}", "--tokenizer", "no.json"], "no.json.*no such file")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--root", "/no/such/folder", "--out", "x"], "--root.*is no folder"),
+        (["--root", "."], "--out"),
+        (["--root", ".", "--out", "{tmp}", "--n", "0"], "--n.*must be a whole number from 1"),
+        (["--root", ".", "--out", "{tmp}", "--datasets", "avee"], "avee.*unknown dataset"),
+        (["--root", "{tmp}", "--out", "{tmp}/x"], "no readable record of 'train'"),
+        (["--root", ".", "--out", "{tmp}", "--tokenizer", "no.json"], "no.json.*no such file"),
+    ],
+)
 def test_bad_command_lines_end_in_one_line(argv, message, tmp_path, one_line_error):
     one_line_error(sample.main, [argument.format(tmp=tmp_path) for argument in argv], message)

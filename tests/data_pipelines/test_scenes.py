@@ -46,6 +46,7 @@ def gray(root: Path, path: str) -> np.ndarray:
 
 # --- the graph
 
+
 def test_scene_depends_on_seed_split_and_index_only():
     assert sample(1, "train", 7) == sample(1, "train", 7)
     others = [sample(1, "train", 7), sample(2, "train", 7), sample(1, "val", 7), sample(1, "train", 8)]
@@ -85,6 +86,7 @@ def test_the_place_of_a_thing_does_not_tell_whether_it_sounds(world):
 
 
 # --- files
+
 
 def test_the_same_settings_write_the_same_bytes_in_any_process(root, tmp_path):
     scenes.write(tmp_path, COUNTS, seed=3, workers=2)
@@ -186,6 +188,7 @@ def test_table_says_what_is_heard_and_how_loud(written):
 
 # --- sound
 
+
 def spectrum(sound: np.ndarray) -> np.ndarray:
     """Log power of 24 bands for each second."""
     power = np.abs(np.fft.rfft(sound.reshape(-1, SAMPLE_RATE) * np.hanning(SAMPLE_RATE), axis=1)) ** 2
@@ -195,8 +198,10 @@ def spectrum(sound: np.ndarray) -> np.ndarray:
 
 def test_one_second_names_the_instrument():
     rng = np.random.default_rng(0)
-    train, test = ({kind: np.concatenate([spectrum(timbre(kind, rng.random(), 3, rng)) for _ in range(12)])
-                    for kind in KINDS} for _ in range(2))
+    train, test = (
+        {kind: np.concatenate([spectrum(timbre(kind, rng.random(), 3, rng)) for _ in range(12)]) for kind in KINDS}
+        for _ in range(2)
+    )
     points = np.concatenate(list(train.values()))
     names = np.repeat(np.arange(len(KINDS)), len(points) // len(KINDS))
     for label, kind in enumerate(KINDS):
@@ -212,6 +217,7 @@ def test_silence_is_faint_and_level_follows_loudness(world):
 
 
 # --- questions
+
 
 def test_questions_cover_nine_types_with_listed_answers(world):
     asked = [q for scene in world for q in questions(scene, 4)]
@@ -246,9 +252,12 @@ def test_some_answers_by_hand():
     expected = {
         "How many musical instruments were heard throughout the video?": "three",
         "How many types of musical instruments appeared in the entire video?": "two",
-        "Is there a voiceover?": "yes", "Where is the loudest instrument?": "left",
-        "What is the first instrument that comes in?": "flute", "Where is the last sounding instrument?": "right",
-        "Is the piano playing longer than the drum?": "yes", "Is the drum louder than the piano?": "no",
+        "Is there a voiceover?": "yes",
+        "Where is the loudest instrument?": "left",
+        "What is the first instrument that comes in?": "flute",
+        "Where is the last sounding instrument?": "right",
+        "Is the piano playing longer than the drum?": "yes",
+        "Is the drum louder than the piano?": "no",
         "What is the instrument on the left of drum?": "piano",
         "Which instrument makes sounds after the piano?": "drum",
         "Which is the musical instrument that sounds at the same time as the drum?": "piano",
@@ -277,6 +286,7 @@ def test_expressions_hold_one_kind_out_and_name_things_in_the_picture(world):
 
 
 # --- Examples
+
 
 def test_every_example_is_valid_and_its_files_exist(root):
     for split in COUNTS:
@@ -320,8 +330,9 @@ def test_a_second_without_a_source_is_answered_with_nothing(root):
     assert silent and all(row.meta["objects"] == [scenes.NOTHING] and "is nothing." in row.target for row in silent)
 
 
-@pytest.mark.parametrize("task, variant, clip",
-                         [("s4", "train", True), ("s4", "quick", False), ("avss", "test", False)])
+@pytest.mark.parametrize(
+    "task, variant, clip", [("s4", "train", True), ("s4", "quick", False), ("avss", "test", False)]
+)
 def test_the_prompt_decides_between_the_clip_and_one_picture(root, task, variant, clip):
     row = scenes.examples(root, "train", variant=variant, tasks=[task])[0]
     assert ("<video>" in row.instruction) == clip == (row.video is not None) == (row.windows == "ten")
@@ -330,8 +341,10 @@ def test_the_prompt_decides_between_the_clip_and_one_picture(root, task, variant
 
 def test_plain_targets_are_the_end_of_explicit_ones(root):
     explicit, plain = (scenes.examples(root, "train", reasoning=r) for r in ("explicit", "plain"))
-    assert all(a.target.endswith(b.target) and (a.target != b.target or a.task == "avcap")
-               for a, b in zip(explicit, plain, strict=True))
+    assert all(
+        a.target.endswith(b.target) and (a.target != b.target or a.task == "avcap")
+        for a, b in zip(explicit, plain, strict=True)
+    )
 
 
 def test_reasoning_says_what_the_scene_holds(root, written):

@@ -38,12 +38,20 @@ def errors(root, name, split):
 
 # What each release says.
 
+
 def test_ave_rows_are_samples_and_ends_are_exclusive(releases_root):
     train, test = by_id(releases_root, "ave", "train"), by_id(releases_root, "ave", "test")
-    assert list(train) == ["ave-RUhOCu3LNXM-0", "ave-VWi2ENBuTbw-0", "ave--67UNKFmRLk-7", "ave-0f_iTO5t3hU-27",
-                           "ave-0f_iTO5t3hU-17"]  # in file order, a video with two events twice
+    assert list(train) == [
+        "ave-RUhOCu3LNXM-0",
+        "ave-VWi2ENBuTbw-0",
+        "ave--67UNKFmRLk-7",
+        "ave-0f_iTO5t3hU-27",
+        "ave-0f_iTO5t3hU-17",
+    ]  # in file order, a video with two events twice
     assert (train["ave--67UNKFmRLk-7"].meta["event"], train["ave--67UNKFmRLk-7"].video) == (
-        "Violin, fiddle", "ave/AVE/-67UNKFmRLk.mp4")
+        "Violin, fiddle",
+        "ave/AVE/-67UNKFmRLk.mp4",
+    )
     assert "<event> Banjo </event>, and the time range is <range> 0,10 </range>" in train["ave-0f_iTO5t3hU-17"].target
     silent = train["ave-VWi2ENBuTbw-0"].meta
     assert (silent["start"], silent["end"]) == (0, 0)
@@ -62,7 +70,10 @@ def test_llp_matches_dense_rows_by_the_whole_name(releases_root):
     inverted = test["avvp-8DF2PxdT5tE_390_400"].meta
     assert (inverted["audio"], inverted["visual"]) == ([["Frying_(food)", 0, 7]], [])
     assert read(releases_root, "avvp", "val")[0].meta["visual"] == [
-        ["Chainsaw", 0, 1], ["Chainsaw", 3, 6], ["Chainsaw", 9, 10]]
+        ["Chainsaw", 0, 1],
+        ["Chainsaw", 3, 6],
+        ["Chainsaw", 9, 10],
+    ]
 
 
 def test_llp_training_clips_have_weak_labels_and_no_target(releases_root):
@@ -81,7 +92,7 @@ def test_llp_spans_say_what_the_official_scorer_reads(rows):
         wanted[avvp.CATEGORIES.index(name), onset:offset] = True
     spans = avvp.union(rows)
     for name, start, end in spans:
-        assert start < end and not given_[avvp.CATEGORIES.index(name), max(0, start - 1):end + 1].any()
+        assert start < end and not given_[avvp.CATEGORIES.index(name), max(0, start - 1) : end + 1].any()
         given_[avvp.CATEGORIES.index(name), start:end] = True
     np.testing.assert_array_equal(given_, wanted)
 
@@ -102,7 +113,9 @@ def test_music_avqa_has_two_sets_of_annotations(releases_root):
     assert [e.meta["answer"] for e in read(releases_root, "avqa", "test")][2:] == ["left"]
     first = by_id(releases_root, "avqa_original", "test")
     assert (first["avqa_original-47300"].meta["answer"], first["avqa_original-47300.2"].meta["answer"]) == (
-        "left", "right")
+        "left",
+        "right",
+    )
 
 
 @FUZZ
@@ -121,10 +134,18 @@ def test_music_avqa_questions_are_those_of_the_official_loader(data):
     assert avqa.fill(row).split(" ") == [*official[:-1], f"{official[-1]}?"]
 
 
-@pytest.mark.parametrize(("name", "split", "count", "windows", "frames"), [
-    ("s4", "train", 1, "five", 5), ("s4", "test", 5, "five", 5), ("ms3", "train", 5, "five", 5),
-    ("avss", "train", 10, "ten", 10), ("s4_object", "train", 1, "five", 5), ("s4_object", "val", 5, "five", 5),
-    ("ms3_object", "test", 5, "five", 5)])
+@pytest.mark.parametrize(
+    ("name", "split", "count", "windows", "frames"),
+    [
+        ("s4", "train", 1, "five", 5),
+        ("s4", "test", 5, "five", 5),
+        ("ms3", "train", 5, "five", 5),
+        ("avss", "train", 10, "ten", 10),
+        ("s4_object", "train", 1, "five", 5),
+        ("s4_object", "val", 5, "five", 5),
+        ("ms3_object", "test", 5, "five", 5),
+    ],
+)
 def test_avsbench_asks_about_each_picture_with_a_mask(releases_root, name, split, count, windows, frames):
     examples = read(releases_root, name, split)
     assert [e.second for e in examples] == list(range(count))
@@ -177,12 +198,13 @@ def test_arig_boxes_are_the_first_and_last_pixels_of_the_mask(releases_root):
             mask = read_mask(releases_root / masks[example.meta["video"], example.second], 224, "binary")
             x1, y1, x2, y2 = example.meta["box"]
             inside = np.zeros_like(mask)
-            inside[y1:y2 + 1, x1:x2 + 1] = 1
+            inside[y1 : y2 + 1, x1 : x2 + 1] = 1
             assert not (mask * (1 - inside)).any()
             assert mask[y1].any() and mask[y2].any() and mask[:, x1].any() and mask[:, x2].any()
             assert f"({x1},{y1})" in example.target and f"({x2},{y2})" in example.target
     assert [e.second for e in examples] == [0, 1, 3, 4]  # nothing sounds in the third picture
     assert box_of(np.zeros((4, 4))) is None
+
 
 def test_an_arig_box_is_refused_where_its_mask_has_another_shape_than_the_picture(copied):
     root = copied("avsbench_semantic")
@@ -235,13 +257,13 @@ def test_audiocaps_has_one_example_per_clip(releases_root):
     train = read(releases_root, "audiocaps", "train")
     assert train[1].target == "The wind is blowing, insects are singing, and rustling occurs"
     assert train[2].target == "Woman giving a spe\u00e9ch"
-    val, = read(releases_root, "audiocaps", "val")
+    (val,) = read(releases_root, "audiocaps", "val")
     assert val.meta["captions"] == [f"Caption {i}" for i in range(5)]
     assert val.audio == "audiocaps/data/97154.wav"  # the only one of its five ids that is there
 
 
 def test_lvis_masks_are_unions_of_polygons(releases_root):
-    example, = read(releases_root, "lvis", "train")  # the smaller object is below a thousand pixels
+    (example,) = read(releases_root, "lvis", "train")  # the smaller object is below a thousand pixels
     assert example.image == "lvis/val2017/000000155379.jpg"  # as its coco_url says
     assert "bat_(animal), nocturnal mouselike mammal in the image." in example.instruction
     mask = read_mask(releases_root / example.mask, 128, "binary", (128, 128))
@@ -255,8 +277,9 @@ def test_lvis_masks_are_unions_of_polygons(releases_root):
 @given(st.integers(1, 40), st.integers(1, 40), st.data())
 def test_masks_inside_of_an_example_survive_its_json(height, width, data):
     numbers = st.floats(-5, 45, allow_nan=False)
-    polygons = data.draw(st.lists(st.lists(numbers, min_size=6, max_size=12).filter(lambda p: len(p) % 2 == 0),
-                                  min_size=1, max_size=3))
+    polygons = data.draw(
+        st.lists(st.lists(numbers, min_size=6, max_size=12).filter(lambda p: len(p) % 2 == 0), min_size=1, max_size=3)
+    )
     code = lvis.rasterise(Row(None, "", {"segmentation": polygons}), height, width)
     example = Example("x", "s4", "", mask=inline_mask(code), mask_kind="binary")
     restored = from_json(json.loads(json.dumps(to_json(example))), "line 1")
@@ -279,6 +302,7 @@ def test_own_data_reads_folders_of_frames_in_the_order_of_their_numbers(releases
 
 
 # What all of them have in common.
+
 
 @pytest.mark.parametrize(("name", "split"), EVERY_SPLIT)
 def test_every_example_is_a_valid_record_with_its_media(releases_root, name, split):
@@ -373,15 +397,36 @@ MALFORMED = [
     ("avqa", "train", "data/json_update/avqa-train.json", '"three"', '"eleven"', "anser", "unknown value 'eleven'"),
     ("avqa", "train", "data/json_update/avqa-train.json", '"three"', "3", "anser", "not text"),
     ("avqa", "train", "data/json_update/avqa-train.json", '"anser": "three"', '"answer": "three"', "anser", "missing"),
-    ("avqa", "train", "data/json_update/avqa-train.json", '"00000100",\n    "question_id": 35',
-     '"/etc/passwd",\n    "question_id": 35', "video_id", "must look like"),
-    ("avqa", "train", "data/json_update/avqa-train.json", r'[\"violin\"]', "[]", "templ_values", "fill the slots"),
-    ("avqa", "train", "data/json_update/avqa-train.json", r'[\"violin\"]', "[violin]", "templ_values", "JSON list"),
-    ("avqa", "train", "data/json_update/avqa-train.json", r'[\"Audio-Visual\", \"Counting\"]',
-     r'[\"Audio-Visual\", \"Count\"]', "type", "unknown value"),
+    (
+        "avqa",
+        "train",
+        "data/json_update/avqa-train.json",
+        '"00000100",\n    "question_id": 35',
+        '"/etc/passwd",\n    "question_id": 35',
+        "video_id",
+        "must look like",
+    ),
+    ("avqa", "train", "data/json_update/avqa-train.json", r"[\"violin\"]", "[]", "templ_values", "fill the slots"),
+    ("avqa", "train", "data/json_update/avqa-train.json", r"[\"violin\"]", "[violin]", "templ_values", "JSON list"),
+    (
+        "avqa",
+        "train",
+        "data/json_update/avqa-train.json",
+        r"[\"Audio-Visual\", \"Counting\"]",
+        r"[\"Audio-Visual\", \"Count\"]",
+        "type",
+        "unknown value",
+    ),
     ("avqa", "train", "data/json_update/avqa-train.json", '"question_id": 36', '"question_id": 35', "id", "duplicate"),
-    ("avqa", "train", "data/json_update/avqa-train.json", '"question_id": 36', '"question_id": 3.6', "question_id",
-     "whole number"),
+    (
+        "avqa",
+        "train",
+        "data/json_update/avqa-train.json",
+        '"question_id": 36',
+        '"question_id": 3.6',
+        "question_id",
+        "whole number",
+    ),
     ("s4", "test", "metadata.csv", "HxMoMMrA6Eo_0_5000", "HxMoMMrA6Eo/../x", "uid", "must look like"),
     ("s4", "test", "metadata.csv", ",test,v1s", ",test,v3s", "label", "unknown value 'v3s'"),
     ("s4", "test", "metadata.csv", ",test,v1s", ",tset,v1s", "split", "unknown value 'tset'"),
@@ -398,8 +443,15 @@ MALFORMED = [
     ("valor", "train", "desc_train.json", "A short one", "  ", "desc", "is empty"),
     ("valor", "train", "desc_train.json", "0_3-a_bcdef_0.000_7.000", "0_3/a_bcdef_0_7", "video_id", "must look like"),
     ("valor", "train", "desc_train.json", "0_3-a_bcdef_0.000_7.000", "x-2Abohj8VY_30.000_40.000", "id", "duplicate"),
-    ("video_llava", "train", "llava_image_.json", "llava_image/00453/004539376.jpg", "../004539376.jpg", "image",
-     "leaves the data root"),
+    (
+        "video_llava",
+        "train",
+        "llava_image_.json",
+        "llava_image/00453/004539376.jpg",
+        "../004539376.jpg",
+        "image",
+        "leaves the data root",
+    ),
     ("video_llava", "train", "valley_.json", "valley/000001/7.mp4", "/valley/000001/7.mp4", "video", "leaves"),
     ("video_llava", "train", "valley_.json", '"video": "valley/000001/7.mp4"', '"video": 7', "image", "exactly one"),
     ("video_llava", "train", "valley_.json", '"Nothing"', '""', "conversations[1]", "is empty"),
@@ -408,12 +460,33 @@ MALFORMED = [
     ("audiocaps", "train", "dataset/train.csv", ",80,", ",80.5,", "start_time", "whole number"),
     ("audiocaps", "train", "dataset/train.csv", "A woman talks nearby as water pours", "", "caption", "is empty"),
     ("audiocaps", "train", "dataset/train.csv", "Woman giving", "Woman, giving", "", "5 fields, not 4"),
-    ("lvis", "train", "lvis_v1_train.json", "[100, 100, 120, 100, 120, 120]", "[100, 100, 120]", "segmentation",
-     "three points"),
-    ("lvis", "train", "lvis_v1_train.json", "[100, 100, 120, 100, 120, 120]", "[100, 100, NaN, 100, 120, 120]",
-     "segmentation", "three points"),
-    ("lvis", "train", "lvis_v1_train.json", '"category_id": 36, "area": 2900.5', '"category_id": 37, "area": 2900.5',
-     "category_id", "unknown category_id 37"),
+    (
+        "lvis",
+        "train",
+        "lvis_v1_train.json",
+        "[100, 100, 120, 100, 120, 120]",
+        "[100, 100, 120]",
+        "segmentation",
+        "three points",
+    ),
+    (
+        "lvis",
+        "train",
+        "lvis_v1_train.json",
+        "[100, 100, 120, 100, 120, 120]",
+        "[100, 100, NaN, 100, 120, 120]",
+        "segmentation",
+        "three points",
+    ),
+    (
+        "lvis",
+        "train",
+        "lvis_v1_train.json",
+        '"category_id": 36, "area": 2900.5',
+        '"category_id": 37, "area": 2900.5',
+        "category_id",
+        "unknown category_id 37",
+    ),
     ("lvis", "train", "lvis_v1_train.json", "org/val2017/", "org/../", "coco_url", "leaves the data root"),
     ("own", "test", "test.jsonl", '"video": "media/test.mp4"', '"video": "../test.mp4"', "video", "leaves"),
     ("own", "test", "test.jsonl", '"video": "media/test.mp4"', '"video": "/etc/passwd"', "video", "leaves"),
@@ -426,8 +499,11 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "split", "file", "old", "new", "field", "message"), MALFORMED,
-                         ids=[f"{row[0]}-{row[5] or 'row'}-{number}" for number, row in enumerate(MALFORMED)])
+@pytest.mark.parametrize(
+    ("name", "split", "file", "old", "new", "field", "message"),
+    MALFORMED,
+    ids=[f"{row[0]}-{row[5] or 'row'}-{number}" for number, row in enumerate(MALFORMED)],
+)
 def test_a_malformed_row_is_one_error_that_names_its_place(copied, name, split, file, old, new, field, message):
     root = copied(DATASETS[name].folder)
     path = root / DATASETS[name].folder / file
@@ -445,13 +521,21 @@ def test_a_malformed_row_is_one_error_that_names_its_place(copied, name, split, 
     assert str(raised.value) == str(found[0])
 
 
-@pytest.mark.parametrize(("name", "split", "content", "message"), [
-    ("ave", "train", b"\xff\xfe\x00", "not UTF-8"), ("avqa", "test", b"[{", "not valid JSON"),
-    ("avqa", "test", b"{}", "not a list"), ("avqa", "test", b"[" * 100_000, "JSON"),
-    ("valor", "val", b'[{"video_id": ' + b"9" * 5000 + b"}]", "JSON"), ("lvis", "val", b"[]", "images"),
-    ("audiocaps", "val", b"", "is empty"), ("audiocaps", "val", b"id\n", "audiocap_id"),
-    ("s4", "val", b"uid,label,split\n", "a_obj"),
-    ("video_llava", "train", b"null", "not a list")])
+@pytest.mark.parametrize(
+    ("name", "split", "content", "message"),
+    [
+        ("ave", "train", b"\xff\xfe\x00", "not UTF-8"),
+        ("avqa", "test", b"[{", "not valid JSON"),
+        ("avqa", "test", b"{}", "not a list"),
+        ("avqa", "test", b"[" * 100_000, "JSON"),
+        ("valor", "val", b'[{"video_id": ' + b"9" * 5000 + b"}]", "JSON"),
+        ("lvis", "val", b"[]", "images"),
+        ("audiocaps", "val", b"", "is empty"),
+        ("audiocaps", "val", b"id\n", "audiocap_id"),
+        ("s4", "val", b"uid,label,split\n", "a_obj"),
+        ("video_llava", "train", b"null", "not a list"),
+    ],
+)
 def test_an_annotation_file_that_cannot_be_read_stops_the_split(copied, name, split, content, message):
     root = copied(DATASETS[name].folder)
     file = annotation_files(root, name, split)[0]
@@ -517,8 +601,11 @@ def test_tables_give_back_what_was_written(tmp_path_factory, rows, newline, bom)
 def test_any_bytes_are_rows_or_input_errors(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "t").write_bytes(content)
-    for read_file in (lambda: list(Release(folder).table("t", ("a", "b"), "&", quoted=False, header=None)),
-                      lambda: list(Release(folder).table("t", ("a",))), lambda: list(Release(folder).records("t"))):
+    for read_file in (
+        lambda: list(Release(folder).table("t", ("a", "b"), "&", quoted=False, header=None)),
+        lambda: list(Release(folder).table("t", ("a",))),
+        lambda: list(Release(folder).records("t")),
+    ):
         try:
             assert all(isinstance(found, Row | InputError) for found in read_file())
         except InputError as error:
@@ -549,9 +636,11 @@ def test_damaged_annotations_are_examples_or_input_errors(releases_root, tmp_pat
     assert all(str(root) in one.where for one in found if isinstance(one, InputError))
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-                    max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @pytest.mark.parametrize("name", ["avqa", "valor", "video_llava", "lvis", "own"])
@@ -562,8 +651,13 @@ def test_any_json_in_a_field_is_an_example_or_an_input_error(releases_root, tmp_
     content = file.read_bytes().decode("utf-8-sig")
     lines = content.strip().splitlines() if name == "own" else [content]
     whole = json.loads(lines[0])
-    record = data.draw(st.sampled_from(whole["images"] + whole["annotations"] + whole["categories"])) \
-        if name == "lvis" else whole[0] if isinstance(whole, list) else whole
+    record = (
+        data.draw(st.sampled_from(whole["images"] + whole["annotations"] + whole["categories"]))
+        if name == "lvis"
+        else whole[0]
+        if isinstance(whole, list)
+        else whole
+    )
     record[data.draw(st.sampled_from(sorted(record)))] = data.draw(JSON)
     root = tmp_path_factory.mktemp("json")
     releases.text(root / file.relative_to(releases_root), "\n".join([json.dumps(whole), *lines[1:]]))

@@ -48,7 +48,13 @@ def test_a_partial_copy_is_counted(copied):
 
     train = counts["ave", "train"]
     assert (train.complete, train.annotated, train.missing, train.corrupt, train.malformed, train.have) == (
-        3339, 5, 1, 2, 0, 2)
+        3339,
+        5,
+        1,
+        2,
+        0,
+        2,
+    )
     assert (counts["ave", "val"].malformed, counts["ave", "val"].have) == (1, 0)
     assert (counts["ave", "test"].corrupt, counts["ave", "test"].have) == (1, 1)
     assert (counts["ms3", "test"].corrupt, counts["ms3", "test"].have) == (5, 0)
@@ -58,9 +64,15 @@ def test_a_partial_copy_is_counted(copied):
     assert counts["ref_avs", "train"].note == "no folder ref_avs/"
 
     found = {(p.dataset, p.split, p.field, p.problem.split(":")[0]) for p in problems}
-    assert {("ave", "train", "video", "missing"), ("ave", "train", "video", "corrupt"), ("ave", "val", "", "malformed"),
-            ("ms3", "test", "audio", "corrupt"), ("avss", "test", "mask", "missing"), ("valor", "val", "", "missing"),
-            ("avvp", "test", "", "malformed")} <= found
+    assert {
+        ("ave", "train", "video", "missing"),
+        ("ave", "train", "video", "corrupt"),
+        ("ave", "val", "", "malformed"),
+        ("ms3", "test", "audio", "corrupt"),
+        ("avss", "test", "mask", "missing"),
+        ("valor", "val", "", "missing"),
+        ("avvp", "test", "", "malformed"),
+    } <= found
     missing = next(p for p in problems if (p.dataset, p.split, p.field) == ("ave", "train", "video"))
     assert (missing.id, missing.path) == ("ave/trainSet.txt:1", str(root / "ave/trainSet.txt:1"))
     assert "ave/AVE/RUhOCu3LNXM.mp4" in missing.problem
@@ -70,7 +82,7 @@ def boxes(content):
     """(start, end) of the boxes of the outermost level of an mp4."""
     at = 0
     while at < len(content):
-        end = at + int.from_bytes(content[at:at + 4], "big")
+        end = at + int.from_bytes(content[at : at + 4], "big")
         yield at, end
         at = end
 
@@ -79,9 +91,12 @@ def test_damage_is_seen_from_the_outline(releases_root, tmp_path):
     clip = (releases_root / "own/media/test.mp4").read_bytes()
     edges = list(boxes(clip))
     assert len(edges) >= 3 and edges[-1][1] == len(clip)
-    whole = {"a.mp4": clip, "a.wav": (releases_root / "own/media/test.wav").read_bytes(),
-             "a.jpg": (releases_root / "own/media/test_frames/frame1.jpg").read_bytes(),
-             "a.png": next((releases_root / "avsbench_object").rglob("*.png")).read_bytes()}
+    whole = {
+        "a.mp4": clip,
+        "a.wav": (releases_root / "own/media/test.wav").read_bytes(),
+        "a.jpg": (releases_root / "own/media/test_frames/frame1.jpg").read_bytes(),
+        "a.png": next((releases_root / "avsbench_object").rglob("*.png")).read_bytes(),
+    }
 
     def of(name, content):
         (tmp_path / name).write_bytes(content)
@@ -110,16 +125,22 @@ def test_the_command(copied, tmp_path, capsys):
     text = capsys.readouterr().out
     assert [line.split() for line in text.splitlines()[:2]] == [
         ["dataset", "split", "complete", "annotated", "missing", "corrupt", "malformed", "effective", "N"],
-        ["ave", "train", "3,339", "5", "1", "0", "0", "4"]]
+        ["ave", "train", "3,339", "5", "1", "0", "0", "4"],
+    ]
     report = json.loads(out.read_text())
     assert [(c["split"], c["have"]) for c in report["counts"]] == [("train", 4), ("val", 1), ("test", 2)]
     assert set(report["problems"][0]) == {"dataset", "split", "id", "path", "field", "problem"}
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--root", "/no/such/folder"], "--root.*is no folder"), ([], "--root"),
-    (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
-    (["--root", ".", "--datasets", "lvis", "--json", "/dev/null/x.json"], "--json.*folder of the system")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--root", "/no/such/folder"], "--root.*is no folder"),
+        ([], "--root"),
+        (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
+        (["--root", ".", "--datasets", "lvis", "--json", "/dev/null/x.json"], "--json.*folder of the system"),
+    ],
+)
 def test_bad_command_lines_end_in_one_line(argv, message, one_line_error):
     one_line_error(main, argv, message)
 

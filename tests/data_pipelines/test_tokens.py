@@ -97,8 +97,11 @@ def test_mask_positions_predict_the_mask_tokens_of_the_target(tokenizer):
 def test_bad_tokenizers(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         Tokenizer.load(tmp_path / "tokenizer.json")
-    for content, problem in (("{}", r"tokenizer.json \[model\]: is missing"), ('{"model": {}}', "tokenizer.json"),
-                             ("{", "not valid JSON")):
+    for content, problem in (
+        ("{}", r"tokenizer.json \[model\]: is missing"),
+        ('{"model": {}}', "tokenizer.json"),
+        ("{", "not valid JSON"),
+    ):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(InputError, match=problem):
             Tokenizer.load(tmp_path)
@@ -117,12 +120,17 @@ def test_command_line_trains_from_examples(tmp_path):
 HOSTILE = {  # what of a tokenizer.json is replaced
     "a piece of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "nothing replaced": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}},
-    "growth": {"normalizer": {"type": "Sequence", "normalizers": [
-        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}},
+    "growth": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+        }
+    },
     "a table cut off": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
     "no table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "\u00e9"}},
     "chance": {"model": {"dropout": 0.5}},
-    "a merge of no token": {"model": {"merges": [["a", "b" * 40]]}}}
+    "a merge of no token": {"model": {"merges": [["a", "b" * 40]]}},
+}
 
 
 @pytest.mark.parametrize("what", HOSTILE)
@@ -138,11 +146,23 @@ def test_a_tokenizer_that_would_end_the_process_or_draw_ids_is_refused(what, tok
     assert capfd.readouterr().err == ""  # the library says that it panics
 
 
-@pytest.mark.parametrize("settings", [
-    {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 1}},
-    {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}},
-    {"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                 "pad_type_id": 0, "pad_token": "x"}}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 1}},
+        {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 10**9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "x",
+            }
+        },
+    ],
+)
 def test_texts_are_neither_cut_nor_filled(settings, tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     file = tmp_path / "tokenizer.json"

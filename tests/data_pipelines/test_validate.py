@@ -45,14 +45,20 @@ def problems(corpus):
 
 # The corpus of malformed inputs.
 
+
 def test_every_malformed_input_is_named_and_nothing_else(corpus, problems):
     cases = corpus[1]
     assert sum(bool(case.problem) for case in cases) + len(ANNOTATIONS) >= 100
     wrong = []
     for number, case in enumerate(cases, 1):
-        found = [p for p in problems if p.dataset == "own" and p.split == "test"
-                 and p.id == (f"own/test.jsonl:{number}" if case.id == "twice" else p.id)
-                 and p.id in (case.id, f"own/test.jsonl:{number}")]
+        found = [
+            p
+            for p in problems
+            if p.dataset == "own"
+            and p.split == "test"
+            and p.id == (f"own/test.jsonl:{number}" if case.id == "twice" else p.id)
+            and p.id in (case.id, f"own/test.jsonl:{number}")
+        ]
         said = len(found) == 1 and re.search(case.problem, found[0].problem) and found[0].field == case.field
         if not (said if case.problem else not found):
             wrong.append((case, found))
@@ -94,15 +100,20 @@ def verdicts_of(root, problems, tokenizer, out):
                 refused = ""
             except InputError as error:
                 refused = error.problem
-            found[example.id] = Verdict(refused, "".join(bad), asks(example, root, out), "".join(said[len(bad):]))
+            found[example.id] = Verdict(refused, "".join(bad), asks(example, root, out), "".join(said[len(bad) :]))
     return found
 
 
 def disagreements(verdicts):
     """The verdicts that are not one: taken by some and refused by others, or refused with other words."""
-    return {name: said[:3] for name, said in verdicts.items()
-            if len({text.removeprefix(f"{CORRUPT}: ").removeprefix(f"{MALFORMED}: ") for text in said[:3]
-                    if text is not None}) > 1}
+    return {
+        name: said[:3]
+        for name, said in verdicts.items()
+        if len(
+            {text.removeprefix(f"{CORRUPT}: ").removeprefix(f"{MALFORMED}: ") for text in said[:3] if text is not None}
+        )
+        > 1
+    }
 
 
 def test_loader_validate_status_and_predict_agree_on_every_file(corpus, verdicts):
@@ -125,9 +136,16 @@ def asks(example, root, out):
     cannot be asked the like."""
     if example.id in MENDED | OF_ROWS or example.mask and not example.mask.startswith("own/"):
         return None
-    record = {key: str(root / path) for key, path in (
-        ("video_path", example.video), ("image_path", example.image), ("audio_path", example.audio),
-        ("mask_path", example.mask)) if path}
+    record = {
+        key: str(root / path)
+        for key, path in (
+            ("video_path", example.video),
+            ("image_path", example.image),
+            ("audio_path", example.audio),
+            ("mask_path", example.mask),
+        )
+        if path
+    }
     if not (example.video or example.image):
         record["image_path"] = str(root / "own/media/picture.png")
     if "image_path" in record and not example.audio:
@@ -156,9 +174,15 @@ def reported(tmp_path_factory):
     corpus = malformed.Corpus(root)
     for number, path in enumerate(found):
         content = path.read_bytes()
-        for how, changed in (("whole", content), ("cut", content[: len(content) * 2 // 3]), ("empty", b""),
-                             ("head", content[:40]), ("zeros", content[: len(content) // 2] + bytes(len(content) // 2)),
-                             ("page", b"<!doctype html>" + content[:500]), ("junk behind", content + b"junk" * 9)):
+        for how, changed in (
+            ("whole", content),
+            ("cut", content[: len(content) * 2 // 3]),
+            ("empty", b""),
+            ("head", content[:40]),
+            ("zeros", content[: len(content) // 2] + bytes(len(content) // 2)),
+            ("page", b"<!doctype html>" + content[:500]),
+            ("junk behind", content + b"junk" * 9),
+        ):
             for form, row in FORMS[path.suffix].items():
                 corpus.file(f"{number}-{how}-{form}-{path.name}", changed, field=form, row=row)
     Image.fromarray(malformed.noise(1)[0]).save(corpus.media / "picture.png")
@@ -170,8 +194,13 @@ def reported(tmp_path_factory):
 CASES = Path(os.environ.get("CRAB_CASES_DIR", Path(__file__).resolve().parents[2].parent / "shared/cases"))
 _FILM = {"video": malformed.LOOK, "audio": malformed.HEAR}
 _PICTURE = {"image": malformed.SEE, "mask": malformed.SEGMENT}
-FORMS = {".mp4": _FILM, ".mkv": _FILM, ".wav": {"audio": malformed.HEAR}, ".mp3": {"audio": malformed.HEAR},
-         **dict.fromkeys((".png", ".jpg", ".heic", ".webp"), _PICTURE)}
+FORMS = {
+    ".mp4": _FILM,
+    ".mkv": _FILM,
+    ".wav": {"audio": malformed.HEAR},
+    ".mp3": {"audio": malformed.HEAR},
+    **dict.fromkeys((".png", ".jpg", ".heic", ".webp"), _PICTURE),
+}
 
 
 def test_validate_and_the_loader_never_disagree_about_the_reported_cases(reported, tokenizer, tmp_path):
@@ -199,14 +228,16 @@ def test_the_table_in_the_docs_is_what_was_found(verdicts):
         note = (said.loader or said.warning.partition(": ")[2]).partition(";")[0]
         note = re.sub(r", \d+ bytes short", "", note)  # depends on the encoder
         row = f"| {kind} | `{name}` | {' | '.join(words)} | {note.replace(chr(124), '/')} |"
-        written = re.sub(rf"^\| {re.escape(kind)} \| `{re.escape(name)}` \|.*$", lambda _, row=row: row, written,
-                         flags=re.MULTILINE)
+        written = re.sub(
+            rf"^\| {re.escape(kind)} \| `{re.escape(name)}` \|.*$", lambda _, row=row: row, written, flags=re.MULTILINE
+        )
     if os.environ.get("CRAB_WRITE_DOCS"):
         DOC.write_text(written)
     assert written == text
 
 
 # What only looks odd is read right.
+
 
 def at(corpus, name):
     return corpus[0] / "own/media" / name
@@ -248,10 +279,25 @@ def test_odd_sizes(corpus, size):
     assert media.read_image(at(corpus, "one.png"), 4).tolist() == [[[9, 9, 9]] * 4] * 4
 
 
-@pytest.mark.parametrize(("name", "scale", "seconds"), [
-    ("mono.wav", 1, 2), ("stereo.wav", 0.5, 2), ("surround.wav", 1, 2), ("8-khz.wav", 1, 2), ("96-khz.wav", 1, 2),
-    ("PCM_24.wav", 1, 2), ("PCM_32.wav", 1, 2), ("PCM_U8.wav", 1, 2), ("FLOAT.wav", 1, 2), ("DOUBLE.wav", 1, 2),
-    ("riff-unknown.wav", 1, 2), ("trailing.wav", 1, 2), ("whole.flac", 1, 2), ("cover.mp3", 1, 2)])
+@pytest.mark.parametrize(
+    ("name", "scale", "seconds"),
+    [
+        ("mono.wav", 1, 2),
+        ("stereo.wav", 0.5, 2),
+        ("surround.wav", 1, 2),
+        ("8-khz.wav", 1, 2),
+        ("96-khz.wav", 1, 2),
+        ("PCM_24.wav", 1, 2),
+        ("PCM_32.wav", 1, 2),
+        ("PCM_U8.wav", 1, 2),
+        ("FLOAT.wav", 1, 2),
+        ("DOUBLE.wav", 1, 2),
+        ("riff-unknown.wav", 1, 2),
+        ("trailing.wav", 1, 2),
+        ("whole.flac", 1, 2),
+        ("cover.mp3", 1, 2),
+    ],
+)
 def test_every_kind_of_sound_is_the_same_tone(corpus, name, scale, seconds):
     sound = media.read_audio(at(corpus, name))
     assert abs(len(sound) - seconds * 16000) < 8
@@ -284,7 +330,7 @@ def test_masks_say_the_same_in_every_form(corpus):
 
 
 def test_unicode_and_marks_are_kept(corpus):
-    example, = records(corpus[0], "own", "train")
+    (example,) = records(corpus[0], "own", "train")
     assert (example.id, example.image) == ("\u526a", "own/media/\u526a.png")
     ids = {e.id: e for e in records(corpus[0], "own", "test") if isinstance(e, Example)}
     assert ids["\u526a\u8f91 \U0001f3bb"].video.endswith("\u526a\u8f91 \u00e9 1.mp4")
@@ -293,6 +339,7 @@ def test_unicode_and_marks_are_kept(corpus):
 
 # Whole and partial copies.
 
+
 def test_a_complete_copy_is_good(copied, capsys):
     """What the releases themselves have (shared clips, a stray colour) are warnings."""
     root = copied("ave", "music_avqa", "valor", "own")
@@ -300,7 +347,10 @@ def test_a_complete_copy_is_good(copied, capsys):
     assert code == 0 and {p["problem"].split(":")[0] for p in report["problems"]} == {"warning"}
     shared = {(p["dataset"], p["split"], p["id"]) for p in report["problems"]}
     assert ("ave", "test", "ave-0f_iTO5t3hU-9") in shared and {d for d, *_ in shared} == {
-        "ave", "avqa", "avqa_original"}
+        "ave",
+        "avqa",
+        "avqa_original",
+    }
     assert report["kinds"] == {"missing": 0, "corrupt": 0, "malformed": 0, "leak": 0, "warning": len(shared)}
     assert [c["have"] for c in report["counts"]] == [c.have for c in status(root)[0]]
 
@@ -362,23 +412,43 @@ def test_prepared_roots_and_clips_in_two_splits(tmp_path, capsys):
         releases.text(tmp_path / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     code, report = run(tmp_path, "--workers", "1")
     assert code == 3 and [(c["dataset"], c["split"], c["have"]) for c in report["counts"]] == [
-        ("prepared", "train", 2), ("prepared", "test", 2)]
-    problem, = report["problems"]
+        ("prepared", "train", 2),
+        ("prepared", "test", 2),
+    ]
+    (problem,) = report["problems"]
     assert (problem["id"], problem["path"], problem["problem"]) == (
-        "b", "media/b.wav", "leak: its clip is in train too")
+        "b",
+        "media/b.wav",
+        "leak: its clip is in train too",
+    )
 
 
 def test_shards_are_checked_like_files(copied, tmp_path, capsys):
     root, out = copied("ave"), tmp_path / "shards"
     cut(root / "ave/AVE/RUhOCu3LNXM.mp4", 0.5)
     (root / "ave/AVE/-67UNKFmRLk.mp4").unlink()
-    prepare.run(["--root", str(root), "--out", str(out), "--datasets", "ave", "--image-size", "16", "--video-frames",
-                 "4", "--workers", "0"])
+    prepare.run(
+        [
+            "--root",
+            str(root),
+            "--out",
+            str(out),
+            "--datasets",
+            "ave",
+            "--image-size",
+            "16",
+            "--video-frames",
+            "4",
+            "--workers",
+            "0",
+        ]
+    )
     assert {(c.split, c.missing) for c in status(out)[0]} == {("train", 1), ("val", 0), ("test", 0)}
     code, report = run(out)
     found = {(p["id"], p["field"], p["problem"].split(":")[0]) for p in report["problems"]}
     assert code == 3 and {f for f in found if f[2] == "corrupt"} == {
-        ("ave-RUhOCu3LNXM-0", field, "corrupt") for field in ("video", "audio")}
+        ("ave-RUhOCu3LNXM-0", field, "corrupt") for field in ("video", "audio")
+    }
     assert report["kinds"] == {"missing": 1, "corrupt": 2, "malformed": 0, "leak": 0, "warning": 1}
     shard = next(out.glob("sounds/*val*-of-*1"))
     content = bytearray(shard.read_bytes())
@@ -393,20 +463,30 @@ def test_a_file_that_ends_its_decoder_is_a_problem_of_that_file(copied, monkeypa
 
     def failing(function, tasks, workers, seconds):
         for task in tasks:
-            yield task, ChildProcessError("ended the process that decoded it (SIGSEGV)") if (
-                "RUhOCu3LNXM" in task[1]) else examine(task)
+            yield (
+                task,
+                ChildProcessError("ended the process that decoded it (SIGSEGV)")
+                if ("RUhOCu3LNXM" in task[1])
+                else examine(task),
+            )
 
     monkeypatch.setattr(verb, "results", failing)
     bad = [p for p in validate(root, ["ave"])[1] if p.kind != "warning"]
     assert {(p.id, p.field, p.problem) for p in bad} == {
         ("ave-RUhOCu3LNXM-0", field, "corrupt: ended the process that decoded it (SIGSEGV)")
-        for field in ("video", "audio")}
+        for field in ("video", "audio")
+    }
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--root", "/no/such/folder"], "--root.*is no folder"), (["--root", "docs"], "--root.*holds nothing"),
-    (["--root", ".", "--workers", "-1"], "--workers"),
-    (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
-    (["--root", ".", "--datasets", "lvis", "--json", "/dev/null/x.json"], "--json.*folder of the system")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--root", "/no/such/folder"], "--root.*is no folder"),
+        (["--root", "docs"], "--root.*holds nothing"),
+        (["--root", ".", "--workers", "-1"], "--workers"),
+        (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
+        (["--root", ".", "--datasets", "lvis", "--json", "/dev/null/x.json"], "--json.*folder of the system"),
+    ],
+)
 def test_bad_command_lines_end_in_one_line(argv, message, one_line_error):
     one_line_error(main, argv, message)

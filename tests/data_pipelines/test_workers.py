@@ -31,8 +31,14 @@ def test_processes_survive_what_their_tasks_do():
     found = dict(results(misbehave, tasks, 2, lambda task: 0.5 if task == "hang" else 30.0))
     assert time.monotonic() - began < 30
     assert {task: str(result) for task, result in found.items()} == {
-        "a": "A", "b": "B", "c": "C", "crash": "ended the process that decoded it (SIGSEGV)",
-        "hang": "took more than 0 s", "raise": "bad", "fill": ""}
+        "a": "A",
+        "b": "B",
+        "c": "C",
+        "crash": "ended the process that decoded it (SIGSEGV)",
+        "hang": "took more than 0 s",
+        "raise": "bad",
+        "fill": "",
+    }
     assert isinstance(found["fill"], MemoryError)
 
 
@@ -67,7 +73,8 @@ PARENTS = {
         pool = multiprocessing.get_context("spawn").Pool(2, end_with_parent)
         pool.map(time.sleep, [0.1, 0.1])
         waits = pool.map_async(time.sleep, [600, 600])
-        """}
+        """,
+}
 SCRIPT = """
 import time
 
@@ -112,8 +119,13 @@ def still_there(pid: int, since: str) -> bool:
 @pytest.mark.parametrize("use", PARENTS)
 def test_workers_end_with_a_parent_that_is_killed(use, tmp_path):
     (tmp_path / "parent.py").write_text(SCRIPT.format(body=PARENTS[use]))
-    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=os.environ | {"PYTHONPATH": os.getcwd()}, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        text=True,
+    ) as parent:
         assert parent.stdout.readline() == "busy\n", parent.stderr.read()
         workers = descendants(parent.pid)
         parent.kill()

@@ -73,11 +73,25 @@ class Cage:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            environment = {"XLA_FLAGS": _COMPILE_FAST, **os.environ, "PYTHONPATH": self._path, "JAX_PLATFORMS": "cpu",
-                           "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
+            environment = {
+                "XLA_FLAGS": _COMPILE_FAST,
+                **os.environ,
+                "PYTHONPATH": self._path,
+                "JAX_PLATFORMS": "cpu",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "PYTHONHASHSEED": "0",
+                "HF_HUB_OFFLINE": "1",
+            }
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz.cage", str(self.folder)], cwd=REPO, env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+                [sys.executable, "-m", "tests.fuzz.cage", str(self.folder)],
+                cwd=REPO,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         return self._process
 
     def run(self, module: str, arguments: Sequence[str], seconds: float = 2 * SECONDS) -> Outcome:
@@ -98,8 +112,9 @@ class Cage:
         self.close()
         ended = process.returncode or 0
         name = signal.Signals(-ended).name if ended < 0 else f"exit code {ended}"
-        return Outcome(None, f"ended its process: {name}" if answered else f"still ran after {seconds:.0f} s",
-                       *said, took, 0.0)
+        return Outcome(
+            None, f"ended its process: {name}" if answered else f"still ran after {seconds:.0f} s", *said, took, 0.0
+        )
 
     def close(self) -> None:
         """End the process, and those that it has started."""
@@ -113,6 +128,7 @@ class Cage:
 
 # In the process.
 
+
 def _serve(folder: Path) -> None:
     """Run the commands that come through standard input, a JSON list a line; answer [code, gigabytes]."""
     answers = os.fdopen(os.dup(1), "w")
@@ -120,8 +136,9 @@ def _serve(folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (_MOST_DATA, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     # Once, for loggers keep them: what lies behind 1 and 2 is another file for every command.
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", line_buffering=True, write_through=True)
-                              for number in (1, 2))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", line_buffering=True, write_through=True) for number in (1, 2)
+    )
     for line in sys.stdin:
         module, *arguments = json.loads(line)
         _forget_peak()

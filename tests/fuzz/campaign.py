@@ -30,8 +30,9 @@ class Plan(NamedTuple):
     changes: tuple[tuple[int, int], ...]
 
 
-PLANS = st.builds(Plan, _SEED, st.integers(0, 59), st.lists(st.tuples(st.integers(0, 59), _SEED), min_size=1,
-                                                           max_size=3).map(tuple))
+PLANS = st.builds(
+    Plan, _SEED, st.integers(0, 59), st.lists(st.tuples(st.integers(0, 59), _SEED), min_size=1, max_size=3).map(tuple)
+)
 
 
 def plans(count: int, number: int) -> list[Plan]:
@@ -39,8 +40,13 @@ def plans(count: int, number: int) -> list[Plan]:
     found: list[Plan] = []
 
     @seed(number)
-    @settings(max_examples=count, phases=[Phase.generate], database=None, deadline=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(PLANS)
     def take(plan: Plan) -> None:
         # hypothesis likes some numbers: the same change is not to be made twice
@@ -145,10 +151,13 @@ class Campaign:
         return case
 
     def _filled(self, command: Command, case: Path, file: Path) -> Command:
-        places = {"{in}": str(case / "in"), "{out}": str(case / "out"), "{world}": str(self.world),
-                  "{file}": str(file)}
-        return command._replace(arguments=tuple(functools.reduce(
-            lambda text, place: text.replace(*place), places.items(), part) for part in command.arguments))
+        places = {"{in}": str(case / "in"), "{out}": str(case / "out"), "{world}": str(self.world), "{file}": str(file)}
+        return command._replace(
+            arguments=tuple(
+                functools.reduce(lambda text, place: text.replace(*place), places.items(), part)
+                for part in command.arguments
+            )
+        )
 
     def _run(self, command: Command, case: Path) -> tuple[Outcome, str]:
         before = _state(case / "in")
@@ -164,18 +173,21 @@ class Campaign:
             kept = Path(tempfile.mkdtemp(prefix=f"{kind.replace('/', '_').replace(' ', '_')}.", dir=self.keep))
             shutil.copytree(self.folder / "cases" / str(self.number), kept / "case", symlinks=True)
             line = " ".join(map(repr, ("python", "-m", command.module, *command.arguments)))
-            (kept / "why.txt").write_text(f"{said}\n{what}\n{line}\n\n{outcome.err[-5000:]}", "utf-8",
-                                          "backslashreplace")
+            (kept / "why.txt").write_text(
+                f"{said}\n{what}\n{line}\n\n{outcome.err[-5000:]}", "utf-8", "backslashreplace"
+            )
 
 
 def _state(folder: Path) -> set[tuple[str, int, int]]:
     """What a folder holds: (path, size, time of change) of each file."""
-    return {(str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")
-            if not path.is_dir()}
+    return {
+        (str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*") if not path.is_dir()
+    }
 
 
-def cases(campaign: Campaign, each: int, number: int, only: Sequence[str] = (), slow: bool = True
-          ) -> Iterator[tuple[str, Callable[[], str]]]:
+def cases(
+    campaign: Campaign, each: int, number: int, only: Sequence[str] = (), slow: bool = True
+) -> Iterator[tuple[str, Callable[[], str]]]:
     """(kind, a function that runs one case) of `each` cases of every kind of file, and as many more of command lines.
     only: words of which the names of kinds must hold one. slow: with commands that need a model."""
     todo: list[tuple[str, Callable[[], str]]] = []
@@ -185,11 +197,17 @@ def cases(campaign: Campaign, each: int, number: int, only: Sequence[str] = (), 
 
     for place, kind in enumerate([*inputs.kinds_of(campaign.world), *inputs.exact_kinds()]):
         if not slow:
-            kind = kind._replace(commands=tuple(one for one in kind.commands if one.module.startswith(
-                ("data_pipelines", "tests", "crab_jax.compare", "crab_jax.convert"))))
+            kind = kind._replace(
+                commands=tuple(
+                    one
+                    for one in kind.commands
+                    if one.module.startswith(("data_pipelines", "tests", "crab_jax.compare", "crab_jax.convert"))
+                )
+            )
         if kind.commands and wanted(kind.name):
-            todo += [(kind.name, functools.partial(campaign.case, kind, plan))
-                     for plan in plans(each, 1000 * number + place)]
+            todo += [
+                (kind.name, functools.partial(campaign.case, kind, plan)) for plan in plans(each, 1000 * number + place)
+            ]
     for place, (kind, name, make) in enumerate(extremes.extremes(inputs.kinds_of(campaign.world))):
         every = range(len(kind.commands))
         for at in every if kind.name in inputs.MEDIA else [place % len(every)]:
@@ -197,7 +215,9 @@ def cases(campaign: Campaign, each: int, number: int, only: Sequence[str] = (), 
                 todo.append((EXTREMES, functools.partial(campaign.extreme, kind, name, make, at)))
     for place, name in enumerate((LINES, OVERRIDES)):
         if wanted(name):
-            todo += [(name, functools.partial(campaign.line, name, plan))
-                     for plan in plans(8 * each, 1000 * number + 998 + place)]
+            todo += [
+                (name, functools.partial(campaign.line, name, plan))
+                for plan in plans(8 * each, 1000 * number + 998 + place)
+            ]
     random.Random(number).shuffle(todo)
     return iter(todo)

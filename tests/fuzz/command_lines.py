@@ -18,11 +18,27 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "crab_jax.predict": ("--checkpoint", "{world}/none", "--out", "{out}/o", "--video", "{world}/media/clip.mp4"),
     "crab_jax.evaluate": ("--checkpoint", "{world}/none", "--out", "{out}/o", "--data", "{world}/none"),
     "crab_jax.compare": ("{world}/none", "{world}/none"),
-    "crab_jax.report": ("--run", "{world}/none", "--results", "{world}/none", "--data", "{world}/none", "--out",
-                        "{out}/r.html"),
+    "crab_jax.report": (
+        "--run",
+        "{world}/none",
+        "--results",
+        "{world}/none",
+        "--data",
+        "{world}/none",
+        "--out",
+        "{out}/r.html",
+    ),
     "crab_jax.inspect": ("router", "--checkpoint", "{world}/none", "--out", "{out}/o"),
-    "crab_jax.convert import": ("--clip", "{world}/none", "--llama", "{world}/none", "--beats", "{world}/none",
-                                "--out", "{out}/i"),
+    "crab_jax.convert import": (
+        "--clip",
+        "{world}/none",
+        "--llama",
+        "{world}/none",
+        "--beats",
+        "{world}/none",
+        "--out",
+        "{out}/i",
+    ),
     "crab_jax.convert export": ("{world}/none", "--format", "hf", "--out", "{out}/i"),
     "crab_jax.convert verify": ("{world}/none", "--outputs", "{world}/none"),
     "crab_jax.compile": ("--config", "{world}/none", "--topology", "v5e:2x2"),
@@ -38,8 +54,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "data_pipelines own": ("--csv", "{world}/none", "--root", "{out}/p"),
     "data_pipelines.tokens": ("--corpus", "{world}/none", "--out", "{out}/t.json"),
     "data_pipelines.sources.scenes": ("--out", "{world}/media/clip.mp4/x"),
-    **{f"data_pipelines.av_uie {verb}": ("--root", "{world}/none", "--out", "{out}/x.jsonl")
-       for verb in ("write", "annotate")},
+    **{
+        f"data_pipelines.av_uie {verb}": ("--root", "{world}/none", "--out", "{out}/x.jsonl")
+        for verb in ("write", "annotate")
+    },
     "data_pipelines.av_uie read": ("--root", "{world}/none", "--labels", "{world}/none", "--out", "{out}/x.jsonl"),
     "data_pipelines.av_uie verify": ("--examples", "{world}/none", "--out", "{out}/x"),
     "data_pipelines.av_uie card": ("--examples", "{world}/none", "--out", "{out}/x"),
@@ -53,8 +71,11 @@ def options_of(command: str, cage: Cage) -> list[str]:
     module, *verb = command.split()
     said = cage.run(module, [*verb, "--help"])
     assert said.code == 0, (command, said.err)
-    return [name for name in dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", said.out))
-            if name not in (*_ELSEWHERE, "--help", "--from-scratch", "--debug")]
+    return [
+        name
+        for name in dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", said.out))
+        if name not in (*_ELSEWHERE, "--help", "--from-scratch", "--debug")
+    ]
 
 
 def command_line(command: str, options: Sequence[str], chance: random.Random) -> Command:
@@ -65,8 +86,14 @@ def command_line(command: str, options: Sequence[str], chance: random.Random) ->
         option = chance.choice([*options, "--unknown", "--", "-", "--=", "-h1"])
         value = chance.choice(worst_values())
         how = chance.randrange(6)
-        line += [[option, value], [f"{option}={value}"], [option], [option, value, value], [value],
-                 [option[:-1], value]][how]
+        line += [
+            [option, value],
+            [f"{option}={value}"],
+            [option],
+            [option, value, value],
+            [value],
+            [option[:-1], value],
+        ][how]
     codes = (0, 2, 3) if verb in (["validate"], ["own"]) else (0, 2)
     return Command(module, tuple(part.replace("\0", "") for part in line), codes)
 

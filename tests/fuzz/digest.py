@@ -44,10 +44,14 @@ def _params(path: str) -> Any:
 
 
 READ: dict[str, Callable[[str], Any]] = {
-    "film": _film, "sound": media.read_audio, "picture": media.read_picture,
+    "film": _film,
+    "sound": media.read_audio,
+    "picture": media.read_picture,
     "binary": lambda path: media.read_mask(path, None, "binary"),
     "semantic": lambda path: media.read_mask(path, None, "semantic"),
-    "prepared": _prepared, "params": _params, "labels": lambda path: released.read(path).texts,
+    "prepared": _prepared,
+    "params": _params,
+    "labels": lambda path: released.read(path).texts,
     "torch": torch_file.read,
 }
 

@@ -38,8 +38,14 @@ def _unstated_flac(path: Path) -> None:
 def _sparse_wav(path: Path) -> None:
     """3 GB of zeros that take no room."""
     size = 3 * 2**30
-    header = b"RIFF" + struct.pack("<I", size + 36) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2,
-                                                                               16) + b"data" + struct.pack("<I", size)
+    header = (
+        b"RIFF"
+        + struct.pack("<I", size + 36)
+        + b"WAVEfmt "
+        + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
+        + b"data"
+        + struct.pack("<I", size)
+    )
     path.write_bytes(header)
     os.truncate(path, size + len(header))
 
@@ -58,20 +64,31 @@ def _sparse(path: Path) -> None:
 
 
 PLACES: dict[str, Callable[[Path], None]] = {
-    "a pipe": lambda path: os.mkfifo(path), "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda path: path.symlink_to(path), "a folder": lambda path: path.mkdir(),
-    "a sparse file": _sparse}
+    "a pipe": lambda path: os.mkfifo(path),
+    "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a folder": lambda path: path.mkdir(),
+    "a sparse file": _sparse,
+}
 LISTS: dict[str, Callable[[Path], None]] = {
     "a list of ffmpeg": _text("ffconcat version 1.0\nfile /etc/passwd\nduration 5\n"),
-    "a list without a head": _text("file '/etc/passwd'\n"), "a playlist": _text("#EXTM3U\n/etc/passwd\n"),
+    "a list without a head": _text("file '/etc/passwd'\n"),
+    "a playlist": _text("#EXTM3U\n/etc/passwd\n"),
     "a stream": _text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n"),
-    "an address": _text("http://127.0.0.1:9/x\n"), "DASH": _text('<?xml version="1.0"?><MPD><Period/></MPD>')}
+    "an address": _text("http://127.0.0.1:9/x\n"),
+    "DASH": _text('<?xml version="1.0"?><MPD><Period/></MPD>'),
+}
 PICTURES: dict[str, Callable[[Path], None]] = {
     "PostScript": _text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n{ } loop\nshowpage\n"),
     "SVG": _text('<svg xmlns="http://www.w3.org/2000/svg"><image href="/etc/passwd"/></svg>'),
-    "a PDF": _text("%PDF-1.4\n"), "121 megapixels": _large_picture}
+    "a PDF": _text("%PDF-1.4\n"),
+    "121 megapixels": _large_picture,
+}
 SOUNDS: dict[str, Callable[[Path], None]] = {
-    "ten hours": _long_flac, "ten hours unstated": _unstated_flac, "3 GB of zeros": _sparse_wav}
+    "ten hours": _long_flac,
+    "ten hours unstated": _unstated_flac,
+    "3 GB of zeros": _sparse_wav,
+}
 
 
 def zeros_behind(path: Path) -> None:
@@ -90,8 +107,11 @@ def extremes(kinds: list[Kind]) -> list[tuple[Kind, str, Callable[[Path], None]]
             makers |= PICTURES
         if kind.name == "sound.wav":
             makers |= SOUNDS
-        if not makers and kind.family in (mutate.JSON, mutate.TEXT, mutate.ARCHIVE, mutate.WEIGHTS) and "*" not in (
-                kind.file):
+        if (
+            not makers
+            and kind.family in (mutate.JSON, mutate.TEXT, mutate.ARCHIVE, mutate.WEIGHTS)
+            and "*" not in (kind.file)
+        ):
             makers = PLACES
         if kind.name in MEDIA:
             makers |= {"3 GB of zeros behind it": zeros_behind}

@@ -32,8 +32,13 @@ GOLDEN = REPO / "tests/golden/weights"
 TOKENIZER = REPO / "data_pipelines/tiny_tokenizer.json"
 OK, VALIDATED = (0, 2), (0, 2, 3)
 SHORT = ("--max-new-tokens", "7")
-TINY = ("--config=configs/tiny.py", "--config.init_from=warm_start", "--config.steps=1", "--config.data.batch_size=2",
-        "--config.data.workers=0")
+TINY = (
+    "--config=configs/tiny.py",
+    "--config.init_from=warm_start",
+    "--config.steps=1",
+    "--config.data.batch_size=2",
+    "--config.data.workers=0",
+)
 
 
 class Command(NamedTuple):
@@ -72,6 +77,7 @@ def _predict(*arguments: str, checkpoint: str = "{world}/packed") -> Command:
 
 # The world: what is sound.
 
+
 def _media(folder: Path) -> None:
     """A short file of every kind of medium, and the tiny root of one example that it is in."""
     folder.mkdir()
@@ -96,8 +102,14 @@ def _media(folder: Path) -> None:
 
 
 _LOOK = {"task": "avcap", "target": "It.", "windows": "none"}
-_SEGMENT = {"task": "s4", "instruction": "<image>What is it?", "windows": "none", "mask_kind": "binary",
-            "target": "".join(f"<mask_{i}>" for i in range(6)), "meta": {"objects": ["dog"], "video": "v"}}
+_SEGMENT = {
+    "task": "s4",
+    "instruction": "<image>What is it?",
+    "windows": "none",
+    "mask_kind": "binary",
+    "target": "".join(f"<mask_{i}>" for i in range(6)),
+    "meta": {"objects": ["dog"], "video": "v"},
+}
 
 
 def _example(use: str, name: str) -> Example:
@@ -116,7 +128,11 @@ MEDIA = {  # file -> how it is used
     **{f"clip.{ending}": "film" for ending in ("mp4", "mkv", "webm", "ts", "avi")},
     **{f"sound.{ending}": "sound" for ending in ("wav", "flac", "mp3", "ogg")},
     **{f"picture.{ending}": "picture" for ending in ("png", "jpg", "gif", "tiff", "webp", "bmp")},
-    "progressive.jpg": "picture", "binary.png": "binary", "palette.png": "semantic", "colours.png": "semantic"}
+    "progressive.jpg": "picture",
+    "binary.png": "binary",
+    "palette.png": "semantic",
+    "colours.png": "semantic",
+}
 
 
 def _media_roots(world: Path) -> None:
@@ -135,11 +151,19 @@ def _table(folder: Path) -> None:
     folder.mkdir()
     clips.write_clip(folder / "a.mp4", clips.steady(2.0), clips.beep(2.0, 0.5, 1.0))
     Image.new("L", (32, 32), 255).save(folder / "mask.png")
-    rows = [{"id": "1", "task": "avqa", "video": "a.mp4", "question": "How many?", "answer": "two",
-             "type": "Audio-Visual/Counting"},
-            {"id": "2", "task": "ave", "video": "a.mp4", "event": "Dog bark", "start": "0", "end": "1"},
-            {"id": "3", "task": "avcap", "video": "a.mp4", "captions": "A dog barks."},
-            {"id": "4", "task": "s4", "video": "a.mp4", "second": "0", "mask": "mask.png", "objects": "dog"}]
+    rows = [
+        {
+            "id": "1",
+            "task": "avqa",
+            "video": "a.mp4",
+            "question": "How many?",
+            "answer": "two",
+            "type": "Audio-Visual/Counting",
+        },
+        {"id": "2", "task": "ave", "video": "a.mp4", "event": "Dog bark", "start": "0", "end": "1"},
+        {"id": "3", "task": "avcap", "video": "a.mp4", "captions": "A dog barks."},
+        {"id": "4", "task": "s4", "video": "a.mp4", "second": "0", "mask": "mask.png", "objects": "dog"},
+    ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names)
@@ -153,8 +177,10 @@ def _labels(world: Path) -> None:
     """A zip of released labels, for the AVE of the releases."""
     folder = world / "labels"
     folder.mkdir()
-    text = ("A bell. So the audible and visible event in the video is <event> Church bell </event>, and the time range "
-            "is <range> 0,10 </range>.")
+    text = (
+        "A bell. So the audible and visible event in the video is <event> Church bell </event>, and the time range "
+        "is <range> 0,10 </range>."
+    )
     with zipfile.ZipFile(folder / "ave_converted_label.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("RUhOCu3LNXM", "VWi2ENBuTbw"):
             archive.writestr(f"converted_label/{name}.txt", text)
@@ -165,10 +191,15 @@ def _requests(folder: Path) -> None:
     folder.mkdir()
     for name in ("clip.mp4", "sound.wav", "picture.png"):
         shutil.copyfile(folder.parent / "media" / name, folder / name)
-    (folder / "samples.json").write_text(json.dumps([
-        {"task": "ave", "video_path": "clip.mp4"},
-        {"task": "avqa", "image_path": "picture.png", "audio_path": "sound.wav", "question": "What is it?"},
-        {"task": "s4", "image_path": "picture.png", "audio_path": "sound.wav", "second": 0}]))
+    (folder / "samples.json").write_text(
+        json.dumps(
+            [
+                {"task": "ave", "video_path": "clip.mp4"},
+                {"task": "avqa", "image_path": "picture.png", "audio_path": "sound.wav", "question": "What is it?"},
+                {"task": "s4", "image_path": "picture.png", "audio_path": "sound.wav", "second": 0},
+            ]
+        )
+    )
 
 
 def _run(world: Path) -> None:
@@ -186,8 +217,7 @@ def _run(world: Path) -> None:
     folder.mkdir()
     saved = checkpoints.RunCheckpoints(folder / "checkpoints")
     saved.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads})
-    state = train.TrainState(jnp.int32(1), trainable, optim.optimizer(config.optim, 2).init(
-        trainable))
+    state = train.TrainState(jnp.int32(1), trainable, optim.optimizer(config.optim, 2).init(trainable))
     saved.save(1, dataclasses.asdict(state))
     saved.wait()
     runs.save_description(folder, config, tokenizer)
@@ -206,8 +236,11 @@ def _evaluations(world: Path, cage: Cage, model: bool) -> None:
         given = ["--predictions", str(world / "answers/answers.jsonl")]
         if model and name == "b":
             given = ["--checkpoint", str(world / "packed"), *SHORT]
-        done = cage.run("crab_jax.evaluate", [*given, "--data", str(world / "scenes"), "--out",
-                                              str(world / f"evaluations/{name}")], 300)
+        done = cage.run(
+            "crab_jax.evaluate",
+            [*given, "--data", str(world / "scenes"), "--out", str(world / f"evaluations/{name}")],
+            300,
+        )
         assert done.code == 0, done.err
 
 
@@ -234,81 +267,229 @@ def build(world: Path, cage: Cage, model: bool = True) -> None:
         shutil.copyfile(GOLDEN / "llama" / file, world / "llama" / file)
     (world / "config").mkdir()
     shutil.copyfile(REPO / "configs/tiny.py", world / "config/tiny.py")
-    done = cage.run("data_pipelines", ["prepare", "--root", str(world / "scenes"), "--out", str(world / "prepared"),
-                                       "--image-size", "16", "--video-frames", "2", "--workers", "0"], 300)
+    done = cage.run(
+        "data_pipelines",
+        [
+            "prepare",
+            "--root",
+            str(world / "scenes"),
+            "--out",
+            str(world / "prepared"),
+            "--image-size",
+            "16",
+            "--video-frames",
+            "2",
+            "--workers",
+            "0",
+        ],
+        300,
+    )
     assert done.code == 0, done.err
 
 
 # The kinds.
 
-_PREDICT_AS = {"film": ("--video", "{file}", "--question", "What?"),
-               "sound": ("--audio", "{file}", "--image", "{world}/media/picture.png", "--question", "What?"),
-               "picture": ("--image", "{file}", "--audio", "{world}/media/sound.wav", "--task", "s4"),
-               "binary": ("--image", "{in}/own/picture.png", "--audio", "{world}/media/sound.wav", "--task", "s4",
-                          "--mask", "{file}"),
-               "semantic": ("--image", "{in}/own/picture.png", "--audio", "{world}/media/sound.wav", "--task", "avss",
-                            "--mask", "{file}")}
+_PREDICT_AS = {
+    "film": ("--video", "{file}", "--question", "What?"),
+    "sound": ("--audio", "{file}", "--image", "{world}/media/picture.png", "--question", "What?"),
+    "picture": ("--image", "{file}", "--audio", "{world}/media/sound.wav", "--task", "s4"),
+    "binary": (
+        "--image",
+        "{in}/own/picture.png",
+        "--audio",
+        "{world}/media/sound.wav",
+        "--task",
+        "s4",
+        "--mask",
+        "{file}",
+    ),
+    "semantic": (
+        "--image",
+        "{in}/own/picture.png",
+        "--audio",
+        "{world}/media/sound.wav",
+        "--task",
+        "avss",
+        "--mask",
+        "{file}",
+    ),
+}
 
 
 def _of_media() -> list[Kind]:
     kinds = []
     for name, use in MEDIA.items():
         commands = (
-            _predict(*_PREDICT_AS[use]), _verb("tests.fuzz.digest", use, "{file}"),
+            _predict(*_PREDICT_AS[use]),
+            _verb("tests.fuzz.digest", use, "{file}"),
             _pipelines("status", "--root", "{in}", "--json", "{out}/s.json"),
             _pipelines("validate", "--root", "{in}", "--json", "{out}/v.json", "--workers", "1"),
-            _pipelines("prepare", "--root", "{in}", "--datasets", "own", "--out", "{out}/p", "--workers", "0",
-                       "--image-size", "16"),
+            _pipelines(
+                "prepare",
+                "--root",
+                "{in}",
+                "--datasets",
+                "own",
+                "--out",
+                "{out}/p",
+                "--workers",
+                "0",
+                "--image-size",
+                "16",
+            ),
             _pipelines("sample", "--root", "{in}", "--datasets", "own", "--out", "{out}/s"),
-            _verb("crab_jax.evaluate", "--checkpoint", "{world}/packed", "--data", "{in}", "--datasets", "own", *SHORT,
-                  "--out", "{out}/e"))
+            _verb(
+                "crab_jax.evaluate",
+                "--checkpoint",
+                "{world}/packed",
+                "--data",
+                "{in}",
+                "--datasets",
+                "own",
+                *SHORT,
+                "--out",
+                "{out}/e",
+            ),
+        )
         family = mutate.PNG if name.endswith("png") else mutate.MEDIA
         kinds.append(Kind(name, f"roots/{name}", f"own/{name}", commands, family))
     return kinds
 
 
 _ROOT = ("--root", "{in}")
-_LISTS = (_pipelines("status", *_ROOT), _pipelines("validate", *_ROOT, "--workers", "1", "--json", "{out}/v.json"),
-          _pipelines("prepare", *_ROOT, "--out", "{out}/p", "--workers", "0", "--image-size", "16"),
-          _pipelines("sample", *_ROOT, "--out", "{out}/s", "--split", "test"))
+_LISTS = (
+    _pipelines("status", *_ROOT),
+    _pipelines("validate", *_ROOT, "--workers", "1", "--json", "{out}/v.json"),
+    _pipelines("prepare", *_ROOT, "--out", "{out}/p", "--workers", "0", "--image-size", "16"),
+    _pipelines("sample", *_ROOT, "--out", "{out}/s", "--split", "test"),
+)
 _EVALUATE = ("--data", "{world}/scenes", "--out", "{out}/e")
 
 
 def _of_lists() -> list[Kind]:
     """Records, tables, answers, evaluations."""
-    compared = (_verb("crab_jax.compare", "{in}/a", "{in}/b", "--data", "{world}/scenes", "--out", "{out}/d.json"),
-                _verb("crab_jax.compare", "{in}/b", "{in}/a"))
-    report = _verb("crab_jax.report", "--run", "{world}/run", "--results", "{in}/a/results.json", "--data",
-                   "{world}/scenes", "--out", "{out}/r.html", "--samples", "1", "--routing-samples", "1", *SHORT)
+    compared = (
+        _verb("crab_jax.compare", "{in}/a", "{in}/b", "--data", "{world}/scenes", "--out", "{out}/d.json"),
+        _verb("crab_jax.compare", "{in}/b", "{in}/a"),
+    )
+    report = _verb(
+        "crab_jax.report",
+        "--run",
+        "{world}/run",
+        "--results",
+        "{in}/a/results.json",
+        "--data",
+        "{world}/scenes",
+        "--out",
+        "{out}/r.html",
+        "--samples",
+        "1",
+        "--routing-samples",
+        "1",
+        *SHORT,
+    )
     return [
-        Kind("test.jsonl", "scenes", "test.jsonl", (
-            *_LISTS, _verb("crab_jax.evaluate", "--predictions", "{world}/answers/answers.jsonl", "--data", "{in}",
-                           "--out", "{out}/e"),
-            _verb("data_pipelines.av_uie", "verify", "--examples", "{file}", "--out", "{out}/v"),
-            _verb("data_pipelines.av_uie", "card", "--examples", "{file}", "--out", "{out}/c"),
-            _verb("data_pipelines.av_uie", "write", "--examples", "{file}", "--out", "{out}/w.jsonl"),
-            _verb("data_pipelines.tokens", "--corpus", "{file}", "--out", "{out}/t.json"),
-            _verb("crab_jax.compare", "{world}/evaluations/a", "{world}/evaluations/b", "--data", "{in}")),
-             mutate.JSON),
-        Kind("train.jsonl", "scenes", "train.jsonl", (
-            *_LISTS[:3], _verb("crab_jax.train", *TINY, "--config.data.root={in}", "--workdir={out}/w")), mutate.JSON),
-        Kind("table as CSV", "table", "t.csv", (_pipelines("own", "--csv", "{file}", "--root", "{out}/r", "--copy",
-                                                           "--workers", "1"),), mutate.TEXT),
-        Kind("table as JSONL", "table", "t.jsonl", (_pipelines("own", "--jsonl", "{file}", "--root", "{out}/r",
-                                                               "--copy", "--workers", "1"),), mutate.JSON),
-        Kind("answers", "answers", "answers.jsonl", (
-            _verb("crab_jax.evaluate", "--predictions", "{file}", *_EVALUATE),), mutate.JSON),
-        *(Kind(file, "evaluations", f"a/{file}", compared, mutate.JSON)
-          for file in ("predictions.jsonl", "evaluation.json")),
+        Kind(
+            "test.jsonl",
+            "scenes",
+            "test.jsonl",
+            (
+                *_LISTS,
+                _verb(
+                    "crab_jax.evaluate",
+                    "--predictions",
+                    "{world}/answers/answers.jsonl",
+                    "--data",
+                    "{in}",
+                    "--out",
+                    "{out}/e",
+                ),
+                _verb("data_pipelines.av_uie", "verify", "--examples", "{file}", "--out", "{out}/v"),
+                _verb("data_pipelines.av_uie", "card", "--examples", "{file}", "--out", "{out}/c"),
+                _verb("data_pipelines.av_uie", "write", "--examples", "{file}", "--out", "{out}/w.jsonl"),
+                _verb("data_pipelines.tokens", "--corpus", "{file}", "--out", "{out}/t.json"),
+                _verb("crab_jax.compare", "{world}/evaluations/a", "{world}/evaluations/b", "--data", "{in}"),
+            ),
+            mutate.JSON,
+        ),
+        Kind(
+            "train.jsonl",
+            "scenes",
+            "train.jsonl",
+            (*_LISTS[:3], _verb("crab_jax.train", *TINY, "--config.data.root={in}", "--workdir={out}/w")),
+            mutate.JSON,
+        ),
+        Kind(
+            "table as CSV",
+            "table",
+            "t.csv",
+            (_pipelines("own", "--csv", "{file}", "--root", "{out}/r", "--copy", "--workers", "1"),),
+            mutate.TEXT,
+        ),
+        Kind(
+            "table as JSONL",
+            "table",
+            "t.jsonl",
+            (_pipelines("own", "--jsonl", "{file}", "--root", "{out}/r", "--copy", "--workers", "1"),),
+            mutate.JSON,
+        ),
+        Kind(
+            "answers",
+            "answers",
+            "answers.jsonl",
+            (_verb("crab_jax.evaluate", "--predictions", "{file}", *_EVALUATE),),
+            mutate.JSON,
+        ),
+        *(
+            Kind(file, "evaluations", f"a/{file}", compared, mutate.JSON)
+            for file in ("predictions.jsonl", "evaluation.json")
+        ),
         Kind("results.json", "evaluations", "a/results.json", (report,), mutate.JSON),
-        Kind("metrics.jsonl", "run", "metrics.jsonl", (_verb(
-            "crab_jax.report", "--run", "{in}", "--results", "{world}/evaluations/a/results.json", "--data",
-            "{world}/scenes", "--out", "{out}/r.html", "--samples", "1", "--routing-samples", "1", *SHORT),),
-             mutate.JSON),
+        Kind(
+            "metrics.jsonl",
+            "run",
+            "metrics.jsonl",
+            (
+                _verb(
+                    "crab_jax.report",
+                    "--run",
+                    "{in}",
+                    "--results",
+                    "{world}/evaluations/a/results.json",
+                    "--data",
+                    "{world}/scenes",
+                    "--out",
+                    "{out}/r.html",
+                    "--samples",
+                    "1",
+                    "--routing-samples",
+                    "1",
+                    *SHORT,
+                ),
+            ),
+            mutate.JSON,
+        ),
         Kind("samples of predict", "requests", "samples.json", (_predict("--samples", "{file}"),), mutate.JSON),
-        Kind("zip of labels", "labels", "ave_converted_label.zip", (
-            _verb("data_pipelines.av_uie", "read", "--root", "{world}/data", "--datasets", "ave", "--labels", "{file}",
-                  "--out", "{out}/l.jsonl"),), mutate.ARCHIVE),
+        Kind(
+            "zip of labels",
+            "labels",
+            "ave_converted_label.zip",
+            (
+                _verb(
+                    "data_pipelines.av_uie",
+                    "read",
+                    "--root",
+                    "{world}/data",
+                    "--datasets",
+                    "ave",
+                    "--labels",
+                    "{file}",
+                    "--out",
+                    "{out}/l.jsonl",
+                ),
+            ),
+            mutate.ARCHIVE,
+        ),
     ]
 
 
@@ -316,40 +497,116 @@ def _of_models() -> list[Kind]:
     """Weights, checkpoints, tokenizers, configs, what another program wrote."""
     scenes_of = ("--data", "{world}/scenes", "--tasks", "avqa", "--limit", "1", *SHORT, "--out", "{out}/e")
     asked = ("--image", "{world}/media/picture.png", "--audio", "{world}/media/sound.wav", "--question", "What?")
-    imports = _verb("crab_jax.convert", "import", "--clip", "{in}/clip", "--llama", "{in}/llama", "--beats",
-                    "{in}/beats/BEATs_tiny.pt", "--crab", "{in}/crab/finetune_weights.bin",
-                    "{in}/crab/avs_finetune_weights.bin", "--tokenizer", "{world}/tokenizer", "--bert",
-                    "{in}/bert/config.json", "--taps", "0,1,2", "--low-res", "16", "--dtype", "float32", "--out",
-                    "{out}/i")
-    models = (_predict(*asked, checkpoint="{in}"), _verb("crab_jax.evaluate", "--checkpoint", "{in}", *scenes_of),
-              _verb("crab_jax.convert", "export", "{in}", "--format", "crab", "--out", "{out}/x"))
-    imported = {"clip/model.safetensors": mutate.WEIGHTS, "llama/model-00002-of-00002.safetensors": mutate.WEIGHTS,
-                "llama/model.safetensors.index.json": mutate.JSON, "llama/config.json": mutate.JSON,
-                "clip/config.json": mutate.JSON, "bert/config.json": mutate.JSON,
-                "beats/BEATs_tiny.pt": mutate.ARCHIVE, "crab/finetune_weights.bin": mutate.ARCHIVE}
+    imports = _verb(
+        "crab_jax.convert",
+        "import",
+        "--clip",
+        "{in}/clip",
+        "--llama",
+        "{in}/llama",
+        "--beats",
+        "{in}/beats/BEATs_tiny.pt",
+        "--crab",
+        "{in}/crab/finetune_weights.bin",
+        "{in}/crab/avs_finetune_weights.bin",
+        "--tokenizer",
+        "{world}/tokenizer",
+        "--bert",
+        "{in}/bert/config.json",
+        "--taps",
+        "0,1,2",
+        "--low-res",
+        "16",
+        "--dtype",
+        "float32",
+        "--out",
+        "{out}/i",
+    )
+    models = (
+        _predict(*asked, checkpoint="{in}"),
+        _verb("crab_jax.evaluate", "--checkpoint", "{in}", *scenes_of),
+        _verb("crab_jax.convert", "export", "{in}", "--format", "crab", "--out", "{out}/x"),
+    )
+    imported = {
+        "clip/model.safetensors": mutate.WEIGHTS,
+        "llama/model-00002-of-00002.safetensors": mutate.WEIGHTS,
+        "llama/model.safetensors.index.json": mutate.JSON,
+        "llama/config.json": mutate.JSON,
+        "clip/config.json": mutate.JSON,
+        "bert/config.json": mutate.JSON,
+        "beats/BEATs_tiny.pt": mutate.ARCHIVE,
+        "crab/finetune_weights.bin": mutate.ARCHIVE,
+    }
     return [
-        *(Kind(f"packed {file}", "packed", file, models, family) for file, family in (
-            ("config.json", mutate.JSON), ("params.safetensors", mutate.WEIGHTS), ("tokenizer.json", mutate.JSON),
-            ("manifest.json", mutate.JSON))),
+        *(
+            Kind(f"packed {file}", "packed", file, models, family)
+            for file, family in (
+                ("config.json", mutate.JSON),
+                ("params.safetensors", mutate.WEIGHTS),
+                ("tokenizer.json", mutate.JSON),
+                ("manifest.json", mutate.JSON),
+            )
+        ),
         Kind("checkpoint", "run", "checkpoints/**/*", models, mutate.BLIND),
         Kind("manifest of a checkpoint", "run", "checkpoints/manifest.json", models, mutate.JSON),
         Kind("config.json of a run", "run", "config.json", models, mutate.JSON),
         *(Kind(f"import {file}", "import", file, (imports,), family) for file, family in imported.items()),
-        Kind("tokenizer.model", "llama", "tokenizer.model", (_pipelines(
-            "sample", "--root", "{world}/scenes", "--n", "1", "--tokenizer", "{in}", "--out", "{out}/s"),),
-             mutate.BLIND),
-        Kind("tokenizer.json", "tokenizer", "tokenizer.json", (
-            _pipelines("sample", "--root", "{world}/scenes", "--n", "1", "--tokenizer", "{in}", "--out", "{out}/s"),
-            _verb("data_pipelines.av_uie", "card", "--examples", "{world}/scenes/test.jsonl", "--tokenizer", "{in}",
-                  "--out", "{out}/c")), mutate.JSON),
-        Kind("config file", "config", "tiny.py", (_verb(
-            "crab_jax.train", "--config={file}", "--config.init_from=warm_start", "--config.steps=1",
-            "--config.data.batch_size=2", "--config.data.root={world}/nothing", "--workdir={out}/w"),), mutate.TEXT),
-        Kind("prepared root", "prepared", "**/*", (
-            _pipelines("status", *_ROOT), _pipelines("validate", *_ROOT), _pipelines("sample", *_ROOT, "--out",
-                                                                                     "{out}/s"),
-            _verb("crab_jax.train", *TINY, "--config.data.root={in}", "--workdir={out}/w"),
-            _verb("tests.fuzz.digest", "prepared", "{in}")), mutate.BLIND),
+        Kind(
+            "tokenizer.model",
+            "llama",
+            "tokenizer.model",
+            (_pipelines("sample", "--root", "{world}/scenes", "--n", "1", "--tokenizer", "{in}", "--out", "{out}/s"),),
+            mutate.BLIND,
+        ),
+        Kind(
+            "tokenizer.json",
+            "tokenizer",
+            "tokenizer.json",
+            (
+                _pipelines("sample", "--root", "{world}/scenes", "--n", "1", "--tokenizer", "{in}", "--out", "{out}/s"),
+                _verb(
+                    "data_pipelines.av_uie",
+                    "card",
+                    "--examples",
+                    "{world}/scenes/test.jsonl",
+                    "--tokenizer",
+                    "{in}",
+                    "--out",
+                    "{out}/c",
+                ),
+            ),
+            mutate.JSON,
+        ),
+        Kind(
+            "config file",
+            "config",
+            "tiny.py",
+            (
+                _verb(
+                    "crab_jax.train",
+                    "--config={file}",
+                    "--config.init_from=warm_start",
+                    "--config.steps=1",
+                    "--config.data.batch_size=2",
+                    "--config.data.root={world}/nothing",
+                    "--workdir={out}/w",
+                ),
+            ),
+            mutate.TEXT,
+        ),
+        Kind(
+            "prepared root",
+            "prepared",
+            "**/*",
+            (
+                _pipelines("status", *_ROOT),
+                _pipelines("validate", *_ROOT),
+                _pipelines("sample", *_ROOT, "--out", "{out}/s"),
+                _verb("crab_jax.train", *TINY, "--config.data.root={in}", "--workdir={out}/w"),
+                _verb("tests.fuzz.digest", "prepared", "{in}"),
+            ),
+            mutate.BLIND,
+        ),
     ]
 
 
@@ -363,13 +620,23 @@ def _of_releases(world: Path) -> list[Kind]:
             continue
         at = ("--root", "{in}", "--datasets", names)
         commands = (
-            _pipelines("status", *at), _pipelines("validate", *at, "--workers", "1", "--json", "{out}/v.json"),
+            _pipelines("status", *at),
+            _pipelines("validate", *at, "--workers", "1", "--json", "{out}/v.json"),
             _pipelines("sample", *at, "--out", "{out}/s", "--n", "1"),
-            _pipelines("prepare", *at, "--out", "{out}/p", "--workers", "0", "--image-size", "16", "--video-frames",
-                       "2"),
-            _verb("data_pipelines.av_uie", "write", *at, "--out", "{out}/w.jsonl"))
-        kinds.append(Kind(f"annotations of {folder}", f"data/{folder}", inner, commands,
-                          mutate.JSON if file.suffix == ".json" else mutate.TEXT))
+            _pipelines(
+                "prepare", *at, "--out", "{out}/p", "--workers", "0", "--image-size", "16", "--video-frames", "2"
+            ),
+            _verb("data_pipelines.av_uie", "write", *at, "--out", "{out}/w.jsonl"),
+        )
+        kinds.append(
+            Kind(
+                f"annotations of {folder}",
+                f"data/{folder}",
+                inner,
+                commands,
+                mutate.JSON if file.suffix == ".json" else mutate.TEXT,
+            )
+        )
     return kinds
 
 
@@ -388,9 +655,16 @@ def exact_kinds() -> list[Kind]:
     whole = [name for name in MEDIA if not name.endswith((".ts", ".mp3"))]  # these say nothing of their length
     return [
         *(_same(f"cut {name}", f"roots/{name}", f"own/{name}", MEDIA[name], mutate.CUTS) for name in whole),
-        *(_same(f"flipped {name}", f"roots/{name}", f"own/{name}", use, mutate.FLIPS) for name, use in (
-            ("picture.png", "picture"), ("binary.png", "binary"), ("palette.png", "semantic"),
-            ("colours.png", "semantic"), ("sound.flac", "sound"))),
+        *(
+            _same(f"flipped {name}", f"roots/{name}", f"own/{name}", use, mutate.FLIPS)
+            for name, use in (
+                ("picture.png", "picture"),
+                ("binary.png", "binary"),
+                ("palette.png", "semantic"),
+                ("colours.png", "semantic"),
+                ("sound.flac", "sound"),
+            )
+        ),
         _same("flipped prepared root", "prepared", "**/*", "prepared", mutate.FLIPS, "{in}"),
         _same("flipped packed model", "packed", "**/*", "params", mutate.FLIPS, "{in}"),
         _same("flipped checkpoint", "run", "checkpoints/**/*", "params", mutate.FLIPS, "{in}"),

@@ -21,16 +21,95 @@ from typing import Any
 from tests.hostile_files import CONTENTS, VALUES, changed, places
 
 Mutation = Callable[[bytes, random.Random], bytes]
-NUMBERS = (0, 1, 2, 3, 7, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 10**6, 2**24, 2**31 - 1, 2**31, 2**32 - 1,
-           2**32, 2**63 - 1, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    32768,
+    65535,
+    65536,
+    10**6,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**63 - 1,
+    2**64 - 1,
+)
 # Text that ends on pages, in names and on consoles.
 MARK = "<img src=x onerror=alert(1)>"
-TEXTS = (MARK, "\"'><script>alert(1)</script>", "\x1b[31mred", "\u202etxt.exe", "=HYPERLINK(1)", "../../etc/passwd",
-         "a\nb", "\ud83d\ude00" * 9, "<video>" * 40, "<mask_0>" * 9, "x" * 70_000, "", " ", "\u0000", "\ufeff", "nan",
-         "-0", "1e999", "0x10", "\u0661", "%s%n{0}", "</s>", "/dev/zero", "file:x", "NaN", "None")
-TOKENS = (b"null", b"-1", b"1e999", b"NaN", b"-Infinity", b"[[", b"]", b"{", b"}", b'""', b'"', b",", b":", b"\\u0000",
-          b"9" * 400, b"0.1e-400", b"\xff", b"\xef\xbb\xbf", b"\r", b"\n\n", b"\t", b"\0", b"true", b"'", b";", b"&",
-          b"#", b"//", b"1_000", "\u2028".encode(), b"\\ud800", b"1.5", b"--", b"NaT")
+TEXTS = (
+    MARK,
+    "\"'><script>alert(1)</script>",
+    "\x1b[31mred",
+    "\u202etxt.exe",
+    "=HYPERLINK(1)",
+    "../../etc/passwd",
+    "a\nb",
+    "\ud83d\ude00" * 9,
+    "<video>" * 40,
+    "<mask_0>" * 9,
+    "x" * 70_000,
+    "",
+    " ",
+    "\u0000",
+    "\ufeff",
+    "nan",
+    "-0",
+    "1e999",
+    "0x10",
+    "\u0661",
+    "%s%n{0}",
+    "</s>",
+    "/dev/zero",
+    "file:x",
+    "NaN",
+    "None",
+)
+TOKENS = (
+    b"null",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"-Infinity",
+    b"[[",
+    b"]",
+    b"{",
+    b"}",
+    b'""',
+    b'"',
+    b",",
+    b":",
+    b"\\u0000",
+    b"9" * 400,
+    b"0.1e-400",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\n\n",
+    b"\t",
+    b"\0",
+    b"true",
+    b"'",
+    b";",
+    b"&",
+    b"#",
+    b"//",
+    b"1_000",
+    "\u2028".encode(),
+    b"\\ud800",
+    b"1.5",
+    b"--",
+    b"NaT",
+)
 
 
 def _span(data: bytes, chance: random.Random, most: int = 64) -> tuple[int, int]:
@@ -40,15 +119,16 @@ def _span(data: bytes, chance: random.Random, most: int = 64) -> tuple[int, int]
 
 # Blind.
 
+
 def flip(data: bytes, chance: random.Random) -> bytes:
     if not data:
         return data
     at = chance.randrange(min(len(data), chance.choice((64, 512, 1 << 40))))
-    return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1:]
+    return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
 
 
 def cut(data: bytes, chance: random.Random) -> bytes:
-    return data[:chance.choice((chance.randrange(len(data) + 1), max(0, len(data) - chance.randint(1, 64))))]
+    return data[: chance.choice((chance.randrange(len(data) + 1), max(0, len(data) - chance.randint(1, 64))))]
 
 
 def without(data: bytes, chance: random.Random) -> bytes:
@@ -84,7 +164,7 @@ def number(data: bytes, chance: random.Random) -> bytes:
     size = struct.calcsize(code)
     at = chance.randrange(min(max(1, len(data)), chance.choice((64, 1024, 1 << 40))))
     value = chance.choice(NUMBERS) % (1 << 8 * size)
-    return data[:at] + struct.pack(code, value) + data[at + size:]
+    return data[:at] + struct.pack(code, value) + data[at + size :]
 
 
 def behind(data: bytes, chance: random.Random) -> bytes:
@@ -96,9 +176,10 @@ BLIND: tuple[Mutation, ...] = (flip, flip, cut, without, twice, zeros, noise, mo
 
 # Text, JSON, tables.
 
+
 def token(data: bytes, chance: random.Random) -> bytes:
     start = chance.randrange(len(data) + 1)
-    return data[:start] + chance.choice(TOKENS) + data[start + chance.choice((0, 1, 3)):]
+    return data[:start] + chance.choice(TOKENS) + data[start + chance.choice((0, 1, 3)) :]
 
 
 def value(data: bytes, chance: random.Random) -> bytes:
@@ -108,7 +189,7 @@ def value(data: bytes, chance: random.Random) -> bytes:
         return data
     at = chance.choice(found)
     new = chance.choice([str(n) for n in NUMBERS] + ["-1", "1.5", "1e308", "nan", "inf", "1e-320", *TEXTS])
-    return data[:at.start()] + new.encode("utf-8", "surrogatepass") + data[at.end():]
+    return data[: at.start()] + new.encode("utf-8", "surrogatepass") + data[at.end() :]
 
 
 def lines(data: bytes, chance: random.Random) -> bytes:
@@ -159,15 +240,16 @@ JSON: tuple[Mutation, ...] = (field, field, field, *TEXT)
 
 # Boxes of films, chunks of sounds and pictures, packets, archives.
 
+
 def _boxes(data: bytes, start: int, end: int, depth: int = 0) -> list[tuple[int, int]]:
     """(start, end) of the boxes of an MP4, also those inside others."""
     found = []
     while start + 8 <= end and len(found) < 500:
-        size = int.from_bytes(data[start:start + 4], "big")
+        size = int.from_bytes(data[start : start + 4], "big")
         if not 8 <= size <= end - start:
             break
         found.append((start, start + size))
-        if data[start + 4:start + 8] in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"udta") and depth < 8:
+        if data[start + 4 : start + 8] in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"udta") and depth < 8:
             found += _boxes(data, start + 8, start + size, depth + 1)
         start += size
     return found
@@ -188,8 +270,15 @@ def _pieces(data: bytes) -> list[tuple[int, int]]:
     elif data[:1] == b"\xff":
         starts = [found.start() for found in re.finditer(rb"\xff[\xf2-\xfb]", data)]
     elif data[:4] == b"\x1aE\xdf\xa3":
-        starts = [0, *(found.start() for found in re.finditer(
-            rb"\x18S\x80g|\x15I\xa9f|\x16T\xaek|\xae|\x1fC\xb6u|\xa3|\x1cS\xbbk|\x86|\x63\xa2", data))]
+        starts = [
+            0,
+            *(
+                found.start()
+                for found in re.finditer(
+                    rb"\x18S\x80g|\x15I\xa9f|\x16T\xaek|\xae|\x1fC\xb6u|\xa3|\x1cS\xbbk|\x86|\x63\xa2", data
+                )
+            ),
+        ]
     else:
         starts = list(range(0, len(data), max(1, len(data) // 20)))
     return list(zip(starts, [*starts[1:], len(data)], strict=False))
@@ -198,7 +287,7 @@ def _pieces(data: bytes) -> list[tuple[int, int]]:
 def _riff(data: bytes) -> list[tuple[int, int]]:
     found, at = [], 12
     while at + 8 <= len(data):
-        end = min(len(data), at + 8 + int.from_bytes(data[at + 4:at + 8], "little"))
+        end = min(len(data), at + 8 + int.from_bytes(data[at + 4 : at + 8], "little"))
         found.append((at, end))
         at = end + end % 2
     return found
@@ -220,13 +309,24 @@ def piece(data: bytes, chance: random.Random) -> bytes:
         rest = data[:start] + data[end:]
         return rest[:at] + part + rest[at:]
     if how == 3:
-        return data[:start] + struct.pack(chance.choice((">I", "<I")), chance.choice(NUMBERS) % 2**32) + part[4:] + (
-            data[end:])
+        return (
+            data[:start]
+            + struct.pack(chance.choice((">I", "<I")), chance.choice(NUMBERS) % 2**32)
+            + part[4:]
+            + (data[end:])
+        )
     if how == 4:
-        return data[:start] + part[:4] + chance.choice((b"free", b"moov", b"data", b"\xff\xff\xff\xff", bytes(4))) + (
-            part[8:] + data[end:])
-    return data[:start] + chance.choice(BLIND)(part, chance) + data[end:] if how == 5 else (
-        data[:start] + number(part, chance) + data[end:])
+        return (
+            data[:start]
+            + part[:4]
+            + chance.choice((b"free", b"moov", b"data", b"\xff\xff\xff\xff", bytes(4)))
+            + (part[8:] + data[end:])
+        )
+    return (
+        data[:start] + chance.choice(BLIND)(part, chance) + data[end:]
+        if how == 5
+        else (data[:start] + number(part, chance) + data[end:])
+    )
 
 
 def chunk(data: bytes, chance: random.Random) -> bytes:
@@ -235,8 +335,8 @@ def chunk(data: bytes, chance: random.Random) -> bytes:
         return piece(data, chance)
     chunks, at = [], 8
     while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(data[at:at + 4], "big")
-        chunks.append((data[at + 4:at + 8], data[at + 8:end]))
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : end]))
         at = end + 4
     if not chunks:
         return data
@@ -254,8 +354,9 @@ def chunk(data: bytes, chance: random.Random) -> bytes:
         chunks[place] = (kind, zlib.compress(chance.choice(BLIND)(pixels, chance)))
     else:
         chunks[place] = (kind, chance.choice((number, flip, noise, cut, behind))(body, chance))
-    return data[:8] + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-                               for kind, body in chunks)
+    return data[:8] + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
 
 
 def member(data: bytes, chance: random.Random) -> bytes:
@@ -290,24 +391,53 @@ def member(data: bytes, chance: random.Random) -> bytes:
 
 def opcode(data: bytes, chance: random.Random) -> bytes:
     """Another instruction in a pickle."""
-    codes = (b"c__builtin__\neval\n", b"cos\nsystem\n", b"R", b"b", b".", b"N", b"(", b"t", b"}", b"u", b"s", b"Q",
-             b"\x95" + b"\xff" * 8, b"K\xff", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\xff" + b"\xff" * 255, b"h\0",
-             b"q\0", b"j\xff\xff\xff\x7f", b"I99999\n", b"F1e999\n", b"X\xff\xff\xff\xff", b"2", b"0", b"1", b"]", b"a",
-             b"\x8c\x01\xff", b"(" * 5000, b"]" * 5000)
+    codes = (
+        b"c__builtin__\neval\n",
+        b"cos\nsystem\n",
+        b"R",
+        b"b",
+        b".",
+        b"N",
+        b"(",
+        b"t",
+        b"}",
+        b"u",
+        b"s",
+        b"Q",
+        b"\x95" + b"\xff" * 8,
+        b"K\xff",
+        b"M\xff\xff",
+        b"J\xff\xff\xff\x7f",
+        b"\x8a\xff" + b"\xff" * 255,
+        b"h\0",
+        b"q\0",
+        b"j\xff\xff\xff\x7f",
+        b"I99999\n",
+        b"F1e999\n",
+        b"X\xff\xff\xff\xff",
+        b"2",
+        b"0",
+        b"1",
+        b"]",
+        b"a",
+        b"\x8c\x01\xff",
+        b"(" * 5000,
+        b"]" * 5000,
+    )
     at = chance.randrange(len(data) + 1)
-    return data[:at] + chance.choice(codes) + data[at + chance.choice((0, 1, 2)):]
+    return data[:at] + chance.choice(codes) + data[at + chance.choice((0, 1, 2)) :]
 
 
 def header(data: bytes, chance: random.Random) -> bytes:
     """The text at the head of a safetensors file or an array of NumPy changed, its length right again."""
     if data[:6] == b"\x93NUMPY":
         size = struct.unpack("<H", data[8:10])[0]
-        text = chance.choice((value, token, flip))(data[10:10 + size], chance)[:65535]
-        return data[:8] + struct.pack("<H", len(text)) + text + data[10 + size:]
+        text = chance.choice((value, token, flip))(data[10 : 10 + size], chance)[:65535]
+        return data[:8] + struct.pack("<H", len(text)) + text + data[10 + size :]
     if len(data) < 8 or (size := struct.unpack("<Q", data[:8])[0]) > len(data) - 8:
         return data
-    text = chance.choice((field, field, value, token, flip))(data[8:8 + size], chance)
-    return struct.pack("<Q", len(text)) + text + data[8 + size:]
+    text = chance.choice((field, field, value, token, flip))(data[8 : 8 + size], chance)
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
 MEDIA: tuple[Mutation, ...] = (*BLIND, piece, piece, piece, piece)

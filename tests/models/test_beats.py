@@ -84,8 +84,9 @@ def test_position_kernel_is_the_references(cfg, params, arrays):
     taps = cfg.conv_pos + cfg.conv_pos // 2 - np.arange(cfg.conv_pos)
     got = jax.jit(PositionConv(cfg).apply)({"params": conv}, x)[0, taps]
     first_group = cfg.width // cfg.conv_pos_groups
-    np.testing.assert_allclose(got[:, :first_group], jax.nn.gelu(kernel[:, 0, :first_group], approximate=False),
-                               rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        got[:, :first_group], jax.nn.gelu(kernel[:, 0, :first_group], approximate=False), rtol=0, atol=1e-6
+    )
     np.testing.assert_array_equal(got[:, first_group:], 0)
 
 

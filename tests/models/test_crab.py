@@ -35,11 +35,16 @@ def setup(scenes_root):
     examples = runs.read_examples(scenes_root, "train")
 
     def load(task: str, count: int, lengths=LENGTHS, prompt_only=False) -> batching.Batch:
-        config = batching.DataConfig(image_size=64, visual_queries=3, audio_queries=2, lengths=lengths,
-                                     prompt_only=prompt_only)
+        config = batching.DataConfig(
+            image_size=64, visual_queries=3, audio_queries=2, lengths=lengths, prompt_only=prompt_only
+        )
         chosen = [e for e in examples if e.task == task][:count]
-        return jax.tree.map(jnp.asarray, batching.collate(
-            (batching.load(e, scenes_root, tokenizer, config, i) for i, e in enumerate(chosen)), len(chosen)))
+        return jax.tree.map(
+            jnp.asarray,
+            batching.collate(
+                (batching.load(e, scenes_root, tokenizer, config, i) for i, e in enumerate(chosen)), len(chosen)
+            ),
+        )
 
     return model, params, tokenizer, load
 
@@ -67,9 +72,13 @@ def test_a_row_of_no_numbers_or_of_padding_alone_changes_no_bit_of_another(setup
     loss_rows = jax.jit(train.loss_rows)
     rows = loss_rows(out, batch)
     nothing = jax.tree.map(lambda x: x.at[row].set(jnp.zeros((), x.dtype)), batch).replace(
-        slots=batch.slots.at[row].set(-1), index=batch.index.at[row].set(-1))
-    for name, changed in (("sound", batch.replace(fbank=batch.fbank.at[row].set(jnp.nan))),
-                          ("loud", batch.replace(fbank=batch.fbank.at[row].set(3e38))), ("padding", nothing)):
+        slots=batch.slots.at[row].set(-1), index=batch.index.at[row].set(-1)
+    )
+    for name, changed in (
+        ("sound", batch.replace(fbank=batch.fbank.at[row].set(jnp.nan))),
+        ("loud", batch.replace(fbank=batch.fbank.at[row].set(3e38))),
+        ("padding", nothing),
+    ):
         found = forward({"params": params}, changed)
         losses = loss_rows(found, changed)
         for part in ("logits", "hidden", "binary", "semantic"):
@@ -123,7 +132,7 @@ def test_generation_of_the_target_gives_the_masks_of_the_teacher_forced_pass(set
     forced = np.full((2, steps), -1)
     for row in range(2):
         target = np.asarray(whole.tokens[row][whole.loss_mask[row]])
-        forced[row, :len(target)] = target
+        forced[row, : len(target)] = target
     options = GenerateOptions(tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_ids, max_new_tokens=steps)
     out = jax.jit(generate, static_argnums=(0, 3))(model, params, prompt, options, None, jnp.asarray(forced))
     assert bool(out.has_mask.all())
@@ -138,6 +147,8 @@ def test_silence_and_darkness_change_what_the_language_model_reads(setup):
     model, params, _, load = setup
     batch, inputs = load("ave", 1), jax.jit(lambda batch: model.apply({"params": params}, batch, method="inputs")[0])
     out = inputs(batch)
-    for changed in (batch.replace(fbank=jnp.full_like(batch.fbank, -2.39)),
-                    batch.replace(frames=jnp.zeros_like(batch.frames))):
+    for changed in (
+        batch.replace(fbank=jnp.full_like(batch.fbank, -2.39)),
+        batch.replace(frames=jnp.zeros_like(batch.frames)),
+    ):
         assert float(jnp.abs(inputs(changed) - out)[batch.text_mask].max()) > 1e-4

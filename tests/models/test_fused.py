@@ -13,8 +13,9 @@ from crab_jax.models.fused import KINDS, FusedLlama, fuse
 from crab_jax.models.llama import Llama, LlamaConfig, init_cache
 from crab_jax.models.lora import LoraConfig
 
-TINY = LlamaConfig(vocab_size=50, hidden=32, layers=2, heads=4, kv_heads=2, mlp_dim=48, qkv_bias=True, remat="none",
-                   dtype="float32")
+TINY = LlamaConfig(
+    vocab_size=50, hidden=32, layers=2, heads=4, kv_heads=2, mlp_dim=48, qkv_bias=True, remat="none", dtype="float32"
+)
 LORA = LoraConfig(rank=4, alpha=10.0, heads=3)
 LENGTHS, WIDTH, STEPS = np.array([7, 4, 1]), 8, 3
 TOKENS = jax.random.randint(jax.random.key(2), (3, WIDTH + STEPS), 0, TINY.vocab_size)
@@ -26,11 +27,15 @@ def forward(model, tokens, positions, cache):
 
 
 def random_params(model):
-    shapes = jax.eval_shape(lambda: model.init(
-        jax.random.key(0), TOKENS[:, :1], jnp.zeros((3, 1), jnp.int32), init_cache(TINY, 3, 1), method=forward))
+    shapes = jax.eval_shape(
+        lambda: model.init(
+            jax.random.key(0), TOKENS[:, :1], jnp.zeros((3, 1), jnp.int32), init_cache(TINY, 3, 1), method=forward
+        )
+    )
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32),
-                        nn.unbox(shapes["params"]))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), nn.unbox(shapes["params"])
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -43,8 +48,9 @@ def rollout(model, params, tokens=TOKENS, lengths=LENGTHS, width=WIDTH):
     found.append((hidden[rows, lengths - 1], logits[rows, lengths - 1]))
     for step in range(STEPS):
         at = jnp.asarray(lengths + step)[:, None]
-        hidden, logits, cache = model.apply({"params": params}, tokens[rows, at[:, 0]][:, None], at, cache,
-                                            method=forward)
+        hidden, logits, cache = model.apply(
+            {"params": params}, tokens[rows, at[:, 0]][:, None], at, cache, method=forward
+        )
         found.append((hidden[:, 0], logits[:, 0]))
     return [jnp.stack(x) for x in zip(*found, strict=True)]
 
@@ -64,7 +70,7 @@ def test_equals_the_layout_of_training(params, fused_params, kind):
     hidden, logits = rollout(Llama(TINY, LORA), quantize.rounded(params, kind))
     fused = fused_params(kind)
     found, found_logits = rollout(FusedLlama(TINY, LORA, kind), fused)
-    scale = float(jnp.abs(logits[..., :TINY.vocab_size]).max())
+    scale = float(jnp.abs(logits[..., : TINY.vocab_size]).max())
     np.testing.assert_allclose(found, hidden, atol=1e-5)
     np.testing.assert_allclose(found_logits, logits, atol=1e-5 * scale)
     np.testing.assert_array_equal(found_logits.argmax(-1), logits.argmax(-1))
@@ -76,12 +82,12 @@ def test_equals_the_layout_of_training(params, fused_params, kind):
 def test_a_row_is_the_same_alone_in_another_order_and_with_other_padding(fused_params, kind):
     model, fused = FusedLlama(TINY, LORA, kind), fused_params(kind)
     together = rollout(model, fused)
-    scale = float(jnp.abs(together[1][..., :TINY.vocab_size]).max())
+    scale = float(jnp.abs(together[1][..., : TINY.vocab_size]).max())
     backwards = rollout(model, fused, TOKENS[::-1], LENGTHS[::-1])
     for row in range(3):
-        alone = rollout(model, fused, TOKENS[row:row + 1], LENGTHS[row:row + 1], WIDTH + STEPS)
+        alone = rollout(model, fused, TOKENS[row : row + 1], LENGTHS[row : row + 1], WIDTH + STEPS)
         for of, at in ((together, row), (backwards, 2 - row)):
-            found = [x[:, at:at + 1] for x in of]
+            found = [x[:, at : at + 1] for x in of]
             np.testing.assert_allclose(alone[0], found[0], atol=1e-5)
             np.testing.assert_allclose(alone[1], found[1], atol=1e-5 * scale)
             np.testing.assert_array_equal(alone[1].argmax(-1), found[1].argmax(-1))

@@ -13,14 +13,7 @@ import pytest
 
 from crab_jax.convert import torch_file
 from crab_jax.convert.keymap import from_params, to_params
-from crab_jax.convert.llama import (
-    llama_config,
-    llama_rules,
-    lora_rules,
-    lora_sizes,
-    pad_vocab,
-    trim_vocab,
-)
+from crab_jax.convert.llama import llama_config, llama_rules, lora_rules, lora_sizes, pad_vocab, trim_vocab
 from crab_jax.errors import InputError
 from crab_jax.models.llama import Attention, Llama, LlamaConfig, attend, attend_cache, init_cache, rope
 from crab_jax.models.lora import LoraConfig, LoraDense
@@ -30,8 +23,10 @@ TINY = LlamaConfig(vocab_size=50, hidden=32, layers=3, heads=4, kv_heads=2, mlp_
 
 def merge(a: dict, b: dict) -> dict:
     """Union of two nested dicts."""
-    return {k: merge(a.get(k, {}), b.get(k, {})) if isinstance(a.get(k, b.get(k)), dict) else a.get(k, b.get(k))
-            for k in a | b}
+    return {
+        k: merge(a.get(k, {}), b.get(k, {})) if isinstance(a.get(k, b.get(k)), dict) else a.get(k, b.get(k))
+        for k in a | b
+    }
 
 
 def forward(model: Llama, tokens, positions=None, key_mask=None):
@@ -50,15 +45,15 @@ def compiled(model: Llama, params, method, *args, mutable=False):
 
 def abstract_params(model: Llama):
     """The parameter tree with its logical axes, without arrays."""
-    return jax.eval_shape(lambda: model.init(
-        jax.random.key(0), jnp.zeros((1, 4), jnp.int32), method=forward))["params"]
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), method=forward))["params"]
 
 
 def random_params(model: Llama, scale: float = 0.3):
     """Parameters with every leaf random, LoRA's B included."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype),
-                        nn.unbox(abstract_params(model)))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), nn.unbox(abstract_params(model))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +81,9 @@ def tuned(files):
     """(model, params) with LoRA and the added tokens."""
     manifest, cfg, lora, shards, finetune, extra = files
     cfg = dataclasses.replace(cfg, vocab_size=manifest["vocab"]["with_mm_tokens"])
-    params = pad_vocab(to_params(llama_rules(cfg), shards), cfg, extra["embed_tokens.new_rows"],
-                       extra["lm_head.new_rows"])
+    params = pad_vocab(
+        to_params(llama_rules(cfg), shards), cfg, extra["embed_tokens.new_rows"], extra["lm_head.new_rows"]
+    )
     return Llama(cfg, lora), merge(params, to_params(lora_rules(cfg, lora), finetune))
 
 
@@ -96,8 +92,8 @@ def check_parity(z, prefix, tokens, model, params, tolerance, positions=None, ma
     logits, state = compiled(model, params, forward, tokens, positions, mask, mutable=("intermediates",))
     real = slice(None) if mask is None else mask
     expected = z[f"{prefix}.logits"]
-    np.testing.assert_allclose(logits[..., :expected.shape[-1]][real], expected[real], rtol=0, atol=tolerance)
-    assert (logits[..., model.cfg.vocab_size:] == -1e30).all()
+    np.testing.assert_allclose(logits[..., : expected.shape[-1]][real], expected[real], rtol=0, atol=tolerance)
+    assert (logits[..., model.cfg.vocab_size :] == -1e30).all()
     layers = state["intermediates"]["layers"]["hidden"][0]
     states = [model.apply({"params": params}, tokens, method="embed"), *layers]
     states[-1] = model.bind({"params": params}).norm(states[-1])
@@ -112,15 +108,23 @@ def tolerance(files) -> float:
 
 def test_base_matches_the_reference(golden, base, tolerance):
     z = np.load(golden / "llama.npz")
-    check_parity(z, "base", z["base.input_ids"], *base, tolerance, jnp.asarray(z["position_ids"]),
-                 z["attention_mask"].astype(bool))
+    check_parity(
+        z,
+        "base",
+        z["base.input_ids"],
+        *base,
+        tolerance,
+        jnp.asarray(z["position_ids"]),
+        z["attention_mask"].astype(bool),
+    )
 
 
 def test_lora_matches_the_reference_with_left_padding(golden, tuned, tolerance):
     z = np.load(golden / "llama.npz")
     assert not z["attention_mask"].all()
-    check_parity(z, "lora", z["input_ids"], *tuned, tolerance, jnp.asarray(z["position_ids"]),
-                 z["attention_mask"].astype(bool))
+    check_parity(
+        z, "lora", z["input_ids"], *tuned, tolerance, jnp.asarray(z["position_ids"]), z["attention_mask"].astype(bool)
+    )
 
 
 def test_lora_matches_the_reference_without_padding(golden, tuned, tolerance):
@@ -170,6 +174,7 @@ def test_seven_billion_parameters():
     def count(lora):
         tree = abstract_params(Llama(LlamaConfig(vocab_size=32000), lora))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
     base = count(None)
     assert base == 6_738_415_616
     assert [count(LoraConfig(heads=n)) - base for n in (1, 3, 5)] == [21_127_168, 45_162_496, 69_197_824]
@@ -195,8 +200,9 @@ def test_grouped_queries_equal_repeated_keys():
             split = value.reshape(*value.shape[:-1], TINY.kv_heads, TINY.head_dim)
             repeated["layers"]["self_attn"][name][leaf] = jnp.repeat(split, 2, axis=-2).reshape(*value.shape[:-1], -1)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
-    np.testing.assert_allclose(compiled(model, params, forward, tokens),
-                               compiled(full, repeated, forward, tokens), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        compiled(model, params, forward, tokens), compiled(full, repeated, forward, tokens), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_grouped_queries_never_repeat_the_keys():
@@ -215,11 +221,12 @@ def test_qkv_bias_is_a_weight_on_a_constant_input():
     params = nn.unbox(Attention(biased, None).init(jax.random.key(1), x, *rest))["params"]
     params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) * 0.3, params)
     assert "bias" not in params["o_proj"]
-    folded = {name: {"kernel": jnp.concatenate([p["kernel"], p["bias"][None]])} if "bias" in p else p
-              for name, p in params.items()}
+    folded = {
+        name: {"kernel": jnp.concatenate([p["kernel"], p["bias"][None]])} if "bias" in p else p
+        for name, p in params.items()
+    }
     with_bias, _ = Attention(biased, None).apply({"params": params}, x, *rest)
-    with_one, _ = Attention(TINY, None).apply(
-        {"params": folded}, jnp.concatenate([x, jnp.ones((2, 5, 1))], -1), *rest)
+    with_one, _ = Attention(TINY, None).apply({"params": folded}, jnp.concatenate([x, jnp.ones((2, 5, 1))], -1), *rest)
     np.testing.assert_allclose(with_bias, with_one, rtol=1e-4, atol=1e-4)
 
 
@@ -236,6 +243,7 @@ def test_decoding_with_a_cache_equals_the_full_pass():
     def step(model, token, positions, cache):
         hidden, cache = model(model.embed(token), positions, cache=cache)
         return model.logits(hidden), cache
+
     logits, cache = compiled(model, params, step, prompt, positions, init_cache(TINY, 3, 12))
     rows = np.arange(3)
     np.testing.assert_allclose(logits[rows, lengths - 1], expected[rows, lengths - 1], rtol=1e-4, atol=1e-3)
@@ -262,8 +270,9 @@ def test_rematerialisation_changes_neither_loss_nor_gradient():
         return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, full, dots = (gradient(params, Llama(dataclasses.replace(cfg, remat=remat), lora))
-                         for remat in ("none", "full", "dots"))
+    plain, full, dots = (
+        gradient(params, Llama(dataclasses.replace(cfg, remat=remat), lora)) for remat in ("none", "full", "dots")
+    )
     for other in (full, dots):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), plain, other)
 
@@ -274,8 +283,10 @@ def test_dropout_follows_its_seed():
 
     @jax.jit
     def run(seed):
-        return model.apply({"params": params}, x, jnp.arange(4)[None], deterministic=False,
-                           rngs={"dropout": jax.random.key(seed)})[0]
+        return model.apply(
+            {"params": params}, x, jnp.arange(4)[None], deterministic=False, rngs={"dropout": jax.random.key(seed)}
+        )[0]
+
     np.testing.assert_array_equal(run(0), run(0))
     assert not np.allclose(run(0), run(1))
 
@@ -294,30 +305,52 @@ def test_bfloat16_keeps_float32_logits_close():
 @pytest.mark.parametrize("length", [1, 5])
 def test_a_bfloat16_cache_is_read_on_every_backend(length):
     """Scores are float32 sums of bfloat16 products, also of several rows and of grouped queries."""
-    q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(
-        ((2, length, 4, 8), (2, 2, 8, 16), (2, 2, 16, 8))))
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate(((2, length, 4, 8), (2, 2, 8, 16), (2, 2, 16, 8)))
+    )
     mask = jnp.ones((2, length, 16), bool)
     exact = attend_cache(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
     np.testing.assert_allclose(jax.jit(attend_cache)(q, k, v, mask).astype(jnp.float32), exact, atol=0.03)
 
 
-QWEN2 = {"model_type": "qwen2", "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "intermediate_size": 96, "rms_norm_eps": 1e-6,
-         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 90,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
 
 
 def test_config_is_read_from_hugging_face_files():
     assert llama_config(QWEN2, remat="none") == LlamaConfig(
-        vocab_size=90, hidden=64, layers=2, heads=4, kv_heads=2, mlp_dim=96, rms_eps=1e-6, rope_theta=1e6,
-        qkv_bias=True, remat="none")
+        vocab_size=90,
+        hidden=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp_dim=96,
+        rms_eps=1e-6,
+        rope_theta=1e6,
+        qkv_bias=True,
+        remat="none",
+    )
 
 
-@pytest.mark.parametrize("change, field", [
-    ({"model_type": "gpt2"}, "model_type"),
-    ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-])
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ],
+)
 def test_unsupported_language_models_are_refused(change, field):
     with pytest.raises(InputError, match=field):
         llama_config(QWEN2 | change)

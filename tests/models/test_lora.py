@@ -19,9 +19,12 @@ def relative_tolerance(golden) -> float:
 
 def weights(rng, width: int, features: int, lora: LoraConfig) -> dict[str, np.ndarray]:
     """Random parameters with a non-zero B."""
-    return {"kernel": rng.normal(size=(width, features)), "lora_A": rng.normal(size=(width, lora.rank)),
-            "lora_B": rng.normal(size=(lora.heads, lora.rank, features)),
-            "lora_route": rng.normal(size=(width, lora.heads))}
+    return {
+        "kernel": rng.normal(size=(width, features)),
+        "lora_A": rng.normal(size=(width, lora.rank)),
+        "lora_B": rng.normal(size=(lora.heads, lora.rank, features)),
+        "lora_route": rng.normal(size=(width, lora.heads)),
+    }
 
 
 def as_float32(params):
@@ -41,9 +44,14 @@ def test_matches_the_reference(golden):
     z = np.load(golden / "lora.npz")
     heads, rank = z["w.lora_route.weight"].shape[0], z["w.lora_A.weight"].shape[0]
     lora = LoraConfig(rank=rank, alpha=float(z["scaling"]) * rank, heads=heads)
-    params = as_float32({
-        "kernel": z["w.weight"].T, "lora_A": z["w.lora_A.weight"].T, "lora_route": z["w.lora_route.weight"].T,
-        "lora_B": np.stack([z[f"w.lora_B{i}.weight"].T for i in range(heads)])})
+    params = as_float32(
+        {
+            "kernel": z["w.weight"].T,
+            "lora_A": z["w.lora_A.weight"].T,
+            "lora_route": z["w.lora_route.weight"].T,
+            "lora_B": np.stack([z[f"w.lora_B{i}.weight"].T for i in range(heads)]),
+        }
+    )
     layer = LoraDense(z["y"].shape[-1], lora)
     y, state = layer.apply({"params": params}, z["x"], mutable=["router"])
     tolerance = relative_tolerance(golden)
@@ -62,7 +70,8 @@ def test_is_the_written_out_formula(heads, deterministic):
     lora = LoraConfig(rank=4, alpha=10.0, heads=heads, dropout=0.0 if deterministic else 1e-12)
     p, x = weights(rng, 12, 7, lora), rng.normal(size=(2, 3, 12))
     y, state = LoraDense(7, lora).apply(
-        {"params": as_float32(p)}, x, deterministic, mutable=["router"], rngs={"dropout": jax.random.key(0)})
+        {"params": as_float32(p)}, x, deterministic, mutable=["router"], rngs={"dropout": jax.random.key(0)}
+    )
     expected, route = formula(x, p, lora)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(state["router"]["weights"][0], route, atol=1e-6)
@@ -76,10 +85,11 @@ def test_dropout_is_drawn_once_unless_asked_per_head_and_never_for_the_router(pe
     p, x = weights(rng, 16, 12, lora), rng.normal(size=(6, 16))
     blocks = np.zeros((3, 4, 12))  # head h writes its A output to columns 4h .. 4h + 3
     for head in range(3):
-        blocks[head, :, 4 * head:4 * head + 4] = np.eye(4)
+        blocks[head, :, 4 * head : 4 * head + 4] = np.eye(4)
     params = as_float32({**p, "kernel": np.zeros((16, 12)), "lora_B": blocks})
-    y, state = LoraDense(12, lora).apply({"params": params}, x, False, mutable=["router"],
-                                         rngs={"dropout": jax.random.key(1)})
+    y, state = LoraDense(12, lora).apply(
+        {"params": params}, x, False, mutable=["router"], rngs={"dropout": jax.random.key(1)}
+    )
     route = formula(x, p, lora)[1]
     np.testing.assert_allclose(state["router"]["weights"][0], route, atol=1e-5)
     per_head_input = np.asarray(y).reshape(6, 3, 4) / route[..., None] / lora.scale
@@ -94,7 +104,12 @@ def test_parameters_start_as_the_reference_starts_them():
     assert set(variables) == {"params"}  # no router output is kept by init
     params = nn.unbox(variables["params"])
     assert {name: leaf.shape for name, leaf in params.items()} == {
-        "kernel": (400, 300), "bias": (300,), "lora_A": (400, 8), "lora_B": (3, 8, 300), "lora_route": (400, 3)}
+        "kernel": (400, 300),
+        "bias": (300,),
+        "lora_A": (400, 8),
+        "lora_B": (3, 8, 300),
+        "lora_route": (400, 3),
+    }
     bound = 400**-0.5
     for name in ("lora_A", "lora_route"):
         assert 0.95 * bound < np.abs(params[name]).max() <= bound

@@ -24,11 +24,19 @@ def cfg(golden) -> SegConfig:
     config = json.loads((golden / "manifest.json").read_text())["config"]
     seg = config["seg"]
     return SegConfig(
-        llm_dim=config["llama"]["hidden_size"], image_dim=config["clip"]["hidden_size"],
-        grid=config["image_size"] // config["patch_size"], image_size=config["image_size"],
-        dim=seg["prompt_embed_dim"], queries=seg["avs_query_num"], mlp_dim=seg["mlp_dim"],
-        query_layers=seg["query_generator_num_layers"], query_mlp_dim=seg["qgen_hidden"],
-        depth=seg["mask_decoder_transformer_depth"], low_res=seg["low_res_mask_size"], chain_queries=False)
+        llm_dim=config["llama"]["hidden_size"],
+        image_dim=config["clip"]["hidden_size"],
+        grid=config["image_size"] // config["patch_size"],
+        image_size=config["image_size"],
+        dim=seg["prompt_embed_dim"],
+        queries=seg["avs_query_num"],
+        mlp_dim=seg["mlp_dim"],
+        query_layers=seg["query_generator_num_layers"],
+        query_mlp_dim=seg["qgen_hidden"],
+        depth=seg["mask_decoder_transformer_depth"],
+        low_res=seg["low_res_mask_size"],
+        chain_queries=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +90,28 @@ def test_the_released_mask_loss_of_every_mix_of_tasks(state, apply, load, arrays
     binary, semantic = apply(load(state), *inputs)
     target = np.stack([arrays[f"gt.{i}"][0] for i in range(4)]).astype(np.int32)
     kind, reference = np.array([BINARY, SEMANTIC, BINARY, 0]), np.load(golden / "losses.npz")
-    for name, rows in (("s4", [0]), ("avss", [1]), ("ms3+s4", [0, 2]), ("s4+avss+ms3+avqa", [0, 1, 2, 3]),
-                       ("avqa", [3])):
+    for name, rows in (
+        ("s4", [0]),
+        ("avss", [1]),
+        ("ms3+s4", [0, 2]),
+        ("s4+avss+ms3+avqa", [0, 1, 2, 3]),
+        ("avqa", [3]),
+    ):
         valid = np.isin(np.arange(4), rows)
         terms = {"text": Term(0.0, 0.0), **mask_losses(binary, semantic, target, kind, valid)}
-        np.testing.assert_allclose(total(terms, LossConfig(reduction="released")),
-                                   reference[f"{state}.mask_loss.{name}"], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            total(terms, LossConfig(reduction="released")),
+            reference[f"{state}.mask_loss.{name}"],
+            rtol=1e-5,
+            err_msg=name,
+        )
 
 
 def test_the_binary_kind_alone_equals_the_released_module_at_every_step(cfg, load, arrays, inputs, atol):
     states, features = inputs[0][:1], tuple(f[:1] for f in inputs[1])
-    (binary, none), sown = SegModule(cfg).apply({"params": load("avs")}, states, features, ("binary",),
-                                   capture_intermediates=True, mutable=["intermediates"])
+    (binary, none), sown = SegModule(cfg).apply(
+        {"params": load("avs")}, states, features, ("binary",), capture_intermediates=True, mutable=["intermediates"]
+    )
     found = sown["intermediates"]
     decoder = found["mask_decoder"]
 
@@ -117,8 +135,10 @@ def test_the_binary_kind_alone_equals_the_released_module_at_every_step(cfg, loa
 
 def test_position_encodings_equal_the_released_ones(cfg, load, arrays):
     params = load("avs")
-    for name, tree, n in (("dense_pe", params["pe_layer"], cfg.grid),
-                          ("pe1_level1", params["mask_decoder"]["pe1"], 2 * cfg.grid)):
+    for name, tree, n in (
+        ("dense_pe", params["pe_layer"], cfg.grid),
+        ("pe1_level1", params["mask_decoder"]["pe1"], 2 * cfg.grid),
+    ):
         ours = FourierPosition(cfg.dim).apply({"params": tree}, n).reshape(n, n, cfg.dim)
         np.testing.assert_allclose(np.moveaxis(ours, -1, 0), arrays[name].reshape(cfg.dim, n, n), atol=1e-5)
 
@@ -142,16 +162,23 @@ def test_the_pretraining_file_converts_with_its_own_prefix(cfg, golden):
 
 def test_a_sample_does_not_depend_on_its_batch(apply, load, inputs, atol):
     params, (states, features) = load("avs"), inputs
-    for ours, reference in zip(apply(params, states[::-1] * [[[1]], [[9]], [[9]], [[1]]],
-                                     tuple(f[::-1] * [[[1]], [[-9]], [[0]], [[1]]] for f in features)),
-                               apply(params, states, features), strict=True):
+    for ours, reference in zip(
+        apply(
+            params,
+            states[::-1] * [[[1]], [[9]], [[9]], [[1]]],
+            tuple(f[::-1] * [[[1]], [[-9]], [[0]], [[1]]] for f in features),
+        ),
+        apply(params, states, features),
+        strict=True,
+    ):
         np.testing.assert_allclose(ours[0], reference[3], atol=atol)
         np.testing.assert_allclose(ours[3], reference[0], atol=atol)
 
 
 def test_the_semantic_kind_alone_has_the_semantic_shape(cfg, inputs):
-    none, semantic = jax.eval_shape(lambda: SegModule(cfg).init_with_output(
-        jax.random.key(0), *inputs, kinds=("semantic",))[0])
+    none, semantic = jax.eval_shape(
+        lambda: SegModule(cfg).init_with_output(jax.random.key(0), *inputs, kinds=("semantic",))[0]
+    )
     assert none is None and semantic.shape == (4, cfg.classes, cfg.image_size, cfg.image_size)
 
 
@@ -159,8 +186,10 @@ def test_gradients_are_finite_and_reach_all_but_the_fixed_and_the_unchained(cfg,
     shallow = dataclasses.replace(cfg, depth=1)
     loss = lambda p: sum((x**2).mean() for x in SegModule(shallow).apply({"params": p}, *inputs))  # noqa: E731
     tree = jax.jit(jax.grad(loss))(load("avs", shallow))
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-              for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
     assert all(np.isfinite(g).all() for g in leaves.values())
     fixed = {name for name in leaves if name.endswith("positional_encoding_gaussian_matrix")}
     unchained = {name for name in leaves if "query_generator/layers_0/" in name}

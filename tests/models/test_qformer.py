@@ -37,9 +37,14 @@ def config(manifest, kind):
     sizes, bert = manifest["config"], manifest["config"]["bert"]
     return QFormerConfig(
         in_dim=sizes["clip"]["hidden_size"] if kind == "visual" else sizes["beats"]["encoder_embed_dim"],
-        out_dim=sizes["llama"]["hidden_size"], width=bert["hidden_size"], heads=bert["num_attention_heads"],
-        mlp_dim=bert["intermediate_size"], layers=sizes["qformer_layers"],
-        queries=sizes[f"{kind}_query_token_nums"], dtype="float32")
+        out_dim=sizes["llama"]["hidden_size"],
+        width=bert["hidden_size"],
+        heads=bert["num_attention_heads"],
+        mlp_dim=bert["intermediate_size"],
+        layers=sizes["qformer_layers"],
+        queries=sizes[f"{kind}_query_token_nums"],
+        dtype="float32",
+    )
 
 
 @pytest.fixture(scope="module")

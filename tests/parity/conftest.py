@@ -34,11 +34,13 @@ def pytest_generate_tests(metafunc):
     folder = Path(os.environ.get("CRAB_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
     generated, steps = (json.loads((folder / name).read_text()) for name in ("generate.json", "train_step.json"))
     arrays = json.loads((folder / "manifest.json").read_text())["arrays"]
-    cases = {"text_case": [name for name, case in generated.items() if len(case.get("samples", ())) == 1],
-             "batch_case": [name for name, case in generated.items() if len(case.get("samples", ())) > 1],
-             "mask_case": [name for name, case in generated.items() if "sample" in case],
-             "step_case": [name for name, case in steps.items() if "is_avs_task" in case],
-             "qformer_case": sorted({name.split(".")[0] for name in arrays["qformer.npz"]})}
+    cases = {
+        "text_case": [name for name, case in generated.items() if len(case.get("samples", ())) == 1],
+        "batch_case": [name for name, case in generated.items() if len(case.get("samples", ())) > 1],
+        "mask_case": [name for name, case in generated.items() if "sample" in case],
+        "step_case": [name for name, case in steps.items() if "is_avs_task" in case],
+        "qformer_case": sorted({name.split(".")[0] for name in arrays["qformer.npz"]}),
+    }
     for name in set(cases) & set(metafunc.fixturenames):
         metafunc.parametrize(name, cases[name])
 
@@ -112,8 +114,13 @@ def data(golden) -> Golden:
 def mask_branch_alone(file: Path, out: Path) -> Path:
     """A file in the form of segmentation_pretrain.bin with the mask branch of a fine-tuning file."""
     tensors = {key.removeprefix(PEFT): value for key, value in torch_file.read(file).items() if "seg_module" in key}
-    torch_writer.save(out, {key: torch_writer.Tensor(value.shape, value.dtype, lambda value=value: value)
-                            for key, value in tensors.items()})
+    torch_writer.save(
+        out,
+        {
+            key: torch_writer.Tensor(value.shape, value.dtype, lambda value=value: value)
+            for key, value in tensors.items()
+        },
+    )
     return out
 
 
@@ -131,12 +138,26 @@ def checkpoint(data, tmp_path_factory):
             masks = data.file(f"weights/crab/{'avs' if state == 'ntp' else state}_finetune_weights.bin")
             if state == "ntp":  # nothing of this state is about masks, but the module must be there
                 masks = mask_branch_alone(masks, out / "segmentation.bin")
-            files = Files(weights / "clip", weights / "llama", next((weights / "beats").glob("*.pt")),
-                          (weights / "crab/finetune_weights.bin", masks), token_rows=unsaved,
-                          position_buffers=unsaved, state="avs." if state == "ntp" else f"{state}.")
-            import_weights(files, out, Choices(
-                bert_heads=config["bert"]["num_attention_heads"], taps=tuple(config["select_layer_list"]),
-                lora_alpha=config["lora"]["lora_alpha"], low_res=config["seg"]["low_res_mask_size"], dtype="float32"))
+            files = Files(
+                weights / "clip",
+                weights / "llama",
+                next((weights / "beats").glob("*.pt")),
+                (weights / "crab/finetune_weights.bin", masks),
+                token_rows=unsaved,
+                position_buffers=unsaved,
+                state="avs." if state == "ntp" else f"{state}.",
+            )
+            import_weights(
+                files,
+                out,
+                Choices(
+                    bert_heads=config["bert"]["num_attention_heads"],
+                    taps=tuple(config["select_layer_list"]),
+                    lora_alpha=config["lora"]["lora_alpha"],
+                    low_res=config["seg"]["low_res_mask_size"],
+                    dtype="float32",
+                ),
+            )
             made[state] = out
         return made[state]
 
@@ -162,15 +183,20 @@ def load(checkpoint):
 @pytest.fixture(scope="session")
 def seg_masks(data, load):
     """state -> (binary, semantic) logits of the mask branch on the states and features of seg.npz."""
-    apply = jax.jit(lambda module, params, states, features: module.apply({"params": params}, states, features),
-                    static_argnums=0)
+    apply = jax.jit(
+        lambda module, params, states, features: module.apply({"params": params}, states, features), static_argnums=0
+    )
     z = data.arrays("seg.npz")
 
     @functools.cache
     def get(state: str):
         model, params = load(state)
-        return apply(SegModule(model.cfg.seg), params["seg_module"], z["pred_embeddings"],
-                     (z["image_features.0"], z["image_features.1"]))
+        return apply(
+            SegModule(model.cfg.seg),
+            params["seg_module"],
+            z["pred_embeddings"],
+            (z["image_features.0"], z["image_features.1"]),
+        )
 
     return get
 
@@ -189,7 +215,7 @@ def longest(data) -> int:
         (text,), audio = shapes[f"{name}.input_ids"][0], shapes[f"{name}.audio"][0]
         frames = next(shapes[key][0][0] for kind in ("video", "image") if (key := f"{name}.{kind}") in shapes)
         windows = audio[0] if len(audio) == 3 else 1
-        return (text - 2 + frames * config["visual_query_token_nums"] + windows * config["audio_query_token_nums"])
+        return text - 2 + frames * config["visual_query_token_nums"] + windows * config["audio_query_token_nums"]
 
     return max(map(positions, data.json("samples.json")))
 
@@ -211,23 +237,33 @@ def sample(data, tokenizer, longest):
         windows = z["audio"] if z["audio"].ndim == 3 else z["audio"][None]
         visual_rows = np.arange(len(frames) * config["visual_query_token_nums"])
         audio_rows = len(visual_rows) + np.arange(len(windows) * config["audio_query_token_nums"])
-        ids, target = (np.concatenate([np.full(pads, fill), x]) for fill, x in
-                       ((data.manifest["vocab"]["pad_token_id"], ids), (False, target)))
-        spliced = tokenizer.expand(ids.astype(np.int32), target.astype(bool),
-                                   {f"<{visual}>": visual_rows, "<audio>": audio_rows})
+        ids, target = (
+            np.concatenate([np.full(pads, fill), x])
+            for fill, x in ((data.manifest["vocab"]["pad_token_id"], ids), (False, target))
+        )
+        spliced = tokenizer.expand(
+            ids.astype(np.int32), target.astype(bool), {f"<{visual}>": visual_rows, "<audio>": audio_rows}
+        )
         real = len(spliced.tokens)
         groups = int(masks)
         task = data.task(name)
         kind = 1 if task in BINARY_TASKS else 2 if task in SEMANTIC_TASKS else 0
         pad = lambda x, fill: np.concatenate([x, np.full(longest - real, fill, x.dtype)])[None]  # noqa: E731
         return Batch(
-            tokens=pad(spliced.tokens, 0), slots=pad(spliced.slots, -1), text_mask=pad(np.ones(real, bool), False),
+            tokens=pad(spliced.tokens, 0),
+            slots=pad(spliced.slots, -1),
+            text_mask=pad(np.ones(real, bool), False),
             loss_mask=pad(spliced.loss_mask, False),
             mask_positions=np.broadcast_to(np.maximum(spliced.mask_positions, 0), (1, groups, 6)).astype(np.int32),
-            frames=frames[None], frame_mask=np.ones((1, len(frames)), bool), fbank=windows[None].astype(np.float32),
-            audio_mask=np.ones((1, len(windows)), bool), seg_frame=frames[None, :groups],
+            frames=frames[None],
+            frame_mask=np.ones((1, len(frames)), bool),
+            fbank=windows[None].astype(np.float32),
+            audio_mask=np.ones((1, len(windows)), bool),
+            seg_frame=frames[None, :groups],
             seg_target=z["mask"].astype(np.int32)[None] if masks else np.zeros((1, 0, side, side), np.int32),
-            seg_kind=np.full((1, groups), kind, np.int32), task=np.full(1, list(TASKS).index(task), np.int32),
-            index=np.zeros(1, np.int32))
+            seg_kind=np.full((1, groups), kind, np.int32),
+            task=np.full(1, list(TASKS).index(task), np.int32),
+            index=np.zeros(1, np.int32),
+        )
 
     return make

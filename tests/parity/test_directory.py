@@ -33,39 +33,64 @@ def test_every_weight_file_is_there_or_named_as_left_out(data):
 
 # Every array of a golden directory: file -> {names, as a regular expression: the test that compares it}, or why none.
 COMPARED = {
-    "samples.npz": {r".*\.(input_ids|labels|prompt_ids)": "test_tokenised_samples_are_the_references",
-                    r".*\.(video|image|audio|mask)": "test_rows_are_the_references_after_its_left_padding"},
-    "clip.npz": {r"pixel_values|hidden_states\.\d+|tap\.\d+|last_hidden_state": "test_clip_taps_and_hidden_states",
-                 r"pooler_output": "not compared: of the class token, behind the norm that nothing uses"},
+    "samples.npz": {
+        r".*\.(input_ids|labels|prompt_ids)": "test_tokenised_samples_are_the_references",
+        r".*\.(video|image|audio|mask)": "test_rows_are_the_references_after_its_left_padding",
+    },
+    "clip.npz": {
+        r"pixel_values|hidden_states\.\d+|tap\.\d+|last_hidden_state": "test_clip_taps_and_hidden_states",
+        r"pooler_output": "not compared: of the class token, behind the norm that nothing uses",
+    },
     "fbank.npz": {r".*": "test_filter_banks"},
-    "beats.npz": {r".*\.(fbank|out)|rel_.*": "test_beats_at_every_length",
-                  r".*\.(patch_ln|enc_in|pos_bias|layer\d+)|pos_conv\..*": "test_beats_inside",
-                  r".*\.predictor_lprobs": "not compared: of the classifier of audio events, which nothing uses"},
+    "beats.npz": {
+        r".*\.(fbank|out)|rel_.*": "test_beats_at_every_length",
+        r".*\.(patch_ln|enc_in|pos_bias|layer\d+)|pos_conv\..*": "test_beats_inside",
+        r".*\.predictor_lprobs": "not compared: of the classifier of audio events, which nothing uses",
+    },
     "qformer.npz": {r".*\.(in|out)": "test_q_formers", r"visual_t1\.bert_hidden\.\d+": "test_q_former_inside"},
     "lora.npz": {r".*": "test_one_lora_linear_and_its_router"},
     "llama.npz": {r".*": "test_llama_logits_and_hidden_states"},
     "prepare.npz": {r".*": "test_rows_are_the_references_after_its_left_padding"},
-    "seg.npz": {r"pred_embeddings|image_features\.\d|gt\.\d": "test_released_pooling_of_mask_losses",
-                r"avss?\.pred_masks\..*": "test_masks_of_both_kinds", r"sample0\..*": "test_the_mask_branch_inside",
-                r"dense_pe|pe1_level1": "test_position_features"},
-    "losses.npz": {r"avss?\.mask_loss\..*": "test_released_pooling_of_mask_losses", r"[^.]*(\.[^.]*)?":
-                   "test_single_terms"},
-    "metrics.npz": {r"mask.*|Fmeasure.*|metric_s.*": "test_mask_metrics", r"color\..*": "test_class_metrics",
-                    r"box\d|c_iou|iou|iou_wh": "test_box_metrics", r"avvp\..*": "test_parsing_metrics",
-                    r"bbox_overlaps_ciou(_32)?": "test_the_box_metric_that_nothing_released_calls"},
-    "train_step.npz": {r".*\.(loss|mask_loss|text_loss)": "test_loss_of_the_mixed_batch",
-                       r".*\.grad\..*": "test_gradients_element_by_element",
-                       r"traj\..*": "test_the_adamw_trajectory"},
+    "seg.npz": {
+        r"pred_embeddings|image_features\.\d|gt\.\d": "test_released_pooling_of_mask_losses",
+        r"avss?\.pred_masks\..*": "test_masks_of_both_kinds",
+        r"sample0\..*": "test_the_mask_branch_inside",
+        r"dense_pe|pe1_level1": "test_position_features",
+    },
+    "losses.npz": {
+        r"avss?\.mask_loss\..*": "test_released_pooling_of_mask_losses",
+        r"[^.]*(\.[^.]*)?": "test_single_terms",
+    },
+    "metrics.npz": {
+        r"mask.*|Fmeasure.*|metric_s.*": "test_mask_metrics",
+        r"color\..*": "test_class_metrics",
+        r"box\d|c_iou|iou|iou_wh": "test_box_metrics",
+        r"avvp\..*": "test_parsing_metrics",
+        r"bbox_overlaps_ciou(_32)?": "test_the_box_metric_that_nothing_released_calls",
+    },
+    "train_step.npz": {
+        r".*\.(loss|mask_loss|text_loss)": "test_loss_of_the_mixed_batch",
+        r".*\.grad\..*": "test_gradients_element_by_element",
+        r"traj\..*": "test_the_adamw_trajectory",
+    },
     "generate.npz": {r".*": "test_greedy_text"},
     "generate_avs.npz": {r".*": "test_mask_tokens_and_masks"},
-    "media.npz": {r"(?!avqa).*": "test_decoded_media", r"avqa\.win\d\.fbank": "not compared: of a sound of a minute "
-                  "that no file holds; test_rows_are_the_references_after_its_left_padding has two-second windows"},
+    "media.npz": {
+        r"(?!avqa).*": "test_decoded_media",
+        r"avqa\.win\d\.fbank": "not compared: of a sound of a minute "
+        "that no file holds; test_rows_are_the_references_after_its_left_padding has two-second windows",
+    },
 }
 
 
 def test_every_array_is_compared_by_a_test(data):
-    tests = set(re.findall(r"^def (test_\w+)", "\n".join(path.read_text() for path in Path(__file__).parent.glob(
-        "test_*.py")), re.MULTILINE))
+    tests = set(
+        re.findall(
+            r"^def (test_\w+)",
+            "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py")),
+            re.MULTILINE,
+        )
+    )
     for file, arrays in data.manifest["arrays"].items():
         for name in arrays:
             by = [test for pattern, test in COMPARED[file].items() if re.fullmatch(pattern, name)]

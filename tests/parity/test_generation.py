@@ -18,12 +18,18 @@ def text_logits(model, batch, features):
 
 
 _generate = jax.jit(generate, static_argnums=(0, 3))
-_features = jax.jit(lambda model, params, frames, fbank: model.apply(
-    {"params": params}, frames, fbank, method="features"), static_argnums=0)
-_logits = jax.jit(lambda model, params, batch, features: model.apply(
-    {"params": params}, batch, features, method=text_logits), static_argnums=0)
-_masks = jax.jit(lambda model, params, states, picture: model.apply(
-    {"params": params}, states, picture, method="masks"), static_argnums=0)
+_features = jax.jit(
+    lambda model, params, frames, fbank: model.apply({"params": params}, frames, fbank, method="features"),
+    static_argnums=0,
+)
+_logits = jax.jit(
+    lambda model, params, batch, features: model.apply({"params": params}, batch, features, method=text_logits),
+    static_argnums=0,
+)
+_masks = jax.jit(
+    lambda model, params, states, picture: model.apply({"params": params}, states, picture, method="masks"),
+    static_argnums=0,
+)
 
 
 def new_tokens(output_ids: np.ndarray, tokenizer) -> np.ndarray:
@@ -36,8 +42,9 @@ def new_tokens(output_ids: np.ndarray, tokenizer) -> np.ndarray:
 def answer(data, tokenizer):
     """(model, parameters, prompt, expected tokens, dictated=...) -> (Generation, logits that chose each token)."""
     steps = max(len(row) for case in data.json("generate.json").values() for row in case["ids"])
-    options = GenerateOptions(eos_id=tokenizer.eos_id, pad_id=tokenizer.eos_id, mask_ids=tokenizer.mask_ids,
-                              max_new_tokens=steps)
+    options = GenerateOptions(
+        eos_id=tokenizer.eos_id, pad_id=tokenizer.eos_id, mask_ids=tokenizer.mask_ids, max_new_tokens=steps
+    )
 
     def run(model, params, batch, expected, dictated: bool = False):
         features = _features(model, params, batch.frames, batch.fbank)
@@ -47,11 +54,13 @@ def answer(data, tokenizer):
         forced = np.full((1, steps), tokenizer.eos_id, np.int32)  # after what the reference generated
         forced[0, :count] = expected if dictated else -1
         found = _generate(model, params, batch, options, None, forced, features)
-        longer = {name: np.pad(getattr(batch, name), ((0, 0), (0, steps)), constant_values=fill)
-                  for name, fill in (("tokens", 0), ("slots", -1))}
-        longer["tokens"][0, length:length + count] = expected
+        longer = {
+            name: np.pad(getattr(batch, name), ((0, 0), (0, steps)), constant_values=fill)
+            for name, fill in (("tokens", 0), ("slots", -1))
+        }
+        longer["tokens"][0, length : length + count] = expected
         logits = _logits(model, params, batch.replace(**longer), features)[0]
-        return found, logits[length - 1:length - 1 + count]
+        return found, logits[length - 1 : length - 1 + count]
 
     return run
 
@@ -64,11 +73,11 @@ def test_greedy_text(text_case, data, load, sample, tokenizer, answer):
     assert z["attention_mask_built_by_prepare"].shape[1] == batch.text_mask.sum()
     expected = new_tokens(z["output_ids"][0], tokenizer)
     found, logits = answer(model, params, batch, expected)
-    np.testing.assert_array_equal(found.tokens[0, :len(expected)], expected)
+    np.testing.assert_array_equal(found.tokens[0, : len(expected)], expected)
     text = record["text_skip"][0]  # the slow tokenizer doubles spaces around added tokens
     assert "".join(tokenizer.decode(expected).split()) == "".join(text.split())
     if "scores" in z:
-        data.close(logits[:, :z["scores"].shape[2]], z["scores"][0], "llama.scores")
+        data.close(logits[:, : z["scores"].shape[2]], z["scores"][0], "llama.scores")
 
 
 def test_left_padded_batch(batch_case, data, load, sample, tokenizer, answer):
@@ -83,9 +92,9 @@ def test_left_padded_batch(batch_case, data, load, sample, tokenizer, answer):
         expected = new_tokens(z["output_ids"][row], tokenizer)
         found, logits = answer(model, params, batch, expected)
         length = int(found.lengths[0])
-        np.testing.assert_array_equal(found.tokens[0, :length][:len(expected)], expected[:length])
+        np.testing.assert_array_equal(found.tokens[0, :length][: len(expected)], expected[:length])
         if "scores" in z:
-            data.close(logits[:length, :z["scores"].shape[2]], z["scores"][row][:length], "llama.scores")
+            data.close(logits[:length, : z["scores"].shape[2]], z["scores"][row][:length], "llama.scores")
 
 
 def test_mask_tokens_and_masks(mask_case, data, load, sample, tokenizer, answer):
@@ -94,9 +103,9 @@ def test_mask_tokens_and_masks(mask_case, data, load, sample, tokenizer, answer)
     batch = sample(record["sample"], prompt=True, masks=True)
     expected = new_tokens(z["output_ids"][0], tokenizer)
     if "forced_tokens" in z:
-        np.testing.assert_array_equal(expected, z["forced_tokens"][:len(expected)])
+        np.testing.assert_array_equal(expected, z["forced_tokens"][: len(expected)])
     found, _ = answer(model, params, batch, expected, dictated="forced_tokens" in z)
-    np.testing.assert_array_equal(found.tokens[0, :len(expected)], expected)
+    np.testing.assert_array_equal(found.tokens[0, : len(expected)], expected)
     assert found.has_mask[0, 0] == record["has_pred_masks"]
     if not record["has_pred_masks"]:
         return

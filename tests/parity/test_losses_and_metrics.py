@@ -34,8 +34,13 @@ def test_released_pooling_of_mask_losses(state, data, seg_masks):
     for names, value in expected.items():
         rows = np.array([samples[name] for name in names.split("+")])
         target = np.concatenate([z[f"gt.{i}"] for i in rows]).astype(np.int32)
-        found = losses.mask_losses(binary[rows], semantic[rows], target,
-                                   np.array([kinds[name] for name in names.split("+")]), np.ones(len(rows), bool))
+        found = losses.mask_losses(
+            binary[rows],
+            semantic[rows],
+            target,
+            np.array([kinds[name] for name in names.split("+")]),
+            np.ones(len(rows), bool),
+        )
         total = losses.total({"text": Term(0.0, 1.0), **found}, LossConfig(reduction="released"))
         data.close(total, value, "seg") if value else np.testing.assert_array_equal(total, 0)
 
@@ -80,11 +85,11 @@ def test_box_metrics(data):
 
 
 def test_the_box_metric_that_nothing_released_calls(data):
-    """bbox_overlaps_ciou: its aspect term lacks a division by the area, its values are cut at 1, equal boxes give NaN.
-    """
+    """bbox_overlaps_ciou: its aspect term is not divided by the area, values are cut at 1, equal boxes give NaN."""
     z = data.arrays("metrics.npz")
-    for a, b, released, in_float32 in zip(z["box1"], z["box2"], z["bbox_overlaps_ciou"], z["bbox_overlaps_ciou_32"],
-                                          strict=True):
+    for a, b, released, in_float32 in zip(
+        z["box1"], z["box2"], z["bbox_overlaps_ciou"], z["bbox_overlaps_ciou_32"], strict=True
+    ):
         width, height = a[2] - a[0], a[3] - a[1]
         tilt = np.arctan((b[2] - b[0]) / (b[3] - b[1])) - np.arctan(width / height)
         aspect, slipped = 4 / np.pi**2 * tilt**2, -8 / np.pi**2 * tilt * width * height

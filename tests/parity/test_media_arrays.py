@@ -17,7 +17,7 @@ CUTS = {"ave": "ten", "avss48k": "one", "s4": "one_of_five"}  # of the sounds th
 def exact_fbank(waveform: np.ndarray) -> np.ndarray:
     """`fbank.fbank` of one window in float64."""
     samples = np.float64(np.float32(waveform)) * 32768
-    frames = np.lib.stride_tricks.sliding_window_view(samples, fbank.FRAME)[::fbank.SHIFT]
+    frames = np.lib.stride_tricks.sliding_window_view(samples, fbank.FRAME)[:: fbank.SHIFT]
     frames = frames - frames.mean(-1, keepdims=True)
     frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=-1)
     power = np.abs(np.fft.rfft(frames * fbank.povey_window(), fbank.FFT)) ** 2
@@ -32,12 +32,14 @@ def test_decoded_media(data):
     if not (folder / "samples.json").is_file():
         pytest.skip(f"{folder} has no samples.json: set CRAB_MEDIA_DIR to the folder of the media of media.npz")
     z = data.arrays("media.npz")
-    samples = {record["task"]: {kind: folder / path for kind, path in record.items() if kind.endswith("_path")}
-               for record in json.loads((folder / "samples.json").read_text())}
+    samples = {
+        record["task"]: {kind: folder / path for kind, path in record.items() if kind.endswith("_path")}
+        for record in json.loads((folder / "samples.json").read_text())
+    }
 
     frames = z["ave.frames_uint8"]
     ours = media.read_video(samples["ave"]["video_path"], len(z["ave.indices"]), frames.shape[1])
-    difference = np.abs(ours[:len(frames)].astype(int) - frames)
+    difference = np.abs(ours[: len(frames)].astype(int) - frames)
     assert difference.max() <= 5 and difference.mean() < 0.2
     np.testing.assert_array_equal(np.arange(len(ours)) * z["ave.vlen"] // len(ours), z["ave.indices"])
     np.testing.assert_allclose(normalize(frames), z["ave.pixel_values"].transpose(0, 2, 3, 1), rtol=0, atol=1e-6)
@@ -46,7 +48,7 @@ def test_decoded_media(data):
         sound = media.read_audio(samples[name.removesuffix("48k")]["audio_path"])
         assert len(sound) == z[f"{name}.audio_len"]
         assert len(sound) // 10 == z.get(f"{name}.samples_per_unit", len(sound) // 10)
-        np.testing.assert_array_equal(sound[:len(z[f"{name}.seg0.wave"])], z[f"{name}.seg0.wave"])
+        np.testing.assert_array_equal(sound[: len(z[f"{name}.seg0.wave"])], z[f"{name}.seg0.wave"])
         windows = fbank.cut_windows(sound, policy, 0)
         for key in [key for key in z if key.startswith(f"{name}.seg") and key.endswith(".fbank")]:
             window = windows[int(key.split(".")[1].removeprefix("seg"))]

@@ -41,10 +41,12 @@ def test_beats_at_every_length(data, load):
     model, params = load("ntp")
     z = data.arrays("beats.npz")
     cfg = model.cfg.beats
-    np.testing.assert_array_equal(relative_bucket(z["rel_positions"], cfg.num_buckets, cfg.max_distance),
-                                  z["rel_bucket"])
-    outs = {name.removesuffix(".fbank"): run(Beats(cfg), params["beats"], z[name]) for name in z
-            if name.endswith(".fbank")}
+    np.testing.assert_array_equal(
+        relative_bucket(z["rel_positions"], cfg.num_buckets, cfg.max_distance), z["rel_bucket"]
+    )
+    outs = {
+        name.removesuffix(".fbank"): run(Beats(cfg), params["beats"], z[name]) for name in z if name.endswith(".fbank")
+    }
     assert {f"beats.{length}" for length in outs} >= {n for n in data.manifest["fp32_noise"] if n.startswith("beats.")}
     for length, out in outs.items():
         data.close(out, z[f"{length}.out"], f"beats.{length}")
@@ -56,8 +58,11 @@ def test_beats_at_every_length(data, load):
 
 def inside(module, params, *args, **static):
     """What every submodule gave: {name: {"__call__": (output of each call)}}, nested."""
-    return jax.jit(lambda params, *args: module.apply({"params": params}, *args, **static, capture_intermediates=True,
-                                                      mutable=["intermediates"]))(params, *args)[1]["intermediates"]
+    return jax.jit(
+        lambda params, *args: module.apply(
+            {"params": params}, *args, **static, capture_intermediates=True, mutable=["intermediates"]
+        )
+    )(params, *args)[1]["intermediates"]
 
 
 def layer_by_layer(layer, params, x, *args):
@@ -73,8 +78,9 @@ def test_beats_inside(data, load):
     model, params = load("ntp")
     z, params, cfg = data.arrays("beats.npz"), params["beats"], model.cfg.beats
     pos_conv = params["pos_conv"]
-    kernel = pos_conv["weight_v"] * (pos_conv["weight_g"] / jnp.linalg.norm(pos_conv["weight_v"], axis=(1, 2),
-                                                                            keepdims=True))
+    kernel = pos_conv["weight_v"] * (
+        pos_conv["weight_g"] / jnp.linalg.norm(pos_conv["weight_v"], axis=(1, 2), keepdims=True)
+    )
     data.close(kernel.transpose(2, 1, 0), z["pos_conv.effective_weight"], "beats")
     for length in [name.removesuffix(".enc_in") for name in z if name.endswith(".enc_in")]:
         seen = inside(Beats(cfg), params, z[f"{length}.fbank"])
@@ -94,8 +100,10 @@ def test_q_former_inside(data, load):
     z, params, cfg = data.arrays("qformer.npz", "visual_t1."), params["vl_projector"], model.cfg.visual
     seen = inside(QFormer(cfg), params, z["in"])
     seen = {name: seen[name]["__call__"][0] for name in ("ln", "embeddings_norm")}
-    states = [seen["embeddings_norm"], *layer_by_layer(qformer.Layer(cfg), params["layers"], seen["embeddings_norm"],
-                                                       seen["ln"], True)]
+    states = [
+        seen["embeddings_norm"],
+        *layer_by_layer(qformer.Layer(cfg), params["layers"], seen["embeddings_norm"], seen["ln"], True),
+    ]
     assert len(states) == sum(name.startswith("bert_hidden.") for name in z)
     for i, state in enumerate(states):
         data.close(state, z[f"bert_hidden.{i}"], "qformer.visual_t1")
@@ -108,8 +116,11 @@ def test_q_formers(qformer_case, data, load):
     cfg = getattr(model.cfg, kind)
     z = data.arrays("qformer.npz", f"{qformer_case}.")
     groups = z["out"].shape[1] // cfg.queries
-    out = run(QFormer(cfg), params["vl_projector" if kind == "visual" else "al_projector"],
-              z["in"].reshape(len(z["in"]) * groups, -1, cfg.in_dim))
+    out = run(
+        QFormer(cfg),
+        params["vl_projector" if kind == "visual" else "al_projector"],
+        z["in"].reshape(len(z["in"]) * groups, -1, cfg.in_dim),
+    )
     data.close(out.reshape(z["out"].shape), z["out"], f"qformer.{qformer_case}")
 
 
@@ -118,8 +129,12 @@ def test_one_lora_linear_and_its_router(data, load):
     heads = sum(name.startswith("w.lora_B") for name in z)
     rank = z["w.lora_A.weight"].shape[0]
     lora = LoraConfig(rank=rank, alpha=float(z["scaling"]) * rank, heads=heads, dropout=0.0)
-    params = {"kernel": z["w.weight"].T, "lora_A": z["w.lora_A.weight"].T, "lora_route": z["w.lora_route.weight"].T,
-              "lora_B": np.stack([z[f"w.lora_B{i}.weight"].T for i in range(heads)])}
+    params = {
+        "kernel": z["w.weight"].T,
+        "lora_A": z["w.lora_A.weight"].T,
+        "lora_route": z["w.lora_route.weight"].T,
+        "lora_B": np.stack([z[f"w.lora_B{i}.weight"].T for i in range(heads)]),
+    }
     y, state = LoraDense(len(z["w.weight"]), lora).apply({"params": params}, z["x"], mutable=["router"])
     data.close(y, z["y"], "llama")
     data.close(state["router"]["weights"][0], z["route_weight"], "llama")
@@ -128,15 +143,19 @@ def test_one_lora_linear_and_its_router(data, load):
 
     model, trained = load("ntp")
     gate = jax.tree.map(lambda leaf: leaf[0], trained["llama"]["layers"]["mlp"]["gate_proj"])
-    y, state = LoraDense(z["gate0.y"].shape[-1], model.cfg.lora).apply({"params": gate}, z["gate0.x"],
-                                                                      mutable=["router"])
+    y, state = LoraDense(z["gate0.y"].shape[-1], model.cfg.lora).apply(
+        {"params": gate}, z["gate0.x"], mutable=["router"]
+    )
     data.close(y, z["gate0.y"], "llama")
     data.close(state["router"]["weights"][0], z["gate0.route_weight"], "llama")
 
 
 def without_lora(params):
-    return {k: without_lora(v) for k, v in params.items() if not k.startswith("lora_")} if isinstance(params, dict) \
+    return (
+        {k: without_lora(v) for k, v in params.items() if not k.startswith("lora_")}
+        if isinstance(params, dict)
         else params
+    )
 
 
 @pytest.mark.parametrize("prefix", ["base", "lora", "lora_nomask"])
@@ -150,14 +169,16 @@ def test_llama_logits_and_hidden_states(prefix, data, load):
         model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, lora=None))
         params = {**params, "llama": without_lora(params["llama"])}
     elif prefix == "lora_nomask":
-        tokens = tokens[mask.all(-1)][:len(z["lora_nomask.logits"])]
+        tokens = tokens[mask.all(-1)][: len(z["lora_nomask.logits"])]
         mask, positions = np.ones_like(tokens, bool), np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     apply = jax.jit(lambda p, *x: model.apply({"params": p}, *x, method=text_logits, mutable=["intermediates"]))
     logits, sown = apply(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(mask))
     expected = z[f"{prefix}.logits"]
-    data.close(logits[..., :expected.shape[2]][mask], expected[mask], "llama")
-    states = [params["llama"]["embed_tokens"]["embedding"][tokens],
-              *sown["intermediates"]["llama"]["layers"]["hidden"][0]]
+    data.close(logits[..., : expected.shape[2]][mask], expected[mask], "llama")
+    states = [
+        params["llama"]["embed_tokens"]["embedding"][tokens],
+        *sown["intermediates"]["llama"]["layers"]["hidden"][0],
+    ]
     llama = Llama(model.cfg.llama, model.cfg.lora).bind({"params": params["llama"]})
     states[-1] = llama.norm(states[-1])
     for i, state in enumerate(states):

@@ -34,8 +34,14 @@ def gradients(model) -> dict[str, np.ndarray]:
 
 def test_clip_vit_l_14():
     torch.manual_seed(0)
-    config = transformers.CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                                           num_attention_heads=16, image_size=224, patch_size=14)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+    )
     oracle = transformers.CLIPVisionModel(config).eval()
     cfg = clip_config(config.to_dict(), (14, 22, 23), "float32")
     rng = np.random.default_rng(0)
@@ -62,16 +68,28 @@ def test_clip_vit_l_14():
     largest = max(float(np.abs(value).max()) for value in expected_grads.values())
     for name, value in from_params(clip_rules(cfg), grads).items():
         if name in expected_grads:  # the class token of the last block gets none
-            np.testing.assert_allclose(value, expected_grads[name], rtol=0, err_msg=name,
-                                       atol=1e-3 * max(float(np.abs(expected_grads[name]).max()), 1e-3 * largest))
+            np.testing.assert_allclose(
+                value,
+                expected_grads[name],
+                rtol=0,
+                err_msg=name,
+                atol=1e-3 * max(float(np.abs(expected_grads[name]).max()), 1e-3 * largest),
+            )
 
 
 def test_llama_7b_width():
     """Two layers of LLaMA-2-7B; the vocabulary is cut, since it adds memory and no arithmetic of its own."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2,
-                                      num_attention_heads=32, num_key_value_heads=32, vocab_size=512,
-                                      rms_norm_eps=1e-5, attn_implementation="eager")
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=512,
+        rms_norm_eps=1e-5,
+        attn_implementation="eager",
+    )
     oracle = transformers.LlamaForCausalLM(config).eval()
     cfg = llama_config(config.to_dict(), dtype="float32", remat="none")
     rng = np.random.default_rng(0)
@@ -81,8 +99,11 @@ def test_llama_7b_width():
     weight = (rng.normal(size=(2, 24, 512)) * mask[..., None]).astype(np.float32)
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
 
-    expected = oracle(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask.astype(np.int64)),
-                      position_ids=torch.from_numpy(positions)).logits
+    expected = oracle(
+        torch.from_numpy(tokens),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        position_ids=torch.from_numpy(positions),
+    ).logits
     (expected * torch.from_numpy(weight)).sum().backward()
     rules = llama_rules(cfg)
     params = pad_vocab(to_params(rules, tensors(oracle)), cfg)
@@ -90,7 +111,7 @@ def test_llama_7b_width():
 
     def logits(llama):
         hidden, _ = llama(llama.embed(jnp.asarray(tokens)), jnp.asarray(positions), jnp.asarray(mask))
-        return llama.logits(hidden)[..., :cfg.vocab_size]
+        return llama.logits(hidden)[..., : cfg.vocab_size]
 
     @jax.jit
     def run(params):
@@ -107,8 +128,9 @@ def test_llama_7b_width():
 def same(tensor, array: np.ndarray) -> bool:
     """Equal shape, dtype and values."""
     exact = tensor.float() if array.dtype == jnp.bfloat16 else tensor  # PyTorch has no way to NumPy for bfloat16
-    return str(tensor.dtype) == f"torch.{array.dtype.name}" and np.array_equal(exact.numpy(), array.astype(
-        exact.numpy().dtype))
+    return str(tensor.dtype) == f"torch.{array.dtype.name}" and np.array_equal(
+        exact.numpy(), array.astype(exact.numpy().dtype)
+    )
 
 
 def test_torch_loads_what_we_export(data, checkpoint, tmp_path):
@@ -135,10 +157,18 @@ def test_torch_loads_what_we_export(data, checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int64", "bool"])
 def test_torch_loads_every_dtype_and_shape(dtype, tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {name: (4 * rng.normal(size=shape)).astype(int).astype(jnp.dtype(dtype))
-              for name, shape in (("matrix", (3, 5)), ("scalar", ()), ("empty", (0, 4)))}
-    torch_writer.save(tmp_path / "x.bin", {"nested": {name: torch_writer.Tensor(a.shape, a.dtype, lambda a=a: a)
-                                                      for name, a in arrays.items()}, "rate": 2.5, "on": True})
+    arrays = {
+        name: (4 * rng.normal(size=shape)).astype(int).astype(jnp.dtype(dtype))
+        for name, shape in (("matrix", (3, 5)), ("scalar", ()), ("empty", (0, 4)))
+    }
+    torch_writer.save(
+        tmp_path / "x.bin",
+        {
+            "nested": {name: torch_writer.Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()},
+            "rate": 2.5,
+            "on": True,
+        },
+    )
     theirs = torch.load(tmp_path / "x.bin", weights_only=True)
     assert all(same(theirs["nested"][name], array) for name, array in arrays.items())
     assert (theirs["rate"], theirs["on"]) == (2.5, True)

@@ -7,16 +7,19 @@ import pytest
 # Batches of the reference (part of the layout, no file says it): the samples of each, its weights, and whether it holds
 # prompts alone.
 GROUPS = {
-    "avs_mix": (("avqa", "s4"), "avs", False), "avs_mix3": (("s4", "avqa", "ref-avs"), "avs", False),
-    "ntp_train": (("avqa", "ave"), "ntp", False), "ntp_prompt": (("avqa", "ave"), "ntp", True),
+    "avs_mix": (("avqa", "s4"), "avs", False),
+    "avs_mix3": (("s4", "avqa", "ref-avs"), "avs", False),
+    "ntp_train": (("avqa", "ave"), "ntp", False),
+    "ntp_prompt": (("avqa", "ave"), "ntp", True),
     "s4_prompt": (("s4",), "avs", True),
 }
 
 
 @pytest.fixture(scope="module")
 def inputs(load):
-    compiled = jax.jit(lambda model, params, batch: model.apply({"params": params}, batch, method="inputs"),
-                       static_argnums=0)
+    compiled = jax.jit(
+        lambda model, params, batch: model.apply({"params": params}, batch, method="inputs"), static_argnums=0
+    )
     return lambda state, batch: compiled(*load(state), batch)
 
 
@@ -33,8 +36,8 @@ def test_rows_are_the_references_after_its_left_padding(group, data, sample, inp
         assert real[offset:].all() and real.sum() == batch.text_mask.sum()
 
         embedded, features = inputs(state, batch)
-        data.close(embedded[0, :real.sum()], z["inputs_embeds"][row, real], "qformer")
-        labels = np.where(batch.loss_mask[0], batch.tokens[0], -100)[:real.sum()]
+        data.close(embedded[0, : real.sum()], z["inputs_embeds"][row, real], "qformer")
+        labels = np.where(batch.loss_mask[0], batch.tokens[0], -100)[: real.sum()]
         np.testing.assert_array_equal(labels, np.full(len(labels), -100) if prompt else z["labels"][row, real])
         np.testing.assert_array_equal(np.arange(real.sum()), z["position_ids"][row, real])
         if masks:
@@ -42,8 +45,9 @@ def test_rows_are_the_references_after_its_left_padding(group, data, sample, inp
                 data.close(feature[0, 0], z[f"multi_scale_image_features.{scale}"][row], "clip")
             np.testing.assert_array_equal(batch.seg_target[0, 0], z["gt_mask"][row, 0])
             if not prompt:
-                np.testing.assert_array_equal(batch.mask_positions[0, 0] + offset,
-                                              np.flatnonzero(z["mask_token_mask"][row]))
+                np.testing.assert_array_equal(
+                    batch.mask_positions[0, 0] + offset, np.flatnonzero(z["mask_token_mask"][row])
+                )
 
 
 def test_no_group_of_the_directory_is_passed_over(data):

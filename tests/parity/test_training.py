@@ -118,8 +118,11 @@ def test_gradients_element_by_element(step_case, step):
     for key, expected in arrays.items():
         if key.startswith("grad."):
             key = key.removeprefix("grad.")
-            noise = max(10 * errors[key]["max_abs_err"], 1e-6 * errors[key]["max_abs"]) if key in errors else \
-                10 * worst * np.abs(expected).max()
+            noise = (
+                max(10 * errors[key]["max_abs_err"], 1e-6 * errors[key]["max_abs"])
+                if key in errors
+                else 10 * worst * np.abs(expected).max()
+            )
             np.testing.assert_allclose(grads[key], expected, rtol=0, atol=noise, err_msg=key)
             compared += 1
     assert compared
@@ -143,8 +146,9 @@ def test_the_adamw_trajectory(data, load, sample):
     model, params = load("avs")
     batches = [sample(s, masks=data.has_mask(s)) for s in record["samples"]]
     flat = traverse_util.flatten_dict(params)
-    start = {path: leaf for path, leaf in flat.items()
-             if set(path) & set(record["groups"]) and "positional" not in path[-1]}
+    start = {
+        path: leaf for path, leaf in flat.items() if set(path) & set(record["groups"]) and "positional" not in path[-1]
+    }
     assert record["weight_decay"] == 0
     adam = optax.scale_by_adam(b1=record["betas"][0], b2=record["betas"][1], eps=record["eps"])
     rng = np.random.default_rng(0)
@@ -168,9 +172,13 @@ def test_the_adamw_trajectory(data, load, sample):
             norm, state, trained = advance(grads, state, trained, rate)
             losses.append(loss)
             norms.append(norm)
-        rows = trained["llama", "embed_tokens", "embedding"][:model.cfg.llama.vocab_size]
-        found = {"losses": losses, "grad_norm": norms, "final.no_mask_embed": trained["seg_module", "no_mask_embed"],
-                 "final.embed_tokens.last17": rows[-len(z["final.embed_tokens.last17"]):]}
+        rows = trained["llama", "embed_tokens", "embedding"][: model.cfg.llama.vocab_size]
+        found = {
+            "losses": losses,
+            "grad_norm": norms,
+            "final.no_mask_embed": trained["seg_module", "no_mask_embed"],
+            "final.embed_tokens.last17": rows[-len(z["final.embed_tokens.last17"]) :],
+        }
         return {name: np.asarray(value) for name, value in found.items()}
 
     ours, moved = steps(0.0), steps(worst_error(data))

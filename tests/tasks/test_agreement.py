@@ -67,8 +67,14 @@ def sets_of_frames(rng, count=3):
     """CASES of `count` (scores or None where no mask was drawn, truth, whether the objects are named right)."""
     frames = list(scores_and_truths(rng, (3, 4)))
     for start in range(CASES):
-        yield [(None if rng.random() < 0.2 else frames[(start * 3 + k * 7) % CASES][0],
-                frames[(start * 3 + k * 7) % CASES][1], bool(rng.random() < 0.5)) for k in range(count)]
+        yield [
+            (
+                None if rng.random() < 0.2 else frames[(start * 3 + k * 7) % CASES][0],
+                frames[(start * 3 + k * 7) % CASES][1],
+                bool(rng.random() < 0.5),
+            )
+            for k in range(count)
+        ]
 
 
 def drawn(scores, truth):
@@ -94,14 +100,21 @@ def test_binary_segmentation_figures_of_a_set_of_videos(rng, name):
     task = TASKS[name]
     for frames in sets_of_frames(rng):
         videos = [str(v) for v in rng.integers(0, 2, 3)]
-        metrics = task.reduce([task.stats({"objects": ["dog" if named else "cat"]}, p,
-                                          {"objects": ["dog"], "video": video}, t)
-                               for (p, t, named), video in zip(frames, videos, strict=True)])
-        assert metrics == pytest.approx({
-            "miou": np.mean([coco_iou(drawn(p, t) > 0.5, t) for p, t, _ in frames]),
-            "f_score": np.mean([brute_frame_f(p, t).max() for p, t, _ in frames]),
-            "f_score_video": brute_video_f(frames, videos), "object_accuracy": np.mean([n for *_, n in frames]),
-            "mask_rate": np.mean([p is not None for p, *_ in frames])})
+        metrics = task.reduce(
+            [
+                task.stats({"objects": ["dog" if named else "cat"]}, p, {"objects": ["dog"], "video": video}, t)
+                for (p, t, named), video in zip(frames, videos, strict=True)
+            ]
+        )
+        assert metrics == pytest.approx(
+            {
+                "miou": np.mean([coco_iou(drawn(p, t) > 0.5, t) for p, t, _ in frames]),
+                "f_score": np.mean([brute_frame_f(p, t).max() for p, t, _ in frames]),
+                "f_score_video": brute_video_f(frames, videos),
+                "object_accuracy": np.mean([n for *_, n in frames]),
+                "mask_rate": np.mean([p is not None for p, *_ in frames]),
+            }
+        )
 
 
 def test_ref_avs_figures_of_every_split(rng):
@@ -109,11 +122,18 @@ def test_ref_avs_figures_of_every_split(rng):
     for frames in sets_of_frames(rng, 4):
         splits = rng.choice(["seen", "unseen", "null"], 4).tolist()
         rows = [str(v) for v in rng.integers(0, 2, 4)]  # frames of one expression share its row
-        metrics = task.reduce([
-            task.stats({"objects": ["dog" if named else "cat"]}, p, {"object": "dog", "split": s, "one_of": r + s}, t)
-            for (p, t, named), s, r in zip(frames, splits, rows, strict=True)])
-        expected = {"object_accuracy": np.mean([n for *_, n in frames]),
-                    "mask_rate": np.mean([p is not None for p, *_ in frames])}
+        metrics = task.reduce(
+            [
+                task.stats(
+                    {"objects": ["dog" if named else "cat"]}, p, {"object": "dog", "split": s, "one_of": r + s}, t
+                )
+                for (p, t, named), s, r in zip(frames, splits, rows, strict=True)
+            ]
+        )
+        expected = {
+            "object_accuracy": np.mean([n for *_, n in frames]),
+            "mask_rate": np.mean([p is not None for p, *_ in frames]),
+        }
         for suffix, wanted in {"": ("seen", "unseen"), "_seen": ("seen",), "_unseen": ("unseen",)}.items():
             group = [f for f, split in zip(frames, splits, strict=True) if split in wanted]
             if group:
@@ -122,11 +142,14 @@ def test_ref_avs_figures_of_every_split(rng):
                     f"j{suffix}": np.mean([coco_iou(drawn(p, t) > 0.5, t) for p, t, _ in group]),
                     f"j_04{suffix}": np.mean([coco_iou(drawn(p, t) > 0.4, t) for p, t, _ in group]),
                     f"f{suffix}": np.mean([brute_frame_f(p, t).max() for p, t, _ in group]),
-                    f"f_video{suffix}": brute_video_f(group, names)}
+                    f"f_video{suffix}": brute_video_f(group, names),
+                }
         nulls = [drawn(p, t) for (p, t, _), split in zip(frames, splits, strict=True) if split == "null"]
         if nulls:
-            expected |= {"s_null": np.mean([math.sqrt((p > 0.5).mean()) for p in nulls]),
-                         "s_null_04": np.mean([math.sqrt((p > 0.4).mean()) for p in nulls])}
+            expected |= {
+                "s_null": np.mean([math.sqrt((p > 0.5).mean()) for p in nulls]),
+                "s_null_04": np.mean([math.sqrt((p > 0.4).mean()) for p in nulls]),
+            }
         assert {k: v for k, v in metrics.items() if not np.isnan(v)} == pytest.approx(expected)
 
 
@@ -146,14 +169,26 @@ def test_semantic_figures_of_a_set_of_frames(rng):
         iou, f = sums[:2] / np.maximum(sums[2], 1)
         shown = sums[2, 1:] > 0
         named = rng.random(2) < 0.5
-        metrics = task.reduce([task.stats({"objects": ["dog" if right else "cat"]}, p, {"objects": ["dog"]}, t)
-                               for (p, t), right in zip(frames, named, strict=True)])
-        assert metrics == pytest.approx({
-            "miou": iou.mean(), "f_score": f.mean(), "miou_nobg": iou[1:].mean(), "f_score_nobg": f[1:].mean(),
-            "miou_nobg_official": iou[:-1].mean(), "f_score_nobg_official": f[:-1].mean(),
-            "miou_present": iou[1:][shown].mean() if shown.any() else 0,
-            "f_score_present": f[1:][shown].mean() if shown.any() else 0,
-            "object_accuracy": named.mean(), "mask_rate": 1.0})
+        metrics = task.reduce(
+            [
+                task.stats({"objects": ["dog" if right else "cat"]}, p, {"objects": ["dog"]}, t)
+                for (p, t), right in zip(frames, named, strict=True)
+            ]
+        )
+        assert metrics == pytest.approx(
+            {
+                "miou": iou.mean(),
+                "f_score": f.mean(),
+                "miou_nobg": iou[1:].mean(),
+                "f_score_nobg": f[1:].mean(),
+                "miou_nobg_official": iou[:-1].mean(),
+                "f_score_nobg_official": f[:-1].mean(),
+                "miou_present": iou[1:][shown].mean() if shown.any() else 0,
+                "f_score_present": f[1:][shown].mean() if shown.any() else 0,
+                "object_accuracy": named.mean(),
+                "mask_rate": 1.0,
+            }
+        )
 
 
 def brute_complete_iou(a, b):
@@ -164,7 +199,7 @@ def brute_complete_iou(a, b):
     iou = inter / union
     rho2 = math.dist(((ax + aX) / 2, (ay + aY) / 2), ((bx + bX) / 2, (by + bY) / 2)) ** 2
     c2 = (max(aX, bX) - min(ax, bx)) ** 2 + (max(aY, bY) - min(ay, by)) ** 2
-    v = 4 / math.pi ** 2 * (math.atan((bX - bx) / (bY - by)) - math.atan((aX - ax) / (aY - ay))) ** 2
+    v = 4 / math.pi**2 * (math.atan((bX - bx) / (bY - by)) - math.atan((aX - ax) / (aY - ay))) ** 2
     return iou - rho2 / c2 - (v * v / (1 - iou + v) if v else 0)
 
 
@@ -173,7 +208,7 @@ def test_box_figures(rng):
     boxes[:, :, 1] += boxes[:, :, 0] == boxes[:, :, 1]  # no box without area: CIoU is not defined there
     pairs = boxes.reshape(CASES, 2, 4).clip(0, 224)
     pairs = pairs[((pairs[..., 2:] - pairs[..., :2]) > 0).all((1, 2))]
-    pairs = np.concatenate([pairs, pairs[:CASES - len(pairs) + 20, ::-1]])
+    pairs = np.concatenate([pairs, pairs[: CASES - len(pairs) + 20, ::-1]])
     assert len(pairs) >= CASES
     ious = []
     for a, b in pairs.tolist():
@@ -183,12 +218,19 @@ def test_box_figures(rng):
         assert seg.complete_iou(a, b) == pytest.approx(brute_complete_iou(a, b))
     thresholds = np.arange(21) / 20
     for start in range(CASES):
-        group = np.array(ious[start:start + 1 + start % 9] + [0.5] * (start % 3))
+        group = np.array(ious[start : start + 1 + start % 9] + [0.5] * (start % 3))
         metrics = arig.reduce([{"parsed": True, "iou": iou, "complete": iou - 1} for iou in group])
         rates = [(group + 1e-12 >= t).mean() for t in thresholds]
-        assert metrics == pytest.approx({
-            "mean_iou": group.mean(), "ciou_50": (group >= 0.5).mean(), "auc": trapezoid(rates, thresholds),
-            "complete_iou": group.mean() - 1, "parse_rate": 1.0}, abs=1e-9)
+        assert metrics == pytest.approx(
+            {
+                "mean_iou": group.mean(),
+                "ciou_50": (group >= 0.5).mean(),
+                "auc": trapezoid(rates, thresholds),
+                "complete_iou": group.mean() - 1,
+                "parse_rate": 1.0,
+            },
+            abs=1e-9,
+        )
 
 
 def runs_of(seconds):
@@ -207,8 +249,10 @@ def brute_counts(level, answer, truth):
         cells = Counter(zip(answer.tolist(), truth.tolist(), strict=True))
         return cells[True, True], cells[True, False], cells[False, True]
     ours, wanted = runs_of(answer), runs_of(truth)
+
     def matches(one, others):
         return any(len(one & other) >= 0.5 * len(one | other) for other in others)
+
     right = sum(matches(event, wanted) for event in ours)
     return right, len(ours) - right, sum(not matches(event, ours) for event in wanted)
 
@@ -225,25 +269,34 @@ def test_video_parsing_f_scores(rng, level):
         classes = int(rng.integers(1, 4))
         truth = rng.random((2, classes, 10)) < rng.choice([0, 0.3, 0.7], (2, classes, 1))
         answer = truth ^ (rng.random(truth.shape) < 0.15)
-        counts = [[brute_counts(level, a, t) for a, t in zip(*pair, strict=True)]
-                  for pair in zip(answer, truth, strict=True)]
+        counts = [
+            [brute_counts(level, a, t) for a, t in zip(*pair, strict=True)] for pair in zip(answer, truth, strict=True)
+        ]
         both = [brute_counts(level, a, t) for a, t in zip(answer.all(0), truth.all(0), strict=True)]
         pooled = [tuple(np.add(a, v)) for a, v in zip(*counts, strict=True)]
-        expected = {"audio": brute_f1(counts[0]), "visual": brute_f1(counts[1]), "audio_visual": brute_f1(both),
-                    "event_av": brute_f1(pooled)}
+        expected = {
+            "audio": brute_f1(counts[0]),
+            "visual": brute_f1(counts[1]),
+            "audio_visual": brute_f1(both),
+            "event_av": brute_f1(pooled),
+        }
         found = avvp.f_scores(level, *answer, *truth)
         assert found == pytest.approx(expected)
         metrics = avvp.reduce([{f"{one}_{name}": value for one in avvp.LEVELS for name, value in found.items()}])
-        assert metrics[f"{level}_type_av"] == pytest.approx(np.mean([expected[k] for k in ("audio", "visual",
-                                                                                          "audio_visual")]))
+        assert metrics[f"{level}_type_av"] == pytest.approx(
+            np.mean([expected[k] for k in ("audio", "visual", "audio_visual")])
+        )
 
 
 def test_event_localisation_accuracies(rng):
     for _ in range(CASES):
         clips = []
         for _ in range(2):
-            truth = {"event": str(rng.choice(["Dog", "Cat"])), "start": int(rng.integers(0, 10)),
-                     "end": int(rng.integers(0, 11))}
+            truth = {
+                "event": str(rng.choice(["Dog", "Cat"])),
+                "start": int(rng.integers(0, 10)),
+                "end": int(rng.integers(0, 11)),
+            }
             ranges = rng.integers(0, 13, (int(rng.integers(1, 3)), 2)).tolist()
             said = {"event": str(rng.choice(["dog", "CAT"])), "ranges": ranges} if rng.random() < 0.8 else None
             clips.append((said, truth))
@@ -256,22 +309,35 @@ def test_event_localisation_accuracies(rng):
             found = labels(said["event"], said["ranges"], inclusive) if said else [None] * 10
             return sum(a == b for a, b in zip(found, wanted, strict=True)) / 10
 
-        assert ave.reduce([ave.stats(said, None, truth, None) for said, truth in clips]) == pytest.approx({
-            "accuracy": np.mean([accuracy(*clip, False) for clip in clips]),
-            "accuracy_inclusive": np.mean([accuracy(*clip, True) for clip in clips]),
-            "event_accuracy": np.mean([said is not None and said["event"].lower() == truth["event"].lower()
-                                       for said, truth in clips])})
+        assert ave.reduce([ave.stats(said, None, truth, None) for said, truth in clips]) == pytest.approx(
+            {
+                "accuracy": np.mean([accuracy(*clip, False) for clip in clips]),
+                "accuracy_inclusive": np.mean([accuracy(*clip, True) for clip in clips]),
+                "event_accuracy": np.mean(
+                    [said is not None and said["event"].lower() == truth["event"].lower() for said, truth in clips]
+                ),
+            }
+        )
 
 
 def test_question_accuracies(rng):
-    kinds = [["Audio", "Counting"], ["Audio", "Comparative"], ["Visual", "Counting"], ["Visual", "Location"],
-             *(["Audio-Visual", kind] for kind in ("Existential", "Counting", "Location", "Comparative", "Temporal"))]
+    kinds = [
+        ["Audio", "Counting"],
+        ["Audio", "Comparative"],
+        ["Visual", "Counting"],
+        ["Visual", "Location"],
+        *(["Audio-Visual", kind] for kind in ("Existential", "Counting", "Location", "Comparative", "Temporal")),
+    ]
     for _ in range(CASES):
         said = ["yes", "no", "two", "not two", ""]
         rows = [(kinds[rng.integers(9)], *rng.choice(said, 2)) for _ in range(rng.integers(1, 12))]
         rows = [(kind, answer, truth or "yes") for kind, answer, truth in rows]
-        metrics = avqa.reduce([avqa.stats(str(answer) or None, None, {"answer": str(truth), "type": kind}, None)
-                               for kind, answer, truth in rows])
+        metrics = avqa.reduce(
+            [
+                avqa.stats(str(answer) or None, None, {"answer": str(truth), "type": kind}, None)
+                for kind, answer, truth in rows
+            ]
+        )
         right, asked = Counter(), Counter()
         for kind, answer, truth in rows:
             modality = kind[0].lower().replace("-", "_")
@@ -287,7 +353,7 @@ VOCABULARY = ["a", "dog", "cat", "barks", "runs", "loudly", "the", "red"]
 
 
 def grams(tokens, n):
-    return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
+    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
 def brute_cider(candidates, references):
@@ -297,8 +363,9 @@ def brute_cider(candidates, references):
         frequency.update({g for r in refs for n in range(1, 5) for g in grams(r, n)})
 
     def vector(tokens, n):
-        return {g: c * (math.log(len(references)) - math.log(max(1, frequency[g]))) for g, c in
-                grams(tokens, n).items()}
+        return {
+            g: c * (math.log(len(references)) - math.log(max(1, frequency[g]))) for g, c in grams(tokens, n).items()
+        }
 
     def norm(v):
         return math.sqrt(sum(x * x for x in v.values()))
@@ -328,8 +395,9 @@ def brute_bleu(candidates, references):
     if min(precisions) == 0:
         return 0.0
     length = sum(map(len, candidates))
-    closest = sum(min((abs(len(r) - len(c)), len(r)) for r in refs)[1]
-                  for c, refs in zip(candidates, references, strict=True))
+    closest = sum(
+        min((abs(len(r) - len(c)), len(r)) for r in refs)[1] for c, refs in zip(candidates, references, strict=True)
+    )
     return math.exp(sum(map(math.log, precisions)) / 4) * (1 if length > closest else math.exp(1 - closest / length))
 
 
@@ -340,6 +408,7 @@ def brute_rouge(candidate, refs):
             if i == len(a) or j == len(b):
                 return 0
             return 1 + longest(i + 1, j + 1) if a[i] == b[j] else max(longest(i + 1, j), longest(i, j + 1))
+
         return longest(0, 0)
 
     precision = max(common(candidate, r) for r in refs) / len(candidate)
@@ -354,9 +423,14 @@ def test_caption_scores(rng):
     for _ in range(CASES):
         truth = [[caption() for _ in range(rng.integers(1, 3))] for _ in range(rng.integers(1, 4))]
         answers = [refs[0] if rng.random() < 0.6 else caption() for refs in truth]
-        metrics = avcap.reduce([avcap.stats(a, None, {"captions": refs}, None)
-                                for a, refs in zip(answers, truth, strict=True)])
+        metrics = avcap.reduce(
+            [avcap.stats(a, None, {"captions": refs}, None) for a, refs in zip(answers, truth, strict=True)]
+        )
         tokens, token_refs = [a.split() for a in answers], [[r.split() for r in refs] for refs in truth]
-        assert metrics == pytest.approx({
-            "cider_d": brute_cider(tokens, token_refs), "bleu4": brute_bleu(tokens, token_refs),
-            "rouge_l": np.mean([brute_rouge(t, refs) for t, refs in zip(tokens, token_refs, strict=True)])})
+        assert metrics == pytest.approx(
+            {
+                "cider_d": brute_cider(tokens, token_refs),
+                "bleu4": brute_bleu(tokens, token_refs),
+                "rouge_l": np.mean([brute_rouge(t, refs) for t, refs in zip(tokens, token_refs, strict=True)]),
+            }
+        )

@@ -10,8 +10,9 @@ BOX = (21, 72, 196, 140)
 
 
 def score(*samples):
-    return ARIG.reduce([ARIG.stats(ARIG.parse(text), None, {"object": "dog", "box": list(box)}, None)
-                        for text, box in samples])
+    return ARIG.reduce(
+        [ARIG.stats(ARIG.parse(text), None, {"object": "dog", "box": list(box)}, None) for text, box in samples]
+    )
 
 
 def test_prompts_are_the_released_ones():
@@ -22,8 +23,10 @@ def test_prompts_are_the_released_ones():
 
 
 def test_the_target_is_the_released_one():
-    assert target("dog", BOX) == ("The sounding object is dog. Its coordinate of top left corner is (21,72) and "
-                                  "coordinate of bottom right corner is (196,140)")
+    assert target("dog", BOX) == (
+        "The sounding object is dog. Its coordinate of top left corner is (21,72) and "
+        "coordinate of bottom right corner is (196,140)"
+    )
 
 
 @pytest.mark.parametrize("reasoning", ["", "It barks near (3, 4), top left of the cat at (9,9)."])
@@ -32,25 +35,47 @@ def test_targets_are_parsed_back(reasoning):
     assert ARIG.parse(target("dog", np.array([20.6, 72.2, 196.0, 139.9]), reasoning)) == BOX
 
 
-@pytest.mark.parametrize("text, box", [
-    ("Its coordinates are <obj>(1,2)(30,40)</obj>.", (1, 2, 30, 40)),
-    ("( 1 , 2 ) and (30.5, 40)", (1, 2, 30.5, 40)),
-    ("top left corner is (1,2) and coordinate of bottom right corner is (30,40) or (50,60)", (1, 2, 30, 40)),
-    ("The centre is at (9,9). Its top left corner is (1,2) and its bottom right corner is (30,40)", (1, 2, 30, 40)),
-    ("In 2010, dog (3 years). Its coordinate of top left corner is (1,2) and (30,40)", (1, 2, 30, 40)),
-    ("(0,0) and (1,1)", (0, 0, 1, 1)),
-])
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        ("Its coordinates are <obj>(1,2)(30,40)</obj>.", (1, 2, 30, 40)),
+        ("( 1 , 2 ) and (30.5, 40)", (1, 2, 30.5, 40)),
+        ("top left corner is (1,2) and coordinate of bottom right corner is (30,40) or (50,60)", (1, 2, 30, 40)),
+        ("The centre is at (9,9). Its top left corner is (1,2) and its bottom right corner is (30,40)", (1, 2, 30, 40)),
+        ("In 2010, dog (3 years). Its coordinate of top left corner is (1,2) and (30,40)", (1, 2, 30, 40)),
+        ("(0,0) and (1,1)", (0, 0, 1, 1)),
+    ],
+)
 def test_other_ways_to_write_a_box_are_read(text, box):
     assert ARIG.parse(text) == box
 
 
-@pytest.mark.parametrize("text", ["", "dog", "top left (1,2), bottom left (30,40)", "top left (1,2), top-right (30,9)",
-                                  "top left corner is (1,2)", "(1,2) and 3,4", "(30,40) and (1,2)",
-                                  "(a,b) and (c,d)", "(1,2,3,4)", "[1,2] [3,4]",
-                                  "(-5,-7) and (3,9) (10,20)", "(1,2,3) (4,5) (6,7)", "(10%,20%) (3,4) (5,6)",
-                                  "(0.1,0.2) and (0.5,0.6)", "(0.0,0.0) and (1.0,1.0)", "(1;2) (3,4) (5,6)",
-                                  "top left corner is (1,2), width and height are (30,40)", "[5,6] (1,2) (30,40)",
-                                  "centre (100,100) size (50,60)", "(1234567,2) (3,4) (5,6)", "(1px,2px) (3,4) (5,6)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "dog",
+        "top left (1,2), bottom left (30,40)",
+        "top left (1,2), top-right (30,9)",
+        "top left corner is (1,2)",
+        "(1,2) and 3,4",
+        "(30,40) and (1,2)",
+        "(a,b) and (c,d)",
+        "(1,2,3,4)",
+        "[1,2] [3,4]",
+        "(-5,-7) and (3,9) (10,20)",
+        "(1,2,3) (4,5) (6,7)",
+        "(10%,20%) (3,4) (5,6)",
+        "(0.1,0.2) and (0.5,0.6)",
+        "(0.0,0.0) and (1.0,1.0)",
+        "(1;2) (3,4) (5,6)",
+        "top left corner is (1,2), width and height are (30,40)",
+        "[5,6] (1,2) (30,40)",
+        "centre (100,100) size (50,60)",
+        "(1234567,2) (3,4) (5,6)",
+        "(1px,2px) (3,4) (5,6)",
+    ],
+)
 def test_malformed_texts_parse_to_none(text):
     assert ARIG.parse(text) is None
 

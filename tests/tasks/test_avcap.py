@@ -17,13 +17,46 @@ def test_target_is_the_caption():
     assert parse(f"<s>{target('A dog barks.')}</s><unk><unk>") == "A dog barks."
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "\n", "\t\n", "</s>", "<s>", "<s></s>", "<unk>", "<unk><unk>", "<pad>", "[INST]", "[/INST]",
-    "<s>[INST] [/INST]</s>",
-    ".", "...", "!?", "--", "_", "___", "()", "[]", "{}", "<>", "<<>>", "''", '""', ",;:", "\u3000", "\x00", "\ufffd",
-    "。", "</S>",
-    "<UNK>", "*", "\\",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n",
+        "\t\n",
+        "</s>",
+        "<s>",
+        "<s></s>",
+        "<unk>",
+        "<unk><unk>",
+        "<pad>",
+        "[INST]",
+        "[/INST]",
+        "<s>[INST] [/INST]</s>",
+        ".",
+        "...",
+        "!?",
+        "--",
+        "_",
+        "___",
+        "()",
+        "[]",
+        "{}",
+        "<>",
+        "<<>>",
+        "''",
+        '""',
+        ",;:",
+        "\u3000",
+        "\x00",
+        "\ufffd",
+        "。",
+        "</S>",
+        "<UNK>",
+        "*",
+        "\\",
+    ],
+)
 def test_texts_without_a_word_give_none(text):
     assert parse(text) is None
 
@@ -51,8 +84,11 @@ def test_perfect_captions_reach_the_top_and_empty_ones_the_bottom():
     truth = ["a dog barks loudly", "the red cat runs away", "rain falls on a tin roof"]
     best = reduce([stats(c, None, {"captions": [c]}, None) for c in truth])
     assert best == pytest.approx({"cider_d": 10.0, "bleu4": 1.0, "rouge_l": 1.0})
-    assert reduce([stats(None, None, {"captions": [c]}, None) for c in truth]) == {"cider_d": 0.0, "bleu4": 0.0,
-                                                                                   "rouge_l": 0.0}
+    assert reduce([stats(None, None, {"captions": [c]}, None) for c in truth]) == {
+        "cider_d": 0.0,
+        "bleu4": 0.0,
+        "rouge_l": 0.0,
+    }
     assert reduce([]) == {}
 
 

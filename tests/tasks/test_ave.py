@@ -11,9 +11,11 @@ ANSWER = {"event": "Male speech, man speaking", "ranges": [[0, 8]]}
 
 
 def test_prompt_is_the_released_one():
-    expected = ("This is a video:\n<video_start><video><video_end>\n"
-                "This is an audio:\n<audio_start><audio><audio_end>\n"
-                "Please describe the events and time range that occurred in the video.")
+    expected = (
+        "This is a video:\n<video_start><video><video_end>\n"
+        "This is an audio:\n<audio_start><audio><audio_end>\n"
+        "Please describe the events and time range that occurred in the video."
+    )
     assert [instruction(v) for v in ("train", "test", "quick")] == [expected] * 3
     with pytest.raises(KeyError):
         instruction("other")
@@ -21,8 +23,10 @@ def test_prompt_is_the_released_one():
 
 def test_target_puts_reasoning_first():
     text = target(**META, reasoning="A man talks.")
-    assert text == ("A man talks. So the audible and visible event in the video is <event> Male speech, man speaking "
-                    "</event>, and the time range is <range> 0,8 </range>.")
+    assert text == (
+        "A man talks. So the audible and visible event in the video is <event> Male speech, man speaking "
+        "</event>, and the time range is <range> 0,8 </range>."
+    )
 
 
 @pytest.mark.parametrize("event", ["Church bell", "Male speech, man speaking", "Frying (food)", "Rodents, rats, mice"])
@@ -31,23 +35,26 @@ def test_target_reads_back(event, span):
     assert parse(target(event, *span)) == {"event": event, "ranges": [list(span)]}
 
 
-@pytest.mark.parametrize("text", [
-    "<event>Male speech, man speaking</event><range>0,8</range>",
-    "<EVENT> Male speech, man speaking </EVENT>, and <Range> 0 , 8 </Range>",
-    "< event > Male speech, man speaking < / event > < range >0 8< /range >",
-    "<event> Male speech, man speaking </event>, and the time range is <range> 0,8",
-    "<event> Male speech, man speaking, and the time range is <range> 0,8 </range>.",
-    "<event> Male speech, man speaking </event>, and the time range is <range> (0,8) </range>.</s><unk><unk>",
-    "<event> Male speech, man speaking </event> <range> 0-8 </range>",
-    "<event> Male speech, man speaking </event> <range> from 0 to 8 </range>",
-    "<event> Male speech, man speaking </event> <range> 0s to 8s </range>",
-    "<event> Male speech, man speaking </event> <range> 0.0, 8.0 </range>",
-    "<event> Male speech, man speaking,(0 8) </event>",
-    "<range> 0,8 </range> is when <event> Male speech, man speaking </event> happens",
-    "<event> Cat </event> no: <event> Male speech, man speaking </event>, <range> 0,8 </range>",
-    "<event> Male speech, man speaking </event>, <range> 0,8 </range>. So <event> Male sp",
-    "<event> Male speech, man speaking </event>\n<range>\n0,8\n</range>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<event>Male speech, man speaking</event><range>0,8</range>",
+        "<EVENT> Male speech, man speaking </EVENT>, and <Range> 0 , 8 </Range>",
+        "< event > Male speech, man speaking < / event > < range >0 8< /range >",
+        "<event> Male speech, man speaking </event>, and the time range is <range> 0,8",
+        "<event> Male speech, man speaking, and the time range is <range> 0,8 </range>.",
+        "<event> Male speech, man speaking </event>, and the time range is <range> (0,8) </range>.</s><unk><unk>",
+        "<event> Male speech, man speaking </event> <range> 0-8 </range>",
+        "<event> Male speech, man speaking </event> <range> from 0 to 8 </range>",
+        "<event> Male speech, man speaking </event> <range> 0s to 8s </range>",
+        "<event> Male speech, man speaking </event> <range> 0.0, 8.0 </range>",
+        "<event> Male speech, man speaking,(0 8) </event>",
+        "<range> 0,8 </range> is when <event> Male speech, man speaking </event> happens",
+        "<event> Cat </event> no: <event> Male speech, man speaking </event>, <range> 0,8 </range>",
+        "<event> Male speech, man speaking </event>, <range> 0,8 </range>. So <event> Male sp",
+        "<event> Male speech, man speaking </event>\n<range>\n0,8\n</range>",
+    ],
+)
 def test_sloppy_texts_are_read(text):
     assert parse(text) == ANSWER
 
@@ -56,19 +63,46 @@ def test_several_ranges_are_kept():
     assert parse("<event> Dog </event> <range> 0,2 </range> and <range> 5,7 </range>")["ranges"] == [[0, 2], [5, 7]]
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "</s>", "<event>", "</event>", "<event></event>", "<event> </event><range> 0,8 </range>",
-    "<range> 0,8 </range>",
-    "<event> Dog </event>", "<event> Dog </event> <range>", "<event> Dog </event> <range> </range>",
-    "<event> Dog </event> <range> 0, </range>", "<event> Dog </event> <range> zero,eight </range>",
-    "<event> Dog </event> <range> 8 </range>", "<event> ,. </event> <range> 0,8 </range>", "The dog barks from 0 to 8.",
-    "event: Dog start_time:0 end_time:8", "<evnt> Dog </evnt> <range> 0,8 </range>", "event> Dog </event <range> 0,8",
-    "<event_start> Dog <event_end> <range> 0,8 </range>", "<answer> Dog </answer>", "<<<>>>", "<event<range>>",
-    "\x00\ufffd",
-    "<event> Dog </event> <range> 12345678,9 </range>", "<event> Dog </event> <range> " + "9" * 5000 + " </range>",
-    "<s>[INST] <</SYS>>", "[]", "null", "<event> Dog", "<event> </event> <event> </event>", "<range> 0,8 </range>" * 3,
-    "<event> (0,8) </event>", "<event>" * 500, "<mask_0><mask_1>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "</s>",
+        "<event>",
+        "</event>",
+        "<event></event>",
+        "<event> </event><range> 0,8 </range>",
+        "<range> 0,8 </range>",
+        "<event> Dog </event>",
+        "<event> Dog </event> <range>",
+        "<event> Dog </event> <range> </range>",
+        "<event> Dog </event> <range> 0, </range>",
+        "<event> Dog </event> <range> zero,eight </range>",
+        "<event> Dog </event> <range> 8 </range>",
+        "<event> ,. </event> <range> 0,8 </range>",
+        "The dog barks from 0 to 8.",
+        "event: Dog start_time:0 end_time:8",
+        "<evnt> Dog </evnt> <range> 0,8 </range>",
+        "event> Dog </event <range> 0,8",
+        "<event_start> Dog <event_end> <range> 0,8 </range>",
+        "<answer> Dog </answer>",
+        "<<<>>>",
+        "<event<range>>",
+        "\x00\ufffd",
+        "<event> Dog </event> <range> 12345678,9 </range>",
+        "<event> Dog </event> <range> " + "9" * 5000 + " </range>",
+        "<s>[INST] <</SYS>>",
+        "[]",
+        "null",
+        "<event> Dog",
+        "<event> </event> <event> </event>",
+        "<range> 0,8 </range>" * 3,
+        "<event> (0,8) </event>",
+        "<event>" * 500,
+        "<mask_0><mask_1>",
+    ],
+)
 def test_unreadable_texts_give_none(text):
     assert parse(text) is None
 
@@ -91,8 +125,10 @@ def test_event_names_ignore_case_and_underscores():
 
 
 def test_reduce_ignores_order():
-    samples = [stats(parse(target("Dog", s, e)), None, META | {"event": "Dog"}, None)
-               for s, e in itertools.product(range(4), range(4, 9))]
+    samples = [
+        stats(parse(target("Dog", s, e)), None, META | {"event": "Dog"}, None)
+        for s, e in itertools.product(range(4), range(4, 9))
+    ]
     assert reduce(samples) == pytest.approx(reduce(samples[::-1]))
     assert reduce([]) == {}
 

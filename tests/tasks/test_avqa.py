@@ -9,9 +9,11 @@ META = {"answer": "more than ten", "type": ["Audio-Visual", "Counting"]}
 
 
 def test_prompt_is_the_released_one():
-    expected = ("This is a video:\n<video_start><video><video_end>\n"
-                "This is an audio:\n<audio_start><audio><audio_end>\n"
-                "Please answer this question: Is there a voiceover?")
+    expected = (
+        "This is a video:\n<video_start><video><video_end>\n"
+        "This is an audio:\n<audio_start><audio><audio_end>\n"
+        "Please answer this question: Is there a voiceover?"
+    )
     assert {instruction(v, question="Is there a voiceover?") for v in ("train", "test", "quick")} == {expected}
 
 
@@ -21,28 +23,63 @@ def test_target_reads_back(answer):
     assert parse(target(answer, reasoning="There are <b> and numbers 3.")) == answer
 
 
-@pytest.mark.parametrize("text", [
-    "<answer>more than ten</answer>", "<ANSWER> more than ten </ANSWER>", "< answer > more than ten < / answer >",
-    "So the answer is <answer> more than ten", "So the answer is <answer> more than ten.</s><unk>",
-    "<answer> two </answer> or rather <answer> more than ten </answer>",
-    "<answer> more than ten </answer> <answer> more th",
-    "<answer> more than ten </answer> <answer> </answer>", "<answer> more than ten </answers>",
-    "<answer>\nmore than ten\n</answer>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>more than ten</answer>",
+        "<ANSWER> more than ten </ANSWER>",
+        "< answer > more than ten < / answer >",
+        "So the answer is <answer> more than ten",
+        "So the answer is <answer> more than ten.</s><unk>",
+        "<answer> two </answer> or rather <answer> more than ten </answer>",
+        "<answer> more than ten </answer> <answer> more th",
+        "<answer> more than ten </answer> <answer> </answer>",
+        "<answer> more than ten </answers>",
+        "<answer>\nmore than ten\n</answer>",
+    ],
+)
 def test_sloppy_texts_are_read(text):
     assert parse(text) == "more than ten"
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "</s>", "yes", "So the answer is yes.", "<answer>", "</answer>", "<answer></answer>", "<answer> </answer>",
-    "<answer> . </answer>", "<answer> __ </answer>", "<answers> yes </answers>", "<ans> yes </ans>",
-    "answer> yes </answer>",
-    "<answer yes", "<answer_start> yes <answer_end>", "<event> yes </event>", "<range> 0,8 </range>", "<>yes</>",
-    "<<>>",
-    "<s>[INST] <<SYS>>", "[]", "{}", "null", "\x00", "\ufffd", "<answer><answer><answer>", "<answer>" * 400,
-    "yes </answer>",
-    "<mask_0><mask_1>", "< answer", "\u3000", "<answer></s>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "</s>",
+        "yes",
+        "So the answer is yes.",
+        "<answer>",
+        "</answer>",
+        "<answer></answer>",
+        "<answer> </answer>",
+        "<answer> . </answer>",
+        "<answer> __ </answer>",
+        "<answers> yes </answers>",
+        "<ans> yes </ans>",
+        "answer> yes </answer>",
+        "<answer yes",
+        "<answer_start> yes <answer_end>",
+        "<event> yes </event>",
+        "<range> 0,8 </range>",
+        "<>yes</>",
+        "<<>>",
+        "<s>[INST] <<SYS>>",
+        "[]",
+        "{}",
+        "null",
+        "\x00",
+        "\ufffd",
+        "<answer><answer><answer>",
+        "<answer>" * 400,
+        "yes </answer>",
+        "<mask_0><mask_1>",
+        "< answer",
+        "\u3000",
+        "<answer></s>",
+    ],
+)
 def test_unreadable_texts_give_none(text):
     assert parse(text) is None
 
@@ -62,31 +99,45 @@ def test_accuracies_equal_a_count_by_hand():
     rng = np.random.default_rng(2)
     types = [["Audio", "Counting"], ["Audio", "Comparative"], ["Visual", "Location"], ["Audio-Visual", "Temporal"]]
     rows = [(types[rng.integers(4)], bool(rng.integers(2)), rng.random() < 0.2) for _ in range(200)]
-    samples = [stats(None if lost else "yes" if right else "no", None, {"answer": "yes", "type": kind}, None)
-               for kind, right, lost in rows]
+    samples = [
+        stats(None if lost else "yes" if right else "no", None, {"answer": "yes", "type": kind}, None)
+        for kind, right, lost in rows
+    ]
     metrics = reduce(samples)
     good = [right and not lost for _, right, lost in rows]
     assert metrics["accuracy"] == pytest.approx(np.mean(good))
-    for key, wanted in {"audio": types[:2], "audio_counting": types[:1], "visual": types[2:3],
-                        "audio_visual": types[3:],
-                        "audio_visual_temporal": types[3:]}.items():
-        assert metrics[key] == pytest.approx(np.mean([g for g,
-                                                      (kind, *_) in zip(good, rows, strict=True) if kind in wanted]))
+    for key, wanted in {
+        "audio": types[:2],
+        "audio_counting": types[:1],
+        "visual": types[2:3],
+        "audio_visual": types[3:],
+        "audio_visual_temporal": types[3:],
+    }.items():
+        assert metrics[key] == pytest.approx(
+            np.mean([g for g, (kind, *_) in zip(good, rows, strict=True) if kind in wanted])
+        )
     assert "visual_counting" not in metrics
     assert reduce(samples[::-1]) == pytest.approx(metrics)
     assert reduce([]) == {}
 
 
 def test_every_released_type_is_known():
-    released = [["Audio", "Counting"], ["Audio", "Comparative"], ["Visual", "Counting"], ["Visual", "Location"],
-                ["Audio-Visual", "Existential"], ["Audio-Visual", "Counting"], ["Audio-Visual", "Location"],
-                ["Audio-Visual", "Comparative"], ["Audio-Visual", "Temporal"]]
+    released = [
+        ["Audio", "Counting"],
+        ["Audio", "Comparative"],
+        ["Visual", "Counting"],
+        ["Visual", "Location"],
+        ["Audio-Visual", "Existential"],
+        ["Audio-Visual", "Counting"],
+        ["Audio-Visual", "Location"],
+        ["Audio-Visual", "Comparative"],
+        ["Audio-Visual", "Temporal"],
+    ]
     assert tuple(stats("x", None, {"answer": "x", "type": kind}, None)["type"] for kind in released) == SUBTYPES
 
 
 def test_a_question_without_a_type_counts_overall():
-    assert reduce([stats("yes", None, {"answer": "yes"}, None)]) == {
-        "accuracy": 1.0, "accuracy_substring": 1.0}
+    assert reduce([stats("yes", None, {"answer": "yes"}, None)]) == {"accuracy": 1.0, "accuracy_substring": 1.0}
 
 
 def test_the_first_constant_is_the_most_frequent_answer():

@@ -18,8 +18,10 @@ def score(task, *samples):
 
 
 def test_prompts_are_the_released_ones():
-    question = ("Please recognize the category of object making sound in the video, and then segment out the object "
-                "that makes the sound at the {} second of the video.")
+    question = (
+        "Please recognize the category of object making sound in the video, and then segment out the object "
+        "that makes the sound at the {} second of the video."
+    )
     for task in (S4, MS3, AVSS):
         assert task.instruction(second=4) == VIDEO + AUDIO + question.format("fifth")
         quick = IMAGE + AUDIO + "Please segment out the object that makes the sound in the image."
@@ -27,14 +29,18 @@ def test_prompts_are_the_released_ones():
     assert S4.instruction("test", second=1) == VIDEO + AUDIO + question.format("second")
     assert MS3.instruction("test", second=4) == VIDEO + AUDIO + question.format("third")
     assert AVSS.instruction("test", second=4) == IMAGE + AUDIO + (
-        "Please recognize the category of the object making the sound in the image and segment it out.")
+        "Please recognize the category of the object making the sound in the image and segment it out."
+    )
 
 
 def test_the_target_is_the_released_one():
-    assert target("dog", 0) == ("The object making the sound in the video is dog. "
-                                "The mask of the object that makes the sound at the first second is " + MASK)
+    assert target("dog", 0) == (
+        "The object making the sound in the video is dog. "
+        "The mask of the object that makes the sound at the first second is " + MASK
+    )
     assert target(["dog", "cat"], 9, "Two barks.").startswith(
-        "Two barks. The object making the sound in the video is dog and cat. ")
+        "Two barks. The object making the sound in the video is dog and cat. "
+    )
 
 
 def test_seconds_outside_the_clip_are_refused():
@@ -50,9 +56,19 @@ def test_targets_are_parsed_back(objects, reasoning):
     assert S4.parse(f"<s> {target(objects, 3, reasoning)}</s><unk><unk>") == {"objects": objects}
 
 
-@pytest.mark.parametrize("text", ["", "</s>", MASK, "It is a dog.", "The object making the sound in the video is",
-                                  "The object making the sound in the video is dog",
-                                  "The object making the sound in the video is . The mask", "The mask is " + MASK])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "</s>",
+        MASK,
+        "It is a dog.",
+        "The object making the sound in the video is",
+        "The object making the sound in the video is dog",
+        "The object making the sound in the video is . The mask",
+        "The mask is " + MASK,
+    ],
+)
 def test_malformed_texts_parse_to_none(text):
     assert S4.parse(text) is None
 
@@ -109,8 +125,9 @@ def test_constants_are_scorable_answers_and_hold_a_strong_one(task):
     gts = [GT * 3, GT * 3, GT[:, ::-1] * 5]
     metas = [META, META, {"objects": ["cat"], "video": "b"}]
     candidates = task.constants(metas, gts)
-    scores = [score(task, *((text, mask, gt, meta) for gt, meta in zip(gts, metas, strict=True)))
-              for text, mask in candidates]
+    scores = [
+        score(task, *((text, mask, gt, meta) for gt, meta in zip(gts, metas, strict=True))) for text, mask in candidates
+    ]
     assert all(s["object_accuracy"] == pytest.approx(2 / 3) for s in scores)
     if task is S4:
         assert max(s["miou"] for s in scores) == pytest.approx(2 / 3)
@@ -118,20 +135,37 @@ def test_constants_are_scorable_answers_and_hold_a_strong_one(task):
     assert [mask for _, mask in task.constants(metas, [None] * 3)] == [None]
 
 
-@pytest.mark.parametrize(("said", "label"), [
-    ("guitar_man", ["guitar", "man"]), ("man and guitar", ["guitar", "man"]),
-    ("the guitars and a man", ["guitar", "man"]),
-    ("Emergency car", ["emergency-car"]), ("emergency_car", ["emergency-car"]), ("men and women", ["woman", "man"]),
-    ("playing_acoustic_guitar", ["playing acoustic guitar"]), ("lawn mowing", ["lawn_mowing"]), ("Buses", ["bus"])])
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("guitar_man", ["guitar", "man"]),
+        ("man and guitar", ["guitar", "man"]),
+        ("the guitars and a man", ["guitar", "man"]),
+        ("Emergency car", ["emergency-car"]),
+        ("emergency_car", ["emergency-car"]),
+        ("men and women", ["woman", "man"]),
+        ("playing_acoustic_guitar", ["playing acoustic guitar"]),
+        ("lawn mowing", ["lawn_mowing"]),
+        ("Buses", ["bus"]),
+    ],
+)
 def test_the_wording_of_the_release_names_the_same_objects(said, label):
     """The release writes a_obj as it is, `guitar_man`; whatever the spelling, an object is an object."""
     for text in (target(said), f"The object making sound in the image is {said}. The mask of it is"):
         assert stats_of(text, label)["named"] == 1
 
 
-@pytest.mark.parametrize(("said", "label"), [("guitar", ["guitar", "man"]), ("guitar_man", ["guitar"]),
-                                             ("null", ["man"]), ("woman", ["man"]), ("car", ["emergency-car"]),
-                                             ("glass", ["grass"])])
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("guitar", ["guitar", "man"]),
+        ("guitar_man", ["guitar"]),
+        ("null", ["man"]),
+        ("woman", ["man"]),
+        ("car", ["emergency-car"]),
+        ("glass", ["grass"]),
+    ],
+)
 def test_other_objects_are_others(said, label):
     assert stats_of(target(said), label)["named"] == 0
 

@@ -15,48 +15,65 @@ def meta(split):
 
 
 def score(*samples):
-    return REF_AVS.reduce([REF_AVS.stats(REF_AVS.parse(text), mask, meta(split), gt)
-                           for text, mask, gt, split in samples])
+    return REF_AVS.reduce(
+        [REF_AVS.stats(REF_AVS.parse(text), mask, meta(split), gt) for text, mask, gt, split in samples]
+    )
 
 
 def test_prompts_are_the_released_ones():
     fields = {"expression": EXPRESSION, "second": 6}
     assert REF_AVS.instruction(**fields) == (
         f"{VIDEO}{AUDIO}Please segment out the object that is making the longest sound at the seventh second "
-        "in the video.")
+        "in the video."
+    )
     assert REF_AVS.instruction("test", **fields) == (
         f"{VIDEO}{AUDIO}{IMAGE}Please segment out the corresponding object in the image based on the referential "
-        f"expression: {EXPRESSION}")
+        f"expression: {EXPRESSION}"
+    )
     assert REF_AVS.instruction("quick", **fields) == (
-        f"{IMAGE}{AUDIO}Please segment out the object that is making the longest sound in the image.")
+        f"{IMAGE}{AUDIO}Please segment out the object that is making the longest sound in the image."
+    )
 
 
 def test_the_target_is_the_released_one_and_a_null_one_keeps_the_mask_tokens():
     assert target(EXPRESSION, "tuba", 6) == (
-        f"At the seventh second in the video, {EXPRESSION} is tuba. Its mask is {MASK}")
+        f"At the seventh second in the video, {EXPRESSION} is tuba. Its mask is {MASK}"
+    )
     null = target(EXPRESSION, "", 0, "Nothing is heard.")
     assert null.startswith("Nothing is heard. At the first second") and null.endswith(MASK)
 
 
 @pytest.mark.parametrize("name", ["tuba", "emergency-car", ""])
-@pytest.mark.parametrize("expression", [EXPRESSION, "The white dog.", "The one who is left of what is loud",
-                                        "At the end it does not appear"])
+@pytest.mark.parametrize(
+    "expression", [EXPRESSION, "The white dog.", "The one who is left of what is loud", "At the end it does not appear"]
+)
 @pytest.mark.parametrize("reasoning", ["", "At the end it is louder. Its mask is small."])
 def test_targets_are_parsed_back(name, expression, reasoning):
     parsed = REF_AVS.parse(f"<s> {target(expression, name, 2, reasoning)}</s>")
     assert parsed == {"objects": [name] if name else []}
 
 
-@pytest.mark.parametrize("text", ["", MASK, "Its mask is " + MASK, "At the first second in the video, it is tuba",
-                                  "At the first second in the video, tuba. Its mask is",
-                                  "At the first second in the video, it is . Its mask is"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        MASK,
+        "Its mask is " + MASK,
+        "At the first second in the video, it is tuba",
+        "At the first second in the video, tuba. Its mask is",
+        "At the first second in the video, it is . Its mask is",
+    ],
+)
 def test_malformed_texts_parse_to_none(text):
     assert REF_AVS.parse(text) is None
 
 
 def test_splits_are_scored_apart():
-    metrics = score((target(EXPRESSION, "tuba"), GT, GT, "seen"), (target(EXPRESSION, "dog"), EMPTY, GT, "unseen"),
-                    (target(EXPRESSION, ""), GT, EMPTY, "null"))
+    metrics = score(
+        (target(EXPRESSION, "tuba"), GT, GT, "seen"),
+        (target(EXPRESSION, "dog"), EMPTY, GT, "unseen"),
+        (target(EXPRESSION, ""), GT, EMPTY, "null"),
+    )
     assert metrics["j_seen"] == metrics["f_seen"] == pytest.approx(1)
     assert metrics["j_unseen"] == 0 and metrics["j"] == pytest.approx(0.5)
     assert metrics["s_null"] == pytest.approx(0.5)  # a quarter of the pixels

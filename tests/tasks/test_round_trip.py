@@ -12,8 +12,12 @@ settings.load_profile("tests")
 
 # Names as the datasets have them: "Male speech, man speaking", "Frying_(food)", "emergency-car", "more than ten".
 NAMES = st.from_regex(r"[A-Za-z][A-Za-z_ ,()'-]{0,24}[A-Za-z)]", fullmatch=True).filter(
-    lambda name: name == " ".join(name.split()) and normalise(name) not in ("none", "and")
-    and not name.lower().startswith("and "))
+    lambda name: (
+        name == " ".join(name.split())
+        and normalise(name) not in ("none", "and")
+        and not name.lower().startswith("and ")
+    )
+)
 OBJECTS = NAMES.filter(lambda name: " and " not in name and " is " not in name)
 SECONDS = st.integers(0, 9)
 SPANS = st.tuples(SECONDS, st.integers(1, 10)).map(sorted).filter(lambda span: span[0] < span[1])
@@ -41,8 +45,10 @@ EVENTS = st.lists(st.tuples(NAMES, SPANS).map(lambda e: [e[0], *e[1]]), max_size
 @given(EVENTS, EVENTS, REASONING)
 def test_avvp(audio, visual, reasoning):
     parsed = answer("avvp", reasoning, audio=audio, visual=visual)
-    assert {kind: sorted(events) for kind, events in parsed.items()} == {"audio": sorted(audio),
-                                                                         "visual": sorted(visual)}
+    assert {kind: sorted(events) for kind, events in parsed.items()} == {
+        "audio": sorted(audio),
+        "visual": sorted(visual),
+    }
 
 
 CORNERS = st.tuples(st.integers(0, 224), st.integers(0, 224)).map(sorted)
@@ -59,8 +65,12 @@ def test_segmentation(task, objects, second, reasoning):
     assert answer(task, reasoning, objects=objects, second=second) == {"objects": objects}
 
 
-@given(st.text(st.characters(exclude_characters="<>\n", exclude_categories=("C", "Z")), min_size=1, max_size=40),
-       st.one_of(OBJECTS, st.just("")), SECONDS, REASONING)
+@given(
+    st.text(st.characters(exclude_characters="<>\n", exclude_categories=("C", "Z")), min_size=1, max_size=40),
+    st.one_of(OBJECTS, st.just("")),
+    SECONDS,
+    REASONING,
+)
 def test_ref_avs(expression, name, second, reasoning):
     parsed = answer("ref-avs", reasoning, expression=expression, object=name, second=second)
     assert parsed == {"objects": [name] if name else []}

@@ -41,8 +41,11 @@ def test_null_s_equals_the_released_one(arrays):
 
 @pytest.mark.parametrize("kind", ["scores", "coarse", "bool"])
 def test_f_curve_is_the_f_measure_at_every_threshold(rng, kind):
-    scores = {"scores": rng.random((9, 11)).astype(np.float32), "bool": rng.random((9, 11)) < 0.4,
-              "coarse": rng.choice(seg.THRESHOLDS[::50], (9, 11))}[kind]
+    scores = {
+        "scores": rng.random((9, 11)).astype(np.float32),
+        "bool": rng.random((9, 11)) < 0.4,
+        "coarse": rng.choice(seg.THRESHOLDS[::50], (9, 11)),
+    }[kind]
     gt = rng.random((9, 11)) < 0.3
     curve = seg.f_curve(scores, gt)
     for i, threshold in enumerate(seg.THRESHOLDS):

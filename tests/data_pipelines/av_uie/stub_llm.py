@@ -70,6 +70,7 @@ class Stub:
 @contextmanager
 def serving(stub: Stub) -> Iterator[Stub]:
     """The stub behind http://127.0.0.1:port/v1."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             stub.handle(self)

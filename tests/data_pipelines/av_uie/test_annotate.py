@@ -31,8 +31,10 @@ def direct(monkeypatch):
 
 
 def many(count):
-    return [dataclasses.replace(ONE_EACH["ave"], id=f"clip-{i}", meta={"event": "Bark", "start": 0, "end": 1 + i % 10})
-            for i in range(count)]
+    return [
+        dataclasses.replace(ONE_EACH["ave"], id=f"clip-{i}", meta={"event": "Bark", "start": 0, "end": 1 + i % 10})
+        for i in range(count)
+    ]
 
 
 @contextmanager
@@ -74,10 +76,16 @@ def test_the_request_holds_the_facts_and_examples_of_the_task_only():
 def unsteady(request, times):
     """Every request fails once, each in another way, and is then answered well."""
     way = int(request["messages"][-1]["content"].partition("0,")[2].partition(" ")[0]) % 8
-    bad = [lambda: (500, "oops", {}), lambda: (429, {"error": "slow down"}, {"Retry-After": "0.1"}),
-           lambda: (200, "{not json", {}), lambda: (200, {"choices": []}, {}), lambda: completion(None),
-           lambda: (time.sleep(3.0), completion("too late"))[1], lambda: (503, "", {"Retry-After": "soon"}),
-           lambda: (200, "", {"Content-Length": "50"})]
+    bad = [
+        lambda: (500, "oops", {}),
+        lambda: (429, {"error": "slow down"}, {"Retry-After": "0.1"}),
+        lambda: (200, "{not json", {}),
+        lambda: (200, {"choices": []}, {}),
+        lambda: completion(None),
+        lambda: (time.sleep(3.0), completion("too late"))[1],
+        lambda: (503, "", {"Retry-After": "soon"}),
+        lambda: (200, "", {"Content-Length": "50"}),
+    ]
     return bad[way]() if times == 0 else good(request)
 
 
@@ -148,10 +156,16 @@ def test_a_dead_endpoint_stops_the_run(tmp_path):
         assert sum(stub.seen.values()) < 40
 
 
-@pytest.mark.parametrize("status, body, fix", [
-    (401, f"Incorrect API key provided: {KEY}", "environment variable"), (403, "no", "environment variable"),
-    (404, "no such model", "--model"), (402, "pay", "credit"),
-    (429, {"error": {"code": "insufficient_quota"}}, "credit")])
+@pytest.mark.parametrize(
+    "status, body, fix",
+    [
+        (401, f"Incorrect API key provided: {KEY}", "environment variable"),
+        (403, "no", "environment variable"),
+        (404, "no such model", "--model"),
+        (402, "pay", "credit"),
+        (429, {"error": {"code": "insufficient_quota"}}, "credit"),
+    ],
+)
 def test_what_no_retry_can_mend_stops_at_once_without_the_key(tmp_path, status, body, fix):
     with serving(Stub(lambda request, times: (status, body, {}))) as stub:
         with pytest.raises(InputError) as caught:
@@ -169,10 +183,21 @@ def test_a_redirect_is_not_followed_so_the_key_stays_here(tmp_path):
     assert elsewhere.requests == []
 
 
-@pytest.mark.parametrize("settings", [
-    {"url": f"https://user:{KEY}@host/v1"}, {"url": f"https://host/v1?key={KEY}"}, {"url": "file:///etc/passwd"},
-    {"url": "host/v1"}, {"url": "https://[bad/v1"}, {"key": f"{KEY}\n"}, {"key": f"{KEY} x"}, {"key": f"{KEY}\u2026"},
-    {"model": ""}, {"budget": 1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"url": f"https://user:{KEY}@host/v1"},
+        {"url": f"https://host/v1?key={KEY}"},
+        {"url": "file:///etc/passwd"},
+        {"url": "host/v1"},
+        {"url": "https://[bad/v1"},
+        {"key": f"{KEY}\n"},
+        {"key": f"{KEY} x"},
+        {"key": f"{KEY}\u2026"},
+        {"model": ""},
+        {"budget": 1.0},
+    ],
+)
 def test_bad_settings_are_named_without_the_key(settings):
     with pytest.raises(InputError) as caught:
         annotate.Endpoint(**({"url": "https://host/v1", "model": "m", "key": KEY} | settings))
@@ -193,6 +218,7 @@ def interrupt_after(count):
     def progress(done):
         if done >= count and left:
             raise left.pop()
+
     return progress
 
 
@@ -235,11 +261,25 @@ def test_a_killed_process_loses_at_most_what_was_under_way(tmp_path):
     write_jsonl(tmp_path / "plain.jsonl", examples)
     out, journal = tmp_path / "llm.jsonl", tmp_path / "llm.jsonl.journal"
     with serving(Stub(slow)) as stub:
-        arguments = ["annotate", "--examples", str(tmp_path / "plain.jsonl"), "--out", str(out), "--url", stub.url,
-                     "--model", "m", "--workers", str(workers)]
-        process = subprocess.Popen([sys.executable, "-m", "data_pipelines.av_uie", *arguments],
-                                   env={**os.environ, "AV_UIE_API_KEY": KEY}, stderr=subprocess.PIPE,
-                                   stdout=subprocess.PIPE)
+        arguments = [
+            "annotate",
+            "--examples",
+            str(tmp_path / "plain.jsonl"),
+            "--out",
+            str(out),
+            "--url",
+            stub.url,
+            "--model",
+            "m",
+            "--workers",
+            str(workers),
+        ]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data_pipelines.av_uie", *arguments],
+            env={**os.environ, "AV_UIE_API_KEY": KEY},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         while not journal.is_file() or journal.read_bytes().count(b"\n") < 6:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
@@ -269,8 +309,21 @@ def test_a_schedulers_stop_is_as_clean_as_ctrl_c(tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     try:
         with serving(Stub(behave)) as stub, pytest.raises(SystemExit) as stopped:
-            commands.main(["annotate", "--examples", str(tmp_path / "plain.jsonl"), "--out", str(tmp_path / "out"),
-                           "--url", stub.url, "--model", "m", "--workers", "2"])
+            commands.main(
+                [
+                    "annotate",
+                    "--examples",
+                    str(tmp_path / "plain.jsonl"),
+                    "--out",
+                    str(tmp_path / "out"),
+                    "--url",
+                    stub.url,
+                    "--model",
+                    "m",
+                    "--workers",
+                    "2",
+                ]
+            )
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 1 and "stopping" in capsys.readouterr().err
@@ -315,8 +368,11 @@ def test_an_answer_after_the_end_is_written_nowhere(tmp_path):
 
 def test_another_model_or_parameter_is_another_request():
     turns = prompts.messages(ONE_EACH["ave"])
-    hashes = {annotate.Endpoint("https://host/v1", model, parameters=parameters).request_hash(turns)
-              for model in ("a", "b") for parameters in ({"temperature": 0}, {"temperature": 1})}
+    hashes = {
+        annotate.Endpoint("https://host/v1", model, parameters=parameters).request_hash(turns)
+        for model in ("a", "b")
+        for parameters in ({"temperature": 0}, {"temperature": 1})
+    }
     assert len(hashes) == 4
     same = annotate.Endpoint("https://elsewhere/v1", "a", "key", {"temperature": 0}).request_hash(turns)
     assert same in hashes  # where it is asked, and with which key, changes no answer
@@ -359,8 +415,9 @@ def test_the_budget_is_never_exceeded_and_a_higher_one_goes_on(tmp_path):
 
 
 def test_usage_that_the_server_does_not_report_is_estimated(tmp_path):
-    with serving(Stub(lambda request, times: completion(good(request)[1]["choices"][0]["message"]["content"], None))
-                 ) as stub:
+    with serving(
+        Stub(lambda request, times: completion(good(request)[1]["choices"][0]["message"]["content"], None))
+    ) as stub:
         _, client = run(stub, tmp_path / "journal", many(1))
     reply = next(iter(client.journal.answers.values()))
     assert reply.estimated and reply.tokens_in == annotate.tokens_in(prompts.messages(many(1)[0]))
@@ -369,8 +426,20 @@ def test_usage_that_the_server_does_not_report_is_estimated(tmp_path):
 def test_an_estimate_asks_nothing(tmp_path, capsys):
     write_jsonl(tmp_path / "plain.jsonl", WITHOUT_MASKS)
     with serving(Stub()) as stub, pytest.raises(SystemExit) as stopped:
-        commands.main(["annotate", "--examples", str(tmp_path / "plain.jsonl"), "--url", stub.url, "--model", "m",
-                       "--price-in", "1", "--estimate"])
+        commands.main(
+            [
+                "annotate",
+                "--examples",
+                str(tmp_path / "plain.jsonl"),
+                "--url",
+                stub.url,
+                "--model",
+                "m",
+                "--price-in",
+                "1",
+                "--estimate",
+            ]
+        )
     found = json.loads(capsys.readouterr().out)
     assert stopped.value.code == 0 and stub.requests == []
     assert found["requests"] == len(WITHOUT_MASKS) and found["cost"] == pytest.approx(found["tokens_in"] / 1e6)
@@ -380,8 +449,21 @@ def test_the_command_reports_failures_in_one_line_and_never_the_key(tmp_path, ca
     monkeypatch.setenv("MY_KEY", KEY)
     write_jsonl(tmp_path / "plain.jsonl", many(2))
     with serving(Stub(lambda request, times: (401, f"bad key {KEY}", {}))) as stub, pytest.raises(SystemExit) as end:
-        commands.main(["annotate", "--examples", str(tmp_path / "plain.jsonl"), "--out", str(tmp_path / "out.jsonl"),
-                       "--url", stub.url, "--model", "m", "--key-env", "MY_KEY"])
+        commands.main(
+            [
+                "annotate",
+                "--examples",
+                str(tmp_path / "plain.jsonl"),
+                "--out",
+                str(tmp_path / "out.jsonl"),
+                "--url",
+                stub.url,
+                "--model",
+                "m",
+                "--key-env",
+                "MY_KEY",
+            ]
+        )
     said = capsys.readouterr()
     assert end.value.code == 2 and said.err.startswith("error: the endpoint: refuses the key: HTTP 401 (bad key ***)")
     assert KEY not in said.out + said.err and not (tmp_path / "out.jsonl").exists()

@@ -25,18 +25,33 @@ def run(capsys, *arguments):
 def releases(tmp_path):
     """The annotations of AVE, LLP and MUSIC-AVQA in their layouts; of the videos only that they exist."""
     root = tmp_path / "raw"
-    videos = ["ave/AVE/RUhOCu3LNXM.mp4", "ave/AVE/MH3m4AwEcRY.mp4", "llp/data/LLP_dataset/video/BjCEufrlXm4.mp4",
-              "music_avqa/videos/00000093.mp4"]
+    videos = [
+        "ave/AVE/RUhOCu3LNXM.mp4",
+        "ave/AVE/MH3m4AwEcRY.mp4",
+        "llp/data/LLP_dataset/video/BjCEufrlXm4.mp4",
+        "music_avqa/videos/00000093.mp4",
+    ]
     for path in videos:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
     (root / "ave/trainSet.txt").write_text("Church bell&RUhOCu3LNXM&good&0&10\nChurch bell&MH3m4AwEcRY&good&6&8\n")
     (root / "llp/data/AVVP_train.csv").write_text("filename\tevent_labels\nBjCEufrlXm4_20_30\tSpeech,Dog\n")
     (root / "music_avqa/data/json_update").mkdir(parents=True)
-    (root / "music_avqa/data/json_update/avqa-train.json").write_text(json.dumps([{
-        "video_id": "00000093", "question_id": 12, "type": '["Audio", "Counting"]', "templ_values": "[]",
-        "question_content": "How many musical instruments were heard throughout the video?", "question_deleted": 0,
-        "anser": "one"}]))
+    (root / "music_avqa/data/json_update/avqa-train.json").write_text(
+        json.dumps(
+            [
+                {
+                    "video_id": "00000093",
+                    "question_id": 12,
+                    "type": '["Audio", "Counting"]',
+                    "templ_values": "[]",
+                    "question_content": "How many musical instruments were heard throughout the video?",
+                    "question_deleted": 0,
+                    "anser": "one",
+                }
+            ]
+        )
+    )
     return root
 
 
@@ -55,10 +70,15 @@ def test_from_releases_to_a_card(releases, capsys):
 
 
 def test_released_labels_reach_the_rows_of_the_releases(releases, tmp_path, capsys):
-    texts = {"ave": ("RUhOCu3LNXM", "A bell. So the audible and visible event in the video is <event> Church bell "
-                     "</event>, and the time range is <range> 0,10 </range>."),
-             "avvp": ("BjCEufrlXm4", "<visual>Dog,(0 10)</visual> and <audio>Speech,(0 4)</audio>"),
-             "music_avqa": ("12", "I count. So the answer is <answer> two </answer>.")}
+    texts = {
+        "ave": (
+            "RUhOCu3LNXM",
+            "A bell. So the audible and visible event in the video is <event> Church bell "
+            "</event>, and the time range is <range> 0,10 </range>.",
+        ),
+        "avvp": ("BjCEufrlXm4", "<visual>Dog,(0 10)</visual> and <audio>Speech,(0 4)</audio>"),
+        "music_avqa": ("12", "I count. So the answer is <answer> two </answer>."),
+    }
     arguments = []
     for name, (stem, text) in texts.items():
         with zipfile.ZipFile(tmp_path / f"{name}_converted_label.zip", "w") as archive:
@@ -74,23 +94,36 @@ def test_released_labels_reach_the_rows_of_the_releases(releases, tmp_path, caps
     run(capsys, "verify", "--examples", out, "--out", releases / "checked")
     verdict = json.loads((releases / "checked/verify.json").read_text())
     assert verdict["good"] == 2 and verdict["quarantined"] == [
-        {"id": "avqa-12", "task": "avqa", "reasons": ["the answer is 'two', the label says 'one'"]}]
+        {"id": "avqa-12", "task": "avqa", "reasons": ["the answer is 'two', the label says 'one'"]}
+    ]
     assert "avqa-12" in (releases / "checked/review.html").read_text()
     (tmp_path / "ids").write_text("avqa-12\n")
     _, said, _ = run(capsys, "verify", "--examples", out, "--out", releases / "checked", "--accept", tmp_path / "ids")
     assert said.startswith("3 good, 0 in quarantine")
 
 
-@pytest.mark.parametrize("arguments, problem", [
-    (["write", "--out", "x"], "give plain labels once"),
-    (["write", "--root", "ROOT", "--datasets", "ave", "--examples", "e.jsonl", "--out", "x"], "give plain labels once"),
-    (["write", "--root", "ROOT", "--tasks", "avs", "--out", "x"], "unknown task 'avs'"),
-    (["write", "--root", "ROOT", "--tasks", "arig", "--out", "x"], "no example of arig"),
-    (["write", "--root", "ROOT"], "--out"), (["annotate", "--root", "ROOT", "--out", "x"], "--url"),
-    (["annotate", "--root", "ROOT", "--url", "http://h/v1", "--model", "m", "--parameters", "[]"], "no JSON object"),
-    (["annotate", "--root", "ROOT", "--url", "http://h/v1", "--model", "m"], "--out is missing"),
-    (["annotate", "--root", "ROOT", "--workers", "0"], "must be a whole number from 1"),
-    (["verify", "--examples", "none.jsonl", "--out", "x"], "no such file"), ([], "required")])
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["write", "--out", "x"], "give plain labels once"),
+        (
+            ["write", "--root", "ROOT", "--datasets", "ave", "--examples", "e.jsonl", "--out", "x"],
+            "give plain labels once",
+        ),
+        (["write", "--root", "ROOT", "--tasks", "avs", "--out", "x"], "unknown task 'avs'"),
+        (["write", "--root", "ROOT", "--tasks", "arig", "--out", "x"], "no example of arig"),
+        (["write", "--root", "ROOT"], "--out"),
+        (["annotate", "--root", "ROOT", "--out", "x"], "--url"),
+        (
+            ["annotate", "--root", "ROOT", "--url", "http://h/v1", "--model", "m", "--parameters", "[]"],
+            "no JSON object",
+        ),
+        (["annotate", "--root", "ROOT", "--url", "http://h/v1", "--model", "m"], "--out is missing"),
+        (["annotate", "--root", "ROOT", "--workers", "0"], "must be a whole number from 1"),
+        (["verify", "--examples", "none.jsonl", "--out", "x"], "no such file"),
+        ([], "required"),
+    ],
+)
 def test_bad_commands_end_in_one_line(releases, capsys, arguments, problem):
     code, _, said = run(capsys, *[str(releases) if word == "ROOT" else word for word in arguments])
     assert code == 2 and problem in said and said.count("\n") <= 1 + said.count("reading ")
@@ -108,8 +141,9 @@ def test_a_label_file_of_other_clips_is_an_error(releases, tmp_path, capsys):
 def test_decisions_about_unknown_ids_are_errors(tmp_path, capsys):
     write_jsonl(tmp_path / "all.jsonl", [templates.write(one, tmp_path) for one in ALL])
     (tmp_path / "ids").write_text("nobody\n")
-    code, _, said = run(capsys, "verify", "--examples", tmp_path / "all.jsonl", "--out", tmp_path / "out", "--reject",
-                        tmp_path / "ids")
+    code, _, said = run(
+        capsys, "verify", "--examples", tmp_path / "all.jsonl", "--out", tmp_path / "out", "--reject", tmp_path / "ids"
+    )
     assert code == 2 and "'nobody' is the id of no example" in said
 
 
@@ -141,8 +175,16 @@ def test_the_card_counts_tokens_of_a_tokenizer(tmp_path, capsys):
     written = [templates.write(one, tmp_path) for one in ALL]
     train_tiny_tokenizer([one.target for one in written] * 5, tmp_path / "tokenizer.json", vocab_size=300)
     write_jsonl(tmp_path / "all.jsonl", written)
-    code, said, _ = run(capsys, "card", "--examples", tmp_path / "all.jsonl", "--tokenizer",
-                        tmp_path / "tokenizer.json", "--out", tmp_path / "card")
+    code, said, _ = run(
+        capsys,
+        "card",
+        "--examples",
+        tmp_path / "all.jsonl",
+        "--tokenizer",
+        tmp_path / "tokenizer.json",
+        "--out",
+        tmp_path / "card",
+    )
     tokens = json.loads((tmp_path / "card/card.json").read_text())["tasks"]["ave"]["target_tokens"]
     assert code == 0 and tokens["max"] >= len(written[0].target.split()) and "tokens mean" in said
 

@@ -29,6 +29,7 @@ def test_whatever_the_label_the_written_target_agrees_with_it(task):
         assert written.target.endswith(labels.answer(plain))
         assert labels.reasoning_of(written) == written.target.removesuffix(labels.answer(plain)).strip()
         assert templates.write(written, "/nowhere") == written  # what is there already does not matter
+
     check()
 
 
@@ -45,7 +46,8 @@ def test_the_target_parses_back_to_the_label():
 def test_times_and_what_surrounds_them():
     assert templates.reasoning(ONE_EACH["ave"], None) == (
         "I see and hear Church bell from 3 to 8, which is 5 of the 10 seconds. "
-        "Before 3 and after 8 it is not both seen and heard.")
+        "Before 3 and after 8 it is not both seen and heard."
+    )
     whole = example("ave", {"event": "Bark", "start": 0, "end": 10})
     assert templates.reasoning(whole, None) == "I see and hear Bark from 0 to 10, which is all 10 seconds."
     none = example("ave", {"event": "Church bell", "start": 0, "end": 0})  # one released row
@@ -53,8 +55,13 @@ def test_times_and_what_surrounds_them():
 
 
 def test_overlaps_of_sight_and_sound_are_computed():
-    plain = example("avvp", {"audio": [["Dog", 0, 3], ["Dog", 3, 5], ["Dog", 7, 9], ["Speech", 0, 10], ["Cat", 0, 1]],
-                             "visual": [["Dog", 4, 8], ["Frying_(food)", 2, 2], ["Cat", 5, 6], ["Car", 0, 10]]})
+    plain = example(
+        "avvp",
+        {
+            "audio": [["Dog", 0, 3], ["Dog", 3, 5], ["Dog", 7, 9], ["Speech", 0, 10], ["Cat", 0, 1]],
+            "visual": [["Dog", 4, 8], ["Frying_(food)", 2, 2], ["Cat", 5, 6], ["Car", 0, 10]],
+        },
+    )
     text = templates.reasoning(plain, None)
     assert "Dog from 0 to 5 and from 7 to 9" in text  # touching spans are one
     assert "Dog is heard and seen from 4 to 5 and from 7 to 8." in text
@@ -63,11 +70,18 @@ def test_overlaps_of_sight_and_sound_are_computed():
     assert "Frying" not in text  # an empty span is nothing
 
 
-@pytest.mark.parametrize("box, where", [((0, 0, 40, 40), "in the upper left"), ((90, 90, 130, 130), "in the middle"),
-                                        ((180, 90, 223, 130), "on the right"), ((90, 190, 130, 223), "at the bottom")])
+@pytest.mark.parametrize(
+    "box, where",
+    [
+        ((0, 0, 40, 40), "in the upper left"),
+        ((90, 90, 130, 130), "in the middle"),
+        ((180, 90, 223, 130), "on the right"),
+        ((90, 190, 130, 223), "at the bottom"),
+    ],
+)
 def test_positions_and_sizes_come_from_the_mask(box, where):
     plain = dataclasses.replace(ONE_EACH["s4"], mask=rectangle(*box))
-    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1) / 224 ** 2
+    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1) / 224**2
     said = f"{where} of the picture, between ({box[0]},{box[1]}) and ({box[2]},{box[3]}), filling {100 * area:.0f} %"
     assert said in templates.write(plain, "/nowhere").target
 
@@ -106,17 +120,25 @@ def test_a_question_is_taken_apart():
     say = questions.reasoning
     assert say("Is the erhu more rhythmic than the electric_bass?", "no", ("Audio", "Comparative")) == (
         "The question is about the sound. I listen to the rhythm of the erhu and of the electric bass. "
-        "The erhu is not more rhythmic than the electric bass.")
+        "The erhu is not more rhythmic than the electric bass."
+    )
     assert "The drum on the left is louder than the flute on the right." in say(
-        "Is the drum on the left louder than the flute on the right?", "yes")
+        "Is the drum on the left louder than the flute on the right?", "yes"
+    )
     assert say("Something else?", "two", ("Visual", "Counting")) == "The question is about the picture."
 
 
 def test_a_null_expression_refers_to_nothing():
-    plain = example("ref-avs", {"expression": "the quietest object on the left", "object": "", "split": "null"},
-                    second=0, mask=EMPTY_MASK, expression="the quietest object on the left")
+    plain = example(
+        "ref-avs",
+        {"expression": "the quietest object on the left", "object": "", "split": "null"},
+        second=0,
+        mask=EMPTY_MASK,
+        expression="the quietest object on the left",
+    )
     assert templates.reasoning(plain, ()) == (
-        "To find this object I listen to how loud things are and look where things are. Nothing in the video fits.")
+        "To find this object I listen to how loud things are and look where things are. Nothing in the video fits."
+    )
 
 
 def test_a_caption_stays_as_it_is():
@@ -130,12 +152,25 @@ def test_writing_needs_no_state_and_covers_every_task():
     assert {one.task for one in first if labels.reasoning_of(one)} == set(TASKS) - {"avcap"}
 
 
-@pytest.mark.parametrize("task, change, field", [
-    ("ave", {"start": 9, "end": 3}, "end"), ("ave", {"end": 11}, "end"), ("ave", {"event": "<event>"}, "event"),
-    ("ave", {"end": None}, "end"), ("ave", {"start": True}, "start"), ("avvp", {"audio": [["Dog", 0.5, 2]]}, "audio"),
-    ("avvp", {"visual": "Dog"}, "visual"), ("arig", {"box": [1, 2, 3]}, "box"), ("arig", {"box": [9, 9, 3, 3]}, "box"),
-    ("arig", {"box": [0, 0, 300, 9]}, "box"), ("s4", {"objects": "dog"}, "objects"),
-    ("avqa", {"answer": " "}, "answer"), ("ref-avs", {"object": 3}, "object"), ("avcap", {"captions": []}, "captions")])
+@pytest.mark.parametrize(
+    "task, change, field",
+    [
+        ("ave", {"start": 9, "end": 3}, "end"),
+        ("ave", {"end": 11}, "end"),
+        ("ave", {"event": "<event>"}, "event"),
+        ("ave", {"end": None}, "end"),
+        ("ave", {"start": True}, "start"),
+        ("avvp", {"audio": [["Dog", 0.5, 2]]}, "audio"),
+        ("avvp", {"visual": "Dog"}, "visual"),
+        ("arig", {"box": [1, 2, 3]}, "box"),
+        ("arig", {"box": [9, 9, 3, 3]}, "box"),
+        ("arig", {"box": [0, 0, 300, 9]}, "box"),
+        ("s4", {"objects": "dog"}, "objects"),
+        ("avqa", {"answer": " "}, "answer"),
+        ("ref-avs", {"object": 3}, "object"),
+        ("avcap", {"captions": []}, "captions"),
+    ],
+)
 def test_a_bad_label_is_named(task, change, field):
     plain = dataclasses.replace(ONE_EACH[task], meta={**ONE_EACH[task].meta, **change})
     with pytest.raises(InputError) as caught:

@@ -28,7 +28,9 @@ def other(name: str, names: tuple[str, ...]) -> str:
 def shifted(text: str, pattern: str, by: int) -> list[str]:
     """`text` with one number of the last match of `pattern` moved, for each of its groups."""
     match = list(re.finditer(pattern, text))[-1]
-    return [f"{text[:match.start(i)]}{int(match[i]) + by}{text[match.end(i):]}" for i in range(1, match.re.groups + 1)]
+    return [
+        f"{text[: match.start(i)]}{int(match[i]) + by}{text[match.end(i) :]}" for i in range(1, match.re.groups + 1)
+    ]
 
 
 def spoilt(plain: Example) -> list[str]:
@@ -38,39 +40,73 @@ def spoilt(plain: Example) -> list[str]:
     match plain.task:
         case "ave":
             event = other(meta["event"], ave.CATEGORIES)
-            return [*cut, right.replace(f"> {meta['event']} <", f"> {event} <"), *shifted(right, r"(\d+),(\d+)", 1),
-                    f"{right} {right}", right.replace("<range>", "<range> 0,0 </range><range>"), "", "Nothing happens.",
-                    right.replace(f"{meta['start']},{meta['end']}", f"{meta['start']},{meta['end']}.5"),
-                    right.replace("<event>", "<event><event>"), right.replace("</event>", "</events>")]
+            return [
+                *cut,
+                right.replace(f"> {meta['event']} <", f"> {event} <"),
+                *shifted(right, r"(\d+),(\d+)", 1),
+                f"{right} {right}",
+                right.replace("<range>", "<range> 0,0 </range><range>"),
+                "",
+                "Nothing happens.",
+                right.replace(f"{meta['start']},{meta['end']}", f"{meta['start']},{meta['end']}.5"),
+                right.replace("<event>", "<event><event>"),
+                right.replace("</event>", "</events>"),
+            ]
         case "avvp":
             tags = re.findall(r"<(?:audio|visual)_event>.*?</\w+>", right)
-            wrong = [*cut, right.replace("_event>", ">"), right + " <audio_event> Piano,(0 1) </audio_event>",
-                     right.replace("(", "(9").replace("none", "Dog,(0 3)"), "I hear nothing."]
+            wrong = [
+                *cut,
+                right.replace("_event>", ">"),
+                right + " <audio_event> Piano,(0 1) </audio_event>",
+                right.replace("(", "(9").replace("none", "Dog,(0 3)"),
+                "I hear nothing.",
+            ]
             wrong += [right.replace(tag, "", 1) for tag in tags if "none" not in tag and tags.count(tag) == 1]
             if set(map(str, meta["audio"])) != set(map(str, meta["visual"])) and templates.spans_of(
-                    meta["audio"]) != templates.spans_of(meta["visual"]):
+                meta["audio"]
+            ) != templates.spans_of(meta["visual"]):
                 swap = {"audio": "visual", "visual": "audio"}
                 wrong.append(re.sub("(audio|visual)_event", lambda m: f"{swap[m[1]]}_event", right))
             return wrong
         case "avqa":
-            return [*cut, right.replace(f"> {meta['answer']} <", f"> {other(meta['answer'], avqa.ANSWERS)} <"),
-                    right.replace("<answer>", "<answer> </answer><answer>"), "So the answer is unclear."]
+            return [
+                *cut,
+                right.replace(f"> {meta['answer']} <", f"> {other(meta['answer'], avqa.ANSWERS)} <"),
+                right.replace("<answer>", "<answer> </answer><answer>"),
+                "So the answer is unclear.",
+            ]
         case "arig":
-            return [*shifted(right, r"\((\d+),(\d+)\).*?\((\d+),(\d+)\)", 2), right.rpartition("and coordinate")[0],
-                    right.replace(f"is {meta['object']}.", f"is {other(meta['object'], OBJECTS)}."), right + "<obj>"]
+            return [
+                *shifted(right, r"\((\d+),(\d+)\).*?\((\d+),(\d+)\)", 2),
+                right.rpartition("and coordinate")[0],
+                right.replace(f"is {meta['object']}.", f"is {other(meta['object'], OBJECTS)}."),
+                right + "<obj>",
+            ]
         case "ref-avs":
             name = other(meta["object"], OBJECTS)
             says = f" is {meta['object']}." if meta["object"] else " does not appear."
-            wrong = [*cut, right.replace(says, f" is {name}."), right.replace(MASK, ""), _later(plain, right),
-                     right.replace(MASK, MASK + MASK), right.replace(meta["expression"], "the thing")]
+            wrong = [
+                *cut,
+                right.replace(says, f" is {name}."),
+                right.replace(MASK, ""),
+                _later(plain, right),
+                right.replace(MASK, MASK + MASK),
+                right.replace(meta["expression"], "the thing"),
+            ]
             return wrong + ([right.replace(says, " does not appear.")] if meta["object"] else [])
         case "avcap":
             return [right + " It rains.", right[:-1], right + "<event>"]
         case _:
             stated = " and ".join(meta["objects"])
             fewer = " and ".join(meta["objects"][1:]) or other(meta["objects"][0], OBJECTS)
-            return [*cut, right.replace(f"is {stated}.", f"is {fewer}."), right.replace(MASK, ""), _later(plain, right),
-                    right.replace(f"is {stated}.", f"is {stated} and horn."), right.replace(MASK, MASK + MASK)]
+            return [
+                *cut,
+                right.replace(f"is {stated}.", f"is {fewer}."),
+                right.replace(MASK, ""),
+                _later(plain, right),
+                right.replace(f"is {stated}.", f"is {stated} and horn."),
+                right.replace(MASK, MASK + MASK),
+            ]
 
 
 def _later(plain: Example, right: str) -> str:
@@ -86,6 +122,7 @@ def test_whatever_the_label_a_spoilt_target_is_caught_by_its_meaning(task):
         assert verify.problems(by(plain, labels.answer(plain))) == []
         for wrong in spoilt(plain):
             assert verify.problems(by(plain, wrong)), wrong
+
     check()
 
 
@@ -97,9 +134,10 @@ def test_no_letter_of_a_written_target_can_change(task):
         written = templates.write(plain, "/nowhere")
         place = data.draw(st.integers(0, len(written.target) - 1))
         letter = data.draw(st.sampled_from(["", "x", "<", "7", " "]))
-        changed = written.target[:place] + letter + written.target[place + 1:]
+        changed = written.target[:place] + letter + written.target[place + 1 :]
         assume(changed != written.target)
         assert verify.problems(dataclasses.replace(written, target=changed), "/nowhere"), changed
+
     check()
 
 
@@ -110,7 +148,7 @@ def test_no_letter_of_an_llms_answer_can_change(task):
     assert verify.problems(right) == []
     answer = labels.answer(plain)
     for place in range(len(answer)):
-        wrong = answer[:place] + answer[place + 1:]
+        wrong = answer[:place] + answer[place + 1 :]
         assert verify.problems(by(plain, right.target.removesuffix(answer) + wrong, "llm:m")), wrong
 
 
@@ -122,13 +160,17 @@ def test_a_coordinate_may_be_one_pixel_off():
     assert verify.problems(by(plain, right.replace("(53,", "(55,"))) == ["x1 is 55, the label says 53"]
 
 
-@pytest.mark.parametrize("reasoning, reason", [
-    ("", "no reasoning"),
-    ("I see it from 2 to 8.", "says 2, which no fact says"),
-    ("According to the label the bell rings.", "says 'label'"),
-    ("A Truck passes while the Church bell rings.", "names 'Truck'"),
-    ("So loud. " * 200, "more than 1500"),
-    ("I hear <event> Church bell </event>.", "2 <event> tags")])
+@pytest.mark.parametrize(
+    "reasoning, reason",
+    [
+        ("", "no reasoning"),
+        ("I see it from 2 to 8.", "says 2, which no fact says"),
+        ("According to the label the bell rings.", "says 'label'"),
+        ("A Truck passes while the Church bell rings.", "names 'Truck'"),
+        ("So loud. " * 200, "more than 1500"),
+        ("I hear <event> Church bell </event>.", "2 <event> tags"),
+    ],
+)
 def test_an_llm_may_not_add_to_the_facts(reasoning, reason):
     plain = ONE_EACH["ave"]
     answer = by(plain, f"{reasoning} {labels.answer(plain)}".strip(), "llm:m")
@@ -150,13 +192,20 @@ def test_the_in_context_examples_keep_the_rules_that_they_teach():
         assert verify.invented(shown.example, shown.reasoning, facts, (*OBJECTS, *avvp.CATEGORIES)) == []
 
 
-@pytest.mark.parametrize("text, ok", [
-    ("<audio_event>Dog,(0 10)</audio_event> and <visual_event>Speech,(0 2),(5 6)</visual_event>", True),
-    ("<audio_event>Dog,(0 10)</audio_event>", False),  # an event of the label is missing
-    ("<audio_event>Dog,(0 10)</audio_event> <visual_event>Speech,(5 5)</visual_event>", False),
-    ("<audio_event>Dog,(0 10)</audio_event> <visual_event>Speech</visual_event>", False),  # no time, as some released
-    ("<audio_event>Dog,(0 10)</audio_event> <visual_event>Car,(0 5)</visual_event>", False),
-    ("<audio_event>Dog,(0 11)</audio_event> <visual_event>Speech,(0 5)</visual_event>", False)])
+@pytest.mark.parametrize(
+    "text, ok",
+    [
+        ("<audio_event>Dog,(0 10)</audio_event> and <visual_event>Speech,(0 2),(5 6)</visual_event>", True),
+        ("<audio_event>Dog,(0 10)</audio_event>", False),  # an event of the label is missing
+        ("<audio_event>Dog,(0 10)</audio_event> <visual_event>Speech,(5 5)</visual_event>", False),
+        (
+            "<audio_event>Dog,(0 10)</audio_event> <visual_event>Speech</visual_event>",
+            False,
+        ),  # no time, as some released
+        ("<audio_event>Dog,(0 10)</audio_event> <visual_event>Car,(0 5)</visual_event>", False),
+        ("<audio_event>Dog,(0 11)</audio_event> <visual_event>Speech,(0 5)</visual_event>", False),
+    ],
+)
 def test_a_weak_label_checks_what_it_says(text, ok):
     plain = example("avvp", {"labels": ["Speech", "Dog"]})
     assert (verify.problems(by(plain, text)) == []) is ok
