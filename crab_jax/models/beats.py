@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import layer_norm
 
 MEL_BINS = 128
 
@@ -45,10 +46,6 @@ def relative_bucket(distance: np.ndarray, num_buckets: int, max_distance: int) -
     log = np.log((np.maximum(size, 1).astype(np.float32) / np.float32(exact)).astype(np.float64)).astype(np.float32)
     far = exact + (log / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)
     return (half * (distance > 0) + np.where(size < exact, size, np.minimum(far, half - 1))).astype(np.int32)
-
-
-def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class PositionConv(nn.Module):
@@ -118,10 +115,10 @@ class Layer(nn.Module):
         """x [B,N,C], bias float32[H,N,N]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         alpha = (2 * cfg.layers) ** 0.25
-        x = _norm("self_attn_layer_norm", dtype)(alpha * x + Attention(cfg, name="self_attn")(x, bias))
+        x = layer_norm("self_attn_layer_norm", dtype)(alpha * x + Attention(cfg, name="self_attn")(x, bias))
         y = nn.gelu(nn.Dense(cfg.mlp_dim, dtype=dtype, name="fc1")(x), approximate=False)
         y = nn.Dense(cfg.width, dtype=dtype, name="fc2")(y)
-        return _norm("final_layer_norm", dtype)(alpha * x + y), None
+        return layer_norm("final_layer_norm", dtype)(alpha * x + y), None
 
 
 class Beats(nn.Module):
@@ -147,10 +144,10 @@ class Beats(nn.Module):
         x = nn.Conv(cfg.embed_dim, patch, patch, "VALID", use_bias=False, dtype=dtype, name="patch_embedding")(
             fbank[..., None].astype(dtype)
         )
-        x = _norm("layer_norm", dtype)(x.reshape(len(x), -1, cfg.embed_dim))
+        x = layer_norm("layer_norm", dtype)(x.reshape(len(x), -1, cfg.embed_dim))
         if cfg.embed_dim != cfg.width:
             x = nn.Dense(cfg.width, dtype=dtype, name="post_extract_proj")(x)
-        x = _norm("encoder_layer_norm", dtype)(x + PositionConv(cfg, name="pos_conv")(x))
+        x = layer_norm("encoder_layer_norm", dtype)(x + PositionConv(cfg, name="pos_conv")(x))
 
         # One table, that of layer 0, serves every layer.
         table = nn.Embed(cfg.num_buckets, cfg.heads, dtype=jnp.float32, name="relative_attention_bias")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import layer_norm, normal
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -84,10 +85,6 @@ class Mlp(nn.Module):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y * nn.sigmoid(1.702 * y))
 
 
-def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
-
-
 class Layer(nn.Module):
     """Pre-norm transformer layer, which also stores its output at `slot` of the tap buffer."""
 
@@ -98,8 +95,8 @@ class Layer(nn.Module):
         """carry: x [B,1+N,C] and buffer [taps+1,B,N,C]; slot int32[]."""
         x, buffer = carry
         dtype = jnp.dtype(self.cfg.dtype)
-        x = x + Attention(self.cfg.heads, dtype, name="self_attn")(_norm("layer_norm1", dtype)(x))
-        x = x + Mlp(self.cfg.mlp_dim, dtype, name="mlp")(_norm("layer_norm2", dtype)(x))
+        x = x + Attention(self.cfg.heads, dtype, name="self_attn")(layer_norm("layer_norm1", dtype)(x))
+        x = x + Mlp(self.cfg.mlp_dim, dtype, name="mlp")(layer_norm("layer_norm2", dtype)(x))
         return (x, jax.lax.dynamic_update_index_in_dim(buffer, x[:, 1:], slot, axis=0)), None
 
 
@@ -124,11 +121,10 @@ class Clip(nn.Module):
             pixels.astype(dtype)
         )
         x = x.reshape(len(x), cfg.patches, cfg.width)
-        init = nn.initializers.normal(0.02)
-        token = self.param("class_embedding", init, (cfg.width,)).astype(dtype)
-        positions = self.param("position_embedding", init, (cfg.patches + 1, cfg.width)).astype(dtype)
+        token = self.param("class_embedding", normal, (cfg.width,)).astype(dtype)
+        positions = self.param("position_embedding", normal, (cfg.patches + 1, cfg.width)).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, cfg.width)), x], axis=1) + positions
-        x = _norm("pre_layrnorm", dtype)(x)
+        x = layer_norm("pre_layrnorm", dtype)(x)
 
         # One slot per tap and a last one that takes every other layer; only the taps outlive the scan.
         # Slots start as hidden state 0, so a tap at 0 needs no writing.

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import dense, layer_norm, torch_uniform
 
 KINDS = ("binary", "semantic")
 # PyTorch's default for Linear and Conv kernels: uniform with variance 1 / (3 fan_in).
-_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _EMBED_INIT = nn.initializers.normal(1.0)
 
 
@@ -65,18 +65,10 @@ class SegConfig:
             )
 
 
-def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=_KERNEL_INIT, name=name)
-
-
 def _conv(features: int, size: int, dtype: Any, name: str | None, use_bias: bool = False) -> nn.Conv:
     return nn.Conv(
-        features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype, kernel_init=_KERNEL_INIT, name=name
+        features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype, kernel_init=torch_uniform, name=name
     )
-
-
-def _norm(dtype: Any, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
@@ -111,7 +103,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, size in enumerate(self.sizes):
             name = f"layers_{i}"
-            x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else _dense(size, self.dtype, name))(
+            x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else dense(size, name, self.dtype))(
                 x
             )
             x = nn.relu(x) if i < len(self.sizes) - 1 else x
@@ -133,10 +125,10 @@ class Upscale2x(nn.Module):
             padding="VALID",
             transpose_kernel=True,
             dtype=self.dtype,
-            kernel_init=_KERNEL_INIT,
+            kernel_init=torch_uniform,
             name="conv",
         )(x)
-        return nn.gelu(_norm(self.dtype, "norm", 1e-6)(x), approximate=False)
+        return nn.gelu(layer_norm("norm", self.dtype, 1e-6)(x), approximate=False)
 
 
 class FourierPosition(nn.Module):
@@ -168,10 +160,10 @@ class PackedAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array) -> jax.Array:
         dim = x.shape[-1]
-        in_proj = _dense(3 * dim, self.dtype, "in_proj")
+        in_proj = dense(3 * dim, "in_proj", self.dtype)
         q = in_proj(x)[..., :dim]
         _, k, v = jnp.split(in_proj(source), 3, axis=-1)
-        return _dense(dim, self.dtype, "out_proj")(_attend(q, k, v, self.heads))
+        return dense(dim, "out_proj", self.dtype)(_attend(q, k, v, self.heads))
 
 
 class QueryLayer(nn.Module):
@@ -182,10 +174,10 @@ class QueryLayer(nn.Module):
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
         cfg, dtype = self.cfg, self.cfg.dtype
-        x = _norm(dtype, "norm1")(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
-        x = _norm(dtype, "norm2")(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
-        hidden = nn.gelu(_dense(cfg.query_mlp_dim, dtype, "ffn_0")(x), approximate=False)
-        return _norm(dtype, "norm3")(x + _dense(cfg.dim, dtype, "ffn_2")(hidden))
+        x = layer_norm("norm1", dtype)(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
+        x = layer_norm("norm2", dtype)(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
+        hidden = nn.gelu(dense(cfg.query_mlp_dim, "ffn_0", dtype)(x), approximate=False)
+        return layer_norm("norm3", dtype)(x + dense(cfg.dim, "ffn_2", dtype)(hidden))
 
 
 class QueryGenerator(nn.Module):
@@ -211,10 +203,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_in, k_in, v_in = (
-            _dense(self.inner, self.dtype, f"{name}_proj")(x) for name, x in zip("qkv", (q, k, v), strict=True)
+            dense(self.inner, f"{name}_proj", self.dtype)(x) for name, x in zip("qkv", (q, k, v), strict=True)
         )
         out = _attend(q_in, k_in, v_in, self.heads)
-        return _dense(q.shape[-1], self.dtype, "out_proj")(out)
+        return dense(q.shape[-1], "out_proj", self.dtype)(out)
 
 
 class TwoWayBlock(nn.Module):
@@ -235,13 +227,13 @@ class TwoWayBlock(nn.Module):
         else:
             q = tokens + token_pe
             tokens = tokens + self_attn(q, q, tokens)
-        tokens = _norm(dtype, "norm1")(tokens)
+        tokens = layer_norm("norm1", dtype)(tokens)
         to_image = Attention(cfg.dim // 2, cfg.heads, dtype, name="cross_attn_token_to_image")
-        tokens = _norm(dtype, "norm2")(tokens + to_image(tokens + token_pe, image + image_pe, image))
-        hidden = nn.relu(_dense(cfg.mlp_dim, dtype, "lin1")(tokens))
-        tokens = _norm(dtype, "norm3")(tokens + _dense(cfg.dim, dtype, "lin2")(hidden))
+        tokens = layer_norm("norm2", dtype)(tokens + to_image(tokens + token_pe, image + image_pe, image))
+        hidden = nn.relu(dense(cfg.mlp_dim, "lin1", dtype)(tokens))
+        tokens = layer_norm("norm3", dtype)(tokens + dense(cfg.dim, "lin2", dtype)(hidden))
         to_token = Attention(cfg.dim // 2, cfg.heads, dtype, name="cross_attn_image_to_token")
-        image = _norm(dtype, "norm4")(image + to_token(image + image_pe, tokens + token_pe, tokens))
+        image = layer_norm("norm4", dtype)(image + to_token(image + image_pe, tokens + token_pe, tokens))
         return tokens, image
 
 
@@ -257,7 +249,7 @@ class TwoWayTransformer(nn.Module):
             tokens, image = TwoWayBlock(cfg, first=i == 0, name=f"layers_{i}")(tokens, image, token_pe, image_pe)
         final = Attention(cfg.dim // 2, cfg.heads, cfg.dtype, name="final_attn_token_to_image")
         tokens = tokens + final(tokens + token_pe, image + image_pe, image)
-        return _norm(cfg.dtype, "norm_final_attn")(tokens), image
+        return layer_norm("norm_final_attn", cfg.dtype)(tokens), image
 
 
 class MaskDecoder(nn.Module):
@@ -312,8 +304,8 @@ class Neck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dim, dtype = self.cfg.dim, self.cfg.dtype
-        x = _norm(dtype, "norm_1", 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
-        return _norm(dtype, "norm_3", 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
+        x = layer_norm("norm_1", dtype, 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
+        return layer_norm("norm_3", dtype, 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
 
 
 class SegModule(nn.Module):
