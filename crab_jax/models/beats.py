@@ -12,6 +12,7 @@ import numpy as np
 
 from crab_jax.io.errors import InputError
 from crab_jax.models.layers import layer_norm
+from crab_jax.models.shapes import Fbank, Tokens
 
 MEL_BINS = 128
 
@@ -58,7 +59,8 @@ class PositionConv(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens) -> Tokens:
+        """x [B,N,C] -> [B,N,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         std = math.sqrt(4 / (cfg.conv_pos * cfg.width))
         shape = (cfg.conv_pos, cfg.width // cfg.conv_pos_groups, cfg.width)
@@ -86,7 +88,8 @@ class Attention(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens, bias: jax.Array) -> Tokens:
+        """x [B,N,C], bias float32[H,N,N] -> [B,N,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         q, k, v = (
             nn.Dense(cfg.width, dtype=dtype, name=f"{name}_proj")(x).reshape(*x.shape[:-1], cfg.heads, -1)
@@ -111,8 +114,8 @@ class Layer(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array):
-        """x [B,N,C], bias float32[H,N,N]."""
+    def __call__(self, x: Tokens, bias: jax.Array) -> tuple[Tokens, None]:
+        """x [B,N,C], bias float32[H,N,N] -> ([B,N,C], None), as `nn.scan` wants it."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         alpha = (2 * cfg.layers) ** 0.25
         x = layer_norm("self_attn_layer_norm", dtype)(alpha * x + Attention(cfg, name="self_attn")(x, bias))
@@ -127,7 +130,7 @@ class Beats(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, fbank: jax.Array) -> jax.Array:
+    def __call__(self, fbank: Fbank) -> Tokens:
         """fbank float[B,F,128], normalised log-mel -> [B, F//patch * 128//patch, C] in `cfg.dtype`, time-major.
 
         Frames after the last whole patch are dropped (98 -> 6 rows, 198 -> 12).

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from crab_jax.io.errors import InputError
 from crab_jax.models.layers import layer_norm, normal
+from crab_jax.models.shapes import Pixels, Tokens
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,7 +33,7 @@ class ClipConfig:
     taps: tuple[int, ...] = (14, 22, 23)
     dtype: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise InputError(
                 "ClipConfig",
@@ -63,7 +64,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens) -> Tokens:
+        """x [B,N,C] -> [B,N,C]."""
         width = x.shape[-1]
         q, k, v = (
             nn.Dense(width, dtype=self.dtype, name=f"{name}_proj")(x).reshape(*x.shape[:-1], self.heads, -1)
@@ -80,7 +82,8 @@ class Mlp(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens) -> Tokens:
+        """x [B,N,C] -> [B,N,C]."""
         y = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y * nn.sigmoid(1.702 * y))
 
@@ -91,8 +94,8 @@ class Layer(nn.Module):
     cfg: ClipConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], slot: jax.Array):
-        """carry: x [B,1+N,C] and buffer [taps+1,B,N,C]; slot int32[]."""
+    def __call__(self, carry: tuple[Tokens, jax.Array], slot: jax.Array) -> tuple[tuple[Tokens, jax.Array], None]:
+        """carry (x [B,1+N,C], buffer [taps+1,B,N,C]), slot int32[] -> (carry, None), as `nn.scan` wants it."""
         x, buffer = carry
         dtype = jnp.dtype(self.cfg.dtype)
         x = x + Attention(self.cfg.heads, dtype, name="self_attn")(layer_norm("layer_norm1", dtype)(x))
@@ -106,7 +109,7 @@ class Clip(nn.Module):
     cfg: ClipConfig
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, pixels: Pixels) -> tuple[Tokens, ...]:
         """pixels float[B,H,W,3] from `normalize` -> one [B,N,C] in `cfg.dtype` per tap, class token dropped."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if pixels.shape[1:] != (cfg.image_size, cfg.image_size, 3):

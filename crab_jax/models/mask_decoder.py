@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from crab_jax.io.errors import InputError
 from crab_jax.models.layers import dense, layer_norm, torch_uniform
+from crab_jax.models.shapes import BinaryLogits, MaskStates, SemanticLogits, Tokens
 
 KINDS = ("binary", "semantic")
 # PyTorch's default for Linear and Conv kernels: uniform with variance 1 / (3 fan_in).
@@ -53,7 +54,7 @@ class SegConfig:
     chain_queries: bool = True
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scales != 2:
             raise InputError("SegConfig", "scales", f"is {self.scales}", "the decoder has exactly two levels: use 2")
         if self.dim % (2 * self.heads):
@@ -101,6 +102,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., sizes[-1]]."""
         for i, size in enumerate(self.sizes):
             name = f"layers_{i}"
             x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else dense(size, name, self.dtype))(
@@ -118,6 +120,7 @@ class Upscale2x(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,h,w,C] -> [B,2h,2w,features]."""
         x = nn.ConvTranspose(
             self.features,
             (2, 2),
@@ -142,6 +145,7 @@ class FourierPosition(nn.Module):
 
     @nn.compact
     def __call__(self, n: int) -> jax.Array:
+        """n -> float32[n*n,E]."""
         matrix = self.param("positional_encoding_gaussian_matrix", _EMBED_INIT, (2, self.dim // 2))
         centres = 2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1
         xy = jnp.stack(jnp.meshgrid(centres, centres), -1).reshape(n * n, 2)
@@ -159,6 +163,7 @@ class PackedAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array) -> jax.Array:
+        """x [B,Q,E], source [B,K,E] -> [B,Q,E]."""
         dim = x.shape[-1]
         in_proj = dense(3 * dim, "in_proj", self.dtype)
         q = in_proj(x)[..., :dim]
@@ -173,6 +178,7 @@ class QueryLayer(nn.Module):
 
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
+        """queries [B,Q,E], prompt [B,1,E] -> [B,Q,E]."""
         cfg, dtype = self.cfg, self.cfg.dtype
         x = layer_norm("norm1", dtype)(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
         x = layer_norm("norm2", dtype)(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
@@ -187,6 +193,7 @@ class QueryGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
+        """queries [B,Q,E], prompt [B,1,E] -> [B,Q,E]."""
         out = queries
         for i in range(self.cfg.query_layers):
             out = QueryLayer(self.cfg, name=f"layers_{i}")(out if self.cfg.chain_queries else queries, prompt)
@@ -202,6 +209,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """q [B,Q,E], k and v [B,K,E] -> [B,Q,E]."""
         q_in, k_in, v_in = (
             dense(self.inner, f"{name}_proj", self.dtype)(x) for name, x in zip("qkv", (q, k, v), strict=True)
         )
@@ -219,7 +227,10 @@ class TwoWayBlock(nn.Module):
     first: bool
 
     @nn.compact
-    def __call__(self, tokens, image, token_pe, image_pe) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, tokens: jax.Array, image: jax.Array, token_pe: jax.Array, image_pe: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """tokens and token_pe [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image)."""
         cfg, dtype = self.cfg, self.cfg.dtype
         self_attn = Attention(cfg.dim, cfg.heads, dtype, name="self_attn")
         if self.first:
@@ -244,6 +255,7 @@ class TwoWayTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, image: jax.Array, image_pe: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """tokens [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image)."""
         cfg, token_pe = self.cfg, tokens
         for i in range(cfg.depth):
             tokens, image = TwoWayBlock(cfg, first=i == 0, name=f"layers_{i}")(tokens, image, token_pe, image_pe)
@@ -257,7 +269,7 @@ class MaskDecoder(nn.Module):
 
     cfg: SegConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
         self.avs_query_tokens = self.param("avs_query_tokens", _EMBED_INIT, (cfg.queries, cfg.dim))
         self.level_embed = self.param("level_embed", _EMBED_INIT, (cfg.scales, cfg.dim))
@@ -271,7 +283,7 @@ class MaskDecoder(nn.Module):
         self.ms3_s4_classifier = _conv(1, 1, cfg.dtype, None)
         self.avss_classifier = _conv(cfg.classes, 1, cfg.dtype, None)
 
-    def _embed_pixels(self, level: int, prompt, image, image_pe) -> jax.Array:
+    def _embed_pixels(self, level: int, prompt: jax.Array, image: jax.Array, image_pe: jax.Array) -> jax.Array:
         """prompt [B,E], image [B,n,n,E], image_pe [n*n,E] -> what both classifiers read: [B,2n,2n,E/8]."""
         batch, n = image.shape[:2]
         queries = jnp.broadcast_to(self.avs_query_tokens.astype(image.dtype), (batch, *self.avs_query_tokens.shape))
@@ -280,8 +292,10 @@ class MaskDecoder(nn.Module):
         pixels = self.output_upscaling(image.reshape(batch, n, n, -1))
         return self.hyper_mlp_out(jnp.einsum("bqc,bhwc->bhwq", self.hyper_mlp(tokens), pixels))
 
-    def __call__(self, prompts, neck, image_pe, no_mask, kinds: tuple[str, ...]) -> dict[str, list[jax.Array]]:
-        """Logits per kind, coarse to fine: {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
+    def __call__(
+        self, prompts: jax.Array, neck: jax.Array, image_pe: jax.Array, no_mask: jax.Array, kinds: tuple[str, ...]
+    ) -> dict[str, list[jax.Array]]:
+        """prompts [B,2,E], neck [B,2,g,g,E], image_pe [g*g,E], no_mask [E] -> logits per kind, coarse to fine: {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
         classifiers = {"binary": self.ms3_s4_classifier, "semantic": self.avss_classifier}
         pixels = self._embed_pixels(0, prompts[:, 0], neck[:, 0] + no_mask, image_pe)
         coarse = [classifiers[kind](pixels) for kind in kinds]
@@ -303,6 +317,7 @@ class Neck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,g,g,C] -> [B,g,g,E]."""
         dim, dtype = self.cfg.dim, self.cfg.dtype
         x = layer_norm("norm_1", dtype, 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
         return layer_norm("norm_3", dtype, 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
@@ -321,8 +336,9 @@ class SegModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, states: jax.Array, features: tuple[jax.Array, ...], kinds: tuple[str, ...] = KINDS
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+        self, states: MaskStates, features: tuple[Tokens, ...], kinds: tuple[str, ...] = KINDS
+    ) -> tuple[BinaryLogits | None, SemanticLogits | None]:
+        """states [B,6,D], features two [B,N,C] -> (float32[B,P,P], float32[B,classes,P,P]); see the class."""
         cfg = self.cfg
         batch = states.shape[0]
         prompts = Mlp((cfg.llm_dim, cfg.dim), cfg.dtype, name="text_hidden_fcs")(states)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from crab_jax.io.errors import InputError
 from crab_jax.models.layers import dense, layer_norm, normal
+from crab_jax.models.shapes import Tokens
 
 _EPSILON = 1e-12  # of BERT's norms
 
@@ -39,7 +40,8 @@ class Attention(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: Tokens, deterministic: bool) -> jax.Array:
+        """x [B,Q,C], keys [B,N,K] -> [B,Q,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
         q, k, v = (
@@ -58,8 +60,8 @@ class Layer(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, tokens: jax.Array, deterministic: bool):
-        """x [B,Q,C], tokens [B,N,in_dim]."""
+    def __call__(self, x: jax.Array, tokens: Tokens, deterministic: bool) -> tuple[jax.Array, None]:
+        """x [B,Q,C], tokens [B,N,in_dim] -> ([B,Q,C], None), as `nn.scan` wants it."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         x = Attention(cfg, name="attention")(x, x, deterministic)
         x = Attention(cfg, name="crossattention")(x, tokens, deterministic)
@@ -77,7 +79,7 @@ class QFormer(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(self, x: Tokens, deterministic: bool = True) -> jax.Array:
         """x [B,N,in_dim] -> [B,queries,out_dim] in `cfg.dtype`. Needs the `dropout` rng unless deterministic."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if x.ndim != 3 or x.shape[-1] != cfg.in_dim:
