@@ -89,6 +89,12 @@ def base() -> ConfigDict:
             "checkpoint_every": 500,
             "keep": 2,
             "max_skipped": 10,  # steps in a row that are not finite and not taken, before the run ends
+            # Evaluation during training (docs/training.md): every so many steps (0 = never), on `eval_samples` examples
+            # of each task of `eval_split`; `eval_answers` has them answered as well, not only the losses measured.
+            "eval_every": 0,
+            "eval_split": "val",
+            "eval_samples": 4,
+            "eval_answers": False,
             "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
         }
     )

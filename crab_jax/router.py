@@ -155,12 +155,3 @@ def answered_batches(
         examples, root, tokenizer, dataclasses.replace(config.data, cache_dir=""), batch_size, prompt_only=False
     )
     return (batch for _, batch in found)
-
-
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Up to `count` examples of each task, evenly spread over the list."""
-    chosen = []
-    for task in TASKS:
-        ours = [example for example in examples if example.task == task]
-        chosen += [ours[i * len(ours) // count] for i in range(count)] if len(ours) > count else ours
-    return chosen

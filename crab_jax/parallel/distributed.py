@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src.distributed import global_state  # the only way to the key-value store that all processes share
+from jax.experimental import multihost_utils
 
 from crab_jax.io.errors import InputError, find_input_error, report
 from crab_jax.parallel import peers
@@ -191,6 +192,11 @@ def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
             )
 
 
+def told(mine: bool) -> bool:
+    """Return on every process what `mine` is on the primary one."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+
+
 def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """Positions, increasing, of the rows of a global batch that this process's devices hold: int[n].
 
@@ -198,6 +204,11 @@ def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """
     slices = where.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in slices]))
+
+
+def global_batch(batch: Any, where: jax.sharding.Sharding, rows: int) -> Any:
+    """Return the global arrays [rows, ...] on the mesh of a tree whose arrays hold this process's rows (`own_rows`)."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), batch)
 
 
 @contextmanager
