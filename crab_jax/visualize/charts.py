@@ -15,14 +15,14 @@ COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#999999", "#CC79A7", "#0072B2", "#E
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
-    """PNG: one line per name over the steps of metrics.jsonl; "loss" is the total, others stand under `loss/`."""
+def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str], total: str = "loss") -> bytes:
+    """PNG: one line per name over the steps of metrics.jsonl; "loss" is the key `total`, others stand under it."""
     from matplotlib.ticker import LogLocator, NullFormatter  # takes a quarter of a second, and few commands draw
 
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
     for number, name in enumerate(names):
-        key = name if name == "loss" else f"loss/{name}"
+        key = total if name == "loss" else f"{total}/{name}"
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=name, linewidth=1.4)
