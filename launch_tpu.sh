@@ -251,14 +251,14 @@ check_run() {
     if ((${#EVALUATE[@]})); then
         [[ -z $CONFIG${OVERRIDES[*]-} ]] || input_error --config "cannot be combined with -- evaluate" "choose one"
         out=--out words=("${EVALUATE[@]}") check="from crab_jax.evaluate import parse_arguments as parse
-from crab_jax.errors import run_verb
+from crab_jax.io.errors import run_verb
 run_verb(lambda: parse(sys.argv[2:]) and None)"
     else
         [[ -n $CONFIG ]] || input_error --config "is not given" "write --config=configs/finetune.py"
         [[ -f $CONFIG ]] || input_error --config "there is no file $CONFIG" "give a path from the top of the repository"
         words=(crab_jax.train "--config=$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "--workdir=$WORKDIR")
         check="from crab_jax.config import parse_flags
-from crab_jax.errors import run_verb
+from crab_jax.io.errors import run_verb
 run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
     fi
     [[ $WORKDIR == /* ]] ||

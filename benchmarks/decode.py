@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from crab_jax import generate
-from crab_jax.errors import CommandLine, run_verb
-from crab_jax.models.fused import FusedLlama
+from crab_jax.io.errors import CommandLine, run_verb
+from crab_jax.models.generating import FusedLlama
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.presets import MODELS

@@ -22,12 +22,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from crab_jax import runs
-from crab_jax.checkpoints import StoredParams
-from crab_jax.convert import torch_file, torch_writer
+from crab_jax.checkpoints.stored import StoredParams
+from crab_jax.convert import torch_writer
 from crab_jax.convert.exporting import write_crab, write_hugging_face
+from crab_jax.io import stored_tensors
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.presets import tiny
+from crab_jax.runs import run_params
 from data_pipelines.tokens import Tokenizer
 
 WIDTH, MLP = 2048, 5504
@@ -53,7 +54,7 @@ def write(folder: Path, gigabytes: float) -> list[str]:
     """Released files of that size below `folder`; returns the arguments of their import."""
     tokenizer = Tokenizer.load("data_pipelines/tiny_tokenizer.json")
     cfg = config(gigabytes, tokenizer.vocab_size)
-    shapes = nn.unbox(runs.abstract_params(Crab(cfg)))
+    shapes = nn.unbox(run_params.abstract_params(Crab(cfg)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float16), shapes)
     params = StoredParams(
         shapes, lambda wanted: jax.tree.map(lambda leaf: np.broadcast_to(np.float16(0.5), leaf.shape), wanted)
@@ -88,7 +89,7 @@ def as_bin(folder: Path) -> None:
     weight_map = json.loads(index.read_text())["weight_map"]
     renamed = {shard: f"pytorch_{Path(shard).stem}.bin" for shard in set(weight_map.values())}
     for shard, name in renamed.items():
-        tensors = torch_file.read_safetensors(folder / shard)
+        tensors = stored_tensors.read_safetensors(folder / shard)
         torch_writer.save(
             folder / name,
             {

@@ -23,8 +23,8 @@ from pycocotools import mask as coco
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from crab_jax.config import resolve
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.avs import CLASSES
-from data_pipelines import padding
+from crab_jax.tasks.avs_classes import CLASSES
+from data_pipelines import bucket_fill
 from data_pipelines.av_uie import questions, templates
 from data_pipelines.examples import Example
 from data_pipelines.media import inline_mask
@@ -163,7 +163,7 @@ def main() -> None:
     found = [example for example in examples(arguments.scale) if config.mixture.weights[example.task] > 0]
     tokenizer, sizes = Tokenizer.load(arguments.tokenizer), config.data
     print(f"{arguments.config}: {len(found)} samples, data.lengths {sizes.lengths}")
-    print(padding.table(train_order(found, tokenizer, sizes, 1).padding))
+    print(bucket_fill.table(train_order(found, tokenizer, sizes, 1).padding))
 
 
 if __name__ == "__main__":

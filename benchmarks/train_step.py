@@ -102,12 +102,15 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from crab_jax import layout, optim, runs, sharding, train
+    from crab_jax import optim
     from crab_jax.models.crab import Crab
+    from crab_jax.parallel import sharding
+    from crab_jax.runs import run_mesh, run_params
+    from crab_jax.training import train_step
     from data_pipelines.batching import empty_batch
 
     config = run_config(gpu, rows)
-    model, mesh = Crab(config.model), layout.mesh_of(config, jax.devices()[:1])
+    model, mesh = Crab(config.model), run_mesh.mesh_of(config, jax.devices()[:1])
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> Any:
@@ -115,13 +118,13 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
         noise = 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
         return jax.device_put(noise + 1 if path[-1].key == "scale" else noise, leaf.sharding)
 
-    params = jax.tree_util.tree_map_with_path(draw, runs.wanted_params(config, model, mesh))
+    params = jax.tree_util.tree_map_with_path(draw, run_params.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
-    state = train.TrainState(jnp.int32(0), trainable, jax.jit(tx.init)(trainable))
-    where_at = train.abstract_state(config, trainable, mesh)
+    state = train_step.TrainState(jnp.int32(0), trainable, jax.jit(tx.init)(trainable))
+    where_at = train_step.abstract_state(config, trainable, mesh)
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, where_at))
-    step_fn, cfg = train.compile_step(config, model, mesh, state), model.cfg
+    step_fn, cfg = train_step.compile_step(config, model, mesh, state), model.cfg
     batches = []
     for bucket, tokens, real in bucket_rows(config):
         if text_only:

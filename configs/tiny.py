@@ -3,7 +3,8 @@
 python -m crab_jax.train --config=configs/tiny.py --config.data.root=runs/scenes --workdir=runs/x
 """
 
-from crab_jax import defaults, packaged
+from crab_jax import defaults
+from crab_jax.io import packaged
 
 
 def get_config():

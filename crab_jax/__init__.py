@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crab_jax.api import Answer, Ask, Box, Crab, Event, Trace, ask, load
-    from crab_jax.errors import InputError
+    from crab_jax.io.errors import InputError
     from crab_jax.models.presets import crab_7b, tiny
     from crab_jax.tasks.task import Task
 
@@ -37,7 +37,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Answer", "Ask", "Box", "Crab", "Event", "Trace", "ask", "load"), "crab_jax.api"),
     **dict.fromkeys(("crab_7b", "tiny"), "crab_jax.models.presets"),
-    "InputError": "crab_jax.errors",
+    "InputError": "crab_jax.io.errors",
     "Task": "crab_jax.tasks.task",
 }
 

@@ -23,16 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from crab_jax import defaults, layout, packaged, runs
-from crab_jax.compat import PRESETS
+from crab_jax import defaults
 from crab_jax.config import RunConfig, derived_data, resolve
-from crab_jax.errors import InputError
 from crab_jax.inference import Prediction, predict_examples
+from crab_jax.io import packaged
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab as Module
 from crab_jax.models.crab import CrabConfig
-from crab_jax.models.fused import KINDS
-from crab_jax.overlay import scale_box
-from crab_jax.request import Request, request
+from crab_jax.models.generating import KINDS
+from crab_jax.models.quirks import PRESETS
+from crab_jax.questions import Request, request
+from crab_jax.runs import run_folder, run_mesh, run_params
+from crab_jax.visualize.overlay import scale_box
 from data_pipelines import batching
 from data_pipelines.given import Given
 from data_pipelines.tokens import Tokenizer
@@ -206,7 +208,7 @@ class Crab:
                 f"has {self.tokenizer.vocab_size} tokens, and the model {config.model.llama.vocab_size} rows",
                 "give the model's tokenizer",
             )
-        self.params = runs.initial_params(config, self.module) if params is None else params
+        self.params = run_params.initial_params(config, self.module) if params is None else params
         self._mesh: jax.sharding.Mesh | None = None
 
     @overload
@@ -314,8 +316,8 @@ def load(checkpoint: str | Path, weights: str = "") -> Crab:
     """
     if weights not in ("", *KINDS):
         raise InputError("load", "weights", f"is {weights!r}", f"use one of {', '.join(map(repr, ('', *KINDS)))}")
-    mesh = layout.serving_mesh(runs.load_config(checkpoint), weights or "float", 1) if weights else None
-    module, params, config, tokenizer = runs.load_model(checkpoint, weights, mesh)
+    mesh = run_mesh.serving_mesh(run_folder.load_config(checkpoint), weights or "float", 1) if weights else None
+    module, params, config, tokenizer = run_params.load_model(checkpoint, weights, mesh)
     crab = Crab(config, params, tokenizer)
     crab.module, crab._mesh = module, mesh
     return crab

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax import predictions, runs, scoring
-from crab_jax.bounds import ANY_PATH, PATH, Text
-from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.evaluate import DESCRIPTION, judge_folder
-from crab_jax.files import out_file, write_whole
-from crab_jax.scoring import Judged
-from crab_jax.structured import read_json
+from crab_jax.evaluation import predictions, scoring
+from crab_jax.evaluation.judging import DESCRIPTION, judge_folder
+from crab_jax.evaluation.scoring import Judged
+from crab_jax.io.bounds import ANY_PATH, PATH, Text
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import out_file, write_whole
+from crab_jax.io.structured import read_json
+from crab_jax.runs import run_data
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
 
@@ -82,7 +83,7 @@ def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, J
     def wanted(example: Example) -> bool:
         return example.id in known and (not tasks or example.task in tasks)
 
-    examples = [example for example in runs.read_examples(root, split) if wanted(example)]
+    examples = [example for example in run_data.read_examples(root, split) if wanted(example)]
     return {one.id: one for one in judge_folder(folder, examples, root)}
 
 

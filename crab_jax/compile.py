@@ -31,13 +31,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from crab_jax import bounds, chips, flops, hlo, layout, optim, runs, sharding, train
-from crab_jax.bounds import PATH, Whole
+from crab_jax import optim
+from crab_jax.aot import flops, hlo
 from crab_jax.config import MeshConfig, RunConfig, parse_flags
-from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_file, write_whole
+from crab_jax.io import bounds
+from crab_jax.io.bounds import PATH, Whole
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import out_file, write_whole
 from crab_jax.models.crab import Crab
 from crab_jax.models.llama import init_cache
+from crab_jax.parallel import chips, sharding
+from crab_jax.runs import run_mesh, run_params
+from crab_jax.training import train_step
 from data_pipelines.batching import Batch, Bucket, empty_batch
 
 HEADROOM = 0.15
@@ -132,14 +137,14 @@ def bucket_mix(config: RunConfig) -> list[Bucket]:
 
 def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
     """(trainable, frozen) parameters of a run, as shapes with shardings, which stand for arrays when lowering."""
-    wanted = runs.wanted_params(config, Crab(config.model), mesh)
+    wanted = run_params.wanted_params(config, Crab(config.model), mesh)
     return optim.split(wanted, config.trainable, config.frozen)
 
 
-def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train.TrainState, Any]:
+def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train_step.TrainState, Any]:
     """(train state, frozen parameters) of a run that has just begun."""
     trainable, frozen = abstract_params(config, mesh)
-    return train.abstract_state(config, trainable, mesh), frozen
+    return train_step.abstract_state(config, trainable, mesh), frozen
 
 
 def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, where: Any) -> Batch:
@@ -165,7 +170,7 @@ class Program:
 def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
     """The train step of crab_jax/train.py."""
     state, frozen = abstract_state(config, mesh)
-    accumulate = layout.micro_batches(config, mesh)
+    accumulate = run_mesh.micro_batches(config, mesh)
     batch = abstract_batch(config, bucket, config.mixture.batch_size, sharding.batch_sharding(mesh))
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -174,10 +179,10 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
             alone = _remat(alone, "none")
         single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.mixture.batch_size // _groups(mesh)
         state, frozen = abstract_state(alone, single)
-        step = train.compile_step(alone, Crab(alone.model), single, state)
+        step = train_step.compile_step(alone, Crab(alone.model), single, state)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
-    jitted = train.compile_step(config, Crab(config.model), mesh, state)
+    jitted = train_step.compile_step(config, Crab(config.model), mesh, state)
     return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
 
 
@@ -230,7 +235,7 @@ def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Pro
 def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
     """The run's mesh; for prefill and decode an inferred split of the parameters is along `tensor`, so that no weight
     travels at every token."""
-    mesh = layout.mesh_of(config, devices)
+    mesh = run_mesh.mesh_of(config, devices)
     if stage == "train" or config.mesh.fsdp or config.mesh.tensor > 1:
         return mesh
     split = mesh.shape["fsdp"]
@@ -422,7 +427,7 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
     so far, nothing more is compiled. Their micro-batches are halved until the step fits with the headroom.
     """
     heads, batch = config.model.llama.kv_heads, config.mixture.batch_size
-    least = layout.mesh_of(config, devices).shape["fsdp"]
+    least = run_mesh.mesh_of(config, devices).shape["fsdp"]
     splits = [
         (fsdp, tensor)
         for tensor in (1, 2, 4)
@@ -482,7 +487,7 @@ def _by_arithmetic(
     for (fsdp, tensor), remat in trials:
         if (tensor, remat) not in counted:
             trial = _on(config, devices, fsdp, tensor, remat)
-            program = train_program(trial, layout.mesh_of(trial, devices), bucket)
+            program = train_program(trial, run_mesh.mesh_of(trial, devices), bucket)
             function, args = program.own(True)
             counted[tensor, remat] = flops.count(function, *args)
         work = flops.Work(*(amount / tensor for amount in counted[tensor, remat]))
@@ -493,7 +498,7 @@ def _by_arithmetic(
 def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[RunConfig]:
     """The config on this mesh with more and more micro-batches, at most four of them, from half the inferred number."""
     trial = _micro_batches(_on(config, devices, fsdp, tensor, remat), 0)
-    inferred = layout.micro_batches(trial, layout.mesh_of(trial, devices))
+    inferred = run_mesh.micro_batches(trial, run_mesh.mesh_of(trial, devices))
     rows = config.mixture.batch_size // (len(devices) // tensor)
     for accumulate in [n for n in range(max(1, inferred // 2), rows + 1) if rows % n == 0][:4]:
         yield _micro_batches(trial, accumulate)

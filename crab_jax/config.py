@@ -15,17 +15,18 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from crab_jax import bounds, losses, optim, packaged
-from crab_jax.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
-from crab_jax.compat import PRESETS, Compat
+from crab_jax import losses, optim
 from crab_jax.defaults import COMPAT_SIZES, DERIVED_DATA, DERIVED_LOSS, base
-from crab_jax.errors import InputError
+from crab_jax.io import bounds, packaged
+from crab_jax.io.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import refuse_special
 from crab_jax.losses import LossConfig
 from crab_jax.models import presets
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.presets import DTYPE, MODELS, check_sizes, with_sizes
+from crab_jax.models.quirks import PRESETS, Compat
 from crab_jax.optim import OptimConfig
-from crab_jax.structured import refuse_special
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
 from data_pipelines.datasets import DATASETS, VARIANTS
@@ -127,7 +128,7 @@ class MixtureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; 0 is inferred from their number and memory (crab_jax/layout.py)."""
+    """Devices along each axis of the mesh; 0 is inferred from their number and memory (crab_jax/runs/run_mesh.py)."""
 
     data: int = 0
     fsdp: int = 1
@@ -141,7 +142,7 @@ class MeshConfig:
 class RunConfig:
     """Everything that a run is. Its parts check themselves; `resolve` also checks that they make a run together.
 
-    model: sizes, with the quirks of `compat` (crab_jax/compat.py), which also sets `loss.reduction` and `data.clock`.
+    model: sizes, with the quirks of `compat` (models/quirks.py), which also sets `loss.reduction` and `data.clock`.
     model_name: the preset that `model` began as.
     init_from: a run, a packed or an imported model; "" starts from random weights. fresh: parameter patterns that it
     may lack. trainable, frozen: patterns ('/'-joined paths, full match) that divide the parameters. frozen_dtype: of

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from crab_jax import packaged
+from crab_jax.io import packaged
 from crab_jax.losses import LossConfig
 from crab_jax.models.presets import crab_7b
 from crab_jax.optim import OptimConfig

@@ -6,7 +6,8 @@
 Writes predictions.jsonl and masks/*.png as answers come, then results.json, results.md and results.html into --out. A
 run that was stopped goes on where it was. Decoding is greedy, so two runs agree. With --predictions no model is needed:
 the file is ours or the released code's; docs/evaluation.md has its schema. Several processes share the work with
---process I/N each, or started as one JAX run (see crab_jax/distributed.py); process 0 waits for the others and scores.
+--process I/N each, or started as one JAX run (see crab_jax/parallel/distributed.py); process 0 waits for the others
+and scores.
 """
 
 from __future__ import annotations
@@ -20,43 +21,38 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from crab_jax import compile_cache, distributed, layout, locks, predictions, results_page, runs, scoring
-from crab_jax.bounds import ANY_PATH, PATH, Anything, Name, Whole
-from crab_jax.checkpoints import identity
+from crab_jax.aot import compile_cache
+from crab_jax.checkpoints.stored import identity
 from crab_jax.config import RunConfig
-from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_folder, write_whole
+from crab_jax.evaluation import predictions, scoring
+from crab_jax.evaluation.judging import DESCRIPTION, check_labels, judge_folder, read_predictions
+from crab_jax.evaluation.scoring import Judged
 from crab_jax.inference import Prediction, predict_examples, read_answer
-from crab_jax.models.fused import KINDS
-from crab_jax.page import NONE, Html
-from crab_jax.progress import Progress
-from crab_jax.scoring import Judged
-from crab_jax.structured import read_json
+from crab_jax.io import locks
+from crab_jax.io.bounds import ANY_PATH, PATH, Anything, Name, Whole
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import out_folder, write_whole
+from crab_jax.io.progress import Progress
+from crab_jax.io.structured import read_json
+from crab_jax.models.generating import KINDS
+from crab_jax.parallel import distributed
+from crab_jax.reports import evaluation_page
+from crab_jax.runs import run_data, run_folder, run_mesh, run_params
 from crab_jax.tasks import TASKS
+from crab_jax.visualize.page import NONE, Html
 from data_pipelines.datasets import VARIANTS
-from data_pipelines.decoded import mask_size, read_mask
+from data_pipelines.decoded import mask_size
 from data_pipelines.examples import Example, digest, select
 from data_pipelines.tokens import Tokenizer
 
-DESCRIPTION = "evaluation.json"
 PATIENCE = 1800  # seconds without a new answer after which process 0 no longer waits for the others
-
-
-def check_labels(examples: Iterable[Example]) -> None:
-    """Raise InputError for an example that cannot be scored, before hours of decoding rather than after."""
-    for example in examples:
-        scoring.check_label(example)
-        kind = TASKS[example.task].mask_kind
-        if example.mask_kind != kind or (kind != "none" and not example.mask):
-            problem = f"{example.task} needs a mask of kind {kind!r}, this one has {example.mask_kind!r} {example.mask}"
-            raise InputError(f"example {example.id!r}", "mask", problem, "give the mask file and its kind")
 
 
 # What an evaluation folder is an evaluation of.
@@ -200,9 +196,9 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
     root = (
         Path(arguments.data)
         if arguments.predictions
-        else runs.data_root(arguments.data, runs.load_config(arguments.checkpoint))
+        else run_data.data_root(arguments.data, run_folder.load_config(arguments.checkpoint))
     )
-    split = runs.read_examples(
+    split = run_data.read_examples(
         root,
         arguments.split,
         datasets=[name for name in arguments.datasets.split(",") if name],
@@ -217,11 +213,11 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
 
 def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
     """Answers of --checkpoint."""
-    config = runs.load_config(arguments.checkpoint)
-    mesh = layout.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
+    config = run_folder.load_config(arguments.checkpoint)
+    mesh = run_mesh.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
     if mesh.size > 1:
         print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
-    model, params, config, tokenizer = runs.load_model(arguments.checkpoint, arguments.weights, mesh)
+    model, params, config, tokenizer = run_params.load_model(arguments.checkpoint, arguments.weights, mesh)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         # A bad file stops the run: leaving examples out would change what the scores mean.
@@ -312,49 +308,16 @@ def collect(source: Source, out: Path, index: int, count: int) -> None:
     predictions.merge(out, [example.id for example in source.split])
 
 
-# Scores.
-
-
-def read_predictions(
-    folder: Path, rows: Mapping[str, predictions.Row], examples: Sequence[Example]
-) -> Iterator[Prediction]:
-    """The answer to each Example from the lines of a folder (`predictions.read_all`) and its masks; nothing at all
-    where there is no line."""
-    for example in examples:
-        found = predictions.answer_of(
-            rows.get(example.id), example, folder, f"prediction {example.id}", predictions.OURS
-        )
-        yield read_answer(example, found.text, found.mask)
-
-
-def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[Judged]:
-    """Score what a folder holds against the labels; an example without a line counts as answered with nothing.
-
-    Masks are compared at their own size, answers without one at that of the first mask.
-    """
-    check_labels(examples)
-    rows = predictions.read_all(folder)
-    usual = next(
-        (len(p.mask) for p in read_predictions(folder, rows, examples) if p.mask is not None), predictions.DEFAULT_SIZE
-    )
-    judged = []
-    for found in read_predictions(folder, rows, examples):
-        example, side = found.example, usual if found.mask is None else len(found.mask)
-        truth = read_mask(root, example, side) if example.mask else None
-        judged.append(scoring.judge(example, scoring.Answer(example.id, found.text, found.mask), truth))
-    return judged
-
-
 def shown_examples(
     judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path, count: int, clock: str
 ) -> Iterator[tuple[str, Html]]:
     """(heading, HTML) of the worst and the best `count` samples of each task, drawn by the model's `clock`."""
     by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
     for name, ours in scoring.by_task(judged).items():
-        values = {one.id: results_page.sample_score(one) for one in ours}
-        for heading, ids in zip(("worst", "best"), results_page.extremes(values, count), strict=True):
+        values = {one.id: evaluation_page.sample_score(one) for one in ours}
+        for heading, ids in zip(("worst", "best"), evaluation_page.extremes(values, count), strict=True):
             found = read_predictions(folder, rows, [by_id[one] for one in ids])
-            drawn = (results_page.drawn(one, values[one.example.id], root, clock) for one in found)
+            drawn = (evaluation_page.drawn(one, values[one.example.id], root, clock) for one in found)
             yield f"{name}, {heading}", NONE.join(drawn)
 
 
@@ -374,11 +337,11 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
     }
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
-    made = runs.load_config(arguments.checkpoint) if arguments.checkpoint and arguments.examples else None
+    made = run_folder.load_config(arguments.checkpoint) if arguments.checkpoint and arguments.examples else None
     clock = made.data.clock if made else "shown"
     shown = shown_examples(judged, out, examples, root, arguments.examples, clock)
     title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
-    results_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
+    evaluation_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
     print(scoring.headlines(results))
     print(f"every metric: {out / 'results.md'}\npage: {out / 'results.html'}")
 
@@ -396,7 +359,7 @@ def use_of(arguments: argparse.Namespace, count: int, root: Path, split: Sequenc
         **same,
         **distributed.program(),
         "examples of --data": digest(split),
-        "media of --data": runs.media_identity(root, arguments.split, split),
+        "media of --data": run_data.media_identity(root, arguments.split, split),
     }
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.llama import KVCache, grow_cache, init_cache
 
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from crab_jax import sharding
 from crab_jax.config import RunConfig
-from crab_jax.errors import InputError
 from crab_jax.generate import GenerateOptions, Generation, generate, stream
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
-from crab_jax.runs import eval_batches
+from crab_jax.parallel import sharding
+from crab_jax.runs.run_data import eval_batches
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Batch
 from data_pipelines.decoded import Root

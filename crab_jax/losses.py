@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crab_jax import bounds
-from crab_jax.bounds import Bound, Choice, Real
+from crab_jax.io import bounds
+from crab_jax.io.bounds import Bound, Choice, Real
 
 BINARY, SEMANTIC = 1, 2  # values of `seg_kind`; 0 is no mask
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from crab_jax import bounds
-from crab_jax.bounds import Choice, Real, Whole
-from crab_jax.errors import InputError
+from crab_jax.io import bounds
+from crab_jax.io.bounds import Choice, Real, Whole
+from crab_jax.io.errors import InputError
 
 Params = dict[str, Any]
 
@@ -28,7 +28,7 @@ class OptimConfig:
         logarithmic warm-up, linear decay to zero), or "constant" (linear warm-up, then flat).
     clip_norm: the largest norm of the whole gradient, which is scaled down to it; 0 = no clipping.
     accumulate: micro-batches per step; the batch is split, gradients are summed and divided once by the global counts.
-        0 infers it from the memory of a device (crab_jax/layout.py).
+        0 infers it from the memory of a device (crab_jax/runs/run_mesh.py).
     """
 
     lr: float = 1e-4

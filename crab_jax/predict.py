@@ -22,16 +22,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crab_jax import clip_page, compile_cache, layout, overlay
-from crab_jax.bounds import ANY_PATH, PATH, Real, Whole
-from crab_jax.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.files import append_line, write_whole
+from crab_jax.aot import compile_cache
 from crab_jax.inference import Prediction, predict_examples
-from crab_jax.locks import locked
-from crab_jax.models.fused import KINDS
-from crab_jax.request import FREE, KEYS, PICTURE_TASKS, VARIANTS, Request, every_task, read_samples, request
-from crab_jax.runs import load_config, load_model
+from crab_jax.io.bounds import ANY_PATH, PATH, Real, Whole
+from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
+from crab_jax.io.files import append_line, write_whole
+from crab_jax.io.locks import locked
+from crab_jax.models.generating import KINDS
+from crab_jax.questions import FREE, KEYS, PICTURE_TASKS, VARIANTS, Request, every_task, read_samples, request
+from crab_jax.reports import clip_page
+from crab_jax.runs import run_mesh
+from crab_jax.runs.run_folder import load_config
+from crab_jax.runs.run_params import load_model
 from crab_jax.tasks import TASKS
+from crab_jax.visualize import overlay
 from data_pipelines import media
 from data_pipelines.examples import WINDOWS, Example
 from data_pipelines.given import Given
@@ -93,7 +97,7 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         name = f"{number:03d}_{record.get('task', FREE)}"
         asked[name] = request(record, where, name, Given(out))
 
-    mesh = layout.serving_mesh(
+    mesh = run_mesh.serving_mesh(
         load_config(arguments.checkpoint), arguments.weights, arguments.batch_size, arguments.tensor
     )
     model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights, mesh)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from crab_jax.errors import InputError, run_verb
+from crab_jax.io.errors import InputError, run_verb
 
 # verb -> the module whose main(argv) it is
 VERBS = {
@@ -22,7 +22,7 @@ VERBS = {
     "validate": "data_pipelines.validate",
     "prepare": "data_pipelines.prepare",
     "own": "data_pipelines.own.verb",
-    "sample": "data_pipelines.sample",
+    "sample": "crab_jax.reports.record_page",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import decoded, fbank, media
 from data_pipelines.examples import TASK_NAMES, Example, seg_source
 from data_pipelines.shards import Decoding, Shards

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crab_jax.errors import InputError, printable
+from crab_jax.io.errors import InputError, printable
 from data_pipelines import shards
 from data_pipelines.examples import Example, choice
 from data_pipelines.media import INLINE_MASK

@@ -16,8 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from crab_jax.errors import InputError
-from data_pipelines import datasets, fbank, media, memory, shards
+from crab_jax.io.errors import InputError
+from data_pipelines import allocator, datasets, fbank, media, shards
 from data_pipelines.examples import Example, seg_source
 from data_pipelines.shards import Decoding, Shards
 
@@ -68,7 +68,7 @@ class Files:
     """
 
     def __init__(self, root: str | Path, decoding: Decoding, cache_dir: str = ""):
-        memory.keep_freed()
+        allocator.keep_freed()
         self.root, self.decoding, self.cache_dir = Path(root), decoding, cache_dir
         self._pictures: dict[str, np.ndarray] = {}
 

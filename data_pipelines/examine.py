@@ -12,7 +12,7 @@ import os
 import av
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import media
 from data_pipelines.status import CORRUPT, WARNING
 

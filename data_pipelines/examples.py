@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.errors import InputError
-from crab_jax.files import write_whole
-from crab_jax.structured import json_line, read_text
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import write_whole
+from crab_jax.io.structured import json_line, read_text
 
 TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
 WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")

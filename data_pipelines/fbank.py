@@ -12,7 +12,7 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 SAMPLE_RATE = 16000
 MEL_BINS = 128

@@ -11,8 +11,8 @@ import soundfile
 import soxr
 from PIL import Image
 
-from crab_jax.errors import InputError
-from crab_jax.files import whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import whole
 from data_pipelines import fbank, media
 from data_pipelines.decoded import Files
 from data_pipelines.media import SAMPLE_RATE, Heard, Timing

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS, avvp
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.avs import names_match, ordinal

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines.datasets import DATASETS, PREPARED, annotated, is_there, media_of, selection
 from data_pipelines.examples import Example
 from data_pipelines.status import WARNING, Problem

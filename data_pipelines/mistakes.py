@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from crab_jax.errors import InputError, printable
+from crab_jax.io.errors import InputError, printable
 from crab_jax.tasks import TASKS, arig, avqa, ref_avs
 from crab_jax.tasks.ave import SECONDS
-from crab_jax.tasks.avs import CLASSES, ORDINALS
+from crab_jax.tasks.avs import ORDINALS
+from crab_jax.tasks.avs_classes import CLASSES
 from crab_jax.tasks.task import wrong_fields
 from crab_jax.tasks.text import normalise
 from data_pipelines import fbank, labels

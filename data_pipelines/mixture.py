@@ -16,14 +16,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from crab_jax.errors import InputError, printable
-from crab_jax.files import append_line
+from crab_jax.io.errors import InputError, printable
+from crab_jax.io.files import append_line
 from data_pipelines import decoded
 from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
+from data_pipelines.bucket_fill import Padding, padding
 from data_pipelines.examples import Example, choice
-from data_pipelines.padding import Padding, padding
+from data_pipelines.isolated import end_with_parent
 from data_pipelines.tokens import Tokenizer
-from data_pipelines.workers import end_with_parent
 
 _log = logging.getLogger(__name__)
 

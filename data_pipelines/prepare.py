@@ -31,18 +31,18 @@ import av
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.bounds import PATH, Text, Whole, Words
-from crab_jax.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.files import need_room, write_whole
-from crab_jax.locks import LOCK, locked
-from crab_jax.progress import Progress, on_stderr
-from crab_jax.structured import read_json, strict_json
+from crab_jax.io.bounds import PATH, Text, Whole, Words
+from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
+from crab_jax.io.files import need_room, write_whole
+from crab_jax.io.locks import LOCK, locked
+from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.io.structured import read_json, strict_json
 from data_pipelines import datasets, fbank, media, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
+from data_pipelines.isolated import end_with_parent
 from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
 from data_pipelines.sources.release import Found
-from data_pipelines.workers import end_with_parent
 
 LIBRARIES = ("av", "soundfile", "soxr", "pillow", "numpy", "array_record", "crab_jax")
 COMPRESSED, AS_IT_IS = "zstd:1", "uncompressed"

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.bounds import Choice, Flag, Inside, Text, Whole
-from crab_jax.errors import InputError
-from crab_jax.structured import Each, check, json_line, read_json, stream_lines, strict_json
-from data_pipelines import fbank, media, memory
+from crab_jax.io.bounds import Choice, Flag, Inside, Text, Whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
+from data_pipelines import allocator, fbank, media
 from data_pipelines.examples import Example, from_json, seg_source, to_json
 from data_pipelines.sources.release import Found, MissingFile
 
@@ -233,7 +233,7 @@ class Shards:
     """
 
     def __init__(self, root: str | Path):
-        memory.keep_freed()
+        allocator.keep_freed()
         self.root = Path(root)
         self.manifest = read_json(self.root / MANIFEST, {"format": Whole()}, fix="run prepare again")
         if self.manifest.get("format") not in (FORMAT, COUNTED):

@@ -16,10 +16,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from crab_jax.bounds import ANY_PATH, PATH
-from crab_jax.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.files import out_file, write_whole
-from crab_jax.progress import Progress, on_stderr
+from crab_jax.io.bounds import ANY_PATH, PATH
+from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
+from crab_jax.io.files import out_file, write_whole
+from crab_jax.io.progress import Progress, on_stderr
 from data_pipelines import media, shards
 from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, records, selection
 from data_pipelines.examples import Example

@@ -21,11 +21,11 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from crab_jax import packaged
-from crab_jax.bounds import PATH, Anything, Text, Whole
-from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_file, refuse_stand_in, write_whole
-from crab_jax.structured import SETTINGS, Null, check, read_json, read_text, refuse_special
+from crab_jax.io import packaged
+from crab_jax.io.bounds import PATH, Anything, Text, Whole
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import out_file, refuse_stand_in, write_whole
+from crab_jax.io.structured import SETTINGS, Null, check, read_json, read_text, refuse_special
 from data_pipelines.examples import read_jsonl
 
 # The released order (models/unified_arch.py): ids are base vocabulary size + position in this tuple. The first 11 are

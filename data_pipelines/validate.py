@@ -18,15 +18,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from crab_jax.bounds import Whole
-from crab_jax.errors import InputError, run_verb
-from crab_jax.files import out_file
-from crab_jax.progress import Progress, on_stderr
+from crab_jax.io.bounds import Whole
+from crab_jax.io.errors import InputError, run_verb
+from crab_jax.io.files import out_file
+from crab_jax.io.progress import Progress, on_stderr
 from data_pipelines import fbank, media, shards
 from data_pipelines.batching import check_sources
 from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, records, selection
 from data_pipelines.examine import Facts, examine, mismatch
 from data_pipelines.examples import Example, seg_source
+from data_pipelines.isolated import results
 from data_pipelines.leaks import leak_problems
 from data_pipelines.mistakes import Lists
 from data_pipelines.shards import Shards
@@ -42,7 +43,6 @@ from data_pipelines.status import (
     report,
     status,
 )
-from data_pipelines.workers import results
 
 BAD = 3  # the exit code
 SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # that a file may take, and more for a large one

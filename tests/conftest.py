@@ -16,7 +16,7 @@ os.environ.setdefault(
 
 import jax  # noqa: E402  (the platform must be chosen first)
 
-from crab_jax import compile_cache  # noqa: E402
+from crab_jax.aot import compile_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "float32")
 compile_cache.enable()  # one folder for all workers and the commands they start

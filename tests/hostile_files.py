@@ -22,14 +22,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crab_jax import compare, packaged, report, runs, structured
-from crab_jax.checkpoints import RunCheckpoints
+from crab_jax import compare
+from crab_jax.checkpoints.run_steps import RunCheckpoints
 from crab_jax.convert import torch_file
 from crab_jax.convert.encoders import clip_config
 from crab_jax.convert.llama import llama_config
-from crab_jax.errors import InputError
-from crab_jax.predictions import read_all, read_rows
-from crab_jax.request import read_samples
+from crab_jax.evaluation import results
+from crab_jax.evaluation.predictions import read_all, read_rows
+from crab_jax.io import packaged, stored_tensors, structured
+from crab_jax.io.errors import InputError
+from crab_jax.questions import read_samples
+from crab_jax.runs import run_folder
 from data_pipelines import prepare, shards
 from data_pipelines.av_uie import annotate, released
 from data_pipelines.datasets import records
@@ -197,7 +200,7 @@ KINDS = (
     Kind(
         "config.json",
         json.loads((packaged.located(packaged.WARM_START) / "config.json").read_bytes()),
-        lambda path: runs.load_config(path.parent),
+        lambda path: run_folder.load_config(path.parent),
     ),
     Kind("tokenizer.json", _TINY, Tokenizer.load),
     Kind(
@@ -254,11 +257,11 @@ KINDS = (
         {"data": "d", "split": "test", "identity": {}},
         lambda path: structured.read_json(path, compare.EVALUATION),
     ),
-    Kind("results.json", {"tasks": {"avqa": _SCORES}, "baselines": {"empty": {"avqa": _SCORES}}}, report.read_results),
+    Kind("results.json", {"tasks": {"avqa": _SCORES}, "baselines": {"empty": {"avqa": _SCORES}}}, results.read_results),
     Kind(
         "metrics.jsonl",
         [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}],
-        lambda path: list(structured.read_lines(path, report.METRICS, constants=True)),
+        lambda path: list(structured.read_lines(path, results.METRICS, constants=True)),
         lines=True,
         lenient=("NaN", "Infinity", "1e400", "an empty object"),
     ),
@@ -560,7 +563,7 @@ WEIGHTS: dict[str, Callable[[], bytes]] = {
 
 def try_weights(folder: Path, tally: Tally) -> None:
     """WEIGHTS and PLACES as model.safetensors, alone and in a folder."""
-    kind = Kind("model.safetensors", None, torch_file.read_safetensors)
+    kind = Kind("model.safetensors", None, stored_tensors.read_safetensors)
     for name, make in WEIGHTS.items():
         path = file_of(kind, folder)
         path.write_bytes(make())

@@ -44,7 +44,7 @@ SMALL = (
 )
 DISK = 96 << 20  # bytes of the small disk
 PACK = (
-    "from pathlib import Path; import sys; from crab_jax import recipe; from crab_jax.errors import run_verb; "
+    "from pathlib import Path; import sys; from crab_jax import recipe; from crab_jax.io.errors import run_verb; "
     "run_verb(lambda: recipe.pack(Path(sys.argv[1]), Path(sys.argv[2])))"
 )
 
@@ -81,27 +81,27 @@ def files_of(out: Path) -> dict[str, str]:
 
 def trained(out: Path) -> Any:
     """The records of a run, without speeds, and what the arrays of its checkpoints hold."""
-    from crab_jax import checkpoints
+    from crab_jax.checkpoints import digests, orbax, run_steps, stored
 
-    run = checkpoints.RunCheckpoints(out / "checkpoints")
+    run = run_steps.RunCheckpoints(out / "checkpoints")
     step = run.latest
     assert step is not None
-    state = run._restore(step, checkpoints._metadata(run.folder / str(step), "train"))
+    state = run._restore(step, orbax.tree_metadata(run.folder / str(step), "train"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [
         {key: value for key, value in record.items() if not key.endswith(("_per_s", "wait_share"))}
         for record in records
     ]
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
-    return kept, names, checkpoints.tree_hash(state), checkpoints.tree_hash(checkpoints.load_params(out))
+    return kept, names, digests.tree_hash(state), digests.tree_hash(stored.load_params(out))
 
 
 def imported(out: Path) -> Any:
     """The parameters of an imported model, and its other files."""
-    from crab_jax import checkpoints
+    from crab_jax.checkpoints import digests, stored
 
     others = {name: digest for name, digest in files_of(out).items() if not name.startswith("params/")}
-    return checkpoints.tree_hash(checkpoints.load_params(out)), others
+    return digests.tree_hash(stored.load_params(out)), others
 
 
 def _module(name: str, *words: object) -> list[str]:

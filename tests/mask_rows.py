@@ -10,9 +10,10 @@ import json
 import jax
 import jax.numpy as jnp
 
-from crab_jax import hlo, sharding
+from crab_jax.aot import hlo
 from crab_jax.models.mask_decoder import SegModule
 from crab_jax.models.presets import tiny
+from crab_jax.parallel import sharding
 
 ROWS = 7  # no other size of the tiny model is 7, 14, 28 or 56
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crab_jax import sharding
 from crab_jax.generate import generate
+from crab_jax.parallel import sharding
 from tests.test_generate import MASKS, OPTIONS, TextOnly, prompts
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))

@@ -23,9 +23,12 @@ import optax
 from jax.experimental import multihost_utils
 
 from configs import tiny
-from crab_jax import distributed, optim, runs, sharding, train
+from crab_jax import optim, train
 from crab_jax.config import resolve
 from crab_jax.models.crab import Crab
+from crab_jax.parallel import distributed, sharding
+from crab_jax.runs import run_params
+from crab_jax.training import train_step
 from data_pipelines.batching import Batch
 
 ROWS, LENGTH, STEPS, EPS = 16, 24, 2, 1e-6
@@ -94,7 +97,7 @@ def drawn(model: Crab):
         noise = 0.02 * rng.normal(size=leaf.shape).astype(np.float32)
         return 1 + noise if path[-1].key == "scale" else noise
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(runs.abstract_params(model)))
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(run_params.abstract_params(model)))
 
 
 def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, remat: str, less: int = 0):
@@ -106,16 +109,16 @@ def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, rema
     placed = jax.tree.map(
         lambda x, to: jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index]),
         params,
-        runs.wanted_params(config, model, mesh),
+        run_params.wanted_params(config, model, mesh),
     )
     trainable, frozen = optim.split(placed, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
-    where = train.abstract_state(config, trainable, mesh)
+    where = train_step.abstract_state(config, trainable, mesh)
     state = jax.jit(
-        lambda params: train.TrainState(jnp.int32(0), params, tx.init(params)),
+        lambda params: train_step.TrainState(jnp.int32(0), params, tx.init(params)),
         out_shardings=jax.tree.map(lambda x: x.sharding, where),
     )(trainable)
-    step = train.compile_step(config, model, mesh, state)
+    step = train_step.compile_step(config, model, mesh, state)
     batch, batch_at = batch_of(model.cfg.clip.image_size, masks), sharding.batch_sharding(mesh)
     batch.loss_mask[0, LENGTH - 1 :] &= not less
     rows = distributed.own_rows(batch_at, ROWS)

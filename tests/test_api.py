@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import crab_jax as cj
-from crab_jax import api, runs
+from crab_jax import api
+from crab_jax.runs import run_params
 from data_pipelines import media
 
 SHORT = {"max_new_tokens": 24}
@@ -119,7 +120,7 @@ def test_what_is_laid_out_for_generation_is_not_traced(crab, clip):
 
 def test_a_model_of_sizes_alone_has_random_weights_of_its_seed():
     one, same, other = (cj.Crab(cj.tiny(llama={"layers": 1}, lora={"heads": 2}), seed=seed) for seed in (1, 1, 2))
-    assert runs.count(one.params) == runs.count(other.params) and one.module.cfg.lora.heads == 2
+    assert run_params.count(one.params) == run_params.count(other.params) and one.module.cfg.lora.heads == 2
     assert jax.tree.all(jax.tree.map(np.array_equal, one.params, same.params))
     assert not jax.tree.all(jax.tree.map(np.array_equal, one.params, other.params))
 

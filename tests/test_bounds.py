@@ -16,10 +16,10 @@ import pytest
 
 from configs import tiny
 from crab_jax import optim
-from crab_jax.bounds import Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
 from crab_jax.config import BOUNDS, bound_of, leaves, parse_flags, resolve
 from crab_jax.defaults import COMPAT_SIZES
-from crab_jax.errors import InputError
+from crab_jax.io.bounds import Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
+from crab_jax.io.errors import InputError
 from crab_jax.losses import LossConfig
 from crab_jax.models import presets
 from crab_jax.optim import OptimConfig
@@ -356,7 +356,7 @@ WORDS = {
 
 def run(module: str, words: list[str], monkeypatch, capsys) -> tuple[int, list[str]]:
     """(exit code, lines of stderr) of a command."""
-    from crab_jax.errors import run_verb
+    from crab_jax.io.errors import run_verb
 
     main = importlib.import_module(module).main
     monkeypatch.setattr(sys, "argv", ["prog", *words])

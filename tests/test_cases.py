@@ -20,11 +20,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from crab_jax import evaluate, packaged, predict
+from crab_jax import evaluate, predict
 from crab_jax.config import parse_flags
-from crab_jax.errors import InputError
+from crab_jax.evaluation.predictions import load_mask
+from crab_jax.io import packaged
+from crab_jax.io.errors import InputError
 from crab_jax.optim import OptimConfig, optimizer
-from crab_jax.predictions import load_mask
 from data_pipelines import media
 from data_pipelines.__main__ import main as data_pipelines
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import checkpoints, optim
-from crab_jax.errors import InputError
+from crab_jax import optim
+from crab_jax.checkpoints import digests, models, orbax, run_steps, stored
+from crab_jax.io.errors import InputError
 from data_pipelines.tokens import Tokenizer
 
 TRAINABLE = {"q": {"w": jnp.arange(6.0).reshape(2, 3)}}
@@ -23,7 +24,7 @@ def train_tree():
 
 @pytest.fixture
 def saved(tmp_path):
-    run = checkpoints.RunCheckpoints(tmp_path / "checkpoints")
+    run = run_steps.RunCheckpoints(tmp_path / "checkpoints")
     run.save_frozen(FROZEN, {"lora_heads": 3})
     run.save(7, train_tree())
     run.wait()
@@ -31,17 +32,17 @@ def saved(tmp_path):
 
 
 def test_restore_gives_the_state(saved):
-    run = checkpoints.RunCheckpoints(saved / "checkpoints")
+    run = run_steps.RunCheckpoints(saved / "checkpoints")
     assert run.latest == 7
     restored = run.restore(jax.tree.map(jnp.zeros_like, train_tree()))
     assert jax.tree.all(jax.tree.map(np.array_equal, restored, train_tree()))
 
 
 def test_frozen_weights_that_are_not_those_of_the_start_are_refused(saved):
-    run = checkpoints.RunCheckpoints(saved / "checkpoints")
+    run = run_steps.RunCheckpoints(saved / "checkpoints")
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), FROZEN)
     assert jax.tree.all(jax.tree.map(np.array_equal, run.load_frozen(wanted), FROZEN))
-    other = checkpoints.RunCheckpoints(saved / "other")
+    other = run_steps.RunCheckpoints(saved / "other")
     other.save_frozen({"llama": {"w": jnp.zeros(3, jnp.bfloat16)}}, {})
     (saved / "checkpoints" / "frozen").rename(saved / "away")
     (saved / "other" / "frozen").rename(saved / "checkpoints" / "frozen")
@@ -52,24 +53,24 @@ def test_frozen_weights_that_are_not_those_of_the_start_are_refused(saved):
 @pytest.mark.parametrize("kind", ["run", "packed"])
 def test_parameters_are_read_into_the_wanted_dtypes_and_shardings_and_only_those(saved, kind):
     if kind == "packed":
-        checkpoints.save_packed(saved / "packed", TRAINABLE | {"llama": {"w": np.ones(3, np.float32)}}, {})
-    stored = checkpoints.stored_params(saved if kind == "run" else saved / "packed")
-    assert jax.tree.map(lambda x: x.shape, stored.shapes) == {"q": {"w": (2, 3)}, "llama": {"w": (3,)}}
+        models.save_packed(saved / "packed", TRAINABLE | {"llama": {"w": np.ones(3, np.float32)}}, {})
+    there = stored.stored_params(saved if kind == "run" else saved / "packed")
+    assert jax.tree.map(lambda x: x.shape, there.shapes) == {"q": {"w": (2, 3)}, "llama": {"w": (3,)}}
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
-    read = stored.load({"q": {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16, sharding=where)}})
+    read = there.load({"q": {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16, sharding=where)}})
     assert read["q"]["w"].sharding == where and read["q"]["w"].dtype == jnp.bfloat16 and "llama" not in read
     np.testing.assert_array_equal(read["q"]["w"], TRAINABLE["q"]["w"])
 
 
 def test_load_params_merges_frozen_and_trainable_with_their_dtypes(saved):
-    params = checkpoints.load_params(saved)
+    params = stored.load_params(saved)
     assert params["llama"]["w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(params["q"]["w"], TRAINABLE["q"]["w"])
 
 
 def test_another_shape_is_refused_by_name(saved):
-    run = checkpoints.RunCheckpoints(saved / "checkpoints")
+    run = run_steps.RunCheckpoints(saved / "checkpoints")
     wrong = train_tree()
     wrong["trainable"] = {"q": {"w": jnp.zeros((2, 4))}}
     with pytest.raises(InputError, match=r"trainable/q/w.*\(2, 3\).*\(2, 4\)"):
@@ -77,39 +78,37 @@ def test_another_shape_is_refused_by_name(saved):
 
 
 def test_mismatch_lists_both_directions():
-    lines = checkpoints.describe_mismatch({"a": np.zeros(2), "b": np.zeros(1)}, {"b": np.zeros(3), "c": np.zeros(1)})
+    lines = digests.describe_mismatch({"a": np.zeros(2), "b": np.zeros(1)}, {"b": np.zeros(3), "c": np.zeros(1)})
     assert len(lines) == 3 and "a: missing" in lines[0] and "c: unknown" in lines[1] and "(3,)" in lines[2]
 
 
 def test_packed_round_trip_and_damage(tmp_path):
-    checkpoints.save_packed(
-        tmp_path, {"a": {"w": np.float32([0.5, 2])}, "n": np.int32([3])}, {"model": "tiny"}, np.float16
-    )
-    tree = checkpoints.load_params(tmp_path)
+    models.save_packed(tmp_path, {"a": {"w": np.float32([0.5, 2])}, "n": np.int32([3])}, {"model": "tiny"}, np.float16)
+    tree = stored.load_params(tmp_path)
     assert tree["a"]["w"].dtype == np.float32 and tree["n"].dtype == np.int32
     np.testing.assert_array_equal(tree["a"]["w"], [0.5, 2])
-    file = tmp_path / checkpoints.PACKED
+    file = tmp_path / models.PACKED
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(InputError, match="cannot be read"):
-        checkpoints.load_params(tmp_path)
+        stored.load_params(tmp_path)
 
 
 def streamed(array, stacked):
     indices = list(np.ndindex(array.shape[:stacked]))
-    return checkpoints.Streamed(array.shape, array.dtype, stacked, lambda: ((i, array[i]) for i in indices[::-1]))
+    return orbax.Streamed(array.shape, array.dtype, stacked, lambda: ((i, array[i]) for i in indices[::-1]))
 
 
 @pytest.fixture
 def imported(tmp_path, monkeypatch):
     """A tree written part by part, in chunks far smaller than its leaves."""
-    monkeypatch.setattr(checkpoints, "CHUNK", 2**12)
+    monkeypatch.setattr(orbax, "CHUNK", 2**12)
     rng = np.random.default_rng(0)
     tree = {
         "kernel": rng.normal(size=(3, 64, 80)).astype(jnp.bfloat16),
         "b": {"head": rng.normal(size=(2, 3, 32, 40)), "n": np.int32([3])},
     }
-    checkpoints.save_streamed(
-        tmp_path / checkpoints.IMPORTED,
+    orbax.save_streamed(
+        tmp_path / models.IMPORTED,
         {
             "kernel": streamed(tree["kernel"], 1),
             "b/head": streamed(tree["b"]["head"].astype(np.float16), 2),
@@ -122,19 +121,19 @@ def imported(tmp_path, monkeypatch):
 
 def test_a_streamed_tree_restores_bit_for_bit(imported):
     folder, tree = imported
-    assert checkpoints.tree_hash(checkpoints.load_params(folder)) == checkpoints.tree_hash(tree)
+    assert digests.tree_hash(stored.load_params(folder)) == digests.tree_hash(tree)
 
 
 def test_a_streamed_leaf_is_stored_in_chunks_that_a_shard_can_be_read_from(imported):
     folder, _ = imported
-    found = checkpoints.ocp.metadata(checkpoints.epath.Path(folder) / checkpoints.IMPORTED).metadata
+    found = stored.ocp.metadata(stored.epath.Path(folder) / models.IMPORTED).metadata
     for leaf, stacked in ((found["kernel"], 1), (found["b"]["head"], 2)):
         chunk = leaf.storage_metadata.chunk_shape
-        assert chunk[:stacked] == (1,) * stacked and np.prod(chunk) * leaf.dtype.itemsize <= checkpoints.CHUNK
+        assert chunk[:stacked] == (1,) * stacked and np.prod(chunk) * leaf.dtype.itemsize <= orbax.CHUNK
 
 
 def test_only_one_part_of_a_large_leaf_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CHUNK", 2**20)
+    monkeypatch.setattr(orbax, "CHUNK", 2**20)
     parts, side = 16, 1024
 
     def measured():
@@ -144,13 +143,12 @@ def test_only_one_part_of_a_large_leaf_is_in_memory(tmp_path, monkeypatch):
 
     tracemalloc.start()
     try:
-        checkpoints.save_streamed(
-            tmp_path / checkpoints.IMPORTED,
-            {"w": checkpoints.Streamed((parts, side, side), np.dtype(np.float32), 1, measured)},
+        orbax.save_streamed(
+            tmp_path / models.IMPORTED, {"w": orbax.Streamed((parts, side, side), np.dtype(np.float32), 1, measured)}
         )
     finally:
         tracemalloc.stop()
-    assert checkpoints.load_params(tmp_path)["w"][:, 0, 0].tolist() == list(range(parts))
+    assert stored.load_params(tmp_path)["w"][:, 0, 0].tolist() == list(range(parts))
 
 
 @pytest.mark.parametrize(
@@ -164,11 +162,11 @@ def test_only_one_part_of_a_large_leaf_is_in_memory(tmp_path, monkeypatch):
 )
 def test_parts_that_do_not_make_the_leaf_leave_no_checkpoint(parts, problem, tmp_path):
     with pytest.raises(ValueError, match=problem):
-        checkpoints.save_streamed(
-            tmp_path / checkpoints.IMPORTED, {"w": checkpoints.Streamed((2, 2), np.dtype(np.float32), 1, lambda: parts)}
+        orbax.save_streamed(
+            tmp_path / models.IMPORTED, {"w": orbax.Streamed((2, 2), np.dtype(np.float32), 1, lambda: parts)}
         )
     with pytest.raises(InputError, match="neither"):
-        checkpoints.load_params(tmp_path)
+        stored.load_params(tmp_path)
 
 
 def test_a_damaged_imported_model_is_named(imported):
@@ -176,24 +174,24 @@ def test_a_damaged_imported_model_is_named(imported):
     for file in folder.rglob("ocdbt.process_0/d/*"):
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(InputError, match="params.*cannot be read"):
-        checkpoints.load_params(folder)
+        stored.load_params(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(InputError, match="neither a training run nor an imported or packed model"):
-        checkpoints.load_params(tmp_path)
+        stored.load_params(tmp_path)
 
 
 def test_hash_sees_names_values_and_dtypes():
-    base = checkpoints.tree_hash({"a": np.zeros(2, np.float32)})
-    assert base == checkpoints.tree_hash({"a": jnp.zeros(2)})
+    base = digests.tree_hash({"a": np.zeros(2, np.float32)})
+    assert base == digests.tree_hash({"a": jnp.zeros(2)})
     others = [{"b": np.zeros(2, np.float32)}, {"a": np.ones(2, np.float32)}, {"a": np.zeros(2, np.int32)}]
-    assert all(base != checkpoints.tree_hash(tree) for tree in others)
+    assert all(base != digests.tree_hash(tree) for tree in others)
 
 
 def test_saves_in_quick_succession_are_all_kept(tmp_path):
     """A save that comes while the one before is being written waits for it; it is not dropped."""
-    run = checkpoints.RunCheckpoints(tmp_path / "checkpoints", keep=4)
+    run = run_steps.RunCheckpoints(tmp_path / "checkpoints", keep=4)
     for step in (1, 2, 3):
         run.save(step, {"step": jnp.int32(step), "trainable": {"kernel": jnp.full((4096, 1024), step, float)}})
     run.wait()
@@ -202,7 +200,7 @@ def test_saves_in_quick_succession_are_all_kept(tmp_path):
 
 @pytest.fixture
 def two_steps(tmp_path):
-    run = checkpoints.RunCheckpoints(tmp_path / "checkpoints", keep=3)
+    run = run_steps.RunCheckpoints(tmp_path / "checkpoints", keep=3)
     run.save_frozen(FROZEN, {})
     for step in (3, 6):
         run.save(step, train_tree() | {"step": jnp.int32(step)})
@@ -221,8 +219,8 @@ def damage(step):
 def test_a_damaged_step_is_set_aside_and_the_one_before_taken(two_steps, capsys):
     damage(two_steps / "checkpoints" / "6" / "train")
     with pytest.raises(InputError, match=r"checkpoints/6.*this step is damaged: .*step 3, the one before"):
-        checkpoints.load_params(two_steps)
-    run = checkpoints.RunCheckpoints(two_steps / "checkpoints", keep=3)
+        stored.load_params(two_steps)
+    run = run_steps.RunCheckpoints(two_steps / "checkpoints", keep=3)
     assert run.latest == 6
     assert int(run.restore(train_tree())["step"]) == 3 and run.latest == 3
     said = capsys.readouterr().err
@@ -230,20 +228,20 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(two_steps, capsys)
     run.save(6, train_tree() | {"step": jnp.int32(6)})
     run.wait()
     assert {path.name for path in (two_steps / "checkpoints").iterdir()} >= {"3", "6", "6.damaged"}
-    np.testing.assert_array_equal(checkpoints.load_params(two_steps)["q"]["w"], TRAINABLE["q"]["w"])
+    np.testing.assert_array_equal(stored.load_params(two_steps)["q"]["w"], TRAINABLE["q"]["w"])
 
 
 def test_without_a_sound_step_nothing_is_moved_and_the_newest_is_named(two_steps):
     for step in ("3", "6"):
         damage(two_steps / "checkpoints" / step / "train")
     with pytest.raises(InputError, match="checkpoints/6"):
-        checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())
+        run_steps.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())
     assert {"3", "6"} <= {path.name for path in (two_steps / "checkpoints").iterdir()}
 
 
 def test_a_step_under_the_name_of_another_is_not_taken_for_it(two_steps, capsys):
     (two_steps / "checkpoints" / "6").rename(two_steps / "checkpoints" / "9")
-    assert int(checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 3
+    assert int(run_steps.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 3
     assert "is step 6" in capsys.readouterr().err
 
 
@@ -252,43 +250,43 @@ def test_what_is_no_step_stops_no_run(two_steps, capsys):
         (two_steps / "checkpoints" / name).mkdir()
     (two_steps / "checkpoints" / "12" / "notes.txt").write_text("mine")
     (two_steps / "checkpoints" / "15").write_text("a file")
-    np.testing.assert_array_equal(checkpoints.load_params(two_steps)["q"]["w"], TRAINABLE["q"]["w"])
-    run = checkpoints.RunCheckpoints(two_steps / "checkpoints", keep=9)
+    np.testing.assert_array_equal(stored.load_params(two_steps)["q"]["w"], TRAINABLE["q"]["w"])
+    run = run_steps.RunCheckpoints(two_steps / "checkpoints", keep=9)
     assert int(run.restore(train_tree())["step"]) == 6
     assert "checkpoints/12 holds no step; it is set aside as 12.damaged" in capsys.readouterr().err
     assert (two_steps / "checkpoints" / "12.damaged" / "notes.txt").read_text() == "mine"
     for step in (9, 12, 15):
         run.save(step, train_tree() | {"step": jnp.int32(step)})
     run.wait()
-    assert checkpoints.RunCheckpoints(two_steps / "checkpoints").latest == 15
+    assert run_steps.RunCheckpoints(two_steps / "checkpoints").latest == 15
 
 
 def test_a_run_without_digests_goes_on_and_says_that_it_is_not_verified(two_steps, capsys):
     for step in ("3", "6"):
-        file = two_steps / "checkpoints" / step / checkpoints.STEP_METADATA
+        file = two_steps / "checkpoints" / step / run_steps.STEP_METADATA
         file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
     manifest = json.loads((two_steps / "checkpoints" / "manifest.json").read_text())
     del manifest["frozen"]
     (two_steps / "checkpoints" / "manifest.json").write_text(json.dumps(manifest))
-    assert int(checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 6
-    checkpoints.load_params(two_steps)
+    assert int(run_steps.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 6
+    stored.load_params(two_steps)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all("it is not verified" in line for line in said)
 
 
 def test_values_that_are_not_finite_are_not_saved_and_the_step_before_is_restored(two_steps):
-    run = checkpoints.RunCheckpoints(two_steps / "checkpoints")
+    run = run_steps.RunCheckpoints(two_steps / "checkpoints")
     ruined = train_tree() | {"trainable": {"q": {"w": TRAINABLE["q"]["w"].at[0, 0].set(jnp.inf)}}}
     with pytest.raises(InputError, match="checkpoints/9.*1 tensors are not finite: trainable/q/w.*step 6 before it"):
         run.save(9, ruined | {"step": jnp.int32(9)})
-    assert int(checkpoints.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 6
+    assert int(run_steps.RunCheckpoints(two_steps / "checkpoints").restore(train_tree())["step"]) == 6
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.int32, np.int8, bool])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (2, 0)])
 def test_what_lies_on_an_accelerator_has_the_same_digest(dtype, shape):
     leaf = np.random.default_rng(0).normal(size=shape).astype(dtype)
-    assert int(checkpoints._placed_checksum(jnp.asarray(leaf))) == checkpoints._checksum(leaf)
+    assert int(digests._placed_checksum(jnp.asarray(leaf))) == digests._checksum(leaf)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8, np.float64, np.int64])
@@ -298,43 +296,43 @@ def test_every_single_bit_changes_the_digest(dtype):
     for place in np.ndindex(bits.shape):
         for bit in range(8):
             bits[place] ^= 1 << bit
-            digests.add(checkpoints.leaf_digests({"w": leaf})["w"])
+            digests.add(digests.leaf_digests({"w": leaf})["w"])
             bits[place] ^= 1 << bit
-    assert checkpoints.leaf_digests({"w": leaf})["w"] not in digests
+    assert digests.leaf_digests({"w": leaf})["w"] not in digests
 
 
 def test_a_packed_model_knows_its_values_its_config_and_its_tokenizer(tmp_path, golden):
     tokenizer = Tokenizer.load(golden / "weights/llama")
-    checkpoints.save_packed(tmp_path, {"a": {"w": np.float32([0.5, 2])}}, {"alpha": 16}, tokenizer=tokenizer)
-    checkpoints.load_params(tmp_path)
+    models.save_packed(tmp_path, {"a": {"w": np.float32([0.5, 2])}}, {"alpha": 16}, tokenizer=tokenizer)
+    stored.load_params(tmp_path)
     for name, change in (
-        (checkpoints.PACKED, lambda c: c[:-1] + bytes([c[-1] ^ 1])),
-        (checkpoints.PACKED, lambda c: c.replace(b"F32", b"I32")),
+        (models.PACKED, lambda c: c[:-1] + bytes([c[-1] ^ 1])),
+        (models.PACKED, lambda c: c.replace(b"F32", b"I32")),
         ("config.json", lambda c: c.replace(b"16", b"17")),
         ("tokenizer.json", lambda c: c + b" "),
     ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(change(before))
         with pytest.raises(InputError, match=f"{name}.*written"):
-            checkpoints.load_params(tmp_path)
+            stored.load_params(tmp_path)
         (tmp_path / name).write_bytes(before)
-    checkpoints.load_params(tmp_path)
+    stored.load_params(tmp_path)
 
 
 def test_integers_of_the_width_of_the_floats_do_not_fit_a_model():
-    (line,) = checkpoints.describe_mismatch({"a": np.zeros(2, np.float32)}, {"a": np.zeros(2, np.int32)})
+    (line,) = digests.describe_mismatch({"a": np.zeros(2, np.float32)}, {"a": np.zeros(2, np.int32)})
     assert line == "a: checkpoint int32, model float32"
 
 
 def test_the_config_and_the_tokenizer_of_a_run_are_those_that_it_wrote(two_steps):
     for name in ("config.json", "tokenizer.json"):
         (two_steps / name).write_text('{"alpha": 16}')
-    run = checkpoints.RunCheckpoints(two_steps / "checkpoints")
+    run = run_steps.RunCheckpoints(two_steps / "checkpoints")
     run.note_description()
-    checkpoints.load_params(two_steps)
+    stored.load_params(two_steps)
     for name, content in (("config.json", '{"alpha": 17}'), ("tokenizer.json", None)):
         (two_steps / name).write_text(content) if content else (two_steps / name).unlink()
         with pytest.raises(InputError, match=f"{name}.*(not what was written|is missing)"):
-            checkpoints.load_params(two_steps)
+            stored.load_params(two_steps)
         (two_steps / name).write_text('{"alpha": 16}')
     assert run.manifest["frozen_hash"]

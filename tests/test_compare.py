@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from crab_jax import compare as verb
-from crab_jax import evaluate, predictions
-from crab_jax.errors import InputError
+from crab_jax.evaluation import judging, predictions
+from crab_jax.evaluation.scoring import Answer, judge
 from crab_jax.inference import read_answer
-from crab_jax.scoring import Answer, judge
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example, write_jsonl
 
@@ -52,7 +52,7 @@ def folders(tmp_path):
                 out / predictions.FILE, (read_answer(e, text, None) for e, text in zip(EXAMPLES, texts, strict=False))
             )
         )
-        (out / evaluate.DESCRIPTION).write_text(json.dumps({"data": str(tmp_path), "split": "test"}))
+        (out / judging.DESCRIPTION).write_text(json.dumps({"data": str(tmp_path), "split": "test"}))
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_bad_folders_are_named(folders, capsys):
     assert code(folders / "a", folders) == 2 and "evaluation.json" in capsys.readouterr().err
     assert code(folders / "a", folders / "b", "--tasks", "ave") == 2
     assert "no sample in common" in capsys.readouterr().err
-    (folders / "b" / evaluate.DESCRIPTION).write_text("{}")
+    (folders / "b" / judging.DESCRIPTION).write_text("{}")
     with pytest.raises(InputError, match="damaged"):
         verb.judged_samples(folders / "b", "", ())
 

@@ -13,11 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import finetune
 from crab_jax import compile as verb
-from crab_jax import defaults, hlo, layout, losses, optim, sharding, train
+from crab_jax import defaults, losses, optim
+from crab_jax.aot import hlo
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.models.llama import Llama, LlamaConfig
+from crab_jax.parallel import sharding
+from crab_jax.runs import run_mesh
+from crab_jax.training import train_step
 from data_pipelines.batching import Bucket
 
 needs_libtpu = pytest.mark.skipif(
@@ -202,7 +206,7 @@ def test_moments_and_gradients_exist_for_trainables_only(lora, devices):
 @pytest.mark.exhaustive
 def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora, devices):
     config, report = lora
-    mesh, model = layout.mesh_of(config, devices), Crab(config.model)
+    mesh, model = run_mesh.mesh_of(config, devices), Crab(config.model)
     state, frozen = verb.abstract_state(config, mesh)
     batch = verb.abstract_batch(config, WIDE, config.mixture.batch_size, sharding.batch_sharding(mesh))
 
@@ -214,7 +218,7 @@ def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora
                 deterministic=False,
                 rngs={"dropout": jax.random.key(0)},
             )
-            rows = train.loss_rows(out, batch)
+            rows = train_step.loss_rows(out, batch)
             return losses.total({name: losses.pool(term) for name, term in rows.items()}, config.loss)
 
     memory = jax.jit(forward).lower(state.trainable, frozen, batch).compile().memory_analysis()

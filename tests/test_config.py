@@ -7,13 +7,14 @@ import flax.linen as nn
 import jax
 import pytest
 
-from crab_jax import defaults, runs
+from crab_jax import defaults
 from crab_jax.config import parse_flags, resolve
 from crab_jax.convert.importing import load_run_config
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.models.presets import MODELS
 from crab_jax.optim import split
+from crab_jax.runs import run_params
 
 STAGES = ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "finetune_avs", "tiny_pretrain", "tiny")
 
@@ -21,7 +22,7 @@ STAGES = ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "fine
 @pytest.fixture(scope="module")
 def shapes():
     """Parameter shapes of the full-size model; nothing is allocated."""
-    return nn.unbox(runs.abstract_params(Crab(resolve(defaults.base()).model)))
+    return nn.unbox(run_params.abstract_params(Crab(resolve(defaults.base()).model)))
 
 
 def millions(tree, *parts: str) -> float:

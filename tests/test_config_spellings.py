@@ -3,7 +3,7 @@
 import pytest
 
 from crab_jax.config import parse_flags
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 
 def parsed(*overrides: str):

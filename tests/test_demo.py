@@ -3,7 +3,8 @@
 import json
 import types
 
-from crab_jax import demo, evaluate, report
+from crab_jax import evaluate, report
+from crab_jax.tiny import demo
 from data_pipelines.examples import Example
 
 

@@ -17,9 +17,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import tiny
-from crab_jax import checkpoints, distributed, packaged, peers, runs
+from crab_jax.checkpoints import digests
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io import packaged
+from crab_jax.io.errors import InputError
+from crab_jax.parallel import distributed, peers
+from crab_jax.runs import run_folder
 from tests.test_train import SMALL
 
 HOST, COUNT, INDEX = distributed.EXPLICIT
@@ -133,13 +136,15 @@ def test_what_processes_may_not_differ_in(tmp_path):
     """Seeds, sizes, versions, starting weights; not where a host has its data."""
     config = tiny.get_config()
     config.data.root, config.init_from = "/a", "warm_start"
-    base = runs.shared(resolve(config))
+    base = run_folder.shared(resolve(config))
     config.data.root, config.init_from = "/b", str(shutil.copytree(packaged.located("warm_start"), tmp_path / "copy"))
-    assert runs.shared(resolve(config)) == base
+    assert run_folder.shared(resolve(config)) == base
     (tmp_path / "copy" / "manifest.json").write_bytes(b"{}")
-    assert {key for key, value in runs.shared(resolve(config)).items() if value != base[key]} == {"config.init_from"}
+    assert {key for key, value in run_folder.shared(resolve(config)).items() if value != base[key]} == {
+        "config.init_from"
+    }
     config.seed += 1
-    assert "config.seed" in {key for key, value in runs.shared(resolve(config)).items() if value != base[key]}
+    assert "config.seed" in {key for key, value in run_folder.shared(resolve(config)).items() if value != base[key]}
     assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} < distributed.program().keys()
 
 
@@ -324,8 +329,8 @@ import sys, time
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from crab_jax import distributed
-from crab_jax.errors import InputError, run_verb
-from crab_jax.watchdog import Watchdog
+from crab_jax.io.errors import InputError, run_verb
+from crab_jax.parallel.watchdog import Watchdog
 
 def main():
     with distributed.together():
@@ -459,4 +464,4 @@ def test_the_hash_adds_over_shards(monkeypatch):
         addressable_shards = [Part(index) for index in (np.s_[0:2, 0:1, 2:4], np.s_[:, :, 0:2], np.s_[0:2, 1:3, 2:4])]
 
     Leaf.__abstractmethods__ = frozenset()
-    assert checkpoints._checksum(Leaf()) == checkpoints._checksum(whole) != checkpoints._checksum(whole[:, ::-1])
+    assert digests._checksum(Leaf()) == digests._checksum(whole) != digests._checksum(whole[:, ::-1])

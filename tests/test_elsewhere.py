@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from configs import tiny
-from crab_jax import compile_cache, inspect, runs
+from crab_jax import router
+from crab_jax.aot import compile_cache
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_data
 from data_pipelines import decoded, mixture
 from data_pipelines.shards import Decoding
 
@@ -69,23 +71,25 @@ def test_the_cache_of_the_training_machine_is_none_here(monkeypatch):
     config = tiny.get_config()
     config.data.cache_dir = "runs/recipe/cache"
     config = resolve(config)
-    runs.eval_batches([], "", config, None, 1)
-    runs.eval_batches([], "", config, None, 1, cache_dir="asked/for")
-    list(inspect.answered_batches([], "", config, None, 1))
+    run_data.eval_batches([], "", config, None, 1)
+    run_data.eval_batches([], "", config, None, 1, cache_dir="asked/for")
+    list(router.answered_batches([], "", config, None, 1))
     assert [one.cache_dir for one in seen] == ["", "asked/for", ""]
 
 
 def test_the_data_root_of_training_is_taken_where_it_is_there(tmp_path):
     config = tiny.get_config()
     config.data.root = str(tmp_path)
-    assert runs.data_root("", resolve(config)) == tmp_path and runs.data_root("other", resolve(config)) == Path("other")
+    assert run_data.data_root("", resolve(config)) == tmp_path and run_data.data_root("other", resolve(config)) == Path(
+        "other"
+    )
     for root, said in (
         ("/on/that/machine", "trained on /on/that/machine, which is no folder here; give --data=DIR"),
         ("", "trained without one"),
     ):
         config.data.root = root
         with pytest.raises(InputError, match=said):
-            runs.data_root("", resolve(config))
+            run_data.data_root("", resolve(config))
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,21 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from crab_jax import charts, defaults, inference, layout, report, runs, scoring, sharding
+from crab_jax import defaults, inference
 from crab_jax import evaluate as verb
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
-from crab_jax.evaluate import check_labels, parse_arguments, select
+from crab_jax.evaluate import parse_arguments, select
+from crab_jax.evaluation import judging, scoring
+from crab_jax.evaluation.judging import check_labels
+from crab_jax.io.errors import InputError
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.llama import KVCache, LlamaConfig
+from crab_jax.parallel import sharding
+from crab_jax.reports import answer_pictures
+from crab_jax.runs import run_folder, run_mesh, run_params
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
+from crab_jax.visualize import charts
 from data_pipelines.av_uie import labels
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, write_jsonl
@@ -160,9 +166,9 @@ def run(root, monkeypatch, model, tokenizer, *flags):
     for example in EXAMPLES[2:]:
         Image.fromarray((HALF * (5 if example.id == "c" else 255)).astype(np.uint8)).save(root / example.mask)
     config = run_config(root)
-    monkeypatch.setattr(runs, "load_config", lambda path: config)
-    monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
-    monkeypatch.setattr(runs, "load_model", lambda path, weights, mesh: (model, {}, config, tokenizer))
+    monkeypatch.setattr(run_folder, "load_config", lambda path: config)
+    monkeypatch.setattr(run_mesh, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(run_params, "load_model", lambda path, weights, mesh: (model, {}, config, tokenizer))
 
     def eval_batches(examples, root, config, tokenizer, batch_size, **changes):
         asked.update(changes)
@@ -218,9 +224,11 @@ def answering(tmp_path, monkeypatch, tokenizer):
             return answered(todo, rng, deaths)
 
         config = run_config(tmp_path, **dict(changes))
-        monkeypatch.setattr(runs, "load_config", lambda path: config)
-        monkeypatch.setattr(layout, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
-        monkeypatch.setattr(runs, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, tokenizer))
+        monkeypatch.setattr(run_folder, "load_config", lambda path: config)
+        monkeypatch.setattr(run_mesh, "serving_mesh", lambda *asked: sharding.make_mesh(devices=jax.devices()[:1]))
+        monkeypatch.setattr(
+            run_params, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, tokenizer)
+        )
         monkeypatch.setattr(verb, "predict_examples", predict_examples)
         arguments = ["--out", str(tmp_path / out), "--examples", "0", *flags]
         if "--predictions" not in flags:
@@ -427,8 +435,8 @@ def test_a_true_mask_is_compared_with_its_picture_wherever_they_meet(tmp_path, m
         write_jsonl(tmp_path / "test.jsonl", [example])
         (tmp_path / "predictions.jsonl").write_text(json.dumps({"id": "x", "task": "s4", "text": "", "mask": None}))
         for use, arguments in (
-            (verb.judge_folder, (tmp_path, [example], tmp_path)),
-            (report.mask_picture, (example, answer, tmp_path, "shown")),
+            (judging.judge_folder, (tmp_path, [example], tmp_path)),
+            (answer_pictures.mask_picture, (example, answer, tmp_path, "shown")),
             (labels.places, (example, tmp_path)),
         ):
             if fits:
@@ -437,7 +445,7 @@ def test_a_true_mask_is_compared_with_its_picture_wherever_they_meet(tmp_path, m
                 with pytest.raises(InputError, match="is 20x12, but its picture is 12x20"):
                     use(*arguments)
     (tmp_path / "p.png").unlink()
-    verb.judge_folder(tmp_path, [example], tmp_path)  # what is scored needs masks alone
+    judging.judge_folder(tmp_path, [example], tmp_path)  # what is scored needs masks alone
 
 
 def test_predictions_are_scored_without_a_model_as_with_one(answering):

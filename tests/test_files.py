@@ -6,14 +6,18 @@ import shutil
 import numpy as np
 import pytest
 
-from crab_jax import files, predictions, runs, train
-from crab_jax.checkpoints import PACKED, stored_params
+from crab_jax.checkpoints.models import PACKED
+from crab_jax.checkpoints.stored import stored_params
 from crab_jax.convert import importing, released, torch_file
-from crab_jax.errors import InputError
-from crab_jax.predictions import read_rows
-from crab_jax.request import read_samples
-from crab_jax.runs import load_config
-from crab_jax.structured import read_json
+from crab_jax.evaluation import predictions
+from crab_jax.evaluation.predictions import read_rows
+from crab_jax.io import files, stored_tensors
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import read_json
+from crab_jax.questions import read_samples
+from crab_jax.runs import run_data
+from crab_jax.runs.run_folder import load_config
+from crab_jax.training import metrics_log
 from data_pipelines import media
 from data_pipelines.examples import read_jsonl
 from data_pipelines.tokens import Tokenizer
@@ -37,7 +41,7 @@ def llama_directory(path):
 
 
 READERS = {
-    "model.safetensors": torch_file.read_safetensors,
+    "model.safetensors": stored_tensors.read_safetensors,
     "weights.bin": torch_file.read,
     "BEATs.pt": torch_file.read,
     PACKED: lambda path: stored_params(path.parent),
@@ -173,14 +177,14 @@ TAILS = [
 def test_what_a_power_cut_leaves_at_the_end_of_a_log_is_cut_off(tail, tmp_path, capsys):
     path = tmp_path / "skipped.0.jsonl"
     path.write_bytes(LINES + tail)
-    assert list(runs.skipped_examples(tmp_path)) == [1, 2]
+    assert list(run_data.skipped_examples(tmp_path)) == [1, 2]
     files.cut_tail(path)
     assert path.read_bytes() == LINES
     assert (f"{path}: the last {len(tail):,} bytes" in capsys.readouterr().err) == bool(tail.strip())
     (tmp_path / "predictions.jsonl").write_bytes(LINES + tail)
     assert list(predictions.read_all(tmp_path)) == ["a", "b"]
     (tmp_path / "metrics.jsonl").write_bytes(LINES + tail)
-    train.keep_until(tmp_path / "metrics.jsonl", 1)
+    metrics_log.keep_until(tmp_path / "metrics.jsonl", 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[: LINES.index(b"\n") + 1]
 
 
@@ -190,7 +194,7 @@ def test_a_line_without_its_end_is_ended_and_one_that_cannot_be_read_left_out(tm
     files.cut_tail(path)
     assert path.read_bytes() == LINES and not capsys.readouterr().err
     path.write_bytes(LINES.replace(b"\n", b"\n\0\0\0\n", 1))
-    train.keep_until(path, 2)
+    metrics_log.keep_until(path, 2)
     assert path.read_bytes() == LINES and "1 lines cannot be read" in capsys.readouterr().err
     path.write_bytes(bytes(100))
     files.cut_tail(path)

@@ -9,9 +9,9 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crab_jax import checkpoints, finite
-from crab_jax.errors import InputError
+from crab_jax.checkpoints import finite, models, orbax, run_steps, stored
 from crab_jax.inference import check_finite
+from crab_jax.io.errors import InputError
 from data_pipelines.examples import Example
 
 FLOATS = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn]
@@ -49,21 +49,21 @@ def tree():
 
 
 def packed(folder, params):
-    checkpoints.save_packed(folder, params, {})
+    models.save_packed(folder, params, {})
 
 
 def imported(folder, params):
-    checkpoints.save_streamed(
-        folder / checkpoints.IMPORTED,
+    orbax.save_streamed(
+        folder / models.IMPORTED,
         {
-            path: checkpoints.Streamed(leaf.shape, leaf.dtype, 0, lambda leaf=leaf: [((), leaf)])
+            path: orbax.Streamed(leaf.shape, leaf.dtype, 0, lambda leaf=leaf: [((), leaf)])
             for path, leaf in traverse_util.flatten_dict(params, sep="/").items()
         },
     )
 
 
 def run(folder, params):
-    store = checkpoints.RunCheckpoints(folder / "checkpoints")
+    store = run_steps.RunCheckpoints(folder / "checkpoints")
     store.save_frozen({"clip": params["clip"]}, {})
     store.save(1, {"trainable": {"llama": params["llama"]}})
     store.wait()
@@ -83,24 +83,24 @@ def test_every_kind_of_checkpoint_is_refused_by_the_name_of_what_is_broken(store
         params,
     )
     name = "llama/kernel" if place == "llama" else "clip/scale"
-    stored = checkpoints.stored_params(tmp_path)
-    for load in (stored.load, lambda: stored.load(wanted), lambda: stored.some([name])):
+    kept = stored.stored_params(tmp_path)
+    for load in (kept.load, lambda: kept.load(wanted), lambda: kept.some([name])):
         with pytest.raises(InputError, match=rf"\[{name}\]: 1 tensors are not finite: {name} has 1 of"):
             load()
     leaf.reshape(-1)[-1] = 0
     store(tmp_path / "sound", params)
-    checkpoints.stored_params(tmp_path / "sound").load(wanted)
+    stored.stored_params(tmp_path / "sound").load(wanted)
 
 
 def test_a_run_does_not_go_on_from_values_that_are_none(tmp_path, monkeypatch):
-    store = checkpoints.RunCheckpoints(tmp_path)
+    store = run_steps.RunCheckpoints(tmp_path)
     train = {"trainable": {"w": jnp.array([1.0, jnp.nan])}, "step": jnp.int32(1)}
     with monkeypatch.context() as patch:
         patch.setattr(finite, "check", lambda tree, where: tree)  # as an older version wrote it
         store.save(1, train)
         store.wait()
     with pytest.raises(InputError, match="trainable/w.*1 NaN"):
-        checkpoints.RunCheckpoints(tmp_path).restore(train)
+        run_steps.RunCheckpoints(tmp_path).restore(train)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -111,14 +111,14 @@ def test_a_step_that_is_not_finite_is_not_saved_and_the_last_good_one_stays(plac
             {name: jnp.array([1.0, bad.get(name, 2.0)]) for name in ("trainable/w", "opt/mu/w")}, sep="/"
         )
 
-    store = checkpoints.RunCheckpoints(tmp_path)
+    store = run_steps.RunCheckpoints(tmp_path)
     with pytest.raises(InputError, match=rf"{place}.*not saved, there is no step before it"):
         store.save(1, state({place: value}))
-    store = checkpoints.RunCheckpoints(tmp_path)
+    store = run_steps.RunCheckpoints(tmp_path)
     store.save(2, state({}))
     with pytest.raises(InputError, match=rf"/3 \[{place}\].*{place} has 1 of 2.*not saved, step 2 before it is whole"):
         store.save(3, state({place: value}))
-    again = checkpoints.RunCheckpoints(tmp_path)
+    again = run_steps.RunCheckpoints(tmp_path)
     assert again.latest == 2
     found = again.restore(state({}))
     assert jax.tree.all(jax.tree.map(np.array_equal, found, state({})))
@@ -128,19 +128,17 @@ def test_values_beyond_a_narrower_dtype_are_refused_while_they_become_infinite(t
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     packed(tmp_path / "largest", {"w": np.float32([1.0, -3.4e38])})  # above the largest of bfloat16 too
     with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
-        checkpoints.stored_params(tmp_path / "largest").load(
-            {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)}
-        )
+        stored.stored_params(tmp_path / "largest").load({"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)})
     params = {"w": np.float32([1.0, 70000.0])}
     packed(tmp_path, params)
     wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=here)}
-    assert np.isfinite(np.asarray(checkpoints.stored_params(tmp_path).load(wanted)["w"], np.float32)).all()
+    assert np.isfinite(np.asarray(stored.stored_params(tmp_path).load(wanted)["w"], np.float32)).all()
     wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.float16, sharding=here)}
     with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
-        checkpoints.stored_params(tmp_path).load(wanted)
+        stored.stored_params(tmp_path).load(wanted)
     with pytest.raises(InputError, match="w has 1 of 2 values not finite"):
-        checkpoints.save_packed(tmp_path / "half", params, {}, np.float16)
-    assert not (tmp_path / "half" / checkpoints.PACKED).exists()
+        models.save_packed(tmp_path / "half", params, {}, np.float16)
+    assert not (tmp_path / "half" / models.PACKED).exists()
 
 
 def test_what_lies_on_an_accelerator_is_looked_at_there():

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import checkpoints, optim
-from crab_jax.errors import InputError
+from crab_jax import optim
+from crab_jax.checkpoints import models, run_steps, stored
+from crab_jax.io.errors import InputError
 from data_pipelines import datasets, prepare, shards
 from data_pipelines.tokens import Tokenizer
 
@@ -59,7 +60,7 @@ def abstract(tree):
 def two_steps(tmp_path_factory) -> Path:
     """A workdir with steps 3 and 6."""
     folder = tmp_path_factory.mktemp("run")
-    run = checkpoints.RunCheckpoints(folder / "checkpoints")
+    run = run_steps.RunCheckpoints(folder / "checkpoints")
     run.save_frozen(FROZEN, {"lora_heads": 3})
     for step in (3, 6):
         run.save(step, train_tree(step))
@@ -75,7 +76,7 @@ def copy(folder: Path, to: Path) -> Path:
 
 def resume(workdir: Path):
     """(train state, frozen) as training takes them up."""
-    run = checkpoints.RunCheckpoints(workdir / "checkpoints")
+    run = run_steps.RunCheckpoints(workdir / "checkpoints")
     return run.restore(jax.tree.map(jnp.zeros_like, train_tree(0))), run.load_frozen(abstract(FROZEN))
 
 
@@ -86,7 +87,7 @@ def test_bits_of_a_checkpoint(two_steps, tmp_path, capsys):
         workdir = copy(two_steps, tmp_path / "run")
         file, _ = flip(workdir / "checkpoints", rng, lambda path: "checkpoints/3" in str(path))
         try:
-            params = checkpoints.load_params(workdir)
+            params = stored.load_params(workdir)
             assert same(params, jax.device_get(optim.merge(train_tree(6)["trainable"], FROZEN))), (number, file)
         except InputError as error:
             assert str(workdir) in error.where and "\n" not in str(error)
@@ -107,14 +108,14 @@ def test_bits_of_a_checkpoint(two_steps, tmp_path, capsys):
 def test_bits_of_a_packed_model(tmp_path, golden):
     params = {**FROZEN, "q": {"w": np.float32(train_tree(1)["trainable"]["q"]["w"]), "n": np.int32([3, 4])}}
     tokenizer = Tokenizer.load(golden / "weights/llama")
-    checkpoints.save_packed(tmp_path, params, {"alpha": 16, "lr": 0.5}, tokenizer=tokenizer)
+    models.save_packed(tmp_path, params, {"alpha": 16, "lr": 0.5}, tokenizer=tokenizer)
     rng, found, harmless = np.random.default_rng(2), 0, 0
-    whole = checkpoints.load_params(tmp_path)
+    whole = stored.load_params(tmp_path)
     for number in range(FLIPS):
         # Half of them in the parameters, which are small beside the tokenizer.
-        file, before = flip(tmp_path, rng, lambda path, half=number % 2: half and path.name != checkpoints.PACKED)
+        file, before = flip(tmp_path, rng, lambda path, half=number % 2: half and path.name != models.PACKED)
         try:
-            assert same(checkpoints.load_params(tmp_path), whole) and file.name == checkpoints.MANIFEST, (number, file)
+            assert same(stored.load_params(tmp_path), whole) and file.name == models.MANIFEST, (number, file)
             harmless += 1
         except InputError as error:
             assert str(tmp_path) in error.where and "\n" not in str(error)

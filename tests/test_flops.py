@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from crab_jax import chips, flops
+from crab_jax.aot import flops
+from crab_jax.parallel import chips
 
 TOKENS, WIDTH, LAYERS = 32, 16, 5
 X, W = jnp.ones((TOKENS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax.errors import InputError
 from crab_jax.generate import GenerateOptions, _advance, _start, generate, sample, stream
+from crab_jax.io.errors import InputError
 from crab_jax.models.llama import Llama, LlamaConfig
 
 EOS, PAD = 2, 0

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from crab_jax import hlo
+from crab_jax.aot import hlo
 
 TEXT = """HloModule jit_step, is_scheduled=true
 

@@ -10,10 +10,12 @@ from flax import traverse_util
 
 from configs import tiny
 from crab_jax import inspect as verb
-from crab_jax import runs
+from crab_jax import router
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
+from crab_jax.reports import router_page
+from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, write_jsonl
@@ -30,7 +32,7 @@ def small():
         {"sizes": {"llama": {"layers": 2}, "beats": {"layers": 1}, "visual": {"layers": 1}, "audio": {"layers": 1}}}
     )
     model, rng = Crab(resolve(config).model), np.random.default_rng(0)
-    shapes = nn.unbox(runs.abstract_params(model))
+    shapes = nn.unbox(run_params.abstract_params(model))
     return model, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 
 
@@ -60,7 +62,7 @@ def batch(small):
 def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(small, batch):
     model, params = small
     heads = model.cfg.lora.heads
-    found = verb.router_weights(model, params, [batch])
+    found = router.router_weights(model, params, [batch])
     assert list(found) == ["ave", "s4"]
     assert found["ave"].tokens.tolist() == [2, 3, 3, 1] and found["s4"].tokens.tolist() == [0, 0, 9, 3]
     for routing in found.values():
@@ -74,7 +76,7 @@ def test_router_weights_are_means_over_the_real_tokens_of_each_task_and_segment(
         np.testing.assert_allclose(entropy, np.average(routing.entropy, axis=0, weights=routing.tokens), rtol=1e-6)
 
     padded = batch.replace(tokens=np.where(np.asarray(batch.text_mask), batch.tokens, 7))
-    again = verb.router_weights(model, params, [padded, padded])
+    again = router.router_weights(model, params, [padded, padded])
     np.testing.assert_allclose(again["ave"].weights, found["ave"].weights, atol=1e-5)
     assert again["ave"].tokens.tolist() == [4, 6, 6, 2]
     assert np.abs(found["ave"].weights[2] - found["s4"].weights[2]).max() > 1e-3
@@ -84,7 +86,7 @@ def test_a_head_that_is_taken_out_adds_nothing(small):
     _, params = small
     old, cut, none = (
         traverse_util.flatten_dict(tree)
-        for tree in (params, verb.keep_heads(params, WITHOUT_2), verb.keep_heads(params, np.zeros(3)))
+        for tree in (params, router.keep_heads(params, WITHOUT_2), router.keep_heads(params, np.zeros(3)))
     )
     heads = [path for path in old if path[-1] == "lora_B"]
     assert heads and {path for path in old if not np.array_equal(old[path], cut[path])} == set(heads)
@@ -96,36 +98,45 @@ def test_a_head_that_is_taken_out_adds_nothing(small):
 def test_ablation_tells_what_each_head_does_to_text_and_masks(small, batch):
     model, params = small
     # Head 2 is empty already: without it nothing changes, and without head 1 all that is left is head 3.
-    params = verb.keep_heads(params, WITHOUT_2)
-    effects = verb.ablation(model, params, [batch, batch])
-    assert list(effects) == ["ave", "s4"] and list(effects["s4"])[0] == verb.INTACT
-    assert set(effects["ave"][verb.INTACT]) == {"text"} and set(effects["s4"][verb.INTACT]) == {"text", "bce", "dice"}
-    increase, rest = verb.increases(effects, "text"), verb.ablation(model, verb.keep_heads(params, ONLY_3), [batch])
+    params = router.keep_heads(params, WITHOUT_2)
+    effects = router.ablation(model, params, [batch, batch])
+    assert list(effects) == ["ave", "s4"] and list(effects["s4"])[0] == router.INTACT
+    assert set(effects["ave"][router.INTACT]) == {"text"} and set(effects["s4"][router.INTACT]) == {
+        "text",
+        "bce",
+        "dice",
+    }
+    increase, rest = (
+        router_page.increases(effects, "text"),
+        router.ablation(model, router.keep_heads(params, ONLY_3), [batch]),
+    )
     for task in effects:
         assert increase[task]["without head 2"] == pytest.approx(0, abs=1e-6)
         assert abs(increase[task]["without head 1"]) > 1e-4
-        assert rest[task]["without head 3"]["text"] == pytest.approx(effects[task][verb.WITHOUT_ALL]["text"], rel=1e-5)
-    assert list(verb.increases(effects, "bce")) == ["s4"]
+        assert rest[task]["without head 3"]["text"] == pytest.approx(
+            effects[task][router.WITHOUT_ALL]["text"], rel=1e-5
+        )
+    assert list(router_page.increases(effects, "bce")) == ["s4"]
 
 
 def test_the_verb_writes_json_and_plots(small, batch, tmp_path, monkeypatch, capsys):
     model, params = small
     write_jsonl(tmp_path / "test.jsonl", [Example(id="a", task="ave", instruction="?", target="!")])
-    monkeypatch.setattr(runs, "load_model", lambda path: (model, params, None, None))
-    monkeypatch.setattr(verb, "answered_batches", lambda examples, *rest: [batch])
+    monkeypatch.setattr(run_params, "load_model", lambda path: (model, params, None, None))
+    monkeypatch.setattr(router, "answered_batches", lambda examples, *rest: [batch])
     verb.router(
         verb.parse_arguments(["router", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--data", str(tmp_path)])
     )
     found = json.loads((tmp_path / "o" / "router.json").read_text())
     heads = model.cfg.lora.heads
     assert found["heads"] == heads and len(found["projections"]) == 7
-    assert set(found["routing"]["ave"]) == {"all", *verb.SEGMENTS} and set(found["routing"]["s4"]) == {
+    assert set(found["routing"]["ave"]) == {"all", *router.SEGMENTS} and set(found["routing"]["s4"]) == {
         "all",
         "text",
         "answer",
     }
     assert np.shape(found["routing"]["ave"]["visual"]["weights"]) == (2, 7, heads)
-    assert found["ablation"]["s4"][verb.WITHOUT_ALL].keys() == {"text", "bce", "dice"}
+    assert found["ablation"]["s4"][router.WITHOUT_ALL].keys() == {"text", "bce", "dice"}
     names = {path.name for path in (tmp_path / "o").iterdir()}
     assert {
         "router.html",
@@ -141,7 +152,7 @@ def test_the_verb_writes_json_and_plots(small, batch, tmp_path, monkeypatch, cap
 
 def test_bad_input_is_named(small, tmp_path, monkeypatch):
     model, params = small
-    monkeypatch.setattr(runs, "load_model", lambda path: (model, params, None, None))
+    monkeypatch.setattr(run_params, "load_model", lambda path: (model, params, None, None))
     write_jsonl(tmp_path / "test.jsonl", [Example(id="a", task="ave", instruction="?")])
     arguments = ["router", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--data", str(tmp_path)]
     with pytest.raises(InputError, match="'a'.*target"):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from crab_jax import files, locks
-from crab_jax.errors import InputError, run_verb
+from crab_jax.io import files, locks
+from crab_jax.io.errors import InputError, run_verb
 
 HOLD = """
 import sys, time
 from crab_jax import locks
-from crab_jax.errors import run_verb
+from crab_jax.io.errors import run_verb
 def main():
     with locks.locked(sys.argv[1], "--workdir", use=sys.argv[2], share=int(sys.argv[3])):
         print("mine", flush=True)
@@ -157,7 +157,7 @@ def test_of_many_that_start_at_once_one_passes(tmp_path, links, left):
 import sys, time
 from pathlib import Path
 from crab_jax import locks
-from crab_jax.errors import run_verb
+from crab_jax.io.errors import run_verb
 def wait_for(name):
     while not Path(name).exists():
         time.sleep(0.001)
@@ -255,7 +255,7 @@ def test_a_full_disk_is_told_before_the_work_and_leaves_nothing(tmp_path, monkey
 def test_a_folder_that_exists_and_may_not_be_written_to(tmp_path):
     tmp_path.chmod(0o555)
     code = (
-        "import sys\nfrom crab_jax import locks\nfrom crab_jax.errors import run_verb\n"
+        "import sys\nfrom crab_jax import locks\nfrom crab_jax.io.errors import run_verb\n"
         "run_verb(lambda: locks.locked(sys.argv[1]).__enter__())"
     )
     done = subprocess.run(
@@ -311,7 +311,7 @@ def test_a_mistake_in_the_program_stays_a_traceback(capsys):
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_console_that_cannot_show_a_name_escapes_it(encoding):
-    code = "from crab_jax.errors import run_verb\nrun_verb(lambda: print('crab \\U0001f980 \\udcff', flush=True))"
+    code = "from crab_jax.io.errors import run_verb\nrun_verb(lambda: print('crab \\U0001f980 \\udcff', flush=True))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}
     )
@@ -319,9 +319,7 @@ def test_a_console_that_cannot_show_a_name_escapes_it(encoding):
 
 
 def test_output_that_nobody_reads_ends_quietly():
-    code = (
-        "import sys\nfrom crab_jax.errors import run_verb\nrun_verb(lambda: [print('x' * 1000) for _ in range(10000)])"
-    )
+    code = "from crab_jax.io.errors import run_verb\nrun_verb(lambda: [print('x' * 1000) for _ in range(10000)])"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()
@@ -329,7 +327,7 @@ def test_output_that_nobody_reads_ends_quietly():
 
 
 def test_a_log_on_a_full_disk_is_one_line():
-    code = "from crab_jax.errors import run_verb\nrun_verb(lambda: print('x'))"
+    code = "from crab_jax.io.errors import run_verb\nrun_verb(lambda: print('x'))"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.splitlines() == [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crab_jax import losses
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.losses import BINARY, SEMANTIC, LossConfig, Term
 
 

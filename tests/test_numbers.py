@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import losses, optim, train
+from crab_jax import losses, optim
 from crab_jax.models.crab import CrabOutput
-from crab_jax.quantize import dequantize, product, quantize
-from crab_jax.watchdog import Watchdog
+from crab_jax.models.quantize import dequantize, product, quantize
+from crab_jax.parallel.watchdog import Watchdog
+from crab_jax.training import skip_guard, train_step
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.examples import Example
 
@@ -58,7 +59,7 @@ def heard(row: int, value: float) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("model", "tx", "accumulate"))
 def compiled(state, batch, model, tx, accumulate):
-    return train.train_step(
+    return train_step.train_step(
         state, {}, batch, model=model, tx=tx, loss_cfg=losses.LossConfig(), seed=0, accumulate=accumulate
     )
 
@@ -73,7 +74,7 @@ def step(batch: Batch, model: Toy | None = None, w=None, accumulate: int = 1, **
     tx = optimizer(**config)
     params = {"w": jnp.linspace(-1, 1, VOCAB) if w is None else jnp.full(VOCAB, w)}
     opt = tx.update({"w": jnp.zeros(VOCAB)}, tx.init(params), params)[1]
-    before = train.TrainState(jnp.int32(1), params, opt)
+    before = train_step.TrainState(jnp.int32(1), params, opt)
     after, metrics = compiled(before, batch, model or Toy(), tx, accumulate)
     return before, after, jax.device_get(metrics)
 
@@ -83,7 +84,7 @@ def same(a, b) -> bool:
 
 
 def said(metrics) -> str:
-    return train.SkipGuard(2, Path(), Watchdog(0), EXAMPLES).cause(metrics)
+    return skip_guard.SkipGuard(2, Path(), Watchdog(0), EXAMPLES).cause(metrics)
 
 
 def assert_skipped(before, after, metrics) -> None:

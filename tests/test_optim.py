@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from crab_jax import optim
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 PARAMS = {"a": {"w": jnp.ones((2, 3)), "lora_A": jnp.zeros(2)}, "b": {"w": jnp.ones(4)}}
 

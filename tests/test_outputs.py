@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import checkpoints, compile_cache, files, train
-from crab_jax.errors import InputError, find_input_error
+from crab_jax.aot import compile_cache
+from crab_jax.checkpoints import run_steps
+from crab_jax.io import files
+from crab_jax.io.errors import InputError, find_input_error
+from crab_jax.training import metrics_log
 from tests import kills
 from tests.test_bounds import COMMANDS, run
 from tests.test_flipped_bits import FROZEN, abstract, same, train_tree
@@ -177,7 +180,7 @@ def test_room_is_looked_for_before_the_work(tmp_path, monkeypatch):
 
 
 def test_a_run_begins_where_its_checkpoints_have_room(tmp_path, monkeypatch):
-    saved = checkpoints.RunCheckpoints(tmp_path / "checkpoints")
+    saved = run_steps.RunCheckpoints(tmp_path / "checkpoints")
     tree = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 10**8, 0, 7_000_000, 0, 0, 0, 0, 255)))
@@ -190,11 +193,11 @@ def test_a_run_begins_where_its_checkpoints_have_room(tmp_path, monkeypatch):
 
 
 def test_a_step_that_did_not_fit_ends_the_run_at_once_and_the_one_before_is_restored(tmp_path, capfd):
-    saved = checkpoints.RunCheckpoints(tmp_path / "checkpoints")
+    saved = run_steps.RunCheckpoints(tmp_path / "checkpoints")
     saved.save_frozen(FROZEN, {})
     saved.save(3, train_tree(3))
     saved.wait()
-    saved = checkpoints.RunCheckpoints(tmp_path / "checkpoints")
+    saved = run_steps.RunCheckpoints(tmp_path / "checkpoints")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     large = train_tree(6)
     large["trainable"]["q"]["w"] = jnp.asarray(np.random.default_rng(0).normal(size=(400, 300)), jnp.float32)
@@ -211,17 +214,17 @@ def test_a_step_that_did_not_fit_ends_the_run_at_once_and_the_one_before_is_rest
     found = str(find_input_error(error.value))
     assert f"{tmp_path}/checkpoints/6" in found and "File too large; make room, then start again" in found
     assert "Traceback" not in capfd.readouterr().err
-    again = checkpoints.RunCheckpoints(tmp_path / "checkpoints")
+    again = run_steps.RunCheckpoints(tmp_path / "checkpoints")
     assert again.latest == 3 and same(again.restore(abstract(train_tree(0))), train_tree(3))
     assert same(again.load_frozen(abstract(FROZEN)), FROZEN)
     again.save(6, train_tree(6))
     again.wait()
-    assert checkpoints.RunCheckpoints(tmp_path / "checkpoints").latest == 6
+    assert run_steps.RunCheckpoints(tmp_path / "checkpoints").latest == 6
 
 
 def test_tensorboard_on_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
     code = (
-        "import resource, signal, sys\nfrom pathlib import Path\nfrom crab_jax.errors import run_verb\n"
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom crab_jax.io.errors import run_verb\n"
         "from crab_jax.train import Board\nboard = Board(Path(sys.argv[1]), 0)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000,) * 2)\n"
         "run_verb(lambda: [board.add(step, {f'{n}': 0.5 for n in range(20)}) for step in range(1000)])"
@@ -239,7 +242,7 @@ def test_tensorboard_on_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
 def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    board = train.Board(tmp_path, 4)
+    board = metrics_log.Board(tmp_path, 4)
     board.add(5, {"loss": 1.5})
     board.close()
     data, events = next(tmp_path.iterdir()).read_bytes(), []

@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from crab_jax import overlay
-from data_pipelines.media import avss_palette
+from crab_jax.tasks.avs_classes import avss_palette
+from crab_jax.visualize import overlay
 
 GREY = np.full((4, 6, 3), 100, np.uint8)
 

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crab_jax import charts, clip_page, overlay, packaged, page, report, results_page
-from crab_jax.errors import InputError, cell, printable
-from crab_jax.errors import report as say
 from crab_jax.inference import Prediction
-from crab_jax.page import Html
-from crab_jax.progress import on_stderr
+from crab_jax.io import packaged
+from crab_jax.io.errors import InputError, cell, printable
+from crab_jax.io.errors import report as say
+from crab_jax.io.progress import on_stderr
+from crab_jax.reports import clip_page, evaluation_page, record_page, review_page, run_page
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import IMAGE
-from data_pipelines import sample
-from data_pipelines.av_uie import card, review
+from crab_jax.visualize import charts, overlay, page
+from crab_jax.visualize.page import Html
+from data_pipelines.av_uie import card
 from data_pipelines.batching import DataConfig
 from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
@@ -153,7 +154,7 @@ def results(text, tmp_path, tokenizer):
     row = {"n": text, "n_unparsed": text, "n_no_mask": 0, "accuracy": 0.5, TASKS["avqa"].headline: 0.5}
     answer = Prediction(asked(text), text, None, None, (text,))
     shown = [
-        (text, results_page.drawn(one, 0.5, tmp_path))
+        (text, evaluation_page.drawn(one, 0.5, tmp_path))
         for one in (
             answer,
             Prediction(
@@ -161,14 +162,14 @@ def results(text, tmp_path, tokenizer):
             ),
         )
     ]
-    results_page.write(
+    evaluation_page.write(
         tmp_path / "page.html",
         text,
         {"tasks": {"avqa": {**row, "n": 3, "n_unparsed": 0}}},
         {"avqa": {text: (0.5, 3)}},
         shown,
     )
-    run = report.ReportData(
+    run = run_page.ReportData(
         title=text,
         config={"seed": text, text: text},
         results={"tasks": {"avqa": row}, "baselines": {text: {}}},
@@ -176,7 +177,7 @@ def results(text, tmp_path, tokenizer):
         pictures={"masks": [page.Picture(b"png", text)]},
         answers=[(text,) * 4],
     )
-    report.write(tmp_path / "report.html", run)
+    run_page.write(tmp_path / "report.html", run)
     return (tmp_path / "page.html").read_text() + (tmp_path / "report.html").read_text()
 
 
@@ -196,13 +197,13 @@ def data_sample(text, tmp_path, tokenizer):
     config = DataConfig(image_size=28)
     question = f"{IMAGE}\n{text}"
     examples = [asked(text, image=name, instruction=question) for name in ("a.png", file_name(text))]
-    groups = [sample.Group("avqa", text, 2, examples)]
-    sample.page(tmp_path / "page.html", groups, {text: 3}, 2, text, tmp_path, tokenizer, config)
+    groups = [record_page.Group("avqa", text, 2, examples)]
+    record_page.page(tmp_path / "page.html", groups, {text: 3}, 2, text, tmp_path, tokenizer, config)
     return (tmp_path / "page.html").read_text()
 
 
 def reviewed(text, tmp_path, tokenizer):
-    return review.page([asked(text)], [(asked(text, image=file_name(text), mask="rle:" + text), [text])], tmp_path)
+    return review_page.page([asked(text)], [(asked(text, image=file_name(text), mask="rle:" + text), [text])], tmp_path)
 
 
 PAGES = (plain, results, clip, data_sample, reviewed)

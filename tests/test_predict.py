@@ -16,18 +16,20 @@ import soundfile
 from PIL import Image
 
 from configs import tiny
-from crab_jax import clip_page, runs
 from crab_jax import predict as verb
-from crab_jax.checkpoints import save_packed
+from crab_jax.checkpoints.models import save_packed
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
 from crab_jax.inference import read_answer
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
+from crab_jax.reports import clip_page
+from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines import fbank
 from data_pipelines import media as data_media
 from data_pipelines.given import Given
-from data_pipelines.media import avss_palette, read_audio
+from data_pipelines.media import read_audio
 from data_pipelines.tokens import Tokenizer
 
 RATE = 16000
@@ -466,7 +468,7 @@ def save_small_model(folder):
     )
     rng = np.random.default_rng(0)
     config = resolve(config)
-    shapes = nn.unbox(runs.abstract_params(Crab(config.model)))
+    shapes = nn.unbox(run_params.abstract_params(Crab(config.model)))
     save_packed(
         folder, jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), shapes), config.to_dict()
     )

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
-from crab_jax import overlay
-from crab_jax import predictions as files
-from crab_jax.errors import InputError
+from crab_jax.evaluation import predictions as files
 from crab_jax.inference import read_answer
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
+from crab_jax.visualize import overlay
 from data_pipelines.examples import Example
 from data_pipelines.media import decode_runs, read_mask
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from crab_jax.progress import Progress
+from crab_jax.io.progress import Progress
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from crab_jax import recipe, runs
+from crab_jax.runs import run_params
+from crab_jax.tiny import recipe
 
 
 @pytest.mark.exhaustive
@@ -19,7 +20,7 @@ def test_every_stage_of_the_recipe_improves_what_it_trains(tmp_path, capfd):
         lines = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["loss/text"] < lines[0]["loss/text"]
         assert lines[-1]["loss/dice"] < lines[0]["loss/dice"]
-    model, _, config, _ = runs.load_model(tmp_path / "packed")
+    model, _, config, _ = run_params.load_model(tmp_path / "packed")
     assert config.init_from == str(tmp_path / "pretrain") and model.cfg.lora.heads == 3
     results = json.loads((tmp_path / "packed" / "results.json").read_text())["tasks"]
     assert set(results) == {"avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap"}

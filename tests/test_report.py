@@ -8,6 +8,7 @@ from PIL import Image
 
 from crab_jax import report as verb
 from crab_jax.inference import read_answer
+from crab_jax.reports import run_page
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
 
@@ -33,7 +34,7 @@ def data():
     weights = rng.dirichlet((1, 2, 3), (4, 2, 7))
     routing = verb.Routing(weights, np.ones((4, 2, 7)), np.array([5, 5, 2, 0]))
     picture = verb.Picture(verb.overlay.png(np.zeros((4, 4, 3), np.uint8)), "look <here>")
-    return verb.ReportData(
+    return run_page.ReportData(
         title="Report of a & b",
         config={"seed": 3, "optim.lr": 1e-4},
         metrics=[{"step": step, **{part: 1 / step for part in parts}} for step in (10, 20, 30)],
@@ -47,7 +48,7 @@ def data():
 @pytest.fixture(scope="module")
 def page(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
-    verb.write(path, data)
+    run_page.write(path, data)
     return path.read_text()
 
 
@@ -63,7 +64,7 @@ def test_the_file_needs_nothing_but_itself(page):
 
 
 def test_every_section_is_there_and_an_empty_one_says_so(page):
-    for key, title in verb.SECTIONS.items():
+    for key, title in run_page.SECTIONS.items():
         assert f"<h2>{title}</h2>" in section(page, key) and f'href="#{key}"' in page
     assert "Not part of this report" in section(page, "times")
     assert "Not part of this report" not in section(page, "masks")
@@ -89,8 +90,8 @@ def test_scores_stand_beside_baselines_with_intervals_and_counts(page):
 
 
 def test_an_empty_report_can_be_written(tmp_path):
-    verb.write(tmp_path / "r.html", verb.ReportData("nothing yet"))
-    assert (tmp_path / "r.html").read_text().count("Not part of this report") == len(verb.SECTIONS) - 1
+    run_page.write(tmp_path / "r.html", run_page.ReportData("nothing yet"))
+    assert (tmp_path / "r.html").read_text().count("Not part of this report") == len(run_page.SECTIONS) - 1
 
 
 def test_examples_are_spread_over_the_split():
@@ -104,7 +105,7 @@ def test_answers_are_shown_next_to_the_truth(tmp_path):
     s4 = Example("s", "s4", "?", image="p.png", mask="m.png", mask_kind="binary", meta={"objects": ["dog"]})
     arig = Example("a", "arig", "?", image="p.png", meta={"object": "dog", "box": [0, 0, 99, 99]})
     avqa = Example("q", "avqa", "?", meta={"answer": "two", "question": "How many?"})
-    found = verb.collect(
+    found = run_page.collect(
         [
             read_answer(s4, "", np.ones((4, 4), np.float32)),
             read_answer(arig, "no box", None),

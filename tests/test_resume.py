@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from crab_jax import runs
-from crab_jax.checkpoints import RunCheckpoints
+from crab_jax.checkpoints.run_steps import RunCheckpoints
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_data
 from data_pipelines import prepare
 from data_pipelines.examples import Example, learned, read_jsonl, write_jsonl
 from tests.test_train import command
@@ -24,7 +24,7 @@ def run_on(root: Path, **data) -> tuple:
     config.data.root = str(root)
     config.data.update(data)
     run = resolve(config)
-    return run, runs.data_identity(run, runs.train_examples(run))
+    return run, run_data.data_identity(run, run_data.train_examples(run))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def workdir(tmp_path, scenes_root):
 
 def go_on(workdir: Path, root: Path, **data) -> None:
     config, identity = run_on(root, **data)
-    runs.check_data(RunCheckpoints(workdir / "checkpoints"), identity, config)
+    run_data.check_data(RunCheckpoints(workdir / "checkpoints"), identity, config)
 
 
 def manifest(workdir: Path) -> dict:
@@ -59,7 +59,7 @@ def test_other_examples_are_refused_and_can_be_asked_for(workdir, scenes_root, f
     go_on(workdir, fewer, allow_other=True)
     assert "holds other Examples" in capsys.readouterr().err
     assert manifest(workdir)["data"] == run_on(fewer)[1], "from now on these are the run's"
-    assert not runs.skipped_examples(workdir), "positions in the other list"
+    assert not run_data.skipped_examples(workdir), "positions in the other list"
     go_on(workdir, fewer)
     with pytest.raises(InputError, match="other Examples"):
         go_on(workdir, scenes_root)
@@ -96,7 +96,7 @@ def test_weights_and_limits_choose_what_a_run_is_trained_on(scenes_root, fewer):
     config, _ = run_on(scenes_root)
     mixture = dataclasses.replace(config.mixture, weights={**config.mixture.weights, "ave": 0.0})
     config = dataclasses.replace(config, mixture=mixture)
-    assert runs.data_identity(config, runs.train_examples(config)) != run_on(scenes_root)[1]
+    assert run_data.data_identity(config, run_data.train_examples(config)) != run_on(scenes_root)[1]
     half = len(read_jsonl(fewer / "train.jsonl"))
     assert run_on(scenes_root, limit=half)[1] == run_on(fewer)[1]
 

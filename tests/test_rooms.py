@@ -8,9 +8,24 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-# What data needs of the library: files, errors, text, tasks, and what draws pages; nothing of a model or a run.
-BELOW = {"bounds", "errors", "files", "locks", "packaged", "progress", "structured", "tasks"}
-PAGES = {"charts", "overlay", "page"}
+PACKAGES = ("crab_jax", "data_pipelines")
+# Each line may import those above it and nothing below. Files of one line that are no room of their own stand alone.
+LAYERS = """
+    io
+    tasks
+    visualize  data_pipelines  models
+    losses  optim  generate  parallel  questions
+    checkpoints  defaults  aot
+    config
+    runs
+    training  inference  convert
+    router  evaluation
+    reports  api
+    tiny
+    verbs
+"""
+VERBS = {"compare", "compile", "demo", "evaluate", "inspect", "predict", "recipe", "report", "sizes", "stages"}
+VERBS |= {"train", "warmup"}
 
 
 def imports(file: Path) -> set[str]:
@@ -20,58 +35,77 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name.split(".")[0] in ("crab_jax", "data_pipelines", "configs")}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in (*PACKAGES, "configs")}
 
 
-def rooms(folder: str, pattern: str = "**/*.py") -> dict[str, set[str]]:
-    """File -> what it imports of ours."""
-    return {str(file.relative_to(REPOSITORY)): imports(file) for file in (REPOSITORY / folder).glob(pattern)}
+def modules() -> dict[str, set[str]]:
+    """Every module of the library -> the modules that it imports (of a package it does not wait for the package)."""
+    files = {
+        str(file.relative_to(REPOSITORY))[:-3].replace("/", ".").removesuffix(".__init__"): imports(file)
+        for package in PACKAGES
+        for file in (REPOSITORY / package).glob("**/*.py")
+    }
+    del files["crab_jax"]  # which imports nothing until it is asked
+
+    def module(name: str) -> str:
+        return name if name in files or "." not in name else module(name.rpartition(".")[0])
+
+    return {name: {module(other) for other in names} - {"crab_jax"} for name, names in files.items()}
 
 
-def within(names: set[str], *prefixes: str) -> set[str]:
-    return {name for name in names if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)}
+def room(module: str) -> str:
+    """The room of a module: a package of crab_jax, data_pipelines, a file that stands alone, or the verbs."""
+    top, *rest = module.split(".")
+    if rest and (rest[-1] == "__main__" or (len(rest) == 1 and top == "crab_jax" and rest[0] in VERBS)):
+        return "verbs"
+    return top if top == "data_pipelines" or not rest else rest[0]
+
+
+def test_every_room_knows_only_those_below_it():
+    layers = [line.split() for line in LAYERS.split("\n") if line.strip()]
+    level = {name: number for number, line in enumerate(layers) for name in line}
+    assert {room(module) for module in modules()} == level.keys(), "a room has no place in LAYERS"
+    for module, names in modules().items():
+        for other in names:
+            if room(other) != room(module):
+                assert level[room(other)] < level[room(module)], f"{module} imports {other}"
+
+
+def test_verbs_import_no_verbs():
+    shims = {f"crab_jax.{name}" for name in VERBS}
+    for module, names in modules().items():
+        if room(module) == "verbs":
+            assert not names & shims, f"{module} imports {names & shims}"
+
+
+def test_nothing_that_is_installed_imports_the_config_files():
+    for package in PACKAGES:
+        for file in (REPOSITORY / package).glob("**/*.py"):
+            assert not {name for name in imports(file) if name.split(".")[0] == "configs"}, file
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = modules()
+    left = {
+        name: {other for other in others if other in names and not f"{name}.".startswith(f"{other}.")}
+        for name, others in names.items()
+    }
+    done: set[str] = set()
+    while ready := [name for name, others in left.items() if name not in done and others <= done]:
+        done |= set(ready)
+    assert done == left.keys(), "in a circle: " + ", ".join(sorted(left.keys() - done))
 
 
 @pytest.mark.parametrize(
-    ("folder", "never"),
+    ("module", "never"),
     [
-        ("crab_jax/models", ("crab_jax.tasks", "data_pipelines", "crab_jax.config", "crab_jax.runs", "crab_jax.optim")),
-        ("crab_jax/tasks", ("crab_jax.models", "data_pipelines")),
-        ("crab_jax", ("configs",)),
-        ("data_pipelines", ("configs",)),
+        ("crab_jax", ("jax", "numpy", "flax")),
+        ("crab_jax.evaluate", ("matplotlib", "crab_jax.train", "crab_jax.training", "tensorboardX")),
+        ("crab_jax.predict", ("matplotlib", "crab_jax.train", "crab_jax.training", "tensorboardX")),
+        ("data_pipelines.mixture", ("matplotlib", "crab_jax.models", "crab_jax.optim")),
     ],
 )
-def test_a_room_does_not_know_those_above_it(folder, never):
-    broken = {file: found for file, names in rooms(folder).items() if (found := within(names, *never))}
-    assert not broken
-
-
-def test_data_knows_of_the_library_only_what_lies_below_it():
-    viewers = {"data_pipelines/sample.py", "data_pipelines/av_uie/card.py", "data_pipelines/av_uie/review.py"}
-    for file, names in rooms("data_pipelines").items():
-        known = {name.split(".")[1] for name in names if name.startswith("crab_jax.")}
-        assert known <= BELOW | (PAGES if file in viewers else set()), (file, known - BELOW)
-
-
-def test_no_module_of_the_library_imports_in_a_circle():
-    modules = {
-        file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): names
-        for folder in ("crab_jax", "data_pipelines")
-        for file, names in rooms(folder).items()
-    }
-    # A module does not wait for the package that it lies in.
-    del modules["crab_jax"]  # which imports nothing until it is asked
-    top = {
-        name: {other for other in names if other in modules and not f"{name}.".startswith(f"{other}.")}
-        for name, names in modules.items()
-    }
-    order: list[str] = []
-    while ready := [name for name, names in top.items() if name not in order and names <= set(order)]:
-        order += ready
-    assert set(order) == top.keys(), "in a circle: " + ", ".join(sorted(top.keys() - set(order)))
-
-
-def test_the_library_is_imported_lazily_and_predict_shows_its_help_without_jax_devices():
-    code = "import sys, crab_jax; print(len([m for m in sys.modules if m.split('.')[0] in ('jax', 'numpy', 'flax')]))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"
+def test_an_import_loads_no_more_than_it_needs(module, never):
+    code = f"import sys, {module}; print([name for name in {never} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from crab_jax import scoring
-from crab_jax.errors import InputError
-from crab_jax.scoring import Answer, baseline_results, check_label, markdown, score
+from crab_jax.evaluation import scoring
+from crab_jax.evaluation.scoring import Answer, baseline_results, check_label, markdown, score
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, Example
 

@@ -20,11 +20,12 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from configs import finetune
-from crab_jax import chips, distributed, layout, runs, sharding
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
 from crab_jax.models.presets import crab_7b
+from crab_jax.parallel import chips, distributed, sharding
+from crab_jax.runs import run_mesh, run_params
 from tests import same_step
 
 GOLDEN = Path(__file__).parent / "crab_7b_shardings.json"
@@ -41,7 +42,7 @@ class Device:
 
 def specs() -> dict[str, list]:
     """{parameter: mesh axis of each of its axes} of crab_7b, without trailing axes that are not split."""
-    boxed = runs.abstract_params(Crab(crab_7b()))
+    boxed = run_params.abstract_params(Crab(crab_7b()))
     flat = traverse_util.flatten_dict(sharding.param_shardings(boxed, sharding.make_mesh(1, 1, 1)), sep="/")
     return {path: list(flat[path].spec) for path in sorted(flat)}
 
@@ -108,9 +109,9 @@ def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, c
     monkeypatch.setattr(chips, "memory_of", lambda device: memory)
     mesh = SimpleNamespace(shape={"data": chips_, "fsdp": 1, "tensor": 1}, devices=np.array([None]))
     config = finetune.get_config()
-    assert layout.micro_batches(resolve(config), mesh) == expected
+    assert run_mesh.micro_batches(resolve(config), mesh) == expected
     config.optim.accumulate = 1
-    assert layout.micro_batches(resolve(config), mesh) == 1, "a given number is not changed"
+    assert run_mesh.micro_batches(resolve(config), mesh) == 1, "a given number is not changed"
 
 
 @pytest.mark.parametrize(
@@ -127,16 +128,16 @@ def test_a_model_that_answers_is_split_no_more_than_it_must(monkeypatch, name, c
     memory = {chip.name: chip.hbm_bytes for chip in chips.CHIPS}.get(name)
     monkeypatch.setattr(chips, "memory_of", lambda device: memory)
     devices = [Device(number) for number in range(count)]
-    mesh = layout.serving_mesh(resolve(finetune.get_config()), weights, batch, devices=devices)
+    mesh = run_mesh.serving_mesh(resolve(finetune.get_config()), weights, batch, devices=devices)
     assert tuple(mesh.shape.values()) == expected
 
 
 def test_a_model_that_answers_is_not_split_by_a_number_that_does_not_divide():
     devices = [Device(number) for number in range(8)]
     with pytest.raises(InputError, match="3 does not divide the 8 devices"):
-        layout.serving_mesh(resolve(finetune.get_config()), "float", 16, 3, devices)
+        run_mesh.serving_mesh(resolve(finetune.get_config()), "float", 16, 3, devices)
     with pytest.raises(InputError, match="int4 matrices are not split"):
-        layout.serving_mesh(resolve(finetune.get_config()), "int4", 16, 2, devices)
+        run_mesh.serving_mesh(resolve(finetune.get_config()), "int4", 16, 2, devices)
 
 
 def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
@@ -151,7 +152,7 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
         "split": leaf((4096, 8), "fsdp"),
         "odd": leaf((771, 1001)),
     }
-    from crab_jax.train import TrainState
+    from crab_jax.training.train_step import TrainState
 
     state = TrainState(jnp.int32(0), trainable, {"mu": trainable})
     out = sharding.state_shardings(state, trainable, mesh)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from crab_jax import defaults, optim, runs, stages
-from crab_jax.checkpoints import load_params
+from crab_jax import defaults, optim
+from crab_jax.checkpoints.stored import load_params
+from crab_jax.runs import run_folder
 from crab_jax.tasks import TASKS
+from crab_jax.tiny import stages
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_every_stage_improves_what_it_trains_and_changes_nothing_else(tmp_path):
     before = tmp_path / "pretrain_visual"
     for stage in stages.STAGES[1:]:
         run = tmp_path / stage.name
-        config = runs.load_config(run)
+        config = run_folder.load_config(run)
         assert config.init_from == str(before)
         trained, frozen = (
             [traverse_util.flatten_dict(part, sep="/") for part in pair]

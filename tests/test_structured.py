@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crab_jax import structured
-from crab_jax.bounds import Text, Whole
-from crab_jax.errors import InputError
+from crab_jax.io import structured
+from crab_jax.io.bounds import Text, Whole
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import wrong_fields
 from tests import hostile_files

@@ -16,12 +16,15 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from crab_jax import optim, runs, sharding, train
-from crab_jax.checkpoints import load_params
+from crab_jax import optim, train
+from crab_jax.checkpoints.stored import load_params
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.crab import Crab
-from crab_jax.watchdog import Watchdog
+from crab_jax.parallel import sharding
+from crab_jax.parallel.watchdog import Watchdog
+from crab_jax.runs import run_data, run_folder, run_params
+from crab_jax.training import skip_guard, train_step
 from data_pipelines import mixture
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, read_jsonl
@@ -93,7 +96,7 @@ def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_r
     config.data.root = str(scenes_root)
     config.data.weights.update({task: 0.0 for task in LEFT_OUT})
     config = resolve(config)
-    buckets = mixture.group_by_bucket(runs.train_examples(config), runs.tokenizer_of(config), config.data)
+    buckets = mixture.group_by_bucket(run_data.train_examples(config), run_folder.tokenizer_of(config), config.data)
     assert recompiled == len(buckets) == 2, "one compilation per bucket"
 
 
@@ -114,14 +117,14 @@ def small_run(root: Path) -> tuple:
     config.data.weights.update({task: 0.0 for task in ("arig", "ms3", "avss", "ref-avs")})
     config = resolve(config)
     model, mesh = Crab(config.model), sharding.make_mesh(data=1, devices=jax.devices()[:1])
-    params = runs.initial_params(config, model, runs.wanted_params(config, model, mesh))
+    params = run_params.initial_params(config, model, run_params.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
-    state = train.TrainState(jnp.int32(0), trainable, tx.init(trainable))
+    state = train_step.TrainState(jnp.int32(0), trainable, tx.init(trainable))
     state = jax.device_put(state, sharding.state_shardings(state, trainable, mesh))
-    tokenizer = runs.tokenizer_of(config)
-    data = iter(runs.train_dataset(config, tokenizer, runs.train_order(config, tokenizer)))
-    return train.compile_step(config, model, mesh, state), state, frozen, [next(data) for _ in range(8)]
+    tokenizer = run_folder.tokenizer_of(config)
+    data = iter(run_data.train_dataset(config, tokenizer, run_data.train_order(config, tokenizer)))
+    return train_step.compile_step(config, model, mesh, state), state, frozen, [next(data) for _ in range(8)]
 
 
 def test_no_recompilation_after_the_first_pass_over_the_buckets_and_the_loss_falls(scenes_root):
@@ -154,7 +157,7 @@ def test_skipped_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
     batch = empty_batch(Bucket(length=5, frames=1, windows=1, fbank_frames=98, masks=0), 2, 8)
     batch = batch.replace(index=np.int32([1, 0]), tokens=batch.tokens + 7)
     examples = [Example(id=name, task="ave", instruction="") for name in ("first", "second")]
-    guard = train.SkipGuard(2, tmp_path, Watchdog(0), examples)
+    guard = skip_guard.SkipGuard(2, tmp_path, Watchdog(0), examples)
 
     def run(skipped: list[int]) -> None:
         for step, value in enumerate(skipped, 1):
@@ -177,15 +180,15 @@ def test_only_a_run_of_one_step_learns_nothing_which_is_known_at_its_start(sched
     config = optim.OptimConfig(schedule=schedule, warmup_share=share)
     for steps in (1, 2, 3, 1000):
         rates = optim.learning_rate(config, steps)
-        assert train.learns_nothing(rates, 0, steps) == (steps == 1)
-        assert not train.learns_nothing(rates, steps, steps), "nothing is left to do"
+        assert train_step.learns_nothing(rates, 0, steps) == (steps == 1)
+        assert not train_step.learns_nothing(rates, steps, steps), "nothing is left to do"
 
 
 def test_the_input_that_is_waited_for_is_named(scenes_root):
     config = tiny.get_config()
     config.data.root, config.data.batch_size = str(scenes_root), 4
     config = resolve(config)
-    order = runs.train_order(config, runs.tokenizer_of(config))
+    order = run_data.train_order(config, run_folder.tokenizer_of(config))
     asked = order.batches[6][[1, 3]]
     line = train.input_wait(order, 7, 4, np.array([1, 3]), workers=2)
     assert line == f"input of step 7: worker 0 of 2, on examples {', '.join(order.examples[i].id for i in asked)}"
@@ -207,7 +210,7 @@ def test_the_input_that_is_waited_for_is_named(scenes_root):
     ],
 )
 def test_bad_flags_are_one_line_and_exit_2(scenes_root, tmp_path, capsys, monkeypatch, flags, named):
-    from crab_jax.errors import run_verb
+    from crab_jax.io.errors import run_verb
 
     monkeypatch.setattr(sys, "argv", command(scenes_root, tmp_path / "run", *flags)[2:])
     with pytest.raises(SystemExit) as stop:
@@ -225,17 +228,17 @@ def test_another_config_in_the_same_workdir_is_refused(scenes_root, tmp_path, mo
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "manifest.json").write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    runs.claim_workdir(workdir, config)
+    run_folder.claim_workdir(workdir, config)
     young = json.loads((tmp_path / "config.json").read_text())
     young.pop("max_skipped"), young["mesh"].pop("fsdp")
     (tmp_path / "config.json").write_text(json.dumps(young))
-    runs.claim_workdir(workdir, config)  # a key that is younger than the run
+    run_folder.claim_workdir(workdir, config)  # a key that is younger than the run
     former = young | {"tokenizer": "data_pipelines/tiny_tokenizer.json"}
     former["sizes"]["llama"]["rope_theta"] = None  # the model's own
     (tmp_path / "config.json").write_text(json.dumps(former))
-    runs.claim_workdir(workdir, config)  # as it was written before configs were resolved
+    run_folder.claim_workdir(workdir, config)  # as it was written before configs were resolved
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1))
-    runs.claim_workdir(workdir, config)  # another mesh
+    run_folder.claim_workdir(workdir, config)  # another mesh
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(InputError, match="optim.lr.*0.0003.*0.5"):
-        runs.claim_workdir(workdir, config)
+        run_folder.claim_workdir(workdir, config)

@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from crab_jax import runs, warmup
 from crab_jax.config import resolve
+from crab_jax.runs import run_data, run_folder
+from crab_jax.tiny import pretrain
 from data_pipelines.sources import scene_graph
 
 
 @pytest.fixture(scope="module")
 def world(scenes_root):
     """(examples, scenes by folder, number of each scene, stacked tables) of the train split."""
-    examples = runs.read_examples(scenes_root, "train")
+    examples = run_data.read_examples(scenes_root, "train")
     folders = sorted({example.meta["scene"] for example in examples})
     scenes = {folder: scene_graph.load(scenes_root / folder / "scene.json") for folder in folders}
-    tables = [warmup.table_of(scene) for scene in scenes.values()]
+    tables = [pretrain.table_of(scene) for scene in scenes.values()]
     return (
         examples,
         scenes,
@@ -29,12 +30,12 @@ def test_pointed_map_holds_the_area_of_the_boxes_of_the_named_things(world):
     examples, scenes, _, _ = world
     masked = [e for e in examples if e.mask_kind != "none"]
     assert {e.task for e in masked} == {"s4", "ms3", "avss", "ref-avs"}
-    cell = (scene_graph.BOX_SPACE / warmup.GRID) ** 2
+    cell = (scene_graph.BOX_SPACE / pretrain.GRID) ** 2
     for example in masked:
         scene = scenes[example.meta["scene"]]
         names = example.meta["objects"] if example.task != "ref-avs" else [example.meta["object"]]
-        told = warmup.pointed(warmup.table_of(scene), example)
-        kinds, share = np.split(told, [warmup.KINDS])
+        told = pretrain.pointed(pretrain.table_of(scene), example)
+        kinds, share = np.split(told, [pretrain.KINDS])
         assert {k for k, told in zip(scene_graph.KINDS, kinds, strict=True) if told} == set(names) & set(
             scene_graph.KINDS
         )
@@ -48,11 +49,11 @@ def test_pointed_map_holds_the_area_of_the_boxes_of_the_named_things(world):
 def test_a_batch_shows_the_second_that_its_picture_and_window_show(world):
     examples, _, numbers, tables = world
     config = resolve(tiny.get_config())
-    tokenizer, decode = runs.tokenizer_of(config), config.data
+    tokenizer, decode = run_folder.tokenizer_of(config), config.data
     boxes = [e for e in examples if e.task == "arig"]
-    groups = warmup.text_arrays(boxes, numbers, tables, tokenizer, decode)
+    groups = pretrain.text_arrays(boxes, numbers, tables, tokenizer, decode)
     assert len(groups) == 1 and len(groups[0]["tokens"]) == len(boxes)
-    batch = next(warmup.reader_batches(groups, tables, 64, np.random.default_rng(0)))
+    batch = next(pretrain.reader_batches(groups, tables, 64, np.random.default_rng(0)))
     by_tokens = {tuple(row): number for number, row in enumerate(groups[0]["tokens"])}
     for row in range(64):
         example = boxes[by_tokens[tuple(batch["tokens"][row])]]
@@ -61,18 +62,18 @@ def test_a_batch_shows_the_second_that_its_picture_and_window_show(world):
             np.testing.assert_array_equal(batch[name][row], tables[name][scene, [example.second]])
     video = [e for e in examples if e.task == "ave"]
     batch = next(
-        warmup.reader_batches(
-            warmup.text_arrays(video, numbers, tables, tokenizer, decode), tables, 4, np.random.default_rng(0)
+        pretrain.reader_batches(
+            pretrain.text_arrays(video, numbers, tables, tokenizer, decode), tables, 4, np.random.default_rng(0)
         )
     )
-    assert batch["what"].shape == (4, scene_graph.SECONDS, warmup.SLOTS, warmup.KINDS)
+    assert batch["what"].shape == (4, scene_graph.SECONDS, pretrain.SLOTS, pretrain.KINDS)
 
 
 def test_mask_states_are_where_the_mask_tokens_are_predicted(world):
     examples, _, numbers, tables = world
     config = resolve(tiny.get_config())
-    tokenizer = runs.tokenizer_of(config)
-    for group in warmup.text_arrays(examples, numbers, tables, tokenizer, config.data):
+    tokenizer = run_folder.tokenizer_of(config)
+    for group in pretrain.text_arrays(examples, numbers, tables, tokenizer, config.data):
         for tokens, states, pointed in zip(group["tokens"], group["states"], group["pointed"], strict=True):
             if states.max() < 0:
                 assert not pointed.any()
@@ -85,10 +86,10 @@ def test_the_language_model_goes_on_from_the_one_that_is_given(world):
     examples, _, numbers, tables = world
     config = resolve(tiny.get_config())
     captions = [e for e in examples if e.task == "avcap"]
-    groups = warmup.text_arrays(captions, numbers, tables, runs.tokenizer_of(config), config.data)
+    groups = pretrain.text_arrays(captions, numbers, tables, run_folder.tokenizer_of(config), config.data)
 
     def learn(start=None):
-        learned = warmup.warm_llama(config.model, groups, tables, 2, np.random.default_rng(0), start)
+        learned = pretrain.warm_llama(config.model, groups, tables, 2, np.random.default_rng(0), start)
         return jax.tree.map(np.asarray, learned["llama"])
 
     start = jax.tree.map(lambda x: x + 1, learn())

@@ -2,7 +2,7 @@
 
 import time
 
-from crab_jax.watchdog import Watchdog
+from crab_jax.parallel.watchdog import Watchdog
 
 
 def test_a_long_wait_is_named_when_it_doubles_and_when_it_ends():
@@ -30,7 +30,7 @@ def test_reports_come_each_time_the_wait_has_doubled(monkeypatch):
 
     lines: list[str] = []
     watchdog = Watchdog(10, say=lines.append)
-    monkeypatch.setattr("crab_jax.watchdog.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("crab_jax.parallel.watchdog.time.monotonic", lambda: now[0])
     watchdog._done = Seconds()
     with watchdog.waiting("a disk"):
         watchdog._watch()

@@ -12,16 +12,16 @@ import sys
 from functools import partial
 from typing import Any
 
-from crab_jax.bounds import Real, Whole, Wholes, path
-from crab_jax.compat import PRESETS
 from crab_jax.convert.exporting import FORMATS, export
 from crab_jax.convert.importing import Files, describe, import_weights, load_run_config
 from crab_jax.convert.released import COMPONENTS, Choices
 from crab_jax.convert.verify import verify
-from crab_jax.errors import CommandLine, run_verb
-from crab_jax.locks import locked
-from crab_jax.models.fused import KINDS
-from crab_jax.structured import read_json
+from crab_jax.io.bounds import Real, Whole, Wholes, path
+from crab_jax.io.errors import CommandLine, run_verb
+from crab_jax.io.locks import locked
+from crab_jax.io.structured import read_json
+from crab_jax.models.generating import KINDS
+from crab_jax.models.quirks import PRESETS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from crab_jax.bounds import Whole
 from crab_jax.convert.keymap import Rule
-from crab_jax.errors import InputError
+from crab_jax.io.bounds import Whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import check
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.qformer import QFormerConfig
-from crab_jax.structured import check
 
 # Tensors of the released files that the model does not use: regular expression (full match) -> why.
 CLIP_IGNORED = {

@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from crab_jax.checkpoints import StoredParams, stored_params
+from crab_jax.checkpoints.stored import StoredParams, stored_params
 from crab_jax.convert import torch_writer
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
 from crab_jax.convert.released import base_rules, buffer_rules, crab_rules
 from crab_jax.convert.torch_writer import Tensor
-from crab_jax.errors import InputError
-from crab_jax.files import need_room, write_whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import need_room, write_whole
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
-from crab_jax.runs import load_config
+from crab_jax.runs.run_folder import load_config
 from data_pipelines.tokens import MASK_TOKENS, SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("crab", "hf")

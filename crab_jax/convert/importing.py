@@ -22,22 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from crab_jax import finite, runs
-from crab_jax.checkpoints import IMPORTED, PACKED, Streamed, note_model, save_streamed
-from crab_jax.compat import PRESETS
+from crab_jax.checkpoints import finite
+from crab_jax.checkpoints.models import IMPORTED, PACKED, note_model
+from crab_jax.checkpoints.orbax import Streamed, save_streamed
 from crab_jax.config import RunConfig, derived_data, refuse_no_file, resolve
 from crab_jax.convert import released, torch_file
 from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.defaults import released as paper_defaults
-from crab_jax.errors import InputError
-from crab_jax.files import need_room, refuse_stand_in, replaced, write_whole
+from crab_jax.io import stored_tensors
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import need_room, refuse_stand_in, replaced, write_whole
+from crab_jax.io.progress import Progress
 from crab_jax.models.crab import Crab, CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
 from crab_jax.models.qformer import QFormer
-from crab_jax.progress import Progress
+from crab_jax.models.quirks import PRESETS
+from crab_jax.runs import run_params
 from data_pipelines.tokens import Tokenizer
 
 REPORT = "import_report.json"
@@ -153,7 +156,7 @@ def import_weights(
 @functools.cache
 def _shapes(cfg: CrabConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its '/'-joined path."""
-    flat = traverse_util.flatten_dict(nn.unbox(runs.abstract_params(Crab(cfg))), sep="/")
+    flat = traverse_util.flatten_dict(nn.unbox(run_params.abstract_params(Crab(cfg))), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
@@ -305,7 +308,7 @@ def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
                 return dict(arrays)
         except Exception as error:  # NumPy raises its own, zip's and pickle's kinds
             raise InputError(str(path), "", f"cannot be read ({error})", "give an .npz of plain arrays") from error
-    return torch_file.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
+    return stored_tensors.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
 
 
 def _position_buffers(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 _STACKED = re.compile(r"^(.*)\[(\d+)\]$")
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.bounds import Real, Text, Whole
 from crab_jax.convert.keymap import Rule
-from crab_jax.errors import InputError
+from crab_jax.io.bounds import Real, Text, Whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import Null, check
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
-from crab_jax.structured import Null, check
 
 PROJECTIONS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
 PEFT = "base_model.model."  # what PEFT puts before the names of the wrapped model

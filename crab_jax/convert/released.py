@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crab_jax.compat import PRESETS
 from crab_jax.convert import torch_file
 from crab_jax.convert.encoders import (
     BEATS_IGNORED,
@@ -28,14 +27,16 @@ from crab_jax.convert.encoders import (
 from crab_jax.convert.keymap import Rule
 from crab_jax.convert.llama import LLAMA_IGNORED, PEFT, llama_config, llama_rules, lora_rules, lora_sizes, vocab_rules
 from crab_jax.convert.mask_decoder import position_rules, seg_rules
-from crab_jax.errors import InputError
+from crab_jax.io import stored_tensors
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import read_json
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig
 from crab_jax.models.qformer import QFormerConfig
-from crab_jax.structured import read_json
+from crab_jax.models.quirks import PRESETS
 
 COMPONENTS = ("vl_projector", "al_projector", "lora", "seg_module")  # what Crab's files bring, and `fresh` may name
 SEG = f"{PEFT}model.seg_module."
@@ -67,7 +68,7 @@ class Choices:
 
 def crab_source(path: Path) -> Source:
     """One of Crab's files, with its keys under their PEFT names. Raises InputError when it is none."""
-    tensors = torch_file.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
+    tensors = stored_tensors.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
     fine_tuned = any(name.startswith(PEFT) for name in tensors)
     known = re.compile(
         rf"({re.escape(PEFT)})?(model\.(vl_projector|al_projector|seg_module|embed_tokens)\.|lm_head\."
@@ -83,7 +84,7 @@ def crab_source(path: Path) -> Source:
     renamed = (
         tensors
         if fine_tuned
-        else torch_file.LazyTensors({PEFT + name: (lambda name=name: tensors[name]) for name in tensors})
+        else stored_tensors.LazyTensors({PEFT + name: (lambda name=name: tensors[name]) for name in tensors})
     )
     return Source(str(path), renamed, QFORMER_IGNORED | ({} if fine_tuned else _POPPED))
 
@@ -212,7 +213,7 @@ def read_config(
             "give --taps A,B,C",
         )
     clip_cfg = clip_config(vision, taps, choices.dtype, str(clip / "config.json"))
-    metadata = beats.tensors.metadata if isinstance(beats.tensors, torch_file.LazyTensors) else {}
+    metadata = beats.tensors.metadata if isinstance(beats.tensors, stored_tensors.LazyTensors) else {}
     beats_cfg = beats_config(metadata.get("cfg", {}), choices.dtype, beats.where)
     llama_cfg = llama_config(
         read_json(llama / "config.json"), str(llama / "config.json"), vocab_size=vocab_size, dtype=choices.dtype

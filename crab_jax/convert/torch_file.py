@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import io
 import itertools
-import math
 import os
 import pickle
 import pickletools
@@ -17,36 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from crab_jax.errors import InputError
-from crab_jax.files import refuse_stand_in
-from crab_jax.structured import safetensors_header, shard_index
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import refuse_stand_in
+from crab_jax.io.stored_tensors import DTYPES, ByteRange, LazyTensors, Storage, TensorView, read_safetensors
+from crab_jax.io.structured import shard_index
 
-_DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-}
 STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -67,73 +45,6 @@ MOST_VALUES = 300_000
 _CONTAINERS = "save a plain dict of tensors again with torch.save, or as safetensors"
 
 
-class LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors by name, each built when it is asked for. `metadata` holds the file's plain values, nested as they were.
-
-    Names of nested dicts are joined with dots: `{'cfg': ..., 'model': {'a': tensor}}` gives 'model.a'.
-    """
-
-    def __init__(self, build: Mapping[str, Callable[[], np.ndarray]], metadata: Mapping[str, Any] | None = None):
-        self._build = dict(build)
-        self.metadata = dict(metadata or {})
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._build[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._build
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._build)
-
-    def __len__(self) -> int:
-        return len(self._build)
-
-
-class _Record(NamedTuple):
-    """A run of bytes of a file. Each `map` is a mapping of its own, so memory is returned with the last view of it."""
-
-    path: Path
-    start: int
-    size: int
-
-    def map(self) -> np.ndarray:
-        """uint8[size], read-only and not yet read."""
-        if not self.size:  # an empty mapping does not exist
-            return np.zeros(0, np.uint8)
-        return np.memmap(self.path, np.uint8, "r", self.start, (self.size,))
-
-
-class _Storage(NamedTuple):
-    """The bytes of one storage record and the name of its element type."""
-
-    record: _Record
-    dtype: str
-
-
-class _Tensor(NamedTuple):
-    """A strided window on a storage; offset and strides count elements."""
-
-    storage: _Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def build(self) -> np.ndarray:
-        """Read-only view on the file; raises ValueError when the window leaves the storage."""
-        dtype = np.dtype(_DTYPES[self.dtype])
-        view = np.ndarray(
-            self.shape,
-            dtype,
-            self.storage.record.map(),
-            self.offset * dtype.itemsize,
-            tuple(stride * dtype.itemsize for stride in self.strides),
-        )
-        view.flags.writeable = False
-        return view
-
-
 class _Admitted:
     """A function that a pickle may name. It has no attribute that the pickle's BUILD opcode could replace."""
 
@@ -149,17 +60,17 @@ class _Admitted:
         return self._call(*args)
 
 
-def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-    return _checked(_Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides)))
+def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> TensorView:
+    return _checked(TensorView(storage, storage.dtype, offset, tuple(shape), tuple(strides)))
 
 
 def _tensor_v3(
-    storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: bool, _hooks: Any, dtype: str, *_: Any
-) -> _Tensor:
-    return _checked(_Tensor(storage, dtype, offset, tuple(shape), tuple(strides)))
+    storage: Storage, offset: int, shape: tuple, strides: tuple, _grad: bool, _hooks: Any, dtype: str, *_: Any
+) -> TensorView:
+    return _checked(TensorView(storage, dtype, offset, tuple(shape), tuple(strides)))
 
 
-def _checked(tensor: _Tensor) -> _Tensor:
+def _checked(tensor: TensorView) -> TensorView:
     tensor.build()  # a view costs nothing, and a bad one is better refused at once
     return tensor
 
@@ -180,15 +91,15 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, path: Path, record: str):
         super().__init__(io.BytesIO(_pickle_of(archive, path, record)))
         self._archive, self._path, self._record = archive, path, record
-        self._storages: dict[str, _Record] = {}
-        self.sums: dict[str, tuple[_Record, int]] = {}  # of each storage, by its record: its bytes and their CRC-32
+        self._storages: dict[str, ByteRange] = {}
+        self.sums: dict[str, tuple[ByteRange, int]] = {}  # of each storage, by its record: its bytes and their CRC-32
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
-        if module == "torch" and name in _DTYPES:
+        if module == "torch" and name in DTYPES:
             return name
         raise InputError(
             str(self._path),
@@ -197,15 +108,15 @@ class _Unpickler(pickle.Unpickler):
             f"do not load files you do not trust; otherwise {_CONTAINERS}",
         )
 
-    def persistent_load(self, reference: tuple) -> _Storage:
+    def persistent_load(self, reference: tuple) -> Storage:
         kind, dtype, key, _device, _count = reference
         if kind != "storage":
             raise pickle.UnpicklingError(f"persistent reference of kind {kind!r}")
         if key not in self._storages:
             self._storages[key] = self._find(f"{self._record.removesuffix('data.pkl')}data/{key}")
-        return _Storage(self._storages[key], dtype)
+        return Storage(self._storages[key], dtype)
 
-    def _find(self, record: str) -> _Record:
+    def _find(self, record: str) -> ByteRange:
         """Where the bytes of an uncompressed zip record lie in the file."""
         try:
             info = self._archive.getinfo(record)
@@ -220,7 +131,7 @@ class _Unpickler(pickle.Unpickler):
         start = info.header_offset + 30 + name + extra
         if start + info.file_size > self._path.stat().st_size:
             raise InputError(str(self._path), record, "this storage ends after the file", "fetch the file again")
-        found = _Record(self._path, start, info.file_size)
+        found = ByteRange(self._path, start, info.file_size)
         self.sums[record] = found, info.CRC
         return found
 
@@ -237,7 +148,7 @@ def _pickle_of(archive: zipfile.ZipFile, path: Path, record: str) -> bytes:
     return data
 
 
-def _check_sums(sums: Mapping[str, tuple[_Record, int]], path: Path) -> None:
+def _check_sums(sums: Mapping[str, tuple[ByteRange, int]], path: Path) -> None:
     """Raise InputError where a storage is not what was written, by the CRC-32 of its zip record.
 
     A file in which no storage has the right one was written without them, as PyTorch can be told to.
@@ -320,7 +231,7 @@ def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.nd
     for key, item in items:
         if next(seen) > MOST_VALUES:
             raise pickle.UnpicklingError(f"holds more than {MOST_VALUES:,} values")
-        if isinstance(item, _Tensor):
+        if isinstance(item, TensorView):
             tensors[f"{prefix}{key}"] = item.build
         else:
             rest[key] = _take_tensors(item, f"{prefix}{key}.", tensors, seen)
@@ -359,36 +270,3 @@ def _read_shards(index: Path, reader: Callable[[Path], LazyTensors]) -> LazyTens
                 "fetch the directory again",
             )
     return LazyTensors({name: partial(shards[file].__getitem__, name) for name, file in files.items()})
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
-
-
-def read_safetensors(path: str | Path) -> LazyTensors:
-    """Tensors of one safetensors file, memory-mapped one by one. Raises InputError when it is missing or damaged."""
-    path = Path(path)
-    header, metadata, start = safetensors_header(path)
-    tensors = {}
-    for name, entry in header.items():
-        (first, end), dtype, shape = entry["data_offsets"], _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        storage = _Storage(_Record(path, start + first, end - first), dtype)
-        tensors[name] = _Tensor(storage, dtype, 0, shape, strides).build
-    return LazyTensors(tensors, metadata)

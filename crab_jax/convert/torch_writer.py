@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crab_jax.convert.torch_file import SAFETENSORS_NAMES, STORAGES
-from crab_jax.files import whole, write_whole
-from crab_jax.progress import Progress
+from crab_jax.convert.torch_file import STORAGES
+from crab_jax.io.files import whole, write_whole
+from crab_jax.io.progress import Progress
+from crab_jax.io.stored_tensors import SAFETENSORS_NAMES
 
 ALIGNMENT = 64  # of storages in the file, as torch.save does it, so that they can be memory-mapped
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}

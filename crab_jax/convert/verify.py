@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crab_jax import quantize, runs
 from crab_jax.convert.importing import read_arrays
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.models import quantize
 from crab_jax.models.crab import Crab
+from crab_jax.runs import run_params
 
 
 def text_logits(model: Crab, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array) -> jax.Array:
@@ -65,7 +66,7 @@ def verify(
         )
     mask = np.asarray(arrays["attention_mask"] if "attention_mask" in arrays else np.ones_like(tokens)).astype(bool)
     positions = np.asarray(arrays["position_ids"]) if "position_ids" in arrays else np.maximum(mask.cumsum(-1) - 1, 0)
-    model, params, _, _ = runs.load_model(checkpoint)
+    model, params, _, _ = run_params.load_model(checkpoint)
     if reference.shape[2] > model.cfg.llama.vocab_size or tokens.max() >= model.cfg.llama.vocab_size:
         raise InputError(
             str(outputs),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 MEL_BINS = 128
 

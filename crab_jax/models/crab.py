@@ -16,7 +16,7 @@ from einops import rearrange
 
 from crab_jax.models.beats import Beats, BeatsConfig
 from crab_jax.models.clip import Clip, ClipConfig, normalize
-from crab_jax.models.fused import FusedLlama, fuse
+from crab_jax.models.generating import FusedLlama, fuse
 from crab_jax.models.llama import KVCache, Llama, LlamaConfig
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig, SegModule
@@ -55,7 +55,7 @@ def _rows(x: jax.Array) -> jax.Array:
 class Crab(nn.Module):
     """The whole model. A `batch` is a data_pipelines.batching.Batch (or anything with its fields).
 
-    With `weights` (one of `fused.KINDS`) it can only generate, on the parameters that `fuse_model` makes.
+    With `weights` (one of `generating.KINDS`) it can only generate, on the parameters that `fuse_model` makes.
     """
 
     cfg: CrabConfig
@@ -160,7 +160,7 @@ class Crab(nn.Module):
 
 
 def fuse_model(model: Crab, params: Any, weights: str = "float", where: Any = None) -> tuple[Crab, Any]:
-    """The same model laid out for generation (crab_jax/models/fused.py) and its parameters, made once; those of its
+    """The same model laid out for generation (models/generating.py) and its parameters, made once; those of its
     language model with the sharding `where`."""
     llama = fuse(params["llama"], model.cfg.llama, model.cfg.lora, weights, where)
     return Crab(model.cfg, weights), {**params, "llama": llama}

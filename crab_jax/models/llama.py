@@ -57,7 +57,7 @@ class KVCache:
     """Rotated keys [layers, B, kv_heads, head_dim, slots] and values [layers, B, kv_heads, slots, head_dim].
 
     The slot of a token is its position. Both are laid out as the products with them want their operands, so that a
-    decode step reads them as they are. `fused.FusedLlama` keeps tuples of layers, so that none is copied out.
+    decode step reads them as they are. `generating.FusedLlama` keeps tuples of layers, so that none is copied out.
     """
 
     k: Any

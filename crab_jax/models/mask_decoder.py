@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 KINDS = ("binary", "semantic")
 # PyTorch's default for Linear and Conv kernels: uniform with variance 1 / (3 fan_in).

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from crab_jax.bounds import Bound, Choice, Flag, Real, Whole, Wholes
-from crab_jax.errors import InputError
+from crab_jax.io.bounds import Bound, Choice, Flag, Real, Whole, Wholes
+from crab_jax.io.errors import InputError
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

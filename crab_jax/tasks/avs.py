@@ -14,21 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import segmentation
+from crab_jax.tasks.avs_classes import CLASSES
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
 from crab_jax.tasks.task import CLIP, NOTES, Breakdown, Field, Meta, Published, Stats, Task, by_group, is_list, is_text
 from crab_jax.tasks.text import object_words
 
-CLASSES = tuple(
-    """
-    background accordion airplane axe baby bassoon bell bird boat boy bus car cat cello clarinet clipper clock dog
-    donkey drum duck elephant emergency-car erhu flute frying-food girl goose guitar gun guzheng hair-dryer handpan
-    harmonica harp helicopter hen horse keyboard leopard lion man marimba missile-rocket motorcycle mower parrot
-    piano pig pipa saw saxophone sheep sitar sorna squirrel tabla tank tiger tractor train trombone truck trumpet
-    tuba ukulele utv vacuum-cleaner violin wolf woman
-""".split()
-)  # AVSBench-semantic class ids 0..70 (label2idx.json less one)
 BINARY_METRICS = {
     "miou": "mean IoU over frames, threshold 0.5; an empty frame scores the share of pixels left empty",
     "f_score": "mean over frames of the largest F (beta^2 0.3) over 255 thresholds (released Crab code)",
@@ -203,7 +195,7 @@ def _semantic_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
     gts = [np.asarray(gt) for gt in gt_masks if gt is not None]
     if not gts:
         return [(text, None)]
-    counts = np.stack([np.sum([gt == c for gt in gts], axis=0) for c in range(segmentation.CLASSES)])
+    counts = np.stack([np.sum([gt == c for gt in gts], axis=0) for c in range(len(CLASSES))])
     frequent = 1 + int(counts[1:].sum((1, 2)).argmax())
     fills = [np.where(mask >= 0.5, frequent, 0) for mask in segmentation.constant_masks(gts)]
     return [(text, mask) for mask in (counts.argmax(0), *fills)]

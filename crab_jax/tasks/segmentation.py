@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-CLASSES = 71
+from crab_jax.tasks.avs_classes import CLASSES
+
 BETA2 = 0.3
 THRESHOLDS = np.linspace(0, 1 - 1e-10, 255, dtype=np.float32)
 AUC_THRESHOLDS = np.linspace(0, 1, 21)
@@ -60,7 +61,7 @@ def null_s(scores: np.ndarray, threshold: float = 0.5) -> float:
     return float(np.sqrt((np.asarray(scores) > threshold).mean()))
 
 
-def class_scores(predicted: np.ndarray, gt: np.ndarray, classes: int = CLASSES) -> dict[str, np.ndarray]:
+def class_scores(predicted: np.ndarray, gt: np.ndarray, classes: int = len(CLASSES)) -> dict[str, np.ndarray]:
     """Per-class scores of one frame of class ids [H,W]: {"iou", "f", "seen"}, each float64[classes].
 
     seen is 1 where the class is in the prediction or the ground truth; the scores of other classes are 0.

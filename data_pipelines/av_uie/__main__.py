@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.bounds import PATH, Name, Real, Whole
-from crab_jax.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.files import out_file, out_folder, write_whole
-from crab_jax.progress import Progress, on_stderr
-from crab_jax.structured import read_text, strict_json
+from crab_jax.io.bounds import PATH, Name, Real, Whole
+from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
+from crab_jax.io.files import out_file, out_folder, write_whole
+from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.io.structured import read_text, strict_json
+from crab_jax.reports import review_page
 from data_pipelines import datasets
-from data_pipelines.av_uie import annotate, card, labels, released, review, templates, verify
+from data_pipelines.av_uie import annotate, card, labels, released, templates, verify
 from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, select, write_jsonl
 from data_pipelines.tokens import Tokenizer
 
@@ -325,7 +326,7 @@ def _verify(args: argparse.Namespace) -> None:
     write_jsonl(out / "good.jsonl", good)
     write_jsonl(out / "quarantine.jsonl", [example for example, _ in bad])
     write_whole(out / "verify.json", _as_json({"good": len(good), **verify.counted(bad)}))
-    write_whole(out / "review.html", review.page(good, bad, root, args.sample))
+    write_whole(out / "review.html", review_page.page(good, bad, root, args.sample))
     print(f"{len(good)} good, {len(bad)} in quarantine; look at {out / 'review.html'}")
 
 

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from crab_jax.bounds import Flag, Text, Whole
-from crab_jax.errors import InputError
-from crab_jax.files import append
-from crab_jax.locks import locked_file
-from crab_jax.structured import LIST, check, read_bytes, refuse_special, strict_json
+from crab_jax.io.bounds import Flag, Text, Whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import append
+from crab_jax.io.locks import locked_file
+from crab_jax.io.structured import LIST, check, read_bytes, refuse_special, strict_json
 from data_pipelines.av_uie import labels, prompts, verify
 from data_pipelines.av_uie.prompts import Messages
 from data_pipelines.examples import Example

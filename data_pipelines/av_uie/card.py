@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.errors import cell
+from crab_jax.io.errors import cell
 from data_pipelines.av_uie.labels import reasoning_of
 from data_pipelines.examples import TASK_NAMES, Example
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crab_jax.tasks import TASKS, arig
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.decoded import read_mask
 from data_pipelines.examples import Example
 from data_pipelines.labels import answer, label, names, spans_of, weak

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from crab_jax.errors import InputError
-from crab_jax.structured import read_bytes, refuse_special
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import read_bytes, refuse_special
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
 from data_pipelines.av_uie import labels

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.text import normalise
 from data_pipelines.av_uie import labels, templates

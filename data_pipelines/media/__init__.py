@@ -3,16 +3,7 @@
 from data_pipelines.media.clock import CLOCKS, Timing, check_clock, frame_numbers, placed_length
 from data_pipelines.media.container import opened, pictures_of, sound_of
 from data_pipelines.media.content import not_supported
-from data_pipelines.media.masks import (
-    EMPTY_MASK,
-    INLINE_MASK,
-    SEMANTIC_CLASSES,
-    avss_palette,
-    check_size,
-    decode_runs,
-    inline_mask,
-    read_mask,
-)
+from data_pipelines.media.masks import EMPTY_MASK, INLINE_MASK, check_size, decode_runs, inline_mask, read_mask
 from data_pipelines.media.outline import outline
 from data_pipelines.media.pictures import image_size, is_turned, open_picture, read_image, read_picture, rgb
 from data_pipelines.media.pictures import outline as picture_outline
@@ -24,12 +15,10 @@ __all__ = [
     "EMPTY_MASK",
     "INLINE_MASK",
     "SAMPLE_RATE",
-    "SEMANTIC_CLASSES",
     "SILENT",
     "Heard",
     "Timing",
     "Watched",
-    "avss_palette",
     "cancels",
     "check_clock",
     "check_size",

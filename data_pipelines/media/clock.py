@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 CLOCKS = ("shown", "counted")
 # In seconds.

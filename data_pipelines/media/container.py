@@ -11,7 +11,7 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines.media.boxes import encrypted
 from data_pipelines.media.content import head, not_supported
 from data_pipelines.media.kinds import kind_of

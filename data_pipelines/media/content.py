@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from crab_jax.files import HEAD, stand_in
+from crab_jax.io.files import HEAD, stand_in
 
 _BLOCK, _BLOCKS = 1 << 20, 64  # bytes, and how many of them are looked at for zeros
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 VARIABLE = "CRAB_JAX_MEDIA_LIMITS"
 LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory

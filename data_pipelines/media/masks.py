@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.tasks.avs_classes import CLASSES, avss_palette
 from data_pipelines.media.pictures import DEEP, Picture, open_picture
 
-SEMANTIC_CLASSES = 71
 STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change values a little
 BETWEEN = 0.02  # share of the pixels of a mask that such a format may leave between black and white
@@ -25,24 +24,12 @@ INLINE_MASK = "rle:"
 EMPTY_MASK = f"{INLINE_MASK}empty"
 
 
-@functools.cache
-def avss_palette() -> np.ndarray:
-    """uint8[71, 3]: RGB colour of each AVSBench-semantic class (the bits of the class id, spread over the channels)."""
-    palette = np.zeros((SEMANTIC_CLASSES, 3), np.uint8)
-    for label in range(SEMANTIC_CLASSES):
-        for bit in range(3):
-            for channel in range(3):
-                palette[label, channel] |= (label >> (3 * bit + channel) & 1) << (7 - bit)
-    palette.setflags(write=False)
-    return palette
-
-
 def _labels_of_colours(rgb: np.ndarray, unknown: int) -> np.ndarray:
     """int32[...] class ids of exact palette colours, uint8[..., 3]; `unknown` stands for any other colour."""
     weights = np.array([65536, 256, 1])
     codes, keys = rgb.astype(np.int64) @ weights, avss_palette().astype(np.int64) @ weights
     order = np.argsort(keys)
-    place = np.minimum(np.searchsorted(keys[order], codes), SEMANTIC_CLASSES - 1)
+    place = np.minimum(np.searchsorted(keys[order], codes), len(CLASSES) - 1)
     return np.where(keys[order][place] == codes, order[place], unknown).astype(np.int32)
 
 
@@ -198,13 +185,13 @@ def _ids(mask: Picture, where: str) -> Image.Image:
         low, high = (0, np.flatnonzero(image.histogram())[-1]) if image.mode == "P" else image.getextrema()
         if mask.kind in LOSSY:
             problem, fix = f"is a {mask.kind}, which does not keep class ids exactly", "export it as PNG"
-        elif image.mode != "1" and not 0 <= low <= high < SEMANTIC_CLASSES:
-            problem = f"class id {low if low < 0 else high} is outside 0..{SEMANTIC_CLASSES - 1}"
+        elif image.mode != "1" and not 0 <= low <= high < len(CLASSES):
+            problem = f"class id {low if low < 0 else high} is outside 0..{len(CLASSES) - 1}"
     else:
         image = image.convert("RGB")
         pixels = image.width * image.height
         most = int(STRAY * pixels)
-        found = image.getcolors(SEMANTIC_CLASSES + most)
+        found = image.getcolors(len(CLASSES) + most)
         stray = (
             most + 1
             if found is None

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines.media import kinds
 from data_pipelines.media.container import require
 from data_pipelines.media.content import not_supported

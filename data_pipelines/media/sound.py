@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines.media import clock as clocks
 from data_pipelines.media import video as videos
 from data_pipelines.media.clock import FrameTimes, Holes, Stamp, Timing

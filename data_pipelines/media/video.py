@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines.media import clock as clocks
 from data_pipelines.media.clock import FrameTimes, Stamp
 from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened, sound_of

@@ -14,7 +14,7 @@ from typing import Any
 
 import av
 
-from crab_jax.files import whole, write_whole
+from crab_jax.io.files import whole, write_whole
 from data_pipelines import media
 from data_pipelines.own.table import Row
 from data_pipelines.sources.own import PICTURES

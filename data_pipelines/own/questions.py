@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS, arig, avqa
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.task import windows_for

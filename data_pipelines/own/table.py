@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.errors import InputError
-from crab_jax.progress import on_stderr
-from crab_jax.structured import LIST, json_line, read_bytes
+from crab_jax.io.errors import InputError
+from crab_jax.io.progress import on_stderr
+from crab_jax.io.structured import LIST, json_line, read_bytes
 from data_pipelines.datasets import SPLITS
 
 COMMON = ("id", "task", "split", "media", "video", "frames", "image", "audio", "reasoning")

@@ -24,10 +24,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from crab_jax.bounds import PATH, Whole
-from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import out_folder
-from crab_jax.progress import Progress, on_stderr
+from crab_jax.io.bounds import PATH, Whole
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import out_folder
+from crab_jax.io.progress import Progress, on_stderr
 from data_pipelines import validate
 from data_pipelines.datasets import DATASETS, SPLITS
 from data_pipelines.examples import Example, write_jsonl

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import arig
 from data_pipelines import media
 from data_pipelines.examples import Example

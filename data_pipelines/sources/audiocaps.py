@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks.placeholders import AUDIO
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row

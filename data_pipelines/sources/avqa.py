@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from crab_jax.structured import strict_json
+from crab_jax.io.structured import strict_json
 from crab_jax.tasks import avqa
 from crab_jax.tasks.text import normalise
 from data_pipelines.examples import Example

@@ -23,9 +23,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each
 

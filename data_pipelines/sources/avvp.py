@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import avvp
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each, sample_lists

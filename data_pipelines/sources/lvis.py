@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks.placeholders import IMAGE, MASK
 from data_pipelines.examples import Example
 from data_pipelines.media import inline_mask

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from crab_jax.errors import InputError
-from crab_jax.structured import json_line
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import json_line
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import windows_for
 from data_pipelines.examples import TASK_NAMES, Example, from_json

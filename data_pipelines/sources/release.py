@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crab_jax.errors import InputError
-from crab_jax.structured import LIST, json_line, read_bytes, strict_json
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import LIST, json_line, read_bytes, strict_json
 from data_pipelines.examples import Example
 
 Found = Example | InputError

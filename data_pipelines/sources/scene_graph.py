@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.bounds import Choice, Real, Text, Whole
-from crab_jax.errors import InputError
-from crab_jax.files import write_whole
-from crab_jax.structured import Null, read_json
+from crab_jax.io.bounds import Choice, Real, Text, Whole
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import write_whole
+from crab_jax.io.structured import Null, read_json
 
 KINDS = ("piano", "drum", "violin", "flute", "accordion", "trumpet")
 CLASS_IDS = dict(zip(KINDS, (47, 19, 68, 24, 1, 63), strict=True))  # AVSBench-semantic

@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 from PIL import Image, ImageDraw
 
+from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines.sources.scene_graph import BOX_SPACE, CLASS_IDS, KINDS, SECONDS, SIZE, Box, Scene, Thing, save
 
 FPS = 8
@@ -233,13 +234,7 @@ def synthesise(scene: Scene) -> np.ndarray:
     return np.clip(mix, -0.99, 0.99)
 
 
-# The 71 colours of AVSBench-semantic, flat RGB: the bits of a class id, spread over the channels from the top bit down
-# (AVSBench color_dataloader.py).
-PALETTE = [
-    sum(((label >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
-    for label in range(71)
-    for channel in range(3)
-]
+PALETTE = avss_palette().ravel().tolist()  # flat RGB, as Pillow takes it
 
 
 def _write_mask(path: Path, ids: np.ndarray, colours: list[int] | None) -> None:

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.bounds import PATH, Choice, Whole
-from crab_jax.errors import CommandLine, InputError, run_verb
-from crab_jax.files import write_whole
-from crab_jax.locks import locked
-from crab_jax.progress import Progress
-from crab_jax.structured import Each, read_json
+from crab_jax.io.bounds import PATH, Choice, Whole
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import write_whole
+from crab_jax.io.locks import locked
+from crab_jax.io.progress import Progress
+from crab_jax.io.structured import Each, read_json
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
+from data_pipelines.isolated import end_with_parent
 from data_pipelines.sources.scene_graph import KINDS, LEVELS, SECONDS, SPLITS, Scene, Thing, load, sample, scene_table
 from data_pipelines.sources.scene_media import occupancy, write_scene
 from data_pipelines.sources.scene_questions import expressions, questions
-from data_pipelines.workers import end_with_parent
 
 __all__ = [
     "KINDS",

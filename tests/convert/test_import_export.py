@@ -11,14 +11,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from crab_jax import checkpoints, evaluate, predict, runs, train
+from crab_jax import evaluate, predict, train
+from crab_jax.checkpoints import digests, models, stored
 from crab_jax.convert import importing, torch_file, torch_writer
 from crab_jax.convert.__main__ import main, parser
 from crab_jax.convert.exporting import export
 from crab_jax.convert.importing import REPORT, Files, import_weights
 from crab_jax.convert.released import Choices
 from crab_jax.convert.torch_writer import Tensor
-from crab_jax.errors import InputError
+from crab_jax.io import stored_tensors
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import read_jsonl
 from data_pipelines.tokens import Tokenizer
@@ -86,16 +89,16 @@ def test_the_report_accounts_for_every_key_and_parameter(files, imported, capsys
         assert source["used"] + sum(source["ignored"].values()) == source["keys"], where
     reasons = {why for source in report["sources"].values() for why in source["ignored"]}
     assert {"masked-language head of BERT", "dead word embeddings of BERT", "classifier of the audio events"} <= reasons
-    model, params, config, _ = runs.load_model(out)
+    model, params, config, _ = run_params.load_model(out)
     drawn = [path for path, origin in report["parameters"]["not_from_weight_files"].items() if "seed 0" in origin]
     assert len(drawn) == 2 and all("positional_encoding" in path for path in drawn)
     assert (report["lora_heads"], report["queries"]["visual"]) == (model.cfg.lora.heads, model.cfg.visual.queries)
     assert config.compat == report["compat"] == "released" and not model.cfg.seg.chain_queries
     config = dataclasses.replace(config, init_from=str(out))
-    starting = runs.initial_params(config, model)  # what train begins with
+    starting = run_params.initial_params(config, model)  # what train begins with
     assert not capsys.readouterr().err
     config = dataclasses.replace(config, compat="paper")
-    runs.initial_params(config, model)
+    run_params.initial_params(config, model)
     assert "was made with compat='released'" in capsys.readouterr().err
     np.testing.assert_array_equal(starting["al_projector"]["query_tokens"], params["al_projector"]["query_tokens"])
     router = torch_file.read(files.crab[0])[ROUTE]
@@ -127,14 +130,14 @@ def test_import_export_import_is_bit_exact(files, choices, imported, tmp_path):
     )
     report = import_weights(back, tmp_path / "again", choices)
     assert report["parameters"]["not_from_weight_files"] == {}  # our export also holds the position matrices
-    trees = [checkpoints.tree_hash(checkpoints.load_params(folder)) for folder in (first, tmp_path / "again")]
+    trees = [digests.tree_hash(stored.load_params(folder)) for folder in (first, tmp_path / "again")]
     assert trees[0] == trees[1]  # paths, shapes, dtypes and bytes
     assert (first / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
     for name in ("finetune_weights.bin", "avs_finetune_weights.bin"):  # and every tensor is the original one
         original, ours = (torch_file.read(path) for path in (files.crab[0].parent / name, tmp_path / "crab" / name))
         for key in set(original) & set(ours):
             np.testing.assert_array_equal(original[key], ours[key], err_msg=key)
-    adapter = torch_file.read_safetensors(tmp_path / "hf/adapter/adapter_model.safetensors")
+    adapter = stored_tensors.read_safetensors(tmp_path / "hf/adapter/adapter_model.safetensors")
     assert set(adapter) == {key for key in torch_file.read(files.crab[0]) if ".lora_" in key}
     assert json.loads((tmp_path / "hf/adapter/adapter_config.json").read_text())["peft_type"] == "MULTI_HEAD_LORA"
 
@@ -152,8 +155,8 @@ def test_pretraining_files_import_too(files, choices, imported, tmp_path):
     crab = tuple(tmp_path / name for name in ("audio_pretrain.bin", "visual.bin", "segmentation_pretrain.bin"))
     stage = dataclasses.replace(files, crab=crab, fresh=("lora",), seed=3)
     report = import_weights(stage, tmp_path / "stage", choices)
-    params = checkpoints.load_params(tmp_path / "stage")
-    tuned = checkpoints.load_params(first)
+    params = stored.load_params(tmp_path / "stage")
+    tuned = stored.load_params(first)
     np.testing.assert_array_equal(params["vl_projector"]["proj_0"]["kernel"], tuned["vl_projector"]["proj_0"]["kernel"])
     np.testing.assert_array_equal(params["llama"]["lm_head"]["kernel"][:, : len(rows)], (rows + 1).T)
     assert "drop it" in str(report["sources"][str(tmp_path / "visual.bin")]["ignored"])
@@ -185,7 +188,7 @@ def test_weights_that_are_no_numbers_are_counted_by_file_and_tensor(dtype, value
     with pytest.raises(InputError, match=r"2 tensors are not finite: .*tuned.bin: .*up_proj.lora_(A|route).weight has"):
         import_weights(dataclasses.replace(files, crab=(path, files.crab[1])), tmp_path / "out", choices)
     with pytest.raises(InputError):
-        runs.load_model(tmp_path / "out")
+        run_params.load_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5])
@@ -194,7 +197,7 @@ def test_heads_are_read_from_shapes(heads, files, choices, tmp_path):
     out = tmp_path / "out"
     report = import_weights(dataclasses.replace(files, crab=(path, files.crab[1])), out, choices)
     assert report["lora_heads"] == heads
-    assert checkpoints.load_params(out)["llama"]["layers"]["mlp"]["up_proj"]["lora_B"].shape[1] == heads
+    assert stored.load_params(out)["llama"]["layers"]["mlp"]["up_proj"]["lora_B"].shape[1] == heads
     export(out, "crab", tmp_path / "back")
     ours, original = torch_file.read(tmp_path / "back/finetune_weights.bin"), torch_file.read(path)
     for key in ours:
@@ -229,7 +232,7 @@ def test_storage_dtypes_and_torch_shards_are_kept(dtype, files, choices, tmp_pat
     (llama / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (llama / "config.json").write_text((files.llama / "config.json").read_text())
     report = import_weights(dataclasses.replace(files, llama=llama), tmp_path / "out", choices)
-    params = checkpoints.load_params(tmp_path / "out")
+    params = stored.load_params(tmp_path / "out")
     kernel = params["llama"]["layers"]["mlp"]["up_proj"]
     assert kernel["kernel"].dtype == dtype and kernel["lora_A"].dtype == np.float32
     np.testing.assert_array_equal(kernel["kernel"][1], tensors["model.layers.1.mlp.up_proj.weight"].T)
@@ -268,7 +271,7 @@ def test_what_was_never_saved_is_supplied_or_drawn_and_said(golden, files, choic
     for name, options in {"drawn": {}, "again": {}, "other": {"seed": 8}, "rows": {"token_rows": unsaved}}.items():
         out = tmp_path / name
         reports[name] = import_weights(dataclasses.replace(text_only, **options), out, choices)
-        trees[name] = checkpoints.load_params(out)
+        trees[name] = stored.load_params(out)
     base = reports["drawn"]["sizes"]["llama"]["vocab_size"] - 17
     embed = {name: tree["llama"]["embed_tokens"]["embedding"] for name, tree in trees.items()}
     np.testing.assert_array_equal(embed["drawn"], embed["again"])
@@ -284,7 +287,7 @@ def test_what_was_never_saved_is_supplied_or_drawn_and_said(golden, files, choic
     with pytest.raises(InputError, match="2 arrays match.*--state"):
         import_weights(dataclasses.replace(files, position_buffers=unsaved), tmp_path / "x", choices)
     import_weights(dataclasses.replace(files, position_buffers=unsaved, state="avs."), tmp_path / "x", choices)
-    (matrix,) = checkpoints.load_params(tmp_path / "x")["seg_module"]["pe_layer"].values()
+    (matrix,) = stored.load_params(tmp_path / "x")["seg_module"]["pe_layer"].values()
     expected = np.load(unsaved)["avs.seg_module.pe_layer.positional_encoding_gaussian_matrix"]
     np.testing.assert_array_equal(matrix, expected)
 
@@ -320,7 +323,7 @@ def test_a_file_with_another_content_gives_one_clear_error(change, problem, file
 
 
 def test_another_model_is_not_written_over(files, choices, tmp_path):
-    (tmp_path / checkpoints.PACKED).touch()
+    (tmp_path / models.PACKED).touch()
     with pytest.raises(InputError, match="holds another model"):
         import_weights(files, tmp_path, choices)
 
@@ -503,7 +506,7 @@ def test_predict_evaluate_and_train_take_an_import(files, imported, scenes_root,
 def test_an_import_that_ends_anywhere_leaves_the_older_one(files, choices, imported, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(imported[0], out)
-    whole = checkpoints.tree_hash(checkpoints.load_params(out))
+    whole = digests.tree_hash(stored.load_params(out))
     other = dataclasses.replace(files, seed=99)
     for place in ("save_streamed", "note_model"):
         with monkeypatch.context() as patch:
@@ -516,7 +519,7 @@ def test_an_import_that_ends_anywhere_leaves_the_older_one(files, choices, impor
             patch.setattr(importing, place, dies)
             with pytest.raises(KeyboardInterrupt):
                 import_weights(other, out, choices)
-        assert checkpoints.tree_hash(checkpoints.load_params(out)) == whole, place
+        assert digests.tree_hash(stored.load_params(out)) == whole, place
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -527,4 +530,4 @@ def test_a_flipped_bit_of_an_import_is_named(imported, tmp_path):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with pytest.raises(InputError, match="params .*are not those that were written"):
-        checkpoints.load_params(tmp_path / "out")
+        stored.load_params(tmp_path / "out")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crab_jax.convert.keymap import Rule, from_params, to_params, unread
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 RULES = [
     Rule("layers.0.w.weight", "a/layers[0]/w/kernel", "linear"),

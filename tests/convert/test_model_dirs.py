@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_import_export import choices, files, imported  # noqa: F401  (fixtures)
 
-from crab_jax import checkpoints
+from crab_jax.checkpoints import stored
 from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.importing import import_weights
 from crab_jax.convert.torch_writer import Tensor
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 
 
 def directory(source: Path, out: Path, tensors=None, config=None) -> Path:
@@ -34,7 +34,7 @@ def directory(source: Path, out: Path, tensors=None, config=None) -> Path:
 
 
 def same(one, other) -> bool:
-    left, right = (checkpoints.load_params(path) for path in (one, other))
+    left, right = (stored.load_params(path) for path in (one, other))
     return all(np.array_equal(a, b) for a, b in zip(_leaves(left), _leaves(right), strict=True))
 
 
@@ -85,7 +85,7 @@ def test_two_precisions_in_one_directory(files, choices, tmp_path):  # noqa: F81
     import_weights(
         dataclasses.replace(files, llama=directory(files.llama, tmp_path / "llama", low)), tmp_path / "out", choices
     )
-    params = checkpoints.load_params(tmp_path / "out")["llama"]
+    params = stored.load_params(tmp_path / "out")["llama"]
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(np.asarray(params["norm"]["scale"]), held["model.norm.weight"])
 

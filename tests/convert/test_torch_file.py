@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from crab_jax.convert import torch_file
-from crab_jax.errors import InputError
+from crab_jax.io import stored_tensors
+from crab_jax.io.errors import InputError
 
 # A PyTorch file is a pickle next to raw storages; these few opcodes are enough to write one by hand.
 
@@ -334,7 +335,7 @@ def test_a_large_pickle_is_refused_before_it_is_unpacked(tmp_path):
         torch_file.read(tmp_path / "w.bin")
 
 
-@pytest.mark.parametrize("read", [torch_file.read, torch_file.read_safetensors])
+@pytest.mark.parametrize("read", [torch_file.read, stored_tensors.read_safetensors])
 def test_pipes_and_devices_are_no_files(read, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")

@@ -25,7 +25,8 @@ from media_files import RATE, tone, write_audio
 from PIL import Image
 from pycocotools import mask as coco
 
-from data_pipelines.media import avss_palette, inline_mask
+from crab_jax.tasks.avs_classes import avss_palette
+from data_pipelines.media import inline_mask
 
 LOOK = {"task": "avcap", "instruction": "<video>What is it?", "target": "It.", "windows": "none"}
 SEE = {**LOOK, "instruction": "<image>What is it?"}

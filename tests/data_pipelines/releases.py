@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
 from data_pipelines.sources.scene_graph import CLASS_IDS, SECONDS, Scene, sample
 from data_pipelines.sources.scene_media import PALETTE, SAMPLE_RATE, write_scene

@@ -12,11 +12,11 @@ import pytest
 import releases
 
 from configs import tiny
-from crab_jax import runs
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_data, run_folder
 from crab_jax.tasks import TASKS, avvp
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.datasets import DATASETS, list_of, read, read_examples, read_jsonl, records
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
 from data_pipelines.prepare import main as prepare
@@ -181,14 +181,14 @@ def test_training_skips_malformed_rows_and_lists_them(copied, tmp_path, caplog):
     config = tiny.get_config()
     config.data.root, config.data.batch_size, config.data.lengths = str(root), 1, (2048,)
     config.data.weights = dict.fromkeys(TASK_NAMES, 1.0)
-    tokenizer, skipped = runs.tokenizer_of(resolve(config)), tmp_path / "run" / "skipped.0.jsonl"
+    tokenizer, skipped = run_folder.tokenizer_of(resolve(config)), tmp_path / "run" / "skipped.0.jsonl"
     with pytest.raises(InputError, match=r"trainSet.txt:1 \[Category\]: unknown value 'Bell'"):
-        runs.train_order(resolve(config), tokenizer, skipped)
+        run_data.train_order(resolve(config), tokenizer, skipped)
     config.data.on_error = "skip"
-    order = runs.train_order(resolve(config), tokenizer, skipped)
+    order = run_data.train_order(resolve(config), tokenizer, skipped)
     assert [e.meta["dataset"] for e in order.examples] == ["ave"] * 3 + ["valor"]
     assert "2 malformed rows are left out" in caplog.text
-    listed = [json.loads(line) for line in (tmp_path / "run" / runs.LEFT_OUT).read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "run" / run_data.LEFT_OUT).read_text().splitlines()]
     assert [(one["dataset"], one["field"]) for one in listed] == [
         ("ave", "Category"),
         ("ave", "EndTime"),
@@ -556,7 +556,7 @@ def order_of(root, frames, **changes):
     config.data.root, config.data.batch_size, config.data.frames = str(root), 2, frames
     config.data.weights = dict.fromkeys(TASK_NAMES, 1.0)
     config.data.update(changes)
-    return runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
+    return run_data.train_order(resolve(config), run_folder.tokenizer_of(resolve(config)))
 
 
 def test_all_pictures_of_a_list_count_when_they_are_asked_for(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from media_files import write_picture
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import batching, fbank, media
 from data_pipelines.batching import Bucket, bucket_for, collate, load, text_arrays
 from data_pipelines.examples import TASK_NAMES, Example

@@ -15,8 +15,8 @@ from clips import RATE, beep, grey, seconds_of, steady, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crab_jax.compat import PRESETS
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.models.quirks import PRESETS
 from data_pipelines import batching, decoded, media, prepare, shards
 from data_pipelines.batching import DataConfig
 from data_pipelines.examples import Example, read_jsonl, write_jsonl

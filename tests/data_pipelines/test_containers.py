@@ -15,8 +15,8 @@ from malformed import film, greys, noise, wave
 from media_files import RATE, tone, write_video
 from PIL import Image
 
-from crab_jax.errors import InputError
-from crab_jax.files import stand_in
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import stand_in
 from data_pipelines import media
 from data_pipelines.examine import examine
 

@@ -6,7 +6,7 @@ import pytest
 from malformed import encoded, film, noise, wave
 from media_files import tone
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import media
 from data_pipelines.status import damage
 

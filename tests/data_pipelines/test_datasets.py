@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from configs import tiny
-from crab_jax import runs
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_data, run_folder
 from data_pipelines.datasets import DATASETS, choose, one_frame_each, read, read_examples
 from data_pipelines.examples import TASK_NAMES, Example, choice, digest, read_jsonl, write_jsonl
 from data_pipelines.mixture import train_order
@@ -135,13 +135,13 @@ def test_a_run_reads_a_raw_root_in_natural_proportions(releases_root):
     config = tiny.get_config()
     config.data.root, config.data.batch_size, config.data.lengths = str(releases_root), 1, (2048,)
     config.data.weights = dict.fromkeys(TASK_NAMES, 1.0)
-    order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
+    order = run_data.train_order(resolve(config), run_folder.tokenizer_of(resolve(config)))
     drawn = collections.Counter(order.examples[int(order.batches[step][0])].meta["dataset"] for step in range(400))
     per_epoch = of(read_examples(releases_root, "train"))  # one picture of a clip of AVSS and Ref-AVS
     for name, count in per_epoch.items():
         assert abs(drawn[name] / 400 - count / per_epoch.total()) < 0.04, name
     config.data.datasets, config.data.frames = "avss", "all"
-    order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
+    order = run_data.train_order(resolve(config), run_folder.tokenizer_of(resolve(config)))
     assert sorted(order.examples[int(order.batches[step][0])].second for step in range(10)) == list(range(10))
 
 

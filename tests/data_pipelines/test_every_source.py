@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from crab_jax import runs
 from crab_jax.config import resolve
+from crab_jax.runs import run_folder
 from data_pipelines.batching import load
 from data_pipelines.datasets import DATASETS, read, read_examples
 from data_pipelines.examples import read_jsonl
@@ -90,7 +90,7 @@ def test_every_source_goes_from_its_release_to_scores(releases_root, tmp_path):
         "--image-size",
         decoding.image_size,
     )
-    tokenizer = runs.tokenizer_of(config)
+    tokenizer = run_folder.tokenizer_of(config)
     for name in DATASETS:
         for split in DATASETS[name].sizes:
             raw = read(releases_root, name, split)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import fbank
 
 

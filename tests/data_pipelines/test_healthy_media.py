@@ -18,6 +18,7 @@ import soundfile
 from malformed import encoded, turned
 from PIL import Image
 
+from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines import media
 
 RATE, FPS, SECONDS, LOUD = 16000, 10, 10, 7
@@ -374,7 +375,7 @@ def test_class_ids_in_every_form(tmp_path, mode):
     ids = quarter(9)
     if mode in ("P", "RGB", "RGBA"):
         picture = Image.fromarray(ids)
-        picture.putpalette(media.avss_palette().tobytes())
+        picture.putpalette(avss_palette().tobytes())
         picture = picture if mode == "P" else picture.convert(mode)
     else:
         picture = Image.fromarray(ids.astype(np.uint16) if mode == "16" else ids)

@@ -9,9 +9,9 @@ import releases
 from test_annotations import SAME, rows_of
 
 from configs import tiny
-from crab_jax import runs
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_data, run_folder
 from data_pipelines.batching import DataConfig, load
 from data_pipelines.datasets import read, read_examples
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
@@ -96,9 +96,9 @@ def config_of(root, **data):
 
 def test_training_says_them_or_leaves_them_out(shared, caplog):
     config = config_of(shared)
-    tokenizer = runs.tokenizer_of(resolve(config))
+    tokenizer = run_folder.tokenizer_of(resolve(config))
     assert config.data.exclude_leaks is False
-    every = runs.train_order(resolve(config), tokenizer).examples
+    every = run_data.train_order(resolve(config), tokenizer).examples
     (line,) = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
     assert "2 clips (2 examples) of train are in val or test elsewhere: ave in avvp 1, valor in ref_avs 1 (2 " in line
     assert "--config.data.exclude_leaks=true leaves them out" in line and "\n" not in line
@@ -106,7 +106,7 @@ def test_training_says_them_or_leaves_them_out(shared, caplog):
 
     caplog.clear()
     config.data.exclude_leaks = True
-    kept = runs.train_order(resolve(config), tokenizer).examples
+    kept = run_data.train_order(resolve(config), tokenizer).examples
     (line,) = (r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage())
     assert "they are left out (data.exclude_leaks)" in line
     assert [e.id for e in every if e not in kept] == [f"ave-{ID}-0", "valor---KCIeTv6PM_15.000_25.000"]
@@ -114,7 +114,7 @@ def test_training_says_them_or_leaves_them_out(shared, caplog):
 
 def test_it_is_the_whole_root_that_counts_not_what_is_trained_on(shared):
     config = config_of(shared, datasets="ave", exclude_leaks=True)
-    order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
+    order = run_data.train_order(resolve(config), run_folder.tokenizer_of(resolve(config)))
     assert ID not in {e.meta["video"] for e in order.examples} and len(order.examples) == 4
 
 
@@ -122,7 +122,7 @@ def test_a_root_without_leaks_says_nothing(copied, caplog):
     root = copied("ave", "valor", "music_avqa")  # AVE and MUSIC-AVQA share clips with their own test, as released
     config = config_of(root, exclude_leaks=True)
     with caplog.at_level(logging.WARNING):
-        order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
+        order = run_data.train_order(resolve(config), run_folder.tokenizer_of(resolve(config)))
     assert list(order.examples) == read_examples(root, "train") and not caplog.records
     assert leak_problems(root) == []
 
@@ -174,7 +174,7 @@ def test_a_prepared_root_has_the_same_leaks(shared, tmp_path, caplog):
         )
     assert [p.problem for p in leak_problems(out)] == [p.problem for p in leak_problems(shared, ["ave", "avvp"])] != []
     config = config_of(out, exclude_leaks=True)
-    order = runs.train_order(resolve(config), runs.tokenizer_of(resolve(config)))
+    order = run_data.train_order(resolve(config), run_folder.tokenizer_of(resolve(config)))
     assert ID not in {e.meta["video"] for e in order.examples} and len(order.examples) == 4
 
 
@@ -269,9 +269,9 @@ def test_all_choices_at_once_are_the_same_data_raw_and_prepared(shared, copied, 
     found, left = {}, {}
     for place in (root, out):
         config = resolve(config_of(place, datasets=names, on_error="skip", exclude_leaks=True, frames="all"))
-        found[place] = runs.train_examples(config, tmp_path_factory.mktemp("run") / "skipped.0.jsonl")
+        found[place] = run_data.train_examples(config, tmp_path_factory.mktemp("run") / "skipped.0.jsonl")
         rows = []
-        runs.read_examples(place, "train", datasets=names.split(","), missing="skip", malformed="skip", left=rows)
+        run_data.read_examples(place, "train", datasets=names.split(","), missing="skip", malformed="skip", left=rows)
         left[place] = [(one.dataset, one.error.field, one.error.problem) for one in rows]
     raw, ours = found[root], found[out]
     assert raw == ours and left[root] == left[out] and len(left[root]) >= 5

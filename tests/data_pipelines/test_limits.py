@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import datasets, media
 from data_pipelines.decoded import Files, inside, read_mask
 from data_pipelines.examine import examine

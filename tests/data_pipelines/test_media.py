@@ -7,7 +7,8 @@ import soundfile
 from media_files import tone, write_audio, write_picture, write_video
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines import media
 from data_pipelines.media import video
 
@@ -61,7 +62,7 @@ def test_audio_of_a_video_file(tmp_path):
 
 
 def test_palette_has_the_first_voc_colours():
-    palette = media.avss_palette()
+    palette = avss_palette()
     assert palette.shape == (71, 3) and palette.dtype == np.uint8
     assert palette[[0, 1, 2, 7, 8, 64, 70]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 128], [64, 0, 0], [32, 0, 0], [32, 128, 128]
@@ -80,9 +81,9 @@ def test_binary_mask_is_grey_above_zero(tmp_path):
 def test_semantic_mask_from_palette_indices_and_from_colours(tmp_path):
     labels = np.repeat(np.repeat(np.array([[0, 3], [64, 70]], np.uint8), 2, axis=0), 2, axis=1)
     indexed = Image.fromarray(labels)
-    indexed.putpalette(media.avss_palette().tobytes())
+    indexed.putpalette(avss_palette().tobytes())
     indexed.save(tmp_path / "index.png")
-    write_picture(tmp_path / "rgb.png", media.avss_palette()[labels])
+    write_picture(tmp_path / "rgb.png", avss_palette()[labels])
     for name in ("index.png", "rgb.png"):
         np.testing.assert_array_equal(media.read_mask(tmp_path / name, 2, "semantic"), [[0, 3], [64, 70]])
 

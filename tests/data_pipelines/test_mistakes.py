@@ -13,9 +13,9 @@ import pytest
 from media_files import write_audio, write_picture, write_video
 
 from configs import tiny
-from crab_jax import runs
 from crab_jax.config import resolve
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.runs import run_data, run_folder
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
 from data_pipelines import mistakes
@@ -498,9 +498,9 @@ def test_a_run_refuses_a_wrong_label_before_it_starts(media_root, tmp_path):
     run = tiny.get_config()
     run.data.root, run.data.batch_size = str(tmp_path), 1
     with pytest.raises(InputError, match=r"train\.jsonl:2 \[target\]: the range is 2,5, the label says 2,6; write"):
-        runs.train_order(resolve(run), runs.tokenizer_of(resolve(run)))
+        run_data.train_order(resolve(run), run_folder.tokenizer_of(resolve(run)))
     run.data.on_error = "skip"
-    order = runs.train_order(resolve(run), runs.tokenizer_of(resolve(run)), tmp_path / "skipped")
+    order = run_data.train_order(resolve(run), run_folder.tokenizer_of(resolve(run)), tmp_path / "skipped")
     assert order.batches[0].tolist() == [0] and len((tmp_path / "skipped").read_text().splitlines()) == 1
 
 
@@ -509,7 +509,7 @@ def test_a_run_of_other_than_ten_frames_refuses_the_mask_of_a_tenth(media_root, 
     run = tiny.get_config()
     run.data.root, run.data.batch_size, run.data.video_frames = str(tmp_path), 1, 5
     with pytest.raises(InputError, match="data.video_frames.*is 5, but example 's4-1' has the mask of a tenth"):
-        runs.train_order(resolve(run), runs.tokenizer_of(resolve(run)))
+        run_data.train_order(resolve(run), run_folder.tokenizer_of(resolve(run)))
 
 
 def test_validate_exits_3_over_a_label(media_root, tmp_path):

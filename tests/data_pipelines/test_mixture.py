@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from crab_jax import runs
 from crab_jax.config import resolve
-from crab_jax.errors import InputError, find_input_error, report
+from crab_jax.io.errors import InputError, find_input_error, report
+from crab_jax.runs import run_data, run_folder
 from data_pipelines import mixture
 from data_pipelines.batching import bucket_of
 from data_pipelines.examples import TASK_NAMES, Example, write_jsonl
@@ -159,7 +159,7 @@ def test_a_cap_limits_the_share_of_a_task_and_every_example_still_comes(tmp_path
     run = tiny.get_config()
     run.data.root, run.data.batch_size, run.data.weights = str(tmp_path), 2, dict.fromkeys(TASK_NAMES, 1.0)
     run.data.caps.s4 = 4
-    order = runs.train_order(resolve(run), runs.tokenizer_of(resolve(run)))
+    order = run_data.train_order(resolve(run), run_folder.tokenizer_of(resolve(run)))
     drawn = [records[i].task for step in range(12) for i in order.batches[step].tolist()]
     assert collections.Counter(drawn) == {"s4": 12, "avcap": 12}
     taken = {records[i].id for step in range(12) for i in order.batches[step].tolist()}

@@ -13,7 +13,7 @@ import pytest
 from media_files import write_audio, write_picture, write_video
 from PIL import Image
 
-from crab_jax.scoring import check_label
+from crab_jax.evaluation.scoring import check_label
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import windows_for
 from data_pipelines import mistakes

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from crab_jax.errors import InputError
-from crab_jax.structured import json_line, strict_json
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import json_line, strict_json
 from crab_jax.tasks import ave as ave_task
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.datasets import DATASETS, records
 from data_pipelines.examples import MASK_KINDS, TASK_NAMES, WINDOWS, Example, to_json
 from data_pipelines.sources import ave, avqa, avsbench, avvp, own

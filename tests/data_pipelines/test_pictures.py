@@ -11,7 +11,8 @@ import pytest
 from malformed import encoded, encoded_16, grey_of, with_chunk, with_segment
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
+from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines import media
 from data_pipelines.decoded import Files
 from data_pipelines.media import pictures
@@ -238,7 +239,7 @@ def test_masks_of_few_bits_and_of_blurring_formats(tmp_path):
         assert (blurred != (ids > 0)).mean() < 0.01, kind
     np.testing.assert_array_equal(mask(encoded(np.where(ids, 1, 0).astype(np.uint8), "WEBP", lossless=True)), ids > 0)
     picture = Image.fromarray(ids, "P")
-    picture.putpalette(media.avss_palette().tobytes())
+    picture.putpalette(avss_palette().tobytes())
     np.testing.assert_array_equal(mask(encoded(picture)), ids > 0)
     np.testing.assert_array_equal(mask(encoded(picture), "semantic"), ids)
 
@@ -250,7 +251,7 @@ def test_a_mask_that_is_in_the_opacity_only_is_refused_whatever_its_kind(tmp_pat
         (tmp_path / "m.png").write_bytes(encoded(pixels))
         with pytest.raises(InputError, match="what is opaque is not what is above black"):
             media.read_mask(tmp_path / "m.png", None, kind)
-        pixels[:16, :, :3] = media.avss_palette()[3]
+        pixels[:16, :, :3] = avss_palette()[3]
         (tmp_path / "m.png").write_bytes(encoded(pixels))
         assert media.read_mask(tmp_path / "m.png", None, kind)[:16].min() > 0
         pixels[..., :3] = 0
@@ -318,7 +319,7 @@ def test_reported_cases(cases, tmp_path):
 @pytest.mark.parametrize("kind", ["binary", "semantic"])
 def test_a_picture_of_palette_indices_without_a_palette_is_refused(kind, tmp_path):
     palette = Image.new("P", (8, 8), 3)
-    palette.putpalette(media.avss_palette().tobytes())
+    palette.putpalette(avss_palette().tobytes())
     png = encoded(palette)
     (tmp_path / "x.png").write_bytes(png.replace(b"PLTE", b"ABCD"))
     with pytest.raises(InputError, match="x.png"):

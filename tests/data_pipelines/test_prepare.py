@@ -13,7 +13,7 @@ from array_record.python import array_record_module
 from pycocotools import mask as coco
 
 from crab_jax import evaluate
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import batching, datasets, decoded, media, mixture, prepare, shards
 from data_pipelines.batching import DataConfig
 from data_pipelines.datasets import DATASETS, VARIANTS, read_examples

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crab_jax import packaged
-from crab_jax.page import escape
-from data_pipelines import sample
+from crab_jax.io import packaged
+from crab_jax.reports import record_page
+from crab_jax.visualize.page import escape
 from data_pipelines.batching import DataConfig, bucket_for, load
 from data_pipelines.datasets import read
 from data_pipelines.examples import Example, write_jsonl
@@ -27,11 +27,11 @@ def test_the_kinds_of_positions_are_those_of_the_batch(releases_root, tokenizer)
     config = DataConfig(lengths=(1024,), video_frames=4, visual_queries=3, audio_queries=2, image_size=32)
     example = read(releases_root, "avss", "train")[0]
     row, bucket = load(example, releases_root, tokenizer, config), bucket_for(example, tokenizer, config)
-    kinds = np.array(sample.kinds(row, bucket, config))
+    kinds = np.array(record_page.kinds(row, bucket, config))
     assert (kinds == "visual").sum() == 4 * 3 and (kinds == "audio").sum() == 10 * 2
     np.testing.assert_array_equal(kinds == "target", row["loss_mask"])
     np.testing.assert_array_equal(kinds == "padding", ~row["text_mask"])
-    runs = sample.segments(kinds.tolist())
+    runs = record_page.segments(kinds.tolist())
     assert [kind for kind, _, _ in runs] == ["text", "visual", "text", "audio", "text", "target", "padding"]
     assert [start for _, start, _ in runs] == [0, *np.cumsum([count for _, _, count in runs])[:-1]]
 
@@ -40,18 +40,20 @@ def test_the_choice_depends_on_the_seed_and_on_no_other_record(copied):
     root = copied("ave", "avsbench_semantic")
 
     def ids(seed, keep=2, names=("ave", "avss")):
-        return [[e.id for e in group.examples] for group in sample.groups(root, names, "train", "train", seed, keep)[0]]
+        return [
+            [e.id for e in group.examples] for group in record_page.groups(root, names, "train", "train", seed, keep)[0]
+        ]
 
     assert ids(0) == ids(0) and {str(ids(seed)) for seed in range(4)} != {str(ids(0))}
     assert ids(3)[1:] == ids(3, names=("avss",)) and ids(3, 1)[0] == ids(3)[0][:1]
     (root / "ave/AVE/RUhOCu3LNXM.mp4").unlink()
-    (group,), bad = sample.groups(root, ["ave"], "train", "train", 0, 9)
+    (group,), bad = record_page.groups(root, ["ave"], "train", "train", 0, 9)
     assert (group.task, group.dataset, group.records, bad) == ("ave", "ave", 4, {"ave": 1})
 
 
 def test_the_page(releases_root, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
-        sample.main(
+        record_page.main(
             [
                 "--root",
                 str(releases_root),
@@ -78,7 +80,7 @@ def test_the_page(releases_root, tmp_path, capsys):
     assert strip.count("predicts a mask token") == 6 and strip.count(">320</text>") == 2
     assert "10 frames of 32" in sections["avss-avss"] and "predict the mask tokens" in sections["avss-avss"]
     assert "Mask (semantic): " in sections["avss-avss"] and ">all<" in sections["padding"]
-    example = sample.groups(releases_root, ["ave"], "train", "train", 0, 1)[0][0].examples[0]
+    example = record_page.groups(releases_root, ["ave"], "train", "train", 0, 1)[0][0].examples[0]
     assert example.id in sections["ave-ave"] and escape(example.target) in sections["ave-ave"]
     tokens = re.search(r"<div class=\"pieces\">(.*?)</div>", sections["ave-ave"], re.DOTALL)[1]
     assert re.sub(r"<[^>]+>|&crarr;", "", tokens).startswith("&lt;s&gt;[INST] &lt;&lt;SYS&gt;&gt;\nYou are a helpful")
@@ -91,7 +93,9 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
     long = dataclasses.replace(good, id="long", target="dog " * 900)
     weak = dataclasses.replace(good, id="weak", target="")
     shown = {
-        one.id: sample.article(one, root, tokenizer, dataclasses.replace(config, lengths=(256, *sample.LONGER)))
+        one.id: record_page.article(
+            one, root, tokenizer, dataclasses.replace(config, lengths=(256, *record_page.LONGER))
+        )
         for one in (good, bad, long, weak)
     }
     assert "&lt;b&gt;\u526a" in shown[good.id] and "<b>\u526a" not in shown[good.id]
@@ -99,7 +103,7 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
     assert "longer than 256" in shown["long"] and "longer than" not in shown[good.id]
     assert "training leaves this record out" in shown["weak"] and "<svg" in shown["weak"]
     write_jsonl(tmp_path / "test.jsonl", [good, bad])
-    (group,), none = sample.groups(tmp_path, [], "test", "train", 0, 5)
+    (group,), none = record_page.groups(tmp_path, [], "test", "train", 0, 5)
     assert (group.records, none) == (2, {})
 
 
@@ -115,4 +119,4 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
     ],
 )
 def test_bad_command_lines_end_in_one_line(argv, message, tmp_path, one_line_error):
-    one_line_error(sample.main, [argument.format(tmp=tmp_path) for argument in argv], message)
+    one_line_error(record_page.main, [argument.format(tmp=tmp_path) for argument in argv], message)

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import TASK_NAMES, from_json, read_jsonl, to_json
 from data_pipelines.sources import scenes

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.batching import DataConfig, bucket_for, load
 from data_pipelines.datasets import DATASETS, VARIANTS, media_of, read, records
 from data_pipelines.examples import Example, from_json, to_json

@@ -7,7 +7,7 @@ import sys
 import pytest
 import releases
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import __main__ as commands
 from data_pipelines.datasets import DATASETS, read
 from data_pipelines.status import damage, main, status

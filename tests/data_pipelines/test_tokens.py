@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines import tokens
 from data_pipelines.tokens import MASK_TOKENS, SPECIAL_TOKENS, Tokenizer, chat_prompt
 

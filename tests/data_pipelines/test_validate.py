@@ -18,8 +18,8 @@ from media_files import tone, write_audio
 from PIL import Image
 from test_status import cut
 
-from crab_jax.errors import InputError
-from crab_jax.request import request
+from crab_jax.io.errors import InputError
+from crab_jax.questions import request
 from data_pipelines import media, prepare
 from data_pipelines import validate as verb
 from data_pipelines.batching import DataConfig, load

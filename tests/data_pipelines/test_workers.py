@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.workers import MEMORY, results
+from data_pipelines.isolated import MEMORY, results
 
 
 def misbehave(how):
@@ -52,7 +52,7 @@ def test_an_unfinished_round_ends_its_processes():
 
 PARENTS = {
     "validate": """
-        from data_pipelines.workers import results
+        from data_pipelines.isolated import results
         found = results(slow, [0, 600], 2, lambda task: 600.0)
         next(found)
         """,
@@ -69,7 +69,7 @@ PARENTS = {
         """,
     "a pool, as in prepare and scenes": """
         import multiprocessing
-        from data_pipelines.workers import end_with_parent
+        from data_pipelines.isolated import end_with_parent
         pool = multiprocessing.get_context("spawn").Pool(2, end_with_parent)
         pool.map(time.sleep, [0.1, 0.1])
         waits = pool.map_async(time.sleep, [600, 600])

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from crab_jax import checkpoints
+from crab_jax.checkpoints import stored
 from crab_jax.convert import torch_file
-from crab_jax.errors import run_verb
+from crab_jax.io.errors import run_verb
 from data_pipelines import datasets, media, shards
 from data_pipelines.av_uie import released
 
@@ -40,7 +40,7 @@ def _prepared(path: str) -> Any:
 
 
 def _params(path: str) -> Any:
-    return traverse_util.flatten_dict(checkpoints.load_params(path), sep="/")
+    return traverse_util.flatten_dict(stored.load_params(path), sep="/")
 
 
 READ: dict[str, Callable[[str], Any]] = {

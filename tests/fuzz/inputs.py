@@ -17,9 +17,9 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines.datasets import DATASETS
 from data_pipelines.examples import Example, write_jsonl
-from data_pipelines.media import avss_palette
 from data_pipelines.sources import scenes
 from tests import clips
 from tests.fuzz import mutate
@@ -208,19 +208,22 @@ def _run(world: Path) -> None:
 
     import jax.numpy as jnp
 
-    from crab_jax import checkpoints, optim, runs, train
+    from crab_jax import optim
+    from crab_jax.checkpoints import models, run_steps
+    from crab_jax.runs import run_folder, run_params
+    from crab_jax.training import train_step
 
-    model, params, config, tokenizer = runs.load_model("warm_start")
-    checkpoints.save_packed(world / "packed", params, config.to_dict(), tokenizer=tokenizer)
+    model, params, config, tokenizer = run_params.load_model("warm_start")
+    models.save_packed(world / "packed", params, config.to_dict(), tokenizer=tokenizer)
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     folder = world / "run"
     folder.mkdir()
-    saved = checkpoints.RunCheckpoints(folder / "checkpoints")
+    saved = run_steps.RunCheckpoints(folder / "checkpoints")
     saved.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads})
-    state = train.TrainState(jnp.int32(1), trainable, optim.optimizer(config.optim, 2).init(trainable))
+    state = train_step.TrainState(jnp.int32(1), trainable, optim.optimizer(config.optim, 2).init(trainable))
     saved.save(1, dataclasses.asdict(state))
     saved.wait()
-    runs.save_description(folder, config, tokenizer)
+    run_folder.save_description(folder, config, tokenizer)
     saved.note_description()
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 2.5 / n}) + "\n" for n in (1, 2, 3)))
 

@@ -12,7 +12,7 @@ import pytest
 from crab_jax.convert import torch_file
 from crab_jax.convert.encoders import BEATS_IGNORED, beats_config, beats_rules
 from crab_jax.convert.keymap import from_params, to_params, unread
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.beats import Beats, BeatsConfig, PositionConv, relative_bucket
 
 

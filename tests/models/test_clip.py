@@ -12,7 +12,7 @@ import pytest
 from crab_jax.convert.encoders import CLIP_IGNORED, clip_config, clip_rules
 from crab_jax.convert.keymap import from_params, to_params, unread
 from crab_jax.convert.torch_file import read_model_dir
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.clip import Clip, ClipConfig, normalize
 
 

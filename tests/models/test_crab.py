@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import runs, train
 from crab_jax.generate import GenerateOptions, generate
 from crab_jax.models.crab import Crab, init_params
 from crab_jax.models.presets import tiny
+from crab_jax.runs import run_data, run_params
+from crab_jax.training import train_step
 from data_pipelines import batching
 from data_pipelines.tokens import Tokenizer
 
@@ -24,7 +25,7 @@ def setup(scenes_root):
     sizes = tiny()
     cut = {name: dataclasses.replace(getattr(sizes, name), layers=1) for name in ("beats", "visual", "audio", "llama")}
     model = Crab(dataclasses.replace(sizes, clip=dataclasses.replace(sizes.clip, layers=2, taps=(1, 2, 2)), **cut))
-    params = nn.unbox(init_params(model, jax.random.key(0), runs.init_batch(model)))
+    params = nn.unbox(init_params(model, jax.random.key(0), run_params.init_batch(model)))
     rng = np.random.default_rng(0)
 
     def filled(path, leaf):
@@ -32,7 +33,7 @@ def setup(scenes_root):
 
     params = jax.tree_util.tree_map_with_path(filled, params)
     tokenizer = Tokenizer.load("data_pipelines/tiny_tokenizer.json")
-    examples = runs.read_examples(scenes_root, "train")
+    examples = run_data.read_examples(scenes_root, "train")
 
     def load(task: str, count: int, lengths=LENGTHS, prompt_only=False) -> batching.Batch:
         config = batching.DataConfig(
@@ -69,7 +70,7 @@ def test_a_row_of_no_numbers_or_of_padding_alone_changes_no_bit_of_another(setup
     batch, other = load("s4", 2, (192,)), 1 - row
     forward = jax.jit(model.apply)
     out = forward({"params": params}, batch)
-    loss_rows = jax.jit(train.loss_rows)
+    loss_rows = jax.jit(train_step.loss_rows)
     rows = loss_rows(out, batch)
     nothing = jax.tree.map(lambda x: x.at[row].set(jnp.zeros((), x.dtype)), batch).replace(
         slots=batch.slots.at[row].set(-1), index=batch.index.at[row].set(-1)
@@ -87,7 +88,7 @@ def test_a_row_of_no_numbers_or_of_padding_alone_changes_no_bit_of_another(setup
             assert term.sum[other] == rows[part].sum[other], part
         spoiled = not all(np.isfinite(term.sum[row]) for term in losses.values())
         assert spoiled == (name != "padding"), "it is seen, and padding is none"
-        finite = train.finite_rows(losses, 2)
+        finite = train_step.finite_rows(losses, 2)
         assert bool(finite[other]) and bool(finite[row]) != spoiled
 
 
@@ -97,7 +98,7 @@ def test_a_row_of_no_numbers_changes_no_bit_of_the_gradient_of_another(setup):
     batch = load("s4", 2, (192,))
 
     def loss(fbank):
-        rows = train.loss_rows(model.apply({"params": params}, batch.replace(fbank=fbank)), batch)
+        rows = train_step.loss_rows(model.apply({"params": params}, batch.replace(fbank=fbank)), batch)
         return sum(term.sum.sum() for term in rows.values())
 
     gradient = jax.jit(jax.grad(loss))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import quantize
-from crab_jax.models.fused import KINDS, FusedLlama, fuse
+from crab_jax.models import quantize
+from crab_jax.models.generating import KINDS, FusedLlama, fuse
 from crab_jax.models.llama import Llama, LlamaConfig, init_cache
 from crab_jax.models.lora import LoraConfig
 

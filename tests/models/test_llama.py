@@ -14,7 +14,7 @@ import pytest
 from crab_jax.convert import torch_file
 from crab_jax.convert.keymap import from_params, to_params
 from crab_jax.convert.llama import llama_config, llama_rules, lora_rules, lora_sizes, pad_vocab, trim_vocab
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.llama import Attention, Llama, LlamaConfig, attend, attend_cache, init_cache, rope
 from crab_jax.models.lora import LoraConfig, LoraDense
 

@@ -11,7 +11,7 @@ import pytest
 from crab_jax.convert import torch_file
 from crab_jax.convert.keymap import from_params, to_params
 from crab_jax.convert.mask_decoder import position_rules, seg_rules
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.losses import BINARY, SEMANTIC, LossConfig, Term, mask_losses, total
 from crab_jax.models.mask_decoder import FourierPosition, QueryGenerator, SegConfig, SegModule, resize
 

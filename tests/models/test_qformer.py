@@ -12,7 +12,7 @@ import pytest
 from crab_jax.convert import torch_file
 from crab_jax.convert.encoders import QFORMER_IGNORED, qformer_rules
 from crab_jax.convert.keymap import from_params, to_params, unread
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.models.qformer import QFormer, QFormerConfig
 
 PREFIX = "base_model.model.model."

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax import runs
-from crab_jax.compat import PRESETS
 from crab_jax.convert import torch_file, torch_writer
 from crab_jax.convert.importing import Files, import_weights
 from crab_jax.convert.llama import PEFT
@@ -20,6 +18,8 @@ from crab_jax.convert.released import Choices
 from crab_jax.models.clip import MEAN, STD, normalize
 from crab_jax.models.crab import Crab
 from crab_jax.models.mask_decoder import SegModule
+from crab_jax.models.quirks import PRESETS
+from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
 from data_pipelines import fbank
 from data_pipelines.batching import Batch
@@ -171,7 +171,7 @@ def load(checkpoint):
 
     def get(state: str):
         if state not in loaded:
-            model, params, config, _ = runs.load_model(checkpoint(state))
+            model, params, config, _ = run_params.load_model(checkpoint(state))
             assert config.compat == "released" and model.cfg.seg_taps == PRESETS["released"].seg_taps
             cfg = dataclasses.replace(model.cfg, llama=dataclasses.replace(model.cfg.llama, remat="none"))
             loaded[state] = Crab(cfg), params

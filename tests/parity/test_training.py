@@ -15,7 +15,7 @@ from crab_jax import losses
 from crab_jax.convert.keymap import from_params
 from crab_jax.convert.llama import PEFT, trim_vocab, vocab_rules
 from crab_jax.convert.released import crab_rules
-from crab_jax.train import loss_rows
+from crab_jax.training.train_step import loss_rows
 
 RELEASED = losses.LossConfig(reduction="released")
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from crab_jax.errors import InputError
-from crab_jax.tasks.avs import AVSS, CLASSES, MS3, S4, target
+from crab_jax.io.errors import InputError
+from crab_jax.tasks.avs import AVSS, MS3, S4, target
+from crab_jax.tasks.avs_classes import CLASSES
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
 from crab_jax.tasks.text import object_words
 

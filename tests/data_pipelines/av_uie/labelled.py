@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.av_uie.questions import QUESTIONS
 from data_pipelines.examples import Example
 from data_pipelines.media import EMPTY_MASK, inline_mask

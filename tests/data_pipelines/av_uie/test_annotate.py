@@ -15,7 +15,7 @@ import pytest
 from labelled import ALL, ONE_EACH
 from stub_llm import Stub, completion, good, serving
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from data_pipelines.av_uie import __main__ as commands
 from data_pipelines.av_uie import annotate, labels, prompts, verify
 from data_pipelines.examples import read_jsonl, write_jsonl

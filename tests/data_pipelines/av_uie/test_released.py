@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from labelled import ONE_EACH, example
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks.placeholders import MASK
 from data_pipelines.av_uie import released, verify
 from data_pipelines.sources.scenes import NOTHING

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from labelled import ALL, ONE_EACH, STRATEGIES, example, rectangle
 from PIL import Image
 
-from crab_jax.errors import InputError
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS, avvp
-from crab_jax.tasks.avs import CLASSES
+from crab_jax.tasks.avs_classes import CLASSES
 from data_pipelines.av_uie import labels, questions, templates, verify
 from data_pipelines.media import EMPTY_MASK
 from data_pipelines.sources import scenes

@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from labelled import ALL, OBJECTS, ONE_EACH, STRATEGIES, example
 
+from crab_jax.reports import review_page
 from crab_jax.tasks.avs import ORDINALS
 from crab_jax.tasks.placeholders import MASK
-from data_pipelines.av_uie import labels, prompts, review, templates, verify
+from data_pipelines.av_uie import labels, prompts, templates, verify
 from data_pipelines.examples import Example
 from data_pipelines.sources import ave, avqa, avvp
 
@@ -228,7 +229,7 @@ def test_people_have_the_last_word():
 def test_the_review_page_shows_reasons_and_samples_and_escapes_what_it_shows():
     nasty = by(dataclasses.replace(ALL[0], id='x"><script>alert(1)</script>'), "<script>alert(2)</script>")
     good = [templates.write(one, "/nowhere") for one in ALL]
-    page = review.page(good, [(nasty, verify.problems(nasty))], "/nowhere")
+    page = review_page.page(good, [(nasty, verify.problems(nasty))], "/nowhere")
     assert "alert(1)</script>" not in page and "alert(2)</script>" not in page
     assert "is no tag of ave" in page and "1 are in quarantine" in page
     assert all(f">{one.id}<" in page for one in good)
@@ -238,10 +239,10 @@ def test_the_review_page_shows_reasons_and_samples_and_escapes_what_it_shows():
 
 def test_the_page_says_how_much_it_leaves_out():
     bad = [(dataclasses.replace(ALL[0], id=str(i)), ["is wrong"]) for i in range(50)]
-    page = review.page([], bad, most=10)
+    page = review_page.page([], bad, most=10)
     assert "Quarantined: 10 of 50" in page and page.count("<article>") == 10
 
 
 def test_the_sample_is_the_same_in_every_run():
     many = [dataclasses.replace(ALL[0], id=str(i)) for i in range(40)]
-    assert review.sample(many, 3) == review.sample(many[::-1], 3) != many[:3]
+    assert review_page.sample(many, 3) == review_page.sample(many[::-1], 3) != many[:3]

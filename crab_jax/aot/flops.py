@@ -1,0 +1,82 @@
+"""Arithmetic and memory traffic of a program, counted in its jaxpr, and the roofline time on a chip.
+
+Counting the traced program needs no formula per module and follows every config: matrices that do not train have no
+weight gradient in it, modules before the first trained one have no backward pass at all. So a frozen weight costs
+2 FLOP per token forwards and 2 backwards (4 N), a trained one 6, and rematerialisation is counted where it happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from crab_jax.parallel.chips import Chip
+
+
+class Work(NamedTuple):
+    """FLOPs of all matrix products and convolutions, and the bytes that they read and write.
+
+    Elementwise work is taken as fused into its neighbours, so both are lower bounds.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def plus(self, other: Work, times: int = 1) -> Work:
+        """The sum with `times` runs of another."""
+        return Work(self.flops + times * other.flops, self.bytes + times * other.bytes)
+
+
+def count(function: Callable[..., Any], *args: Any) -> Work:
+    """Work of one call; `args` may be shapes."""
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> Work:
+    total = Work()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        inner = [
+            j.jaxpr if isinstance(j, core.ClosedJaxpr) else j
+            for param in eqn.params.values()
+            for j in (param if isinstance(param, (tuple, list)) else (param,))
+            if isinstance(j, (core.Jaxpr, core.ClosedJaxpr))
+        ]
+        if name in ("dot_general", "conv_general_dilated"):
+            arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            total = total.plus(Work(_product_flops(eqn), sum(a.size * np.dtype(a.dtype).itemsize for a in arrays)))
+        elif name == "cond":
+            total = total.plus(max(map(_count, inner)))
+        else:
+            for part in inner:
+                total = total.plus(_count(part), eqn.params["length"] if name == "scan" else 1)
+    return total
+
+
+def _product_flops(eqn: Any) -> float:
+    left, right = (v.aval for v in eqn.invars[:2])
+    out = eqn.outvars[0].aval
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * out.size * math.prod(left.shape[axis] for axis in contracted)
+    spec = eqn.params["dimension_numbers"].rhs_spec  # (out features, in features, space...)
+    return 2.0 * out.size * right.size / right.shape[spec[0]]
+
+
+def roofline(chip: Chip, work: Work, collectives: dict[str, dict[str, int]]) -> dict[str, float]:
+    """Seconds that a chip needs at least: {"compute", "hbm", "interconnect", "step"}.
+
+    The step is the largest of the three, as if they overlapped perfectly. An all-reduce sends its bytes twice.
+    """
+    moved = sum((2 if kind == "all-reduce" else 1) * moves["bytes"] for kind, moves in collectives.items())
+    times = {
+        "compute": work.flops / chip.flops,
+        "hbm": work.bytes / chip.hbm_bandwidth,
+        "interconnect": moved / chip.ici_bandwidth,
+    }
+    return {**times, "step": max(times.values())}

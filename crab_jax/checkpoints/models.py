@@ -1,0 +1,134 @@
+"""Whole models in one folder: packed as one safetensors file or imported as an Orbax tree, with its config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from crab_jax.checkpoints import finite
+from crab_jax.checkpoints.digests import COPY_AGAIN, host_digest, refuse_changed
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import need_room, replaced, whole, write_whole
+from crab_jax.io.stored_tensors import read_safetensors
+from crab_jax.io.structured import read_json
+
+FORMAT = 1
+PACKED, IMPORTED = "params.safetensors", "params"
+MANIFEST = "manifest.json"
+BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")  # of a model, with its parameters
+
+
+def read_manifest(folder: epath.Path | Path, fix: str) -> dict[str, Any]:
+    file = str(folder / MANIFEST)
+    try:
+        return read_json(file)
+    except InputError as error:
+        raise InputError(file, "", f"cannot be read ({error.problem})", fix) from error
+
+
+def _flat(params: Any, dtype: Any) -> dict[str, np.ndarray]:
+    """Leaves by path, on this host; floating ones in `dtype` when given."""
+    flat = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        array = np.asarray(jax.device_get(leaf))
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        flat[path] = np.ascontiguousarray(array.astype(dtype) if dtype and floating else array)
+    return flat
+
+
+def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
+    """Write a parameter tree as one safetensors file, whole or not at all; floating leaves in `dtype` when given."""
+    _save_flat(Path(file), finite.check(_flat(params, dtype), str(file)))
+
+
+def _save_flat(file: Path, flat: Mapping[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    need_room(file.parent, sum(leaf.nbytes for leaf in flat.values()), file.name)
+    with whole(file) as partial_file:
+        safetensors.numpy.save_file(dict(flat), partial_file)
+
+
+def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:
+    """Write the manifest.json of an imported or packed model: the digests of its leaves and of the files beside."""
+    described = {"format": FORMAT, "params": dict(digests), "files": hashes_beside(Path(folder))}
+    write_whole(Path(folder) / MANIFEST, json.dumps(described, indent=1))
+
+
+def hashes_beside(folder: Path | epath.Path) -> dict[str, str]:
+    """SHA-256 of the config and the tokenizer in a folder, by name."""
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE if (folder / name).is_file()
+    }
+
+
+def check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.Path) -> None:
+    """Raise InputError unless the config and the tokenizer in a folder are those that were written."""
+    if not isinstance(kept, dict):
+        raise InputError(str(manifest), "files", "is no object", COPY_AGAIN)
+    found = hashes_beside(folder)
+    for name in BESIDE:
+        if name in kept and kept[name] != found.get(name):
+            problem = "is not what was written with this model" if name in found else "is missing"
+            raise InputError(
+                str(folder / name),
+                "",
+                problem,
+                f"{COPY_AGAIN}; if you changed it on purpose, remove files from {manifest}",
+            )
+
+
+def model_digests(folder: Path) -> dict[str, str] | None:
+    """Digests of the leaves of an imported or packed model, whose other files are checked; None for one of an older
+    version. Raises InputError."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder, COPY_AGAIN)
+    if "params" not in manifest:  # of another program
+        return None
+    if not isinstance(params := manifest["params"], dict):
+        raise InputError(str(folder / MANIFEST), "params", "is no object", COPY_AGAIN)
+    check_beside(folder, manifest.get("files", {}), folder / MANIFEST)
+    return params
+
+
+def load_tree(file: str | Path, wanted: Any = None, digests: Mapping[str, str] | None = None) -> Any:
+    """The parameter tree of one safetensors file, floating leaves as float32; with `wanted`, those leaves of it in
+    their dtypes, each device reading its shard of the mapped file. Raises InputError when it is damaged, also by
+    `digests`.
+    """
+    flat = read_safetensors(file)
+    places = dict.fromkeys(flat) if wanted is None else traverse_util.flatten_dict(wanted, sep="/")
+    if digests is not None:
+        ours = {path: flat[path] for path in places}  # each process looks at the whole file
+        refuse_changed([path for path, leaf in ours.items() if digests.get(path) != host_digest(leaf)], str(file))
+
+    def load(path: str, place: Any) -> Any:
+        leaf = flat[path]
+        if place is None:
+            return leaf.astype(np.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        return jax.make_array_from_callback(leaf.shape, place.sharding, lambda index: leaf[index].astype(place.dtype))
+
+    return traverse_util.unflatten_dict({path: load(path, place) for path, place in places.items()}, sep="/")
+
+
+def save_packed(
+    folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None, tokenizer: Any = None
+) -> None:
+    """Write parameters, config and tokenizer into one folder: all of them are there, or what was there before."""
+    flat = finite.check(_flat(params, dtype), str(Path(folder) / PACKED))
+    with replaced(folder) as new:
+        _save_flat(new / PACKED, flat)
+        write_whole(new / "config.json", json.dumps(config, indent=1))
+        if tokenizer is not None:
+            tokenizer.save(new)
+        note_model(new, {path: host_digest(leaf) for path, leaf in flat.items()})

@@ -1,0 +1,262 @@
+"""The checkpoints of a run: asynchronous, atomic, checked, restorable on another mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from crab_jax.checkpoints import finite
+from crab_jax.checkpoints.digests import (
+    COPY_AGAIN,
+    check_digests,
+    check_match,
+    hash_of,
+    leaf_digests,
+    plain,
+    tell_unverified,
+    tree_hash,
+)
+from crab_jax.checkpoints.models import FORMAT, MANIFEST, hashes_beside, read_manifest
+from crab_jax.checkpoints.orbax import first_line, in_plain_words, load_orbax, quiet, tree_metadata
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import need_room, write_whole
+from crab_jax.io.structured import read_json
+
+STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, within each step; `custom_metadata` in it is ours
+LEAST = 0.6  # of the bytes of a tree that a checkpoint surely takes, compressed
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
+
+
+class RunCheckpoints:
+    """The checkpoints of one run: asynchronous, atomic, newest `keep` kept."""
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder = epath.Path(folder).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        with quiet():  # of folders that are no steps
+            self._steps = ocp.training.Checkpointer(
+                self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+            )
+        self._frozen = ""  # hash of the frozen tree, as far as it is known
+        self._saving: Any = None  # a step that is being written
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        return max(steps_of(self.folder), default=None)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run was started with. Raises InputError when it cannot be read."""
+        return read_manifest(self.folder, "copy the folder again, or start anew in another --workdir")
+
+    def note(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest."""
+        if jax.process_index() == 0:
+            write_whole(str(self.folder / MANIFEST), json.dumps(manifest, indent=1))
+
+    def note_description(self) -> None:
+        """Note in the manifest what the config and the tokenizer beside the checkpoints are."""
+        manifest, files = self.manifest, hashes_beside(self.folder.parent)
+        if manifest.get("files") != files:
+            self.note(manifest | {"files": files})
+
+    def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
+        """Write the frozen tree once and the manifest that later restores are checked against."""
+        self._set_foreign_aside()
+        ocp.save(self.folder / "frozen", frozen, overwrite=True)
+        digests = leaf_digests(frozen)
+        self._frozen = hash_of(digests)
+        self.note(
+            {
+                "format": FORMAT,
+                "frozen_hash": self._frozen,
+                **manifest,
+                "frozen": digests,
+                "packages": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+            }
+        )
+
+    def load_frozen(self, wanted: Any) -> Any:
+        """The frozen tree, straight into the dtypes and shards of `wanted`. Raises InputError when it is not what the
+        run started with.
+        """
+        folder = self.folder / "frozen"
+        check_match(wanted, tree_metadata(folder), str(folder))
+        frozen = load_orbax(folder, wanted)
+        # Runs of an earlier version have another hash under another name.
+        kept, found = self.manifest.get("frozen_hash"), tree_hash(frozen)
+        if {kept, self._frozen} - {None, "", found}:
+            raise InputError(
+                str(folder),
+                "frozen_hash",
+                "the frozen weights are not those that the run started with",
+                "copy the folder again, or start anew in another --workdir",
+            )
+        self._frozen = found
+        return frozen
+
+    def need_room(self, train: Any, frozen: Any = None) -> None:
+        """Raise InputError where the disk cannot hold what a run will write: the frozen tree, if it is given, and the
+        steps that are kept, with the next beside them. Trees may be abstract."""
+        if jax.process_index() == 0:
+            steps = max(1, self._keep + 1 - len(steps_of(self.folder)))
+            size = _tree_bytes(frozen or {}) + steps * _tree_bytes(train)
+            need_room(
+                str(self.folder),
+                int(LEAST * size),
+                f"a run of this size, with {self._keep} checkpoints and the next,",
+                "--workdir",
+            )
+
+    def raise_failed(self) -> None:
+        """Raise what has stopped the saving of a step, which else would be told when the next is saved."""
+        if self._saving is not None:
+            with contextlib.suppress(TimeoutError):  # it goes on
+                self._saving.result(timeout=0)
+                self._saving = None
+
+    def save(self, step: int, train: Any) -> None:
+        """Start writing one step in the background, with the digests of what is written and that of the frozen tree.
+
+        Raises InputError for values that are not finite: nothing is written then, and the steps before stay.
+        """
+        try:
+            finite.check(train, str(self.folder / str(step)))
+        except InputError as error:
+            self.wait()
+            before = f"step {self.latest} before it is whole" if self.latest else "there is no step before it"
+            raise InputError(
+                error.where,
+                error.field,
+                f"{error.problem}; it is not saved, {before}",
+                "start again with a lower optim.lr or larger optim.eps, in another --workdir",
+            ) from error
+        # Forced: by default Orbax drops a save while the one before is being written.
+        self._saving = self._steps.save_checkpointables_async(
+            step,
+            {"train": train},
+            force=True,
+            custom_metadata={"step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)},
+        )
+
+    def restore(self, train: Any) -> Any:
+        """`train` tree of the newest step that is sound, with the shapes, dtypes and shardings of the given one.
+
+        Newer steps that are damaged are set aside, by another name, and said. Raises the InputError of the newest where
+        none is sound.
+        """
+        failed: dict[int, InputError] = {}
+        for step in sorted(steps_of(self.folder), reverse=True):
+            try:
+                found = self._restore(step, train)
+                break
+            except InputError as error:
+                failed[step] = error
+        else:
+            raise next(iter(failed.values()))
+        for number, error in failed.items():
+            aside = self._set_aside(str(number))
+            if jax.process_index() == 0:
+                print(
+                    f"warning: {error.where}: {error.problem}; this step is set aside as {aside}, and the run goes "
+                    f"on from step {step}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        self._set_foreign_aside()
+        self._steps.reload()
+        return found
+
+    def _restore(self, step: int, train: Any) -> Any:
+        """One step; every process of a run comes to the same end."""
+        folder = self.folder / str(step)
+        found, error, kept = None, None, None
+        try:
+            kept = step_metadata(folder)
+            check_match(plain(train), plain(tree_metadata(folder, "train")), str(folder))
+            found = in_plain_words(folder, lambda: self._steps.load_checkpointables(step, {"train": _abstract(train)}))
+        except InputError as problem:
+            error = problem
+        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(error is None)).all():
+            error = error or InputError(str(folder), "", "cannot be read by another process", "see what it says")
+        if error is not None or found is None:
+            raise error or InputError(str(folder), "", "holds no train state", COPY_AGAIN)
+        if kept:
+            check_digests(kept["train"], found["train"], str(folder))
+            if kept["step"] != step:
+                raise InputError(str(folder), "step", f"is step {kept['step']}", "give the folder its own name")
+        else:
+            tell_unverified(str(folder))
+        finite.check(found["train"], str(folder))
+        self._frozen = kept["frozen_hash"] if kept else ""
+        return found["train"]
+
+    def _set_aside(self, name: str) -> str:
+        """Give a folder or file among the steps a name that no step has; that name."""
+        number, old = 0, self.folder / name
+        while (aside := self.folder / (f"{name}.damaged{number or ''}")).exists():
+            number += 1
+        multihost_utils.sync_global_devices(f"set {name} aside") if jax.process_count() > 1 else None
+        if jax.process_index() == 0:
+            old.rename(aside)
+        multihost_utils.sync_global_devices(f"{name} is set aside") if jax.process_count() > 1 else None
+        return aside.name
+
+    def _set_foreign_aside(self) -> None:
+        """What has the name of a step and is none would be in the way when that step is saved."""
+        steps = steps_of(self.folder)
+        for name in sorted(path.name for path in self.folder.iterdir() if path.name.isdecimal()):
+            if name != str(int(name)) or int(name) not in steps:
+                aside = self._set_aside(name)
+                if jax.process_index() == 0:
+                    print(f"warning: {self.folder / name} holds no step; it is set aside as {aside}", file=sys.stderr)
+
+    def wait(self) -> None:
+        """Block until everything started is on disk."""
+        self._steps.close()
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def steps_of(folder: epath.Path) -> set[int]:
+    """The steps in a run's `checkpoints/`, damaged ones among them; not what else has a number for its name."""
+    return {
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdecimal()
+        and path.name == str(int(path.name))
+        and ((path / "train").exists() or (path / STEP_METADATA).exists())
+    }
+
+
+def step_metadata(folder: epath.Path) -> dict[str, Any] | None:
+    """What `save` noted of a step; None for one of an older version. Raises InputError."""
+    try:
+        kept = read_json(str(folder / STEP_METADATA)).get("custom_metadata")
+        if kept and not (
+            isinstance(kept["train"], dict) and isinstance(kept["frozen_hash"], str) and isinstance(kept["step"], int)
+        ):
+            raise KeyError("train, step or frozen_hash")
+        return kept or None
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            str(folder / STEP_METADATA), "", f"cannot be read ({first_line(error)})", COPY_AGAIN
+        ) from error

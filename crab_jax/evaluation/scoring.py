@@ -1,0 +1,232 @@
+"""From answers to results: parse, score, summarise with bootstrap intervals, and the baselines that need no model.
+
+Everything here is a pure function; a sample's score depends on nothing but its own answer and label, and results do
+not depend on the order of the samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from crab_jax.io.errors import InputError
+from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import Stats, wrong_fields
+from data_pipelines.examples import Example
+
+RESAMPLES = 1000
+PARSED = "_parsed"  # suffix of a metric over the answered samples only
+COUNTS = ("n", "n_unparsed", "n_no_mask", "intervals")  # what stands beside the metrics of a task
+ReadMask = Callable[[Example], np.ndarray | None]
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The answer to the Example of the same id: its text, and its mask when one was produced.
+
+    mask: float[H,W] probabilities or bool[H,W] (binary tasks), int[H,W] class ids (semantic), at the size of the label.
+    """
+
+    id: str
+    text: str
+    mask: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One scored answer. `parsed` is None when the text could not be read."""
+
+    id: str
+    task: str
+    parsed: Any
+    has_mask: bool
+    stats: Stats
+
+
+def check_label(example: Example) -> None:
+    """Raise InputError when `meta` does not hold what the example's task is scored against.
+
+    So a bad label stops a run before hours of decoding rather than after.
+    """
+    task = TASKS[example.task]
+    for name, problem, must_be in wrong_fields(task, example.meta):
+        fix = f"must be {must_be} (crab_jax/tasks/{task.stats.__module__.rpartition('.')[2]}.py)"
+        raise InputError(f"example {example.id!r}", f"meta.{name}", problem, fix)
+
+
+def judge(example: Example, prediction: Answer, gt_mask: np.ndarray | None) -> Judged:
+    """Parse and score one answer. Raises InputError when a mask is needed to score it and there is none."""
+    task = TASKS[example.task]
+    if task.mask_kind != "none" and gt_mask is None:
+        raise InputError(
+            f"example {example.id!r}",
+            "mask",
+            f"{task.name} is scored against a mask, but there is none",
+            "add the mask file to the record",
+        )
+    parsed = task.parse(prediction.text)
+    stats = task.stats(parsed, prediction.mask, example.meta, gt_mask)
+    return Judged(example.id, example.task, parsed, prediction.mask is not None, stats)
+
+
+def answered(one: Judged) -> bool:
+    """Whether an answer holds what its task is scored on: a mask, or text that can be read.
+
+    The released evaluation drops the others; here they count as empty answers, and in no metric that ends in `_parsed`.
+    """
+    return one.has_mask if TASKS[one.task].mask_kind != "none" else one.parsed is not None
+
+
+def measure(judged: Sequence[Judged]) -> dict[str, float]:
+    """Every defined metric of one task's answers, over all of them and, as `_parsed`, over the answered ones.
+
+    Shares of readable answers (`_rate`) exist for all samples only.
+    """
+    reduce = TASKS[judged[0].task].reduce
+    kept = [one.stats for one in judged if answered(one)]
+    everything = reduce([one.stats for one in judged])
+    parsed = everything if len(kept) == len(judged) else reduce(kept) if kept else {}
+    metrics = everything | {name + PARSED: value for name, value in parsed.items() if not name.endswith("_rate")}
+    return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """`[low, high]`: the middle 95 % of bootstrap values."""
+    return [float(x) for x in np.percentile(values, (2.5, 97.5))]
+
+
+def intervals(judged: Sequence[Judged], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, list[float]]:
+    """95 % percentile bootstrap `[low, high]` of every metric of one task over resamples of the samples, seeded.
+
+    A metric that a resample leaves undefined (a question type that was not drawn) is taken over the other resamples.
+    """
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        for name, value in measure([judged[i] for i in rng.integers(0, len(judged), len(judged))]).items():
+            drawn.setdefault(name, []).append(value)
+    return {name: interval(values) for name, values in drawn.items()}
+
+
+def by_task(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
+    """The answers of each task, tasks in their order, answers by id."""
+    ordered = sorted(judged, key=lambda one: one.id)
+    groups = {name: [one for one in ordered if one.task == name] for name in TASKS}
+    return {name: ours for name, ours in groups.items() if ours}
+
+
+def summarise(judged: Iterable[Judged], resamples: int = RESAMPLES, seed: int = 0) -> Results:
+    """`{"tasks": {task: {metric: x, "n": N, "n_unparsed": k, "n_no_mask": k, "intervals": {metric: [lo, hi]}}}}`.
+
+    See `measure` for the metrics; those that are undefined on these samples are left out.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name, ours in by_task(judged).items():
+        metrics, found = measure(ours), intervals(ours, resamples, seed)
+        results[name] = metrics | {
+            "n": len(ours),
+            "n_unparsed": sum(one.parsed is None for one in ours),
+            "n_no_mask": sum(not one.has_mask for one in ours) if TASKS[name].mask_kind != "none" else 0,
+            "intervals": {key: found[key] for key in metrics if key in found},
+        }
+    return {"tasks": results}
+
+
+def no_masks(example: Example) -> None:
+    """The `read_mask` of examples without masks."""
+    return None
+
+
+def score(
+    predictions: Iterable[Answer],
+    examples: Sequence[Example],
+    read_mask: ReadMask = no_masks,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Results:
+    """Results of `predictions` on `examples`; an example without a prediction counts as answered with nothing.
+
+    Raises InputError for a prediction of an unknown example, and for two of one example.
+    """
+    answers: dict[str, Answer] = {}
+    for prediction in predictions:
+        if prediction.id in answers:
+            raise InputError("predictions", "id", f"two answers to example {prediction.id!r}", "keep one of them")
+        answers[prediction.id] = prediction
+    unknown = sorted(answers.keys() - {example.id for example in examples})
+    if unknown:
+        raise InputError(
+            "predictions",
+            "id",
+            f"{len(unknown)} answers to unknown examples, such as {unknown[0]!r}",
+            "score against the split that was predicted",
+        )
+    for example in examples:
+        check_label(example)
+    judged = (judge(e, answers.get(e.id, Answer(e.id, "")), read_mask(e)) for e in examples)
+    return summarise(judged, resamples, seed)
+
+
+def baseline_results(
+    examples: Sequence[Example], kind: str, read_mask: ReadMask = no_masks, resamples: int = RESAMPLES, seed: int = 0
+) -> Results:
+    """Results of answering every question of a task alike, without looking or listening.
+
+    "empty": nothing is said and no mask is drawn. "constant": the best (by the task's headline metric, on these very
+    examples, so it is an upper bound) of the task's candidate constant answers.
+    """
+    if kind == "empty":
+        return score([], examples, read_mask, resamples, seed)
+    if kind != "constant":
+        raise InputError("baseline", "kind", f"unknown baseline {kind!r}", "use empty or constant")
+    for example in examples:
+        check_label(example)
+    results: dict[str, dict[str, Any]] = {}
+    for name, task in TASKS.items():
+        ours = [example for example in examples if example.task == name]
+        if not ours:
+            continue
+        masks = [read_mask(example) for example in ours]
+
+        def judged(text: str, mask: np.ndarray | None, ours=ours, masks=masks) -> list[Judged]:
+            return [judge(e, Answer(e.id, text, mask), gt) for e, gt in zip(ours, masks, strict=True)]
+
+        candidates = [judged(*candidate) for candidate in task.constants([e.meta for e in ours], masks)]
+        best = max(candidates, key=lambda c, task=task: task.reduce([one.stats for one in c])[task.headline])
+        results |= summarise(best, resamples, seed)["tasks"]
+    return {"tasks": results}
+
+
+def _shown(row: dict[str, Any], metric: str) -> str:
+    """Two cells of a table: a metric and its interval."""
+    if metric not in row:
+        return "- | -"
+    low, high = row["intervals"].get(metric, (float("nan"),) * 2)
+    return f"{row[metric]:.4f} | {low:.4f} .. {high:.4f}"
+
+
+def headlines(results: Results) -> str:
+    """A Markdown table of the headline metric of each task, with its 95 % interval."""
+    lines = ["| task | n | metric | value | 95 % interval | unreadable | no mask |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {row['n']} | {TASKS[name].headline} | {_shown(row, TASKS[name].headline)} "
+        f"| {row['n_unparsed']} | {row['n_no_mask']} |"
+        for name, row in results["tasks"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(results: Results) -> str:
+    """The headlines, and a table of every metric over all samples and over the answered ones."""
+    lines = ["| task | metric | all | 95 % interval | answered | 95 % interval |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {metric} | {_shown(row, metric)} | {_shown(row, metric + PARSED)} |"
+        for name, row in results["tasks"].items()
+        for metric in row
+        if metric not in COUNTS and not metric.endswith(PARSED)
+    ]
+    return f"{headlines(results)}\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Files, errors, locks, progress and bounds: what every other room stands on."""

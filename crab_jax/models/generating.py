@@ -1,0 +1,219 @@
+"""LLaMA laid out for generation: the function of `llama.Llama`, in the fewest and largest products.
+
+Projections that share an input (q, k, v; gate, up) are one matrix, which also holds their LoRA A and router columns:
+decoding one token reads every weight once and launches a few products per layer, where the layout of training has
+four per projection. Layers are apart, so that no step copies a layer out of a stack. The base matrices may be integers
+(crab_jax/models/quantize.py); A, R and B keep the compute dtype, because the LoRA update depends on the token and
+cannot be merged. The other half of the contract is `fuse`, which makes the parameters once per loaded model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crab_jax.models import quantize
+from crab_jax.models.llama import KVCache, LlamaConfig, RMSNorm, attend_cache, mask_pads, rope, rotate
+from crab_jax.models.lora import LoraConfig
+
+KINDS = ("float", *quantize.BITS)  # of base matrices: the compute dtype, or integers
+LANES = 64  # columns of a fused matrix are a multiple of this
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_zeros = nn.initializers.zeros
+
+
+class JointDense(nn.Module):
+    """Linear layers of one input, with their multi-head LoRA: x [..., in] -> one [..., width] for each of `widths`.
+
+    Parameters: `kernel` [in, sum(widths) + A and R columns] and, where it is of integers, `scale`; `low` [in, A and R
+    columns] apart from an integer kernel; `lora_B_<i>` [heads * rank, width]; `bias` [sum(widths)] if `use_bias`.
+    """
+
+    widths: tuple[int, ...]
+    lora: LoraConfig | None
+    kind: str
+    dtype: str
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        x, inputs, out = x.astype(self.dtype), x.shape[-1], sum(self.widths)
+        each = 0 if self.lora is None else self.lora.rank + self.lora.heads
+        extra = _padded(len(self.widths) * each)
+        if self.kind == "float":
+            y, low = jnp.split(x @ self.param("kernel", _zeros, (inputs, out + extra), self.dtype), [out], axis=-1)
+        else:
+            y = integer_product(self, x, out, self.kind).astype(self.dtype)
+            low = x @ self.param("low", _zeros, (inputs, extra), self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", _zeros, (out,), self.dtype)
+        found = jnp.split(y, [sum(self.widths[:i]) for i in range(1, len(self.widths))], axis=-1)
+        if self.lora is None:
+            return found
+        rank, heads = self.lora.rank, self.lora.heads
+        parts = low[..., : len(self.widths) * each].reshape(*low.shape[:-1], len(self.widths), each)
+        route = jax.nn.softmax(parts[..., rank:].astype(jnp.float32)) * self.lora.scale
+        low = (route.astype(self.dtype)[..., None] * parts[..., None, :rank]).reshape(*parts.shape[:-1], heads * rank)
+        return [
+            y + low[..., i, :] @ self.param(f"lora_B_{i}", _zeros, (heads * rank, width), self.dtype)
+            for i, (y, width) in enumerate(zip(found, self.widths, strict=True))
+        ]
+
+
+def integer_product(module: nn.Module, x: jax.Array, out: int, kind: str) -> jax.Array:
+    """float32 [..., out]: x times the parameters `kernel` (of integers) and `scale` of a module."""
+    width = x.shape[-1]
+    scales = width // quantize.group_of(kind, width)
+    return quantize.product(
+        x, module.param("kernel", _zeros, (width, out), kind), module.param("scale", _zeros, (scales, out), jnp.float32)
+    )
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // LANES) * LANES
+
+
+class FusedBlock(nn.Module):
+    """One layer: x [B,L,D] and its own cache -> (x, cache)."""
+
+    cfg: LlamaConfig
+    lora: LoraConfig | None
+    kind: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cache: KVCache, positions: jax.Array, rotation: Any, mask: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        cfg = self.cfg
+
+        def dense(name: str, *widths: int, use_bias: bool = False) -> JointDense:
+            return JointDense(widths, self.lora, self.kind, cfg.dtype, use_bias, name=name)
+
+        b, length = positions.shape
+        y = RMSNorm(cfg.rms_eps, name="input_layernorm")(x)
+        kv = cfg.kv_heads * cfg.head_dim
+        q, k, v = (
+            y.reshape(b, length, -1, cfg.head_dim) for y in dense("qkv", cfg.hidden, kv, kv, use_bias=cfg.qkv_bias)(y)
+        )
+        q, k = jnp.split(rotate(jnp.concatenate([q, k], axis=2), *rotation), [cfg.heads], axis=2)
+        rows = jnp.arange(b)[:, None]
+        cache = KVCache(
+            cache.k.at[rows, :, :, positions].set(k.astype(cache.k.dtype)),
+            cache.v.at[rows, :, positions].set(v.astype(cache.v.dtype)),
+        )
+        x = x + dense("o", cfg.hidden)(attend_cache(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask))[0]
+        y = RMSNorm(cfg.rms_eps, name="post_attention_layernorm")(x)
+        gate, up = dense("gate_up", cfg.mlp_dim, cfg.mlp_dim)(y)
+        return x + dense("down", cfg.hidden)(nn.silu(gate) * up)[0], cache
+
+
+class Output(nn.Module):
+    """The output matrix: hidden [..., D] -> float32 [..., padded_vocab]; of integers, `quantize.OUTPUT`."""
+
+    cfg: LlamaConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        hidden, out = hidden.astype(self.cfg.dtype), self.cfg.padded_vocab
+        if self.kind == "float":
+            kernel = self.param("kernel", _zeros, (hidden.shape[-1], out), self.cfg.dtype)
+            return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return integer_product(self, hidden, out, quantize.OUTPUT)
+
+
+class FusedLlama(nn.Module):
+    """`llama.Llama` with a cache, on the parameters that `fuse` makes. Its cache holds a tuple of layers' arrays."""
+
+    cfg: LlamaConfig
+    lora: LoraConfig | None = None
+    kind: str = "float"
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.embed_tokens = nn.Embed(cfg.padded_vocab, cfg.hidden, dtype=cfg.dtype, param_dtype=cfg.dtype)
+        self.layers = [FusedBlock(cfg, self.lora, self.kind) for _ in range(cfg.layers)]
+        self.norm = RMSNorm(cfg.rms_eps)
+        self.lm_head = Output(cfg, self.kind)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[...] -> [..., D]."""
+        return self.embed_tokens(tokens)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Embeddings [B,L,D] at `positions` int32[B,L] -> (hidden [B,L,D] after the final norm, cache); see
+        `Llama.__call__`. Takes the cache of `init_cache` or one that it returned."""
+        mask = jnp.arange(cache.v[0].shape[-2]) <= positions[..., None]
+        rotation = rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        x, filled = x.astype(self.cfg.dtype), []
+        for number, layer in enumerate(self.layers):
+            x, kept = layer(x, KVCache(cache.k[number], cache.v[number]), positions, rotation, mask)
+            filled.append(kept)
+        return self.norm(x), KVCache(tuple(kept.k for kept in filled), tuple(kept.v for kept in filled))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
+        return mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
+
+
+def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, where: Any = None) -> Any:
+    """Parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, with the sharding `where`.
+
+    One layer at a time: when `params` are NumPy arrays, a device holds no more than the result and one layer.
+    """
+
+    def outer(embed_tokens: Any, norm: Any, lm_head: Any) -> Any:
+        plain = {"embed_tokens": embed_tokens, "norm": norm} | ({"lm_head": lm_head} if kind == "float" else {})
+        cast = jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), plain)
+        return cast | ({} if kind == "float" else {"lm_head": _base(lm_head["kernel"], quantize.OUTPUT)})
+
+    fused = jax.jit(outer, out_shardings=where)(params["embed_tokens"], params["norm"], params["lm_head"])
+    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind), out_shardings=where)
+    for number in range(cfg.layers):
+        fused[f"layers_{number}"] = block(jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"]))
+    return fused
+
+
+def _fuse_block(layer: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str) -> Any:
+    attention, mlp = layer["self_attn"], layer["mlp"]
+    joint = {
+        "qkv": [attention[name] for name in _QKV],
+        "o": [attention["o_proj"]],
+        "gate_up": [mlp[name] for name in _GATE_UP],
+        "down": [mlp["down_proj"]],
+    }
+    norms = {name: layer[name] for name in ("input_layernorm", "post_attention_layernorm")}
+    return jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), norms) | {
+        name: _fuse_dense(dense, cfg.dtype, lora, kind) for name, dense in joint.items()
+    }
+
+
+def _fuse_dense(dense: list[Any], dtype: str, lora: LoraConfig | None, kind: str) -> dict[str, jax.Array]:
+    """Parameters of a JointDense from those of the LoraDenses that it joins."""
+    kernel = jnp.concatenate([p["kernel"] for p in dense], axis=1)
+    columns = (
+        [jnp.zeros((len(kernel), 0))]
+        if lora is None
+        else [jnp.concatenate([p["lora_A"], p["lora_route"]], axis=1) for p in dense]
+    )
+    low = jnp.concatenate(columns, axis=1)
+    low = jnp.pad(low, [(0, 0), (0, _padded(low.shape[1]) - low.shape[1])]).astype(dtype)
+    found: dict[str, jax.Array] = {}
+    if kind == "float":
+        found["kernel"] = jnp.concatenate([kernel.astype(dtype), low], axis=1)
+    else:
+        found |= {**_base(kernel, kind), "low": low}
+    if lora is not None:
+        found |= {
+            f"lora_B_{i}": p["lora_B"].reshape(-1, p["lora_B"].shape[-1]).astype(dtype) for i, p in enumerate(dense)
+        }
+    if "bias" in dense[0]:
+        found["bias"] = jnp.concatenate([p["bias"] for p in dense]).astype(dtype)
+    return found
+
+
+def _base(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
+    return {"kernel": kernel} if kind == "float" else quantize.quantize(kernel, kind)

@@ -1,0 +1,273 @@
+"""From a user's own media to a question that the model can be asked: prompt, sound windows, and the picture.
+
+What does not fit is mended where that is harmless, and said in the request's warnings; everything else is an InputError
+before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crab_jax.io.bounds import Anything
+from crab_jax.io.errors import InputError
+from crab_jax.io.structured import read_json
+from crab_jax.tasks import TASKS
+from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
+from crab_jax.tasks.task import windows_for
+from data_pipelines import fbank, media
+from data_pipelines.examples import WINDOWS, Example
+from data_pipelines.given import Given
+
+FREE = "question"  # the task of a question that is put to the model as it stands
+READER = "avcap"  # reads the answer to such a question: any text is one
+LIKE_FREE = {False: "avcap", True: "avss"}  # which task's sound is cut as for a question about a clip, a picture
+# What to ask each task with, besides the media.
+FIELDS = {
+    "avqa": ("question",),
+    FREE: ("question",),
+    "ref-avs": ("expression", "second"),
+    "s4": ("second",),
+    "ms3": ("second",),
+    "avss": ("second",),
+}
+PICTURE_TASKS = ("arig", *(name for name, task in TASKS.items() if task.mask_kind != "none"))
+KEYS = (
+    "task",
+    "video_path",
+    "image_path",
+    "audio_path",
+    "question",
+    "expression",
+    "second",
+    "mask_path",
+    "windows",
+    "prompt_variant",
+)
+VARIANTS = ("train", "test", "quick")
+# What --all-tasks asks where no question (MUSIC-AVQA) and no expression (Ref-AVS) are given.
+QUESTIONS = (
+    "How many musical instruments were heard throughout the video?",
+    "How many types of musical instruments appeared in the entire video?",
+)
+EXPRESSION = "the object that is making the sound"
+SILENCE = 1e-4  # root mean square of a full scale of 1: -80 dB
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An Example to answer under the name of its task, the picture it is about, as the model sees it (None for a
+    question about a clip), and what is odd about its media."""
+
+    task: str
+    example: Example
+    picture: str | None
+    warnings: tuple[str, ...]
+
+
+def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """The records of a --samples file with absolute paths, and where each one stands. Raises InputError."""
+    if not path.is_file():
+        raise InputError(str(path), "--samples", "no such file", "give a JSON list of samples")
+    records = read_json(path, Anything(), "--samples", "write a list of objects")
+    if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
+        raise InputError(str(path), "--samples", "is not a list of objects", 'write [{"task": "ave", ...}, ...]')
+    found = []
+    for number, record in enumerate(records):
+        record = {"second" if key == "idx" else key: value for key, value in record.items()}
+        for key in record.keys() - {"second"}:
+            if not isinstance(record[key], str):
+                raise InputError(f"{path}[{number}]", key, f"is {record[key]!r:.60}, not text", "write it in quotes")
+            if key.endswith("_path"):
+                record[key] = str(path.parent / record[key])
+        found.append((record, f"{path}[{number}]"))
+    return found
+
+
+def every_task(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of all that can be asked about the media of `given`.
+
+    Where it has no question and no expression, those of QUESTIONS and EXPRESSION are asked.
+    """
+    about = {key: value for key, value in given.items() if key not in ("question", "expression")}
+    records = []
+    for task in TASKS if "video_path" in given else PICTURE_TASKS:
+        if task == "avqa":
+            records += [
+                about | {"task": task, "question": question}
+                for question in ([given["question"]] if "question" in given else QUESTIONS)
+            ]
+        elif task == "ref-avs":
+            records.append(about | {"task": task, "expression": given.get("expression", EXPRESSION)})
+        else:
+            records.append(about | {"task": task})
+    return records
+
+
+def request(record: dict[str, Any], where: str, name: str, given: Given) -> Request:
+    """Check one record and make it a question about `given`, which keeps a picture or sound that has to be made for it.
+
+    Raises InputError for an unknown task or key, media that are missing or cannot be decoded, and a missing question.
+    """
+    task = record.get("task", FREE if record.get("question") else None)
+    if task not in (*TASKS, FREE):
+        problem = f"unknown task {task!r}" if task else "is missing"
+        raise InputError(where, "task", problem, f"use one of {', '.join(TASKS)}, or give a question alone")
+    for key in record.keys() - set(KEYS):
+        raise InputError(where, key, "unknown key", f"use some of {', '.join(KEYS)}")
+    video, image, audio = (record.get(f"{kind}_path") for kind in ("video", "image", "audio"))
+    if bool(video) == bool(image):
+        raise InputError(where, "video or image", "exactly one is needed", "give a video, or a picture with its sound")
+    if image and not audio:
+        raise InputError(where, "audio", f"a picture has no sound, and {task} is about sound", "give an audio file")
+    mask_kind = TASKS[task].mask_kind if task in TASKS else "none"
+    if record.get("mask_path") and mask_kind == "none":
+        raise InputError(where, "mask", f"{task} has no mask", "leave it out")
+    second = record.get("second")
+    if second is not None and (type(second) is not int or second < 0):
+        raise InputError(where, "second", f"is {second!r}", "give a whole number from 0")
+    for field in FIELDS.get(task, ()):
+        if field != "second" and not record.get(field, "").strip():
+            raise InputError(where, field, f"is missing, and {task} needs it", f"give the {field}")
+
+    ask, one_picture = _prompt(record, task, where, image is not None)
+    picture, odd = show(given, image, name) if image else (None, ())  # damage is named before a model is loaded
+    if video:
+        given.check_video(video)
+    if mask := record.get("mask_path"):
+        media.read_mask(mask, None, mask_kind, given.picture_size(image) if image else given.video_size(str(video)))
+    source, sound, warnings = listen(given, video, audio, name)
+    windows = record.get("windows") or windows_for(
+        TASKS[task if task in TASKS else LIKE_FREE[one_picture]], len(sound) / media.SAMPLE_RATE, one_picture
+    )
+    if windows not in WINDOWS or windows == "none":
+        raise InputError(where, "windows", f"unknown value {windows!r}", f"use one of {', '.join(WINDOWS[:-1])}")
+    parts = 5 if windows in ("five", "one_of_five") else 10
+    second = loudest(sound, parts) if second is None else second
+    if (image or task in PICTURE_TASKS) and second >= parts:
+        raise InputError(
+            where, "second", f"is {second}, but the clip has {parts} parts", f"give a number from 0 to {parts - 1}"
+        )
+    if image and len(sound) < fbank.SHORTEST_WINDOW * parts:
+        source = given.keep_sound(name, _placed(sound, second, parts))
+        warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
+    if video and task in PICTURE_TASKS:
+        picture = given.keep_picture(name, given.moment(video, second, parts))
+
+    def named(path: str | None) -> str | None:
+        return path if path is None or given.holds(path) else str(Path(path).absolute())
+
+    example = Example(
+        id=name,
+        task=task if task in TASKS else READER,
+        instruction=ask(second),
+        windows=windows,
+        second=second,
+        video=None if one_picture else named(video),
+        image=named(image or picture) if one_picture else None,
+        audio=named(source),
+        seg_image=None if one_picture else named(picture),
+        mask=named(record.get("mask_path")),
+        mask_kind=mask_kind,
+    )
+    return Request(task, example, picture, (*odd, *warnings))
+
+
+def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tuple[Callable[[int], str], bool]:
+    """(second -> prompt, whether it is about one picture): of the wanted variant, else of the first that fits.
+
+    A prompt for a picture also serves a video, whose frame is taken; a prompt for a video needs one.
+    """
+    if task == FREE:
+        return lambda second: f"{IMAGE if is_image else VIDEO}{AUDIO}{record['question']}", is_image
+    wanted = record.get("prompt_variant")
+    if wanted and wanted not in VARIANTS:
+        raise InputError(where, "prompt_variant", f"unknown value {wanted!r}", f"use one of {', '.join(VARIANTS)}")
+
+    def ask(second: int, variant: str) -> str:
+        fields = {field: record[field] if field != "second" else second for field in FIELDS.get(task, ())}
+        return TASKS[task].instruction(variant=variant, **fields)
+
+    variants = {variant: ask(0, variant) for variant in ((wanted,) if wanted else ("train", "quick"))}
+    fitting = [
+        variant
+        for variant, text in variants.items()
+        if ("<image>" if is_image else "<video>") in text and not ("<image>" in text and "<video>" in text)
+    ]
+    if not fitting and not is_image and task in PICTURE_TASKS:
+        fitting = [variant for variant, text in variants.items() if "<video>" not in text]
+    if not fitting:
+        given, other = ("a picture", "a video") if is_image else ("a video", "a picture")
+        if wanted:
+            problem = f"the {wanted} prompt of {task} cannot be asked about {given}"
+            raise InputError(where, "prompt_variant", problem, "use another one")
+        problem = f"{task} cannot be asked about {given}"
+        raise InputError(where, "image" if is_image else "video", problem, f"give {other}")
+    return functools.partial(ask, variant=fitting[0]), "<video>" not in variants[fitting[0]]
+
+
+def show(given: Given, image: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """Keep a picture of the user as the model sees it before it is resized; its name, and what is odd about it."""
+    (width, height), pixels = given.picture_size(image), given.picture(image)
+    kept = given.keep_picture(name, pixels)
+    if pixels.shape[:2] == (height, width):
+        return kept, ()
+    return kept, (
+        f"the picture has {width * height / 1e6:.0f} megapixels; it is read and drawn at "
+        f"{pixels.shape[1]}x{pixels.shape[0]}",
+    )
+
+
+# The sound.
+
+
+def listen(given: Given, video: str | None, audio: str | None, name: str) -> tuple[str, np.ndarray, tuple[str, ...]]:
+    """(name, samples float32[N] at 16 kHz, warnings): the sound of a clip, on the clock of its pictures.
+
+    Where it is another one than was given from its first sample on, it is kept under `name`. A video without a sound
+    track gets silence. Raises InputError for a file that cannot be decoded.
+    """
+    clip = given.timing(video) if video else None
+    warnings = [*(clip._replace(sound=None) if audio else clip).remarks()] if clip else []
+    if clip and not audio and clip.sound is None:
+        sound = np.zeros(max(round(clip.seconds * media.SAMPLE_RATE), media.SAMPLE_RATE), np.float32)
+        source = given.keep_sound(name, sound)
+        warnings.append("the video has no sound track; it is taken as silent")
+    else:
+        source = str(audio or video)
+        heard = given.hear(source, video)
+        sound = heard.placed()
+        if np.sqrt(np.mean(sound.astype(np.float64) ** 2)) < SILENCE:
+            warnings.append(
+                "the audio is silent: the answer can rest on the pictures only"
+                if not given.cancels(source)
+                else "the channels of the audio cancel each other out, and their mean, which is read, is "
+                "silent: export it as mono"
+            )
+        if remark := heard.end_remark():
+            warnings.append(remark)
+        if sound is not heard.samples:
+            source = given.keep_sound(name, sound)
+    if video and len(sound) < fbank.SHORTEST_WINDOW * 10:
+        warnings.append(
+            f"the clip lasts {len(sound) / media.SAMPLE_RATE:.1f} s; its windows of sound are filled with silence"
+        )
+    return source, sound, tuple(warnings)
+
+
+def loudest(sound: np.ndarray, parts: int) -> int:
+    """Which of the equal `parts` of a sound has the most energy; the first one of silence."""
+    return int(np.argmax([np.square(part, dtype=np.float64).sum() for part in np.array_split(sound, parts)]))
+
+
+def _placed(sound: np.ndarray, second: int, parts: int) -> np.ndarray:
+    """A sound of less than two seconds as second `second` of a clip of `parts` seconds."""
+    start, total = second * media.SAMPLE_RATE, parts * media.SAMPLE_RATE
+    clip = np.zeros(max(total, start + len(sound)), np.float32)
+    clip[start : start + len(sound)] = sound
+    return clip[:total]

@@ -1,0 +1,113 @@
+"""The page of one clip: everything that a model says about it, in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from crab_jax.inference import Prediction
+from crab_jax.tasks.placeholders import MASK
+from crab_jax.visualize import overlay, page
+from crab_jax.visualize.page import NONE, Html, Picture, Section, figure, jpeg, table
+from data_pipelines.media.kinds import HEAD, kind_of
+from data_pipelines.media.pictures import read_picture
+
+PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
+WIDEST = 1280  # pixels of a picture on the page
+LARGEST = 8_000_000  # bytes of a file that the page holds, so that it can be played there
+TITLES = {  # what the picture of a task shows
+    "arig": "arig, a box around the sounding object",
+    "s4": "s4, the pixels of the sounding object",
+    "ms3": "ms3, the pixels of all sounding objects",
+    "avss": "avss, the classes of the sounding pixels",
+    "ref-avs": "ref-avs, the pixels of what is asked for",
+}
+
+
+class Answered(NamedTuple):
+    """One answer: the prediction, its picture as PNG (None without one), and what is odd about it."""
+
+    prediction: Prediction
+    picture: bytes | None
+    warnings: tuple[str, ...]
+
+
+def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
+    """The events of the AVE and AVVP answers as lines of one time line."""
+    kinds = {"ave": "{} (heard and seen)", "avvp": "{}"}
+    return [
+        track._replace(label=kinds[task].format(track.label))
+        for task in kinds
+        for one in answers
+        if one.prediction.example.task == task
+        for track in overlay.event_tracks(task, one.prediction.parsed)
+    ]
+
+
+def player(path: str) -> Html:
+    """HTML that shows or plays a media file from within the page; its name alone when it is large or of another kind.
+
+    A picture is shown as the model saw it, which not every browser does.
+    """
+    file = Path(path)
+    with open(file, "rb") as content:
+        known = kind_of(content.read(HEAD))
+    if known and known.picture:
+        shown = Image.fromarray(read_picture(file))
+        shown.thumbnail((WIDEST, WIDEST))
+        return Html("<p>{}</p>").format(jpeg(np.array(shown), file.name))
+    kind = PLAYED.get(file.suffix.lower(), "")
+    if not kind or file.stat().st_size > LARGEST:
+        return Html("<p>{}</p>").format(file.name)
+    size = Html(' height="240"') if kind[:5] == "video" else NONE
+    return Html('<p><{tag} controls{size} src="data:{kind};base64,{data}"></{tag}></p>').format(
+        tag=kind[:5], size=size, kind=kind, data=base64.b64encode(file.read_bytes()).decode()
+    )
+
+
+def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_line: bytes | None) -> None:
+    """Write the page of a clip from its media files, the answers about it and the time line of its events (None for a
+    picture)."""
+    warnings = list(dict.fromkeys(warning for one in answers for warning in one.warnings))
+    noted = NONE.join(Html("<p><b>Note:</b> {}.</p>").format(warning) for warning in warnings)
+    times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else NONE
+    said = [(_question(one), _short(one)) for one in answers if one.prediction.example.task in ("avqa", "avcap")]
+    places = NONE.join(_place(one) for one in answers if one.prediction.example.task in TITLES)
+    whole = [
+        (one.prediction.example.task, _question(one), one.prediction.text, "; ".join(one.warnings)) for one in answers
+    ]
+    sections = [
+        Section("clip", "The clip", NONE.join(map(player, media)) + noted),
+        Section("times", "What happens when", times),
+        Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else NONE),
+        Section("places", "Where it is", Html('<div class="grid">{}</div>').format(places) if places else NONE),
+        Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole)),
+    ]
+    page.write(path, f"What is in {Path(media[0]).name}", NONE, [section for section in sections if section.body])
+
+
+def _question(one: Answered) -> str:
+    """The last line of a prompt, which is what is asked."""
+    return one.prediction.example.instruction.rpartition("\n")[2].removeprefix("Please answer this question: ")
+
+
+def _short(one: Answered) -> str:
+    """The answer itself without the reasoning before it; the whole text when it cannot be read."""
+    parsed, text = one.prediction.parsed, one.prediction.text.replace(MASK, "(mask)")
+    if isinstance(parsed, dict) and "objects" in parsed:
+        return ", ".join(parsed["objects"]) or "nothing"
+    return parsed if isinstance(parsed, str) else text[max(text.rfind("The sounding object"), 0) :]
+
+
+def _place(one: Answered) -> Html:
+    """The picture of an answer, or why there is none."""
+    said = f"{TITLES[one.prediction.example.task]}: {_short(one)}"
+    if one.picture is None:
+        why = "; ".join(one.prediction.warnings) or "nothing was drawn"
+        return Html("<figure><p>No picture: {}.</p><figcaption>{}</figcaption></figure>").format(why, said)
+    return figure(Picture(one.picture, said))

@@ -1,0 +1,147 @@
+"""The page of an evaluation: our numbers beside published ones, every metric, classes and question types, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from crab_jax.evaluation.scoring import PARSED, Judged
+from crab_jax.inference import Prediction
+from crab_jax.io.errors import InputError
+from crab_jax.reports import answer_pictures
+from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import Breakdown, Published
+from crab_jax.visualize import charts, page
+from crab_jax.visualize.page import NONE, Html, Picture, Section, figure, score, table
+
+INTRO = Html(
+    "<p>Numbers are fractions (0.8 is 80 %) with 95 % bootstrap intervals over the samples. <b>All</b> counts an "
+    "answer that cannot be used as wrong; <b>answered</b> leaves it out, as the released evaluation does: text that "
+    "cannot be read, or for tasks with masks an answer without one. Published numbers were measured on the benchmarks "
+    "and compare only with an evaluation on the same data.</p>"
+)
+
+
+def every_metric(tasks: Mapping[str, Any]) -> Html:
+    """Each metric with what it is, over all samples and over the answered ones, and the counts."""
+    parts = []
+    for name, row in tasks.items():
+        rows = [
+            (
+                Html("<b>{}</b>").format(m) if m == TASKS[name].headline else m,
+                what,
+                score(row, m),
+                score(row, m + PARSED),
+            )
+            for m, what in TASKS[name].metrics.items()
+            if m in row
+        ]
+        counts = f"N {row['n']}, unreadable text {row['n_unparsed']}" + (
+            f", without mask {row['n_no_mask']}" if TASKS[name].mask_kind != "none" else ""
+        )
+        parts.append(
+            Html("<h3>{}</h3><p>{}</p>").format(name, counts) + table(("metric", "what it is", "all", "answered"), rows)
+        )
+    return NONE.join(parts)
+
+
+def _tables(tasks: Mapping[str, Any]) -> Html:
+    """Per task our rows above the published ones, over the headline and the metrics that somebody published."""
+    parts = []
+    for name, row in tasks.items():
+        task = TASKS[name]
+        shown = list(dict.fromkeys([task.headline, *(metric for other in task.published for metric in other.scores)]))
+        answered = row["n"] - (row["n_no_mask"] if task.mask_kind != "none" else row["n_unparsed"])
+        rows = [
+            [Html("<b>ours, all</b>"), row["n"], *(score(row, m) for m in shown), ""],
+            [Html("<b>ours, answered</b>"), answered, *(score(row, m + PARSED) for m in shown), ""],
+        ]
+        # Crab's own row is always there: what is not known of it stays blank.
+        published = [other for other in task.published if other.model == "Crab"] or [Published("Crab", {}, "not known")]
+        published = [*published, *(other for other in task.published if other.model != "Crab")]
+        rows += [
+            [model, "", *(f"{scores[m]:.4f}" if m in scores else "" for m in shown), source]
+            for model, scores, source in published
+        ]
+        parts.append(Html("<h3>{}</h3>").format(name) + table(("model", "n", *shown, "source"), rows))
+    return NONE.join(parts)
+
+
+def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> Html:
+    """One bar chart per task."""
+    return NONE.join(
+        figure(
+            Picture(
+                charts.breakdown_bars(found, f"{name}: {_broken_down(name)}"),
+                f"{name} by class or question type, with the number of samples: look for classes far below the others.",
+            )
+        )
+        for name, found in breakdowns.items()
+        if found
+    )
+
+
+def _broken_down(name: str) -> str:
+    return "IoU" if name == "avss" else TASKS[name].headline
+
+
+def sample_metric(name: str) -> str:
+    """What ranks the samples of a task: its headline, where that says something about one sample alone."""
+    return {"avss": "miou_present", "avcap": "rouge_l"}.get(name, TASKS[name].headline)
+
+
+def sample_score(one: Judged) -> float:
+    """`sample_metric` of one sample; for a null expression, one minus the share score of its mask."""
+    metrics = TASKS[one.task].reduce([one.stats])
+    return 1 - metrics["s_null"] if "s_null" in metrics else metrics[sample_metric(one.task)]
+
+
+def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[str]]:
+    """Ids of the `count` worst and the `count` best of {id: score}, ties by id.
+
+    No sample is both; with few samples the worst come first.
+    """
+    ranked = sorted(values, key=lambda name: (values[name], name))
+    worst = ranked[:count]
+    return worst, [name for name in ranked[::-1] if name not in worst][:count]
+
+
+def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown") -> Html:
+    """One answered example: its picture where the media are at hand, else what was asked and answered."""
+    example = prediction.example
+    head = Html("<p><b>{}</b>: {} {}</p>").format(example.id, sample_metric(example.task), f"{value:.3f}")
+    try:
+        found = answer_pictures.collect([prediction], root, clock)
+    except InputError as error:
+        asked = example.instruction.rpartition("\n")[2]
+        return head + table(
+            ("asked", "truth", "answer", ""),
+            [(asked, example.target or example.meta, prediction.text, f"not drawn: {error}")],
+        )
+    pictures = NONE.join(figure(picture) for group in found["pictures"].values() for picture in group)
+    rows = [row[1:] for row in found["answers"]]
+    return head + (table(("asked", "truth", "answer"), rows) if rows else pictures)
+
+
+def write(
+    path: Path,
+    title: str,
+    results: Mapping[str, Any],
+    breakdowns: Mapping[str, Breakdown],
+    examples: Iterable[tuple[str, Html]],
+) -> None:
+    """Write the page; `examples` are (heading, what is shown)."""
+    tasks = results["tasks"]
+    shown = NONE.join(Html("<h3>{}</h3>{}").format(heading, body) for heading, body in examples)
+    page.write(
+        path,
+        title,
+        INTRO + page.LEGEND,
+        [
+            Section("published", "Beside published numbers", _tables(tasks)),
+            Section("metrics", "Every metric", every_metric(tasks)),
+            Section("classes", "Classes and question types", _breakdowns(breakdowns)),
+            Section("examples", "Worst and best examples", shown),
+        ],
+    )

@@ -1,0 +1,490 @@
+"""A page to look at: records of every task as a batch holds them, with pictures, sound, masks, text and token layout.
+
+    python -m data_pipelines sample --root R --datasets ave,avss --n 3 --out runs/sample
+
+DIR/index.html shows, for `--n` records of each task of each dataset, the decoded frames, the filter banks of the audio
+windows, the mask or box over its picture, the prompt and the target, and what stands at which position of the sequence;
+and how much of the batches of such data is padding. It holds its pictures and needs no network. A record that cannot be
+read is shown with what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from crab_jax.io import packaged
+from crab_jax.io.bounds import PATH, Name, Whole
+from crab_jax.io.errors import CommandLine, InputError, run_verb
+from crab_jax.io.files import out_folder
+from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.tasks.avs_classes import CLASSES, avss_palette
+from crab_jax.visualize.overlay import (
+    TRUTH,
+    event_tracks,
+    figure_png,
+    label_of,
+    new_figure,
+    overlay_boxes,
+    overlay_mask,
+    side_by_side,
+)
+from crab_jax.visualize.page import NONE, Html, Section, escape, image, jpeg, table, write
+from data_pipelines import bucket_fill, datasets, shards
+from data_pipelines.batching import SEG_KINDS, Bucket, DataConfig, bucket_for, load
+from data_pipelines.examples import Example
+from data_pipelines.mixture import group_by_bucket
+from data_pipelines.sources.release import Found
+from data_pipelines.tokens import Tokenizer
+
+LONGER = (1280, 1536, 2048, 4096)  # so that what fits no bucket of training can be looked at too
+MEASURED = 500  # records of a task and dataset from which the padding is measured
+_KINDS = {  # of the positions of a sequence: colour, what it is
+    "text": ("#c3c9d1", "text of the prompt"),
+    "visual": ("#56b4e9", "visual slots"),
+    "audio": ("#e69f00", "audio slots"),
+    "target": ("#009e73", "target, with loss"),
+    "padding": ("#ffffff", "padding"),
+}
+_MASK, _PREDICTS = "#d55e00", "predicts a mask token"
+_STYLE = """
+body{max-width:72rem} article{border-top:1px solid #ccc;padding:.7rem 0 1.2rem;break-inside:avoid-page}
+h2+article{border:0} h3{font-size:1rem;margin:.2rem 0;overflow-wrap:anywhere} .small{color:#555;font-size:.85rem}
+.bad{color:#a33c00;font-weight:600} img,svg{display:block;max-width:100%;margin:.5rem 0}
+.said{background:#f5f6f7;padding:.5rem .7rem;margin:.3rem 0;white-space:pre-wrap;font-size:.9rem;overflow-wrap:anywhere}
+.said b{display:block;font-size:.8rem;color:#555} .key i,.piece{border-radius:.15rem}
+.key span{margin-right:1.1rem;white-space:nowrap}
+.key i{display:inline-block;width:1rem;height:.8rem;border:1px solid #888;margin-right:.3rem;vertical-align:-.1rem}
+.pieces{font:.78rem/1.75 ui-monospace,monospace;overflow-wrap:anywhere}
+.piece{padding:0 .15rem;margin-right:1px;white-space:pre-wrap} summary{cursor:pointer;font-size:.85rem;color:#555}
+"""
+
+
+class Group(NamedTuple):
+    """What is shown of one task of one dataset: how many records it has, and the chosen ones."""
+
+    task: str
+    dataset: str
+    records: int
+    examples: list[Example]
+
+
+def rank(example: Example, seed: int) -> bytes:
+    """A key whose order is a shuffle that depends on the seed alone, not on the other records."""
+    return hashlib.blake2b(f"{seed} {example.id}".encode("utf-8", "surrogatepass")).digest()
+
+
+def groups(
+    root: str | Path,
+    names: Sequence[str],
+    split: str,
+    variant: str,
+    seed: int,
+    keep: int,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[list[Group], Counter[str]]:
+    """Up to `keep` shuffled records of every task and dataset, and how many annotations of each dataset are bad.
+
+    names: datasets, none = all that are there. A root with `<split>.jsonl` is read as that.
+    """
+    found: dict[tuple[str, str], list[Example]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    bad: Counter[str] = Counter()
+    read = Progress(f"records of {split}", say=progress)
+    for name, one in read.over(_found(root, names, split, variant)):
+        if isinstance(one, InputError):
+            bad[name] += 1
+            continue
+        key = one.task, str(one.meta.get("dataset", ""))
+        counts[key] += 1
+        found.setdefault(key, []).append(one)
+        if len(found[key]) > 2 * keep + 1000:  # a million records of LVIS need not stay
+            found[key] = sorted(found[key], key=lambda example: rank(example, seed))[:keep]
+    chosen = [
+        Group(*key, counts[key], sorted(some, key=lambda example: rank(example, seed))[:keep])
+        for key, some in found.items()
+    ]
+    return chosen, bad
+
+
+def _found(root: str | Path, names: Sequence[str], split: str, variant: str) -> Iterator[tuple[str, Found]]:
+    """(dataset, record or what is wrong with one) of everything that is asked for."""
+    if (Path(root) / f"{split}.jsonl").is_file():
+        yield from (("", example) for example in datasets.read_jsonl(root, split))
+        return
+    for name in datasets.choose(root, names, split) if names else datasets.DATASETS:
+        if split in datasets.DATASETS[name].sizes and (names or datasets.is_there(root, name)):
+            try:
+                yield from ((name, one) for one in datasets.records(root, name, split, variant))
+            except InputError as error:  # of an annotation file as a whole
+                if names:
+                    raise
+                yield name, error
+
+
+# One record.
+
+
+def article(example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig) -> Html:
+    """One record: what its row of a batch holds."""
+    head = Html('<h3>{}</h3><div class="small">{}{}</div>').format(
+        example.id, example.meta.get("row", ""), _media(example)
+    )
+    try:
+        bucket = bucket_for(example, tokenizer, config)
+        row = load(example, root, tokenizer, dataclasses.replace(config, prompt_only=not example.target))
+        shown = (
+            _size(bucket, row, config)
+            + _pictures(row)
+            + _sound(example, row)
+            + _answer(example, row)
+            + _text(example)
+            + _layout(row, bucket, tokenizer, config)
+        )
+    except InputError as error:
+        shown = Html('<p class="bad">{}</p>').format(error) + _text(example)
+    label = {key: value for key, value in example.meta.items() if key != "row"}
+    return Html("<article>{}{}<details><summary>label</summary><pre>{}</pre></details></article>\n").format(
+        head, shown, json.dumps(label, ensure_ascii=False, indent=1)
+    )
+
+
+def _media(example: Example) -> str:
+    paths = [path for _, path in datasets.media_of(example)]
+    return f" · {', '.join(paths[:3])}" + (f" and {len(paths) - 3} more" if paths[3:] else "")
+
+
+def _size(bucket: Bucket, row: Mapping[str, np.ndarray], config: DataConfig) -> Html:
+    text, frames, sound = (int(row[name].sum()) for name in ("text_mask", "frame_mask", "audio_mask"))
+    longest = config.lengths[-len(LONGER) - 1]
+    note = (
+        Html(' <span class="bad">longer than {}, the longest of data.lengths</span>').format(longest)
+        if bucket.length > longest
+        else NONE
+    )
+    said = (
+        f"Bucket: {text} of {bucket.length} positions, {frames} of {bucket.frames} frames, "
+        f"{sound} of {bucket.windows} audio windows of {bucket.fbank_frames} filter-bank frames, {bucket.masks} "
+        f"masks."
+    )
+    return Html('<p class="small">{}{}</p>').format(said, note)
+
+
+def _pictures(row: Mapping[str, np.ndarray]) -> Html:
+    frames = row["frames"][row["frame_mask"]]
+    if not len(frames):
+        return NONE
+    named = [(frame, f"frame {number}") for number, frame in enumerate(frames)]
+    strip = side_by_side(named, 110 if len(frames) > 1 else 220)
+    return jpeg(strip, f"{len(frames)} frames as the model gets them")
+
+
+def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
+    """The filter banks of the windows, and below them what happens when, where windows are tenths of the clip."""
+    windows = row["fbank"][row["audio_mask"]]
+    if not len(windows):
+        return NONE
+    timed = example.windows == "ten" and "audio" in example.meta if example.task == "avvp" else example.task == "ave"
+    tracks = event_tracks(example.task, example.meta, TRUTH) if timed else []
+    rows = 0.3 * len(tracks) + 0.25 if tracks else 0.01
+    figure = new_figure(10.5, 1.7 + rows)
+    banks, events = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, rows], gridspec_kw={"hspace": 0.05})
+    for number, window in enumerate(windows):
+        drawn = banks.imshow(
+            window.T,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=-1.3,
+            vmax=1.3,
+            extent=(number + 0.02, number + 0.98, 0, window.shape[1]),
+        )
+    banks.set_xlim(0, len(windows))
+    banks.set_yticks([0, 64, 128])
+    banks.set_ylabel("mel bin")
+    figure.colorbar(drawn, ax=[banks, events], fraction=0.015, pad=0.01)
+    for line, track in enumerate(tracks):
+        events.broken_barh(
+            [(start, end - start) for start, end in track.spans], (line - 0.35, 0.7), color=np.array(track.colour) / 255
+        )
+    events.set_yticks(range(len(tracks)), [label_of(track.label) for track in tracks], fontsize=9)
+    events.set_ylim(len(tracks) - 0.5, -0.5) if tracks else None
+    events.grid(axis="x", color="0.88")
+    events.set_axisbelow(True)
+    bottom = events if tracks else banks
+    if not tracks:
+        events.axis("off")
+        banks.tick_params(labelbottom=True)
+    numbers = range(len(windows) + bool(tracks))
+    bottom.set_xticks(np.array(numbers) + (0.0 if tracks else 0.5), numbers)
+    bottom.set_xlabel("seconds of a clip of ten (tenths of any other)" if tracks else "audio window")
+    return image(figure_png(figure), f"filter banks of {len(windows)} audio windows, {example.windows}")
+
+
+def _answer(example: Example, row: Mapping[str, np.ndarray]) -> Html:
+    """The picture beside the same with its mask, or its box, drawn over it."""
+    shown = []
+    for picture, mask, kind in zip(row["seg_frame"], row["seg_target"], row["seg_kind"], strict=True):
+        binary = kind == SEG_KINDS["binary"]
+        over = overlay_mask(picture, mask.astype(bool) if binary else mask, TRUTH)
+        names = [f"{CLASSES[number]} {np.mean(mask == number):.1%}" for number in np.unique(mask) if number]
+        said = f"{np.mean(mask > 0):.1%} of the picture is in the mask" if binary else ", ".join(names) or "empty"
+        pictures = side_by_side([(picture, "picture to segment"), (over, "mask")], 224)
+        shown.append(
+            jpeg(pictures, "mask")
+            + Html('<p class="small">Mask ({}): {}.{}</p>').format(
+                example.mask_kind, said, NONE if binary else _classes(np.unique(mask))
+            )
+        )
+    if "box" in example.meta and row["frame_mask"].any():
+        over = overlay_boxes(row["frames"][row["frame_mask"]][-1], [(example.meta["box"], TRUTH, "")])
+        shown.append(jpeg(side_by_side([(over, f"box {tuple(example.meta['box'])}")], 224), "box"))
+    return NONE.join(shown)
+
+
+def _classes(numbers: np.ndarray) -> Html:
+    colours = avss_palette()
+    return Html(' <span class="key">{}</span>').format(
+        NONE.join(
+            Html('<span><i style="background:rgb{}"></i>{}</span>').format(
+                tuple(int(v) for v in colours[number]), CLASSES[number]
+            )
+            for number in numbers
+            if number
+        )
+    )
+
+
+def _text(example: Example) -> Html:
+    target = example.target or "none: the annotations say too little, so training leaves this record out"
+    return Html('<div class="said"><b>prompt</b>{}</div><div class="said"><b>target</b>{}</div>').format(
+        example.instruction, target
+    )
+
+
+# The sequence.
+
+
+def kinds(row: Mapping[str, np.ndarray], bucket: Bucket, config: DataConfig) -> list[str]:
+    """What stands at each of the L positions: a key of _KINDS."""
+    visual = bucket.frames * config.visual_queries  # the first rows of the features
+    slots = np.where(row["slots"] < 0, "text", np.where(row["slots"] < visual, "visual", "audio"))
+    real = np.where(row["loss_mask"], "target", slots)
+    return np.where(row["text_mask"], real, "padding").tolist()
+
+
+def segments(kinds: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(kind, first position, how many) of every run."""
+    runs, at = [], 0
+    for kind, run in groupby(kinds):
+        count = len([*run])
+        runs.append((kind, at, count))
+        at += count
+    return runs
+
+
+def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer, config: DataConfig) -> Html:
+    """A strip of all positions, a table of its parts, and the tokens themselves."""
+    runs = segments(kinds(row, bucket, config))
+    masks = row["mask_positions"].ravel().tolist() if row["loss_mask"].any() else []
+    queries = {"visual": (config.visual_queries, "frames"), "audio": (config.audio_queries, "windows")}
+    lines = []
+    for kind, start, count in runs:
+        what = _KINDS[kind][1]
+        if kind in queries:
+            each, of = queries[kind]
+            what += f": {count // each} {of} of {each}"
+        here = [position for position in masks if start <= position < start + count]
+        if here:
+            what += f"; {', '.join(map(str, here))} predict the mask tokens"
+        swatch = Html('<span class="key"><i style="background:{}"></i></span>').format(_KINDS[kind][0])
+        last = start + count - 1
+        lines.append((swatch + kind, f"{start}–{last}", count, what))
+    return Html(
+        "{}<details><summary>positions</summary>{}</details><details><summary>tokens</summary>{}</details>"
+    ).format(
+        _strip(runs, masks, bucket.length),
+        table(("", "positions", "count", "what"), lines),
+        _pieces(row, runs, masks, tokenizer),
+    )
+
+
+def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: int) -> Html:
+    """An SVG of the sequence: parts in proportion, with their first position above and their length inside."""
+    width, top, height = 1080, 16, 26
+    parts = []
+    for kind, start, count in runs:
+        x, w = width * start / length, width * count / length
+        parts.append(
+            f'<rect x="{x:.1f}" y="{top}" width="{w:.1f}" height="{height}" fill="{_KINDS[kind][0]}" '
+            f'stroke="#777" stroke-width=".7"><title>{_KINDS[kind][1]}: {start} to {start + count - 1}</title>'
+            "</rect>"
+        )
+        if w > 26:
+            parts.append(
+                f'<text x="{x + 1:.1f}" y="{top - 4}">{start}</text>'
+                f'<text x="{x + w / 2:.1f}" y="{top + 17}" text-anchor="middle">{count}</text>'
+            )
+    for position in masks:
+        x = width * (position + 0.5) / length
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height + 7}" stroke="{_MASK}" '
+            f'stroke-width="1.1"><title>{position} predicts a mask token</title></line>'
+        )
+    return Html(  # of numbers and our own words alone
+        f'<svg viewBox="0 0 {width} {top + height + 9}" width="100%" font-family="system-ui,sans-serif" '
+        f'font-size="11" fill="#222" role="img" aria-label="token layout">{"".join(parts)}</svg>'
+    )
+
+
+def _pieces(
+    row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]], masks: Sequence[int], tokenizer: Tokenizer
+) -> Html:
+    """The text tokens one by one, runs of slots and padding as a whole; those that predict a mask token are framed."""
+    ids, out = row["tokens"].tolist(), list[Html]()
+    block = Html('<span class="piece" style="background:{};border:1px solid #777">{} {}</span>')
+    piece = Html('<span class="piece" title="{}: id {}" style="{}">{}</span>')
+    for kind, start, count in runs:
+        colour = _KINDS[kind][0]
+        if kind in ("visual", "audio", "padding"):
+            out.append(block.format(colour, count, kind))
+            continue
+        for at in range(start, start + count):
+            # A token's text depends on the one before it: a leading space is dropped at the start of a text.
+            before = tokenizer.decode(ids[at - 1 : at], skip_special_tokens=False) if at else ""
+            text = tokenizer.decode(ids[max(0, at - 1) : at + 1], skip_special_tokens=False)[len(before) :]
+            style = f"background:{colour}" + (f";outline:2px solid {_MASK}" if at in masks else "")
+            out.append(piece.format(at, ids[at], style, Html(escape(text).replace("\n", "&crarr;\n") or "&nbsp;")))
+    return Html('<div class="pieces">{}</div>').format(NONE.join(out))
+
+
+# The page.
+
+
+def page(
+    file: Path,
+    chosen: Sequence[Group],
+    bad: Mapping[str, int],
+    n: int,
+    split: str,
+    root: str | Path,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    progress: Callable[[str], None] | None = None,
+) -> int:
+    """Write the page; how many records it shows."""
+    longer = dataclasses.replace(config, lengths=(*config.lengths, *(x for x in LONGER if x > config.lengths[-1])))
+    sections, total = [], sum(len(group.examples[:n]) for group in chosen)
+    drawn = Progress("records drawn", total, progress)
+    for group in chosen:
+        body = NONE
+        for example in group.examples[:n]:
+            body += article(example, root, tokenizer, longer)
+            drawn.add()
+        title = f"{group.task}: {group.dataset}" if group.dataset not in ("", group.task) else group.task
+        title += f" ({len(group.examples[:n])} of {group.records:,})"
+        sections.append(Section(f"{group.task}-{group.dataset}", title, body))
+    meaning = Html('<span><i style="background:{}"></i>{}</span>')
+    key = NONE.join(meaning.format(*kind) for kind in (*_KINDS.values(), (f"{_MASK};width:.2rem", _PREDICTS)))
+    wrong = NONE.join(Html("<li>{}: {} records</li>").format(name or split, f"{n:,}") for name, n in bad.items())
+    intro = (
+        Html(
+            "<p>Split <b>{}</b> of {}, decoded, cut and tokenised as a batch of training has it (tokenizer of {} "
+            'tokens).</p><p class="key">{}</p>'
+        ).format(split, root, f"{tokenizer.vocab_size:,}", key)
+        + Html(
+            '<p class="small">Numbers above a strip are positions, those inside it lengths. The loss at a '
+            "target position is of the prediction one position earlier. Each window of sound is one input of "
+            "the audio encoder.</p>"
+        )
+        + (
+            Html('<p class="bad">Not readable, see <code>status</code>:</p><ul>{}</ul>').format(wrong)
+            if wrong
+            else NONE
+        )
+    )
+    measured = [example for group in chosen for example in group.examples]
+    sections.append(Section("padding", "Padding of the batches", _padding(measured, chosen, tokenizer, longer)))
+    write(file, "Data sample", intro, sections, _STYLE)
+    return total
+
+
+def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: Tokenizer, config: DataConfig) -> Html:
+    """The table of padding, in which each task of a dataset counts with all of its records."""
+    try:
+        groups = group_by_bucket(measured, tokenizer, dataclasses.replace(config, on_error="skip"))
+    except InputError as error:  # none of them can be read, which is shown above
+        return Html('<p class="bad">{}</p>').format(error)
+    weight = [group.records / len(group.examples) for group in chosen for _ in group.examples]
+    rates = {index: weight[index] for fills in groups.values() for index in fills}
+    rows = bucket_fill.padding(groups, rates)
+    said = (
+        f"From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
+        f"{', '.join(map(str, config.lengths))} positions."
+    )
+    return Html("<p>{}</p>{}").format(said, table(bucket_fill.HEAD, bucket_fill.cells(rows)))
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of the verb."""
+    parser = CommandLine(__doc__, "python -m data_pipelines sample")
+    parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
+    parser.add_argument(
+        "--datasets",
+        default="",
+        help=f"comma-separated, of {','.join(datasets.DATASETS)} (default: all that are there)",
+    )
+    parser.add_argument("--split", type=Name(), default="train", help="(default: train)")
+    parser.add_argument(
+        "--variant", default="train", help=f"of the prompts: {', '.join(datasets.VARIANTS)} (default: train)"
+    )
+    parser.add_argument("--n", type=Whole(1), default=2, help="records of each task of each dataset (default: 2)")
+    parser.add_argument("--seed", type=Whole(), default=0, help="another seed shows other records (default: 0)")
+    parser.add_argument(
+        "--tokenizer",
+        type=PATH,
+        default=packaged.TOKENIZER,
+        help="tokenizer.json or a LLaMA directory (default: the "
+        "small one of the tiny configs, whose sequences are longer than LLaMA's)",
+    )
+    parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder of index.html")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Write the page of the command line."""
+    arguments = parse_arguments(argv)
+    file = out_folder(arguments.out) / "index.html"
+    if not Path(arguments.root).is_dir():
+        raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")
+    tokenizer = Tokenizer.load(arguments.tokenizer)
+
+    names = [name for name in arguments.datasets.split(",") if name]
+    keep = max(arguments.n, MEASURED)
+    chosen, bad = groups(arguments.root, names, arguments.split, arguments.variant, arguments.seed, keep, on_stderr)
+    if not chosen:
+        raise InputError(
+            arguments.root,
+            "--root",
+            f"holds no readable record of {arguments.split!r}",
+            "see what `python -m data_pipelines status` says",
+        )
+    prepared = shards.opened(arguments.root)
+    config = DataConfig(**prepared.decoding._asdict()) if prepared else DataConfig()
+    shown = page(file, chosen, bad, arguments.n, arguments.split, arguments.root, tokenizer, config, on_stderr)
+    print(f"{shown} records in {file}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of `python -m data_pipelines sample`."""
+    run_verb(lambda: run(argv), "--debug" in argv)

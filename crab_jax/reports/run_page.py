@@ -1,0 +1,128 @@
+"""The page of a run: config, losses, scores, routing, and answers to a few examples beside the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crab_jax.reports.evaluation_page import every_metric
+from crab_jax.reports.router_page import routing_pictures
+from crab_jax.router import Routing
+from crab_jax.tasks import TASKS
+from crab_jax.visualize import charts, page
+from crab_jax.visualize.page import NONE, Html, Picture, Section, figure, score, table
+
+SECTIONS = {
+    "run": "What was run",
+    "loss": "Losses",
+    "scores": "Scores",
+    "masks": "Masks",
+    "boxes": "Boxes",
+    "times": "Time lines",
+    "answers": "Questions and captions",
+    "routing": "Routing of the LoRA heads",
+}
+CONFIG_KEYS = ("model", "compat", "init_from", "seed", "steps", "optim.lr", "data.batch_size", "data.root")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+    """All that a report shows; empty parts are said to be missing.
+
+    config: flat {'optim.lr': 1e-4}. metrics: records of metrics.jsonl. results: see scoring.summarise, with baselines.
+    pictures: section key ("masks", "boxes", "times") -> examples. answers: (task, question, truth, answer).
+    """
+
+    title: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: Sequence[Mapping[str, float]] = ()
+    results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pictures: Mapping[str, Sequence[Picture]] = dataclasses.field(default_factory=dict)
+    answers: Sequence[tuple[str, str, str, str]] = ()
+    routing: Mapping[str, Routing] = dataclasses.field(default_factory=dict)
+
+
+# The HTML.
+
+
+def _run_section(data: ReportData) -> Html:
+    shown = [(key, data.config[key]) for key in CONFIG_KEYS if key in data.config]
+    counts = [(f"test examples of {task}", scores["n"]) for task, scores in data.results.get("tasks", {}).items()]
+    full = "\n".join(f"{key} = {value!r}" for key, value in sorted(data.config.items()))
+    every = Html("<details><summary>Every setting</summary><pre>{}</pre></details>").format(full)
+    return table(("setting", "value"), [*shown, *counts]) + every
+
+
+def _loss_section(data: ReportData) -> Html:
+    if not data.metrics:
+        return NONE
+    by_part = charts.loss_curves(data.metrics, ("loss", "text", "bce", "dice", "ce"))
+    by_task = charts.loss_curves(data.metrics, tuple(TASKS))
+    return figure(
+        Picture(
+            by_part,
+            "Loss of each part: every line should fall and level off; a part that rises again "
+            "is drowned by the others.",
+        )
+    ) + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others."))
+
+
+def _scores_section(data: ReportData) -> Html:
+    tasks = data.results.get("tasks", {})
+    if not tasks:
+        return NONE
+    columns = {"trained": tasks, **data.results.get("baselines", {})}
+    heads = ("task", "metric", "n", *columns)
+    rows = [
+        (
+            task,
+            TASKS[task].headline,
+            scores["n"],
+            *(score(column.get(task, {}), TASKS[task].headline) for column in columns.values()),
+        )
+        for task, scores in tasks.items()
+    ]
+    unread = [(task, s["n"], s.get("n_unparsed", 0), s.get("n_no_mask", 0)) for task, s in tasks.items()]
+    chart = Picture(
+        charts.score_bars(columns),
+        "Headline metric of each task with its interval: the top bar, the "
+        "trained model, should end right of every baseline, with intervals apart.",
+    )
+    note = Html("<p>Headline metric of each task, with 95 % bootstrap intervals over the examples.</p>")
+    return (
+        note
+        + table(heads, rows)
+        + figure(chart)
+        + Html("<details><summary>Every metric of the trained model</summary>{}</details>").format(every_metric(tasks))
+        + Html("<h3>Answers that could not be used</h3>")
+        + table(("task", "n", "unreadable text", "no mask"), unread)
+    )
+
+
+def _routing_section(data: ReportData) -> Html:
+    return NONE.join(map(figure, routing_pictures(data.routing).values())) if data.routing else NONE
+
+
+def _answers_section(data: ReportData) -> Html:
+    return table(("task", "question", "truth", "answer"), data.answers) if data.answers else NONE
+
+
+def _pictures_section(key: str, data: ReportData) -> Html:
+    return NONE.join(map(figure, data.pictures.get(key, ())))
+
+
+_BODIES = {
+    "run": _run_section,
+    "loss": _loss_section,
+    "scores": _scores_section,
+    "answers": _answers_section,
+    "routing": _routing_section,
+}
+
+
+def write(out_html: str | Path, data: ReportData) -> None:
+    """Write the report as one file that refers to nothing outside itself."""
+    bodies = {key: _BODIES[key](data) if key in _BODIES else _pictures_section(key, data) for key in SECTIONS}
+    page.write(out_html, data.title, page.LEGEND, [Section(key, title, bodies[key]) for key, title in SECTIONS.items()])

@@ -1,0 +1,143 @@
+"""A run on disk and what it is made of: workdir, tokenizer, data, starting parameters, a loaded model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from flax import traverse_util
+
+from crab_jax.checkpoints.stored import identity
+from crab_jax.config import RunConfig, bound_of, built, leaves
+from crab_jax.defaults import base
+from crab_jax.io import packaged
+from crab_jax.io.bounds import Anything, Choice, Text
+from crab_jax.io.errors import InputError
+from crab_jax.io.files import out_folder, write_whole
+from crab_jax.io.structured import Each, read_json
+from crab_jax.models.presets import MODELS
+from crab_jax.models.quirks import PRESETS
+from data_pipelines.tokens import Tokenizer
+
+# A resumed run may change these without becoming another run.
+FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "watchdog_seconds",
+    "max_skipped",
+    "data.workers",
+    "data.root",
+    "data.cache_dir",
+    "data.allow_other",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+# The processes of one run may have these each of its own: where its host has the data, and how it reads them.
+OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
+
+_SECTION = Each(Text(1, 100), Anything())
+RUN_CONFIG = {
+    "model": Choice(tuple(MODELS)),
+    "compat": Choice(tuple(PRESETS)),
+    "sizes?": Each(Text(1, 100), _SECTION),
+    **{f"{section}?": _SECTION for section in ("data", "optim", "loss", "mesh")},
+}
+# What of a config decides the arrays of a run that is there; the bounds of its other keys may be younger than the run.
+_DECIDING = re.compile(
+    r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
+    r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)"
+)
+log = logging.getLogger(__name__)
+
+
+def shared(config: RunConfig) -> dict[str, Any]:
+    """What all processes of one run must have alike of its config; of `init_from` the checkpoint, not its path."""
+    ours = {f"config.{key}": value for key, value in config.flat().items() if key not in OWN_KEYS}
+    return ours | {"config.init_from": config.init_from and f"a checkpoint with hash {identity(config.init_from)}"}
+
+
+def claim_workdir(workdir: Path, config: RunConfig) -> None:
+    """Make the workdir, or check that the run it holds has this config. Raises InputError.
+
+    A key that is younger than the run counts as having had its default.
+    """
+    out_folder(workdir, "--workdir")
+    file = workdir / "config.json"
+    if not file.exists() or not (workdir / "checkpoints" / "manifest.json").exists():
+        return
+    stored, replaced = _stored_config(workdir)
+    old, new = stored.flat() | replaced, config.flat()
+    changed = sorted(key for key in new if key not in FREE_KEYS and old[key] != new[key])
+    if changed:
+        key = changed[0]
+        raise InputError(
+            str(file),
+            key,
+            f"this run was started with {old.get(key)!r}, not {new.get(key)!r}",
+            "use the same config to resume it, or another --workdir",
+        )
+
+
+def tokenizer_of(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run config."""
+    if not config.tokenizer:
+        raise InputError("--config", "tokenizer", "is not set", "give a tokenizer.json or a LLaMA directory")
+    tokenizer, rows = Tokenizer.load(config.tokenizer), config.model.llama.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            config.tokenizer,
+            "tokenizer",
+            f"has {tokenizer.vocab_size} tokens with Crab's own, the model {rows}",
+            "give the model's tokenizer, or set sizes.llama.vocab_size",
+        )
+    return tokenizer
+
+
+def save_description(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """config.json and tokenizer.json: with the checkpoints, all that evaluate and predict need."""
+    write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=1))
+    tokenizer.save(workdir)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Return the config that a run or a packed model was made with; keys younger than it have their defaults.
+
+    A value that is allowed no more and decides no array has its default, too, and a warning says so. Raises InputError
+    naming the file and the key.
+    """
+    config, replaced = _stored_config(Path(path))
+    for key, problem in replaced.items():
+        print(
+            f"warning: {Path(path) / 'config.json'}: {key} {problem}; it is left out, and decides no answer",
+            file=sys.stderr,
+        )
+    return config
+
+
+def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:
+    """(the config of a run or model, what is wrong with the keys that have their defaults instead)."""
+    path = packaged.located(path)
+    file, fix = path / "config.json", "copy the file again"
+    if not file.is_file():
+        raise InputError(str(path), "--checkpoint", "has no config.json", "give a --workdir of train or a packed model")
+    found, usual = traverse_util.flatten_dict(read_json(file, RUN_CONFIG), sep="."), dict(leaves(base()))
+    for key in found.keys() - usual.keys():  # others are of another version
+        if key.startswith("sizes.") or any(key.startswith(f"{known}.") for known in usual):
+            raise InputError(str(file), key, "is no key of a config", fix)
+    values, replaced = {key: found.get(key, value) for key, value in usual.items()}, {}
+    for key, value in values.items():
+        if key.startswith("sizes.") and value is None or not (problem := bound_of(key).problem(value)):
+            continue
+        if _DECIDING.fullmatch(key):
+            raise InputError(str(file), key, f"is {value!r:.60}", problem)
+        values[key], replaced[key] = usual[key], f"is {value!r:.60} and {problem}"
+    try:
+        return built(values), replaced
+    except InputError as error:
+        raise InputError(str(file), error.field, error.problem, error.fix) from None

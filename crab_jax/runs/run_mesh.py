@@ -1,0 +1,94 @@
+"""How a run, or a model that answers, lies on its devices; inferred from memory where nothing is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from crab_jax import optim
+from crab_jax.config import RunConfig
+from crab_jax.io.errors import InputError
+from crab_jax.models import quantize
+from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.parallel import chips, sharding
+from crab_jax.runs import run_params
+
+# The temporaries of a micro-batch may take this share of a device's memory, as `row_bytes` estimates them.
+ACTIVATION_SHARE = 0.35
+# Parameters may take this share of a device that generates; the rest is for the cache and activations.
+SERVING_SHARE = 0.6
+# What the compiler allocates for a row over what `row_bytes` adds up by hand.
+MEASURED = 1.5
+
+
+def state_bytes(config: RunConfig) -> int:
+    """Bytes of all parameters and of the optimizer state: a trained scalar has a value, a gradient and two moments."""
+    shapes = nn.unbox(run_params.abstract_params(Crab(config.model)))
+    trainable, frozen = optim.split(shapes, config.trainable, config.frozen)
+    return run_params.count(frozen) * jax.numpy.dtype(config.frozen_dtype).itemsize + 16 * run_params.count(trainable)
+
+
+def row_bytes(cfg: CrabConfig, length: int) -> int:
+    """Estimated bytes of temporaries per batch row of `length` positions, in a training step with `remat="full"`:
+    the layers' inputs, one layer's attention scores and feed-forward, and the logits, each with its gradient."""
+    llama = cfg.llama
+    inputs = 2 * llama.layers * length * llama.hidden
+    scores = 3 * 4 * llama.heads * length**2
+    feed_forward = 8 * 2 * length * llama.mlp_dim
+    logits = 3 * 4 * length * llama.padded_vocab
+    return int(MEASURED * (inputs + scores + feed_forward + logits))
+
+
+def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
+    """The mesh of a run config over `devices` (all, when None); sizes of 0 are inferred (see `sharding.make_mesh`)."""
+    needed = 0 if config.mesh.fsdp else state_bytes(config)
+    return sharding.make_mesh(**vars(config.mesh), devices=devices, state_bytes=needed)
+
+
+def micro_batches(config: RunConfig, mesh: Mesh) -> int:
+    """`optim.accumulate`; 0 stands for the fewest micro-batches whose longest rows fit ACTIVATION_SHARE of a device.
+
+    1 where a device's memory is unknown. Raises InputError when batch, mesh and micro-batches do not divide.
+    """
+    accumulate = config.optim.accumulate
+    sharding.check_batch(config.mixture.batch_size, mesh, accumulate or 1)
+    memory = chips.memory_of(mesh.devices.flat[0])
+    if accumulate or memory is None:
+        return accumulate or 1
+    rows = config.mixture.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    each = row_bytes(config.model, max(config.data.lengths)) / mesh.shape["tensor"]
+    fitting = ACTIVATION_SHARE * memory / each
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows / n <= fitting or n == rows))
+
+
+def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
+    """The mesh on which this process answers batches of `batch_size` rows: copies of the model, each over `tensor` of
+    its own devices (of `devices`, when given).
+
+    `tensor` is inferred when 0: the fewest devices of which the parameters take SERVING_SHARE; integer `weights` are
+    never split. There are as many copies as there are devices for, in a number that divides the batch. Raises
+    InputError when `tensor` does not divide the devices, or is to split integers.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    model, integers = Crab(config.model), weights in quantize.BITS
+    if tensor > 1 and integers:
+        raise InputError(
+            "command line",
+            "--tensor",
+            f"{weights} matrices are not split over devices",
+            "use --weights float, or --tensor 1",
+        )
+    if tensor and len(devices) % tensor:
+        raise InputError(
+            "command line", "--tensor", f"{tensor} does not divide the {len(devices)} devices here", "give a divisor"
+        )
+    if not tensor:
+        needed = run_params.count(run_params.abstract_params(model)) * jax.numpy.dtype(model.cfg.llama.dtype).itemsize
+        memory = chips.memory_of(devices[0])
+        tensor = 1 if integers else sharding.infer_split(len(devices), needed, memory, SERVING_SHARE)
+    free = len(devices) // tensor
+    copies = max(n for n in range(1, free + 1) if free % n == 0 and batch_size % n == 0)
+    return sharding.make_mesh(copies, 1, tensor, devices[: copies * tensor])

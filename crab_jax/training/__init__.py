@@ -1,0 +1,1 @@
+"""Training: the step, its metrics, and steps that are not taken."""

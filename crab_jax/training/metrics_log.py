@@ -1,0 +1,146 @@
+"""Metrics of a run: metrics.jsonl and TensorBoard, written without waiting for the device in each step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from crab_jax.io.files import append_line, cut_tail, json_object, write_whole
+from crab_jax.runs import run_data
+from crab_jax.tasks import TASKS
+
+
+class Board:
+    """Scalars for TensorBoard, on disk when `add` returns. tensorboardX's own SummaryWriter writes in a thread, which a
+    full disk ends, and then waits for it for ever."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._event, self._scalar = folder, Event, scalar
+        self._file = EventsWriter(str(folder / "events"))
+        # Records of later steps are of a run that was stopped: they are not to be shown.
+        self._write([Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))])
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of one step."""
+        self._write(
+            [
+                self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+                for name, value in values.items()
+            ]
+        )
+
+    def _write(self, events: Sequence[Any]) -> None:
+        try:
+            for event in events:
+                self._file.write_event(event)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._folder)  # a write has none
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Logger:
+    """metrics.jsonl, TensorBoard and a progress line from windows of device metrics, fetched only when shown.
+
+    Means leave out skipped steps; `skipped` counts those of the window, `skipped_examples` (when examples may be
+    skipped) all that the run has listed in skipped.*.jsonl so far.
+    """
+
+    def __init__(
+        self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int, count_skipped: bool = False
+    ):
+        self.path, self.steps, self.schedule, self.every = workdir / "metrics.jsonl", steps, schedule, every
+        self.workdir, self.count_skipped = workdir, count_skipped
+        self.board = Board(workdir / "tensorboard", start)
+        keep_until(self.path, start)
+        self.window: list[tuple[int, dict[str, Any], float]] = []
+        self.began, self.first = time.monotonic(), start
+        self.mark = self.began
+
+    def add(self, step: int, metrics: dict[str, Any], rows: int, waited: float) -> None:
+        """Record one step; every `every` steps write the mean of the window."""
+        self.window.append((step, metrics, waited))
+        if step % self.every and step != self.steps:
+            return
+        values = jax.device_get([m for _, m, _ in self.window])
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        applied = [v for v in values if not v["skipped"]]
+        mean = {k: float(np.mean([v[k] for v in applied])) for k in ("loss", "grad_norm") if applied}
+        record = {
+            "step": step,
+            **mean,
+            **part_means(applied),
+            "lr": float(self.schedule(step - 1)),
+            "tokens_per_s": sum(int(v["tokens"]) for v in values) / seconds,
+            "samples_per_s": rows * len(values) / seconds,
+            "padding_share": 1 - sum(int(v["tokens"]) for v in values) / sum(int(v["slots"]) for v in values),
+            "input_wait_share": sum(w for _, _, w in self.window) / seconds,
+            "skipped": len(values) - len(applied),
+        }
+        if self.count_skipped:
+            record["skipped_examples"] = len(run_data.skipped_examples(self.workdir))
+        self.window = []
+        append_line(self.path, record)
+        self.board.add(step, {key: value for key, value in record.items() if key != "step"})
+        rate = (step - self.first) / (now - self.began)
+        eta = (self.steps - step) / rate
+        skips = "".join(
+            f"  {name.replace('_', ' ')} {record[name]}" for name in ("skipped", "skipped_examples") if record.get(name)
+        )
+        print(
+            f"step {step}/{self.steps}  loss {record.get('loss', np.nan):.4f}  {rate:.2f} step/s  "
+            f"eta {eta / 60:.1f} min  {record['tokens_per_s']:.0f} tok/s  padding {record['padding_share']:.0%}  "
+            f"input wait {record['input_wait_share']:.0%}{skips}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self.board.close()
+
+
+def part_means(values: list[dict[str, Any]]) -> dict[str, float]:
+    """loss/<part> and (text) loss/<task> of a window: sums over counts, left out where nothing was counted."""
+    parts: dict[str, list[float]] = {}
+    for value in values:
+        named = {**value["terms"], **dict(zip(TASKS, zip(*value["by_task"], strict=True), strict=True))}
+        for name, (total, count) in named.items():
+            seen = parts.setdefault(f"loss/{name}", [0.0, 0.0])
+            seen[0] += float(total)
+            seen[1] += float(count)
+    return {name: total / count for name, (total, count) in parts.items() if count}
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`, which a resumed run will write again."""
+    cut_tail(path)
+    if path.exists():
+        lines = [line for line in path.read_bytes().split(b"\n") if line]
+        steps = [(json_object(line) or {}).get("step") for line in lines]
+        if damaged := sum(not isinstance(number, int) for number in steps):
+            print(f"warning: {path}: {damaged} lines cannot be read; they are left out", file=sys.stderr)
+        write_whole(
+            path,
+            b"".join(
+                line + b"\n"
+                for line, number in zip(lines, steps, strict=True)
+                if isinstance(number, int) and number <= step
+            ),
+        )

@@ -1,0 +1,169 @@
+"""The training step: one pure function of (state, frozen weights, batch), and the program it compiles to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from crab_jax import losses, optim
+from crab_jax.config import RunConfig
+from crab_jax.models.crab import Crab, CrabOutput
+from crab_jax.parallel import sharding
+from crab_jax.runs import run_mesh
+from crab_jax.tasks import TASKS
+from data_pipelines.batching import Batch
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step int32[], trainable parameters float32, optimizer state of the trainable tree only."""
+
+    step: jax.Array
+    trainable: Any
+    opt: Any
+
+
+def train_step(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    model: Crab,
+    tx: optax.GradientTransformation,
+    loss_cfg: losses.LossConfig,
+    seed: int,
+    accumulate: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimizer step. Randomness comes from (seed, step) alone; gradients exist for trainables only.
+
+    Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
+    Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
+
+    A loss, gradient or new parameter that is not finite changes no parameter and no moment and sets the metric
+    `skipped` to 1; the step and the schedule's count go on. `bad_rows` is how many rows have a loss that is not finite,
+    and `bad_index` the sum of their `index`. What a filler row holds reaches neither loss nor gradient.
+    """
+    batch = batch.replace(fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
+
+    def loss_of(trainable: Any, micro: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        out: Any = model.apply(
+            {"params": optim.merge(trainable, frozen)}, micro, deterministic=False, rngs={"dropout": rng}
+        )
+        rows = loss_rows(out, micro)
+        terms = {name: losses.pool(term) for name, term in rows.items()}
+        total = losses.total(terms, loss_cfg, counts)
+        by_task = losses.by_task(rows["text"], micro.task, len(TASKS))
+        bad = ~finite_rows(rows, len(micro.index))
+        return total, {
+            "loss": total,
+            "terms": terms,
+            "by_task": by_task,
+            "bad_rows": bad.sum(dtype=jnp.int32),
+            "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32),
+        }
+
+    def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
+        return jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
+
+    if accumulate == 1:
+        grads, metrics = grad_of(batch, rng)
+    else:
+        micros = jax.tree.map(
+            lambda x: nn.with_logical_constraint(
+                x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+                (None, "batch", *(None,) * (x.ndim - 1)),
+            ),
+            batch,
+        )
+        shapes = jax.eval_shape(grad_of, jax.tree.map(lambda x: x[0], micros), rng)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(carry, scanned):
+            micro, key = scanned
+            return jax.tree.map(jnp.add, carry, grad_of(micro, key)), None
+
+        (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))
+
+    norm = optax.global_norm(grads)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
+    metrics |= {
+        "grad_norm": norm,
+        "tokens": batch.text_mask.sum(),
+        "slots": batch.text_mask.size,
+        "skipped": (~taken).astype(jnp.int32),
+    }
+    return TrainState(state.step + 1, trainable, opt), metrics
+
+
+def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
+    """Loss terms of every row ("text") and every mask group ("bce", "dice", "ce", when the bucket has masks)."""
+    valid = batch.index >= 0
+    rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
+    if out.binary is not None and out.semantic is not None:
+
+        def flat(x: Any) -> jax.Array:
+            return x.reshape(-1, *x.shape[2:])
+
+        groups = jnp.broadcast_to(valid[:, None], batch.seg_kind.shape)
+        rows |= losses.mask_rows(
+            flat(out.binary), flat(out.semantic), flat(batch.seg_target), flat(batch.seg_kind), flat(groups)
+        )
+    return rows
+
+
+def finite_rows(rows: dict[str, losses.Term], count: int) -> jax.Array:
+    """bool[count]: whether every loss of a row, and of its mask groups, is finite."""
+    return jnp.stack([jnp.isfinite(term.sum).reshape(count, -1).all(1) for term in rows.values()]).all(0)
+
+
+def compile_step(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
+    """The jitted step: donated state, batch rows over the mesh."""
+    accumulate = run_mesh.micro_batches(config, mesh)
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        with sharding.constrained(mesh):
+            return train_step(
+                state,
+                frozen,
+                batch,
+                model=model,
+                tx=optim.optimizer(config.optim, config.steps),
+                loss_cfg=config.loss,
+                seed=config.seed,
+                accumulate=accumulate,
+            )
+
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+    )
+
+
+def learns_nothing(schedule: optax.Schedule, start: int, steps: int) -> bool:
+    """Whether no step after `start` has a learning rate above 0. Every schedule begins with 0, as those of
+    DeepSpeed and Hugging Face do, so a run of a single step learns nothing."""
+    return start < steps and not any(float(schedule(step)) for step in range(start, min(steps, start + 2)))
+
+
+def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
+    tx = optim.optimizer(config.optim, config.steps)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        sharding.state_shardings(state, trainable, mesh),
+    )
