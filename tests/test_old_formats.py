@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import crab_jax as cj
+from crab_jax import defaults
 from crab_jax.config import resolve
 from tests.fixtures import make
 
@@ -87,11 +89,7 @@ def test_an_old_packed_model_answers_as_it_did(old):
 
 def test_keys_of_an_old_config_are_still_keys(old):
     """None is renamed or left out without saying so: those of the old file come back with their values."""
-    from configs import tiny
-    from crab_jax import runs
-
-    known = resolve(tiny.get_config()).flat()
-    stored = runs.load_config(old / "run").flat()
+    known, stored = resolve(defaults.tiny()).flat(), cj.load(old / "run").config.flat()
     written = json.loads((old / "run" / "config.json").read_text())
 
     def flat(tree: dict, prefix: str = "") -> dict:
