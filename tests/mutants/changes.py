@@ -179,8 +179,8 @@ def _expression(node: ast.expr, raw: bytes, place) -> Iterator[Change]:  # type:
 def _constant(value: object) -> list[str]:
     if isinstance(value, bool):
         return [str(not value)]
-    if isinstance(value, int | float):
-        return [repr(value + 1)]
+    if isinstance(value, int | float):  # one more of 1e9 is as good as 1e9
+        return [repr(value * 10 if isinstance(value, float) and value >= 1000 else value + 1)]
     return [repr("XX" + value)] if isinstance(value, str) else []
 
 
