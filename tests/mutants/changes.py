@@ -1,7 +1,7 @@
 """The small changes of a source file whose effect a test should notice (mutants), made from its syntax tree.
 
-What is not changed, because no test should depend on it: docstrings, annotations, imports, decorators, assertions, the
-words of errors, warnings and help texts, and what runs only as `__main__`.
+What is not changed, because a test could only repeat it: docstrings, annotations, imports, decorators, assertions, the
+words of errors, warnings, help texts and descriptions, published numbers, and what runs only as `__main__`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ NAMES = {a: b for a, b in PAIRS} | {b: a for a, b in PAIRS if a != "sum"} | {"me
 # Calls of one argument, or methods of none, that are replaced by what they are given.
 UNWRAPPED = {"sorted", "reversed", "abs", "exp", "log", "sqrt", "rsqrt", "square", "sigmoid", "softmax", "log_softmax"}
 UNWRAPPED |= {"softplus", "tanh", "gelu", "relu", "silu", "stop_gradient", "cumsum", "strip", "lower", "upper"}
-MESSAGES = {"print", "warn", "TypeVar", "cast", "add_argument", "note", "log"}
-WORDS = {"help", "description", "metavar", "epilog", "fix", "problem"}
+MESSAGES = {"print", "warn", "warning", "info", "TypeVar", "cast", "add_argument", "Published"}
+WORDS = {"help", "description", "metavar", "epilog", "fix", "problem", "note", "strict"}  # `strict` asserts
+DESCRIBED = {"Field": 1}  # so many of the first arguments are words
+DESCRIPTIONS = {"METRICS", "problem", "fix"}  # names of words
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -94,6 +96,8 @@ def _statements(body: list[ast.stmt], function: str, raw: bytes, place) -> Itera
                 yield from _statements(node.body, inner, raw, place)
                 continue
             case ast.Import() | ast.ImportFrom() | ast.Assert() | ast.Raise():
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)]) if name in DESCRIPTIONS:
                 continue
             case ast.Expr(value=ast.Constant()) | ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
                 continue
@@ -164,8 +168,9 @@ def _expression(node: ast.expr, raw: bytes, place) -> Iterator[Change]:  # type:
         case ast.Lambda():
             yield from _expression(node.body, raw, place)
             return
+    words = node.args[: DESCRIBED.get(_name(node.func), 0)] if isinstance(node, ast.Call) else []
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.expr):
+        if isinstance(child, ast.expr) and child not in words:
             yield from _expression(child, raw, place)
         elif isinstance(child, ast.keyword) and child.arg not in WORDS:
             yield from _expression(child.value, raw, place)
