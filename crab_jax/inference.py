@@ -81,7 +81,7 @@ def _draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array, mes
         return draw(model, params, states, pictures)
 
 
-def draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array) -> dict[str, jax.Array]:
+def draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array) -> dict[str, jax.Array]:
     """Return the masks of `pictures` uint8[B,H,W,3] from the states [B,6,D] of their mask tokens: {"binary": float32
     probabilities [B,H,W], "semantic": int32 class ids [B,H,W], "finite": bool[B], whether all logits were}."""
     masks: Any = model.apply({"params": params}, states, pictures, method="masks")

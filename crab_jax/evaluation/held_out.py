@@ -25,7 +25,7 @@ from crab_jax.generate import GenerateOptions, generate
 from crab_jax.inference import draw
 from crab_jax.io.errors import InputError
 from crab_jax.losses import LossConfig, Term
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_mesh
@@ -98,7 +98,7 @@ def described(config: RunConfig, chosen: HeldOut) -> str:
     return f"evaluation every {config.eval_every} steps on examples of {config.eval_split}: {shown}{none}"
 
 
-def held_out_sums(model: Crab, trainable: Any, frozen: Any, batch: Batch) -> dict[str, Term]:
+def held_out_sums(model: Model, trainable: Any, frozen: Any, batch: Batch) -> dict[str, Term]:
     """Return sums and counts float32[tasks] of each loss term of training ("text"; "bce", "dice" and "ce" in a bucket
     with masks), without dropout; as SAMPLES the number of Examples, twice."""
     output: Any = model.apply({"params": optim.merge(trainable, frozen)}, batch)
@@ -113,7 +113,7 @@ def held_out_sums(model: Crab, trainable: Any, frozen: Any, batch: Batch) -> dic
 
 
 def held_out_answers(
-    model: Crab, trainable: Any, frozen: Any, batch: Batch, options: GenerateOptions
+    model: Model, trainable: Any, frozen: Any, batch: Batch, options: GenerateOptions
 ) -> dict[str, jax.Array]:
     """Return the greedy answers to the prompts of a batch with answers, which are taken away: "tokens" int32[B,N],
     "index" int32[B], and in a bucket with masks "binary" and "semantic" (see `inference.draw`), "has_mask" bool[B] and
@@ -180,7 +180,7 @@ class Evaluation:
     each compiled once for each bucket."""
 
     def __init__(
-        self, config: RunConfig, model: Crab, mesh: Mesh, tokenizer: Tokenizer, chosen: HeldOut, trainable: Any
+        self, config: RunConfig, model: Model, mesh: Mesh, tokenizer: Tokenizer, chosen: HeldOut, trainable: Any
     ):
         self.config, self.tokenizer, self.examples = config, tokenizer, chosen.examples
         self.where, self.rows = sharding.batch_sharding(mesh), _batch_rows(config, mesh, chosen)
