@@ -174,7 +174,7 @@ def train(config: RunConfig, workdir: Path) -> None:
                 if logger:
                     logger.add(step, metrics, config.mixture.batch_size, waited)
             checkpoints.raise_failed()
-            stopped = stop.reached(step)
+            stopped = stop.should_stop(step)
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 guard.settle()  # what is saved has been looked at
                 with watchdog.waiting(f"the checkpoint of step {step}"):

@@ -22,7 +22,6 @@ from crab_jax.evaluation import held_out
 from crab_jax.evaluation.results import METRICS
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import read_lines
-from crab_jax.models.crab import Crab
 from crab_jax.parallel import sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.reports import run_page
@@ -139,7 +138,7 @@ def whole(scenes_root):
     """(config, model, parameters, evaluation of random weights with answers, what it waited for, its
     record)."""
     config = config_of(scenes_root, KINDS, eval_every=1, eval_samples=3, eval_answers=True)
-    model, mesh = Crab(config.model), sharding.make_mesh(1, devices=jax.devices()[:1])
+    model, mesh = config.model.build(), sharding.make_mesh(1, devices=jax.devices()[:1])
     params = run_params.initial_params(config, model, run_params.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tokenizer = run_folder.tokenizer_of(config)
