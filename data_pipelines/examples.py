@@ -13,6 +13,7 @@ from typing import Any
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import write_whole
 from crab_jax.io.structured import json_line, read_text
+from crab_jax.tasks import TASKS
 
 TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
 WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
@@ -145,7 +146,7 @@ def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | 
 def spread(examples: Iterable[Example], count: int) -> list[Example]:
     """Return up to `count` Examples of each task, evenly spread over the list, tasks in their order."""
     chosen, listed = [], list(examples)
-    for task in TASK_NAMES:
+    for task in TASKS:
         ours = [example for example in listed if example.task == task]
         chosen += [ours[i * len(ours) // count] for i in range(count)] if len(ours) > count else ours
     return chosen
