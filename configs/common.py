@@ -1,4 +1,4 @@
-"""The defaults of all stages under their former name: see crab_jax/defaults.py."""
+"""The defaults of all stages under their former name; see crab_jax/defaults.py."""
 
 from crab_jax.defaults import ENCODERS, FOURIER, LLAMA, LORA, QFORMERS, SEGMENTATION, base, released
 

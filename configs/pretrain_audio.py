@@ -1,16 +1,18 @@
-"""Audio alignment: audio captions train the audio Q-Former (paper section 4; AudioCaps).
+r"""Audio alignment: audio captions train the audio Q-Former (paper section 4; AudioCaps).
 
-    python -m crab_jax.train --config=configs/pretrain_audio.py --config.init_from=CKPT --config.tokenizer=LLAMA_DIR \\
+    python -m crab_jax.train --config=configs/pretrain_audio.py --config.init_from=CKPT --config.tokenizer=LLAMA_DIR \
         --config.data.root=ROOT --config.steps=N --workdir=DIR
 
 Global batch 256, 3 epochs: N = 3 * samples / 256.
 """
 
+from ml_collections import ConfigDict
+
 from crab_jax import defaults
 
 
-def get_config():
-    """Only the audio Q-Former trains."""
+def get_config() -> ConfigDict:
+    """Return the config: only the audio Q-Former trains."""
     config = defaults.released()
     config.data.batch_size = 256
     config.data.datasets = "audiocaps"

@@ -1,16 +1,18 @@
-"""Mask alignment: named objects in pictures train the segmentation branch (paper section 4; LVIS).
+r"""Mask alignment: named objects in pictures train the segmentation branch (paper section 4; LVIS).
 
-    python -m crab_jax.train --config=configs/pretrain_seg.py --config.init_from=CKPT --config.tokenizer=LLAMA_DIR \\
+    python -m crab_jax.train --config=configs/pretrain_seg.py --config.init_from=CKPT --config.tokenizer=LLAMA_DIR \
         --config.data.root=ROOT --config.steps=N --workdir=DIR
 
 Global batch 256, 3 epochs: N = 3 * samples / 256.
 """
 
+from ml_collections import ConfigDict
+
 from crab_jax import defaults
 
 
-def get_config():
-    """Only the segmentation branch trains."""
+def get_config() -> ConfigDict:
+    """Return the config: only the segmentation branch trains."""
     config = defaults.released()
     config.data.batch_size = 256
     config.data.datasets = "lvis"

@@ -1,16 +1,18 @@
-"""Visual alignment: image and video captions train the visual Q-Former (paper section 4; Video-LLaVA's data).
+r"""Visual alignment: image and video captions train the visual Q-Former (paper section 4; Video-LLaVA's data).
 
-    python -m crab_jax.train --config=configs/pretrain_visual.py --config.init_from=CKPT --config.tokenizer=LLAMA_DIR \\
+    python -m crab_jax.train --config=configs/pretrain_visual.py --config.init_from=CKPT --config.tokenizer=LLAMA_DIR \
         --config.data.root=ROOT --config.steps=N --workdir=DIR
 
 Global batch 256, 3 epochs: N = 3 * samples / 256.
 """
 
+from ml_collections import ConfigDict
+
 from crab_jax import defaults
 
 
-def get_config():
-    """Only the visual Q-Former trains; the released code also trained the output matrix by mistake."""
+def get_config() -> ConfigDict:
+    """Return the config: only the visual Q-Former trains (the released code also trained the output matrix)."""
     config = defaults.released()
     config.data.batch_size = 256
     config.data.datasets = "video_llava"

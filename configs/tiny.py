@@ -3,12 +3,14 @@
 python -m crab_jax.train --config=configs/tiny.py --config.data.root=runs/scenes --workdir=runs/x
 """
 
+from ml_collections import ConfigDict
+
 from crab_jax import defaults
 from crab_jax.io import packaged
 
 
-def get_config():
-    """Q-Formers, segmentation branch and LoRA train together on all tasks (paper section 4, instruction tuning)."""
+def get_config() -> ConfigDict:
+    """Return the config: Q-Formers, segmentation branch and LoRA train on all tasks (paper section 4)."""
     config = defaults.tiny()
     config.init_from = packaged.WARM_START
     config.trainable = (*defaults.QFORMERS, *defaults.LORA, *defaults.SEGMENTATION)
@@ -17,7 +19,7 @@ def get_config():
     config.sizes.lora.heads = 3
     config.data.root = "runs/scenes"
     config.data.batch_size = 16
-    # Boxes and class maps are the rarest and learn slowest; nine pixels of ten are background.
+    # Boxes and class maps are rarest and are learned most slowly; nine of ten pixels are background.
     config.data.weights.arig = 3.0
     config.data.weights.avss = 2.0
     config.loss.text = 1.0

@@ -1,17 +1,19 @@
-"""The alignment stage at tiny size: Q-Formers and mask decoder learn while the language model stays as it is.
+r"""The alignment stage at tiny size: Q-Formers and mask decoder learn while the language model stays as it is.
 
-    python -m crab_jax.train --config=configs/tiny_pretrain.py --config.init_from=runs/recipe/warmup \\
+    python -m crab_jax.train --config=configs/tiny_pretrain.py --config.init_from=runs/recipe/warmup \
         --config.data.root=runs/recipe/scenes --workdir=runs/recipe/pretrain
 
 The paper's first phase (section 4: visual, audio and segmentation branch pre-training) in one run: captions stand for
 Video-LLaVA's and AudioCaps', single objects for LVIS.
 """
 
+from ml_collections import ConfigDict
+
 from crab_jax import defaults
 
 
-def get_config():
-    """Q-Formers and segmentation branch on captions, boxes and masks; LoRA not yet."""
+def get_config() -> ConfigDict:
+    """Return the config: Q-Formers and segmentation branch train on captions, boxes and masks; LoRA does not."""
     config = defaults.tiny()
     config.init_from = "runs/recipe/warmup"
     config.trainable = (*defaults.QFORMERS, *defaults.SEGMENTATION)

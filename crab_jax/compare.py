@@ -1,11 +1,11 @@
-"""Compare two evaluations of the same samples: paired differences, B less A, with 95 % bootstrap intervals.
+"""Compare two evaluations of the same samples: paired differences B - A with 95 % bootstrap intervals.
 
     python -m crab_jax.compare runs/a/test runs/b/test
     python -m crab_jax.compare runs/a/test runs/b/test --gate --out difference.json
 
-A and B are --out folders of evaluate. Each resample draws the same samples from both, so what is hard for both cancels.
-A star marks an interval without zero. With --gate the exit code is 3 when the headline metric of a task is lower in B
-by such a difference.
+A and B are --out folders of evaluate. Each resample draws the same samples from both, so the difficulty of samples
+cancels. A star marks an interval without zero. With --gate the exit code is 3 when the headline metric of a task is
+significantly lower in B.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ WORSE = 3  # exit code of --gate
 def paired(
     a: Sequence[Judged], b: Sequence[Judged], resamples: int = scoring.RESAMPLES, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """{metric: {"a", "b", "difference", "interval"}} of one task's answers to the same samples in the same order.
+    """Return {metric: {"a", "b", "difference", "interval"}} of one task's answers to the same samples, in one order.
 
-    interval is the 95 % percentile bootstrap of b less a over resamples of the samples. A metric that one side does not
-    have (over the answered samples, when there is none) is left out.
+    interval: 95 % percentile bootstrap of b - a over resamples of the samples. Metrics that one side lacks (such as
+    those over answered samples, when there are none) are left out.
     """
     values_a, values_b = scoring.measure(a), scoring.measure(b)
     drawn: dict[str, list[float]] = {name: [] for name in values_a if name in values_b}
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
         chosen = rng.integers(0, len(a), len(a))
-        one, other = scoring.measure([a[i] for i in chosen]), scoring.measure([b[i] for i in chosen])
+        scores_a, scores_b = scoring.measure([a[i] for i in chosen]), scoring.measure([b[i] for i in chosen])
         for name, values in drawn.items():
-            if name in one and name in other:
-                values.append(other[name] - one[name])
+            if name in scores_a and name in scores_b:
+                values.append(scores_b[name] - scores_a[name])
     return {
         name: {
             "a": values_a[name],
@@ -63,16 +63,16 @@ def paired(
 
 
 def differs(row: dict[str, Any]) -> bool:
-    """Whether zero is outside the interval of a difference."""
+    """Return whether zero is outside the interval of a difference."""
     low, high = row["interval"]
     return low > 0 or high < 0
 
 
-EVALUATION = {"data": PATH, "split": Text(1, 200)}  # what is read of evaluation.json
+EVALUATION = {"data": PATH, "split": Text(1, 200)}  # the fields of evaluation.json that are read
 
 
 def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, Judged]:
-    """The scored answers of an evaluation folder by id: those of `tasks` (all when empty) that it holds."""
+    """Return {id: scored answer} of an evaluation folder, for `tasks` (all when empty)."""
     file = folder / DESCRIPTION
     if not file.is_file():
         raise InputError(str(folder), DESCRIPTION, "no such file", "give the --out folder of evaluate")
@@ -84,11 +84,11 @@ def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, J
         return example.id in known and (not tasks or example.task in tasks)
 
     examples = [example for example in run_data.read_examples(root, split) if wanted(example)]
-    return {one.id: one for one in judge_folder(folder, examples, root)}
+    return {answer.id: answer for answer in judge_folder(folder, examples, root)}
 
 
 def markdown(differences: dict[str, dict[str, Any]]) -> str:
-    """One line per metric, the headline of each task first."""
+    """Format one table row per metric, the headline of each task first."""
     lines = ["| task | n | metric | A | B | B - A | 95 % interval | |", "|---|---|---|---|---|---|---|---|"]
     for name, task in differences.items():
         metrics = sorted(task["metrics"], key=lambda metric, name=name: metric != TASKS[name].headline)
@@ -103,7 +103,7 @@ def markdown(differences: dict[str, dict[str, Any]]) -> str:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Print the differences; returns the exit code, 0 or WORSE."""
+    """Print the differences and return the exit code, 0 or WORSE."""
     if arguments.out:
         out_file(arguments.out)
     tasks = [task for task in arguments.tasks.split(",") if task]
@@ -120,9 +120,9 @@ def compare(arguments: argparse.Namespace) -> int:
         if len(own) > len(common):
             print(f"{len(own) - len(common)} samples are in {folder} only and are left out")
     differences = {}
-    for name, ours in scoring.by_task(a[one] for one in common).items():
-        rows = paired(ours, [b[one.id] for one in ours])
-        differences[name] = {"n": len(ours), "metrics": rows}
+    for name, answers in scoring.by_task(a[sample] for sample in common).items():
+        rows = paired(answers, [b[answer.id] for answer in answers])
+        differences[name] = {"n": len(answers), "metrics": rows}
     print(markdown(differences))
     if arguments.out:
         text = json.dumps({"a": arguments.a, "b": arguments.b, "tasks": differences}, indent=1)
@@ -138,7 +138,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.compare")
     parser.add_argument("a", type=PATH, metavar="A", help="folder of the first evaluation")
     parser.add_argument("b", type=PATH, metavar="B", help="folder of the second evaluation")
@@ -151,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m crab_jax.compare`."""
+    """Run `python -m crab_jax.compare`."""
     argv = sys.argv[1:] if argv is None else argv
 
     def verb() -> None:

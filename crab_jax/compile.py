@@ -1,15 +1,15 @@
-"""Compile a stage's real step for a TPU slice, on a machine without a TPU, and say whether and how it fits.
+"""Compile a stage's step for a TPU slice, on a machine without a TPU, and report its memory and cost.
 
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:16x16 --budget
     python -m crab_jax.compile --config=configs/finetune.py --topology=v6e:4x4 --config.mesh.fsdp=16 --json out.json
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:8x8 --sweep
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5p:2x2x4 --stage decode
 
-Needs libtpu (pip install -e '.[tpu]') and no weights. Any config key can be overridden with --config.key=value.
-The largest bucket of the config is compiled unless --bucket or --mix says otherwise. With --budget the exit code is 3
-when the step does not fit or leaves less than 15 % of the memory. As nothing will run, the compiler spends little on
-the speed of single operations, which takes a tenth of the time and changes neither sharding nor collectives; with
---thorough it does all that it does for a run.
+Needs libtpu (pip install -e '.[tpu]') and no weights. Any config key can be overridden with --config.key=value. The
+largest bucket of the config is compiled unless --bucket or --mix is given. With --budget the exit code is 3 when the
+step does not fit or leaves less than 15 % of the memory free. The compiler spends little time on the speed of single
+operations, because nothing will run: this takes a tenth of the time and changes neither shardings nor collectives. With
+--thorough it optimises as it does for a run.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ from crab_jax.io import bounds
 from crab_jax.io.bounds import PATH, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
-from crab_jax.models.crab import Crab
-from crab_jax.models.llama import init_cache
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_mesh, run_params
 from crab_jax.training import train_step
@@ -47,7 +45,7 @@ from data_pipelines.batching import Batch, Bucket, empty_batch
 
 HEADROOM = 0.15
 NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
-KEYS = (
+REPORT_KEYS = (
     "topology",
     "chips",
     "fits",
@@ -58,19 +56,21 @@ KEYS = (
     "compile_s",
     "model_flops_per_chip",
     "collectives",
-)  # of the JSON
-SMALL = 2**16  # elements of a matrix whose copy does no harm
+)  # of the report that --json writes
+SMALL = 2**16  # elements; copies of smaller matrices are harmless
 ROWS = 8  # rows per data-parallel group in prefill and decode
 
 Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 
 
-# --- what is compiled -------------------------------------------------------------------------------------------------
+# --- programs ---------------------------------------------------------------------------------------------------------
 
 
 def topology_devices(name: str, thorough: bool = False) -> list[Any]:
-    """The devices of a topology like v5e:16x16, v5p:2x2x4, v6e:4x4 or v4:4x4x4, on any machine with libtpu; `thorough`
-    as in the command line."""
+    """Return the devices of a topology such as v5e:16x16, v5p:2x2x4 or v4:4x4x4, on any machine with libtpu.
+
+    thorough: as the command line option. Raises InputError for an unknown topology or without libtpu.
+    """
     generation, _, shape = name.partition(":")
     sizes = shape.split("x")
     if generation not in (chip.name for chip in chips.CHIPS) or not all(n.isdigit() and int(n) for n in sizes):
@@ -118,13 +118,16 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
 
 
 def largest_bucket(config: RunConfig) -> Bucket:
-    """At least as large as every bucket of a stage in every size."""
+    """Return a bucket at least as large as every bucket of a stage in every size."""
     return Bucket(max(config.data.lengths), config.data.video_frames, 10, 198, 1)
 
 
 def bucket_mix(config: RunConfig) -> list[Bucket]:
-    """The buckets that the released tasks fall into: clips with sound (1-s and 2-s windows) and pictures with sound,
-    with a mask and without, at the shortest length that leaves 128 positions for text."""
+    """Return the buckets that the released tasks fall into.
+
+    These are clips with sound (1-s and 2-s windows) and images with sound, with and without a mask, at the shortest
+    length that leaves 128 positions for text.
+    """
     data, frames = config.data, config.data.video_frames
     kinds = ((frames, 10, 198, 0), (frames, 10, 98, 0), (frames, 10, 98, 1), (1, 10, 98, 0), (1, 1, 98, 1))
     out = []
@@ -136,28 +139,29 @@ def bucket_mix(config: RunConfig) -> list[Bucket]:
 
 
 def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """(trainable, frozen) parameters of a run, as shapes with shardings, which stand for arrays when lowering."""
-    wanted = run_params.wanted_params(config, Crab(config.model), mesh)
+    """Return the (trainable, frozen) parameters of a run as shapes with shardings, for lowering."""
+    wanted = run_params.wanted_params(config, config.model.build(), mesh)
     return optim.split(wanted, config.trainable, config.frozen)
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train_step.TrainState, Any]:
-    """(train state, frozen parameters) of a run that has just begun."""
+    """Return (train state, frozen parameters) at the start of a run, as shapes with shardings."""
     trainable, frozen = abstract_params(config, mesh)
     return train_step.abstract_state(config, trainable, mesh), frozen
 
 
-def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, where: Any) -> Batch:
-    """A batch of `rows` rows of a bucket."""
-    one = empty_batch(bucket, 1, config.data.image_size)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where), one)
+def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, rows_sharding: NamedSharding) -> Batch:
+    """Return the shapes of a batch of `rows` rows of a bucket, with one sharding."""
+    row = empty_batch(bucket, 1, config.data.image_size)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding), row)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step to compile: the jitted function, its shapes on the mesh, and the same work as one chip sees it.
+    """A step to compile: the jitted function, its argument shapes on the mesh, and the same work on one chip.
 
-    own: () -> (function, its shapes) of one data-parallel chip, to count; recomputing nothing when `remat` is False.
+    own: returns (function, argument shapes) of one data-parallel chip, for counting FLOPs; its argument `remat` says
+    whether to include recomputation.
     """
 
     jitted: Any
@@ -168,7 +172,7 @@ class Program:
 
 
 def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
-    """The train step of crab_jax/train.py."""
+    """Return the train step that crab_jax/train.py runs."""
     state, frozen = abstract_state(config, mesh)
     accumulate = run_mesh.micro_batches(config, mesh)
     batch = abstract_batch(config, bucket, config.mixture.batch_size, sharding.batch_sharding(mesh))
@@ -179,29 +183,29 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
             alone = _remat(alone, "none")
         single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.mixture.batch_size // _groups(mesh)
         state, frozen = abstract_state(alone, single)
-        step = train_step.compile_step(alone, Crab(alone.model), single, state)
+        step = train_step.compile_step(alone, alone.model.build(), single, state)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
-    jitted = train_step.compile_step(config, Crab(config.model), mesh, state)
+    jitted = train_step.compile_step(config, config.model.build(), mesh, state)
     return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
 
 
 def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
-    """Prefill of prompts, or one decode step, of crab_jax/generate.py; greedy, the cache donated."""
-    model = Crab(config.model)
+    """Return the prefill of prompts, or one decode step, of crab_jax/generate.py: greedy, with a donated cache."""
+    model = config.model.build()
     bucket = bucket._replace(masks=0)
 
-    def at(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+    def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
         return sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, "tensor"))
 
     def shapes(mesh: Mesh, rows: int) -> tuple[Any, ...]:
-        where, kv = at(mesh)
+        rows_sharding, kv = shardings(mesh)
         params = optim.merge(*abstract_params(config, mesh))
-        cache = jax.eval_shape(lambda: init_cache(model.cfg.llama, rows, bucket.length + NEW_TOKENS))
+        cache = jax.eval_shape(lambda: model.empty_cache(rows, bucket.length + NEW_TOKENS))
         cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv), cache)
-        token = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=where)
-        batch = abstract_batch(config, bucket, rows, where)
-        return (params, cache, batch) if stage == "prefill" else (params, cache, token, token)
+        token = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)
+        batch = abstract_batch(config, bucket, rows, rows_sharding)
+        return (params, cache, batch) if stage == "prefill" else (params, cache, token, token, token)
 
     def step(mesh: Mesh, params: Any, cache: Any, *inputs: Any) -> tuple[Any, Any]:
         with sharding.constrained(mesh):
@@ -219,7 +223,7 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
         return partial(step, single), shapes(single, rows_each)
 
     rows = rows_each * _groups(mesh)
-    jitted = jax.jit(partial(step, mesh), donate_argnums=1, out_shardings=at(mesh))
+    jitted = jax.jit(partial(step, mesh), donate_argnums=1, out_shardings=shardings(mesh))
     return Program(jitted, shapes(mesh, rows), own, rows)
 
 
@@ -228,13 +232,16 @@ def _groups(mesh: Mesh) -> int:
 
 
 def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
-    """The program of a stage: "train", "prefill" or "decode"."""
+    """Return the program of a stage: "train", "prefill" or "decode"."""
     return train_program(config, mesh, bucket) if stage == "train" else serve_program(config, mesh, bucket, stage)
 
 
 def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
-    """The run's mesh; for prefill and decode an inferred split of the parameters is along `tensor`, so that no weight
-    travels at every token."""
+    """Return the mesh of the config for a stage.
+
+    For prefill and decode, an inferred split of the parameters is along `tensor`, so that no weights move at every
+    token.
+    """
     mesh = run_mesh.mesh_of(config, devices)
     if stage == "train" or config.mesh.fsdp or config.mesh.tensor > 1:
         return mesh
@@ -244,13 +251,13 @@ def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
     return sharding.make_mesh(0, split // tensor, tensor, devices)
 
 
-# --- what is reported -------------------------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def measure(
     config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str
 ) -> tuple[dict[str, Any], Compiled | None]:
-    """(the report of one compilation, see `main`; the compiled program, None when it does not fit)."""
+    """Return (report of one compilation, see `main`; compiled program, or None when it does not fit)."""
     chip = chips.chip_of(devices[0])
     assert chip is not None
     mesh = mesh_for(config, devices, stage)
@@ -279,7 +286,7 @@ def measure(
     say(f"{topology} {stage}: compiling (a minute or more)")
     started, busy = time.monotonic(), time.process_time()
 
-    def taken() -> dict[str, float]:
+    def compile_times() -> dict[str, float]:
         return {"compile_s": time.monotonic() - started, "compile_cpu_s": time.process_time() - busy}
 
     try:
@@ -288,7 +295,7 @@ def measure(
         need = _out_of_memory(str(error))
         if need is None:
             raise
-        return report | taken() | {
+        return report | compile_times() | {
             "fits": False,
             "argument_bytes": logical,
             "temporary_bytes": max(0, need - logical),
@@ -297,9 +304,9 @@ def measure(
             "largest": _largest(str(error)),
             "headroom": 1 - need / chip.hbm_bytes,
         }, None
-    report |= taken()
+    report |= compile_times()
     memory = compiled.memory_analysis()
-    # XLA's own peak may lie below this sum; the sum is the safe side.
+    # XLA's own peak may lie below this sum; the sum is the safe estimate.
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -334,12 +341,14 @@ def measure(
 
 
 def findings(config: RunConfig, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
-    """What a sharded step must not do: gather logits or a whole stack of frozen matrices, or keep a frozen matrix in
-    float32. Fused conversions are no copies; matrices of less than SMALL elements do not matter.
+    """Return the faults of a compiled sharded step.
+
+    Faults are gathering logits, gathering a whole stack of frozen matrices, and keeping a frozen matrix in float32.
+    Fused conversions are not copies; matrices of less than SMALL elements do not matter.
     """
     _, frozen = abstract_params(config, mesh)
     vocab = config.model.llama.padded_vocab
-    matrices: dict[str, Any] = {}  # as JAX names the arguments of the step
+    matrices: dict[str, Any] = {}  # by JAX's names of the step's arguments
     for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
         if str(path[-1].key).endswith(("kernel", "embedding")) and leaf.size >= SMALL:
             matrices["frozen" + jax.tree_util.keystr(path)] = leaf
@@ -362,32 +371,34 @@ def findings(config: RunConfig, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
 
 
 def _out_of_memory(message: str) -> int | None:
-    """Bytes that a program would need, from the compiler's out-of-memory error; None if it is another error."""
+    """Return the bytes that a program would need, from the compiler's out-of-memory error; None for another error."""
     if "RESOURCE_EXHAUSTED" not in message and "hbm" not in message.lower():
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
-    return int(float(found[1]) * units[found[2]]) if found else 0
+    amount = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+    return int(float(amount[1]) * units[amount[2]]) if amount else 0
 
 
 def _largest(message: str) -> list[str]:
-    """The largest allocations that an out-of-memory error lists: size, shape, and the operation behind them."""
-    wanted = re.findall(r"Size: ([\d.]+[KMG])\s+(?:Operator: (.*)\s+)?Shape: (\S+)", message)
-    return [" ".join((size, shape, *re.findall(r'op_name="([^"]*)"', operator))) for size, operator, shape in wanted]
+    """Return the largest allocations that an out-of-memory error lists: size, shape and operation."""
+    allocations = re.findall(r"Size: ([\d.]+[KMG])\s+(?:Operator: (.*)\s+)?Shape: (\S+)", message)
+    return [
+        " ".join((size, shape, *re.findall(r'op_name="([^"]*)"', operator))) for size, operator, shape in allocations
+    ]
 
 
 def say(what: str) -> None:
-    """A line of progress on stderr; the report alone is on stdout."""
+    """Print a line of progress on stderr; stdout holds only the report."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def gib(size: float) -> str:
-    """Bytes as text."""
+    """Format bytes as GiB."""
     return f"{size / chips.GIB:.2f} GiB"
 
 
 def text(report: dict[str, Any]) -> str:
-    """A report for people."""
+    """Format a report as text."""
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
     bucket = ", ".join(f"{name} {size}" for name, size in report["bucket"].items())
     rows = [
@@ -421,10 +432,10 @@ def text(report: dict[str, Any]) -> str:
 
 
 def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
-    """Reports of the train step over mesh shapes, micro-batches and remat policies, the fastest roofline first.
+    """Return the reports of the train step over mesh shapes, micro-batches and remat policies, fastest roofline first.
 
-    The less arithmetic a mesh and policy takes, the earlier it is tried; once that alone takes as long as the best step
-    so far, nothing more is compiled. Their micro-batches are halved until the step fits with the headroom.
+    Meshes and policies with less arithmetic are tried first; once the arithmetic alone takes as long as the best step
+    so far, nothing more is compiled. Micro-batches are made smaller until the step fits with the headroom.
     """
     heads, batch = config.model.llama.kv_heads, config.mixture.batch_size
     least = run_mesh.mesh_of(config, devices).shape["fsdp"]
@@ -462,7 +473,7 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
 
 
 def _on(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> RunConfig:
-    """The config on this mesh of all devices, with this policy."""
+    """Return the config with this mesh over all devices and this remat policy."""
     mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor)
     return _remat(dataclasses.replace(config, mesh=mesh), remat)
 
@@ -479,10 +490,10 @@ def _micro_batches(config: RunConfig, accumulate: int) -> RunConfig:
 def _by_arithmetic(
     config: RunConfig, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
 ) -> list[tuple[float, int, int, str]]:
-    """((fsdp, tensor), remat) -> (seconds of its arithmetic alone, tensor, fsdp, remat), in this order."""
+    """Return (seconds of arithmetic, tensor, fsdp, remat) of every ((fsdp, tensor), remat), sorted."""
     chip = chips.chip_of(devices[0])
     assert chip is not None
-    counted: dict[tuple[int, str], flops.Work] = {}  # that of a data-parallel group
+    counted: dict[tuple[int, str], flops.Work] = {}  # of one data-parallel group
     out = []
     for (fsdp, tensor), remat in trials:
         if (tensor, remat) not in counted:
@@ -496,7 +507,7 @@ def _by_arithmetic(
 
 
 def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[RunConfig]:
-    """The config on this mesh with more and more micro-batches, at most four of them, from half the inferred number."""
+    """Yield the config on this mesh with up to four rising numbers of micro-batches, from half the inferred number."""
     trial = _micro_batches(_on(config, devices, fsdp, tensor, remat), 0)
     inferred = run_mesh.micro_batches(trial, run_mesh.mesh_of(trial, devices))
     rows = config.mixture.batch_size // (len(devices) // tensor)
@@ -505,7 +516,7 @@ def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """Reports as a Markdown table, one per line."""
+    """Format reports as a Markdown table, one row each."""
     head = (
         "| topology | stage | mesh d x f x t | rows/chip x micro | remat | args GiB | temp GiB | peak / HBM GiB "
         "| headroom | collectives GiB | roofline s | compile s | of one core |\n|" + "---|" * 13
@@ -514,7 +525,7 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 
 def table_row(report: dict[str, Any]) -> str:
-    """One line of `table`."""
+    """Format one row of `table`."""
     mesh = report["mesh"]
     each = report["rows"] / (mesh["data"] * mesh["fsdp"] * report["accumulate"])
     moved = sum(kind["bytes"] for kind in report["collectives"].values()) / chips.GIB
@@ -532,7 +543,7 @@ def table_row(report: dict[str, Any]) -> str:
 
 
 def command_line() -> CommandLine:
-    """The flags besides --config.key=value."""
+    """Return the parser of all flags except --config.key=value."""
     parser = CommandLine(__doc__, "python -m crab_jax.compile")
     parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
@@ -555,7 +566,7 @@ def command_line() -> CommandLine:
     return parser
 
 
-# What L, T, S, F and M of a bucket may be.
+# Bounds of L, T, S, F and M of a bucket.
 BUCKET = (Whole(8, 2**20), Whole(1, 1024), Whole(1, 1024), Whole(16, 2**16), Whole(0, 1))
 
 
@@ -567,10 +578,10 @@ def _bucket(value: str) -> Bucket:
 
 
 def main() -> None:
-    """Entry point of `python -m crab_jax.compile`.
+    """Run `python -m crab_jax.compile`.
 
-    The JSON has KEYS: bytes and FLOPs per chip, collectives {kind: {count, bytes}} per chip and step. Of several
-    buckets it is the one with the highest peak.
+    The JSON has REPORT_KEYS: bytes and FLOPs per chip, collectives {kind: {count, bytes}} per chip and step. Of several
+    buckets it describes the one with the highest peak.
     """
     args, rest = command_line().parse_known_args()
     config, _ = parse_flags([sys.argv[0], f"--config={args.config}", *rest], None, workdir=False)
@@ -593,7 +604,7 @@ def main() -> None:
     chosen = min if args.sweep else max
     worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
     if args.json and worst is not None:
-        write_whole(args.json, json.dumps({key: worst[key] for key in KEYS}, indent=1) + "\n")
+        write_whole(args.json, json.dumps({key: worst[key] for key in REPORT_KEYS}, indent=1) + "\n")
     if args.budget:
         chip = args.topology.partition(":")[0]
         if worst is None:

@@ -1,4 +1,4 @@
-"""Run configs: from the keys of files and command lines (ml_collections) to one frozen, typed RunConfig."""
+"""Run configs: from the keys of config files and command lines (ml_collections) to one frozen, typed RunConfig."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from crab_jax.losses import LossConfig
 from crab_jax.models import presets
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.presets import DTYPE, MODELS, check_sizes, with_sizes
+from crab_jax.models.protocol import ModelConfig
 from crab_jax.models.quirks import PRESETS, Compat
 from crab_jax.optim import OptimConfig
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
 from data_pipelines.datasets import DATASETS, VARIANTS
 
-CONFIG_BYTES = 1 << 20  # of a config file, which a person wrote
-# What the values of keys may be, by section. A key that is not named is true or false.
+CONFIG_BYTES = 1 << 20  # largest size of a hand-written config file
+# Bounds of the values, by section. Keys that are not listed are booleans.
 MIXTURE_BOUNDS: dict[str, Bound] = {
     "root": Place(),
     "split": Name(),
@@ -73,6 +74,10 @@ RUN_BOUNDS: dict[str, Bound] = {
     "checkpoint_every": Whole(1),
     "keep": Whole(1),
     "max_skipped": Whole(1),
+    "eval_every": Whole(note="0 = never"),
+    "eval_split": Name(),
+    "eval_samples": Whole(1, 1000),
+    "eval_answers": Flag(),
     "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never"),
 }
 BOUNDS: dict[str, Bound] = {
@@ -87,14 +92,13 @@ BOUNDS: dict[str, Bound] = {
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Which Examples a run draws from a data root, and how: the keys of `data` that decode nothing.
+    """The choice of Examples from a data root: the keys of `data` that do not concern decoding.
 
-    root, split: the data root and the part of it. datasets: of a raw root, "" = those of the joint stage.
-    variant: of the prompts. frames: "one" picture of a clip of AVSS and Ref-AVS in an epoch, or "all".
-    exclude_leaks: leave out clips that another dataset of the root has in val or test. limit: so many Examples, 0 =
-    all. batch_size: rows of a step over all devices. workers: processes that decode. allow_other: go on with a run on
-    other Examples than it was trained on.
-    weights: {task: factor of its natural share of the mixture}, 0 leaves it out. caps: {task: so many Examples count},
+    root, split: the data root and its split. datasets: of a raw root, empty = those of the joint stage. variant: of the
+    prompts. frames: "one" frame per clip of AVSS and Ref-AVS and epoch, or "all". exclude_leaks: leave out clips that
+    another dataset of the root has in val or test. limit: number of Examples, 0 = all. batch_size: rows of a step over
+    all devices. workers: processes that decode. allow_other: continue a run on other Examples than it was trained on.
+    weights: {task: factor of its natural share of the mixture}, 0 leaves it out. caps: {task: how many Examples count},
     0 = all. curriculum: {task: the step from which it is drawn}.
     """
 
@@ -140,15 +144,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run is. Its parts check themselves; `resolve` also checks that they make a run together.
+    """The whole config of a run. Its parts check themselves; `resolve` also checks that they fit together.
 
     model: sizes, with the quirks of `compat` (models/quirks.py), which also sets `loss.reduction` and `data.clock`.
-    model_name: the preset that `model` began as.
-    init_from: a run, a packed or an imported model; "" starts from random weights. fresh: parameter patterns that it
-    may lack. trainable, frozen: patterns ('/'-joined paths, full match) that divide the parameters. frozen_dtype: of
-    the frozen ones. tokenizer: a tokenizer.json or a Hugging Face folder.
-    log_every, checkpoint_every: in steps. keep: so many checkpoints. max_skipped: steps in a row that are not finite
-    before the run ends. watchdog_seconds: a longer wait is reported, 0 = never.
+    model_name: the preset that `model` is based on. init_from: a run, a packed or an imported model; "" starts from
+    random weights. fresh: parameter patterns that it may lack. trainable, frozen: patterns ('/'-joined paths, full
+    match) that divide the parameters. frozen_dtype: of the frozen ones. tokenizer: a tokenizer.json or a Hugging Face
+    folder. log_every, checkpoint_every: in steps. keep: number of checkpoints. max_skipped: consecutive non-finite
+    steps before the run ends. eval_every: steps between evaluations, 0 = never, on `eval_samples` Examples of each task
+    of `eval_split`; eval_answers: generate answers too. watchdog_seconds: longer waits are reported, 0 = never.
     """
 
     model_name: str
@@ -171,6 +175,10 @@ class RunConfig:
     checkpoint_every: int
     keep: int
     max_skipped: int
+    eval_every: int
+    eval_split: str
+    eval_samples: int
+    eval_answers: bool
     watchdog_seconds: float
 
     def __post_init__(self) -> None:
@@ -178,7 +186,7 @@ class RunConfig:
         check_sizes(self.model)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the nested keys of config.json, in JSON types and with every size said outright."""
+        """Return the nested keys of config.json, in JSON types and with every size explicit."""
         sizes = dataclasses.asdict(self.model)
         data = dataclasses.asdict(self.data) | dataclasses.asdict(self.mixture)
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -195,12 +203,12 @@ class RunConfig:
         return json.loads(json.dumps(config))
 
     def flat(self) -> dict[str, Any]:
-        """Return {'optim.lr': 1e-4, ...}: `to_dict` by dotted keys."""
+        """Return `to_dict` with dotted keys: {'optim.lr': 1e-4, ...}."""
         return traverse_util.flatten_dict(self.to_dict(), sep=".")
 
 
 def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """A nested dict without the fields of these names."""
+    """Return a nested dict without the fields of these names."""
     return {
         name: _without(value, names) if isinstance(value, Mapping) else value
         for name, value in values.items()
@@ -209,7 +217,7 @@ def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any
 
 
 def bound_of(key: str) -> Bound:
-    """Return what the value of a key may be."""
+    """Return the bound of a key's value."""
     if not key.startswith("sizes."):
         return BOUNDS.get(key, Flag())
     module, _, field = key.removeprefix("sizes.").partition(".")
@@ -217,7 +225,7 @@ def bound_of(key: str) -> Bound:
 
 
 def resolve(config: ConfigDict) -> RunConfig:
-    """Return the typed config of a run, checked whole before anything starts.
+    """Return the typed config of a run, checked as a whole before anything starts.
 
     Raises InputError naming the key that is unknown, missing, out of its bounds, or does not go with another one.
     """
@@ -242,7 +250,10 @@ def resolve(config: ConfigDict) -> RunConfig:
 
 
 def built(values: Mapping[str, Any]) -> RunConfig:
-    """Return the RunConfig of flat values, one for each key; a size of None is the model's own. Raises InputError."""
+    """Return the RunConfig of flat values, one for each key; a size of None keeps the model's own.
+
+    Raises InputError.
+    """
     config = traverse_util.unflatten_dict(
         {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}, sep="."
     )
@@ -270,22 +281,22 @@ def built(values: Mapping[str, Any]) -> RunConfig:
             mesh=MeshConfig(**config.pop("mesh")),
             **config,
         )
-    except TypeError as error:  # a key that is none
+    except TypeError as error:  # an unknown key
         raise InputError("--config", "", f"has unknown keys ({error!s:.80})", "see crab_jax/defaults.py") from None
 
 
-def derived_data(model: CrabConfig, compat: Compat) -> dict[str, Any]:
-    """Return the fields of a DataConfig that follow from the model and its quirks, which are no keys of their own."""
+def derived_data(model: ModelConfig, compat: Compat) -> dict[str, Any]:
+    """Return the fields of a DataConfig that follow from the model and its quirks and have no keys."""
     return {
-        "image_size": model.clip.image_size,
-        "visual_queries": model.visual.queries,
-        "audio_queries": model.audio.queries,
+        "image_size": model.image_size,
+        "visual_queries": model.visual_queries,
+        "audio_queries": model.audio_queries,
         "clock": compat.clock,
     }
 
 
 def check_run(run: RunConfig) -> None:
-    """Raise InputError where the values of a config, each allowed, make no run together."""
+    """Raise InputError where values of a config, each allowed on its own, do not fit together."""
     mixture, loss = run.mixture, run.loss
     if not (loss.text or loss.bce or loss.dice or loss.ce):
         raise InputError("--config", "loss", "is 0 for all, so that nothing is learned", "give one a weight")
@@ -301,6 +312,13 @@ def check_run(run: RunConfig) -> None:
             "loss.text",
             "is 0, and no task of the run has another loss, so that nothing is learned",
             "give loss.text, or a task with masks, a weight",
+        )
+    if run.eval_every and (shared := sorted(set(run.eval_split.split("+")) & set(mixture.split.split("+")))):
+        raise InputError(
+            "--config",
+            "eval_split",
+            f"is {run.eval_split!r}, and {shared[0]!r} is trained on (data.split is {mixture.split!r})",
+            "name a split that the run does not train on",
         )
     for name, step in mixture.curriculum.items():
         if mixture.weights[name] and step >= run.steps:
@@ -320,7 +338,7 @@ def check_run(run: RunConfig) -> None:
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of all leaves; an empty section is one."""
+    """Yield (dotted path, value) of all leaves, including empty sections."""
     for name, value in config.items():
         if isinstance(value, ConfigDict) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -328,14 +346,14 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-# The command line: a config file, overrides of its keys, and where each value comes from.
+# The command line: a config file, overrides of its keys, and the origin of each value.
 
 
 def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple[RunConfig, Path]:
-    """Return (config, workdir if it is needed) of `--config=FILE --workdir=DIR [--config.key=value]`.
+    """Return (config, workdir if needed) of `--config=FILE --workdir=DIR [--config.key=value]`.
 
-    `--print-config` prints every value and where it comes from, and ends with exit code 0. Raises InputError for a
-    missing flag, an unknown or mistyped key, a whole section replaced by one override, and what `resolve` refuses.
+    `--print-config` prints every value with its origin and exits with code 0. Raises InputError for a missing flag, an
+    unknown or mistyped key, a whole section replaced by one override, and anything that `resolve` refuses.
     """
     argv = [_bracketed(arg) for arg in argv]
     values = flags.FlagValues()
@@ -349,7 +367,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         print("Flags: --config=FILE  --workdir=DIR  --config.key=value ...  --print-config  --debug")
         raise SystemExit(0)
     refuse_no_file(_config_file(argv))
-    sys.modules.pop("config_config", None)  # the file of an earlier command line, whose names would stay
+    sys.modules.pop("config_config", None)  # remove the config file of an earlier call, whose names would remain
     try:
         rest = values(argv)
         config = values.config
@@ -383,11 +401,11 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
 
 
 def described(run: RunConfig, config: ConfigDict, fresh: ConfigDict, file: str) -> str:
-    """Return the resolved config, `key = value` a line, with where each value comes from.
+    """Return the resolved config, one `key = value` per line, with the origin of each value.
 
-    config: with the overrides of the command line; fresh: as `file` has it.
+    config: with the overrides of the command line; fresh: as written in `file`.
     """
-    default, written, given = (dict(leaves(one)) for one in (base(), fresh, config))
+    default, written, given = (dict(leaves(each)) for each in (base(), fresh, config))
     rows = []
     for key, value in run.flat().items():
         if given[key] != written[key]:
@@ -404,7 +422,7 @@ def described(run: RunConfig, config: ConfigDict, fresh: ConfigDict, file: str) 
 
 
 def _bracketed(argument: str) -> str:
-    """`--config.data.weights.ref-avs=2` as the flags take it, with a key that has a hyphen in brackets."""
+    """Return `--config.data.weights.ref-avs=2` in the form that the flags accept: keys with a hyphen in brackets."""
     key, *value = argument.split("=", 1)
     if not key.startswith("--config."):
         return argument
@@ -412,7 +430,7 @@ def _bracketed(argument: str) -> str:
 
 
 def _fresh(argv: list[str]) -> ConfigDict:
-    """The config of the command line's config file without any override."""
+    """Return the config of the command line's config file without any override."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
     values(["fresh", f"--config={_config_file(argv)}"])
@@ -420,7 +438,7 @@ def _fresh(argv: list[str]) -> ConfigDict:
 
 
 def _config_file(argv: list[str]) -> str:
-    """What --config says, "" where it is not given."""
+    """Return the value of --config, or ""."""
     return next(
         (
             arg.removeprefix("--config=")
@@ -432,6 +450,6 @@ def _config_file(argv: list[str]) -> str:
 
 
 def refuse_no_file(path: str | Path) -> None:
-    """Raise InputError for a config file that is there and is a folder, a pipe, a device or no text a person wrote."""
+    """Raise InputError for an existing path that is a folder, a pipe, a device or too large for a config file."""
     if "\0" not in str(path) and os.path.exists(path):
         refuse_special(path, "--config", CONFIG_BYTES)

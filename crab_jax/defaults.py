@@ -9,29 +9,26 @@ from ml_collections import ConfigDict, config_dict
 
 from crab_jax.io import packaged
 from crab_jax.losses import LossConfig
+from crab_jax.models.crab import PARAMETER_GROUPS
 from crab_jax.models.presets import crab_7b
 from crab_jax.optim import OptimConfig
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
 
-# Paths ('/'-joined, full match) of the parameter groups that stages train or freeze.
-ENCODERS = ("clip/.*", "beats/.*")
-QFORMERS = ("vl_projector/.*", "al_projector/.*")
-LORA = ("llama/.*/lora_(A|B|route)",)
-LLAMA = ("llama/(?!.*/lora_).*",)
-# The random Fourier matrices are saved state, never trained (the released code registers them as buffers).
-FOURIER = ("seg_module/.*positional_encoding_gaussian_matrix",)
-SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
+# Parameters that stages train or freeze together, by the model's own names (crab_jax/models/crab.py).
+ENCODERS, QFORMERS = PARAMETER_GROUPS["encoders"], PARAMETER_GROUPS["qformers"]
+LORA, LLAMA = PARAMETER_GROUPS["lora"], PARAMETER_GROUPS["llama"]
+FOURIER, SEGMENTATION = PARAMETER_GROUPS["fourier"], PARAMETER_GROUPS["segmentation"]
 
 
-# Fields that `compat` and the model set, which are no keys of their own.
+# Fields that follow from `compat` and the model and therefore have no keys.
 COMPAT_SIZES = ("seg_taps", "chain_queries", "dropout_per_head")
 DERIVED_DATA = ("image_size", "visual_queries", "audio_queries", "clock")
 DERIVED_LOSS = ("reduction",)
 
 
 def size_overrides(sizes: Any) -> Any:
-    """Return a typed, empty place for every size: `--config.sizes.llama.layers=2` overrides the model's own."""
+    """Return an empty, typed placeholder for every size: `--config.sizes.llama.layers=2` overrides the model's own."""
     if dataclasses.is_dataclass(sizes):
         return ConfigDict(
             {
@@ -58,8 +55,8 @@ def base() -> ConfigDict:
             "frozen": (*ENCODERS, *LLAMA, *FOURIER),
             "frozen_dtype": "bfloat16",
             "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
-            # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
-            # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".
+            # For a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
+            # quick), and `frames`: "one" frame per clip of AVSS and Ref-AVS and epoch, or "all".
             # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
             # `weights` multiply a task's natural share of the mixture, 0 leaves it out. `caps` bounds how many examples
             # of a task count (0 = all). `curriculum` is the step from which a task is drawn. `allow_other` continues a
@@ -74,9 +71,9 @@ def base() -> ConfigDict:
                 "limit": 0,
                 "batch_size": 256,
                 "workers": 0,
-                "weights": {name: 1.0 for name in TASKS},
-                "caps": {name: 0 for name in TASKS},
-                "curriculum": {name: 0 for name in TASKS},
+                "weights": dict.fromkeys(TASKS, 1.0),
+                "caps": dict.fromkeys(TASKS, 0),
+                "curriculum": dict.fromkeys(TASKS, 0),
                 "allow_other": False,
                 **decoding,
             },
@@ -88,14 +85,23 @@ def base() -> ConfigDict:
             "log_every": 10,
             "checkpoint_every": 500,
             "keep": 2,
-            "max_skipped": 10,  # steps in a row that are not finite and not taken, before the run ends
+            "max_skipped": 10,  # the run ends after so many non-finite, skipped steps in a row
+            # Evaluation during training (docs/training.md): every so many steps (0 = never), on `eval_samples` examples
+            # of each task of `eval_split`; `eval_answers` also generates and scores answers, beside the losses.
+            "eval_every": 0,
+            "eval_split": "val",
+            "eval_samples": 4,
+            "eval_answers": False,
             "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
         }
     )
 
 
 def released() -> ConfigDict:
-    """Return `base` for the stages of the paper: mesh and micro-batches follow from the devices and their memory."""
+    """Return `base` for the stages of the paper.
+
+    Mesh and micro-batches are inferred from the devices and their memory.
+    """
     config = base()
     config.mesh.fsdp = 0
     config.optim.accumulate = 0
@@ -103,7 +109,7 @@ def released() -> ConfigDict:
 
 
 def tiny() -> ConfigDict:
-    """Return `base` for the tiny model on generated scenes, from random weights: see docs/tiny.md."""
+    """Return `base` for the tiny model on generated scenes, from random weights; see docs/tiny.md."""
     config = base()
     config.model = "tiny"
     config.frozen_dtype = "float32"

@@ -1,11 +1,11 @@
-"""Look into a trained model: what the router of the LoRA heads does, and what each head is for.
+"""Inspect a trained model: how the router uses the LoRA heads, and what each head contributes.
 
     python -m crab_jax.inspect router --checkpoint runs/x --out runs/x/router
 
-`router` runs a few examples of each task through the model, prompt and true answer, and measures per task, layer,
-projection and segment (visual rows, audio rows, text, answer) the mean weight of each head and the entropy of a token's
-weights; then, per task, how much worse the true answer and the true mask are predicted without one head, or any.
-Writes router.json, router.html and the plots as PNG into --out.
+`router` runs a few examples of each task, prompt and true answer, through the model. Per task, layer, projection and
+segment (visual rows, audio rows, text, answer) it measures the mean weight of each head and the entropy of a token's
+weights; then, per task, how much the losses of the true answer and mask rise without one head, and without all. Writes
+router.json, router.html and the plots as PNG into --out.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.reports.router_page import ablation_pictures, increases, routing_pictures
-from crab_jax.router import SEGMENTS, Routing, ablation, answered_batches, router_weights, spread
+from crab_jax.router import SEGMENTS, Routing, ablation, answered_batches, router_weights
 from crab_jax.runs import run_data, run_params
 from crab_jax.visualize import charts, page
+from data_pipelines.examples import spread
 
 
 def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of router.json, in lists: weights [layers][projections][heads] of each segment."""
+    """Return the content of router.json as lists: weights [layers][projections][heads] of each segment."""
     tasks = {}
-    for task, found in routing.items():
-        weights, entropy = found.overall()
+    for task, usage in routing.items():
+        weights, entropy = usage.overall()
         by_segment = {
             name: {
-                "tokens": int(found.tokens[k]),
-                "weights": found.weights[k].tolist(),
-                "entropy_bits": found.entropy[k].tolist(),
+                "tokens": int(usage.tokens[k]),
+                "weights": usage.weights[k].tolist(),
+                "entropy_bits": usage.entropy[k].tolist(),
             }
             for k, name in enumerate(SEGMENTS)
-            if found.tokens[k]
+            if usage.tokens[k]
         }
         tasks[task] = {
-            "all": {"tokens": int(found.tokens.sum()), "weights": weights.tolist(), "entropy_bits": entropy.tolist()},
+            "all": {"tokens": int(usage.tokens.sum()), "weights": weights.tolist(), "entropy_bits": entropy.tolist()},
             **by_segment,
         }
     heads = next(iter(routing.values())).weights.shape[-1]
@@ -58,7 +59,7 @@ def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[
 
 
 def router(arguments: argparse.Namespace) -> None:
-    """Measure and write everything about the router."""
+    """Measure the router and write all results."""
     with locked(arguments.out) as out:
         _router(arguments, out)
 
@@ -67,15 +68,18 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
     model, params, config, tokenizer = run_params.load_model(arguments.checkpoint)
     root = run_data.data_root(arguments.data, config)
     examples = spread(run_data.read_examples(root, arguments.split), arguments.samples)
-    untold = next((example for example in examples if not example.target), None)
-    if untold is not None:
+    unanswered = next((example for example in examples if not example.target), None)
+    if unanswered is not None:
         raise InputError(
-            f"example {untold.id!r}", "target", "is empty, but heads are judged on true answers", "give another --split"
+            f"example {unanswered.id!r}",
+            "target",
+            "is empty, but heads are judged on true answers",
+            "give another --split",
         )
     batches = list(answered_batches(examples, root, config, tokenizer, arguments.batch_size))
     print(f"{len(examples)} examples in {len(batches)} batches", flush=True)
     routing = router_weights(model, params, Progress("batches routed", len(batches)).over(batches))
-    print(f"router weights of {len(routing)} tasks; taking out {model.cfg.lora.heads} heads", flush=True)
+    print(f"router weights of {len(routing)} tasks; ablating {model.cfg.lora_heads} heads", flush=True)
     effects = ablation(model, params, batches)
 
     write_whole(out / "router.json", json.dumps(to_json(routing, effects)))
@@ -98,9 +102,9 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.inspect")
-    parser.add_argument("what", choices=("router",), help="what to look at")
+    parser.add_argument("what", choices=("router",), help="what to inspect")
     parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
     parser.add_argument("--out", type=PATH, required=True, help="folder to write")
     parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one of training)")
@@ -112,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m crab_jax.inspect`."""
+    """Run `python -m crab_jax.inspect`."""
     argv = sys.argv[1:] if argv is None else argv
 
     def verb() -> None:

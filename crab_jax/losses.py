@@ -1,6 +1,6 @@
 """Text and mask losses as sums with counts, divided once.
 
-A sum and its count add over samples, micro-batches and hosts, so the total does not depend on how a batch was cut.
+Sums and counts add over samples, micro-batches and hosts, so the total does not depend on how a batch was split.
 Source: paper section 3.4; models/multimodal_encoder.py (`SegModule.forward`) and models/loss.py.
 """
 
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from crab_jax.io import bounds
 from crab_jax.io.bounds import Bound, Choice, Real
 
-BINARY, SEMANTIC = 1, 2  # values of `seg_kind`; 0 is no mask
+BINARY, SEMANTIC = 1, 2  # values of `seg_kind`; 0: no mask
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms, and how mask terms are pooled.
+    """Weights of the loss terms, and how mask terms are pooled.
 
-    reduction: "mean" averages over the mask samples of a batch. "released" is what the released code does: terms are
-    summed over samples and each sum is scaled by its kind's share of the mask samples, so it grows with the batch.
+    reduction: "mean" averages over the mask samples of a batch. "released" follows the released code: terms are summed
+    over samples and each sum is scaled by its kind's share of the mask samples, so it grows with the batch.
     """
 
     text: float = 1.0
@@ -50,13 +50,13 @@ class Term(NamedTuple):
 
 
 def text_rows(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array, valid: jax.Array) -> Term:
-    """Cross-entropy of the target tokens of each row.
+    """Return the cross-entropy of the target tokens of each row.
 
     logits [B,L,V] (position i-1 predicts token i), tokens int[B,L], loss_mask bool[B,L], valid bool[B] (false for
     filler rows). Returns sums float32[B] in nats and counts float32[B] of target tokens.
     """
     logits, labels = logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
-    # A masked sum, not a gather: exact, it needs no scatter backwards, and a sharded vocabulary stays sharded.
+    # A masked sum instead of a gather: it is exact, its gradient needs no scatter, and a sharded vocabulary stays so.
     hit = jnp.arange(logits.shape[-1]) == labels[..., None]
     picked = jnp.where(hit, logits, 0).sum(-1)
     counted = loss_mask[:, 1:] & valid[:, None]
@@ -65,13 +65,13 @@ def text_rows(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array, valid:
 
 
 def bce_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean binary cross-entropy over pixels: logits [B,H,W], target [B,H,W] of 0 and 1 -> float32[B]."""
+    """Return the mean binary cross-entropy over pixels: logits [B,H,W], target [B,H,W] of 0 and 1 -> float32[B]."""
     logits, target = logits.astype(jnp.float32), target.astype(jnp.float32)
     return (jax.nn.softplus(logits) - logits * target).mean((1, 2))
 
 
 def dice_rows(logits: jax.Array, target: jax.Array, scale: float = 1000.0, epsilon: float = 1e-6) -> jax.Array:
-    """One minus the soft Dice coefficient: logits [B,H,W], target [B,H,W] of 0 and 1 -> float32[B].
+    """Return one minus the soft Dice coefficient: logits [B,H,W], target [B,H,W] of 0 and 1 -> float32[B].
 
     Areas are divided by `scale` before `epsilon` smooths them, as released: an empty target costs about 1 unless the
     predicted area is far below one pixel.
@@ -83,7 +83,10 @@ def dice_rows(logits: jax.Array, target: jax.Array, scale: float = 1000.0, epsil
 
 
 def ce_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean class cross-entropy over pixels, background included: logits [B,K,H,W], int target [B,H,W] -> float32[B]."""
+    """Return the mean class cross-entropy over pixels, background included.
+
+    logits [B,K,H,W], int target [B,H,W] -> float32[B].
+    """
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, target[:, None].astype(jnp.int32), axis=1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=1) - picked).mean((1, 2))
@@ -92,10 +95,10 @@ def ce_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
 def mask_rows(
     binary: jax.Array | None, semantic: jax.Array | None, target: jax.Array, kind: jax.Array, valid: jax.Array
 ) -> dict[str, Term]:
-    """Mask terms of each row: {"bce", "dice", "ce"}, each with sums and counts float32[B].
+    """Return the mask terms of each row: {"bce", "dice", "ce"}, each with sums and counts float32[B].
 
-    binary [B,H,W] and semantic [B,K,H,W] logits (None when no row of the batch is of that kind), target int[B,H,W]
-    (0/1 or class ids), kind int[B] (`seg_kind`), valid bool[B].
+    binary [B,H,W] and semantic [B,K,H,W] logits (None when no row of the batch is of that kind), target int[B,H,W] (0/1
+    or class ids), kind int[B] (`seg_kind`), valid bool[B].
     """
     terms = {}
     for name, loss, logits, wanted in (
@@ -113,29 +116,29 @@ def mask_rows(
 
 
 def pool(rows: Term) -> Term:
-    """Scalar sum and count of a term's rows."""
+    """Return the scalar sum and count of a term's rows."""
     return Term(rows.sum.sum(), rows.number.sum())
 
 
 def by_task(rows: Term, task: jax.Array, tasks: int) -> Term:
-    """Sums and counts float32[tasks] of a term's rows, by `task` int[B]."""
+    """Return sums and counts float32[tasks] of a term's rows, by `task` int[B]."""
     return Term(*(jax.ops.segment_sum(x, task, num_segments=tasks) for x in rows))
 
 
 def text_loss(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array, valid: jax.Array) -> Term:
-    """Scalar sum and count of `text_rows`."""
+    """Return the scalar sum and count of `text_rows`."""
     return pool(text_rows(logits, tokens, loss_mask, valid))
 
 
 def mask_losses(
     binary: jax.Array | None, semantic: jax.Array | None, target: jax.Array, kind: jax.Array, valid: jax.Array
 ) -> dict[str, Term]:
-    """Scalar sums and counts of `mask_rows`."""
+    """Return the scalar sums and counts of `mask_rows`."""
     return {name: pool(rows) for name, rows in mask_rows(binary, semantic, target, kind, valid).items()}
 
 
 def total(losses: dict[str, Term], cfg: LossConfig, counts: dict[str, jax.Array] | None = None) -> jax.Array:
-    """The scalar that is minimised, from scalar terms "text", and optionally "bce", "dice" and "ce".
+    """Return the scalar to minimise, from scalar terms "text", and optionally "bce", "dice" and "ce".
 
     counts: the counts to divide by, instead of the terms' own. With the counts of a whole batch (see `batch_counts`)
     the totals of its micro-batches add up to the total of the batch.
@@ -153,7 +156,10 @@ def total(losses: dict[str, Term], cfg: LossConfig, counts: dict[str, jax.Array]
 
 
 def batch_counts(loss_mask: jax.Array, kind: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-    """Counts of every term from the batch alone: loss_mask bool[B,L], kind int[B] or [B,M], valid bool[B]."""
+    """Return the counts of every term from the batch alone.
+
+    loss_mask bool[B,L], kind int[B] or [B,M], valid bool[B].
+    """
     kind = kind.reshape(kind.shape[0], -1)
     of_kind = {wanted: ((kind == wanted) & valid[:, None]).sum(dtype=jnp.float32) for wanted in (BINARY, SEMANTIC)}
     text = (loss_mask[:, 1:] & valid[:, None]).sum(dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""Trainable/frozen split, learning-rate schedules and the optimizer."""
+"""Split into trainable and frozen parameters, learning-rate schedules and the optimizer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Params = dict[str, Any]
 class OptimConfig:
     """AdamW and its schedule (released recipe: lr 1e-4, no weight decay, betas 0.9/0.999, clip 1.0, warm-up 3 %).
 
-    schedule: "cosine" (linear warm-up, cosine to zero) or "warmup_decay" (the released DeepSpeed WarmupDecayLR:
-        logarithmic warm-up, linear decay to zero), or "constant" (linear warm-up, then flat).
-    clip_norm: the largest norm of the whole gradient, which is scaled down to it; 0 = no clipping.
-    accumulate: micro-batches per step; the batch is split, gradients are summed and divided once by the global counts.
-        0 infers it from the memory of a device (crab_jax/runs/run_mesh.py).
+    schedule: "cosine" (linear warm-up, cosine to zero), "warmup_decay" (the released DeepSpeed WarmupDecayLR:
+    logarithmic warm-up, linear decay to zero), or "constant" (linear warm-up, then constant). clip_norm: the largest
+    norm of the whole gradient, which is scaled down to it; 0 = no clipping. accumulate: micro-batches per step; the
+    batch is split, gradients are summed and divided once by the global counts. 0 infers it from the memory of a device
+    (crab_jax/runs/run_mesh.py).
     """
 
     lr: float = 1e-4
@@ -46,7 +46,7 @@ class OptimConfig:
 
 
 SCHEDULES = ("cosine", "warmup_decay", "constant")
-# Limits are where a value loses its meaning (a rate above 10, a float32 that is 0), not where it stops being wise.
+# Limits exclude values without a meaning (a rate above 10, a float32 that rounds to 0), not unwise ones.
 BOUNDS = {
     "lr": Real(1e-12, 10),
     "schedule": Choice(SCHEDULES),
@@ -61,14 +61,14 @@ BOUNDS = {
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """step -> learning rate over a run of `steps` steps."""
+    """Return the schedule (step -> learning rate) of a run of `steps` steps."""
     warmup = max(2, math.ceil(cfg.warmup_share * steps))
     if cfg.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, cfg.lr, warmup, max(steps, warmup + 1), 0.0)
     if cfg.schedule == "constant":
         return optax.linear_schedule(0.0, cfg.lr, warmup)
 
-    def decay(step):
+    def decay(step: Any) -> Any:
         rising = jnp.log(step + 1.0) / math.log(warmup)
         falling = (steps - step) / max(1, steps - warmup)
         return cfg.lr * jnp.where(step < warmup, jnp.minimum(rising, 1.0), jnp.clip(falling, 0.0, 1.0))
@@ -77,9 +77,9 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping (none where `clip_norm` is 0) then AdamW, over the trainable tree only."""
+    """Return gradient clipping (none where `clip_norm` is 0) followed by AdamW, for the trainable tree only."""
     return optax.chain(
-        # A state of its own in either case, so that checkpoints have the same tree.
+        # Either transformation has a state, so that checkpoints have the same tree.
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.adamw(learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay),
     )
@@ -88,13 +88,14 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
 def apply(
     tx: optax.GradientTransformation, grads: Params, opt: Any, trainable: Params, sound: jax.Array
 ) -> tuple[Params, Any, jax.Array]:
-    """(parameters, optimizer state, whether the step was taken: bool[]) after one step: those of before, save its
-    counts, where it is not `sound` (bool[], that loss and norm of the gradient are finite) or where the norm of the new
-    parameters is not finite.
+    """Take one optimizer step and return (parameters, optimizer state, bool[]: whether the step was taken).
 
-    Moments need no look of their own: they are means of gradients and of their squares, which all add up to a finite
-    norm. The parameters are looked at through their norm because its root is what XLA computes once: the conjunction of
-    `isfinite` over all leaves it copies into what writes each leaf, and compiles three times as long.
+    The step is skipped when `sound` is false (bool[]: loss and norm of the gradient are finite) or when the norm of the
+    new parameters is not finite. A skipped step keeps the former parameters and optimizer state, except for its counts.
+
+    Moments need no check: they are means of gradients and of their squares, which add up to a finite norm. Parameters
+    are checked through their norm because XLA computes a square root once, whereas it copies a conjunction of
+    `isfinite` over all leaves into the computation of each leaf, which takes three times as long to compile.
     """
     updates, new_opt = tx.update(grads, opt, trainable)
     new = optax.apply_updates(trainable, updates)
@@ -107,9 +108,9 @@ def apply(
 
 
 def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tuple[Params, Params]:
-    """(trainable, frozen) trees of the leaves whose '/'-joined path fully matches a pattern of each list.
+    """Return the (trainable, frozen) trees of the leaves whose '/'-joined path fully matches a pattern of each list.
 
-    Every leaf must match exactly one list and every pattern at least one leaf, or an InputError names the offender.
+    Raises InputError unless every leaf matches exactly one list and every pattern at least one leaf.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     used: set[str] = set()
@@ -123,11 +124,11 @@ def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tu
     for path, leaf in flat.items():
         trains, freezes = matches(path, trainable), matches(path, frozen)
         if trains == freezes:
-            what = "matched by both" if trains else "matched by neither of"
+            matched = "matched by both" if trains else "matched by neither of"
             raise InputError(
                 "--config",
                 path,
-                f"parameter is {what} trainable and frozen patterns",
+                f"parameter is {matched} trainable and frozen patterns",
                 "make each parameter match exactly one list",
             )
         parts[0 if trains else 1][path] = leaf
@@ -138,7 +139,7 @@ def split(params: Params, trainable: Sequence[str], frozen: Sequence[str]) -> tu
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """The full tree of two disjoint trees: the inverse of `split`."""
+    """Return the full tree of two disjoint trees: the inverse of `split`."""
     out = dict(frozen)
     for key, value in trainable.items():
         out[key] = merge(value, out[key]) if key in out else value
@@ -146,5 +147,5 @@ def merge(trainable: Params, frozen: Params) -> Params:
 
 
 def cast_floating(params: Params, dtype: Any) -> Params:
-    """Floating leaves in `dtype`: float32 for trainables, the config's frozen dtype for the rest."""
+    """Return the tree with its floating leaves in `dtype`."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)

@@ -28,10 +28,12 @@ from crab_jax import optim
 from crab_jax.aot import compile_cache
 from crab_jax.checkpoints.run_steps import RunCheckpoints
 from crab_jax.config import RunConfig, parse_flags
+from crab_jax.evaluation import held_out
+from crab_jax.evaluation.held_out import Evaluation
 from crab_jax.io import locks
 from crab_jax.io.errors import run_verb
 from crab_jax.io.files import cut_tail, write_whole
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.preemption import StopRequest
 from crab_jax.parallel.watchdog import Watchdog
@@ -41,17 +43,13 @@ from crab_jax.training.skip_guard import SkipGuard, device_wait
 from crab_jax.training.train_step import TrainState, abstract_state, compile_step, learns_nothing
 from data_pipelines import bucket_fill
 from data_pipelines.batching import Batch
+from data_pipelines.examples import learned
 from data_pipelines.mixture import TrainOrder
-
-
-def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch:
-    """This process's rows (`distributed.own_rows`) -> the global batch of `rows` rows on the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), batch)
 
 
 def start_or_resume(
     config: RunConfig,
-    model: Crab,
+    model: Model,
     mesh: jax.sharding.Mesh,
     checkpoints: RunCheckpoints,
     manifest: dict[str, Any] | None = None,
@@ -73,7 +71,7 @@ def start_or_resume(
 
     where = jax.tree.map(lambda x: x.sharding, (state.step, state.opt))
     step, opt = jax.jit(begin, out_shardings=where)(trainable)
-    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads, **(manifest or {})})
+    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora_heads, **(manifest or {})})
     return TrainState(step, trainable, opt), frozen
 
 
@@ -83,6 +81,16 @@ def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, worke
     ids = [order.examples[index].id for index in order.batches[step - 1][rows]]
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return f"input of step {step}: {worker}, on examples {shown}"
+
+
+def evaluate(
+    step: int, evaluation: Evaluation, state: TrainState, frozen: Any, watchdog: Watchdog, logger: Logger | None
+) -> None:
+    """Evaluate the parameters after `step`, which is finished, and log it; all processes take part."""
+    began = time.monotonic()
+    record = evaluation.run(step, state.trainable, frozen, watchdog)
+    if logger:
+        logger.add_evaluation(step, record, time.monotonic() - began)
 
 
 def train(config: RunConfig, workdir: Path) -> None:
@@ -95,13 +103,14 @@ def train(config: RunConfig, workdir: Path) -> None:
     mesh = run_mesh.mesh_of(config)
     run_mesh.micro_batches(config, mesh)  # refuses a batch that does not divide, before anything is loaded
     tokenizer = run_folder.tokenizer_of(config)
-    model = Crab(config.model)
+    model = config.model.build()
     skipped, batch_at = run_data.skipped_file(workdir), sharding.batch_sharding(mesh)
     cut_tail(skipped)
     if distributed.primary():
         cut_tail(workdir / run_data.LEFT_OUT)
     examples = run_data.train_examples(config, skipped)
     trained_on = run_data.data_identity(config, examples)
+    chosen = held_out.held_out(config, tokenizer)
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep)
     distributed.agree(
         "data",
@@ -109,6 +118,7 @@ def train(config: RunConfig, workdir: Path) -> None:
             "tokenizer": tokenizer.digest(),
             "step to go on from": checkpoints.latest,
             **{f"data, {name}": value for name, value in trained_on.items()},
+            "examples of the evaluation": learned(chosen.examples) if chosen else "",
         },
     )
     resumed = checkpoints.latest is not None
@@ -143,30 +153,44 @@ def train(config: RunConfig, workdir: Path) -> None:
             else None
         )
         guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)
+        evaluation = None
+        if chosen:
+            distributed.say(held_out.described(config, chosen))
+            with watchdog.waiting("the examples of the evaluation"):
+                evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable)
+            # A run that was stopped between a checkpoint and the evaluation that was due makes up for it.
+            if held_out.due(config, start) and not distributed.told(logger is not None and logger.evaluated(start)):
+                evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
             with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers)):
                 own = next(data)
             waited = time.monotonic() - asked
             with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):
-                state, metrics = step_fn(state, frozen, global_batch(own, batch_at, config.mixture.batch_size))
+                batch = distributed.global_batch(own, batch_at, config.mixture.batch_size)
+                state, metrics = step_fn(state, frozen, batch)
             guard.add(step, metrics, own)
             with watchdog.waiting(device_wait(step)):
                 if logger:
                     logger.add(step, metrics, config.mixture.batch_size, waited)
             checkpoints.raise_failed()
-            stopped = stop.reached(step)
+            stopped = stop.should_stop(step)
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 guard.settle()  # what is saved has been looked at
                 with watchdog.waiting(f"the checkpoint of step {step}"):
                     checkpoints.save(step, dataclasses.asdict(state))
             if stopped:
                 break
+            if evaluation and held_out.due(config, step):
+                guard.settle()
+                evaluate(step, evaluation, state, frozen, watchdog, logger)
         with watchdog.waiting("the last checkpoint"):
             checkpoints.wait()
     if logger:
         logger.close()
-        write_whole(workdir / "compilations.json", json.dumps({"train_step": step_fn._cache_size()}))
+        compiled = {"train_step": step_fn._cache_size()}
+        compiled |= {"evaluation": evaluation.compilations} if evaluation else {}
+        write_whole(workdir / "compilations.json", json.dumps(compiled))
     if int(state.step) < config.steps:
         distributed.say(
             f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "

@@ -1,0 +1,1 @@
+"""Data: from the files of a data root to batches."""

@@ -1,4 +1,4 @@
-"""What a data root holds, and what can be made of it.
+"""Check, prepare, import and inspect the data of a data root.
 
     python -m data_pipelines status --root R [--datasets a,b] [--json FILE]      have / missing / corrupt / effective N
     python -m data_pipelines validate --root R [--datasets a,b] [--json FILE]    decodes everything; exits 3 if bad
@@ -16,7 +16,7 @@ import sys
 
 from crab_jax.io.errors import InputError, run_verb
 
-# verb -> the module whose main(argv) it is
+# verb -> the module with its main(argv)
 VERBS = {
     "status": "data_pipelines.status",
     "validate": "data_pipelines.validate",

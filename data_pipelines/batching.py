@@ -1,4 +1,4 @@
-"""From one Example to padded arrays, and from several to a Batch of static shapes."""
+"""Loading of one Example into padded arrays, and collation of several into a Batch of static shapes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Tokeni
 
 SEG_KINDS = {"none": 0, "binary": 1, "semantic": 2}
 Source = decoded.Files | Shards
-Encoded = tuple[np.ndarray, np.ndarray]  # what Tokenizer.encode gives
+Encoded = tuple[np.ndarray, np.ndarray]  # the result of Tokenizer.encode
 Array = Any  # numpy on the host, jax.Array on a device
 
 
 @flax.struct.dataclass
 class Batch:
-    """B rows of one bucket; see docs/architecture.md for the meaning of each field."""
+    """B rows of one bucket; docs/architecture.md describes each field."""
 
     tokens: Array  # int32[B,L]
     slots: Array  # int32[B,L]
@@ -61,10 +61,10 @@ class Fill(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """How Examples become arrays."""
+    """How Examples are loaded into arrays."""
 
     image_size: int = 224  # pixels of a side
-    video_frames: int = 10  # frames taken of a video, and T of a video batch
+    video_frames: int = 10  # frames taken from a video, and T of a video batch
     visual_queries: int = 32  # positions of the LLM per frame
     audio_queries: int = 32  # positions of the LLM per audio window
     lengths: tuple[int, ...] = (256, 384, 512, 640, 768, 896, 1024)  # L of the buckets, in positions
@@ -85,17 +85,17 @@ class DataConfig:
 
     @property
     def decoding(self) -> Decoding:
-        """The part of it that decides the arrays of a medium, and that prepared shards must agree with."""
+        """Return the fields that determine the decoded arrays of a medium, which prepared shards must share."""
         return Decoding(self.image_size, self.video_frames, self.pad_short_audio, self.clock)
 
 
 def _is_pair(example: Example) -> bool:
-    """Whether the example shows a clip and a picture apart (the Ref-AVS test prompt)."""
+    """Return whether the example shows a clip and a separate picture (the Ref-AVS test prompt)."""
     return bool(example.image and (example.video or example.frames))
 
 
 def check_sources(example: Example) -> list[str]:
-    """The placeholders of the visual sources, after checking that placeholders and media agree."""
+    """Return the placeholders of the visual sources. Raises InputError if placeholders and media disagree."""
     where = f"example {example.id}"
     present = [name for name in VISUAL_PLACEHOLDERS if name in example.instruction]
     sources = bool(example.video or example.frames) + bool(example.image)
@@ -113,18 +113,18 @@ def check_sources(example: Example) -> list[str]:
 
 
 def _rows(example: Example, bucket: Bucket, frames: int, config: DataConfig) -> dict[str, np.ndarray]:
-    """Feature rows behind each placeholder. Rows of the bucket: T * Qv visual ones, then S * Qa audio ones."""
+    """Return {placeholder: its feature rows}; a bucket has T * Qv visual rows, then S * Qa audio rows."""
     audio = fbank.WINDOW_COUNT[example.windows] * config.audio_queries
     rows = {AUDIO_PLACEHOLDER: bucket.frames * config.visual_queries + np.arange(audio)}
     placeholders = check_sources(example)
     visual = np.arange(frames * config.visual_queries)
     if _is_pair(example):  # the picture is the last frame
         return {"<video>": visual[: -config.visual_queries], "<image>": visual[-config.visual_queries :], **rows}
-    return rows | {name: visual for name in placeholders}
+    return rows | dict.fromkeys(placeholders, visual)
 
 
 def _most_frames(example: Example, config: DataConfig) -> int:
-    """Upper bound of the frames of the visual sources, known without opening them."""
+    """Return an upper bound of the number of frames of the visual sources, without opening them."""
     clip = config.video_frames if example.video else min(len(example.frames), config.video_frames)
     return clip + bool(example.image)
 
@@ -134,12 +134,12 @@ def _encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> Encod
 
 
 def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: Encoded | None = None) -> Bucket:
-    """The smallest bucket that holds an Example; a pure function of it that opens no media file.
+    """Return the smallest bucket that holds an Example; a pure function that opens no media file.
 
-    To keep the buckets few, a video or a list of frames always takes `video_frames` frames (one more with a picture
-    beside it), audio 10 windows (1 for windows `one`), and an absent modality one masked frame or window. `encoded`:
-    its ids, where they are at hand. Raises InputError naming the example when no length fits, or when its placeholders
-    and its media do not agree.
+    To keep the number of buckets small, a video or a list of frames always takes `video_frames` frames (one more with a
+    separate picture), audio takes 10 windows (1 for windows `one`), and an absent modality one masked frame or window.
+    encoded: the example's token ids, if known. Raises InputError naming the example when no length fits, or when its
+    placeholders and its media disagree.
     """
     return place(example, tokenizer, config, encoded)[0]
 
@@ -147,7 +147,7 @@ def bucket_for(example: Example, tokenizer: Tokenizer, config: DataConfig, encod
 def place(
     example: Example, tokenizer: Tokenizer, config: DataConfig, encoded: Encoded | None = None
 ) -> tuple[Bucket, Fill]:
-    """The bucket of an Example (see `bucket_for`), and how much of it is filled by the longest video it can have."""
+    """Return the bucket of an Example (see `bucket_for`), and how far the longest video it can have fills it."""
     bucket = Bucket(
         length=config.lengths[-1],
         frames=config.video_frames + _is_pair(example) if example.video or example.frames else 1,
@@ -168,8 +168,7 @@ def place(
 
 
 def _load_frames(example: Example, source: Source, config: DataConfig, room: int) -> tuple[np.ndarray, int]:
-    """uint8[room, H, W, 3]: the frames of the clip, then the picture, then black ones; and how many there are of those
-    before."""
+    """Return uint8[room, H, W, 3] and the number of real frames: those of the clip, the picture, then black ones."""
     shown: Sequence[np.ndarray]
     if example.video:
         video = source.video(example.video)
@@ -189,14 +188,14 @@ def _load_frames(example: Example, source: Source, config: DataConfig, room: int
 
 
 def _load_fbank(example: Example, source: Source) -> np.ndarray:
-    """float32[S, F, 128]: the filter banks of the audio windows."""
+    """Return float32[S, F, 128]: the filter banks of the audio windows."""
     if example.windows == "none":
         return np.zeros((0, fbank.WINDOW_FRAMES["none"], fbank.MEL_BINS), np.float32)
     return source.sound(example.audio or example.video or "", example.windows, example.second, example.video)
 
 
 def _seg_picture(example: Example, source: Source, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture to segment, uint8[H, W, 3], and the (width, height) of its file."""
+    """Return the picture to segment, uint8[H, W, 3], and the (width, height) of its file. Raises InputError."""
     field, path = seg_source(example) or ("", "")
     if field == "video" and example.second is not None and example.second < len(frames):
         return frames[example.second], source.video_size(path)
@@ -210,7 +209,7 @@ def _seg_picture(example: Example, source: Source, frames: np.ndarray) -> tuple[
 def _load_segmentation(
     example: Example, source: Source, frames: np.ndarray, config: DataConfig
 ) -> dict[str, np.ndarray]:
-    """seg_frame, seg_target and seg_kind of one Example; the leading axis is M, 1 with a mask_kind and 0 without."""
+    """Return seg_frame, seg_target and seg_kind of one Example; the leading axis M is 1 with a mask_kind, else 0."""
     size = config.image_size
     if example.mask_kind == "none":
         picture, target, kind = np.zeros((0, size, size, 3), np.uint8), np.zeros((0, size, size), np.int32), []
@@ -232,7 +231,7 @@ def _load_segmentation(
 
 
 def _pad(values: np.ndarray, length: int, fill: Any = 0) -> np.ndarray:
-    """`values`, with its first axis padded at the end to `length`; not a copy where it is that long."""
+    """Return `values` with the first axis padded at the end to `length`; unchanged if it has that length."""
     if len(values) == length:
         return values
     padded = np.full((length, *values.shape[1:]), fill, values.dtype)
@@ -248,10 +247,10 @@ def text_arrays(
     frames: int | None = None,
     encoded: Encoded | None = None,
 ) -> dict[str, np.ndarray]:
-    """tokens, slots, text_mask, loss_mask [L] and mask_positions [M,6] of an Example, padded to its bucket.
+    """Return tokens, slots, text_mask, loss_mask [L] and mask_positions [M,6] of an Example, padded to its bucket.
 
-    `frames`: how many frames its visual source has; None stands for as many as it can have. `encoded`: its
-    ids, where they are at hand. No media file is opened.
+    frames: number of frames of its visual source; None for the largest possible number. encoded: the example's token
+    ids, if known. No media file is opened. Raises InputError.
     """
     frames = _most_frames(example, config) if frames is None else frames
     rows = _rows(example, bucket, frames, config)
@@ -259,7 +258,7 @@ def text_arrays(
     if bucket.masks and not config.prompt_only and expanded.mask_positions.min() < 0:
         problem = f"has mask_kind {example.mask_kind!r} but not all of <mask_0> to <mask_5>"
         raise InputError(f"example {example.id}", "target", problem, "write the six mask tokens into the target")
-    positions = np.maximum(expanded.mask_positions, 0)  # a prompt has none; 0 is a valid place holder
+    positions = np.maximum(expanded.mask_positions, 0)  # a prompt has none; 0 is a valid filler
     return {
         "tokens": _pad(expanded.tokens, bucket.length, tokenizer.pad_id),
         "slots": _pad(expanded.slots, bucket.length, -1),
@@ -272,9 +271,9 @@ def text_arrays(
 def load(
     example: Example, root: decoded.Root, tokenizer: Tokenizer, config: DataConfig, index: int = 0
 ) -> dict[str, np.ndarray]:
-    """One Example decoded, tokenised and padded to its bucket: the fields of Batch without the leading axis.
+    """Return one Example decoded, tokenised and padded to its bucket: the fields of Batch without the leading axis.
 
-    `index` is the position of the example in its list. Raises InputError for anything that is wrong with it.
+    index: position of the example in its list. Raises InputError for any fault of the example.
     """
     source = decoded.source(root, config.decoding, config.cache_dir)
     encoded = _encode(example, tokenizer, config)
@@ -294,9 +293,9 @@ def load(
 
 
 def collate(rows: Iterable[Mapping[str, np.ndarray]], count: int) -> Batch:
-    """Batch of `count` loaded Examples of one bucket; the leading axis of every field is new.
+    """Return a Batch of `count` loaded Examples of one bucket, with a new leading axis.
 
-    Each is copied to its place as it comes: of rows that are loaded as they are asked for, one is held at a time.
+    Each row is copied when it arrives, so a generator of rows holds one row in memory at a time.
     """
     fields: dict[str, np.ndarray] = {}
     for place, row in enumerate(rows):
@@ -310,7 +309,7 @@ def collate(rows: Iterable[Mapping[str, np.ndarray]], count: int) -> Batch:
 
 
 def empty_batch(bucket: Bucket, rows: int, image_size: int) -> Batch:
-    """Batch of filler rows (index -1) without text, pictures or sound; for initialisation and for shapes."""
+    """Return a batch of filler rows (index -1) without text, pictures or sound, for initialisation and shapes."""
     length, frames, windows, fbank_frames, masks = bucket
     size = (image_size, image_size)
     return Batch(
@@ -332,6 +331,6 @@ def empty_batch(bucket: Bucket, rows: int, image_size: int) -> Batch:
 
 
 def bucket_of(batch: Batch) -> Bucket:
-    """The bucket of a batch, read from its shapes."""
+    """Return the bucket of a batch, from its shapes."""
     windows, fbank_frames = batch.fbank.shape[1:3]
     return Bucket(batch.tokens.shape[1], batch.frames.shape[1], windows, fbank_frames, batch.seg_kind.shape[1])

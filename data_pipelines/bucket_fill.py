@@ -1,4 +1,4 @@
-"""What of the batches of a mixture is padding: positions of the text model, frames of the clips, windows of sound."""
+"""Padding in the batches of a mixture: positions of the text model, frames of clips, windows of sound."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from data_pipelines.batching import Bucket, Fill
 
 
 class Padding(NamedTuple):
-    """What of a bucket's batches holds nothing. share: of the rows drawn; the others are shares of the bucket's
-    positions, frames and audio windows, weighted by how often an example is drawn."""
+    """The padding in the batches of one bucket.
+
+    share: of the rows drawn. positions, frames, windows: padded shares of the bucket's positions, frames and audio
+    windows, weighted by how often each example is drawn.
+    """
 
     bucket: Bucket
     examples: int
@@ -21,7 +24,10 @@ class Padding(NamedTuple):
 
 
 def padding(groups: Mapping[Bucket, Mapping[int, Fill]], rate_of: Mapping[int, float] | None = None) -> list[Padding]:
-    """The padding of each bucket. rate_of: position of an example -> how often it is drawn (default: all equally)."""
+    """Return the padding of each bucket.
+
+    rate_of: {position of an example: how often it is drawn}; None: equally often.
+    """
     rates = {index: 1.0 for group in groups.values() for index in group} if rate_of is None else rate_of
     drawn_in_all, rows = sum(rates.values()), []
     for bucket, group in groups.items():
@@ -34,7 +40,7 @@ def padding(groups: Mapping[Bucket, Mapping[int, Fill]], rate_of: Mapping[int, f
 
 
 def total(rows: Sequence[Padding]) -> tuple[float, float, float]:
-    """The padding of all batches together, in positions, frames and windows: each bucket counts with its size."""
+    """Return the padded shares of positions, frames and windows over all batches; buckets count by their sizes."""
 
     def of(axis: int) -> float:
         capacity = [row.share * _size(row.bucket)[axis] for row in rows]
@@ -45,7 +51,7 @@ def total(rows: Sequence[Padding]) -> tuple[float, float, float]:
 
 
 def _size(bucket: Bucket) -> Fill:
-    """What fills a bucket."""
+    """Return the capacity of a bucket."""
     return Fill(bucket.length, bucket.frames, bucket.windows)
 
 
@@ -64,14 +70,14 @@ HEAD = (
 
 
 def cells(rows: Sequence[Padding]) -> list[tuple[str, ...]]:
-    """The rows of a table under HEAD; the last is of all buckets together."""
+    """Return the rows of a table under HEAD; the last is for all buckets together."""
     lines = [(*map(str, row.bucket), f"{row.examples:,}", *(f"{value:.1%}" for value in row[2:])) for row in rows]
     totals = (f"{value:.1%}" for value in total(rows))
     return [*lines, ("all", "", "", "", "", f"{sum(row.examples for row in rows):,}", "100.0%", *totals)]
 
 
 def table(rows: Sequence[Padding]) -> str:
-    """The padding of each bucket and of all, as text."""
+    """Format the padding of each bucket and of all as a text table."""
     lines = [HEAD, *cells(rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

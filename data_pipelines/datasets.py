@@ -1,4 +1,4 @@
-"""Every dataset by name, and the Examples of a data root, whatever it holds.
+"""All datasets by name, and the Examples of any data root.
 
 A data root holds a list of Examples, `<split>.jsonl`, or it is a raw root: original releases in folders of their names
 (`DATASETS[name].folder`), any part of them. Either may be prepared (shards.py). docs/datasets.md shows the trees.
@@ -25,17 +25,17 @@ _log = logging.getLogger(__name__)
 Reader = Callable[[Release, str, str], Iterator[Found]]  # (release, split, prompt variant)
 VARIANTS = ("train", "test", "quick")
 SPLITS = ("train", "val", "test")
-SHOWN = 3  # malformed rows that a warning names
+SHOWN = 3  # number of malformed rows that a warning lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One dataset: how it is read and where.
+    """One dataset: its reader and its place in a data root.
 
-    folder: of the data root; `folder_of` knows its name in Crab's tree too. sizes: split -> Examples of the complete
-    release, None where that is not known. stage: "joint" for the tasks of the joint stage, which are read when no
-    dataset is asked for; "pretrain"; "other" for another release of the same clips, and for the users' own data.
-    shared: the release itself has clips in two splits.
+    folder: in the data root; `folder_of` also knows its name in Crab's tree. sizes: {split: number of Examples of the
+    complete release, None where unknown}. stage: "joint" for the tasks of the joint stage, which are read by default;
+    "pretrain"; "other" for another release of the same clips, and for the users' own data. shared: the release itself
+    has clips in two splits.
     """
 
     folder: str
@@ -88,7 +88,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "own": Dataset("own", own.read, _ANY, "other"),
 }
-# Where Crab's own tree (and the zip of AVE) has what lies in a folder of ours.
+# Folders of Crab's own tree (and of the zip of AVE) that stand for a dataset's folder.
 _ELSEWHERE = {
     "ave": ("ave/AVE_Dataset", "AVE_Dataset"),
     "llp": ("avvp",),
@@ -98,33 +98,37 @@ _ELSEWHERE = {
     "audiocaps": ("AudioCaps",),
     "lvis": ("LVIS",),
 }
-PREPARED = "prepared"  # the name of what `<split>.jsonl` in the data root itself holds
+PREPARED = "prepared"  # the dataset name of a `<split>.jsonl` in the data root itself
 _PREPARED = Dataset("", own.read, _ANY, "other")
 
 
 def dataset_of(name: str) -> Dataset:
-    """The dataset of a name, PREPARED too."""
+    """Return the dataset of a name, including PREPARED."""
     return _PREPARED if name == PREPARED else DATASETS[name]
 
 
 def folder_of(root: str | Path, name: str) -> str:
-    """The folder of a data root that holds a dataset: `Dataset.folder`, or where that is not there (or has nothing but
-    it inside) what Crab's tree has instead."""
-    ours = dataset_of(name).folder
-    for other in _ELSEWHERE.get(ours, ()):
-        inside = other.startswith(f"{ours}/")
+    """Return the folder of a dataset in a data root: `Dataset.folder`, or the folder of Crab's tree if that is missing.
+
+    The folder of Crab's tree is also used if `Dataset.folder` contains nothing else.
+    """
+    folder = dataset_of(name).folder
+    for other in _ELSEWHERE.get(folder, ()):
+        inside = other.startswith(f"{folder}/")
         if (Path(root) / other).is_dir() and (
-            not (Path(root) / ours).exists()
+            not (Path(root) / folder).exists()
             or inside
-            and [path.name for path in (Path(root) / ours).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]
+            and [path.name for path in (Path(root) / folder).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]
         ):
             return other
-    return ours
+    return folder
 
 
 def list_of(root: str | Path, split: str) -> str | None:
-    """The file of a data root itself that holds the Examples of a split, which then is all that is read: the list
-    `<split>.jsonl`, or `samples.json` (own.py) for test in a folder that has no dataset."""
+    """Return the file of a data root that lists the Examples of a split, or None; it excludes all datasets.
+
+    The list is `<split>.jsonl`, or, for test in a folder without datasets, `samples.json` (own.py).
+    """
     if (Path(root) / f"{split}.jsonl").is_file():
         return f"{split}.jsonl"
     alone = split == "test" and (Path(root) / own.SAMPLES).is_file() and not (Path(root) / shards.MANIFEST).exists()
@@ -132,13 +136,16 @@ def list_of(root: str | Path, split: str) -> str | None:
 
 
 def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """(name, split) of all that a data root may hold, or of the datasets `names`: the `<split>.jsonl` that are there,
-    which then is all that is read, or each split of each dataset. Raises InputError."""
+    """Return the (name, split) pairs that a data root may hold, or those of the datasets `names`.
+
+    These are the existing `<split>.jsonl`, which exclude all datasets, or each split of each dataset. Raises
+    InputError.
+    """
     if not Path(root).is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
     if lists := [split for split in SPLITS if list_of(root, split)]:
         return [(PREPARED, split) for split in lists]
-    parts, prepared = ("test_s", "test_u", "test_n"), shards.opened(root)  # parts of test
+    parts, prepared = ("test_s", "test_u", "test_n"), shards.opened(root)  # subsets of test
     return [
         (name, split)
         for name in (choose(root, names) if names else DATASETS)
@@ -148,31 +155,31 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
 
 
 def is_there(root: str | Path, name: str) -> bool:
-    """Whether a data root holds anything of a dataset."""
+    """Return whether a data root holds anything of a dataset."""
     prepared = shards.opened(root)
     return prepared.has(name) if prepared and name != PREPARED else (Path(root) / folder_of(root, name)).is_dir()
 
 
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
-    """The datasets `names`, or without any those of the joint stage whose folder is in `root` and which have `split`.
+    """Return the datasets `names`, or by default those of the joint stage with a folder in `root` that have `split`.
 
     Raises InputError for an unknown name, and when nothing is left.
     """
     if unknown := [name for name in names if name not in DATASETS]:
         raise InputError("datasets", unknown[0], "unknown dataset", f"use some of {','.join(DATASETS)}")
-    found = [name for name in names or DATASETS if split is None or split in DATASETS[name].sizes]
+    chosen = [name for name in names or DATASETS if split is None or split in DATASETS[name].sizes]
     if not names:
-        found = [name for name in found if DATASETS[name].stage == "joint" and is_there(root, name)]
-    if not found:
+        chosen = [name for name in chosen if DATASETS[name].stage == "joint" and is_there(root, name)]
+    if not chosen:
         folders = ", ".join(dict.fromkeys(d.folder for d in DATASETS.values() if d.stage == "joint"))
         problem = f"no dataset has a split {split!r}" if names else f"holds no dataset with a split {split!r}"
         fix = f"put releases into folders named {folders}; docs/datasets.md shows the trees"
         raise InputError(str(root), "datasets", problem, fix)
-    return found
+    return chosen
 
 
 def media_of(example: Example) -> Iterator[tuple[str, str]]:
-    """(field, path) of every media file of an Example."""
+    """Yield (field, path) of every media file of an Example."""
     for field in ("video", "image", "audio", "seg_image", "mask"):
         if (path := getattr(example, field)) and not path.startswith(INLINE_MASK):
             yield field, path
@@ -180,8 +187,10 @@ def media_of(example: Example) -> Iterator[tuple[str, str]]:
 
 
 def annotated(root: str | Path, name: str, split: str, variant: str = "") -> tuple[Release, Iterator[Found]]:
-    """(the release, whose notes fill while it is read; what the annotations of a split hold, as they hold it): no look
-    at media or ids. variant "": any that is there. Raises InputError, as does reading."""
+    """Return (release, Examples and errors of a split's annotations), without checks of media or ids.
+
+    The notes of the release fill while it is read. variant "": any that exists. Raises InputError, as does reading.
+    """
     prepared = shards.opened(root)
     release = Release(root, folder_of(root, name))
     if prepared and name != PREPARED:
@@ -192,11 +201,11 @@ def annotated(root: str | Path, name: str, split: str, variant: str = "") -> tup
 def records(
     root: str | Path, name: str, split: str, variant: str = "train", notes: list[InputError] | None = None
 ) -> Iterator[Found]:
-    """Everything that the annotations of a split hold: Examples whose media files are there, and what is wrong instead.
+    """Yield the content of a split's annotations: Examples whose media files exist, and errors for the others.
 
     Ids start with the dataset's name and are unique in the split. meta gets `dataset`, and `row` names the line of the
-    annotation file. notes: gets what a person should know of them (of a raw root). Raises InputError when the
-    annotations as a whole cannot be read.
+    annotation file. notes: collects remarks on the annotations of a raw root. Raises InputError when the annotations as
+    a whole cannot be read.
     """
     dataset = dataset_of(name)
     if variant not in VARIANTS:
@@ -237,12 +246,12 @@ def records(
             str(release.base / place),
             "",
             "the last line has no line end, and the release has more rows: if "
-            "the copy was cut off there, this row says less than it did",
+            "the copy was cut off there, this row is incomplete",
         )
 
 
 class LeftOut(NamedTuple):
-    """What is not read of a split, and why."""
+    """A row that is not read, and the reason."""
 
     dataset: str
     split: str
@@ -258,11 +267,11 @@ def read(
     malformed: str = "raise",
     left: list[LeftOut] | None = None,
 ) -> list[Example]:
-    """The Examples of one split of one dataset, in the order of its annotations.
+    """Return the Examples of one split of one dataset, in the order of its annotations.
 
-    missing: "raise" stops at the first file that is not there; "skip" leaves out what needs one, and logs how many.
-    malformed: the same for anything else that is wrong with a row. left: gets all that is left out.
-    Raises InputError for annotations that cannot be read as a whole, and when nothing is left.
+    missing: "raise" stops at the first missing file; "skip" leaves out Examples with missing files, and logs how many.
+    malformed: the same for any other fault of a row. left: collects everything left out. Raises InputError for
+    annotations that cannot be read as a whole, and when nothing is left.
     """
     for field, value in (("missing", missing), ("malformed", malformed)):
         if value not in ("raise", "skip"):
@@ -331,17 +340,16 @@ def read_examples(
     malformed: str = "raise",
     left: list[LeftOut] | None = None,
 ) -> list[Example]:
-    """The Examples of one split of a data root: those of `<split>.jsonl`, or of the datasets of a raw root.
+    """Return the Examples of one split of a data root: those of `<split>.jsonl`, or of the datasets of a raw root.
 
-    split: of several joined by `+` (train+val) the Examples of each, one after the other.
-    datasets: names from DATASETS; none = those of the joint stage that are there. variant: which prompt of a task.
-        Both are about a raw root.
-    frames: "all" pictures of a clip of AVSS and Ref-AVS (all Examples of one mark `one_of` in their meta) are asked
-        about, or "one" in an epoch: the same for every process, drawn from (seed, epoch, clip). With epoch None they
-        are all returned, marked, and the training mixture draws one of each mark anew in every epoch. By default "one"
-        for train and "all" for the others; a `<split>.jsonl` is then returned as it is.
-    missing: "raise", or "skip" to leave out what a partial copy lacks, with a warning. malformed: the same for rows
-        that cannot be read. left: gets all that is left out for either reason.
+    split: several joined by `+` (train+val) give the Examples of each, one after the other. datasets: names from
+    DATASETS; none = those of the joint stage that exist. variant: of the prompts. Both concern raw roots only. frames:
+    "all" frames of a clip of AVSS and Ref-AVS (Examples with the same `one_of` in their meta), or "one" per epoch, the
+    same for every process, drawn from (seed, epoch, clip). With epoch None all are returned with their mark `one_of`,
+    and the training mixture draws one of each mark in every epoch. The default is "one" for train and "all" for the
+    others; a `<split>.jsonl` is then returned unchanged. missing: "raise", or "skip" to leave out what a partial copy
+    lacks, with a warning. malformed: the same for rows that cannot be read. left: collects everything left out for
+    either reason.
 
     Examples without a target (weak labels, see avvp.py) are left out of train, with a warning. Raises InputError.
     """
@@ -394,21 +402,24 @@ def read_examples(
 
 
 def joined(splits: Sequence[str], parts: Sequence[list[Example]]) -> list[Example]:
-    """The Examples of several splits as one list. An id that an earlier split has gets the split in front, and a mark
-    `one_of` is of its split: it may mean another clip in each."""
-    found: dict[str, Example] = {}
+    """Return the Examples of several splits as one list. Raises InputError for duplicate ids.
+
+    An id that an earlier split has gets the split as prefix, and so does every mark `one_of`, which may denote another
+    clip in each split.
+    """
+    by_id: dict[str, Example] = {}
     for split, part in zip(splits, parts, strict=True):
         for example in part:
             mark = {"one_of": f"{split} {example.meta['one_of']}"} if "one_of" in example.meta else {}
-            named = f"{split}/{example.id}" if example.id in found else example.id
-            if named in found:
+            named = f"{split}/{example.id}" if example.id in by_id else example.id
+            if named in by_id:
                 raise InputError(split, "id", f"duplicate id {named!r}", "ids must be unique in the joined splits")
-            found[named] = dataclasses.replace(example, id=named, meta={**example.meta, **mark})
-    return list(found.values())
+            by_id[named] = dataclasses.replace(example, id=named, meta={**example.meta, **mark})
+    return list(by_id.values())
 
 
 def _of_epoch(examples: list[Example], frames: str, seed: int, epoch: int | None) -> list[Example]:
-    """All Examples unmarked, or marked ones of which an epoch takes one (see `read_examples`)."""
+    """Return all Examples without their marks, or the marked ones of which an epoch takes one (see `read_examples`)."""
     if frames == "all":
         return [_without_mark(example) for example in examples]
     return examples if epoch is None else one_frame_each(examples, seed, epoch)
@@ -417,9 +428,9 @@ def _of_epoch(examples: list[Example], frames: str, seed: int, epoch: int | None
 def read_jsonl(
     root: str | Path, split: str, malformed: str = "raise", left: list[LeftOut] | None = None
 ) -> list[Example]:
-    """The Examples of the list of a split (`list_of`). Their media are looked for when they are loaded, not here.
+    """Return the Examples of the list of a split (`list_of`), without looking for their media files.
 
-    malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` gets them.
+    malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` collects them.
     """
     if prepared := shards.opened(root):
         prepared.check_file(f"{split}.jsonl")
@@ -449,7 +460,7 @@ def read_jsonl(
 
 
 def one_frame_each(examples: Iterable[Example], seed: int, epoch: int) -> list[Example]:
-    """One Example of each mark `one_of`; unmarked ones stay."""
+    """Return one Example of each mark `one_of`, and all unmarked ones."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.meta.get("one_of", f"id {example.id}"), []).append(example)

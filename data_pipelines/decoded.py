@@ -1,4 +1,4 @@
-"""What batches need of the media of a data root, decoded: from the files themselves, or from prepared shards."""
+"""Decoded media of a data root, from its files (with a cache) or from prepared shards."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from data_pipelines import allocator, datasets, fbank, media, shards
 from data_pipelines.examples import Example, seg_source
 from data_pipelines.shards import Decoding, Shards
 
-CACHED = 2  # counted up when decoding gives other arrays, so that those of before are not taken from a cache
+CACHED = 2  # increased whenever decoding changes, so that older cache entries are not used
 _log = logging.getLogger(__name__)
 
 
 @functools.lru_cache
 def _no_cache(folder: str, problem: str) -> None:
-    _log.warning("data.cache_dir %s is done without: %s", folder, problem)
+    _log.warning("data.cache_dir %s is not used: %s", folder, problem)
 
 
 @functools.lru_cache
 def _bases(root: Path) -> tuple[str, ...]:
-    """What the files of a data root may lie in: the root, and a dataset's folder in it, which may be on another disk;
-    in a root that has a list of its own nothing else."""
+    """Return the folders in which the files of a data root may lie.
+
+    These are the root and each dataset's folder in it, which may be on another disk; in a root with its own list, only
+    the root.
+    """
     folders = (
         []
         if any(root.glob("*.jsonl"))
@@ -45,8 +48,10 @@ def _bases(root: Path) -> tuple[str, ...]:
 
 
 def inside(root: str | Path, path: str | Path) -> Path:
-    """The file of a path in a data root. Raises InputError for a link out of it; an absolute path, which no list may
-    hold, is as good as its giver."""
+    """Return the file of a path in a data root. Raises InputError for a link out of the root.
+
+    An absolute path, which no list may hold, is accepted from the caller.
+    """
     full = Path(root) / path
     if not os.path.isabs(path):
         real = os.path.realpath(full)
@@ -63,8 +68,8 @@ def inside(root: str | Path, path: str | Path) -> Path:
 class Files:
     """The media files of a data root; `Shards` has the same methods. Paths are relative to the root, or absolute.
 
-    Pictures are kept as long as the object, so that a frame of a clip that is segmented as well is decoded once.
-    `cache_dir`: folder of decoded media, "" = decode every time. All methods raise InputError.
+    Pictures are kept as long as the object, so that a frame that is also segmented is decoded once. cache_dir: folder
+    of decoded media, "" = decode every time. All methods raise InputError.
     """
 
     def __init__(self, root: str | Path, decoding: Decoding, cache_dir: str = ""):
@@ -76,32 +81,32 @@ class Files:
         return inside(self.root, path)
 
     def video(self, path: str) -> np.ndarray:
-        """uint8[n, S, S, 3]: evenly spaced frames of a video."""
+        """Return uint8[n, S, S, 3]: evenly spaced frames of a video."""
         size, count, clock = self.decoding.image_size, self.decoding.video_frames, self.decoding.clock
         full = self._at(path)
         return self._cached(full, ("video", count, size, clock), lambda: media.read_video(full, count, size, clock))
 
     def video_size(self, path: str) -> tuple[int, int]:
-        """(width, height) of the video itself."""
+        """Return the (width, height) of the video itself."""
         return media.video_size(self._at(path))
 
     def picture(self, path: str, field: str) -> np.ndarray:
-        """uint8[S, S, 3]."""
+        """Return a picture as uint8[S, S, 3]."""
         if path not in self._pictures:
             size, full = self.decoding.image_size, self._at(path)
             self._pictures[path] = self._cached(full, ("image", size), lambda: media.read_image(full, size, field))
         return self._pictures[path]
 
     def picture_size(self, path: str, field: str) -> tuple[int, int]:
-        """(width, height) of the picture itself."""
+        """Return the (width, height) of the picture itself."""
         return media.image_size(self._at(path), field)
 
     def samples(self, path: str, video: str | None) -> np.ndarray:
-        """float32[N] at 16 kHz: the sound of a clip, of its `video` or a file beside it."""
+        """Return float32[N] at 16 kHz: the sound of a clip, from its `video` or a separate file."""
         return media.clip_sound(self._at(path), video and self._at(video), self.decoding.clock)
 
     def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
-        """float32[windows, frames, 128]: the filter banks of the audio windows of a clip; see `samples`."""
+        """Return float32[windows, frames, 128]: the filter banks of the audio windows of a clip; see `samples`."""
         full, short = self._at(path), self.decoding.pad_short_audio
 
         def decode() -> np.ndarray:
@@ -119,12 +124,13 @@ class Files:
         return self._cached(full, settings, decode)
 
     def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
-        """int32[size, size]: a ground-truth mask, at any size; `picture` is the (width, height) it must have."""
+        """Return int32[size, size]: a ground-truth mask; `picture` is the (width, height) that it must have."""
         return media.read_mask(self._at(path), size, kind, picture)
 
     def _cached(self, path: Path, settings: Sequence[Any], decode: Callable[[], np.ndarray]) -> np.ndarray:
-        """`decode()`, kept as a file under the cache directory; files appear there whole or not at all. A cache that
-        cannot be read or written is done without, and that is said once.
+        """Return `decode()`, kept as a file in the cache folder; files appear there complete or not at all.
+
+        A cache that cannot be read or written is not used, with one warning.
 
         Safetensors rather than .npy: NumPy parses .npy headers with `ast`, which is not safe in threads on Python 3.11
         (it fails now and then with "AST constructor recursion depth mismatch").
@@ -133,9 +139,9 @@ class Files:
             return decode()
         key = "|".join(map(str, (CACHED, *_stamp(path), *settings)))
         folder = Path(self.cache_dir)
-        kept = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
+        entry = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.safetensors"
         try:
-            return safetensors.numpy.load_file(kept)["value"]
+            return safetensors.numpy.load_file(entry)["value"]
         except (OSError, safetensors.SafetensorError):
             pass
         value = decode()
@@ -143,7 +149,7 @@ class Files:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(safetensors.numpy.save({"value": np.ascontiguousarray(value)}))
-            os.replace(partial, kept)
+            os.replace(partial, entry)
         except OSError as error:
             _no_cache(self.cache_dir, error.strerror or "")
             with contextlib.suppress(OSError):
@@ -152,26 +158,28 @@ class Files:
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:
-    """What changes when a file does; nothing for one that is not there."""
+    """Return values that change when a file does; () if it does not exist."""
     if not path.is_file():
         return ()
-    found = path.stat()
-    return path.resolve(), found.st_mtime_ns, found.st_size
+    status = path.stat()
+    return path.resolve(), status.st_mtime_ns, status.st_size
 
 
 class Decodable(Protocol):
-    """Media that are given instead of a data root."""
+    """Media that are given directly instead of a data root."""
 
     def source(self, decoding: Decoding) -> Files:
-        """Return them as a batch takes them."""
+        """Return the media as decoded for a batch."""
 
 
 Root = str | Path | Decodable
 
 
 def source(root: Root, decoding: Decoding, cache_dir: str = "") -> Files | Shards:
-    """The media of a data root, or such as are given themselves. Raises InputError for a prepared root that was made
-    with another `decoding`."""
+    """Return the decoded media of a data root, or of media given directly.
+
+    Raises InputError for a prepared root that was made with another `decoding`.
+    """
     if not isinstance(root, str | Path):
         return root.source(decoding)
     prepared = shards.opened(root)
@@ -182,8 +190,11 @@ def source(root: Root, decoding: Decoding, cache_dir: str = "") -> Files | Shard
 
 
 def read_mask(root: str | Path, example: Example, size: int) -> np.ndarray:
-    """int32[size, size]: the true mask of an Example of any data root, which has one. Raises InputError for a damaged
-    one, and for one of another size than its picture, where that is there: what is scored needs masks alone."""
+    """Return int32[size, size]: the true mask of an Example, which must have one.
+
+    Raises InputError for a damaged mask, and for one of another size than its picture if that exists: scoring needs
+    only the masks.
+    """
     prepared, kind, mask = shards.opened(root), example.mask_kind, str(example.mask)
     picture = picture_size(root, example)
     if prepared:
@@ -192,12 +203,12 @@ def read_mask(root: str | Path, example: Example, size: int) -> np.ndarray:
 
 
 def picture_size(root: str | Path, example: Example) -> tuple[int, int] | None:
-    """(width, height) of the picture that an Example's mask belongs to; None where it is not known, or not there."""
+    """Return the (width, height) of the picture that an Example's mask belongs to; None if unknown or missing."""
     field, path = seg_source(example) or ("", "")
     if not field:
         return None
     prepared = shards.opened(root)
-    with contextlib.suppress(InputError):  # a damaged one is as good as none
+    with contextlib.suppress(InputError):  # a damaged picture counts as missing
         if prepared:
             return prepared.video_size(path) if field == "video" else prepared.picture_size(path, field)
         full = inside(root, path)
@@ -206,8 +217,7 @@ def picture_size(root: str | Path, example: Example) -> tuple[int, int] | None:
 
 
 def mask_size(root: str | Path, example: Example) -> tuple[int, int] | None:
-    """(width, height) of the true mask of an Example of any data root; that of its picture for an empty one, where that
-    is there."""
+    """Return the (width, height) of an Example's true mask; for an empty mask, those of its picture or None."""
     mask = example.mask or media.EMPTY_MASK
     if mask == media.EMPTY_MASK:
         return picture_size(root, example)

@@ -1,6 +1,6 @@
-"""What decoding a media file shows: the facts about one file, whole, whatever it is used for.
+"""Examination of one media file by decoding all of it, whatever it is used for.
 
-`examine` runs in processes that may crash on a file (workers.py), so this module imports nothing but decoders.
+`examine` runs in processes that may crash on a file (isolated.py), so this module imports nothing but decoders.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from crab_jax.io.errors import InputError
 from data_pipelines import media
 from data_pipelines.status import CORRUPT, WARNING
 
-COVERED = 0.9  # share of a mask's border that what it shows rarely covers
-LATE = 0.1  # seconds of pictures without sound, and of sound without pictures, as a share of the longer
-LATE_SECONDS = 0.25  # and more than this; an encoder may pad by some frames
-FRAMES = 10  # that the loader takes of a film, unless `data.video_frames` says otherwise
+COVERED = 0.9  # share of a mask's border that objects rarely cover
+LATE = 0.1  # tolerated difference in length of sound and pictures, as a share of the longer
+LATE_SECONDS = 0.25  # the difference is tolerated up to this in any case: encoders pad by some frames
+FRAMES = 10  # frames per video by default (`data.video_frames`)
 USES = ("video", "audio", "picture", "binary", "semantic")  # the last two are kinds of masks
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a file holds.
+    """The facts about a file.
 
-    problems: (use, text) pairs, each text starting with its kind, as in `Problem`. seconds: of a video's pictures, 0 if
-    not looked at. samples: of its sound at 16 kHz; start: seconds from its first picture to the first of them. size:
-    (width, height) of its pictures, upright. turned: whether EXIF says that a picture is stored otherwise.
+    problems: (use, text) pairs; each text starts with its kind, as in `Problem`. seconds: length of a video's pictures,
+    0 if not examined. samples: of its sound at 16 kHz. start: seconds from its first picture to its first sample. size:
+    (width, height) of its pictures, upright. turned: whether EXIF rotates or flips the picture.
     """
 
     problems: tuple[tuple[str, str], ...] = ()
@@ -41,23 +41,23 @@ class Facts:
 
 
 def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
-    """Facts of (data root, path, uses of the file). Nothing that is wrong with the file raises."""
+    """Return the Facts of (data root, path, uses of the file). No fault of the file raises an exception."""
     root, path, uses = task
     facts = Facts()
     for use in uses:
         try:
-            found = _LOOK[use](os.path.join(root, path))
+            seen = _LOOK[use](os.path.join(root, path))
         except InputError as error:
-            found = Facts(((use, f"{CORRUPT}: {error.problem}"),))
-        except Exception as error:  # of a decoder, which no loader expects either
-            found = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
+            seen = Facts(((use, f"{CORRUPT}: {error.problem}"),))
+        except Exception as error:  # an unexpected error of a decoder
+            seen = Facts(((use, f"{CORRUPT}: cannot be decoded ({type(error).__name__}: {str(error):.100})"),))
         facts = Facts(
-            facts.problems + found.problems,
-            facts.seconds or found.seconds,
-            facts.samples or found.samples,
-            facts.start or found.start,
-            facts.size or found.size,
-            facts.turned or found.turned,
+            facts.problems + seen.problems,
+            facts.seconds or seen.seconds,
+            facts.samples or seen.samples,
+            facts.start or seen.start,
+            facts.size or seen.size,
+            facts.turned or seen.turned,
         )
     return facts
 
@@ -65,14 +65,14 @@ def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
 def _video(path: str) -> Facts:
     media.read_video(path, FRAMES, 16)
     av.logging.set_level(av.logging.ERROR)
-    with av.logging.Capture() as said:
+    with av.logging.Capture() as messages:
         shown = media.watch(path)
     problems = []
     if shown.damaged:
         problems.append(f"{CORRUPT}: {shown.damaged} of {shown.frames} frames are damaged")
-    elif said:
-        problems.append(f"{WARNING}: the decoder says {said[0][2].strip()!r:.100}")
-    with contextlib.suppress(InputError):  # of its sound, which is a use of its own
+    elif messages:
+        problems.append(f"{WARNING}: the decoder says {messages[0][2].strip()!r:.100}")
+    with contextlib.suppress(InputError):  # errors of the sound are reported for the use "audio"
         problems += [f"{WARNING}: {remark}" for remark in media.timing(path)._replace(sound=None).remarks()]
     return Facts(tuple(("video", problem) for problem in problems), shown.seconds, size=shown.size)
 
@@ -103,7 +103,7 @@ def _binary(path: str) -> Facts:
 
 
 def _covering(mask: np.ndarray) -> tuple[tuple[str, str], ...]:
-    """What is odd about a binary mask [H,W] that covers most of its picture and nearly all of the border."""
+    """Return a warning for a binary mask [H,W] that covers most of its picture and nearly all of the border."""
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     if border.mean() <= COVERED or mask.mean() <= 0.5:
         return ()
@@ -118,15 +118,17 @@ def _covering(mask: np.ndarray) -> tuple[tuple[str, str], ...]:
 def _semantic(path: str) -> Facts:
     classes = media.read_mask(path, None, "semantic", unknown=-1)
     stray = int((classes < 0).sum())
-    said = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
+    warning = f"{WARNING}: {stray} of {classes.size} pixels have a colour of no class; they are read as background"
     return Facts(
-        (("semantic", said),) if stray else (), size=(classes.shape[1], classes.shape[0]), turned=media.is_turned(path)
+        (("semantic", warning),) if stray else (),
+        size=(classes.shape[1], classes.shape[0]),
+        turned=media.is_turned(path),
     )
 
 
-def mismatch(one: float, other: float) -> bool:
-    """Whether two lengths, in seconds, are too different to be of one clip."""
-    return abs(one - other) > max(LATE_SECONDS, LATE * max(one, other))
+def mismatch(first: float, second: float) -> bool:
+    """Return whether two lengths, in seconds, differ too much to belong to one clip."""
+    return abs(first - second) > max(LATE_SECONDS, LATE * max(first, second))
 
 
 _LOOK = dict(zip(USES, (_video, _audio, _picture, _binary, _semantic), strict=True))

@@ -25,21 +25,21 @@ SILENCE = np.float32((np.log(FLOOR) - MEAN) / (2 * STD))  # every value of a sil
 
 WINDOW_COUNT = {"ten": 10, "five": 5, "music_avqa": 10, "one": 1, "one_of_five": 1, "none": 0}
 WINDOW_FRAMES = {"ten": 98, "five": 98, "music_avqa": 198, "one": 98, "one_of_five": 98, "none": 98}
-# A clip is cut into so many parts, and a window spans so many of them.
+# (number of parts of a clip, number of parts in a window)
 PARTS = {"ten": (10, 1), "one": (10, 1), "five": (5, 1), "one_of_five": (5, 1), "music_avqa": (60, 2)}
-SINGLE = {"one": 10, "one_of_five": 5}  # windows that are one of so many
-# BEATs cuts 16x16 patches: a window with fewer frames than one patch row holds nothing that it can read.
+SINGLE = {"one": 10, "one_of_five": 5}  # number of windows from which one is taken
+# BEATs cuts 16x16 patches: a window with fewer frames than a patch row has no patch.
 SHORTEST_WINDOW = FRAME + 15 * SHIFT
 
 
 def samples_of(frames: int) -> int:
-    """Samples that give exactly `frames` frames with no sample left over."""
+    """Return the number of samples that give exactly `frames` frames, with no sample left over."""
     return FRAME + (frames - 1) * SHIFT
 
 
 @functools.cache
 def mel_banks() -> np.ndarray:
-    """float32[257, 128]: triangles on the mel axis, 20 Hz to 8 kHz; the Nyquist bin has weight 0."""
+    """Return float32[257, 128]: triangles on the mel axis, 20 Hz to 8 kHz; the Nyquist bin has weight 0."""
 
     def mel(hertz: np.ndarray | float) -> np.ndarray:
         return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
@@ -54,35 +54,35 @@ def mel_banks() -> np.ndarray:
 
 @functools.cache
 def _mel_matrix() -> scipy.sparse.csr_array:
-    """float32[128, 257]: the triangles, of whose weights 504 are not zero."""
+    """Return `mel_banks` as a sparse float32[128, 257], of whose weights 504 are not zero."""
     return scipy.sparse.csr_array(mel_banks().T)
 
 
 @functools.cache
 def povey_window() -> np.ndarray:
-    """float32[400]: a Hann window to the power 0.85."""
+    """Return float32[400]: a Hann window to the power 0.85."""
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / (FRAME - 1))
     return (hann**0.85).astype(np.float32)
 
 
 def log_mel(waveform: np.ndarray) -> np.ndarray:
-    """Kaldi log-mel energies: float[..., N] in [-1, 1] at 16 kHz -> float32[..., 1 + (N - 400) // 160, 128].
+    """Return Kaldi log-mel energies: float[..., N] in [-1, 1] at 16 kHz -> float32[..., 1 + (N - 400) // 160, 128].
 
     Per frame: remove the mean, pre-emphasis 0.97 (the first sample with itself), Povey window, power spectrum.
     """
     samples = np.asarray(waveform, np.float32) * np.float32(32768)
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME, axis=-1)[..., ::SHIFT, :]
     energies = np.empty((*frames.shape[:-1], MEL_BINS), np.float32)
-    for window in np.ndindex(frames.shape[:-2]):  # one by one: the arrays in between stay in the core's own cache
+    for window in np.ndindex(frames.shape[:-2]):  # one by one, so that intermediate arrays stay in the core's cache
         energies[window] = _mel_of_frames(frames[window])
     return np.log(np.maximum(energies, FLOOR, out=energies), out=energies)
 
 
 def _mel_of_frames(frames: np.ndarray) -> np.ndarray:
-    """float32[n, 128]: the energies of frames float32[n, 400]."""
+    """Return float32[n, 128]: the energies of frames float32[n, 400]."""
     centred = frames - frames.mean(-1, keepdims=True)
     padded = np.zeros((len(frames), FFT), np.float32)
-    shaped = padded[:, 1:FRAME]  # the window weighs the first sample with 0
+    shaped = padded[:, 1:FRAME]  # the window's weight of the first sample is 0
     np.multiply(centred[:, :-1], np.float32(-0.97), out=shaped)
     shaped += centred[:, 1:]
     shaped *= povey_window()[1:]
@@ -93,7 +93,10 @@ def _mel_of_frames(frames: np.ndarray) -> np.ndarray:
 
 
 def fbank(waveform: np.ndarray) -> np.ndarray:
-    """BEATs input: float[..., N] in [-1, 1] at 16 kHz -> float32[..., frames, 128], normalised log-mel energies."""
+    """Return BEATs input: float[..., N] in [-1, 1] at 16 kHz -> float32[..., frames, 128].
+
+    The values are normalised log-mel energies.
+    """
     bands = log_mel(waveform)
     bands -= np.float32(MEAN)
     bands /= np.float32(2 * STD)
@@ -101,14 +104,16 @@ def fbank(waveform: np.ndarray) -> np.ndarray:
 
 
 def envelope(bands: np.ndarray) -> np.ndarray:
-    """float32[2 * S * F]: a waveform to look at, as loud every 10 ms as filter banks float32[S, F, 128] are."""
+    """Return a waveform for display, float32[2 * S * F], as loud every 10 ms as filter banks float32[S, F, 128]."""
     loudness = np.sqrt(np.exp(bands * (2 * STD) + MEAN).mean(axis=-1)).reshape(-1)
     return np.stack([loudness, -loudness], axis=-1).reshape(-1).astype(np.float32)
 
 
 def check_windows(samples: int, policy: str, second: int | None, where: str, pad_short: bool = False) -> None:
-    """Raise InputError for a clip of `samples` that a policy (not `none`) cannot cut: a bad `second`, and windows below
-    one BEATs patch row (175 ms) unless `pad_short`."""
+    """Raise InputError for a clip of `samples` that a policy (other than `none`) cannot cut.
+
+    Refused are a bad `second`, and, unless `pad_short`, windows below one BEATs patch row (175 ms).
+    """
     parts, spans = PARTS[policy]
     if policy in SINGLE and (second is None or not 0 <= second < parts):
         problem = f"is {second}, but windows {policy!r} reads one of {parts}"
@@ -122,7 +127,7 @@ def check_windows(samples: int, policy: str, second: int | None, where: str, pad
 def cut_windows(
     waveform: np.ndarray, policy: str, second: int | None = None, where: str = "audio", pad_short: bool = False
 ) -> np.ndarray:
-    """The audio windows of a clip: float32[N] -> float32[S, samples], samples = 15920 (1 s) or 31920 (2 s).
+    """Cut a clip into audio windows: float32[N] -> float32[S, samples], samples = 15920 (1 s) or 31920 (2 s).
 
     A "second" is relative to the clip, as in the reference: `int(N / 10)` samples for `ten` and `one`, `int(N / 5)` for
     `five` and `one_of_five`, `int(N / 60)` for `music_avqa` (windows of two, [t - 0.5, t + 1.5] for t = 0, 6, ..., 54,

@@ -1,4 +1,4 @@
-"""What a person gives with a question: clips, pictures and sounds, as files or as arrays in memory."""
+"""Media given with a question: clips, pictures and sounds, as files or as arrays in memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Clip:
 
 
 class Given:
-    """Media by name: arrays that were added under one, and otherwise files, whose names are their paths.
+    """Media by name: arrays that were added under a name, and files, whose names are their paths.
 
     folder: where pictures and sounds that are made for a question are written; None keeps them in memory. All methods
-    raise InputError for what is missing, damaged or of another form.
+    raise InputError for missing, damaged or malformed media.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -43,22 +43,22 @@ class Given:
 
     @classmethod
     def together(cls, several: Sequence[Given]) -> Given:
-        """Return one with the arrays of several, whose names differ."""
+        """Return the arrays of several, whose names differ, as one."""
         new = cls()
-        for one in several:
-            new._clips |= one._clips
-            new._pictures |= one._pictures
-            new._sounds |= one._sounds
+        for given in several:
+            new._clips |= given._clips
+            new._pictures |= given._pictures
+            new._sounds |= given._sounds
         return new
 
     def holds(self, name: str) -> bool:
-        """Whether a name stands for an array."""
+        """Return whether a name stands for an array."""
         return name in self._clips or name in self._pictures or name in self._sounds
 
-    # What is put in.
+    # Adding media
 
     def add_clip(self, name: str, frames: np.ndarray, seconds: float) -> str:
-        """Add frames uint8[T,H,W,3] of a clip that lasts so many seconds; returns its name."""
+        """Add frames uint8[T,H,W,3] of a clip of this length in seconds, and return its name."""
         _check_pixels(frames, 4, "video")
         if not (np.isfinite(seconds) and seconds > 0):
             raise InputError("video", "seconds", f"is {seconds!r}", "give the length of the clip in seconds")
@@ -66,13 +66,13 @@ class Given:
         return name
 
     def add_picture(self, name: str, pixels: np.ndarray) -> str:
-        """Add a picture uint8[H,W,3] in RGB; returns its name."""
+        """Add a picture uint8[H,W,3] in RGB, and return its name."""
         _check_pixels(pixels, 3, "image")
         self._pictures[name] = pixels
         return name
 
     def add_sound(self, name: str, samples: np.ndarray, rate: int) -> str:
-        """Add a sound float[N] or float[N,C] between -1 and 1, of `rate` samples a second; returns its name."""
+        """Add a sound float[N] or float[N,C] between -1 and 1, of `rate` samples per second, and return its name."""
         samples = np.asarray(samples)
         if samples.ndim not in (1, 2) or not samples.size or not np.issubdtype(samples.dtype, np.floating):
             raise InputError(
@@ -90,7 +90,7 @@ class Given:
         return name
 
     def keep_picture(self, name: str, pixels: np.ndarray) -> str:
-        """Keep a picture uint8[H,W,3] that was made; returns the name by which it is read."""
+        """Store a generated picture uint8[H,W,3], and return the name by which it is read."""
         if self._folder is None:
             return self.add_picture(f"{name}_picture", pixels)
         file = self._folder / f"{name}_picture.png"
@@ -99,7 +99,7 @@ class Given:
         return str(file.absolute())
 
     def keep_sound(self, name: str, samples: np.ndarray) -> str:
-        """Keep a sound float32[N] at 16 kHz that was made; returns the name by which it is read."""
+        """Store a generated sound float32[N] at 16 kHz, and return the name by which it is read."""
         if self._folder is None:
             self._sounds[f"{name}_sound"] = samples
             return f"{name}_sound"
@@ -108,27 +108,27 @@ class Given:
             soundfile.write(partial, samples, SAMPLE_RATE, subtype="FLOAT")
         return str(file.absolute())
 
-    # What is asked about.
+    # Reading media
 
     def picture(self, name: str) -> np.ndarray:
         """Return uint8[H,W,3]: a picture, upright, at its own size."""
         return self._pictures[name] if name in self._pictures else media.read_picture(name)
 
     def picture_size(self, name: str) -> tuple[int, int]:
-        """Return (width, height) of a picture."""
+        """Return the (width, height) of a picture."""
         return _size(self._pictures[name]) if name in self._pictures else media.image_size(name)
 
     def check_video(self, name: str) -> None:
-        """Decode the frames of a clip that a model looks at."""
+        """Decode the frames of a clip that a model sees, to raise any InputError."""
         if name not in self._clips:
             media.read_video(name, 10, 16)
 
     def video_size(self, name: str) -> tuple[int, int]:
-        """Return (width, height) of a clip."""
+        """Return the (width, height) of a clip."""
         return _size(self._clips[name].frames[0]) if name in self._clips else media.video_size(name)
 
     def moment(self, name: str, part: int, parts: int) -> np.ndarray:
-        """Return uint8[H,W,3]: the frame that is shown at `part` / `parts` of a clip."""
+        """Return uint8[H,W,3]: the frame shown at `part` / `parts` of a clip."""
         if name in self._clips:
             frames = self._clips[name].frames
             return frames[part * len(frames) // parts]
@@ -142,7 +142,7 @@ class Given:
         return media.timing(name)
 
     def hear(self, name: str, video: str | None) -> Heard:
-        """Return a sound, and where it stands on the clock of the pictures of `video`."""
+        """Return a sound and its place on the clock of the pictures of `video`."""
         seconds = self._clips[video].seconds if video in self._clips else None
         if name in self._sounds:
             length = self.timing(video).seconds if video and seconds is None else seconds
@@ -152,11 +152,11 @@ class Given:
         return media.hear(name, video)
 
     def cancels(self, name: str) -> bool:
-        """Whether the channels of a sound are each other's opposite, so that nothing is left of them."""
+        """Return whether the channels of a sound cancel each other out, so that their mean is silent."""
         return name not in self._sounds and media.cancels(name)
 
     def source(self, decoding: Decoding) -> _Source:
-        """Return them as a batch takes them; see `decoded.source`."""
+        """Return the media as decoded for a batch; see `decoded.source`."""
         return _Source(self, decoding)
 
 

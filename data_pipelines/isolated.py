@@ -1,5 +1,4 @@
-"""Processes that do one task after another and may crash or hang on one without the others noticing; and how any
-process that works for another one ends with it."""
+"""Worker processes that may crash or hang on a task without affecting others, and that end with their parent."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ MEMORY = 4 << 30  # bytes that a process may take beyond what it has when it sta
 
 
 def end_with_parent(*_: object) -> None:
-    """End this process as soon as the one that started it is gone, however that ended. To be called first in a worker.
+    """End this process as soon as its parent is gone, however that ended. Call it first in a worker.
 
-    The kernel closes the parent's end of the pipe that Python keeps to every worker. (PR_SET_PDEATHSIG looks at the
-    thread that started the worker, which in Grain may be one of a pool, or at the fork server.)
+    The kernel closes the parent's end of the pipe that Python keeps to every worker. (PR_SET_PDEATHSIG watches the
+    thread that started the worker, which in Grain may be one of a pool, or the fork server.)
     """
 
     def watch(parent: Any) -> None:
@@ -39,35 +38,35 @@ class _Worker:
     process: Any
     pipe: Connection
     task: Any = None
-    limit: float = 0.0  # seconds that its task may take
-    until: float = 0.0  # time.monotonic() when they are over
+    limit: float = 0.0  # seconds allowed for its task
+    until: float = 0.0  # deadline by time.monotonic()
 
 
 def results(
     function: Callable[[T], Any], tasks: Iterable[T], count: int, seconds: Callable[[T], float]
 ) -> Iterator[tuple[T, Any]]:
-    """(task, function(task)) of every task, in the order in which they are done by `count` processes.
+    """Yield (task, function(task)) of every task, in the order of completion by `count` processes.
 
-    Where the process dies, or takes longer than seconds(task), the result is an Exception that says so, and another
-    process takes its place. What `function` raises is a result too. It must be importable by name, and its module
-    should import little.
+    If a process dies, or takes longer than seconds(task), the result is an Exception, and another process replaces it.
+    Exceptions of `function` are results too. `function` must be importable by name, and its module should import
+    little.
     """
     context = multiprocessing.get_context("forkserver")  # a fork of this process would inherit its threads' locks
     context.set_forkserver_preload([function.__module__])
 
     def start() -> _Worker:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        parent_end, worker_end = context.Pipe()
+        process = context.Process(target=_serve, args=(function, worker_end), daemon=True)
         process.start()
-        theirs.close()  # so that its end is seen on ours
+        worker_end.close()  # so that the parent's end sees the worker's exit
         try:
-            ours.recv()  # it has started: what ends it from now on is a task's doing
+            parent_end.recv()  # it has started: from now on only a task can end it
         except EOFError:
             raise RuntimeError(
                 "a process ended before it had a task; a script needs `if __name__ == '__main__':` "
                 "around what starts processes"
             ) from None
-        return _Worker(process, ours)
+        return _Worker(process, parent_end)
 
     idle: list[_Worker] = []
     busy: list[_Worker] = []
@@ -95,7 +94,7 @@ def results(
 
 
 def _done(busy: list[_Worker]) -> list[tuple[_Worker, Any]]:
-    """Wait until some of `busy` are done, and take them out of it."""
+    """Wait until some of `busy` are done, and remove and return them with their results."""
     wait([worker.pipe for worker in busy], max(0.0, min(worker.until for worker in busy) - time.monotonic()))
     done = []
     for worker in list(busy):
@@ -121,11 +120,11 @@ def _done(busy: list[_Worker]) -> list[tuple[_Worker, Any]]:
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
-    """Do what comes through the pipe until its other end is closed."""
+    """Run the tasks that come through the pipe until its other end is closed."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print about a file is no news
-    with contextlib.suppress(OSError, ValueError):  # Linux only, and not above a limit that is set already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # messages of libraries about a file are not wanted
+    with contextlib.suppress(OSError, ValueError):  # Linux only; an existing limit cannot be raised
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

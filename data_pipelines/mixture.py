@@ -1,4 +1,4 @@
-"""From lists of Examples to batches: a resumable training mixture (Grain) and evaluation batches."""
+"""Batches from lists of Examples: a resumable training mixture (Grain) and evaluation batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bisect
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from absl import flags
 from crab_jax.io.errors import InputError, printable
 from crab_jax.io.files import append_line
 from data_pipelines import decoded
-from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
+from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, empty_batch, load, place
 from data_pipelines.bucket_fill import Padding, padding
 from data_pipelines.examples import Example, choice
 from data_pipelines.isolated import end_with_parent
@@ -41,9 +42,9 @@ def group_by_bucket(
     skipped: Path | None = None,
     check: Callable[[Example], None] = lambda example: None,
 ) -> dict[Bucket, dict[int, Fill]]:
-    """Positions of the examples of each bucket and how much of it each fills, buckets in increasing order.
+    """Return {bucket: {position of an example: its Fill}}, buckets in increasing order.
 
-    With `on_error="skip"` an example that fits no bucket, or that `check` refuses, is left out with a warning, and a
+    With `on_error="skip"` an example that fits no bucket, or that `check` refuses, is left out with a warning and a
     line in the file `skipped`. Raises InputError otherwise, and when nothing is left.
     """
     groups: dict[Bucket, dict[int, Fill]] = collections.defaultdict(dict)
@@ -63,11 +64,11 @@ def group_by_bucket(
 
 
 class BatchLoader:
-    """Positions of one global batch -> Batch of `rows` of it (this process's share).
+    """Loads the `rows` (this process's share) of a global batch, given the positions of its examples.
 
-    With `on_error="skip"` an example that cannot be loaded is replaced by the next one of its bucket that can: the same
-    one in every epoch, process and worker. Each loader adds a line to the file `skipped` when it first meets one; `bad`
-    has what was replaced in this process: position -> error.
+    With `on_error="skip"` an example that cannot be loaded is replaced by the next loadable one of its bucket: the same
+    one in every epoch, process and worker. Each loader adds a line to the file `skipped` when it first meets such an
+    example; `bad` has those replaced in this process: {position: error}.
     """
 
     def __init__(
@@ -83,16 +84,18 @@ class BatchLoader:
         self.examples, self.root, self.tokenizer, self.config = examples, root, tokenizer, config
         self.rows, self.skipped = rows, skipped
         self.bad: dict[int, str] = {}
-        decoded.source(root, config.decoding)  # settings that prepared shards lack are no fault of an example
+        # Settings that prepared shards lack must raise at once: they are no fault of an example.
+        decoded.source(root, config.decoding)
         rings = [(group, [*group[1:], group[0]]) for group in map(list, groups.values())]
         self.following = {index: after for group, shifted in rings for index, after in zip(group, shifted, strict=True)}
 
     def __call__(self, indices: np.ndarray) -> Batch:
+        """Return the Batch of this process's share of the examples at `indices`."""
         chosen = indices[self.rows]
         return collate((self.row(int(index)) for index in chosen), len(chosen))
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        """The loaded example `index`, or its replacement."""
+        """Return the loaded example `index`, or its replacement. Raises InputError if its whole bucket is bad."""
         chosen = index
         while (arrays := self.try_row(chosen)) is None:
             chosen = self.following[chosen]
@@ -102,7 +105,7 @@ class BatchLoader:
         return arrays
 
     def try_row(self, index: int) -> dict[str, np.ndarray] | None:
-        """The loaded example `index`; None, after one warning, when it is bad and bad ones are skipped."""
+        """Return the loaded example `index`; None, with one warning, if it is bad and bad examples are skipped."""
         if index in self.bad:
             return None
         try:
@@ -117,15 +120,16 @@ class BatchLoader:
 
 
 class OneOf:
-    """(position in an endless stream, group of positions of examples) -> the one that this epoch takes.
+    """Maps (position in an endless stream, group of positions of examples) to the example that this epoch takes.
 
-    A group holds one example, or those of one bucket whose meta has the same `one_of` (the pictures of a clip).
+    A group holds one example, or those of one bucket whose meta has the same `one_of` (the frames of a clip).
     """
 
     def __init__(self, examples: Sequence[Example], groups: int, seed: int):
         self.examples, self.groups, self.seed = examples, groups, seed
 
     def __call__(self, position: int, group: Sequence[int]) -> int:
+        """Return the position of the example that the epoch of `position` takes from `group`."""
         if len(group) == 1:
             return group[0]
         mark = self.examples[group[0]].meta["one_of"]
@@ -133,7 +137,7 @@ class OneOf:
 
 
 def _one_of_groups(examples: Sequence[Example], indices: Iterable[int]) -> list[tuple[int, ...]]:
-    """`indices` in groups of which an epoch takes one."""
+    """Split `indices` into groups of which an epoch takes one."""
     groups: dict[str | int, list[int]] = collections.defaultdict(list)
     for index in indices:
         groups[examples[index].meta.get("one_of", index)].append(index)
@@ -141,7 +145,7 @@ def _one_of_groups(examples: Sequence[Example], indices: Iterable[int]) -> list[
 
 
 def _rates(examples: Sequence[Example], kept: Sequence[int], weights: Mapping[str, float] | None) -> list[float]:
-    """How often each kept example is drawn, relative to the others."""
+    """Return how often each kept example is drawn, relative to the others. Raises InputError for a missing weight."""
     if weights is None:
         return [1.0] * len(kept)
     counts = collections.Counter(examples[index].task for index in kept)
@@ -168,7 +172,7 @@ class Phases:
     """Batches of several mixtures one after the other: a random-access source for Grain, endless like the last."""
 
     def __init__(self, parts: Sequence[tuple[int, grain.MapDataset]]):
-        """parts: (number of its first batch, batches), by that number, the first 0."""
+        """Take the parts (number of the first batch, batches), sorted by that number; the first is 0."""
         self.starts, self.parts = [start for start, _ in parts], [batches for _, batches in parts]
 
     def __len__(self) -> int:
@@ -181,7 +185,7 @@ class Phases:
 
 @dataclasses.dataclass(frozen=True)
 class TrainOrder:
-    """Which examples each global batch holds, whoever loads it."""
+    """The examples of each global batch, independent of which process loads it."""
 
     examples: Sequence[Example]
     groups: Mapping[Bucket, Mapping[int, Fill]]
@@ -200,16 +204,14 @@ def train_order(
     curriculum: Mapping[str, int] | None = None,
     check: Callable[[Example], None] = lambda example: None,
 ) -> TrainOrder:
-    """The order of training: every batch from one bucket, the same for any number of processes and workers.
+    """Return the order of training: every batch from one bucket, the same for any number of processes and workers.
 
-    batch_size: rows of a global batch.
-    weights: task -> share of the samples (any scale); None draws every example equally often. Examples of one bucket
-        that are drawn equally often form one stream, shuffled anew every epoch, in which each comes once per epoch.
-        Those with the same `one_of` in their meta count as one example: an epoch takes one of them, chosen anew.
-    skipped: file that lists examples left out (see `group_by_bucket`).
-    curriculum: task -> number of the first batch that may hold it (default 0). Whenever a task joins, the others are
-        shuffled anew.
-    check: raises InputError for an example that must not be trained on.
+    batch_size: rows of a global batch. weights: task -> share of the samples (any scale); None draws every example
+    equally often. Examples of one bucket that are drawn equally often form one stream, shuffled again in every epoch,
+    in which each occurs once per epoch. Those with the same `one_of` in their meta count as one example: an epoch takes
+    one of them, chosen again each time. skipped: file that lists examples left out (see `group_by_bucket`). curriculum:
+    task -> number of the first batch that may hold it (default 0). Whenever a task joins, the others are shuffled
+    again. check: raises InputError for an example that must not be trained on.
     """
     groups = group_by_bucket(examples, tokenizer, config, skipped, check)
     choices = {bucket: _one_of_groups(examples, group) for bucket, group in groups.items()}
@@ -254,25 +256,25 @@ def train_dataset(
     skipped: Path | None = None,
     read_options: grain.ReadOptions | None = None,
 ) -> grain.IterDataset:
-    """Endless IterDataset of Batch in the given order.
+    """Return an endless IterDataset of Batch in the given order.
 
-    rows: which rows of the global batch to load (a slice or positions), so processes share each batch.
-    start: number of the first batch. A run takes one batch per step, so the step is the position of its input: it
-        resumes with another number of processes or workers as well.
-    workers: processes that decode, 0 = threads of this one; worker i decodes the batches start + i, start + i +
-        workers, ... Workers are spawned, so a script that uses them needs `if __name__ == "__main__"`.
-    skipped: file that lists the examples that could not be loaded, with `on_error="skip"`.
+    rows: which rows of the global batch to load (a slice or positions), so that processes share each batch. start:
+    number of the first batch. A run takes one batch per step, so the step is the position of its input, and a run
+    resumes with another number of processes or workers as well. workers: processes that decode, 0 = threads of this
+    one; worker i decodes the batches start + i, start + i + workers, ... Workers are spawned, so a script that uses
+    them needs `if __name__ == "__main__"`. skipped: file that lists the examples that could not be loaded, with
+    `on_error="skip"`.
 
     The iterator's get_state / set_state continue it exactly. Errors of a worker reach the caller as InputError.
     """
     loader = BatchLoader(order.examples, order.groups, root, tokenizer, config, rows, skipped)
     batches = (order.batches[start:] if start else order.batches).map(loader)
-    # A buffered element is a whole batch, so the buffers are kept short.
+    # A buffered element is a whole batch, so buffers are short.
     dataset = batches.to_iter_dataset(read_options or grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads its own absl flags, in programs that parse none as well
-        # A process that leaves at once, for another one died, has no last word about what Python then cleans up.
+            flags.FLAGS.mark_as_parsed()  # Grain reads its own absl flags, even in programs that parse none
+        # Python must not warn about resources of a process that exits at once because another one died.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, end_with_parent)
@@ -288,7 +290,7 @@ def eval_batches(
     threads: int = 4,
     prompt_only: bool = True,
 ) -> Iterator[tuple[Bucket, Batch]]:
-    """Batches of every example once, without their answers or with, bucket by bucket, decoded ahead by threads.
+    """Yield batches of every example once, with or without answers, bucket by bucket, decoded ahead by threads.
 
     The last batch of a bucket is filled with copies of its first row whose index is -1. With `on_error="skip"` a bad
     example is left out with a warning; otherwise it raises InputError.
@@ -302,7 +304,9 @@ def eval_batches(
         for start in range(0, len(group), batch_size)
     ]
     pool = concurrent.futures.ThreadPoolExecutor(threads)
-    pending: collections.deque = collections.deque()
+    pending: collections.deque[tuple[Bucket, list[concurrent.futures.Future[dict[str, np.ndarray] | None]]]] = (
+        collections.deque()
+    )
     try:
         while chunks or pending:
             while chunks and len(pending) < 2:
@@ -315,3 +319,37 @@ def eval_batches(
                 yield bucket, collate(rows + [filler] * (batch_size - len(rows)), batch_size)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def answered_batches(
+    examples: Sequence[Example],
+    groups: Mapping[Bucket, Iterable[int]],
+    root: decoded.Root,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    batch_size: int,
+    rows: Any = slice(None),
+    threads: int = 4,
+) -> list[Batch]:
+    """Return batches of every example of `groups` once with its answer, bucket by bucket; of each the given `rows`.
+
+    The number of batches and what stands in which row follow from `groups` alone, so that processes share each batch.
+    Empty rows (index -1) fill the last batch of a bucket, and with `on_error="skip"` stand for examples that cannot be
+    loaded, each with a warning; otherwise such an example raises InputError.
+    """
+    loader = BatchLoader(examples, groups, root, tokenizer, config)
+
+    def row(bucket: Bucket, index: int) -> dict[str, np.ndarray]:
+        arrays = loader.try_row(index) if index >= 0 else None
+        empty = empty_batch(bucket, 1, config.image_size) if arrays is None else None
+        return arrays or {field.name: getattr(empty, field.name)[0] for field in dataclasses.fields(Batch)}
+
+    batches = []
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for bucket, group in groups.items():
+            listed = list(group)
+            for start in range(0, len(listed), batch_size):
+                chunk = listed[start : start + batch_size]
+                chosen = np.array(chunk + [-1] * (batch_size - len(chunk)))[rows]
+                batches.append(collate(pool.map(functools.partial(row, bucket), map(int, chosen)), len(chosen)))
+    return batches

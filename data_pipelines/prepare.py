@@ -2,10 +2,11 @@
 
     python -m data_pipelines prepare --root DATA --out PREPARED --datasets ave,avqa --workers 8
 
-PREPARED then stands wherever DATA stood (`--data`, `data.root`) and gives the same batches, many times faster: any
-tokenizer, any prompt variant, muted and blanked inputs. Whatever is shown many times is stored once. A stopped run goes
-on where it stopped when it is started again; more --datasets and --splits may be added later. What cannot be decoded is
-listed at the end, and is the same error when it is read. The shards are TFDS datasets as well; see docs/datasets.md.
+PREPARED then replaces DATA (`--data`, `data.root`) and gives the same batches, many times faster, for any tokenizer and
+prompt variant, with muted and blanked inputs too. A medium that several Examples use is stored once. An interrupted run
+continues when it is started again; more --datasets and --splits may be added later. Media that cannot be decoded are
+listed at the end, and give the same error when they are read. The shards are TFDS datasets as well; see
+docs/datasets.md.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
 from data_pipelines.sources.release import Found
 
 LIBRARIES = ("av", "soundfile", "soxr", "pillow", "numpy", "array_record", "crab_jax")
-COMPRESSED, AS_IT_IS = "zstd:1", "uncompressed"
-DECODABLE = 0.8  # of the media, surely: one that cannot be decoded takes no room
-_HEAD = 64  # bytes of a record by which it is found in its shard
+COMPRESSED, UNCOMPRESSED = "zstd:1", "uncompressed"
+DECODABLE = 0.8  # assumed share of decodable media; others take no room
+_HEAD = 64  # bytes of a record by which it is located in its shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What makes a prepared root what it is. A root that exists may not be given others."""
+    """The settings of a prepared root. An existing root cannot be given others."""
 
     root: str
     decoding: Decoding
@@ -61,12 +62,15 @@ class Settings:
     compress: bool = False
 
     def compression(self, kind: str) -> str:
-        """How the records of a kind are written. Masks shrink to nearly nothing; sound is noise to a compressor (2 %
-        smaller, four times slower to read); pixels lie between, and then take about twice as long to read."""
-        return COMPRESSED if kind == "masks" or kind == "frames" and self.compress else AS_IT_IS
+        """Return the compression of the records of a kind.
+
+        Masks shrink to nearly nothing. Sound hardly compresses (2 % smaller, four times slower to read). Pixels lie in
+        between and then take about twice as long to read.
+        """
+        return COMPRESSED if kind == "masks" or kind == "frames" and self.compress else UNCOMPRESSED
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as they stand in plan.json."""
+        """Return the settings as written in plan.json."""
         return {
             "root": self.root,
             **self.decoding._asdict(),
@@ -78,49 +82,54 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard to write. file: relative to the root; stamps: (size, time in ns) of the file behind each medium, and
-    those of the one that it is beside."""
+    """One shard to write.
+
+    file: relative to the root. stamps: (size, time in ns) of the file of each medium, and of the one that it is beside.
+    """
 
     file: str
     media: tuple[Medium, ...]
     stamps: tuple[tuple[int, ...], ...]
 
     def digest(self, settings: Settings) -> str:
-        """A hash of all that decides the shard's content."""
-        said = json.dumps([shards.FORMAT, settings.decoding, self.media, self.stamps])
-        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        """Return a hash of everything that determines the shard's content."""
+        text = json.dumps([shards.FORMAT, settings.decoding, self.media, self.stamps])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-# What there is to do.
+# The lists and shards to write
 
 
 def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tuple[str, str]]:
-    """(dataset, split) of every list of Examples that is asked for; the dataset is "" for a `<split>.jsonl`."""
-    found: list[tuple[str, str]] = []
+    """Return the (dataset, split) of every requested list of Examples; the dataset is "" for a `<split>.jsonl`.
+
+    Raises InputError.
+    """
+    lists: list[tuple[str, str]] = []
     for split in splits:
         if datasets.list_of(root, split):
-            found.append(("", split))
-    if found and names:
+            lists.append(("", split))
+    if lists and names:
         raise InputError(
             str(root),
             "--datasets",
-            f"the root has {found[0][1]}.jsonl, which then is all that is read",
+            f"the root has {lists[0][1]}.jsonl, which then is all that is read",
             "leave --datasets out",
         )
-    if not found:
-        found = [
+    if not lists:
+        lists = [
             (name, split)
             for name in datasets.choose(root, names)
             for split in splits
             if split in datasets.DATASETS[name].sizes
         ]
-    if not found:
+    if not lists:
         raise InputError(str(root), "--splits", f"holds none of {', '.join(splits)}", "check --root and --splits")
-    return found
+    return lists
 
 
 def read_list(settings: Settings, out: Path, name: str, split: str) -> tuple[int, dict[Medium, None]]:
-    """Write one list of Examples into `out`; how many there are, and the media that they need."""
+    """Write one list of Examples into `out`; return their number and the media that they need."""
     needed: dict[Medium, None] = {}
     if not name:
         examples = datasets.read_jsonl(settings.root, split)
@@ -141,7 +150,7 @@ def read_list(settings: Settings, out: Path, name: str, split: str) -> tuple[int
 
 
 def _found(root: str, name: str, split: str, variant: str) -> Iterator[tuple[Found, bool]]:
-    """What `datasets.records` gives, with the error of the annotations as a whole as the last of it."""
+    """Yield the result of `datasets.records`, and last the error of the annotations as a whole, if any."""
     try:
         for found in datasets.records(root, name, split, variant):
             yield found, False
@@ -150,7 +159,7 @@ def _found(root: str, name: str, split: str, variant: str) -> Iterator[tuple[Fou
 
 
 def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> list[Shard]:
-    """The shards of one kind of one list: as many media each as fill `shard_bytes`, whatever they compress to."""
+    """Return the shards of one kind of one list, each with as many media as fill `shard_bytes` before compression."""
     groups: list[list[Medium]] = []
     room = 0
     for medium in needed:
@@ -172,7 +181,7 @@ def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> l
 
 
 def _bytes_of(medium: Medium, decoding: Decoding) -> int:
-    """The size of a record before compression, roughly."""
+    """Return the approximate size of a record before compression."""
     square = decoding.image_size**2
     if medium.kind == "frames":
         return 3 * square * (decoding.video_frames if medium.detail == "video" else 1)
@@ -187,17 +196,17 @@ def _stamps(root: Path, medium: Medium) -> tuple[int, ...]:
 
 def _stamp(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-# Decoding.
+# Decoding
 
 
 def record_of(medium: Medium, stamp: tuple[int, ...], files: Files) -> dict[str, str | bytes | int]:
-    """The record of a medium; of one that cannot be decoded, its error and no arrays."""
+    """Return the record of a medium; for one that cannot be decoded, its error and no arrays."""
     record: dict[str, str | bytes | int] = {
         "path": medium.path,
         "detail": medium.detail,
@@ -224,7 +233,7 @@ def _frames(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
 
 
 def _sound(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
-    """Too short a sound has no arrays and no error either: reading it finds it too short for what is asked."""
+    """Return the filter banks of a sound; a sound that is too short has none, and reading it raises the error."""
     waveform, short = files.samples(medium.path, medium.beside or None), files.decoding.pad_short_audio
     try:
         bands = fbank.fbank(fbank.cut_windows(waveform, medium.detail, pad_short=short)).tobytes()
@@ -234,7 +243,7 @@ def _sound(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
 
 
 def _mask(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
-    """The class ids at the size of the model, and the file itself for the metrics at any other size."""
+    """Return the class ids at the size of the model, and the file itself for the metrics at other sizes."""
     labels = files.mask(medium.path, medium.detail, files.decoding.image_size).astype(np.uint8)
     full = files.root / medium.path
     width, height = media.image_size(full, "mask")
@@ -246,14 +255,14 @@ _DECODERS: dict[str, Callable[[Medium, Files], dict[str, str | bytes | int]]] = 
     "sounds": _sound,
     "masks": _mask,
 }
-# What a record holds besides path, detail, beside, error, bytes and mtime_ns of the source: numbers, and arrays with
-# their shape and dtype; S is image_size.
+# The fields of a record besides path, detail, beside, error, bytes and mtime_ns of the source: numbers, and arrays with
+# their shapes and dtypes; S is image_size.
 _FIELDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[tuple[int | str | None, ...], type]]]] = {
     "frames": (("width", "height"), {"pixels": ((None, "S", "S", 3), np.uint8)}),
     "sounds": (("samples",), {"fbank": ((None, fbank.MEL_BINS), np.float32)}),
     "masks": (("width", "height"), {"labels": ((None, "S", "S"), np.uint8), "content": ((None,), np.uint8)}),
 }
-_counter: Any = None  # of the media that all processes have decoded
+_counter: Any = None  # number of media decoded by all processes
 
 
 def _begin_worker(counter: Any) -> None:
@@ -263,10 +272,10 @@ def _begin_worker(counter: Any) -> None:
 
 
 def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
-    """Write one shard, so that it is there whole or not at all, and its note; the note."""
+    """Write one shard atomically, with its note, and return the note."""
     path, files = out / shard.file, Files(settings.root, settings.decoding)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process that was started by one that is gone may be at the same shard still.
+    # A process whose parent has died may still be writing the same shard.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     compression = settings.compression(shard.media[0].kind)
     writer = array_record_module.ArrayRecordWriter(str(partial), f"group_size:1,{compression}")
@@ -295,7 +304,7 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
         "sha256": _sha256(partial),
         "of": shard.digest(settings),
         "failed": failed,
-        "places": _locate(partial, places) if compression == AS_IT_IS else [(0, 0, 0)] * len(places),
+        "places": _locate(partial, places) if compression == UNCOMPRESSED else [(0, 0, 0)] * len(places),
     }
     partial.replace(path)
     write_whole(_note(path), json.dumps(note))
@@ -303,17 +312,19 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
 
 
 def _locate(path: Path, written: Sequence[tuple[bytes, int, int]]) -> list[tuple[int, int, int]]:
-    """(at, length, sum) of `shards.PLACE` for the records written into a shard, of which (head, length, sum) are known;
-    at is 0 for a record that `shards.read_at` does not read as it was written, as when a block begins in its head."""
-    found, after = [], 0
+    """Return (at, length, sum) of `shards.PLACE` for the records of a shard, given their (head, length, sum).
+
+    at is 0 for a record that `shards.read_at` does not read correctly, as when a block begins in its head.
+    """
+    places, after = [], 0
     with io.FileIO(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for head, length, total in written:
             at = content.find(head, after)
             if at < 0 or length > shards.LARGEST or shards.checksum(shards.read_at(file, at, length)) != total:
                 at = 0
-            found.append((at, length, total))
+            places.append((at, length, total))
             after = max(after, at + 1)
-    return found
+    return places
 
 
 _PLACE = (Whole(0, 2**63), Whole(0, 2**63), Whole(0, 2**64 - 1))
@@ -330,39 +341,41 @@ def _sha256(path: Path) -> str:
 
 
 def finished(settings: Settings, out: Path, shard: Shard) -> dict[str, Any] | None:
-    """The note of a shard that is there, whole, and made from what is there now; None for any other."""
+    """Return the note of an existing shard that is complete and up to date; None for any other."""
     path = out / shard.file
     try:
         note = read_json(_note(path), NOTE)
         whole = note["of"] == shard.digest(settings) and path.stat().st_size == note["bytes"]
         return note if whole and _sha256(path) == note["sha256"] else None
-    except (OSError, ValueError):  # an InputError is one
+    except (OSError, ValueError):  # includes InputError
         return None
 
 
-# The whole.
+# The whole root
 
 
 def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The lists of an `out` that exists, then the new ones of `wanted`; noted in plan.json. Raises InputError when
-    `out` was made with other settings, or holds something else."""
+    """Return the lists of an existing `out`, then the new ones of `wanted`, and write them to plan.json.
+
+    Raises InputError when `out` was made with other settings, or holds something else.
+    """
     plan = out / PLAN
     known: list[tuple[str, str]] = []
     if plan.is_file():
         old = read_json(plan, {"lists": [(Text(), Text(1))]}, fix="give an empty --out")
         known = [(name, split) for name, split in old.pop("lists")]
-        ours = settings.as_json()
+        current = settings.as_json()
         for field, value in old.items():
-            if ours.get(field) != value:
+            if current.get(field) != value:
                 raise InputError(
                     str(out),
                     field,
-                    f"was prepared with {value!r:.60}, not {ours.get(field)!r:.60}",
+                    f"was prepared with {value!r:.60}, not {current.get(field)!r:.60}",
                     "use the same options, or another --out",
                 )
     elif any(not path.name.startswith(LOCK) for path in out.iterdir()):
         raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")
-    lists = [*known, *(one for one in wanted if one not in known)]
+    lists = [*known, *(pair for pair in wanted if pair not in known)]
     write_whole(plan, json.dumps({**settings.as_json(), "lists": lists}, indent=1))
     return lists
 
@@ -374,7 +387,10 @@ def prepare(
     workers: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """Write or complete the prepared root `out`; what could not be decoded. See the module's docstring."""
+    """Write or complete the prepared root `out`; return a line for every medium that could not be decoded.
+
+    See the module's docstring.
+    """
     lists = claim(out, settings, wanted)
     _leave_older_format(out)
     _remove_partial(out)
@@ -388,16 +404,16 @@ def prepare(
         title = f"{name}_{split}" if name else split
         for kind in KINDS:
             todo += cut(kind, title, [medium for medium in new if medium.kind == kind], settings)
-        progress(f"{title}: {counts[name][split]} examples, {len(new)} media of their own")
+        progress(f"{title}: {counts[name][split]} examples, {len(new)} new media")
     notes = {shard.file: note for shard in todo if (note := finished(settings, out, shard))}
     if notes:
-        progress(f"{len(notes)} of {len(todo)} shards are there already")
+        progress(f"{len(notes)} of {len(todo)} shards exist already")
     left = [shard for shard in todo if shard.file not in notes]
     sizes = [
         _bytes_of(medium, settings.decoding)
         for shard in left
         for medium in shard.media
-        if settings.compression(medium.kind) == AS_IT_IS
+        if settings.compression(medium.kind) == UNCOMPRESSED
     ]
     need_room(out, int(DECODABLE * sum(sizes)), f"the media of {len(left)} shards")
     for note in _write_all(settings, out, left, workers, progress):
@@ -407,7 +423,7 @@ def prepare(
 
 
 def _leave_older_format(out: Path) -> None:
-    """Remove the manifest of an older format, whose shards are all made anew: until then nothing can be read."""
+    """Remove the manifest of an older format, whose shards are all rewritten: until then nothing can be read."""
     manifest = out / MANIFEST
     with contextlib.suppress(OSError, ValueError):
         if read_json(manifest).get("format") != shards.FORMAT:
@@ -417,7 +433,7 @@ def _leave_older_format(out: Path) -> None:
 def _write_all(
     settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """The notes of all shards of `todo`, as they get finished; with no workers they are written in this process."""
+    """Yield the notes of all shards of `todo` as they are finished; without workers, write them in this process."""
     written = Progress("media", sum(len(shard.media) for shard in todo), progress)
     if not workers:
         for shard in todo:
@@ -451,7 +467,7 @@ def _finish(
     todo: Sequence[Shard],
     notes: Sequence[dict[str, Any]],
 ) -> None:
-    """Write the index, what TFDS needs, and last the manifest; then remove shards of an older plan."""
+    """Write the index, the TFDS metadata and last the manifest; then remove shards of an older plan."""
     places = np.array(
         [
             (medium.key(), number, row, *place)
@@ -473,7 +489,7 @@ def _finish(
         "decoding": settings.decoding._asdict(),
         "variants": list(settings.variants),
         "records": len(places),
-        "lists": {split: count for split, count in counts.get("", {}).items()},
+        "lists": dict(counts.get("", {})),
         "datasets": {name: splits for name, splits in counts.items() if name},
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
         | {"python": sys.version.split()[0], **{k: ".".join(map(str, v)) for k, v in av.library_versions.items()}},
@@ -482,21 +498,21 @@ def _finish(
     }
     manifest[shards.SUM] = shards.sum_of(manifest)
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1))
-    ours = {shard.file for shard in todo}
+    current = {shard.file for shard in todo}
     for path in (path for kind in KINDS for path in (out / kind).glob("*.array_record-*-of-?????")):
-        if str(path.relative_to(out)) not in ours:
+        if str(path.relative_to(out)) not in current:
             _note(path).unlink(missing_ok=True)
             path.unlink()
 
 
 def _remove_partial(out: Path) -> None:
-    """Remove what a run that was stopped left of shards."""
+    """Remove partial shards of an interrupted run."""
     for path in (path for kind in KINDS for path in (out / kind).glob(".*.partial")):
         path.unlink(missing_ok=True)
 
 
 def _lists(settings: Settings, counts: dict[str, dict[str, int]]) -> list[str]:
-    """The lists of Examples that `read_list` wrote, relative to the root."""
+    """Return the lists of Examples that `read_list` wrote, relative to the root."""
     return [
         shards.examples_file(name, split, variant) if name else f"{split}.jsonl"
         for name, splits in counts.items()
@@ -506,8 +522,8 @@ def _lists(settings: Settings, counts: dict[str, dict[str, int]]) -> list[str]:
 
 
 def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[str, Any]]) -> None:
-    """features.json and dataset_info.json, with which TFDS reads a kind of shards; nothing for no shards."""
-    import tensorflow_datasets as tfds  # seconds to import, and needed here only
+    """Write features.json and dataset_info.json, with which TFDS reads a kind of shards; nothing without shards."""
+    import tensorflow_datasets as tfds  # imported late: it takes seconds, and only this function needs it
 
     if not notes:
         return
@@ -545,7 +561,7 @@ def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[s
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of the verb."""
+    """Parse the command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines prepare")
     parser.add_argument(
         "--root", type=PATH, required=True, help="data root: releases in folders of their names, or <split>.jsonl"
@@ -561,9 +577,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"of {','.join(datasets.DATASETS)} (default: those of the joint stage that are there)",
     )
     parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
-    parser.add_argument("--variants", default=",".join(datasets.VARIANTS), help="of prompts; default %(default)s")
     parser.add_argument(
-        "--image-size", type=Whole(1, 2**16), default=224, help="pixels of a side, of the model that will read it"
+        "--variants", default=",".join(datasets.VARIANTS), help="variants of prompts; default %(default)s"
+    )
+    parser.add_argument(
+        "--image-size", type=Whole(1, 2**16), default=224, help="image side in pixels of the model that will read it"
     )
     parser.add_argument(
         "--video-frames", type=Whole(1, 1024), default=10, help="data.video_frames of the runs that will read it"
@@ -573,7 +591,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--clock",
         default="shown",
         choices=media.CLOCKS,
-        help="by which frames and sound are placed: counted for runs with compat=released (default: %(default)s)",
+        help="how frames and sound are placed: counted for runs with compat=released (default: %(default)s)",
     )
     parser.add_argument(
         "--shard-mb", type=Whole(1, 10**6), default=256, help="size of a shard before compression, in MB"
@@ -581,7 +599,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compress",
         action="store_true",
-        help="keep pictures in less room (a still clip in a third of it), read half as fast",
+        help="compress pictures (a still clip to a third), which halves the reading speed",
     )
     parser.add_argument(
         "--workers", type=Whole(0, 1024), default=os.cpu_count() or 1, help="processes; 0 = this one only"
@@ -599,7 +617,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Prepare what the command line asks for, and list what could not be decoded."""
+    """Prepare the requested data, and list media that could not be decoded."""
     arguments = parse_arguments(argv)
     with locked(arguments.out) as out:
         _run(arguments, out)
@@ -631,5 +649,5 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry point of `python -m data_pipelines prepare`."""
+    """Run `python -m data_pipelines prepare`."""
     run_verb(lambda: run(argv), "--debug" in argv)

@@ -1,16 +1,17 @@
-"""A prepared root: the Examples of a data root as text, their media decoded in ArrayRecord shards. `prepare` writes it.
+"""A prepared root: the Examples of a data root as text, and their media decoded in ArrayRecord shards.
 
     prepared.json                                   settings, shards, lists and index with checksums, versions, and its
                                                     own checksum; written last
-    index.bin                                       where every medium is (`PLACE`), sorted by the hash of its key
-    examples/<dataset>-<split>-<variant>.jsonl      what `datasets.records` gives, errors included; of a root of
+    index.bin                                       the place of every medium (`PLACE`), sorted by the hash of its key
+    examples/<dataset>-<split>-<variant>.jsonl      the result of `datasets.records`, errors included; for a root of
                                                     <split>.jsonl, those files
     {frames,sounds,masks}/                          each a TFDS dataset: features.json, dataset_info.json,
-        <kind>-<list>.array_record-0000i-of-0000n   one record a medium, in the splits of TFDS; <record>.json beside
-                                                    each shard says what it was made from
+        <kind>-<list>.array_record-0000i-of-0000n   one record per medium, in the splits of TFDS; <record>.json beside
+                                                    each shard names its sources
 
-A record is a tf.train.Example, so that TFDS and Grain read the shards too; here it is taken apart without a copy. One
-that is not compressed is read from its place in the file at once, because ArrayRecord's reader copies it four times.
+`prepare` writes it. A record is a tf.train.Example, so that TFDS and Grain read the shards too; here it is parsed
+without a copy. An uncompressed record is read directly from its place in the file, because ArrayRecord's reader copies
+it four times.
 """
 
 from __future__ import annotations
@@ -38,20 +39,29 @@ from data_pipelines.examples import Example, from_json, seg_source, to_json
 from data_pipelines.sources.release import Found, MissingFile
 
 FORMAT = 3
-COUNTED = 2  # the format before it, whose clips all are by the clock "counted"; it is read as well
+COUNTED = 2  # the previous format, with the clock "counted" only; still readable
 MANIFEST, PLAN, INDEX = "prepared.json", "plan.json", "index.bin"
-SUMS, SUM = "sums", "sum"  # of prepared.json: hashes of the index and the lists by file, and of all but itself
+SUMS, SUM = (
+    "sums",
+    "sum",
+)  # fields of prepared.json: hashes of index and lists by file; hash of prepared.json without this field
 KINDS = ("frames", "sounds", "masks")
-# Of a record that `read_at` reads: where it begins in its file, how long it is, and its `checksum`; otherwise at is 0.
+# at, length, sum: place in the file and `checksum` of a record that `read_at` can read; otherwise at is 0.
 PLACE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("row", "<u4"), ("at", "<u8"), ("length", "<u8"), ("sum", "<u8")])
-BLOCK, BLOCK_HEADER = 1 << 16, 24  # bytes; every block of a Riegeli file, which ArrayRecord's are, begins with a header
-LARGEST = 500 * BLOCK  # bytes that `read_at` reads: each block is two of the 1,024 buffers that preadv takes
+BLOCK, BLOCK_HEADER = (
+    1 << 16,
+    24,
+)  # bytes; ArrayRecord files are Riegeli files, in which every block begins with a header
+LARGEST = 500 * BLOCK  # bytes that `read_at` can read: each block takes two of preadv's 1,024 buffers
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 
 class Decoding(NamedTuple):
-    """What decides the arrays of a medium. image_size: pixels of a side. video_frames: frames taken of a video.
-    pad_short_audio: accept audio windows shorter than 175 ms. clock: how frames and sound are placed, see `Compat`."""
+    """The settings that determine the arrays of a medium.
+
+    image_size: pixels of a side. video_frames: frames taken from a video. pad_short_audio: accept audio windows shorter
+    than 175 ms. clock: how frames and sound are placed, see `Compat`.
+    """
 
     image_size: int
     video_frames: int
@@ -78,8 +88,11 @@ ERROR = {"where": Text(), "field": Text(), "problem": Text(), "fix": Text(), "mi
 
 
 class Medium(NamedTuple):
-    """One thing that is decoded once. detail: video or picture; the windows of a sound; the mask_kind of a mask.
-    beside: the video that a sound file is as long as, "" for any other medium."""
+    """One thing that is decoded once.
+
+    detail: video or picture for frames; the windows of a sound; the mask_kind of a mask. beside: the video whose length
+    a sound file takes, "" for any other medium.
+    """
 
     kind: str
     path: str
@@ -87,22 +100,22 @@ class Medium(NamedTuple):
     beside: str = ""
 
     def key(self) -> int:
-        """A hash of 64 bits."""
-        said = "\0".join(self if self.beside else self[:3])
-        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
+        """Return a 64-bit hash."""
+        text = "\0".join(self if self.beside else self[:3])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def beside(sound: str, video: str | None, decoding: Decoding) -> str:
-    """The `Medium.beside` of the sound of an Example with this `video`."""
+    """Return the `Medium.beside` of the sound of an Example with this `video`."""
     return video if video and decoding.clock == "shown" and not media.is_own(sound, video) else ""
 
 
 def all_windows(windows: str) -> str:
-    """The policy that has the window of a single-window policy among its own."""
+    """Return the policy whose windows include that of a single-window policy."""
     return {"one": "ten", "one_of_five": "five"}.get(windows, windows)
 
 
-# Records: tf.train.Example by hand, which is protobuf of four nested messages.
+# Records: hand-written encoding of tf.train.Example, which is protobuf of four nested messages.
 
 
 def _varint(value: int) -> bytes:
@@ -114,12 +127,12 @@ def _varint(value: int) -> bytes:
 
 
 def _message(number: int, *parts: bytes) -> list[bytes]:
-    """Field `number` that holds the bytes of `parts`."""
+    """Return the encoding of field `number` with the bytes of `parts`."""
     return [_varint(number << 3 | 2), _varint(sum(map(len, parts))), *parts]
 
 
 def encode(record: Mapping[str, str | bytes | int]) -> bytes:
-    """The tf.train.Example of a record: text and bytes as bytes_list, whole numbers (not negative) as int64_list."""
+    """Return the tf.train.Example of a record: text and bytes as bytes_list, whole numbers >= 0 as int64_list."""
     features: list[bytes] = []
     for name, value in record.items():
         if isinstance(value, int):
@@ -131,7 +144,7 @@ def encode(record: Mapping[str, str | bytes | int]) -> bytes:
 
 
 def _content(data: memoryview, at: int) -> tuple[int, int]:
-    """(start, end) of what the field that begins at `at`, with a tag of one byte and a length, holds."""
+    """Return (start, end) of the content of the field at `at`, which has a tag of one byte and a length."""
     length, start = _read_varint(data, at + 1)
     return start, start + length
 
@@ -146,7 +159,10 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def decode(data: bytes | memoryview) -> dict[str, Any]:
-    """name -> int, or a memoryview into `data`: the inverse of `encode`. Raises ValueError or IndexError."""
+    """Parse a record: name -> int, or a memoryview into `data`; the inverse of `encode`.
+
+    Raises ValueError or IndexError.
+    """
     record: dict[str, Any] = {}
     view = memoryview(data)
     at, whole = _content(view, 0)
@@ -155,9 +171,9 @@ def decode(data: bytes | memoryview) -> dict[str, Any]:
         name, feature = _content(view, entry)
         values, in_feature = _content(view, feature)
         kind = view[values] >> 3
-        one, in_values = _content(view, values)
-        start, in_one = _content(view, one)
-        if not in_one == in_values == in_feature == end <= whole == len(view):
+        value, in_values = _content(view, values)
+        start, in_value = _content(view, value)
+        if not in_value == in_values == in_feature == end <= whole == len(view):
             raise ValueError("not a record")
         record[str(view[name:feature], "utf-8")] = _read_varint(view, start)[0] if kind == 3 else view[start:end]
         at = end
@@ -167,7 +183,7 @@ def decode(data: bytes | memoryview) -> dict[str, Any]:
 
 
 def read_at(file: io.FileIO, at: int, length: int) -> memoryview:
-    """`length` bytes of a Riegeli file from `at` on, without the headers of its blocks; fewer at its end."""
+    """Read `length` bytes of a Riegeli file from `at` on, without the headers of its blocks; fewer at its end."""
     data, header = np.empty(length, np.uint8).data, memoryview(bytearray(BLOCK_HEADER))
     ends = [*range(BLOCK - at % BLOCK, length, BLOCK - BLOCK_HEADER), length]
     pieces = [piece for start, end in itertools.pairwise([0, *ends]) for piece in (data[start:end], header)]
@@ -176,14 +192,14 @@ def read_at(file: io.FileIO, at: int, length: int) -> memoryview:
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """The sum of the words of 64 bits of a record, and the rest."""
+    """Return the sum, modulo 2**64, of a record's 64-bit words and its remaining bytes."""
     whole = len(data) // 8 * 8
     words = np.frombuffer(data, np.uint64, whole // 8)
     return (int(words.sum()) + int.from_bytes(bytes(data[whole:]), "little")) % 2**64
 
 
 def file_sum(path: Path) -> str:
-    """A hash of a file, read piece by piece. Raises InputError."""
+    """Return a hash of a file, which is read in pieces. Raises InputError."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
@@ -192,16 +208,16 @@ def file_sum(path: Path) -> str:
 
 
 def sum_of(manifest: Mapping[str, Any]) -> str:
-    """A hash of a prepared.json without the field that holds it."""
-    said = json.dumps({name: value for name, value in manifest.items() if name != SUM}, sort_keys=True)
-    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+    """Return the hash of a prepared.json without the field that holds this hash."""
+    text = json.dumps({name: value for name, value in manifest.items() if name != SUM}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-# Errors as text.
+# Errors as text
 
 
 def error_json(error: InputError) -> dict[str, Any]:
-    """An InputError as a JSON object."""
+    """Return an InputError as a JSON object."""
     return {
         "where": error.where,
         "field": error.field,
@@ -212,18 +228,18 @@ def error_json(error: InputError) -> dict[str, Any]:
 
 
 def error_of(record: Mapping[str, Any], field: str | None = None) -> InputError:
-    """The InputError of a JSON object; `field` stands for the field that is being read now."""
+    """Return the InputError of a JSON object; `field` replaces its field."""
     kind = MissingFile if record["missing"] else InputError
     return kind(record["where"], field or record["field"], record["problem"], record["fix"])
 
 
 def found_json(found: Found, whole: bool = False) -> str:
-    """One line of a list of Examples. `whole`: the error is of the annotations as a whole."""
+    """Return one line of a list of Examples. whole: the error concerns the annotations as a whole."""
     record = {"error": error_json(found), "whole": whole} if isinstance(found, InputError) else to_json(found)
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-# Reading.
+# Reading
 
 
 class Shards:
@@ -247,7 +263,7 @@ class Shards:
             raise InputError(
                 str(self.root / MANIFEST),
                 SUM,
-                "is not that of what it holds; it is damaged",
+                "does not match the content; the file is damaged",
                 "run prepare again with the same options",
             )
         check(self.manifest, MANIFEST_SCHEMA, str(self.root / MANIFEST))
@@ -257,7 +273,7 @@ class Shards:
                 **{field: value for field, value in self.manifest["decoding"].items() if field in Decoding._fields},
             }
         )
-        self._told = False
+        self._warned = False
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
             _check_size(self.root / shard["file"], shard["bytes"])
@@ -267,59 +283,66 @@ class Shards:
         self._places = np.asarray(np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE))
         if places and self._places["shard"].max() >= len(self.shards):
             raise _damaged(self.root / INDEX, f"names a shard that {MANIFEST} does not have")
-        self._keys = np.ascontiguousarray(self._places["key"])  # searchsorted would copy them at every look
+        self._keys = np.ascontiguousarray(self._places["key"])  # searchsorted would copy them at every look-up
         self._readers: dict[int, Any] = {}
         self._files: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
     def check(self, decoding: Decoding) -> None:
-        """Raise InputError naming the first setting in which `decoding` differs from that of the shards. A root of an
-        older format has no clock, which is said once."""
-        for field, ours, asked in zip(Decoding._fields, self.decoding, decoding, strict=True):
-            if field == "clock" and ours != asked and self.manifest["format"] == COUNTED:
+        """Raise InputError naming the first setting of `decoding` that differs from that of the shards.
+
+        A root of an older format has no clock; this is a warning, printed once.
+        """
+        for field, prepared, wanted in zip(Decoding._fields, self.decoding, decoding, strict=True):
+            if field == "clock" and prepared != wanted and self.manifest["format"] == COUNTED:
                 self._tell_age()
-            elif ours != asked:
+            elif prepared != wanted:
                 raise InputError(
                     str(self.root),
                     field,
-                    f"was prepared with {ours}, but {asked} is asked for",
-                    f"prepare it anew with --{field.replace('_', '-')}, or read the raw data",
+                    f"was prepared with {prepared}, but {wanted} is asked for",
+                    f"prepare it again with --{field.replace('_', '-')}, or read the raw data",
                 )
 
     def check_file(self, name: str) -> None:
-        """Raise InputError unless the index or a list of Examples is what was written. Older roots do not know."""
+        """Raise InputError if the index or a list of Examples has changed. Older roots have no checksums."""
         kept = self.manifest.get(SUMS, {}).get(name)
         if kept is not None and kept != file_sum(self.root / name):
             raise InputError(
                 str(self.root / name),
                 "",
                 "is not what prepare wrote; it is damaged",
-                "run prepare again with the same options: it writes lists and index anew",
+                "run prepare again with the same options: it rewrites lists and index",
             )
 
     def _tell_age(self) -> None:
-        if not self._told:
+        if not self._warned:
             print(
                 f"warning: {self.root} was prepared by an older version, which counts frames and takes sound from "
                 "its first sample: prepare it again if frame rates vary, or if sound does not start and end with the "
                 "pictures",
                 file=sys.stderr,
             )
-        self._told = True
+        self._warned = True
 
     def video(self, path: str) -> np.ndarray:
+        """Return the frames of a video; see `decoded.Files`."""
         return self._pixels(self._record(Medium("frames", path, "video"), "video"))
 
     def video_size(self, path: str) -> tuple[int, int]:
+        """Return the (width, height) of the video itself."""
         return _size(self._record(Medium("frames", path, "video"), "video"))
 
     def picture(self, path: str, field: str) -> np.ndarray:
+        """Return a picture; see `decoded.Files`."""
         return self._pixels(self._record(Medium("frames", path, "picture"), field))[0]
 
     def picture_size(self, path: str, field: str) -> tuple[int, int]:
+        """Return the (width, height) of the picture itself."""
         return _size(self._record(Medium("frames", path, "picture"), field))
 
     def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
+        """Return the filter banks of the audio windows of a clip; see `decoded.Files`."""
         policy, short = all_windows(windows), self.decoding.pad_short_audio
         record = self._sound(path, windows, video)
         fbank.check_windows(record["samples"], windows, second, str(self.root / path), short)
@@ -328,7 +351,7 @@ class Shards:
         return bands if policy == windows or second is None else bands[second : second + 1]
 
     def seconds(self, path: str, windows: str, video: str | None = None) -> float:
-        """The length of a sound."""
+        """Return the length of a sound in seconds."""
         return self._sound(path, windows, video)["samples"] / fbank.SAMPLE_RATE
 
     def _sound(self, path: str, windows: str, video: str | None) -> dict[str, Any]:
@@ -336,6 +359,7 @@ class Shards:
         return self._record(medium, "audio")
 
     def mask(self, path: str, kind: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
+        """Return a ground-truth mask; see `decoded.Files`."""
         if path.startswith(media.INLINE_MASK):
             return media.read_mask(path, size, kind, picture)
         record = self._record(Medium("masks", path, kind), "mask")
@@ -345,25 +369,26 @@ class Shards:
         return media.read_mask(path, size, kind, picture, content=bytes(record["content"]))
 
     def mask_size(self, path: str, kind: str) -> tuple[int, int]:
+        """Return the (width, height) of a mask itself."""
         return _size(self._record(Medium("masks", path, kind), "mask"))
 
     def has(self, name: str, split: str | None = None) -> bool:
-        """Whether a dataset (or its split) is here."""
+        """Return whether a dataset (or its split) is here."""
         splits = self.manifest["datasets"].get(name, {})
         return bool(splits) if split is None else split in splits
 
     def digest(self, names: Iterable[str], split: str) -> str:
-        """A hash of the media that were decoded for one split of some datasets ("" is that of a `<split>.jsonl`)."""
+        """Return a hash of the media decoded for one split of some datasets (name "": a `<split>.jsonl`)."""
         titles = {f"{name}_{split}" if name else split for name in names}
-        ours = sorted(
+        decoded_shards = sorted(
             (shard["file"], shard["sha256"])
             for shard in self.shards
             if shard["file"].partition("/")[2].partition("-")[2].partition(".")[0] in titles
         )
-        return hashlib.blake2b(json.dumps([self.decoding, ours]).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps([self.decoding, decoded_shards]).encode(), digest_size=16).hexdigest()
 
     def records(self, name: str, split: str, variant: str) -> Iterator[Found]:
-        """What `datasets.records` gives for the root that this one was made from."""
+        """Yield the same as `datasets.records` for the original root. Raises InputError."""
         if not self.has(name, split) or variant not in self.manifest["variants"]:
             field, value = ("variant", variant) if self.has(name, split) else ("datasets", f"{name} {split}")
             fix = f"run prepare with it into {self.root}, or read the raw data"
@@ -387,17 +412,17 @@ class Shards:
         return np.frombuffer(record["pixels"], np.uint8).reshape(-1, size, size, 3)
 
     def _record(self, medium: Medium, field: str) -> dict[str, Any]:
-        """The record of a medium. Raises the InputError that decoding it gave, or one that names a damaged shard."""
+        """Return the record of a medium. Raises the InputError of its decoding, or one that names a damaged shard."""
         key = np.uint64(medium.key())
-        found = np.searchsorted(self._keys, key)
-        if found == len(self._keys) or self._keys[found] != key:
+        position = np.searchsorted(self._keys, key)
+        if position == len(self._keys) or self._keys[position] != key:
             raise InputError(
                 str(self.root),
                 field,
                 f"{medium.path} ({medium.detail}) is not among what was prepared",
                 "run prepare again with the same options; it adds what is new",
             )
-        _, number, row, at, length, total = self._places[found].item()
+        _, number, row, at, length, total = self._places[position].item()
         try:
             data = read_at(self._file(number), at, length) if at else self._reader(number).read([row])[0]
             record = decode(data)
@@ -434,23 +459,23 @@ def _damaged(path: Path, problem: str) -> InputError:
         str(path),
         "",
         f"{problem}; the shard is damaged",
-        "run prepare again with the same options: it makes damaged shards anew",
+        "run prepare again with the same options: it rewrites damaged shards",
     )
 
 
 def _check_size(path: Path, size: int) -> None:
-    there = path.stat().st_size if path.is_file() else None
-    if there != size:
-        raise _damaged(path, "is missing" if there is None else f"holds {there} of {size} bytes")
+    stored = path.stat().st_size if path.is_file() else None
+    if stored != size:
+        raise _damaged(path, "is missing" if stored is None else f"holds {stored} of {size} bytes")
 
 
 def examples_file(name: str, split: str, variant: str) -> str:
-    """The list of Examples of one split of a dataset, relative to the prepared root."""
+    """Return the list of Examples of one split of a dataset, relative to the prepared root."""
     return f"examples/{name}-{split}-{variant}.jsonl"
 
 
 def opened(root: str | Path) -> Shards | None:
-    """The prepared root `root`; None when it is none. Raises InputError for one that is unfinished or damaged."""
+    """Return the prepared root `root`; None for any other folder. Raises InputError if it is unfinished or damaged."""
     path = os.path.abspath(root)
     try:
         stamp = os.stat(os.path.join(path, MANIFEST)).st_mtime_ns
@@ -459,7 +484,7 @@ def opened(root: str | Path) -> Shards | None:
             raise InputError(
                 str(root),
                 "",
-                "is not prepared to the end",
+                "is not completely prepared",
                 "run prepare again with the same options; it goes on where it stopped",
             ) from None
         return None
@@ -472,7 +497,7 @@ def _opened(root: str, stamp: int) -> Shards:
 
 
 def media_of(example: Example, decoding: Decoding) -> Iterator[Medium]:
-    """What `batching.load` and the metrics read for an Example, in the order of reading."""
+    """Yield the media that `batching.load` and the metrics read for an Example, in the order of reading."""
     names, taken = example.frames, min(decoding.video_frames, len(example.frames))
     if example.video:
         yield Medium("frames", example.video, "video")

@@ -1,9 +1,9 @@
-"""What of every dataset is there: have / missing / corrupt / effective N, per dataset and split.
+"""Count what is there of every dataset and split: have / missing / corrupt / effective N.
 
     python -m data_pipelines status --root R --datasets ave,avqa --json runs/status.json
 
-Reads the annotations and looks at the outline of every media file, without decoding any (`validate` does). Nothing that
-is missing or damaged is an error here: the command exits 0 on any partial copy, and names every problem in --json.
+Reads the annotations and checks the container structure of every media file, without decoding any (`validate` does).
+Missing or damaged files are no errors here: the command exits 0 on any partial copy, and lists every problem in --json.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, re
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import MissingFile
 
-# How the text of a Problem begins.
+# The kinds of problems, which are the first words of their texts.
 MISSING, CORRUPT, MALFORMED, LEAK, WARNING = "missing", "corrupt", "malformed", "leak", "warning"
 KINDS = (MISSING, CORRUPT, MALFORMED, LEAK, WARNING)
-FILMS = ("video", "audio")  # fields of an Example that hold films and sounds; the others hold pictures
+FILMS = ("video", "audio")  # fields of an Example with films and sounds; the others have pictures
 Look = Callable[[str, str, Example], Iterable[tuple[str, str, str]]]  # (dataset, split, Example) -> (field, path, text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. id: of the Example, or the annotation's line where there is none; path of the file;
-    problem: its kind, a colon, and what it is."""
+    """One problem of the data.
+
+    id: of the Example, or the line of the annotation file. path: of the file. problem: its kind, a colon, and a
+    description.
+    """
 
     dataset: str
     split: str
@@ -46,14 +49,18 @@ class Problem:
 
     @property
     def kind(self) -> str:
+        """Return the kind, one of KINDS."""
         return self.problem.partition(":")[0]
 
 
 @dataclasses.dataclass
 class Count:
-    """Examples of one split. complete: of the whole release, None where not known; annotated = have + the others;
-    missing: a media file is not there; corrupt: one is damaged; malformed: the annotation is; have: the effective N.
-    note: why nothing could be counted; notes: what else a person should know of the annotations (Release.notes)."""
+    """The counts of one split.
+
+    complete: Examples of the whole release, None where unknown. annotated = have + the others; missing: a media file
+    does not exist; corrupt: a media file is damaged; malformed: the annotation is faulty; have: the effective N. note:
+    why nothing could be counted. notes: remarks on the annotations (Release.notes).
+    """
 
     dataset: str
     split: str
@@ -70,11 +77,11 @@ class Count:
 def status(
     root: str | Path, names: Sequence[str] = (), progress: Callable[[str], None] | None = None, look: Look | None = None
 ) -> tuple[list[Count], list[Problem]]:
-    """Counts of every split of the datasets `names` (all when empty), and every problem.
+    """Return the counts of every split of the datasets `names` (all when empty), and every problem.
 
-    look: what is wrong with an Example whose files are there; None looks at the outline of each (of a prepared root,
-    that its shards are there and whole is seen when it is opened). Raises InputError only for a root that is no folder,
-    a prepared one that is unfinished or damaged, and an unknown name.
+    look: returns the problems of an Example whose files exist; None checks the container structure of each file (those
+    of a prepared root are checked when it is opened). Raises InputError only for a root that is no folder, a prepared
+    root that is unfinished or damaged, and an unknown name.
     """
     look = look or ((lambda *example: ()) if shards.opened(root) else outlines(root))
     counts: list[Count] = []
@@ -87,7 +94,7 @@ def status(
             continue
         try:
             problems += _count(count, root, look, progress)
-        except InputError as error:  # of an annotation file as a whole
+        except InputError as error:  # an annotation file as a whole cannot be read
             count.note = str(error)
             kind = MISSING if isinstance(error, MissingFile) else MALFORMED
             problems.append(Problem(name, split, "", error.where, error.field, f"{kind}: {error.problem}"))
@@ -95,8 +102,8 @@ def status(
 
 
 def outlines(root: str | Path) -> Look:
-    """Looks at the outline of each file, once."""
-    damage_of = functools.cache(functools.partial(damage, root))  # most files belong to many Examples
+    """Return a function that checks the container structure of each file once."""
+    damage_of = functools.cache(functools.partial(damage, root))  # most files belong to several Examples
 
     def look(dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
         for field, path in media_of(example):
@@ -107,7 +114,7 @@ def outlines(root: str | Path) -> Look:
 
 
 def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str], None] | None) -> Iterator[Problem]:
-    """Count one split; yields its problems."""
+    """Count one split and yield its problems."""
     pace = Progress(f"{count.dataset} {count.split}", count.complete or 0, progress)
     notes: list[InputError] = []
     for found in pace.over(records(root, count.dataset, count.split, notes=notes)):
@@ -141,9 +148,9 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
 
 
 def damage(root: str | Path, path: str, field: str) -> str:
-    """What is wrong with the outline of the file of a field: empty, of another kind, or cut off; "" when nothing is.
+    """Return what is wrong with the structure of a media file: empty, of another kind, or cut off; "" if nothing is.
 
-    Goes by what the file holds, and finds nothing wrong with what the loader reads.
+    The content decides, not the name, and everything that the loader reads is accepted.
     """
     full = Path(root) / path
     try:
@@ -158,7 +165,7 @@ def damage(root: str | Path, path: str, field: str) -> str:
 
 
 def table(counts: Sequence[Count]) -> str:
-    """The counts as text. `-` stands for what is not known or not there."""
+    """Format the counts as text. `-` stands for unknown or missing values."""
     header = ("dataset", "split", "complete", "annotated", "missing", "corrupt", "malformed", "effective N")
     rows: list[tuple[str, ...]] = [header]
     for c in counts:
@@ -184,7 +191,7 @@ def table(counts: Sequence[Count]) -> str:
 
 
 def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
-    """The arguments of a verb that looks through a data root."""
+    """Return the parser of a verb that examines a data root."""
     parser = CommandLine(doc, prog)
     parser.add_argument("--root", type=PATH, required=True, help="data root: releases in folders of their names")
     parser.add_argument(
@@ -206,12 +213,12 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
             "kinds": {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS},
             "problems": [dataclasses.asdict(problem) for problem in problems],
         }
-        # Names of files may hold bytes that are no text.
+        # File names may contain bytes that are not text.
         write_whole(file, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     print(table(counts))
     for problem in sorted(problems, key=lambda problem: KINDS.index(problem.kind))[:10]:
         line = f"  {problem.dataset} {problem.split}, {problem.id} [{problem.field}]: {problem.problem}"
-        print(printable(line)[:300])  # names may be long, or no text
+        print(printable(line)[:300])  # names may be long, or not text
     if problems[10:]:
         print(f"  and {len(problems) - 10} more; --json FILE lists them")
     for c in (c for c in counts if c.notes):
@@ -220,7 +227,7 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
 
 
 def run(argv: Sequence[str]) -> None:
-    """Print the table, and write the report when asked to."""
+    """Print the table, and write the report if requested."""
     arguments = command_line(__doc__, "python -m data_pipelines status").parse_args(argv)
     if arguments.json:
         out_file(arguments.json, "--json")
@@ -229,5 +236,5 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry point of `python -m data_pipelines status`."""
+    """Run `python -m data_pipelines status`."""
     run_verb(lambda: run(argv), "--debug" in argv)

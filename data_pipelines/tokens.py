@@ -1,4 +1,4 @@
-"""Text to ids: the tokenizer, the 17 multimodal tokens, the chat wrap, and the expansion of placeholders to slots.
+"""Text to ids: the tokenizer, the 17 multimodal tokens, the chat format, and the expansion of placeholders to slots.
 
 `python -m data_pipelines.tokens --corpus FILE --out FILE` trains the small tokenizer of the tiny configs.
 """
@@ -42,7 +42,7 @@ SYSTEM = "You are a helpful assistant."
 
 
 def chat_prompt(instruction: str) -> str:
-    """The text of one user turn in the LLaMA-2 chat format, with the reference's system message."""
+    """Return the text of one user turn in the LLaMA-2 chat format, with the reference's system message."""
     return f"{BOS}[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{instruction.strip()} [/INST]"
 
 
@@ -56,11 +56,14 @@ class Expanded(NamedTuple):
 
 
 class Tokenizer:
-    """Ids of prompts and targets, for any `tokenizers.Tokenizer`, with the 17 multimodal tokens added at its end."""
+    """Tokenisation of prompts and targets by any `tokenizers.Tokenizer`, extended by the 17 multimodal tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, legacy: bool | None = None):
-        """`legacy`: how a LLaMA tokenizer treats added tokens (see `load`), None for any other tokenizer. Lengths that
-        its file cuts or fills texts to are left out: a prompt would lose its end without a word."""
+        """Add the multimodal tokens to `backend`. Raises InputError.
+
+        legacy: how a LLaMA tokenizer treats added tokens (see `load`), None for any other tokenizer. Truncation and
+        padding of the tokenizer file are switched off: they would silently cut prompts.
+        """
         self.where = "the tokenizer"
         backend.no_truncation()
         backend.no_padding()
@@ -79,7 +82,7 @@ class Tokenizer:
             raise InputError(
                 "tokenizer",
                 "vocab",
-                "has ids that are not those from 0 on, one a token",
+                "has ids that are not consecutive from 0, one per token",
                 "use the tokenizer of the base model",
             )
         expected = list(range(self.base, self.base + 17))
@@ -95,23 +98,23 @@ class Tokenizer:
         self.mask_ids = tuple(expected[-6:])
 
     def digest(self) -> str:
-        """A hash of what text becomes which ids by."""
+        """Return a hash of everything that determines the ids of a text."""
         return hashlib.blake2b(f"{self._legacy} {self._backend.to_str()}".encode(), digest_size=16).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path, legacy: bool | None = None) -> Tokenizer:
-        """Tokenizer of a tokenizer.json, or of a directory: one that `save` wrote, or one in Hugging Face form.
+        """Load a tokenizer.json, or a folder: one that `save` wrote, or one in Hugging Face form.
 
         A LLaMA directory (tokenizer.model, or tokenizer_class LlamaTokenizer) gives the ids of the slow LlamaTokenizer
         of transformers 4.37.2. There `legacy` (default: of tokenizer_config.json, where absent and null mean True) puts
         a word mark before every run of text between added tokens; otherwise only the start of the whole text gets one.
-        Raises InputError for a file that is missing, damaged, or stands in for one that was not fetched.
+        Raises InputError for a file that is missing, damaged, or a placeholder.
         """
         path = packaged.located(path)
         with _refusing(path), _silent():
             loaded = cls._load(path, legacy)
             loaded.where = str(path)
-            loaded._backend.decode(loaded.ids(_TRIAL))  # some are refused by the first text only
+            loaded._backend.decode(loaded.ids(_TRIAL))  # some faults only show with the first text
         return loaded
 
     @classmethod
@@ -134,21 +137,21 @@ class Tokenizer:
         return cls(backend, legacy)
 
     def save(self, folder: str | Path) -> None:
-        """Write what `load(folder)` needs: tokenizer.json, and tokenizer_config.json for a LLaMA one."""
+        """Write the files that `load(folder)` needs: tokenizer.json, and tokenizer_config.json for a LLaMA one."""
         write_whole(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True))
         if self._legacy is not None:
             config = {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
             write_whole(Path(folder) / "tokenizer_config.json", json.dumps(config))
 
     def id(self, token: str) -> int:
-        """Id of one token of the vocabulary."""
-        found = self._backend.token_to_id(token)
-        if found is None:
+        """Return the id of one token of the vocabulary. Raises KeyError."""
+        number = self._backend.token_to_id(token)
+        if number is None:
             raise KeyError(token)
-        return found
+        return number
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text; added tokens are recognised, nothing is put around."""
+        """Return the ids of a text; added tokens are recognised, and no special tokens are added."""
         if self._legacy is False and text and not text.startswith(self._added):
             text = "▁" + text
         try:
@@ -156,13 +159,13 @@ class Tokenizer:
                 return self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise InputError(
-                "a prompt or target", "", f"holds bytes that are no text: {text!r:.200}", "write it in UTF-8"
+                "a prompt or target", "", f"holds bytes that are not text: {text!r:.200}", "write it in UTF-8"
             ) from None
 
     def encode(self, instruction: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32[N], is_target bool[N]) of the wrapped instruction, followed by `target + "</s>"` unless None.
+        """Return (ids int32[N], is_target bool[N]) of the wrapped instruction and, unless None, `target + "</s>"`.
 
-        The two are tokenised apart and concatenated, as in dataset/unified_dataset.py.
+        The two are tokenised separately and concatenated, as in dataset/unified_dataset.py.
         """
         prompt = self._prompt(instruction)
         answer = [] if target is None else self.ids(target + EOS)
@@ -170,22 +173,22 @@ class Tokenizer:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a process has one tokenizer, and most tasks one prompt
     def _prompt(self, instruction: str) -> list[int]:
-        """Ids of the wrapped instruction; not to be changed."""
+        """Return the ids of the wrapped instruction; the caller must not change the list."""
         return self.ids(chat_prompt(instruction))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids, up to the first `</s>` when special tokens are skipped; mask tokens stay."""
+        """Return the text of ids, up to the first `</s>` when special tokens are skipped; mask tokens stay."""
         ids = [int(i) for i in ids]
         if skip_special_tokens and self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def length(self, ids: np.ndarray, rows: Mapping[str, np.ndarray]) -> int:
-        """How many positions `expand` gives."""
+        """Return the number of positions that `expand` gives."""
         return int(self._lengths(ids, rows).sum())
 
     def _lengths(self, ids: np.ndarray, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        """int[N]: the positions that each of the ids takes."""
+        """Return int[N]: the number of positions of each id."""
         lengths = np.ones(len(ids), int)
         for name, run in rows.items():
             lengths[ids == self.id(name)] = len(run)
@@ -194,44 +197,46 @@ class Tokenizer:
     def expand(self, ids: np.ndarray, is_target: np.ndarray, rows: Mapping[str, np.ndarray]) -> Expanded:
         """Replace each placeholder by its run of feature slots.
 
-        ids: int32[N]; is_target: bool[N]; rows: placeholder -> int[n], the feature rows that it stands for, in order.
-        Source: prepare_multimodal_inputs (models/unified_arch.py); the position of a mask token minus one predicts it.
+        ids: int32[N]; is_target: bool[N]; rows: placeholder -> int[n], its feature rows in order. Source:
+        prepare_multimodal_inputs (models/unified_arch.py); the position of a mask token minus one predicts it.
         """
         lengths = self._lengths(ids, rows)
         tokens, loss_mask = np.repeat(ids.astype(np.int32), lengths), np.repeat(is_target, lengths)
         slots = np.full(len(tokens), -1, np.int32)
         for name, run in rows.items():
-            where = np.flatnonzero(tokens == self.id(name))
-            slots[where] = np.resize(run, len(where))  # once for each placeholder
+            places = np.flatnonzero(tokens == self.id(name))
+            slots[places] = np.resize(run, len(places))  # once for each placeholder
         positions = np.full(len(self.mask_ids), -1, np.int32)
-        found = np.flatnonzero(loss_mask & (tokens >= self.mask_ids[0]))[::-1]  # the first of a kind is written last
-        positions[tokens[found] - self.mask_ids[0]] = found - 1
+        masks = np.flatnonzero(loss_mask & (tokens >= self.mask_ids[0]))[::-1]  # the first of a kind is written last
+        positions[tokens[masks] - self.mask_ids[0]] = masks - 1
         return Expanded(tokens, slots, loss_mask, positions)
 
 
 _ID = Whole(0, 2**24)
 TOKENIZER = {"model": {}, "added_tokens?": [{"id": _ID, "content": Text(1)}]}
-# A Unigram model has a list as its vocabulary. A long prefix is what the Rust library panics of.
+# A Unigram model has a list as its vocabulary. The Rust library panics on a long prefix.
 VOCABULARY = {"vocab?": Anything(), "type?": Null(Text(1)), "continuing_subword_prefix?": Null(Text(0, 2))}
 CONFIG = {"tokenizer_class?": Null(Text())}
-GROWTH = 1000  # times as long as it was a text may become in front of the vocabulary
+GROWTH = 1000  # largest factor by which normalisation may lengthen a text
 _TRIAL = "<video>\n<audio> An \u00e9, 12  \u526a \U0001f600 <mask_0> </s>"
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(str(path), "tokenizer", "no such file", "give a tokenizer.json or a LLaMA directory")
-    found = read_json(path, TOKENIZER, "tokenizer")
-    check(found["model"], VOCABULARY, str(path), "model")
-    if found["model"].get("dropout"):
+    content = read_json(path, TOKENIZER, "tokenizer")
+    check(content["model"], VOCABULARY, str(path), "model")
+    if content["model"].get("dropout"):
         raise InputError(str(path), "model.dropout", "makes the ids of a text random", "set it to null")
-    _check_normalizer(found.get("normalizer"), str(path))
+    _check_normalizer(content.get("normalizer"), str(path))
     return tokenizers.Tokenizer.from_file(str(path))
 
 
 def _check_normalizer(normalizer: Any, where: str) -> int:
-    """How many times as long as it was a text may become, GROWTH at most. Raises InputError for more, and for what the
-    Rust library would end the process of."""
+    """Return the factor by which a normalizer may lengthen a text, at most GROWTH.
+
+    Raises InputError for a larger factor, and for content on which the Rust library would abort the process.
+    """
 
     def refuse(problem: str) -> InputError:
         return InputError(where, "normalizer", problem, "use the tokenizer of the base model")
@@ -259,7 +264,7 @@ def _check_normalizer(normalizer: Any, where: str) -> int:
 
 @contextlib.contextmanager
 def _refusing(where: str | Path) -> Iterator[None]:
-    """What the Rust library raises becomes an InputError: plain Exception, and where it panics no Exception at all."""
+    """Convert errors of the Rust library to InputError: plain Exceptions, and panics, which are no Exceptions."""
     try:
         yield
     except BaseException as error:
@@ -275,7 +280,7 @@ def _refusing(where: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep off the console what the Rust library prints where it panics: the error says it."""
+    """Hide what the Rust library prints when it panics: the error reports it."""
     sys.stderr.flush()
     before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -288,17 +293,17 @@ def _silent() -> Iterator[None]:
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
+    """Return the tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
     refuse_special(folder / "tokenizer.model", "tokenizer", SETTINGS)
     refuse_stand_in(folder / "tokenizer.model", "tokenizer")
-    import sentencepiece  # needed for the conversion only, and so is transformers, which is slow to import
+    import sentencepiece  # imported late: only the conversion needs it and transformers, which is slow to import
     from transformers import LlamaTokenizer
 
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
         backend.model = _merging_by_score(pieces)
-    except Exception as error:  # of transformers, sentencepiece and tiktoken, each of its own kind
+    except Exception as error:  # transformers, sentencepiece and tiktoken raise errors of many kinds
         raise InputError(
             str(folder / "tokenizer.model"),
             "tokenizer",
@@ -309,9 +314,9 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _merging_by_score(pieces: Any) -> models.BPE:
-    """The merges of a sentencepiece model, best score first.
+    """Return the merges of a sentencepiece model, best score first.
 
-    transformers 5 takes the order of the ids for it, which LLaMA's runs of spaces do not have: their scores are last.
+    transformers 5 orders merges by id instead, which is wrong for LLaMA's runs of spaces: their scores are the lowest.
     """
     vocab = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
     merges = []
@@ -338,8 +343,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: int = 640) -> None:
     """Train a byte-level BPE on a corpus and save it as a tokenizer.json.
 
-    Any text encodes and decodes to itself, each digit is a token of its own, and the frequent words are single tokens.
-    `<unk>`, `<s>`, `</s>` and `<pad>` have ids 0 to 3; the multimodal tokens are left out, `Tokenizer` adds them.
+    Any text encodes and decodes to itself, each digit is a token, and frequent words are single tokens. `<unk>`, `<s>`,
+    `</s>` and `<pad>` have ids 0 to 3; the multimodal tokens are left out, `Tokenizer` adds them.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -358,7 +363,7 @@ def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: in
 
 
 def corpus_texts(path: str | Path) -> Iterator[str]:
-    """Texts to train on: the wrapped instructions and the targets of Examples (.jsonl), or the lines of a text file."""
+    """Yield texts to train on: wrapped instructions and targets of Examples (.jsonl), or the lines of a text file."""
     path = Path(path)
     if path.suffix == ".jsonl":
         for example in read_jsonl(path):

@@ -1,12 +1,11 @@
-"""Decodes every file of every dataset, and names what training would stumble over or silently read wrong.
+"""Decode every file of every dataset, and report what training would fail on or silently read wrong.
 
     python -m data_pipelines validate --root R --datasets ave,avqa --json runs/validate.json --workers 8
 
-Exits 0 when all is well and 3 when anything is bad: a file that the loader refuses (damaged, too short, a mask of
+Exits 0 when the data is sound and 3 otherwise: for a file that the loader refuses (damaged, too short, a mask of
 another size than its picture), a malformed row, a clip in two splits, and, unless --allow-missing is given, a missing
-file.
-docs/datasets.md lists the checks. A file is decoded once, whatever uses it, and one that crashes or hangs its decoder
-is a problem like any other.
+file. docs/datasets.md lists the checks. A file is decoded once, whatever uses it, and one that crashes or hangs its
+decoder is a problem like any other.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ from data_pipelines.status import (
 )
 
 BAD = 3  # the exit code
-SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # that a file may take, and more for a large one
-Task = tuple[str, str, tuple[str, ...]]  # what `examine` takes
+SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # time allowed per file: seconds, plus its size by this rate
+Task = tuple[str, str, tuple[str, ...]]  # the argument of `examine`
 
 
 def validate(
@@ -56,25 +55,25 @@ def validate(
     progress: Callable[[str], None] | None = None,
     seconds: float = SECONDS,
 ) -> tuple[list[Count], list[Problem]]:
-    """Counts and problems as of `status`, by decoding with `workers` processes (0: one per core).
+    """Return counts and problems as `status` does, by decoding with `workers` processes (0: one per core).
 
-    Memory grows by the names of the files, not by what they hold; a process decodes one file at a time. Of a prepared
-    root the shards' checksums are taken and their records read. Raises InputError as `status`, and for a root that
-    holds nothing.
+    Memory grows with the names of the files, not with their content; a process decodes one file at a time. For a
+    prepared root, the shards' checksums are compared and their records read. Raises InputError as `status`, and for a
+    root that has none of the datasets.
     """
     if not any(is_there(root, name) for name, _ in selection(root, names)):
         raise InputError(
             str(root),
             "--root",
-            "holds nothing of what is asked for",
+            "holds none of the datasets",
             "give the folder that holds the datasets; docs/datasets.md shows the trees",
         )
     if prepared := shards.opened(root):
         wrong = list(_checksums(prepared, progress))
         counts, problems = status(root, names, progress, PreparedLook(prepared))
         return counts, wrong + problems + leak_problems(root, names)
-    found: dict[str, Facts] = {}
-    known: dict[Facts, Facts] = {}  # most pictures have the same
+    facts_of: dict[str, Facts] = {}
+    known: dict[Facts, Facts] = {}  # equal Facts share one object, as most pictures have the same
     tasks = files(root, names, progress)
 
     def limit(task: Task) -> float:
@@ -84,28 +83,31 @@ def validate(
     for task, facts in Progress("files", len(tasks), progress).over(answers):
         if isinstance(facts, Exception):
             facts = Facts(tuple((use, f"{CORRUPT}: {facts}") for use in task[2]))
-        found[task[1]] = known.setdefault(facts, facts)
-    counts, problems = status(root, names, progress, Look(root, found))
+        facts_of[task[1]] = known.setdefault(facts, facts)
+    counts, problems = status(root, names, progress, Look(root, facts_of))
     return counts, [problem for problem in problems if names or not _is_unasked(problem)] + leak_problems(root, names)
 
 
 def _is_unasked(problem: Problem) -> bool:
-    """Whether it is a missing annotation file of another release in a dataset's folder (MUSIC-AVQA as first published,
-    the other half of AVSBench's object release, a split of the users' own data), which nobody must have."""
+    """Return whether a problem is a missing annotation file of an optional other release in a dataset's folder.
+
+    Such releases are MUSIC-AVQA as first published, the other half of AVSBench's object release, and splits of the
+    users' own data.
+    """
     other = problem.dataset in DATASETS and DATASETS[problem.dataset].stage == "other"
     return other and problem.kind == MISSING and not problem.id
 
 
 def _checksums(prepared: Shards, progress: Callable[[str], None] | None) -> Iterator[Problem]:
-    """The shards whose content is not what was written."""
+    """Yield a problem for every shard whose content has changed."""
     for shard in Progress("checksums", len(prepared.shards), progress).over(prepared.shards):
         with open(prepared.root / shard["file"], "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                yield Problem(PREPARED, "", "", shard["file"], "", f"{CORRUPT}: the checksum is another one")
+                yield Problem(PREPARED, "", "", shard["file"], "", f"{CORRUPT}: the checksum differs")
 
 
 def files(root: str | Path, names: Sequence[str], progress: Callable[[str], None] | None) -> list[Task]:
-    """Every file that an Example needs, once, with all that it is used for."""
+    """Return every file that an Example needs, once, with all its uses."""
     annotations = Progress("annotations", say=progress)
     uses: dict[str, tuple[str, ...]] = {}
     for name, split in selection(root, names):
@@ -115,12 +117,12 @@ def files(root: str | Path, names: Sequence[str], progress: Callable[[str], None
                     if use not in (have := uses.get(path, ())):
                         uses[path] = tuple(sorted((*have, use)))
         except InputError:
-            continue  # an annotation file as a whole; `status` reports it
+            continue  # an annotation file that cannot be read; `status` reports it
     return [(str(root), path, uses[path]) for path in uses]
 
 
 def uses_of(example: Example) -> Iterator[tuple[str, str, str]]:
-    """(field, path, use as in `examine`) of every file of an Example; a video's own sound is a use of its own."""
+    """Yield (field, path, use as in `examine`) of every file of an Example; a video's own sound is a separate use."""
     for field, path in media_of(example):
         if field == "mask":
             yield field, path, "semantic" if example.mask_kind == "semantic" else "binary"
@@ -131,35 +133,36 @@ def uses_of(example: Example) -> Iterator[tuple[str, str, str]]:
 
 
 class Look:
-    """What is wrong with an Example, given the facts of its files (a `status.Look`); the clips seen are remembered."""
+    """Finds the problems of an Example, given the Facts of its files (a `status.Look`); remembers the clips seen."""
 
     def __init__(self, root: str | Path, facts: Mapping[str, Facts]):
         self.root, self.facts = Path(root), facts
         self.dataset = ""
-        self.clips: dict[str, str] = {}  # clip -> the last split of the dataset that has it
+        self.clips: dict[str, str] = {}  # clip -> the last split of the dataset in which it occurred
         self.lists = Lists()
 
     def __call__(self, dataset: str, split: str, example: Example) -> Iterator[tuple[str, str, str]]:
+        """Yield (field, path, text) of every problem of an Example."""
         uses = list(uses_of(example))
         yield from self._files(example)
         for check in (check_sources, self._windows, self._mask):
             try:
                 check(example)
             except InputError as error:
-                where = next((path for field, path, _ in uses if field == error.field), "")
-                yield error.field, where, f"{CORRUPT if where else MALFORMED}: {error.problem}"
+                file = next((path for field, path, _ in uses if field == error.field), "")
+                yield error.field, file, f"{CORRUPT if file else MALFORMED}: {error.problem}"
         yield from self._lengths(example)
         yield from self._turned(example)
         yield from self._leak(dataset, split, example, uses[0][1] if uses else "")
         yield from self.lists.look(dataset, split, example, self._seconds(example))
 
     def _seconds(self, example: Example) -> float:
-        """How long the clip of an Example is: its pictures, or else its sound; 0 where neither can be read."""
+        """Return the length in seconds of an Example's clip: of its pictures, else of its sound, else 0."""
         shown = self._of(example.video).seconds if example.video else 0.0
         return shown or self._heard(example)[0] / media.SAMPLE_RATE
 
     def _of(self, path: str) -> Facts:
-        return self.facts.get(path) or Facts()  # it has come since the annotations were read
+        return self.facts.get(path) or Facts()  # a file that was added after the annotations were read
 
     def _files(self, example: Example) -> Iterator[tuple[str, str, str]]:
         for field, path, use in uses_of(example):
@@ -168,8 +171,10 @@ class Look:
                     yield field, path, problem
 
     def _heard(self, example: Example) -> tuple[int, float, float]:
-        """(samples of an Example's sound, 0 where there is none or it cannot be read; when it starts and how long its
-        pictures last, in seconds)."""
+        """Return (samples of an Example's sound, its start in seconds, length of the pictures in seconds).
+
+        The samples are 0 without sound, and for one that cannot be read.
+        """
         path = example.audio or example.video
         if not path or example.windows == "none":
             return 0, 0.0, 0.0
@@ -200,8 +205,10 @@ class Look:
             media.check_size(own, size, "")
 
     def _lengths(self, example: Example) -> Iterator[tuple[str, str, str]]:
-        """Sound and pictures of other lengths: both are read, so it is a warning. What the clock of one file shows
-        (times that are not used, sound that starts late) is in the problems of its Facts."""
+        """Yield a warning for sound and pictures of different lengths, which both are read.
+
+        Faults of a single file's clock (unused timestamps, sound that starts late) are among the problems of its Facts.
+        """
         samples, start, shown = self._heard(example)
         heard = samples / media.SAMPLE_RATE + start
         if samples and shown and mismatch(shown, heard):
@@ -212,7 +219,10 @@ class Look:
             )
 
     def _turned(self, example: Example) -> Iterator[tuple[str, str, str]]:
-        """A mask whose picture EXIF turns, and which nothing turns: it may be drawn on the picture as it is stored."""
+        """Yield a warning for a mask without EXIF orientation whose picture has one.
+
+        The mask may have been drawn on the picture as it is stored.
+        """
         source = seg_source(example)
         drawn = example.mask and not example.mask.startswith(media.INLINE_MASK) and example.mask_kind != "none"
         picture, mask = self._of(source[1] if source else ""), self._of(str(example.mask))
@@ -227,8 +237,10 @@ class Look:
             )
 
     def _leak(self, dataset: str, split: str, example: Example, path: str) -> Iterator[tuple[str, str, str]]:
-        """The clip in an earlier split of the same dataset, once per clip: a warning where the release itself has such
-        clips. The clip is meta's `video`, or the first file."""
+        """Yield a problem, once per clip, for a clip that an earlier split of the same dataset has.
+
+        It is a warning where the release itself has such clips. The clip is meta's `video`, or the first file.
+        """
         if dataset != self.dataset:
             self.dataset, self.clips = dataset, {}
         named = example.meta.get("video")
@@ -242,8 +254,10 @@ class Look:
 
 
 class PreparedLook(Look):
-    """The same for a prepared root: each record is read, as training reads it. What was checked at decoding (the size
-    of masks, the length of sound) is an error in its place."""
+    """Finds the problems of an Example of a prepared root, by reading each record as training does.
+
+    Faults that decoding found (size of masks, length of sound) are errors in the records.
+    """
 
     def __init__(self, prepared: Shards):
         super().__init__(prepared.root, {})
@@ -273,14 +287,14 @@ class PreparedLook(Look):
 
 
 def run(argv: Sequence[str]) -> bool:
-    """Print the table, write the report when asked to; whether anything is bad."""
+    """Print the table, write the report if requested, and return whether anything is bad."""
     parser = command_line(__doc__, "python -m data_pipelines validate")
     parser.add_argument(
         "--workers", type=Whole(0, 1024), default=0, help="processes that decode (default: one per core)"
     )
     parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
     arguments = parser.parse_args(argv)
-    if arguments.json:  # said before the work, not after it
+    if arguments.json:  # checked before the work, not after it
         out_file(arguments.json, "--json")
     counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, on_stderr)
     report(counts, problems, arguments.json)
@@ -289,5 +303,5 @@ def run(argv: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry point of `python -m data_pipelines validate`."""
+    """Run `python -m data_pipelines validate`."""
     run_verb(lambda: sys.exit(BAD) if run(argv) else None, "--debug" in argv)

@@ -23,7 +23,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from configs import tiny
-from crab_jax import optim, train
+from crab_jax import optim
 from crab_jax.config import resolve
 from crab_jax.models.crab import Crab
 from crab_jax.parallel import distributed, sharding
@@ -103,7 +103,7 @@ def drawn(model: Crab):
 def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, remat: str, less: int = 0):
     """What is compared, by name, after STEPS steps from `params` on a mesh; `less` targets left out of the batch."""
     config = config_of(accumulate, remat)
-    model = Crab(config.model)
+    model = config.model.build()
     devices = jax.devices() if np.prod(shape) > 1 else jax.local_devices()[:1]
     mesh = sharding.make_mesh(*shape, devices=devices)
     placed = jax.tree.map(
@@ -122,7 +122,7 @@ def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, rema
     batch, batch_at = batch_of(model.cfg.clip.image_size, masks), sharding.batch_sharding(mesh)
     batch.loss_mask[0, LENGTH - 1 :] &= not less
     rows = distributed.own_rows(batch_at, ROWS)
-    batch = train.global_batch(jax.tree.map(lambda x: x[rows], batch), batch_at, ROWS)
+    batch = distributed.global_batch(jax.tree.map(lambda x: x[rows], batch), batch_at, ROWS)
     seen = []
     for _ in range(STEPS):
         state, metrics = step(state, frozen, batch)
@@ -159,7 +159,7 @@ def main(names: list[str]) -> None:
     distributed.start()
     masks = int("masks" in names)
     config = config_of(1, "none")
-    params = drawn(Crab(config.model))
+    params = drawn(config.model.build())
     wanted = steps(params, masks, *ONE)
     trained, _ = optim.split(params, config.trainable, config.frozen)
     moved = min(

@@ -50,7 +50,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_said_once(picture, f
     decoded._no_cache.cache_clear()
     for _ in range(2):
         assert (files(root, folder.format(root=root)).picture(name, "image") == 90).all()
-    assert len(caplog.records) == 1 and "is done without" in caplog.text
+    assert len(caplog.records) == 1 and "is not used" in caplog.text
 
 
 def test_a_full_disk_leaves_no_part_of_a_cached_file(picture, tmp_path, monkeypatch):

@@ -301,4 +301,6 @@ def test_what_is_compiled_is_kept_whole_or_not_at_all_and_half_of_it_is_replaced
         compile_cache._put(cache, key, bytes(10_000))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"jit_a-cache": b"whole"}
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and f"{tmp_path} cannot be written (File too large): what is compiled is not kept" in said[0]
+    assert (
+        len(said) == 1 and f"{tmp_path} cannot be written (File too large): compiled programs are not kept" in said[0]
+    )

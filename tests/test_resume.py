@@ -118,14 +118,14 @@ def test_a_run_goes_from_a_raw_root_to_its_prepared_one_and_not_to_another(workd
     for clip in (tmp_path / "changed" / "train").rglob("clip.mp4"):
         shutil.copy(next((scenes_root / "test").rglob("clip.mp4")), clip)
     prepare.run(["--root", str(tmp_path / "changed"), "--out", str(tmp_path / "again"), *options])
-    with pytest.raises(InputError, match="prepared anew.*allow_other=true"):
+    with pytest.raises(InputError, match="prepared again.*allow_other=true"):
         go_on(workdir, tmp_path / "again")
 
 
 def test_a_run_of_an_older_version_is_told_once_and_noted(workdir, scenes_root, fewer, capsys):
     RunCheckpoints(workdir / "checkpoints").note({"format": 1, "frozen_hash": "x"})
     go_on(workdir, scenes_root)
-    assert "does not say what this run was trained on" in capsys.readouterr().err
+    assert "does not record the data of this run" in capsys.readouterr().err
     assert manifest(workdir) == {"format": 1, "frozen_hash": "x", "data": run_on(scenes_root)[1]}
     go_on(workdir, scenes_root)
     assert not capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_pointed_map_holds_the_area_of_the_boxes_of_the_named_things(world):
     for example in masked:
         scene = scenes[example.meta["scene"]]
         names = example.meta["objects"] if example.task != "ref-avs" else [example.meta["object"]]
-        told = pretrain.pointed(pretrain.table_of(scene), example)
+        told = pretrain.mask_summary(pretrain.table_of(scene), example)
         kinds, share = np.split(told, [pretrain.KINDS])
         assert {k for k, told in zip(scene_graph.KINDS, kinds, strict=True) if told} == set(names) & set(
             scene_graph.KINDS

@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time, and what they cost: memory, collectives and arithmetic."""
+"""Ahead-of-time compiled programs and their costs: memory, collectives and arithmetic."""

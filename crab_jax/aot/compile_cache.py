@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a program is compiled once per machine, not once per process."""
+"""The persistent compilation cache: programs are compiled once per machine, not once per process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import lru_cache  # the only way to say how an entry is written
+from jax._src import lru_cache  # no public API replaces the writer of entries
 
 from crab_jax.io.files import write_whole
 
 
 def enable() -> None:
-    """Keep compiled programs under ~/.cache/crab_jax (XDG_CACHE_HOME moves ~/.cache), unless JAX_COMPILATION_CACHE_DIR
-    already says where; nowhere, and that is said, where the folder cannot be written."""
+    """Keep compiled programs under ~/.cache/crab_jax (XDG_CACHE_HOME moves ~/.cache).
+
+    JAX_COMPILATION_CACHE_DIR names another folder. If the folder cannot be written, print a note and keep nothing.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "crab_jax" / "xla"
         try:
-            if not folder.is_absolute():  # no home
+            if not folder.is_absolute():  # without a home folder
                 raise OSError
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
@@ -38,18 +40,21 @@ def enable() -> None:
 def _not_kept(folder: str, why: str) -> None:
     reason = f" ({why})" if why else ""
     print(
-        f"{folder} cannot be written{reason}: what is compiled is not kept; JAX_COMPILATION_CACHE_DIR names another "
+        f"{folder} cannot be written{reason}: compiled programs are not kept; JAX_COMPILATION_CACHE_DIR names another "
         "folder",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _put(cache: Any, key: str, value: bytes, of_jax: Any = lru_cache.LRUCache.put) -> None:
-    """Add an entry whole. JAX itself leaves half of one on a full disk, or when it is killed, and then compiles that
-    program in every process; it asks for an entry to be added that is there only where it could not read it."""
+def _put(cache: Any, key: str, value: bytes, original: Any = lru_cache.LRUCache.put) -> None:
+    """Add a cache entry atomically.
+
+    JAX itself leaves a partial entry on a full disk or when killed, and then compiles that program in every process.
+    JAX asks to add an existing entry only when it could not read it, so the entry is replaced.
+    """
     if cache.eviction_enabled or "://" in str(cache.path):
-        of_jax(cache, key, value)
+        original(cache, key, value)
         return
     try:
         write_whole(str(cache.path / f"{key}-cache"), value, lasting=False)

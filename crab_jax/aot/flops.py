@@ -1,8 +1,8 @@
 """Arithmetic and memory traffic of a program, counted in its jaxpr, and the roofline time on a chip.
 
-Counting the traced program needs no formula per module and follows every config: matrices that do not train have no
-weight gradient in it, modules before the first trained one have no backward pass at all. So a frozen weight costs
-2 FLOP per token forwards and 2 backwards (4 N), a trained one 6, and rematerialisation is counted where it happens.
+Counting the traced program needs no formula per module and is right for every config: frozen matrices have no weight
+gradient in it, and modules before the first trained one have no backward pass. A frozen weight therefore costs 2 FLOP
+per token forward and 2 backward (4 N), a trained one 6 N, and rematerialisation counts where it happens.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from crab_jax.parallel.chips import Chip
 class Work(NamedTuple):
     """FLOPs of all matrix products and convolutions, and the bytes that they read and write.
 
-    Elementwise work is taken as fused into its neighbours, so both are lower bounds.
+    Elementwise operations are taken as fused into their neighbours, so both are lower bounds.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
 
     def plus(self, other: Work, times: int = 1) -> Work:
-        """The sum with `times` runs of another."""
+        """Return the sum with `times` runs of another program."""
         return Work(self.flops + times * other.flops, self.bytes + times * other.bytes)
 
 
 def count(function: Callable[..., Any], *args: Any) -> Work:
-    """Work of one call; `args` may be shapes."""
+    """Return the work of one call; `args` may be shapes (jax.ShapeDtypeStruct)."""
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -69,7 +69,7 @@ def _product_flops(eqn: Any) -> float:
 
 
 def roofline(chip: Chip, work: Work, collectives: dict[str, dict[str, int]]) -> dict[str, float]:
-    """Seconds that a chip needs at least: {"compute", "hbm", "interconnect", "step"}.
+    """Return the least seconds that a chip needs: {"compute", "hbm", "interconnect", "step"}.
 
     The step is the largest of the three, as if they overlapped perfectly. An all-reduce sends its bytes twice.
     """

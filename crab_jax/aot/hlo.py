@@ -1,6 +1,6 @@
-"""Reading compiled programs (HLO text): what runs how often, which collectives move how much.
+"""Parsing of compiled programs (HLO text): how often each instruction runs, and the collectives with their bytes.
 
-A scanned layer stands in the text once, as the body of a while loop; here it counts as often as it runs.
+A scanned layer occurs in the text once, as the body of a while loop; here it counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COLLECTIVES = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# Bits per element of the types in HLO text.
+# Bits per element of the element types in HLO text.
 BITS = {
     "pred": 8,
     "s4": 4,
@@ -52,7 +52,7 @@ _INDEX = re.compile(r"index=(\d+)")
 _NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
-# What gives its first operand, or a part of it, in another place, type or form.
+# Opcodes whose result is their first operand, or a part of it, in another place, type or layout.
 _MOVES = {
     "all-gather",
     "all-gather-start",
@@ -75,22 +75,23 @@ Source = Any  # str, or a tuple of Source: recursive
 
 
 class Array(NamedTuple):
-    """Element type as HLO writes it, and shape."""
+    """Element type as written in HLO, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Size without layout padding."""
+        """Return the size without layout padding."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 class Op(NamedTuple):
-    """One instruction. `times`: runs per program run. `fused`: inside a fusion, so its result is no buffer.
+    """One instruction.
 
-    `source`: the argument of the program, as JAX names it, that the result is a moved or converted copy of, or "".
-    `channel`: what the steps of one collective share, or "".
+    times: runs per program run. fused: inside a fusion, so its result has no buffer. source: the program argument
+    (JAX's name) that the result is a moved or converted copy of, or "". channel: identifies the steps of one
+    collective, or "".
     """
 
     name: str
@@ -103,7 +104,7 @@ class Op(NamedTuple):
 
 
 def _split(definition: str) -> tuple[str, str, str]:
-    """(type, opcode, rest) of the text after `name = `."""
+    """Split the text after `name = ` into (type, opcode, rest)."""
     end = definition.find(" ")
     if definition.startswith("("):
         depth = list(itertools.accumulate((letter == "(") - (letter == ")") for letter in definition))
@@ -113,7 +114,7 @@ def _split(definition: str) -> tuple[str, str, str]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
-    """({computation: [(name, type, opcode, rest)]}, name of the entry)."""
+    """Return ({computation: [(name, type, opcode, rest)]}, name of the entry computation)."""
     out: dict[str, list[tuple[str, str, str, str]]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -128,28 +129,31 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
 
 
 def trip_count(condition: list[tuple[str, str, str, str]], rest: str) -> int:
-    """How often a while loop runs: as the compiler noted it, else the constant its condition compares with, else 1."""
+    """Return how often a while loop runs.
+
+    The compiler's note comes first, then the constant that the condition compares with, then 1.
+    """
     known = _TRIPS.search(rest)
     if known:
         return int(known[1])
     constants = [
-        int(found[1])
+        int(number[1])
         for _, _, opcode, rest in condition
-        if opcode == "constant" and (found := re.match(r"(\d+)\)", rest))
+        if opcode == "constant" and (number := re.match(r"(\d+)\)", rest))
     ]
     return max(constants, default=1)
 
 
 def ops(text: str) -> list[Op]:
-    """Every instruction of a program that runs, with how often it does and what it copies."""
-    found, entry = _computations(text)
+    """Return every instruction that runs, with how often it runs and what it copies."""
+    computations, entry = _computations(text)
     out: list[Op] = []
 
     def visit(computation: str, times: int, fused: bool, given: list[Source]) -> Source:
-        """The source of the root (the last instruction), from those of the parameters."""
+        """Return the source of the root (the last instruction), given the sources of the parameters."""
         sources: dict[str, Source] = {}
         last: Source = ""
-        for name, type_text, opcode, rest in found.get(computation, ()):
+        for name, type_text, opcode, rest in computations.get(computation, ()):
             arrays = tuple(
                 Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_text)
             )
@@ -159,7 +163,7 @@ def ops(text: str) -> list[Op]:
             within = times
             if opcode == "while":
                 condition = re.search(r"condition=%?([\w.\-]+)", rest)
-                within *= trip_count(found.get(condition[1], []) if condition else [], rest)
+                within *= trip_count(computations.get(condition[1], []) if condition else [], rest)
             operands = [sources.get(operand, "") for operand in _OPERAND.findall(rest.partition(")")[0])]
             inner = [
                 visit(each, within, fused or opcode not in ("while", "conditional", "call", "async-start"), operands)
@@ -188,10 +192,10 @@ def ops(text: str) -> list[Op]:
 def _source(
     opcode: str, rest: str, operands: list[Source], called: list[Source], given: list[Source], entry: bool
 ) -> Source:
-    """What an instruction's result copies: a name, "", or one of them for every element of a tuple.
+    """Return what an instruction's result copies: a name, "", or a tuple of these for a tuple result.
 
-    operands: what its operands copy; called: the results of the computations it calls; given: what the parameters of
-    its own computation copy. A loop is taken to hand on what it was given.
+    operands: sources of its operands; called: sources of the computations it calls; given: sources of the parameters of
+    its own computation. A loop is assumed to pass its parameters through.
     """
     if opcode == "parameter":
         number = int(rest.partition(")")[0])
@@ -219,11 +223,11 @@ def _source(
 
 
 def collectives(program: list[Op]) -> dict[str, dict[str, int]]:
-    """{kind: {"count", "bytes"}} per chip and program run. Bytes are those of the results (all-gather: gathered).
+    """Return {kind: {"count", "bytes"}} per chip and program run.
 
-    The TPU compiler writes a collective that runs beside other work into the fusions of that work, once into each, all
-    with one channel: it counts once. A reduce-scatter that it writes as an all-reduce inside a fusion counts as an
-    all-reduce.
+    Bytes are those of the results (all-gather: gathered). The TPU compiler writes a collective that overlaps other work
+    into the fusions of that work, once into each, all with one channel; it counts once. A reduce-scatter written as an
+    all-reduce inside a fusion counts as an all-reduce.
     """
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
@@ -234,7 +238,7 @@ def collectives(program: list[Op]) -> dict[str, dict[str, int]]:
             continue
         seen.add((kind, op.channel))
         results = op.results
-        if op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): results are the larger half
+        if op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): the results are the larger part
             results = (max(results, key=lambda array: array.bytes),)
         count[kind] += op.times
         size[kind] += op.times * sum(array.bytes for array in results)

@@ -1,1 +1,1 @@
-"""Parameters on disk: the checkpoints of a run, packed models and imported ones."""
+"""Parameters on disk: checkpoints of a run, packed models and imported models."""

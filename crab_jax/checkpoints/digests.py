@@ -1,4 +1,4 @@
-"""Digests of parameter trees, and the comparison of two trees: what a checkpoint knows of itself."""
+"""Digests of parameter trees, and comparisons of a tree with the expected one."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from crab_jax.io.errors import InputError
 COPY_AGAIN = "it is damaged: copy or make it again"
 
 
-def describe_mismatch(wanted: Any, found: Any) -> list[str]:
-    """Lines naming every leaf that is missing, extra, of another shape or kind of number between two trees."""
-    wanted, found = (traverse_util.flatten_dict(tree, sep="/") for tree in (wanted, found))
+def describe_mismatch(wanted: Any, stored: Any) -> list[str]:
+    """Return a line for every leaf that is missing, extra, or of another shape or kind of number."""
+    wanted, stored = (traverse_util.flatten_dict(tree, sep="/") for tree in (wanted, stored))
     lines = [
         f"{path}: missing in the checkpoint, the model wants {wanted[path].shape}"
         for path in wanted
-        if path not in found
+        if path not in stored
     ]
-    lines += [f"{path}: unknown to the model" for path in found if path not in wanted]
-    for path in (path for path in wanted if path in found):
-        ours, theirs = wanted[path], found[path]
-        if tuple(theirs.shape) != tuple(ours.shape):
-            lines.append(f"{path}: checkpoint {theirs.shape}, model {ours.shape}")
-        elif jnp.issubdtype(theirs.dtype, jnp.floating) != jnp.issubdtype(ours.dtype, jnp.floating):
-            lines.append(f"{path}: checkpoint {theirs.dtype}, model {ours.dtype}")
+    lines += [f"{path}: unknown to the model" for path in stored if path not in wanted]
+    for path in (path for path in wanted if path in stored):
+        expected, leaf = wanted[path], stored[path]
+        if tuple(leaf.shape) != tuple(expected.shape):
+            lines.append(f"{path}: checkpoint {leaf.shape}, model {expected.shape}")
+        elif jnp.issubdtype(leaf.dtype, jnp.floating) != jnp.issubdtype(expected.dtype, jnp.floating):
+            lines.append(f"{path}: checkpoint {leaf.dtype}, model {expected.dtype}")
     return lines
 
 
-def check_match(wanted: Any, found: Any, where: str) -> None:
-    """InputError that lists the mismatches of two trees, if any."""
-    lines = describe_mismatch(wanted, found)
+def check_match(wanted: Any, stored: Any, where: str) -> None:
+    """Raise InputError listing the mismatches of two trees (see `describe_mismatch`), if any."""
+    lines = describe_mismatch(wanted, stored)
     if lines:
         shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
         raise InputError(
@@ -53,21 +53,22 @@ def check_match(wanted: Any, found: Any, where: str) -> None:
 
 
 def tree_hash(tree: Any) -> str:
-    """SHA-256 over the paths, shapes, dtypes and checksums of every leaf: the same for any sharding and process count.
+    """Return the SHA-256 over the paths, shapes, dtypes and checksums of every leaf.
 
-    Each process reads its own shards, one at a time.
+    It is the same for any sharding and process count; each process reads its own shards, one at a time.
     """
     return hash_of(leaf_digests(tree))
 
 
 def hash_of(digests: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a tree from the digests of its leaves."""
     return hashlib.sha256("".join(path + digest for path, digest in sorted(digests.items())).encode()).hexdigest()
 
 
 def leaf_digests(tree: Any) -> dict[str, str]:
-    """'/'-joined path -> shape, dtype and checksum of each leaf, as text; the same for any sharding and process count.
+    """Return {'/'-joined path: text of shape, dtype and checksum} of every leaf, the same for any sharding.
 
-    What lies on accelerators is summed there; what lies on hosts, by each process for its own shards.
+    Leaves on accelerators are summed there, leaves on hosts by each process for its own shards.
     """
     flat = dict(sorted(traverse_util.flatten_dict(plain(tree), sep="/").items()))
     placed = {path: _placed_checksum(leaf) for path, leaf in flat.items() if _is_placed(leaf)}
@@ -86,7 +87,7 @@ def _is_placed(leaf: Any) -> bool:
 
 @jax.jit
 def _placed_checksum(leaf: jax.Array) -> jax.Array:
-    """`_checksum` of a whole leaf, on its devices: uint32[]."""
+    """Return the `_checksum` of a whole leaf, computed on its devices: uint32[]."""
     bits = leaf if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
     bits = bits.astype(jnp.uint32)
     for axis in range(leaf.ndim):
@@ -96,8 +97,10 @@ def _placed_checksum(leaf: jax.Array) -> jax.Array:
 
 
 def _checksum(leaf: Any) -> int:
-    """Sum modulo 2**32, over this process's shards, of each element's bits times an odd number for each of its indices:
-    sums of disjoint shards add up to the sum of the leaf, and any one changed element changes it.
+    """Return the checksum of this process's shards of a leaf.
+
+    The sum, modulo 2**32, has each element's bits times an odd number for each of its indices: sums of disjoint shards
+    add up to the sum of the leaf, and any one changed element changes it.
     """
     whole = tuple(slice(None) for _ in leaf.shape)
     shards = (
@@ -109,7 +112,7 @@ def _checksum(leaf: Any) -> int:
 
 
 def shard_checksum(index: Sequence[slice | int], shape: Sequence[int], data: Any) -> int:
-    """What the shard `data`, at `index` of a leaf of `shape`, adds to its checksum."""
+    """Return the contribution of the shard `data`, at `index` of a leaf of `shape`, to the leaf's checksum."""
     factors = []
     for axis, (taken, size) in enumerate(zip(index, shape, strict=True)):
         numbers = np.array([taken], np.uint32) if isinstance(taken, int) else np.arange(size, dtype=np.uint32)[taken]
@@ -128,23 +131,26 @@ def shard_checksum(index: Sequence[slice | int], shape: Sequence[int], data: Any
 
 
 def check_digests(kept: Mapping[str, str], tree: Any, where: str, below: str = "") -> None:
-    """InputError that names the leaves of `tree` which are not those that were written. `below`: what precedes their
-    paths in `kept`."""
+    """Raise InputError naming the leaves of `tree` that differ from those written.
+
+    kept: digests as written. below: precedes the paths of `tree` in `kept`.
+    """
     refuse_changed([path for path, digest in leaf_digests(tree).items() if kept.get(below + path) != digest], where)
 
 
 def host_digest(leaf: np.ndarray) -> str:
-    """The digest of a leaf that this host has whole."""
+    """Return the digest of a leaf that is whole on this host."""
     return f"{tuple(leaf.shape)}{leaf.dtype}{_checksum(leaf)}"
 
 
 def refuse_changed(changed: Sequence[str], where: str) -> None:
+    """Raise InputError naming the changed leaves, if any."""
     if changed:
         raise InputError(where, changed[0], f"{len(changed)} tensors are not those that were written", COPY_AGAIN)
 
 
 def plain(tree: Any) -> dict[str, Any]:
-    """Any pytree as a nested dict of its leaves (optimizer states are named tuples)."""
+    """Convert any pytree to a nested dict of its leaves (optimizer states are named tuples)."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         flat["/".join(_key(part) for part in path)] = leaf
@@ -157,5 +163,6 @@ def _key(part: Any) -> str:
 
 @functools.lru_cache(maxsize=64)
 def tell_unverified(where: str) -> None:
+    """Print once that a checkpoint has no digests and is not verified."""
     if jax.process_index() == 0:
         print(f"{where} is of an older version and has no digests: it is not verified", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Whole models in one folder: packed as one safetensors file or imported as an Orbax tree, with its config."""
+"""Whole models in one folder: packed as one safetensors file or imported as an Orbax tree."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from crab_jax.io.structured import read_json
 FORMAT = 1
 PACKED, IMPORTED = "params.safetensors", "params"
 MANIFEST = "manifest.json"
-BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")  # of a model, with its parameters
+BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")  # the files of a model beside its parameters
 
 
 def read_manifest(folder: epath.Path | Path, fix: str) -> dict[str, Any]:
+    """Return the manifest.json of a folder. Raises InputError with the given fix."""
     file = str(folder / MANIFEST)
     try:
         return read_json(file)
@@ -37,7 +38,7 @@ def read_manifest(folder: epath.Path | Path, fix: str) -> dict[str, Any]:
 
 
 def _flat(params: Any, dtype: Any) -> dict[str, np.ndarray]:
-    """Leaves by path, on this host; floating ones in `dtype` when given."""
+    """Return the leaves by path, on this host; floating ones in `dtype` if given."""
     flat = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         array = np.asarray(jax.device_get(leaf))
@@ -47,7 +48,7 @@ def _flat(params: Any, dtype: Any) -> dict[str, np.ndarray]:
 
 
 def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
-    """Write a parameter tree as one safetensors file, whole or not at all; floating leaves in `dtype` when given."""
+    """Write a parameter tree atomically as one safetensors file; floating leaves in `dtype` if given."""
     _save_flat(Path(file), finite.check(_flat(params, dtype), str(file)))
 
 
@@ -59,13 +60,13 @@ def _save_flat(file: Path, flat: Mapping[str, np.ndarray]) -> None:
 
 
 def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:
-    """Write the manifest.json of an imported or packed model: the digests of its leaves and of the files beside."""
+    """Write the manifest.json of an imported or packed model: digests of its leaves and of the files beside them."""
     described = {"format": FORMAT, "params": dict(digests), "files": hashes_beside(Path(folder))}
     write_whole(Path(folder) / MANIFEST, json.dumps(described, indent=1))
 
 
 def hashes_beside(folder: Path | epath.Path) -> dict[str, str]:
-    """SHA-256 of the config and the tokenizer in a folder, by name."""
+    """Return {name: SHA-256} of the config and the tokenizer in a folder."""
     return {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE if (folder / name).is_file()
     }
@@ -75,10 +76,10 @@ def check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.Pa
     """Raise InputError unless the config and the tokenizer in a folder are those that were written."""
     if not isinstance(kept, dict):
         raise InputError(str(manifest), "files", "is no object", COPY_AGAIN)
-    found = hashes_beside(folder)
+    current = hashes_beside(folder)
     for name in BESIDE:
-        if name in kept and kept[name] != found.get(name):
-            problem = "is not what was written with this model" if name in found else "is missing"
+        if name in kept and kept[name] != current.get(name):
+            problem = "is not what was written with this model" if name in current else "is missing"
             raise InputError(
                 str(folder / name),
                 "",
@@ -88,12 +89,14 @@ def check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.Pa
 
 
 def model_digests(folder: Path) -> dict[str, str] | None:
-    """Digests of the leaves of an imported or packed model, whose other files are checked; None for one of an older
-    version. Raises InputError."""
+    """Return the digests of the leaves of an imported or packed model; None for one of an older version.
+
+    Its other files are checked. Raises InputError.
+    """
     if not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder, COPY_AGAIN)
-    if "params" not in manifest:  # of another program
+    if "params" not in manifest:  # written by another program
         return None
     if not isinstance(params := manifest["params"], dict):
         raise InputError(str(folder / MANIFEST), "params", "is no object", COPY_AGAIN)
@@ -102,15 +105,16 @@ def model_digests(folder: Path) -> dict[str, str] | None:
 
 
 def load_tree(file: str | Path, wanted: Any = None, digests: Mapping[str, str] | None = None) -> Any:
-    """The parameter tree of one safetensors file, floating leaves as float32; with `wanted`, those leaves of it in
-    their dtypes, each device reading its shard of the mapped file. Raises InputError when it is damaged, also by
-    `digests`.
+    """Return the parameter tree of one safetensors file, floating leaves as float32.
+
+    wanted: load only these leaves, in their dtypes, each device reading its shard of the mapped file. Raises InputError
+    when the file is damaged or differs from `digests`.
     """
     flat = read_safetensors(file)
     places = dict.fromkeys(flat) if wanted is None else traverse_util.flatten_dict(wanted, sep="/")
     if digests is not None:
-        ours = {path: flat[path] for path in places}  # each process looks at the whole file
-        refuse_changed([path for path, leaf in ours.items() if digests.get(path) != host_digest(leaf)], str(file))
+        loaded = {path: flat[path] for path in places}  # each process reads the whole file
+        refuse_changed([path for path, leaf in loaded.items() if digests.get(path) != host_digest(leaf)], str(file))
 
     def load(path: str, place: Any) -> Any:
         leaf = flat[path]
@@ -124,7 +128,7 @@ def load_tree(file: str | Path, wanted: Any = None, digests: Mapping[str, str] |
 def save_packed(
     folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None, tokenizer: Any = None
 ) -> None:
-    """Write parameters, config and tokenizer into one folder: all of them are there, or what was there before."""
+    """Write parameters, config and tokenizer into one folder, which then has all the new files or all the old ones."""
     flat = finite.check(_flat(params, dtype), str(Path(folder) / PACKED))
     with replaced(folder) as new:
         _save_flat(new / PACKED, flat)

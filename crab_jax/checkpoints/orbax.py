@@ -1,4 +1,4 @@
-"""Orbax without its noise: trees read straight into their shards, trees written part by part, errors as InputError."""
+"""Orbax without its log noise: sharded loading, writing in parts, and errors as InputError."""
 
 from __future__ import annotations
 
@@ -24,50 +24,53 @@ from orbax.checkpoint import v1 as ocp
 from crab_jax.checkpoints.digests import COPY_AGAIN, shard_checksum
 from crab_jax.io.errors import InputError
 
-# Orbax's threads log what they raise with its traceback, and it is raised in the caller all the same; and it says that
-# it replaces what a run that was stopped has left half.
-_SAID_ELSEWHERE = (
+# Orbax's threads log errors with tracebacks, although the caller raises them too. Orbax also logs when it replaces the
+# partial step of a stopped run.
+_REDUNDANT = (
     "_SignalingThread.run() raised",
     "in background save thread",
     "Save Finalize thread",
     "Removing existing directory since it is not finalized",
 )
-logging.getLogger("absl").addFilter(lambda record: not any(said in record.getMessage() for said in _SAID_ELSEWHERE))
-# After the first error of a read its loop is closed, and each read that is under way still wants to tell it of its own.
+logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _REDUNDANT))
+# After the first error of a read, Orbax closes the event loop, and pending reads fail to report their own errors to it.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
-def _tell_unraisable(told: Any, others: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    error = told.exc_value
+def _report_unraisable(event: Any, original: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    error = event.exc_value
     late = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
     if not late and not isinstance(getattr(error, "__cause__", None), GeneratorExit):
-        others(told)
+        original(event)
 
 
-sys.unraisablehook = _tell_unraisable
-CHUNK = 32 * 2**20  # bytes; what a host reads at once of a large imported leaf, so that it can restore only its shard
+sys.unraisablehook = _report_unraisable
+CHUNK = 32 * 2**20  # bytes; chunk size of large imported leaves, so that a host can read only its shard
 
 
 def first_line(error: BaseException) -> str:
+    """Return an error's message as one line of at most 200 characters."""
     return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def in_plain_words(folder: epath.Path, read: Callable[[], Any], said: list[str] | None = None) -> Any:
-    """What a function of Orbax gives; `said` gets what it warns of. Raises InputError that names the file, where it is
-    known, or the folder."""
+    """Return the result of a function that calls Orbax; `said` collects Orbax's warnings.
+
+    Raises InputError naming the file, if known, or the folder.
+    """
     try:
         with quiet(said):
             return read()
     except InputError:
         raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds, the bare Exception among them
+    except Exception as error:  # Orbax and TensorStore raise many kinds, including bare Exception
         raise _unreadable(folder, str(error) or type(error).__name__) from error
 
 
 def _unreadable(folder: epath.Path, words: str) -> InputError:
-    named = re.findall(re.escape(str(folder)) + r"[^\s\"',;:\]\)]*", words)
+    paths = re.findall(re.escape(str(folder)) + r"[^\s\"',;:\]\)]*", words)
     return InputError(
-        max(named, key=len).rstrip("./") if named else str(folder),
+        max(paths, key=len).rstrip("./") if paths else str(folder),
         "",
         f"cannot be read ({' '.join(words.split())[:200]})",
         COPY_AGAIN,
@@ -76,7 +79,7 @@ def _unreadable(folder: epath.Path, words: str) -> InputError:
 
 @contextlib.contextmanager
 def quiet(kept: list[str] | None = None) -> Iterator[None]:
-    """While inside, what Orbax warns of, tracebacks among it, goes to `kept` and is not shown: we say what is wrong."""
+    """Hide Orbax's warnings and tracebacks within the context, and append them to `kept`; the caller reports errors."""
 
     def keep(record: logging.LogRecord) -> bool:
         if kept is not None:
@@ -84,7 +87,7 @@ def quiet(kept: list[str] | None = None) -> Iterator[None]:
         return False
 
     logger = logging.getLogger("absl")
-    logger.filters.insert(0, keep)  # of several, the innermost hears it
+    logger.filters.insert(0, keep)  # the innermost of nested contexts receives it
     try:
         yield
     finally:
@@ -92,11 +95,15 @@ def quiet(kept: list[str] | None = None) -> Iterator[None]:
 
 
 def tree_metadata(folder: epath.Path, name: str | None = None) -> Any:
-    """Shapes and dtypes of a tree on disk. Raises InputError."""
-    said: list[str] = []
-    tree = in_plain_words(folder, lambda: (ocp.metadata(folder, name) if name else ocp.metadata(folder)).metadata, said)
+    """Return the shapes and dtypes of a tree on disk. Raises InputError."""
+    warnings: list[str] = []
+    tree = in_plain_words(
+        folder, lambda: (ocp.metadata(folder, name) if name else ocp.metadata(folder)).metadata, warnings
+    )
     if not isinstance(tree, dict):
-        raise _unreadable(folder, " ".join(said).rpartition("Error details:")[2] or "it holds no tree of parameters")
+        raise _unreadable(
+            folder, " ".join(warnings).rpartition("Error details:")[2] or "it holds no tree of parameters"
+        )
     return tree
 
 
@@ -110,37 +117,37 @@ class Streamed:
     parts: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
 
     def checked(self) -> Iterable[tuple[tuple[int, ...], np.ndarray]]:
-        """The parts; ValueError when one does not fit, comes twice or is missing."""
-        left = set(np.ndindex(self.shape[: self.stacked]))
+        """Yield the parts. Raises ValueError when one has another shape or dtype, is repeated or is missing."""
+        missing = set(np.ndindex(self.shape[: self.stacked]))
         for index, part in self.parts():
-            if index not in left or (part.shape, part.dtype) != (self.shape[self.stacked :], self.dtype):
+            if index not in missing or (part.shape, part.dtype) != (self.shape[self.stacked :], self.dtype):
                 raise ValueError(f"part {index}: {part.dtype}{part.shape} in a leaf {self.dtype}{self.shape}")
-            left.remove(index)
+            missing.remove(index)
             yield index, np.ascontiguousarray(part)
-        if left:
-            raise ValueError(f"parts {sorted(left)} are missing in a leaf {self.dtype}{self.shape}")
+        if missing:
+            raise ValueError(f"parts {sorted(missing)} are missing in a leaf {self.dtype}{self.shape}")
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size of the whole leaf."""
+        """Return the size of the whole leaf in bytes."""
         return self.size * self.dtype.itemsize
 
 
 class _PartByPart(ocp_v0.type_handlers.NumpyHandler):
-    """Writes `Streamed` leaves, one part in memory at a time. They restore like any other array."""
+    """Writes `Streamed` leaves with one part in memory at a time. They can be restored like any other array."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
-        self.sums: dict[int, int] = {}  # by the id of a leaf
+        self.sums: dict[int, int] = {}  # id of a leaf -> checksum
 
     def digest(self, value: Streamed, index: tuple[int, ...], part: np.ndarray) -> None:
-        """Add what a part of a leaf adds to its checksum."""
+        """Add a part's contribution to the checksum of its leaf."""
         whole: list[slice | int] = [*index, *(slice(None) for _ in part.shape)]
         self.sums[id(value)] = self.sums.get(id(value), 0) + shard_checksum(whole, value.shape, part)
 
@@ -151,7 +158,7 @@ class _PartByPart(ocp_v0.type_handlers.NumpyHandler):
                 for index, part in value.checked():
                     self.digest(value, index, part)
                     await store[index].write(part, can_reference_source_data_indefinitely=True)
-            else:  # many small writes take longer than one
+            else:  # one write is faster than many small ones
                 whole = np.zeros(value.shape, value.dtype)
                 for index, part in value.checked():
                     self.digest(value, index, part)
@@ -160,8 +167,10 @@ class _PartByPart(ocp_v0.type_handlers.NumpyHandler):
 
 
 def save_streamed(folder: str | Path, leaves: Mapping[str, Streamed]) -> dict[str, str]:
-    """Write a tree of '/'-joined paths as an Orbax checkpoint, in the leaves' dtypes, chunked by stacked layer; the
-    digests of its leaves."""
+    """Write a tree of '/'-joined paths as an Orbax checkpoint and return the digests of its leaves.
+
+    Leaves keep their dtypes and are chunked by stacked layer.
+    """
     parts = _PartByPart()
     registry = ocp_v0.type_handlers.create_type_handler_registry(
         (Streamed, parts), (jax.Array, ocp_v0.type_handlers.ArrayHandler())
@@ -188,14 +197,14 @@ def save_streamed(folder: str | Path, leaves: Mapping[str, Streamed]) -> dict[st
 
 
 def partial_load() -> ocp.Context:
-    """Within it, a load may ask for some leaves of a tree only (never for none)."""
+    """Return a context in which a load may request only some leaves of a tree (never none)."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     return context
 
 
 def load_orbax(folder: epath.Path, wanted: Any) -> Any:
-    """The leaves of a tree that `wanted` has, in its dtypes and shardings. Raises InputError when it is damaged."""
+    """Return the leaves of a tree that `wanted` has, in its dtypes and shardings. Raises InputError for damage."""
 
     def load() -> Any:
         with partial_load():
@@ -205,7 +214,7 @@ def load_orbax(folder: epath.Path, wanted: Any) -> Any:
 
 
 def on_host(tree: Any) -> Any:
-    """Abstract leaves placed in this host's memory (on its first device where JAX_PLATFORMS leaves out the CPU)."""
+    """Return abstract leaves placed in this host's memory, or on its first device if JAX_PLATFORMS excludes the CPU."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:

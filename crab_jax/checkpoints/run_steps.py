@@ -1,4 +1,4 @@
-"""The checkpoints of a run: asynchronous, atomic, checked, restorable on another mesh."""
+"""The checkpoints of a run: asynchronous, atomic, verified, and restorable on another mesh."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from crab_jax.io.errors import InputError
 from crab_jax.io.files import need_room, write_whole
 from crab_jax.io.structured import read_json
 
-STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, within each step; `custom_metadata` in it is ours
-LEAST = 0.6  # of the bytes of a tree that a checkpoint surely takes, compressed
+STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file within each step; its `custom_metadata` is written by `save`
+LEAST = 0.6  # minimal share of a tree's bytes that its compressed checkpoint takes
 
 
 def _abstract(tree: Any) -> Any:
@@ -42,27 +42,27 @@ def _abstract(tree: Any) -> Any:
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: asynchronous, atomic, newest `keep` kept."""
+    """The checkpoints of one run; the newest `keep` are kept."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = epath.Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
-        with quiet():  # of folders that are no steps
+        with quiet():  # Orbax warns of folders that are not steps
             self._steps = ocp.training.Checkpointer(
                 self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
             )
-        self._frozen = ""  # hash of the frozen tree, as far as it is known
-        self._saving: Any = None  # a step that is being written
+        self._frozen = ""  # hash of the frozen tree, once known
+        self._saving: Any = None  # the step being written
 
     @property
     def latest(self) -> int | None:
-        """Newest complete step, or None."""
+        """Return the newest complete step, or None."""
         return max(steps_of(self.folder), default=None)
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run was started with. Raises InputError when it cannot be read."""
+        """Return the description of the run from its start. Raises InputError when it cannot be read."""
         return read_manifest(self.folder, "copy the folder again, or start anew in another --workdir")
 
     def note(self, manifest: dict[str, Any]) -> None:
@@ -71,13 +71,13 @@ class RunCheckpoints:
             write_whole(str(self.folder / MANIFEST), json.dumps(manifest, indent=1))
 
     def note_description(self) -> None:
-        """Note in the manifest what the config and the tokenizer beside the checkpoints are."""
+        """Record the hashes of the config and the tokenizer in the manifest."""
         manifest, files = self.manifest, hashes_beside(self.folder.parent)
         if manifest.get("files") != files:
             self.note(manifest | {"files": files})
 
     def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
-        """Write the frozen tree once and the manifest that later restores are checked against."""
+        """Write the frozen tree once, and the manifest that later restores are checked against."""
         self._set_foreign_aside()
         ocp.save(self.folder / "frozen", frozen, overwrite=True)
         digests = leaf_digests(frozen)
@@ -93,27 +93,30 @@ class RunCheckpoints:
         )
 
     def load_frozen(self, wanted: Any) -> Any:
-        """The frozen tree, straight into the dtypes and shards of `wanted`. Raises InputError when it is not what the
-        run started with.
+        """Return the frozen tree in the dtypes and shardings of `wanted`.
+
+        Raises InputError when it differs from the tree that the run started with.
         """
         folder = self.folder / "frozen"
         check_match(wanted, tree_metadata(folder), str(folder))
         frozen = load_orbax(folder, wanted)
         # Runs of an earlier version have another hash under another name.
-        kept, found = self.manifest.get("frozen_hash"), tree_hash(frozen)
-        if {kept, self._frozen} - {None, "", found}:
+        kept, current = self.manifest.get("frozen_hash"), tree_hash(frozen)
+        if {kept, self._frozen} - {None, "", current}:
             raise InputError(
                 str(folder),
                 "frozen_hash",
                 "the frozen weights are not those that the run started with",
                 "copy the folder again, or start anew in another --workdir",
             )
-        self._frozen = found
+        self._frozen = current
         return frozen
 
     def need_room(self, train: Any, frozen: Any = None) -> None:
-        """Raise InputError where the disk cannot hold what a run will write: the frozen tree, if it is given, and the
-        steps that are kept, with the next beside them. Trees may be abstract."""
+        """Raise InputError if the disk cannot hold the run: the frozen tree, if given, the kept steps and one more.
+
+        Trees may be abstract.
+        """
         if jax.process_index() == 0:
             steps = max(1, self._keep + 1 - len(steps_of(self.folder)))
             size = _tree_bytes(frozen or {}) + steps * _tree_bytes(train)
@@ -147,7 +150,7 @@ class RunCheckpoints:
                 f"{error.problem}; it is not saved, {before}",
                 "start again with a lower optim.lr or larger optim.eps, in another --workdir",
             ) from error
-        # Forced: by default Orbax drops a save while the one before is being written.
+        # force: by default Orbax drops a save while the previous one is being written.
         self._saving = self._steps.save_checkpointables_async(
             step,
             {"train": train},
@@ -156,15 +159,14 @@ class RunCheckpoints:
         )
 
     def restore(self, train: Any) -> Any:
-        """`train` tree of the newest step that is sound, with the shapes, dtypes and shardings of the given one.
+        """Return the newest undamaged step, with the shapes, dtypes and shardings of the given `train` tree.
 
-        Newer steps that are damaged are set aside, by another name, and said. Raises the InputError of the newest where
-        none is sound.
+        Newer damaged steps are renamed, with a warning. Raises the InputError of the newest step if all are damaged.
         """
         failed: dict[int, InputError] = {}
         for step in sorted(steps_of(self.folder), reverse=True):
             try:
-                found = self._restore(step, train)
+                restored = self._restore(step, train)
                 break
             except InputError as error:
                 failed[step] = error
@@ -181,34 +183,36 @@ class RunCheckpoints:
                 )
         self._set_foreign_aside()
         self._steps.reload()
-        return found
+        return restored
 
     def _restore(self, step: int, train: Any) -> Any:
-        """One step; every process of a run comes to the same end."""
+        """Return one step. All processes of a run raise InputError if one of them does."""
         folder = self.folder / str(step)
-        found, error, kept = None, None, None
+        restored, error, kept = None, None, None
         try:
             kept = step_metadata(folder)
             check_match(plain(train), plain(tree_metadata(folder, "train")), str(folder))
-            found = in_plain_words(folder, lambda: self._steps.load_checkpointables(step, {"train": _abstract(train)}))
+            restored = in_plain_words(
+                folder, lambda: self._steps.load_checkpointables(step, {"train": _abstract(train)})
+            )
         except InputError as problem:
             error = problem
         if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(error is None)).all():
-            error = error or InputError(str(folder), "", "cannot be read by another process", "see what it says")
-        if error is not None or found is None:
+            error = error or InputError(str(folder), "", "cannot be read by another process", "read its output")
+        if error is not None or restored is None:
             raise error or InputError(str(folder), "", "holds no train state", COPY_AGAIN)
         if kept:
-            check_digests(kept["train"], found["train"], str(folder))
+            check_digests(kept["train"], restored["train"], str(folder))
             if kept["step"] != step:
                 raise InputError(str(folder), "step", f"is step {kept['step']}", "give the folder its own name")
         else:
             tell_unverified(str(folder))
-        finite.check(found["train"], str(folder))
+        finite.check(restored["train"], str(folder))
         self._frozen = kept["frozen_hash"] if kept else ""
-        return found["train"]
+        return restored["train"]
 
     def _set_aside(self, name: str) -> str:
-        """Give a folder or file among the steps a name that no step has; that name."""
+        """Rename a folder or file among the steps to a name that no step has; return that name."""
         number, old = 0, self.folder / name
         while (aside := self.folder / (f"{name}.damaged{number or ''}")).exists():
             number += 1
@@ -219,7 +223,7 @@ class RunCheckpoints:
         return aside.name
 
     def _set_foreign_aside(self) -> None:
-        """What has the name of a step and is none would be in the way when that step is saved."""
+        """Rename everything that has the name of a step but is none, which would block the saving of that step."""
         steps = steps_of(self.folder)
         for name in sorted(path.name for path in self.folder.iterdir() if path.name.isdecimal()):
             if name != str(int(name)) or int(name) not in steps:
@@ -228,7 +232,7 @@ class RunCheckpoints:
                     print(f"warning: {self.folder / name} holds no step; it is set aside as {aside}", file=sys.stderr)
 
     def wait(self) -> None:
-        """Block until everything started is on disk."""
+        """Block until all pending saves are on disk."""
         self._steps.close()
 
 
@@ -237,7 +241,10 @@ def _tree_bytes(tree: Any) -> int:
 
 
 def steps_of(folder: epath.Path) -> set[int]:
-    """The steps in a run's `checkpoints/`, damaged ones among them; not what else has a number for its name."""
+    """Return the steps in a run's `checkpoints/`, including damaged ones.
+
+    Other entries with numeric names are left out.
+    """
     return {
         int(path.name)
         for path in folder.iterdir()
@@ -248,7 +255,7 @@ def steps_of(folder: epath.Path) -> set[int]:
 
 
 def step_metadata(folder: epath.Path) -> dict[str, Any] | None:
-    """What `save` noted of a step; None for one of an older version. Raises InputError."""
+    """Return the metadata that `save` wrote for a step; None for a step of an older version. Raises InputError."""
     try:
         kept = read_json(str(folder / STEP_METADATA)).get("custom_metadata")
         if kept and not (

@@ -1,13 +1,13 @@
-"""Checkpoints of a run, and whole models in one folder. The only file that imports Orbax.
+"""Reader of parameters on disk: checkpoints of a run, imported models and packed models.
 
 A run's `checkpoints/` holds `frozen/` (written once), one folder per step with `train` (trainable, optimizer, step),
-and `manifest.json`. Every process writes and reads its own shards, into one folder that all must see; what was saved on
-one mesh restores on another. The position of the input is the step. An imported model is a folder with the Orbax tree
-`params/`, written leaf by leaf. A packed model is one with `params.safetensors`: small enough to hand around. Both also
-hold `config.json` and the tokenizer, and `--checkpoint` and `init_from` take them like a run.
+and `manifest.json`. Every process writes and reads its own shards in one shared folder; a checkpoint saved on one mesh
+restores on another. The position of the input is the step. An imported model is a folder with the Orbax tree `params/`,
+written leaf by leaf. A packed model is a folder with `params.safetensors`, small enough to pass on. Both also hold
+`config.json` and the tokenizer, and `--checkpoint` and `init_from` take them like a run.
 
-Each knows itself: digests of every leaf (`leaf_digests`) stand in the metadata of a step, in the manifest.json of a run
-for `frozen`, and in that of a model, and what is read is checked against them.
+Digests of every leaf (`leaf_digests`) are kept in the metadata of a step, in the manifest.json of a run for `frozen`,
+and in the manifest.json of a model; every read is checked against them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ from crab_jax.optim import merge
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-    """Parameters on disk. `shapes`: ShapeDtypeStructs of the whole tree. `read(wanted)` reads the leaves of `wanted`
-    straight into its dtypes and shardings.
+    """Parameters on disk.
+
+    shapes: ShapeDtypeStructs of the whole tree. read: reads the leaves of its argument straight into their dtypes and
+    shardings.
     """
 
     shapes: Any
@@ -57,15 +59,16 @@ class StoredParams:
     where: str = "checkpoint"
 
     def load(self, wanted: Any = None) -> Any:
-        """The leaves of `wanted`; without it all of them, in the stored dtypes, as NumPy arrays. Raises InputError for
-        values that are not finite, also those that became so in the dtype of `wanted`.
+        """Return the leaves of `wanted`; without it all of them, in the stored dtypes, as NumPy arrays.
+
+        Raises InputError for values that are not finite, also if they became so in the dtype of `wanted`.
         """
         if wanted is None:
             return finite.check(jax.tree.map(np.asarray, self.read(on_host(self.shapes))), self.where)
         return finite.check(self.read(wanted), self.where)
 
     def some(self, paths: Iterable[str]) -> dict[str, Any]:
-        """The leaves of these '/'-joined paths, in the stored dtypes, in this host's memory."""
+        """Return the leaves of these '/'-joined paths, in the stored dtypes, in this host's memory."""
         flat = traverse_util.flatten_dict(self.shapes, sep="/")
         wanted = on_host(traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/"))
         return traverse_util.flatten_dict(finite.check(self.read(wanted), self.where), sep="/")
@@ -74,7 +77,7 @@ class StoredParams:
 def _as_written(
     read: Callable[[Any], Any], shapes: Any, kept: Mapping[str, str] | None, where: str, below: str = ""
 ) -> Callable[[Any], Any]:
-    """`read`, whose leaves are checked against their digests before they take the dtypes that are asked for.
+    """Return a version of `read` that checks leaves against their digests before converting them to the wanted dtypes.
 
     Raises InputError at once when the shapes on disk are not those of the digests.
     """
@@ -82,16 +85,16 @@ def _as_written(
         tell_unverified(where)
         return read
     stored = traverse_util.flatten_dict(shapes, sep="/")
-    ours = {path.removeprefix(below): digest for path, digest in kept.items() if path.startswith(below)}
+    expected = {path.removeprefix(below): digest for path, digest in kept.items() if path.startswith(below)}
     refuse_changed(
-        sorted(ours.keys() ^ stored.keys())
-        or [path for path, leaf in stored.items() if not ours[path].startswith(f"{tuple(leaf.shape)}{leaf.dtype}")],
+        sorted(expected.keys() ^ stored.keys())
+        or [path for path, leaf in stored.items() if not expected[path].startswith(f"{tuple(leaf.shape)}{leaf.dtype}")],
         where,
     )
 
     def checked(wanted: Any) -> Any:
         flat = traverse_util.flatten_dict(wanted, sep="/")
-        found = read(
+        loaded = read(
             traverse_util.unflatten_dict(
                 {
                     path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype, sharding=leaf.sharding)
@@ -100,12 +103,12 @@ def _as_written(
                 sep="/",
             )
         )
-        check_digests(ours, found, where)
-        found = traverse_util.flatten_dict(found, sep="/")
+        check_digests(expected, loaded, where)
+        loaded = traverse_util.flatten_dict(loaded, sep="/")
         for path, leaf in flat.items():
-            if found[path].dtype != leaf.dtype:
-                found[path] = jax.device_put(found[path].astype(leaf.dtype), leaf.sharding)
-        return traverse_util.unflatten_dict(found, sep="/")
+            if loaded[path].dtype != leaf.dtype:
+                loaded[path] = jax.device_put(loaded[path].astype(leaf.dtype), leaf.sharding)
+        return traverse_util.unflatten_dict(loaded, sep="/")
 
     return checked
 
@@ -131,13 +134,15 @@ def _imported(folder: epath.Path, digests: Mapping[str, str] | None) -> StoredPa
 
 
 def _of_run(folder: epath.Path) -> StoredParams:
-    """Frozen and newest trainable parameters of a run's `checkpoints/`, as one tree. Raises InputError when that step
-    is damaged: only training goes back to the one before."""
+    """Return the frozen and newest trainable parameters of a run's `checkpoints/`, as one tree.
+
+    Raises InputError when that step is damaged: only training falls back to the previous one.
+    """
     steps = sorted(steps_of(folder))
     if not steps:
         raise InputError(str(folder), "", "holds no finished checkpoint", "train first, or wait for the first save")
     step = folder / str(steps[-1])
-    before = f"step {steps[-2]}, the one before" if steps[1:] else "another step"
+    fallback = f"step {steps[-2]}, the one before" if steps[1:] else "another step"
 
     def plainly(read: Callable[[], Any]) -> Any:
         try:
@@ -148,7 +153,7 @@ def _of_run(folder: epath.Path) -> StoredParams:
                 error.field,
                 error.problem,
                 f"this step is damaged: give its folder another "
-                f"name to take {before}, or start train again, which does so and goes on",
+                f"name to take {fallback}, or start train again, which does so and goes on",
             ) from error
 
     kept = plainly(lambda: step_metadata(step))
@@ -169,18 +174,18 @@ def _of_run(folder: epath.Path) -> StoredParams:
 
     def read(wanted: Any) -> Any:
         flat = traverse_util.flatten_dict(wanted)
-        ours, theirs = (
+        trained_wanted, frozen_wanted = (
             traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if (path in in_trained) == kind})
             for kind in (True, False)
         )
-        loaded = plainly(lambda: read_trained(ours)) if ours else {}
-        return merge(loaded, frozen.read(theirs) if theirs else {})
+        loaded = plainly(lambda: read_trained(trained_wanted)) if trained_wanted else {}
+        return merge(loaded, frozen.read(frozen_wanted) if frozen_wanted else {})
 
     return StoredParams(merge(trained, frozen.shapes), read, str(step))
 
 
 def stored_params(path: str | Path) -> StoredParams:
-    """The parameters of a run's workdir, an imported or a packed model. Raises InputError when it is none of them."""
+    """Return the parameters of a run's workdir, an imported or a packed model. Raises InputError for other folders."""
     path = packaged.located(path)
     if (path / PACKED).is_file():
         return _packed(path / PACKED)
@@ -197,9 +202,11 @@ def stored_params(path: str | Path) -> StoredParams:
 
 
 def identity(path: str | Path) -> str:
-    """A hash of what a checkpoint is, from the digests that it holds and the names, sizes and samples of its files: the
-    same for a copy elsewhere. Of a run it is that of the newest step."""
-    folder, found = packaged.located(path), hashlib.blake2b(digest_size=16)
+    """Return a hash that identifies a checkpoint, the same for a copy elsewhere; for a run, of its newest step.
+
+    It covers the digests that the checkpoint holds, and the names, sizes and samples of its files.
+    """
+    folder, digest = packaged.located(path), hashlib.blake2b(digest_size=16)
     run = folder / "checkpoints"
     steps = steps_of(epath.Path(run)) if run.is_dir() else set()
     newest = [run / str(max(steps))] if steps else []
@@ -207,20 +214,20 @@ def identity(path: str | Path) -> str:
     files = [file for tree in trees for file in (tree.rglob("*") if tree.is_dir() else [tree]) if file.is_file()]
     for file in sorted(files):
         size = file.stat().st_size
-        found.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with open(file, "rb") as content:  # those of older versions hold no digests
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(file, "rb") as content:  # checkpoints of older versions hold no digests
             for part in range(16):
                 content.seek(size * part // 16)
-                found.update(content.read(4096))
+                digest.update(content.read(4096))
     for file in (
         *(folder / name for name in (*BESIDE, MANIFEST)),
         run / MANIFEST,
         *(file for file in files if file.name == STEP_METADATA),
     ):
-        found.update(file.read_bytes() if file.is_file() else b"")
-    return found.hexdigest()
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
 
 
 def load_params(path: str | Path) -> Any:
-    """The whole parameter tree behind `stored_params`, as NumPy arrays."""
+    """Return the whole parameter tree behind `stored_params`, as NumPy arrays."""
     return stored_params(path).load()

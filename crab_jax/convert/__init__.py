@@ -1,0 +1,1 @@
+"""Conversion between PyTorch files and checkpoints."""

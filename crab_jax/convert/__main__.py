@@ -1,4 +1,4 @@
-"""PyTorch files <-> checkpoints.
+"""Convert between PyTorch files and checkpoints.
 
 python -m crab_jax.convert import --clip DIR --llama DIR --beats FILE --crab FILE... --out CKPT
 python -m crab_jax.convert export CKPT --format crab|hf --out DIR
@@ -25,10 +25,10 @@ from crab_jax.models.quirks import PRESETS
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     top = CommandLine(__doc__, "python -m crab_jax.convert")
-    one_verb: Any = partial(CommandLine, __doc__)  # argparse calls it like a class
-    verbs = top.add_subparsers(dest="verb", required=True, parser_class=one_verb)
+    verb_parser: Any = partial(CommandLine, __doc__)  # argparse calls it like a class
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=verb_parser)
 
     new = verbs.add_parser("import", help="released files -> checkpoint")
     new.add_argument("--clip", type=path, required=True, help="Hugging Face CLIP directory")
@@ -42,15 +42,15 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--state", default="", help="prefix of the matrices in a file that holds several")
     new.add_argument("--token-rows", type=path, help="file with embed_tokens.new_rows and lm_head.new_rows")
     new.add_argument("--fresh", nargs="*", default=[], choices=COMPONENTS, help="components to draw from --seed")
-    new.add_argument("--seed", type=Whole(), default=0, help="of everything that is drawn (default 0)")
+    new.add_argument("--seed", type=Whole(), default=0, help="seed of all newly drawn weights (default 0)")
     new.add_argument("--bert", type=path, help="config.json of the Q-Formers' BERT (default: bert-base, 12 heads)")
     new.add_argument("--taps", type=Wholes(0, 1024), help="CLIP layers, e.g. 14,22,23")
     new.add_argument("--lora-alpha", type=Real(1e-9, 1e9), default=16.0)
     new.add_argument(
-        "--low-res", type=Whole(1, 2**16), help="side at which mask levels are averaged (default: half the picture)"
+        "--low-res", type=Whole(1, 2**16), help="side at which mask levels are averaged (default: half the image size)"
     )
-    new.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
-    new.add_argument("--compat", default="released", choices=list(PRESETS))
+    new.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="dtype of the computation")
+    new.add_argument("--compat", default="released", choices=list(PRESETS), help="preset of reference quirks")
 
     old = verbs.add_parser("export", help="checkpoint -> PyTorch files")
     old.add_argument("checkpoint", type=path)
@@ -62,21 +62,26 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--outputs", type=path, required=True, help=".npz with input_ids and logits")
     check.add_argument("--prefix", default="", help="what precedes 'logits' in its array's name")
     check.add_argument("--max-kl", type=Real(0, 1e9), default=1e-2, help="nats per token (default 0.01)")
-    check.add_argument("--weights", default="float", choices=KINDS, help="what integers would cost (default float)")
+    check.add_argument(
+        "--weights",
+        default="float",
+        choices=KINDS,
+        help="weights of the language model, rounded to integers or not (default float)",
+    )
     for verb in (new, old, check):
         verb.add_argument("--debug", action="store_true", help="show tracebacks")
     return top
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Run one verb."""
+    """Run one of the verbs import, export and verify."""
     a = arguments
     if a.verb == "export":
         with locked(a.out):
             print("\n".join(map(str, export(a.checkpoint, a.format, a.out))))
     elif a.verb == "verify":
-        found = verify(a.checkpoint, a.outputs, a.prefix, a.max_kl, a.weights)
-        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        agreement = verify(a.checkpoint, a.outputs, a.prefix, a.max_kl, a.weights)
+        print("  ".join(f"{name} {value:.4g}" for name, value in agreement.items()))
     else:
         heads = read_json(a.bert, {"num_attention_heads": Whole(1, 1024)})["num_attention_heads"] if a.bert else 12
         files = Files(

@@ -1,4 +1,4 @@
-"""Key tables of the frozen encoders and the Q-Formers, and their configs read from the files."""
+"""Key tables of the frozen encoders and the Q-Formers, and their configs as read from the files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.qformer import QFormerConfig
 
-# Tensors of the released files that the model does not use: regular expression (full match) -> why.
+# Tensors of the released files that the model does not use: regular expression (full match) -> reason.
 CLIP_IGNORED = {
     r"(text_model|text_projection|visual_projection)\..*|logit_scale": "text tower and contrastive heads",
     r"(.*\.)?position_ids": "a constant index",
@@ -40,7 +40,10 @@ def _norm(source: str, target: str) -> list[Rule]:
 
 
 def clip_rules(cfg: ClipConfig, at: str = "") -> list[Rule]:
-    """`CLIPModel` or `CLIPVisionModel` file -> parameters of `Clip`, under our path `at` (slash included)."""
+    """Return the rules from a `CLIPModel` or `CLIPVisionModel` file to the parameters of `Clip`.
+
+    at: path of the module in the parameter tree, with its slash.
+    """
     embeddings = "vision_model.embeddings"
     rules = [
         Rule(f"{embeddings}.class_embedding", "class_embedding"),
@@ -60,7 +63,10 @@ def clip_rules(cfg: ClipConfig, at: str = "") -> list[Rule]:
 
 
 def beats_rules(cfg: BeatsConfig, at: str = "") -> list[Rule]:
-    """BEATs file `{'cfg', 'model'}` -> parameters of `Beats`, under our path `at` (slash included)."""
+    """Return the rules from a BEATs file `{'cfg', 'model'}` to the parameters of `Beats`.
+
+    at: path of the module in the parameter tree, with its slash.
+    """
     rules = [
         Rule("model.patch_embedding.weight", "patch_embedding/kernel", "conv2d"),
         *_norm("model.layer_norm", "layer_norm"),
@@ -84,10 +90,10 @@ def beats_rules(cfg: BeatsConfig, at: str = "") -> list[Rule]:
 
 
 def qformer_rules(cfg: QFormerConfig, prefix: str, kind: str, at: str = "") -> list[Rule]:
-    """Released weights -> parameters of one `QFormer`, under our path `at` (slash included).
+    """Return the rules from released weights to the parameters of one `QFormer`.
 
-    prefix: what precedes `vl_projector` or `al_projector`: 'model.' in the pre-training files,
-    'base_model.model.model.' in the fine-tuning files. kind: 'visual' or 'audio'.
+    prefix: precedes `vl_projector` or `al_projector`: 'model.' in the pre-training files, 'base_model.model.model.' in
+    the fine-tuning files. kind: 'visual' or 'audio'. at: path of the module in the parameter tree, with its slash.
     """
     projector = {"visual": "vl_projector", "audio": "al_projector"}[kind]
     stem = f"{prefix}{projector}.{kind}"
@@ -115,7 +121,10 @@ def qformer_rules(cfg: QFormerConfig, prefix: str, kind: str, at: str = "") -> l
 def clip_config(
     config: Mapping[str, Any], taps: Iterable[int], dtype: str = "bfloat16", where: str = "config.json"
 ) -> ClipConfig:
-    """Sizes from a Hugging Face CLIP `config.json`. Raises InputError if a size is missing or the formula differs."""
+    """Return the ClipConfig of a Hugging Face CLIP `config.json`.
+
+    Raises InputError if a size is missing or the model has another formula.
+    """
     vision = config.get("vision_config", config)
     check(vision, {}, where, "vision_config")
     formula = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -139,7 +148,10 @@ def clip_config(
 
 
 def beats_config(cfg: Mapping[str, Any], dtype: str = "bfloat16", where: str = "BEATs cfg") -> BeatsConfig:
-    """Sizes from the `cfg` of a BEATs file. Raises InputError if a size is missing or the formula differs."""
+    """Return the BeatsConfig of the `cfg` of a BEATs file.
+
+    Raises InputError if a size is missing or the model has another formula.
+    """
     check(cfg, {}, where, "cfg")
     _require(
         where,
@@ -178,20 +190,20 @@ SIZE = Whole(1, 2**24)
 
 
 def _sizes(where: str, config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    """Our field -> value of their field."""
-    for theirs in names.values():
-        if not SIZE.fits(config.get(theirs)):
+    """Return {field of the config dataclass: value}, given {that field: field of the file}. Raises InputError."""
+    for file_field in names.values():
+        if not SIZE.fits(config.get(file_field)):
             raise InputError(
                 where,
-                theirs,
-                f"{config.get(theirs)!r:.60} is not a size",
+                file_field,
+                f"{config.get(file_field)!r:.60} is not a size",
                 f"give the config of this model: {SIZE.wanted}",
             )
-    return {ours: config[theirs] for ours, theirs in names.items()}
+    return {own_field: config[file_field] for own_field, file_field in names.items()}
 
 
 def _require(where: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """The formula that is implemented, said in the config's words."""
+    """Raise InputError unless the config has the values of the formula that is implemented."""
     for name, value in values.items():
         if config.get(name) != value:
             raise InputError(where, name, f"{config.get(name)!r:.60} is not supported", f"use a model with {value!r}")

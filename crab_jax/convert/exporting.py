@@ -1,8 +1,8 @@
-"""Export: a checkpoint -> the PyTorch file families it could have come from.
+"""Export of a checkpoint into the families of PyTorch files it could have come from.
 
 `crab` writes Crab's own files, `hf` the frozen models and the multi-head LoRA as an adapter. The adapter's update
 depends on the token, so it is never merged into the weights; its type is one that stock PEFT refuses to load, since
-PEFT knows one B per A. Together the two formats import again to the same checkpoint, bit for bit.
+PEFT knows one B per A. Importing both formats together gives the same checkpoint, bit for bit.
 
 The checkpoint is read a few leaves at a time and written tensor by tensor, all layers of a leaf after one another.
 """
@@ -35,11 +35,11 @@ from crab_jax.runs.run_folder import load_config
 from data_pipelines.tokens import MASK_TOKENS, SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("crab", "hf")
-AT_ONCE = 2**30  # bytes of leaves to read from the checkpoint together, except that a larger leaf comes alone
+AT_ONCE = 2**30  # bytes of leaves to read from the checkpoint together; a larger leaf is read alone
 
 
 def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
-    """Write the files of one format into `out`; returns their paths. Raises InputError for no checkpoint."""
+    """Write the files of one format into `out` and return their paths. Raises InputError if there is no checkpoint."""
     if form not in FORMATS:
         raise InputError("--format", form, "is unknown", f"use one of {', '.join(FORMATS)}")
     cfg = load_config(checkpoint).model
@@ -57,7 +57,7 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
 
 
 class _Reader:
-    """Leaves of a checkpoint by path; those of `paths` that follow the wanted one are read with it."""
+    """Reads leaves of a checkpoint by path, together with the leaves of `paths` that follow."""
 
     def __init__(self, params: StoredParams, paths: Iterable[str]):
         self._params, self._paths = params, list(dict.fromkeys(paths))
@@ -65,10 +65,11 @@ class _Reader:
         self._held: dict[str, np.ndarray] = {}
 
     def stand_in(self, path: str) -> np.ndarray:
-        """An array of the leaf's shape and dtype that takes no memory."""
+        """Return an array of the leaf's shape and dtype that takes no memory."""
         return np.broadcast_to(np.zeros((), self._shapes[path].dtype), self._shapes[path].shape)
 
     def read(self, path: str) -> np.ndarray:
+        """Return a leaf."""
         if path not in self._held:
             self._held = {}
             wanted: list[str] = []
@@ -84,7 +85,10 @@ class _Reader:
 
 
 def tensors_of(rules: Iterable[Rule], params: StoredParams, rows: int) -> dict[str, Tensor]:
-    """Tensors under PyTorch's names, leaf by leaf; of embedding and output matrix only the first `rows` tokens."""
+    """Return tensors under PyTorch's names, leaf by leaf.
+
+    rows: number of tokens to keep in the embedding and the output matrix, without the padding of the vocabulary.
+    """
     vocabulary = {rule.target for rule in vocab_rules(at="llama/")}
     rules = sorted(rules, key=lambda rule: split_target(rule.target)[0])
     reader = _Reader(params, (split_target(rule.target)[0] for rule in rules))
@@ -104,7 +108,7 @@ def tensors_of(rules: Iterable[Rule], params: StoredParams, rows: int) -> dict[s
 
 
 def write_crab(cfg: CrabConfig, params: StoredParams, out: Path) -> None:
-    """finetune_weights.bin, avs_finetune_weights.bin with the position matrices, and the three pre-training files."""
+    """Write finetune_weights.bin, avs_finetune_weights.bin with the position matrices, and three pre-training files."""
     rules = crab_rules(cfg)
     rows = cfg.llama.vocab_size
 
@@ -122,7 +126,7 @@ def write_crab(cfg: CrabConfig, params: StoredParams, out: Path) -> None:
 
 
 def write_hugging_face(cfg: CrabConfig, params: StoredParams, out: Path, shard_bytes: int = 5 * 10**9) -> None:
-    """clip/ and llama/ as model directories, beats/BEATs.pt, adapter/ with the LoRA."""
+    """Write clip/ and llama/ as model directories, beats/BEATs.pt, and adapter/ with the LoRA."""
     rules = base_rules(cfg)
     base = cfg.llama.vocab_size - len(SPECIAL_TOKENS) - len(MASK_TOKENS)
     clip, beats, llama = (tensors_of(rules[name], params, base) for name in ("clip", "beats", "llama"))
@@ -144,7 +148,7 @@ def write_hugging_face(cfg: CrabConfig, params: StoredParams, out: Path, shard_b
 
 
 def clip_json(cfg: ClipConfig) -> dict[str, Any]:
-    """config.json of a CLIPVisionModel."""
+    """Return the config.json of a CLIPVisionModel."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -160,7 +164,7 @@ def clip_json(cfg: ClipConfig) -> dict[str, Any]:
 
 
 def llama_json(cfg: LlamaConfig, vocab_size: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM or Qwen2ForCausalLM without the added tokens."""
+    """Return the config.json of a LlamaForCausalLM or Qwen2ForCausalLM without the added tokens."""
     kind, name = ("qwen2", "Qwen2ForCausalLM") if cfg.qkv_bias else ("llama", "LlamaForCausalLM")
     return {
         "architectures": [name],
@@ -182,7 +186,7 @@ def llama_json(cfg: LlamaConfig, vocab_size: int, tensors: Mapping[str, Tensor])
 
 
 def beats_cfg(cfg: BeatsConfig) -> dict[str, Any]:
-    """The `cfg` of a BEATs file."""
+    """Return the `cfg` of a BEATs file."""
     return {
         "encoder_layers": cfg.layers,
         "encoder_embed_dim": cfg.width,
@@ -210,7 +214,7 @@ def beats_cfg(cfg: BeatsConfig) -> dict[str, Any]:
 
 
 def adapter_json(cfg: LoraConfig) -> dict[str, Any]:
-    """The sizes of the multi-head LoRA, in the words of the released peft_hyper."""
+    """Return the sizes of the multi-head LoRA under the names of the released peft_hyper."""
     return {
         "peft_type": "MULTI_HEAD_LORA",
         "task_type": "CAUSAL_LM",

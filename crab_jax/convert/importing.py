@@ -1,7 +1,8 @@
-"""Import: released PyTorch files -> an Orbax checkpoint that train, evaluate and predict take, and a report.
+"""Import of released PyTorch files into an Orbax checkpoint, with a report.
 
-Strict: every key of every file is read or named as ignored, every parameter is filled or named as drawn. Tensors are
-memory-mapped and written one by one, so neither the model nor a large stack of its layers is ever in memory.
+The import is strict: every key of every file is read or listed as ignored, and every parameter is filled or listed as
+drawn. Tensors are memory-mapped and written one by one, so neither the model nor a large stack of its layers is ever in
+memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from crab_jax.io import stored_tensors
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import need_room, refuse_stand_in, replaced, write_whole
 from crab_jax.io.progress import Progress
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
 from crab_jax.models.qformer import QFormer
@@ -50,9 +51,12 @@ NEW_ROWS = {EMBEDDING: "embed_tokens.new_rows", KERNEL: "lm_head.new_rows"}
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What to import. crab: Crab's own files in loading order. tokenizer: default the LLaMA directory's.
-    position_buffers, token_rows: .npz (or torch) files with what the released files lack; state: prefix of the buffers
-    in a file that holds several. fresh: components to draw from `seed` because no file holds them."""
+    """The files to import.
+
+    crab: Crab's own files in loading order. tokenizer: by default that of the LLaMA directory. position_buffers,
+    token_rows: .npz (or torch) files with arrays that the released files lack; state: prefix of the buffers in a file
+    that holds several. fresh: components to draw from `seed` because no file holds them.
+    """
 
     clip: Path
     llama: Path
@@ -67,7 +71,7 @@ class Files:
 
 
 class Part(NamedTuple):
-    """One tensor of a file and its place in the parameter tree."""
+    """One tensor of a file and its position in the parameter tree."""
 
     path: str
     at: tuple[int, ...]
@@ -76,11 +80,11 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """File and key."""
+        """Return the file and key, for messages."""
         return f"{self.source.where}: {self.rule.source}"
 
     def load(self) -> np.ndarray:
-        """The tensor in our layout, a view on the file."""
+        """Return the tensor in the layout of this project's parameters, as a view of the file."""
         return permute(self.source.tensors[self.rule.source], self.rule.layout)
 
 
@@ -89,7 +93,8 @@ def import_weights(
 ) -> dict[str, Any]:
     """Write the checkpoint into `out` and return the report, which is also written there. Raises InputError.
 
-    config: the run config that the checkpoint records (default configs/finetune.py); its sizes and preset are set here.
+    config: the run config that the checkpoint records (default: that of configs/finetune.py); its sizes and preset are
+    replaced by those of the files.
     """
     choices = choices or Choices()
     for name in files.fresh:
@@ -104,7 +109,7 @@ def import_weights(
     tokenizer = _tokenizer(files, base["llama"])
     cfg = released.read_config(files.clip, files.llama, base["beats"], given, tokenizer.vocab_size, choices)
     shapes = _shapes(cfg)
-    parts, used = _plan(base, given, cfg, files.fresh, shapes)
+    parts, used = _assign_tensors(base, given, cfg, files.fresh, shapes)
     unexplained, ignored = _unread([*base.values(), *crab], used, passed)
     vocab, vocab_notes = _vocabulary(files, base["llama"], given, cfg, tokenizer.base)
     extra, notes = _position_buffers(files, given, shapes)
@@ -113,7 +118,7 @@ def import_weights(
     }
     unfilled = [path for path in drawn if not _may_be_drawn(path, files.fresh)]
     _check_explained(unexplained, unfilled, files)
-    for path in sorted(drawn):  # a set has another order in each process
+    for path in sorted(drawn):  # the order of a set differs between processes
         notes[path] = f"drawn from seed {files.seed}"
     extra |= _draw(cfg, files.seed, drawn)
 
@@ -155,8 +160,8 @@ def import_weights(
 
 @functools.cache
 def _shapes(cfg: CrabConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its '/'-joined path."""
-    flat = traverse_util.flatten_dict(nn.unbox(run_params.abstract_params(Crab(cfg))), sep="/")
+    """Return the shape of every parameter by its '/'-joined path."""
+    flat = traverse_util.flatten_dict(nn.unbox(run_params.abstract_params(cfg.build())), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
@@ -175,14 +180,17 @@ def _tokenizer(files: Files, llama: Source) -> Tokenizer:
     return tokenizer
 
 
-def _plan(
+def _assign_tensors(
     base: Mapping[str, Source],
     given: Mapping[str, Source],
     cfg: CrabConfig,
     fresh: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[list[Part], dict[str, set[str]]]:
-    """Where every tensor goes, except the vocabulary and the position matrices; and the keys used of each file."""
+    """Return a Part for every tensor but the vocabulary and position matrices, and the keys used of each file.
+
+    Raises InputError for missing tensors and wrong shapes.
+    """
     wanted = [
         (source, rule)
         for name, source in base.items()
@@ -202,13 +210,13 @@ def _plan(
             continue
         path, index = split_target(rule.target)
         part = Part(path, index, source, rule)
-        expected, found = shapes[path][len(index) :], part.load().shape
-        if tuple(found) != expected:
+        expected, shape = shapes[path][len(index) :], part.load().shape
+        if tuple(shape) != expected:
             raise InputError(
                 source.where,
                 rule.source,
                 f"has shape {tuple(source.tensors[rule.source].shape)} "
-                f"({tuple(found)} as {rule.target}), the model wants {expected}",
+                f"({tuple(shape)} as {rule.target}), the model wants {expected}",
                 "give files of one model, or the options that match them",
             )
         parts.append(part)
@@ -221,7 +229,7 @@ def _plan(
             missing.append((base["llama"].where, rule.source))
         used[base["llama"].where].add(rule.source)
     if missing:
-        spare = [
+        unused = [
             key
             for source in {s.where: s for s in [*base.values(), *given.values()]}.values()
             for key in source.tensors
@@ -234,12 +242,12 @@ def _plan(
             if absent
             else "give the files that hold them"
         )
-        told = f"; {len(spare)} keys of the files have no use: {spare[:3]}" if spare else ""
+        unused_keys = f"; {len(unused)} keys of the files have no use: {unused[:3]}" if unused else ""
         keys = [key for _, key in missing]
         raise InputError(
             ", ".join(dict.fromkeys(where for where, _ in missing)),
             keys[0],
-            f"{len(keys)} tensors are missing: {keys[:3]}{told}",
+            f"{len(keys)} tensors are missing: {keys[:3]}{unused_keys}",
             fix,
         )
     _check_stacks(parts)
@@ -247,16 +255,16 @@ def _plan(
 
 
 def _check_stacks(parts: Sequence[Part]) -> None:
-    """Layers of one leaf share a dtype."""
+    """Raise InputError unless all layers of a stacked leaf share a dtype."""
     first: dict[str, Part] = {}
     for part in parts:
         other = first.setdefault(part.path, part)
-        ours, theirs = (p.source.tensors[p.rule.source].dtype for p in (part, other))
-        if ours != theirs:
+        dtype, expected = (p.source.tensors[p.rule.source].dtype for p in (part, other))
+        if dtype != expected:
             raise InputError(
                 part.source.where,
                 part.rule.source,
-                f"is {ours}, its sibling {other.rule.source} is {theirs}",
+                f"is {dtype}, its sibling {other.rule.source} is {expected}",
                 "give files of one model",
             )
 
@@ -264,7 +272,7 @@ def _check_stacks(parts: Sequence[Part]) -> None:
 def _unread(
     sources: Sequence[Source], used: Mapping[str, set[str]], passed: Mapping[str, Mapping[str, str]]
 ) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
-    """((file, key) that nothing explains, file -> {ignored key: why})."""
+    """Return ((file, key) of unexplained keys, {file: {ignored key: reason}})."""
     unexplained = []
     ignored: dict[str, dict[str, str]] = {}
     for source in sources:
@@ -300,13 +308,13 @@ def _check_explained(unexplained: Sequence[tuple[str, str]], unfilled: Sequence[
 
 
 def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
-    """Arrays by name from .npz, .safetensors or a torch file. Raises InputError."""
+    """Return arrays by name from an .npz, .safetensors or torch file. Raises InputError."""
     if path.suffix == ".npz":
         refuse_stand_in(path)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except Exception as error:  # NumPy raises its own, zip's and pickle's kinds
+        except Exception as error:  # NumPy raises its own errors and those of zip and pickle
             raise InputError(str(path), "", f"cannot be read ({error})", "give an .npz of plain arrays") from error
     return stored_tensors.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
 
@@ -314,14 +322,14 @@ def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
 def _position_buffers(
     files: Files, given: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The random position matrices and where they come from; empty when they must be drawn."""
+    """Return the random position matrices and notes on their origin; empty when they must be drawn."""
     rules = released.buffer_rules()
     if files.position_buffers is None:
         if not all(rule.source in given for rule in rules):
             return {}, {}
         return {rule.target: given[rule.source].tensors[rule.source] for rule in rules}, {}
     arrays, where = read_arrays(files.position_buffers), str(files.position_buffers)
-    found, notes = {}, {}
+    buffers, notes = {}, {}
     for rule in rules:
         suffix = rule.source.removeprefix(released.SEG)
         names = [name for name in arrays if name.endswith(suffix) and name.startswith(files.state)]
@@ -336,15 +344,17 @@ def _position_buffers(
                 f"has shape {value.shape}, the model wants {shapes[rule.target]}",
                 "give the buffers of this model",
             )
-        found[rule.target], notes[rule.target] = value, f"{where}: {names[0]}"
-    return found, notes
+        buffers[rule.target], notes[rule.target] = value, f"{where}: {names[0]}"
+    return buffers, notes
 
 
 def _vocabulary(
     files: Files, llama: Source, given: Mapping[str, Source], cfg: CrabConfig, base: int
 ) -> tuple[dict[str, list[tuple[str, Any]]], dict[str, str]]:
-    """For embedding and output matrix the pieces of rows that make them, (origin, array or None), and notes on rows
-    that no weight file holds. None stands for rows to draw."""
+    """Return the row blocks of the embedding and output matrix, and notes on rows that no weight file holds.
+
+    Each block is (origin, array); the array is None for rows to draw.
+    """
     added = cfg.llama.vocab_size - base
     rows: dict[str, list[tuple[str, Any]]] = {}
     notes = {}
@@ -389,7 +399,7 @@ def _vocabulary(
 
 
 def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
-    """These leaves of freshly initialised modules; nothing else is computed."""
+    """Return these leaves of freshly initialised modules; nothing else is computed."""
     drawn: dict[str, np.ndarray] = {}
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     features = shape(1, cfg.seg.grid**2, cfg.seg.image_dim)
@@ -411,14 +421,14 @@ def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
 def _init(
     rng: jax.Array, name: str, module: nn.Module, inputs: tuple[Any, ...], wanted: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    """The wanted leaves of one module, by their paths below `name`."""
+    """Return the wanted leaves of one module, by their paths below `name`."""
     tree = nn.unbox(module.lazy_init(rng, *inputs, method=_whole_llama if name == "llama" else None)["params"])
     flat = traverse_util.flatten_dict({name: tree}, sep="/")
     return {path: flat[path] for path in wanted}
 
 
 def _whole_llama(llama: Llama, tokens: jax.Array) -> jax.Array:
-    """Reaches every parameter of the language model."""
+    """Use every parameter of the language model, so that initialisation creates them all."""
     hidden, _ = llama(llama.embed(tokens), jnp.zeros(tokens.shape, jnp.int32))
     return llama.logits(hidden)
 
@@ -432,9 +442,9 @@ def _leaves(
     seed: int,
     broken: dict[str, finite.Faults],
 ) -> dict[str, Streamed]:
-    """Everything to write; a tensor is read when its turn comes. What is not finite is noted in `broken`."""
+    """Return every leaf to write, each loading its tensors when written; non-finite values are noted in `broken`."""
 
-    def looked_at(name: str, value: np.ndarray) -> np.ndarray:
+    def checked(name: str, value: np.ndarray) -> np.ndarray:
         if fault := finite.faults(value):
             broken[name] = fault
         return value
@@ -447,13 +457,13 @@ def _leaves(
             shapes[path],
             stack[0].load().dtype,
             len(stack[0].at),
-            lambda stack=stack: ((part.at, looked_at(part.name, part.load())) for part in stack),
+            lambda stack=stack: ((part.at, checked(part.name, part.load())) for part in stack),
         )
         for path, stack in stacks.items()
     }
     for path, value in extra.items():
         leaves[path] = Streamed(
-            shapes[path], value.dtype, 0, lambda path=path, value=value: [((), looked_at(path, value))]
+            shapes[path], value.dtype, 0, lambda path=path, value=value: [((), checked(path, value))]
         )
     for path, pieces in vocab.items():
         leaves[path] = Streamed(
@@ -461,14 +471,14 @@ def _leaves(
             pieces[0][1].dtype,
             0,
             lambda path=path, pieces=pieces: [
-                ((), looked_at(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))
+                ((), checked(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))
             ],
         )
     return leaves
 
 
 def _with_progress(leaves: Mapping[str, Streamed]) -> dict[str, Streamed]:
-    """The same leaves, telling how far their writing is."""
+    """Return the same leaves with a progress line for their writing."""
     written = Progress(IMPORTED, sum(leaf.nbytes for leaf in leaves.values()), unit="GB", scale=1e9)
 
     def watched(leaf: Streamed) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -480,7 +490,7 @@ def _with_progress(leaves: Mapping[str, Streamed]) -> dict[str, Streamed]:
 
 
 def _table(path: str, pieces: Sequence[tuple[str, Any]], cfg: CrabConfig, seed: int) -> np.ndarray:
-    """Embedding or output matrix from its pieces of rows, zero where the vocabulary is padded."""
+    """Assemble the embedding or output matrix from its row blocks, with zeros for the padding of the vocabulary."""
     dtype, at = pieces[0][1].dtype, 0
     table = np.zeros((cfg.llama.padded_vocab, cfg.llama.hidden), dtype)
     for _, piece in pieces:
@@ -493,14 +503,14 @@ def _table(path: str, pieces: Sequence[tuple[str, Any]], cfg: CrabConfig, seed: 
 
 
 def _plain(cfg: Any) -> Any:
-    """A config dataclass in JSON types, without what has none."""
+    """Convert a config dataclass to JSON types; other values become text."""
     if dataclasses.is_dataclass(cfg):
         return {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     return cfg if isinstance(cfg, str | int | float | bool) else list(cfg) if isinstance(cfg, tuple) else str(cfg)
 
 
 def _run_config(cfg: CrabConfig, choices: Choices, config: RunConfig | None) -> RunConfig:
-    """The run config with these sizes."""
+    """Return the run config with these sizes."""
     config = config or resolve(paper_defaults())
     compat = PRESETS[choices.compat]
     return dataclasses.replace(
@@ -514,7 +524,7 @@ def _run_config(cfg: CrabConfig, choices: Choices, config: RunConfig | None) -> 
 
 
 def load_run_config(file: Path) -> RunConfig:
-    """`get_config()` of a config file. Raises InputError."""
+    """Return the resolved `get_config()` of a config file. Raises InputError."""
     refuse_no_file(file)
     spec = importlib.util.spec_from_file_location("run_config", file)
     if spec is None or spec.loader is None or not file.is_file():
@@ -530,7 +540,7 @@ def load_run_config(file: Path) -> RunConfig:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report as a few lines."""
+    """Format the report as a few lines."""
     lines = []
     for where, source in report["sources"].items():
         lines.append(f"{where}: {source['used']} of {source['keys']} keys used")

@@ -1,4 +1,4 @@
-"""Key tables: how tensors named by PyTorch map to leaves of our parameter tree, in both directions.
+"""Key tables: how tensors named by PyTorch map to leaves of the parameter tree, in both directions.
 
 A table is a list of `Rule`s. Targets are '/'-joined paths; a path part `layers[3]` addresses index 3 of a stacked
 (scanned) leaf, and `layers[3]/lora_B[1]` index (3, 1). Conversion is total: every rule must find its source, and every
@@ -18,7 +18,7 @@ from crab_jax.io.errors import InputError
 
 _STACKED = re.compile(r"^(.*)\[(\d+)\]$")
 
-# PyTorch layout -> ours, as axis permutations with their inverses implied.
+# Axis permutations from PyTorch's layouts to those of the parameter tree; the inverses are computed.
 _LAYOUTS: dict[str, tuple[int, ...] | None] = {
     "same": None,
     "linear": (1, 0),  # (out, in) -> (in, out)
@@ -30,7 +30,7 @@ _LAYOUTS: dict[str, tuple[int, ...] | None] = {
 
 
 class Rule(NamedTuple):
-    """One tensor: PyTorch key, our path, and the layout change between them."""
+    """One tensor: PyTorch key, path in the parameter tree, and the layout change between them."""
 
     source: str
     target: str
@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 def split_target(target: str) -> tuple[str, tuple[int, ...]]:
-    """'llama/layers[3]/q/lora_B[1]' -> ('llama/layers/q/lora_B', (3, 1))."""
+    """Split a target: 'llama/layers[3]/q/lora_B[1]' -> ('llama/layers/q/lora_B', (3, 1))."""
     index, parts = [], []
     for part in target.split("/"):
         match = _STACKED.match(part)
@@ -50,7 +50,7 @@ def split_target(target: str) -> tuple[str, tuple[int, ...]]:
 
 
 def permute(array: np.ndarray, layout: str, inverse: bool = False) -> np.ndarray:
-    """A view of `array` in our axis order, or in PyTorch's when `inverse`."""
+    """Return a view of `array` in the parameter tree's axis order, or in PyTorch's when `inverse`."""
     axes = _LAYOUTS[layout]
     if axes is None:
         return array
@@ -58,7 +58,7 @@ def permute(array: np.ndarray, layout: str, inverse: bool = False) -> np.ndarray
 
 
 def to_params(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], where: str = "checkpoint") -> dict[str, Any]:
-    """Nested parameter dict from PyTorch tensors, in the dtypes of the tensors.
+    """Return a nested parameter dict from PyTorch tensors, in the dtypes of the tensors.
 
     Raises InputError for missing source keys and for layers of unequal shapes or dtypes, ValueError for a table that
     leaves a hole in a stack.
@@ -104,7 +104,7 @@ def to_params(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], where: s
 
 
 def from_params(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """PyTorch-named tensors from a nested parameter dict: the inverse of `to_params`."""
+    """Return PyTorch-named tensors from a nested parameter dict: the inverse of `to_params`."""
     tensors = {}
     for rule in rules:
         path, index = split_target(rule.target)
@@ -116,7 +116,7 @@ def from_params(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, n
 
 
 def unread(rules: Iterable[Rule], tensors: Iterable[str], ignored: Iterable[str] = ()) -> list[str]:
-    """Source names that no rule reads and no regular expression in `ignored` (full match) excuses."""
+    """Return the source names that no rule reads and no regular expression in `ignored` (full match) covers."""
     read = {rule.source for rule in rules}
     patterns = [re.compile(pattern) for pattern in ignored]
     return [name for name in tensors if name not in read and not any(p.fullmatch(name) for p in patterns)]

@@ -1,7 +1,7 @@
 """Key tables of the language model: Hugging Face LLaMA shards, finetune_weights.bin (LoRA), *avs_finetune_weights.bin.
 
-Files hold `vocab_size` rows of the embedding and the output matrix, our parameters `padded_vocab`: `pad_vocab` and
-`trim_vocab` go between. `at` is the path of the Llama in the whole parameter tree, e.g. "llama/".
+Files hold `vocab_size` rows of the embedding and the output matrix, this project's parameters `padded_vocab` rows:
+`pad_vocab` and `trim_vocab` convert. `at` is the path of the Llama in the whole parameter tree, e.g. "llama/".
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from crab_jax.models.llama import LlamaConfig
 from crab_jax.models.lora import LoraConfig
 
 PROJECTIONS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
-PEFT = "base_model.model."  # what PEFT puts before the names of the wrapped model
+PEFT = "base_model.model."  # PEFT's prefix of the names of the wrapped model
 LLAMA_IGNORED = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "rotary frequencies, computed from the config"}
 
 
 def vocab_rules(prefix: str = "", at: str = "") -> list[Rule]:
-    """Embedding and output matrix; `prefix` is "base_model.model." in *avs_finetune_weights.bin."""
+    """Return the rules of the embedding and output matrix.
+
+    prefix: "base_model.model." in *avs_finetune_weights.bin.
+    """
     return [
         Rule(f"{prefix}model.embed_tokens.weight", f"{at}embed_tokens/embedding"),
         Rule(f"{prefix}lm_head.weight", f"{at}lm_head/kernel", "linear"),
@@ -32,7 +35,7 @@ def vocab_rules(prefix: str = "", at: str = "") -> list[Rule]:
 
 
 def llama_rules(cfg: LlamaConfig, at: str = "") -> list[Rule]:
-    """All tensors of a Hugging Face LLaMA or Qwen2 directory, without LoRA."""
+    """Return the rules of all tensors of a Hugging Face LLaMA or Qwen2 directory, without LoRA."""
     rules = [*vocab_rules(at=at), Rule("model.norm.weight", f"{at}norm/scale")]
     for layer in range(cfg.layers):
         source, target = f"model.layers.{layer}.", f"{at}layers[{layer}]/"
@@ -47,7 +50,7 @@ def llama_rules(cfg: LlamaConfig, at: str = "") -> list[Rule]:
 
 
 def lora_rules(cfg: LlamaConfig, lora: LoraConfig, at: str = "") -> list[Rule]:
-    """The LoRA tensors of finetune_weights.bin (peft_hyper naming: one `lora_B{i}` per head)."""
+    """Return the rules of the LoRA tensors of finetune_weights.bin (peft_hyper naming: one `lora_B{i}` per head)."""
     rules = []
     for layer in range(cfg.layers):
         for name in PROJECTIONS:
@@ -62,7 +65,7 @@ def lora_rules(cfg: LlamaConfig, lora: LoraConfig, at: str = "") -> list[Rule]:
 
 
 def lora_sizes(tensors: Mapping[str, Any], where: str = "checkpoint") -> tuple[int, int]:
-    """(rank, heads) of the LoRA weights in a file, from the shapes of A (rank, in) and of the router (heads, in).
+    """Return (rank, heads) of the LoRA weights in a file, from the shapes of A (rank, in) and the router (heads, in).
 
     Raises InputError if there are none, or if layers disagree.
     """
@@ -89,12 +92,15 @@ LLAMA = {
 
 
 def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides: Any) -> LlamaConfig:
-    """LlamaConfig from a Hugging Face config.json (model_type llama or qwen2). Raises InputError on other models."""
+    """Return the LlamaConfig of a Hugging Face config.json of model_type llama or qwen2.
+
+    Raises InputError for other models.
+    """
     check(hf, {"model_type?": Null(Text()), "rope_parameters?": Null({})}, where)
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen2"):
         raise InputError(where, "model_type", f"{kind!r:.60} is not supported", "give a LLaMA or Qwen2 directory")
-    rope = hf.get("rope_parameters") or {}  # where newer transformers keep rope_theta and the scaling
+    rope = hf.get("rope_parameters") or {}  # newer versions of transformers keep rope_theta and the scaling here
     unsupported = {
         field: hf[field]
         for field in ("rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
@@ -123,17 +129,17 @@ def llama_config(hf: Mapping[str, Any], where: str = "config.json", **overrides:
     check(hf, LLAMA, where)
     check(rope, {"rope_theta?": LLAMA["rope_theta?"]}, where, "rope_parameters")
     vocab_size, hidden, layers, heads, mlp_dim, rms_eps = (hf[field] for field in needed)
-    fields = dict(
-        vocab_size=vocab_size,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        mlp_dim=mlp_dim,
-        rms_eps=rms_eps,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        qkv_bias=kind == "qwen2",
-        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-    )
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden": hidden,
+        "layers": layers,
+        "heads": heads,
+        "mlp_dim": mlp_dim,
+        "rms_eps": rms_eps,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "qkv_bias": kind == "qwen2",
+        "rope_theta": hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+    }
     return LlamaConfig(**(fields | overrides))
 
 
@@ -143,10 +149,10 @@ def pad_vocab(
     new_embeddings: np.ndarray | None = None,
     new_heads: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Llama parameters with `padded_vocab` rows: those of the file, then the added tokens', then zeros.
+    """Return Llama parameters with `padded_vocab` rows: the file's rows, those of the added tokens, then zeros.
 
     `new_embeddings`, `new_heads` float [rows, D] are the added tokens' rows of the embedding and the output matrix.
-    Raises InputError when there are more rows than `cfg.vocab_size`, or fewer.
+    Raises InputError when the number of rows is not `cfg.vocab_size`.
     """
 
     def pad(rows: np.ndarray, new: np.ndarray | None, field: str) -> np.ndarray:
@@ -166,7 +172,7 @@ def pad_vocab(
 
 
 def trim_vocab(params: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The inverse of `pad_vocab`: only the first `rows` tokens, for export."""
+    """Return Llama parameters with only the first `rows` tokens, for export: the inverse of `pad_vocab`."""
     return {
         **params,
         "embed_tokens": {"embedding": params["embed_tokens"]["embedding"][:rows]},

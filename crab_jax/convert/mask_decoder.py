@@ -1,7 +1,7 @@
-"""Keys of the mask branch in the released files (avs_finetune_weights.bin: under `base_model.model.model.seg_module.`).
+"""Key tables of the mask branch in the released files.
 
-The two random position matrices are in no released file (they are buffers there): `position_rules` is apart, for files
-that do hold them and for our own exports.
+avs_finetune_weights.bin has it under `base_model.model.model.seg_module.`. The released files lack the two random
+position matrices (buffers there); `position_rules` is separate, for files that hold them and for our own exports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def _two_way_block(source: str, target: str) -> list[Rule]:
 
 
 def seg_rules(cfg: SegConfig, prefix: str, at: str = "") -> list[Rule]:
-    """Every trained tensor of `SegModule`: keys under `prefix` (dot included), paths under `at` (slash included)."""
+    """Return the rules of every trained tensor of `SegModule`.
+
+    prefix: precedes the keys, with its dot. at: path of the module in the parameter tree, with its slash.
+    """
     p, d = prefix, f"{prefix}mask_decoder"
     rules = _linear(f"{p}text_hidden_fcs.0.0", "text_hidden_fcs/layers_0")
     rules += _linear(f"{p}text_hidden_fcs.0.2", "text_hidden_fcs/layers_1")
@@ -84,7 +87,7 @@ def seg_rules(cfg: SegConfig, prefix: str, at: str = "") -> list[Rule]:
     rules += [
         Rule(f"{d}.avs_query_tokens.weight", "mask_decoder/avs_query_tokens"),
         Rule(f"{d}.level_embed.weight", "mask_decoder/level_embed"),
-        # The released files spell it so.
+        # The misspelling is that of the released files.
         Rule(f"{d}.ms3_s4_classfier.weight", "mask_decoder/ms3_s4_classifier/kernel", "conv2d"),
         Rule(f"{d}.avss_classifier.weight", "mask_decoder/avss_classifier/kernel", "conv2d"),
     ]
@@ -92,7 +95,7 @@ def seg_rules(cfg: SegConfig, prefix: str, at: str = "") -> list[Rule]:
 
 
 def position_rules(prefix: str, at: str = "") -> list[Rule]:
-    """The two random position matrices, under the names they have as buffers of the released modules."""
+    """Return the rules of the two random position matrices, under their names as buffers of the released modules."""
     leaf = "positional_encoding_gaussian_matrix"
     return [
         Rule(f"{prefix}pe_layer.{leaf}", f"{at}pe_layer/{leaf}"),

@@ -1,8 +1,8 @@
-"""What a set of released files holds: which keys, which sizes, and the CrabConfig and key tables that follow.
+"""The contents of a set of released files: their keys and sizes, and the CrabConfig and key tables that follow.
 
-Crab's own files are told apart by their keys, not by their names: pre-training files name the bare model
+Crab's own files are recognised by their keys, not by their names: pre-training files name the bare model
 (`model.vl_projector...`), fine-tuning files the PEFT model (`base_model.model.model.vl_projector...`). Here every key
-has the PEFT name. Of a key that several files hold, the last file given wins, as in the released loading order.
+has the PEFT name. If several files hold a key, the last file given wins, as in the released loading order.
 """
 
 from __future__ import annotations
@@ -38,15 +38,20 @@ from crab_jax.models.mask_decoder import SegConfig
 from crab_jax.models.qformer import QFormerConfig
 from crab_jax.models.quirks import PRESETS
 
-COMPONENTS = ("vl_projector", "al_projector", "lora", "seg_module")  # what Crab's files bring, and `fresh` may name
+COMPONENTS = (
+    "vl_projector",
+    "al_projector",
+    "lora",
+    "seg_module",
+)  # the contents of Crab's files, and the choices of --fresh
 SEG = f"{PEFT}model.seg_module."
 EMBED, HEAD = (rule.source for rule in vocab_rules(PEFT))
-DEFAULT_TAPS = {24: (14, 22, 23)}  # of ViT-L/14
+DEFAULT_TAPS = {24: (14, 22, 23)}  # number of layers -> tapped layers; 24: ViT-L/14
 _POPPED = {re.escape(EMBED): "the released scripts drop it from pre-training files"}
 
 
 class Source(NamedTuple):
-    """One file or directory: its tensors under the names that key tables use, and patterns of ignored names."""
+    """One file or directory: its tensors under the names of the key tables, and patterns of ignored names."""
 
     where: str
     tensors: Mapping[str, Any]
@@ -55,8 +60,11 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What no file says. bert_heads: attention heads of the Q-Formers; taps: CLIP layers, None for the known ones;
-    low_res: side at which mask levels are averaged, None for half the picture; dtype: of the computation."""
+    """Settings that no file holds.
+
+    bert_heads: attention heads of the Q-Formers. taps: CLIP layers, None for the known ones. low_res: side in pixels at
+    which mask levels are averaged, None for half the image size. dtype: of the computation.
+    """
 
     bert_heads: int = 12
     taps: tuple[int, ...] | None = None
@@ -67,7 +75,7 @@ class Choices:
 
 
 def crab_source(path: Path) -> Source:
-    """One of Crab's files, with its keys under their PEFT names. Raises InputError when it is none."""
+    """Return one of Crab's files, with its keys under their PEFT names. Raises InputError for any other file."""
     tensors = stored_tensors.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read(path)
     fine_tuned = any(name.startswith(PEFT) for name in tensors)
     known = re.compile(
@@ -90,12 +98,12 @@ def crab_source(path: Path) -> Source:
 
 
 def resolve(sources: Sequence[Source]) -> tuple[dict[str, Source], dict[str, dict[str, str]]]:
-    """(key -> file that gives it, file -> {key: why another file or nobody reads it}) of Crab's files in their order.
+    """Return ({key: file that gives it}, {file: {unused key: reason}}) of Crab's files in their order.
 
-    The output matrix of pre-training files counts only as long as no fine-tuning file is given: the released
-    inference never loads it.
+    The output matrix of pre-training files is used only when no fine-tuning file is given: the released inference never
+    loads it.
     """
-    passed: dict[str, dict[str, str]] = {source.where: {} for source in sources}
+    unused: dict[str, dict[str, str]] = {source.where: {} for source in sources}
     given: dict[str, Source] = {}
     tuned = any(_component(key) == "lora" for source in sources for key in source.tensors)
     for source in sources:
@@ -104,12 +112,12 @@ def resolve(sources: Sequence[Source]) -> tuple[dict[str, Source], dict[str, dic
             if pretraining and key == EMBED:
                 continue  # ignored by its pattern
             if pretraining and tuned and key == HEAD:
-                passed[source.where][key] = "output matrix of a pre-training file, unused once LoRA is there"
+                unused[source.where][key] = "output matrix of a pre-training file, unused once LoRA is there"
                 continue
             if key in given:
-                passed[given[key].where][key] = f"replaced by {source.where}"
+                unused[given[key].where][key] = f"replaced by {source.where}"
             given[key] = source
-    return given, passed
+    return given, unused
 
 
 def _component(key: str) -> str | None:
@@ -120,17 +128,18 @@ def _component(key: str) -> str | None:
 
 
 def present(keys: Mapping[str, Any]) -> set[str]:
-    """Which of COMPONENTS some key belongs to."""
+    """Return the COMPONENTS that the keys belong to."""
     return {component for key in keys if (component := _component(key))}
 
 
 class _Shapes:
-    """Shapes of Crab's tensors, read for their sizes."""
+    """Sizes of the model, read from the shapes of Crab's tensors."""
 
     def __init__(self, given: Mapping[str, Source]):
         self.given = given
 
     def size(self, key: str, axis: int) -> int:
+        """Return the size of one axis of a tensor. Raises InputError."""
         if key not in self.given:
             raise InputError(
                 ", ".join(sorted({source.where for source in self.given.values()})),
@@ -145,6 +154,7 @@ class _Shapes:
         return shape[axis]
 
     def count(self, pattern: str) -> int:
+        """Return the number of distinct first groups with which keys match `pattern`."""
         return len({match.group(1) for key in self.given if (match := re.match(pattern, key))})
 
 
@@ -187,21 +197,21 @@ def _seg(shapes: _Shapes, llama: LlamaConfig, clip: ClipConfig, choices: Choices
 
 
 def _seg_frame(llama: LlamaConfig, clip: ClipConfig, choices: Choices) -> dict[str, Any]:
-    """The sizes of the mask branch that other modules decide."""
-    return dict(
-        llm_dim=llama.hidden,
-        image_dim=clip.width,
-        grid=clip.image_size // clip.patch_size,
-        image_size=clip.image_size,
-        low_res=choices.low_res or clip.image_size // 2,
-        chain_queries=PRESETS[choices.compat].chain_queries,
-    )
+    """Return the sizes of the mask branch that follow from other modules."""
+    return {
+        "llm_dim": llama.hidden,
+        "image_dim": clip.width,
+        "grid": clip.image_size // clip.patch_size,
+        "image_size": clip.image_size,
+        "low_res": choices.low_res or clip.image_size // 2,
+        "chain_queries": PRESETS[choices.compat].chain_queries,
+    }
 
 
 def read_config(
     clip: Path, llama: Path, beats: Source, given: Mapping[str, Source], vocab_size: int, choices: Choices
 ) -> CrabConfig:
-    """CrabConfig of the files; components that Crab's files lack get the default sizes. Raises InputError."""
+    """Return the CrabConfig of the files; components that Crab's files lack get default sizes. Raises InputError."""
     vision = read_json(clip / "config.json", {"vision_config?": {}})
     layers = vision.get("vision_config", vision).get("num_hidden_layers")
     taps = choices.taps or (DEFAULT_TAPS.get(layers) if isinstance(layers, int) else None)
@@ -218,20 +228,20 @@ def read_config(
     llama_cfg = llama_config(
         read_json(llama / "config.json"), str(llama / "config.json"), vocab_size=vocab_size, dtype=choices.dtype
     )
-    compat, shapes, found = PRESETS[choices.compat], _Shapes(given), present(given)
+    compat, shapes, components = PRESETS[choices.compat], _Shapes(given), present(given)
 
     def qformer(component: str, kind: str, in_dim: int) -> QFormerConfig:
-        if component in found:
+        if component in components:
             return _qformer(shapes, kind, in_dim, llama_cfg.hidden, choices)
         return QFormerConfig(in_dim=in_dim, out_dim=llama_cfg.hidden, dtype=choices.dtype)
 
     lora = LoraConfig(alpha=choices.lora_alpha, dropout_per_head=compat.dropout_per_head)
-    if "lora" in found:
+    if "lora" in components:
         rank, heads = _lora(given)
         lora = dataclasses.replace(lora, rank=rank, heads=heads)
     seg = (
         _seg(shapes, llama_cfg, clip_cfg, choices)
-        if "seg_module" in found
+        if "seg_module" in components
         else SegConfig(**_seg_frame(llama_cfg, clip_cfg, choices))
     )
     return CrabConfig(
@@ -247,20 +257,20 @@ def read_config(
 
 
 def _lora(given: Mapping[str, Source]) -> tuple[int, int]:
-    """(rank, heads); files that disagree are named together."""
+    """Return (rank, heads) of the LoRA. Raises InputError naming the files that disagree."""
     tensors: dict[str, dict[str, Any]] = {}
     for key, source in given.items():
         if _component(key) == "lora":
             tensors.setdefault(source.where, {})[key] = source.tensors[key]
     sizes = {where: lora_sizes(held, where) for where, held in tensors.items()}
     if len(set(sizes.values())) > 1:
-        told = "; ".join(f"{where}: rank {rank}, {heads} heads" for where, (rank, heads) in sizes.items())
-        raise InputError(", ".join(sizes), "lora_route", f"the files disagree ({told})", "give files of one LoRA")
+        listed = "; ".join(f"{where}: rank {rank}, {heads} heads" for where, (rank, heads) in sizes.items())
+        raise InputError(", ".join(sizes), "lora_route", f"the files disagree ({listed})", "give files of one LoRA")
     return next(iter(sizes.values()))
 
 
 def crab_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:
-    """Key tables of Crab's own files by component, without the vocabulary and the position matrices."""
+    """Return the key tables of Crab's own files by component, without the vocabulary and the position matrices."""
     prefix = f"{PEFT}model."
     return {
         "vl_projector": qformer_rules(cfg.visual, prefix, "visual", "vl_projector/"),
@@ -271,7 +281,7 @@ def crab_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:
 
 
 def base_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:
-    """Key tables of the frozen models' own files: "clip", "beats", and "llama" with its vocabulary."""
+    """Return the key tables of the frozen models' own files: "clip", "beats", and "llama" with its vocabulary."""
     return {
         "clip": clip_rules(cfg.clip, "clip/"),
         "beats": beats_rules(cfg.beats, "beats/"),
@@ -280,12 +290,12 @@ def base_rules(cfg: CrabConfig) -> dict[str, list[Rule]]:
 
 
 def buffer_rules() -> list[Rule]:
-    """The two random position matrices, which only our own exports hold."""
+    """Return the rules of the two random position matrices, which only our own exports hold."""
     return position_rules(SEG, "seg_module/")
 
 
 def base_sources(clip: Path, llama: Path, beats: Path) -> dict[str, Source]:
-    """The frozen models' files, by the names of `base_rules`."""
+    """Return the frozen models' files, by the names of `base_rules`."""
     return {
         "clip": Source(str(clip), torch_file.read_model_dir(clip), CLIP_IGNORED),
         "beats": Source(str(beats), torch_file.read(beats), BEATS_IGNORED),

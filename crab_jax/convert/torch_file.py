@@ -1,4 +1,4 @@
-"""PyTorch checkpoints as lazy mappings of NumPy arrays, read without PyTorch and without running what they contain."""
+"""Reader of PyTorch checkpoints as lazy NumPy arrays, without PyTorch and without running code in the files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
-LARGEST_PICKLE = 32 * 2**20  # bytes of the names of tensors and their plain values; a model of 7 B has under one
+LARGEST_PICKLE = 32 * 2**20  # bytes of tensor names and plain values; a 7 B model has less than a megabyte
 MOST_VALUES = 300_000
 _CONTAINERS = "save a plain dict of tensors again with torch.save, or as safetensors"
 
@@ -71,7 +71,7 @@ def _tensor_v3(
 
 
 def _checked(tensor: TensorView) -> TensorView:
-    tensor.build()  # a view costs nothing, and a bad one is better refused at once
+    tensor.build()  # a view costs nothing, so an invalid one is refused at once
     return tensor
 
 
@@ -92,9 +92,10 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(_pickle_of(archive, path, record)))
         self._archive, self._path, self._record = archive, path, record
         self._storages: dict[str, ByteRange] = {}
-        self.sums: dict[str, tuple[ByteRange, int]] = {}  # of each storage, by its record: its bytes and their CRC-32
+        self.sums: dict[str, tuple[ByteRange, int]] = {}  # record name -> (bytes of the storage, their CRC-32)
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the function, storage type or dtype that the pickle names. Raises InputError for anything else."""
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
         if module in ("torch", "torch.storage") and name in STORAGES:
@@ -109,6 +110,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, reference: tuple) -> Storage:
+        """Return the storage that the pickle refers to."""
         kind, dtype, key, _device, _count = reference
         if kind != "storage":
             raise pickle.UnpicklingError(f"persistent reference of kind {kind!r}")
@@ -117,7 +119,7 @@ class _Unpickler(pickle.Unpickler):
         return Storage(self._storages[key], dtype)
 
     def _find(self, record: str) -> ByteRange:
-        """Where the bytes of an uncompressed zip record lie in the file."""
+        """Return the position of an uncompressed zip record in the file."""
         try:
             info = self._archive.getinfo(record)
         except KeyError:
@@ -131,13 +133,13 @@ class _Unpickler(pickle.Unpickler):
         start = info.header_offset + 30 + name + extra
         if start + info.file_size > self._path.stat().st_size:
             raise InputError(str(self._path), record, "this storage ends after the file", "fetch the file again")
-        found = ByteRange(self._path, start, info.file_size)
-        self.sums[record] = found, info.CRC
-        return found
+        position = ByteRange(self._path, start, info.file_size)
+        self.sums[record] = position, info.CRC
+        return position
 
 
 def _pickle_of(archive: zipfile.ZipFile, path: Path, record: str) -> bytes:
-    """The pickle, bounded before it is unpacked, whose places in memory are no further than it is long."""
+    """Return the pickle, whose size is bounded before unpacking; memo indices may not exceed its length."""
     size = archive.getinfo(record).file_size
     if size > LARGEST_PICKLE:
         raise InputError(str(path), record, f"has {size:,} bytes, more than {LARGEST_PICKLE:,}", _CONTAINERS)
@@ -149,13 +151,13 @@ def _pickle_of(archive: zipfile.ZipFile, path: Path, record: str) -> bytes:
 
 
 def _check_sums(sums: Mapping[str, tuple[ByteRange, int]], path: Path) -> None:
-    """Raise InputError where a storage is not what was written, by the CRC-32 of its zip record.
+    """Raise InputError if a storage differs from the CRC-32 of its zip record.
 
-    A file in which no storage has the right one was written without them, as PyTorch can be told to.
+    If no storage matches, the file was written without checksums, as PyTorch can be told to; then warn.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda one: zlib.crc32(one[0].map().data), sums.values())
-        wrong = [name for (name, (_, kept)), now in zip(sums.items(), found, strict=True) if now != kept]
+        computed = pool.map(lambda storage: zlib.crc32(storage[0].map().data), sums.values())
+        wrong = [name for (name, (_, stored)), crc in zip(sums.items(), computed, strict=True) if crc != stored]
     if wrong and len(wrong) == len(sums) > 1:
         print(f"warning: {path} was written without checksums: it is not verified", file=sys.stderr)
     elif wrong:
@@ -165,7 +167,7 @@ def _check_sums(sums: Mapping[str, tuple[ByteRange, int]], path: Path) -> None:
 
 
 def read(path: str | Path) -> LazyTensors:
-    """Tensors of a `torch.save` file (.bin, .pt, .pth; the zip format of PyTorch 1.6 and later).
+    """Return the tensors of a `torch.save` file (.bin, .pt, .pth; the zip format of PyTorch 1.6 and later).
 
     Storages stay in the file and are memory-mapped; arrays are read-only views. Code in the pickle is never run: only
     tensors, OrderedDict and plain values are built. Raises InputError for anything else, and for damaged files.
@@ -220,9 +222,9 @@ def _load(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Callable[[], 
 
 
 def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.ndarray]], seen: Iterator[int]) -> Any:
-    """Put every tensor under a dict or list into `tensors`; return the plain values that remain, nested as before.
+    """Move every tensor under a dict or list into `tensors`; return the other values, nested as before.
 
-    `seen` counts values: lists that hold the same list many times, and so on, are no larger file.
+    `seen` counts values, because a small pickle can hold the same list many times over.
     """
     if not isinstance(value, Mapping | list | tuple):
         return value
@@ -239,7 +241,7 @@ def _take_tensors(value: Any, prefix: str, tensors: dict[str, Callable[[], np.nd
 
 
 def read_model_dir(folder: str | Path) -> LazyTensors:
-    """Tensors of a Hugging Face model directory, as safetensors or as .bin files, sharded or not.
+    """Return the tensors of a Hugging Face model directory, as safetensors or as .bin files, sharded or not.
 
     Raises InputError when a file is missing or damaged, or a shard lacks a tensor that the index names.
     """

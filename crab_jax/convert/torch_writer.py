@@ -1,6 +1,6 @@
-"""Files that PyTorch reads, written without PyTorch: `torch.save`'s zip format, and sharded safetensors directories.
+"""Writer of files that PyTorch reads, without PyTorch: `torch.save`'s zip format and sharded safetensors directories.
 
-Tensors are given as functions and written one by one, so a model is never whole in memory.
+Tensors are given as functions and written one by one, so the whole model is never in memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from crab_jax.io.files import whole, write_whole
 from crab_jax.io.progress import Progress
 from crab_jax.io.stored_tensors import SAFETENSORS_NAMES
 
-ALIGNMENT = 64  # of storages in the file, as torch.save does it, so that they can be memory-mapped
+ALIGNMENT = 64  # bytes; torch.save aligns storages the same way, so that they can be memory-mapped
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
 
 
 class Tensor(NamedTuple):
-    """A tensor to write: its shape and dtype, and the function that gives its values."""
+    """A tensor to write: its shape and dtype, and a function that returns its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -33,8 +33,10 @@ class Tensor(NamedTuple):
 
 
 def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") -> None:
-    """Write a (nested) dict of `Tensor`s and plain values as `torch.save` would; `torch.load(weights_only=True)` and
-    `torch_file.read` read it."""
+    """Write a (nested) dict of `Tensor`s and plain values in the format of `torch.save`.
+
+    `torch.load(weights_only=True)` and `torch_file.read` read it.
+    """
     tensors: list[Tensor] = []
     pickled = b"\x80\x02" + _pickle(content, tensors) + b"."
     written = Progress(Path(path).name, sum(map(_size, tensors)), unit="GB", scale=1e9)
@@ -48,7 +50,7 @@ def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") ->
 
 
 def _record(archive: zipfile.ZipFile, record: str, load: Callable[[], Any], size: int) -> None:
-    """One uncompressed record whose bytes start at a multiple of ALIGNMENT."""
+    """Write one uncompressed record whose bytes start at a multiple of ALIGNMENT."""
     info = zipfile.ZipInfo(record)
     info.file_size = size
     # A local header is 30 bytes, the name, and extra fields; each of those starts with a 4-byte id and length.
@@ -71,7 +73,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _pickle(value: Any, tensors: list[Tensor]) -> bytes:
-    """Opcodes (protocol 2) that put `value` on the stack; tensors become references to numbered storages."""
+    """Return opcodes (protocol 2) that put `value` on the stack; tensors become references to numbered storages."""
     if isinstance(value, Tensor):
         tensors.append(value)
         strides = [math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape))]

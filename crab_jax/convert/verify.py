@@ -1,4 +1,4 @@
-"""Verify: the language model of a checkpoint against logits that PyTorch stored for the same ids."""
+"""Comparison of a checkpoint's language model with logits that PyTorch stored for the same token ids."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from crab_jax.runs import run_params
 
 
 def text_logits(model: Crab, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array) -> jax.Array:
-    """Logits float32[B,L,V] of text without media; `key_mask` bool[B,L] hides padding."""
+    """Return logits float32[B,L,V] of text without media; `key_mask` bool[B,L] hides padding."""
     hidden, _ = model.llama(model.llama.embed(tokens), positions, key_mask)
     return model.logits(hidden)
 
 
 def compare(ours: np.ndarray, reference: np.ndarray, k: int = 5) -> dict[str, float]:
-    """Agreement of two sets of logits [N,V]: mean and largest KL(reference || ours) in nats, share of equal best
-    tokens, share of the reference's k best tokens that are among ours, largest absolute difference."""
+    """Return the agreement of two sets of logits [N,V].
+
+    kl_mean, kl_max: KL(reference || ours) in nats. top1: share of equal best tokens. top<k>: share of the reference's k
+    best tokens that are among ours. max_abs: largest absolute difference.
+    """
     log_ours, log_reference = (
         x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
         for x in (ours.astype(np.float64), reference.astype(np.float64))
@@ -44,9 +47,12 @@ def compare(ours: np.ndarray, reference: np.ndarray, k: int = 5) -> dict[str, fl
 def verify(
     checkpoint: Path, outputs: Path, prefix: str = "", max_kl: float = 1e-2, weights: str = "float"
 ) -> dict[str, float]:
-    """Compare with a file of `input_ids` int[B,L], `<prefix>logits` float[B,L,V], and optionally `attention_mask` and
-    `position_ids`. `weights` rounds the language model's matrices to integers first, as generation would.
-    Raises InputError when the mean KL exceeds `max_kl`, or the file does not fit."""
+    """Compare the language model with a file of reference logits and return the agreement (see `compare`).
+
+    The file holds `input_ids` int[B,L], `<prefix>logits` float[B,L,V], and optionally `attention_mask` and
+    `position_ids`. weights: round the language model's matrices to integers first, as generation would. Raises
+    InputError when the mean KL exceeds `max_kl`, or the file does not fit the model.
+    """
     arrays: Any = read_arrays(outputs)
     for name in ("input_ids", f"{prefix}logits"):
         if name not in arrays:
@@ -78,13 +84,13 @@ def verify(
     ours = jax.jit(lambda p, *x: model.apply({"params": p}, *x, method=text_logits))(
         params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(mask)
     )
-    found = compare(np.asarray(ours)[mask][:, : reference.shape[2]], reference[mask])
-    if not found["kl_mean"] <= max_kl:
+    agreement = compare(np.asarray(ours)[mask][:, : reference.shape[2]], reference[mask])
+    if not agreement["kl_mean"] <= max_kl:
         raise InputError(
             str(checkpoint),
             "logits",
-            f"mean KL from {outputs} is {found['kl_mean']:.3g} nats, more than "
-            f"{max_kl:g} (top-1 agreement {found['top1']:.1%})",
+            f"mean KL from {outputs} is {agreement['kl_mean']:.3g} nats, more than "
+            f"{max_kl:g} (top-1 agreement {agreement['top1']:.1%})",
             "check that the files and options of the import are those of the reference",
         )
-    return found
+    return agreement

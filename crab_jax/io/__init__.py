@@ -1,1 +1,1 @@
-"""Files, errors, locks, progress and bounds: what every other room stands on."""
+"""File writing, errors, locks, progress lines, value bounds and structured-file readers, for every other package."""

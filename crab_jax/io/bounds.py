@@ -1,6 +1,7 @@
-"""What a value may be: one description for a config key and for an option of a command line.
+"""Bounds on values, shared by config keys, command-line options and fields of structured files.
 
-`Whole(1)` checks a value (`problem` says what is wrong with it, or "") and, as the `type` of an argument, reads a text.
+A bound such as `Whole(1)` checks a value (`problem` returns "" or a description of what is wrong) and, used as the
+`type` of an argparse argument, parses a text.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ _SCHEME = re.compile(r"(?P<kind>[a-z][a-z0-9+.-]*):[/\\]", re.IGNORECASE)  # gs:
 
 
 class Bound:
-    """What a value must be, in words (`wanted`), and whether one is (`fits`)."""
+    """Base class of all bounds: a description of the allowed values (`wanted`) and a check (`fits`)."""
 
     wanted = ""
 
     def fits(self, value: Any) -> bool:
-        """Whether a value of a config is allowed."""
+        """Return whether a value is allowed."""
         raise NotImplementedError
 
     def problem(self, value: Any) -> str:
-        """ "" for an allowed value, otherwise what it must be."""
+        """Return "" for an allowed value, otherwise a phrase that says what the value must be."""
         return "" if self.fits(value) else f"must be {self.wanted}"
 
     def read(self, text: str) -> Any:
-        """The value that a text of the command line stands for. Raises ValueError."""
+        """Parse a text of the command line. Raises ValueError."""
         return text
 
     def __call__(self, text: str) -> Any:
+        """Parse and check a text of the command line. Raises argparse.ArgumentTypeError."""
         try:
             value = self.read(text)
         except (ValueError, OverflowError):
@@ -48,7 +50,7 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Bound):
-    """A whole number from `low` to `high`; `note` says what a special one means."""
+    """A whole number from `low` to `high`; `note` explains a special value such as 0."""
 
     low: int = 0
     high: int = INT32
@@ -56,12 +58,15 @@ class Whole(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the allowed values."""
         return f"a whole number from {self.low} to {self.high}" + (f" ({self.note})" if self.note else "")
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is an int (not a bool) within the range."""
         return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
 
     def read(self, text: str) -> int:
+        """Parse a whole number of at most 20 characters. Raises ValueError."""
         if len(text) > 20:
             raise ValueError
         return int(text)
@@ -69,8 +74,7 @@ class Whole(Bound):
 
 @dataclasses.dataclass(frozen=True)
 class Real(Bound):
-    """A finite number from `low` to `high`, or 0 where `zero` is allowed beside them; `note` says what a special one
-    means."""
+    """A finite number from `low` to `high`, optionally also 0 (`zero`); `note` explains a special value."""
 
     low: float = 0.0
     high: float = 1e30
@@ -79,11 +83,13 @@ class Real(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the allowed values."""
         return f"{'0, or ' if self.zero else ''}a number from {self.low:g} to {self.high:.6g}" + (
             f" ({self.note})" if self.note else ""
         )
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is an int or float (not a bool) within the range."""
         if not isinstance(value, int | float) or isinstance(value, bool):
             return False
         try:
@@ -93,68 +99,77 @@ class Real(Bound):
         return self.low <= number <= self.high or (self.zero and number == 0)
 
     def read(self, text: str) -> float:
+        """Parse a number. Raises ValueError."""
         return float(text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Bound):
-    """One of some words."""
+    """One of a fixed set of words."""
 
     words: Sequence[str]
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """List the allowed words."""
         return f"one of {', '.join(self.words)}"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is one of the words."""
         return isinstance(value, str) and value in self.words
 
 
 class Flag(Bound):
-    """True or false."""
+    """A boolean."""
 
     wanted = "true or false"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is True or False."""
         return isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Bound):
-    """A value that may not be changed, and why."""
+    """A value that may not be changed; `why` gives the reason."""
 
     value: Any
     why: str
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the only allowed value and the reason."""
         return f"{self.value!r}: {self.why}"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` equals the fixed value and has its type."""
         return type(value) is type(self.value) and value == self.value
 
 
 @dataclasses.dataclass(frozen=True)
 class Words(Bound):
-    """Comma-separated words, each of `known` (of any letters, where that is empty); "" is none."""
+    """Comma-separated words from `known`, each at most once; "" for no words."""
 
     known: Sequence[str] = ()
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """List the allowed words."""
         return f"some of {','.join(self.known)}, each once"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is a text of distinct known words."""
         words = value.split(",") if isinstance(value, str) and value else []
         return isinstance(value, str) and len(words) == len(set(words)) and all(word in self.known for word in words)
 
 
 class Name(Bound):
-    """A name of a file without its ending, such as that of a split."""
+    """The name of a file without its suffix, such as the name of a split."""
 
     wanted = "a name without slashes"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is a non-empty name of at most 200 characters without slashes."""
         return (
             isinstance(value, str)
             and bool(value.strip())
@@ -166,18 +181,28 @@ class Name(Bound):
 
 @dataclasses.dataclass(frozen=True)
 class Place(Bound):
-    """A path of a file or folder; "" only where `empty`. A URL is none: it would become a folder called "gs:" here."""
+    """A path of a file or folder; `empty` allows "".
+
+    A URL is refused: Python would create a folder called "gs:" for it.
+    """
 
     empty: bool = True
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the allowed values."""
         return "a path"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is a path."""
         return not self.problem(value)
 
     def problem(self, value: Any) -> str:
+        """Return "" for a path, otherwise what is wrong with the value.
+
+        Refused are URLs, Windows paths and paths with a `~`, a variable or white space that a shell should have
+        expanded.
+        """
         if not isinstance(value, str) or "\0" in value or not (value.strip() or self.empty and not value):
             return f"must be {self.wanted}"
         scheme = _SCHEME.match(value)
@@ -197,7 +222,7 @@ class Place(Bound):
 
 
 def _unexpanded(value: str) -> str:
-    """What is wrong with a path of no file, which would be made as it stands: a shell usually reads it otherwise."""
+    """Return what is wrong with a path that does not exist and that a shell would have expanded or stripped, or ""."""
     if re.match(r"~[\w.-]*(/|$)|\$\{?[a-z_]\w*", value, re.IGNORECASE):
         return "was not expanded by the shell: write the whole path"
     if value != value.strip():
@@ -206,7 +231,7 @@ def _unexpanded(value: str) -> str:
 
 
 def check(section: str, values: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None:
-    """Raise InputError naming the first value of a section ("" for the top) that is out of its bounds."""
+    """Raise InputError for the first value of a config section ("" for the top level) that is out of its bounds."""
     for name, bound in bounds.items():
         if problem := bound.problem(values[name]):
             shown = " ".join(repr(values[name]).split())
@@ -217,32 +242,34 @@ PATH, ANY_PATH = Place(empty=False), Place()
 
 
 def path(text: str) -> Path:
-    """A path of the command line as a Path (the `type` of an argument)."""
+    """Parse a path of the command line (used as the `type` of an argparse argument)."""
     return Path(PATH(text))
 
 
 @dataclasses.dataclass(frozen=True)
 class Patterns(Bound):
-    """A tuple of regular expressions; `least` of them."""
+    """A tuple of at least `least` regular expressions."""
 
     least: int = 0
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the allowed values."""
         return f"{'at least one' if self.least else 'any number of'} regular expression in parentheses: ('clip/.*',)"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is a list or tuple of enough valid regular expressions."""
         if not isinstance(value, tuple | list) or len(value) < self.least:
             return False
         try:
-            return all(isinstance(one, str) and one and re.compile(one) for one in value)
+            return all(isinstance(pattern, str) and pattern and re.compile(pattern) for pattern in value)
         except (re.error, OverflowError, RecursionError):
             return False
 
 
 @dataclasses.dataclass(frozen=True)
 class Wholes(Bound):
-    """At least `least` whole numbers from `low` to `high`; `rising`: each greater than the one before."""
+    """At least `least` whole numbers from `low` to `high`; `rising` requires strictly increasing values."""
 
     low: int = 0
     high: int = INT32
@@ -251,20 +278,23 @@ class Wholes(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the allowed values."""
         return (
             f"{self.least} or more {'increasing ' if self.rising else ''}whole numbers from {self.low} to {self.high}"
         )
 
     def fits(self, value: Any) -> bool:
-        one = Whole(self.low, self.high)
+        """Return whether `value` is a list or tuple of enough whole numbers within the range."""
+        bound = Whole(self.low, self.high)
         return (
             isinstance(value, tuple | list)
             and len(value) >= self.least
-            and all(map(one.fits, value))
+            and all(map(bound.fits, value))
             and not (self.rising and list(value) != sorted(set(value)))
         )
 
     def read(self, text: str) -> tuple[int, ...]:
+        """Parse comma-separated whole numbers. Raises ValueError."""
         return tuple(Whole(self.low, self.high).read(part) for part in text.split(","))
 
 
@@ -277,18 +307,21 @@ class Text(Bound):
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the allowed length."""
         return f"text of {self.least} to {self.most} characters"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is text of an allowed length."""
         return isinstance(value, str) and self.least <= len(value) <= self.most
 
 
 class Inside(Bound):
-    """A path below the folder of the file that names it: relative, and without parts that climb."""
+    """A relative path inside the folder of the file that names it, without "." and ".." parts."""
 
     wanted = "a path inside the folder, with / between its parts"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is a printable relative path that stays inside the folder."""
         return (
             isinstance(value, str)
             and 0 < len(value) <= 1000
@@ -299,16 +332,18 @@ class Inside(Bound):
 
 
 class Number(Bound):
-    """Any number, also one that is not finite."""
+    """Any number, including NaN and infinities."""
 
     wanted = "a number"
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is an int or float (not a bool)."""
         return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Anything(Bound):
-    """Whatever there is."""
+    """Any value."""
 
     def fits(self, value: Any) -> bool:
+        """Return True."""
         return True

@@ -1,5 +1,8 @@
-"""What verbs write: files that are there whole or not at all, in folders that may be written to. And what they are
-given: files that only stand in for the one that was meant (structured.py reads the others)."""
+"""Writing of output files and folders, which appear complete or not at all, and checks of output paths.
+
+Also refuses input files that are placeholders for the real one, such as Git LFS pointers. Structured input files are
+read by structured.py.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,27 @@ from crab_jax.io.errors import FULL, InputError
 
 
 def write_whole(path: str | Path, content: str | bytes, lasting: bool = True) -> None:
-    """Write a file (text as UTF-8) so that it is there completely or not at all, also after a power cut unless
-    `lasting` is False (for many files that can be made again, since waiting for the disk takes milliseconds). Its
-    folder is made."""
+    """Write a file (text as UTF-8) atomically; its folder is created.
+
+    lasting: flush it to disk, so that it survives a power cut. False for many files that can be created again, because
+    waiting for the disk takes milliseconds each.
+    """
     with _partial(Path(path), lasting) as partial, open(partial, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A path for what other code writes, beside `path`, whose place it takes when all is written; see `write_whole`.
-    For large files: what processes that were killed long ago had left of the same one is removed."""
+    """Yield a temporary path beside `path`, which replaces `path` at the end of the context; see `write_whole`.
+
+    For large files written by other code. Temporary files that killed processes left there over an hour ago are
+    removed.
+    """
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.stem)}.*{_PARTIAL}{glob.escape(path.suffix)}"):
+    for stale in path.parent.glob(f".{glob.escape(path.stem)}.*{_PARTIAL}{glob.escape(path.suffix)}"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _LONG_AGO:
-                left.unlink()
+            if time.time() - stale.stat().st_mtime > _LONG_AGO:
+                stale.unlink()
     with _partial(path, lasting=True) as partial:
         yield partial
 
@@ -45,7 +53,7 @@ def whole(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _partial(path: Path, lasting: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may write one file. The suffix stays, for libraries that go by it.
+    # Several processes may write one file. The suffix is kept for libraries that choose a format by it.
     partial = path.with_name(f".{path.stem}.{os.getpid()}{_PARTIAL}{path.suffix}")
     try:
         yield partial
@@ -57,15 +65,17 @@ def _partial(path: Path, lasting: bool) -> Iterator[Path]:
             sync_folder(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and str(partial) in (str(error.filename or partial), str(error.filename2)):
-            error.filename, error.filename2 = str(path), None  # a write has none
+            error.filename, error.filename2 = str(path), None  # errors of a write have no file name
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
 
 
 def append_line(path: str | Path, value: Any) -> None:
-    """Append a value as one line of JSON, whole or not at all: what a full disk took of it is cut off again. Several
-    processes may append to one file."""
+    """Append a value as one line of JSON, completely or not at all.
+
+    When a full disk takes only part of the line, that part is cut off again. Several processes may append to one file.
+    """
     data = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -75,11 +85,11 @@ def append_line(path: str | Path, value: Any) -> None:
 
 
 def append(descriptor: int, data: bytes, name: str) -> None:
-    """Append bytes to the open file `name`, all of them or none."""
+    """Append bytes to the open file called `name`, all of them or none. Raises OSError."""
     try:
-        if (taken := os.write(descriptor, data)) == len(data):
+        if (written := os.write(descriptor, data)) == len(data):
             return
-        os.ftruncate(descriptor, os.fstat(descriptor).st_size - taken)
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         error.filename = name
@@ -87,14 +97,16 @@ def append(descriptor: int, data: bytes, name: str) -> None:
 
 
 def need_room(folder: str | Path, size: int, what: str, flag: str = "--out") -> None:
-    """Raise InputError where a disk has less room than `size` bytes, before hours are spent. Quotas tell nobody; what
-    they stop is told when it is written."""
+    """Raise InputError if a disk has less than `size` bytes free, before hours are spent.
+
+    Quotas cannot be queried; exceeding one is reported when the file is written.
+    """
     try:
         disk = os.statvfs(folder)
     except OSError:
-        return  # whoever writes there says why
+        return  # the later write reports the reason
     free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < size:  # some network disks have no number of blocks
+    if disk.f_blocks and free < size:  # some network disks do not report their number of blocks
         raise InputError(
             str(folder),
             flag,
@@ -112,7 +124,7 @@ def _bytes(size: float) -> str:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Have the disk keep which files a folder holds, where its file system can do so."""
+    """Flush a folder's list of files to disk, where the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -123,18 +135,18 @@ def sync_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def replaced(folder: str | Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when all is written: whoever is killed leaves the old or the
-    new. What the new one lacks of the old is carried over, locks among it.
+    """Yield a new folder that replaces `folder` at the end of the context.
 
-    One rename exchanges the two where the file system can do so; elsewhere the names are free for an instant. In a
-    folder that has nothing beside it (a mounted disk) each name is taken on its own, a manifest before what it vouches
-    for.
+    A killed process leaves either the old folder or the new one. Files of the old folder that the new one lacks,
+    including locks, are moved to it. One rename exchanges the two where the file system supports it; elsewhere the name
+    is missing for an instant. In a mount point, or where the parent folder cannot be written, each file is replaced on
+    its own, `manifest.json` first.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     alone = os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)
     new = folder / ".new" if alone else folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed process
     new.mkdir()
     try:
         yield new
@@ -146,32 +158,32 @@ def replaced(folder: str | Path) -> Iterator[Path]:
             return
         _exchange(new, folder)
         sync_folder(folder.parent)
-        for path in list(new.iterdir()):  # the old one now
+        for path in list(new.iterdir()):  # after the exchange `new` is the old folder
             if not (folder / path.name).exists():
                 path.rename(folder / path.name)
     except OSError as error:
-        if error.filename:  # nobody knows the new folder
+        if error.filename:  # the user does not know the temporary folder
             error.filename = str(error.filename).replace(str(new), str(folder))
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Give two folders of one file system each other's names."""
+def _exchange(new: Path, old: Path) -> None:
+    """Exchange the names of two folders of one file system."""
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None, use_errno=True)
-        if library.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        if library.renameat2(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE) == 0:
             return
-    aside = other.with_name(f".{other.name}.old")
+    aside = old.with_name(f".{old.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    other.rename(aside)
-    one.rename(other)
-    aside.rename(one)
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
 
 
 def json_object(line: bytes | str) -> dict[str, Any] | None:
-    """The JSON object in one line, None where it holds something else."""
+    """Return the JSON object in one line, or None if the line is anything else."""
     try:
         value = json.loads(line if isinstance(line, str) else line.decode())
     except (ValueError, RecursionError):
@@ -180,8 +192,10 @@ def json_object(line: bytes | str) -> dict[str, Any] | None:
 
 
 def end_of_lines(data: bytes) -> int:
-    """Where the last line of JSONL ends that is an object: what follows was left by a program that was killed, or by a
-    disk that lost its power (half a line, zeros, anything)."""
+    """Return the byte position after the last JSONL line that holds an object.
+
+    Anything after it was left by a killed program or a power cut: half a line, zeros or other bytes.
+    """
     end = len(data)
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
@@ -192,7 +206,7 @@ def end_of_lines(data: bytes) -> int:
 
 
 def cut_tail(path: str | Path) -> None:
-    """Make a JSONL file end with a whole line, so that more can be appended; what is cut off is said."""
+    """Cut a JSONL file after its last complete line, so that more lines can be appended; warn about what is cut off."""
     path = Path(path)
     if not path.is_file():
         return
@@ -200,7 +214,7 @@ def cut_tail(path: str | Path) -> None:
     end = end_of_lines(data)
     if data[end:].strip():
         print(
-            f"warning: {path}: the last {len(data) - end:,} bytes are no whole line; they are cut off",
+            f"warning: {path}: the last {len(data) - end:,} bytes are not a complete line; they are cut off",
             file=sys.stderr,
             flush=True,
         )
@@ -212,7 +226,7 @@ def cut_tail(path: str | Path) -> None:
 
 
 def out_folder(path: str | Path, flag: str = "--out") -> Path:
-    """The folder of --out, made. Raises InputError where that cannot be done, or nothing can be written into it."""
+    """Create and return the folder of an output option. Raises InputError if it cannot be created or written to."""
     if problem := PATH.problem(str(path)):
         raise InputError(str(path), flag, problem, "give a folder")
     if os.path.realpath(path) == "/":
@@ -221,7 +235,7 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
 
 
 def out_file(path: str | Path, flag: str = "--out") -> Path:
-    """The file of an option, whose folder is made. Raises InputError where it cannot be written."""
+    """Return the file of an output option and create its folder. Raises InputError if the file cannot be written."""
     file = Path(path)
     if file.is_dir():
         raise InputError(str(file), flag, "is a folder", "give a file")
@@ -234,7 +248,7 @@ def out_file(path: str | Path, flag: str = "--out") -> Path:
 
 
 def _writable(out: Path, flag: str) -> Path:
-    """A folder, made; nothing is left of what is written into it to see whether that can be done."""
+    """Create a folder and check by a temporary file that it can be written to."""
     real, probe = f"{os.path.realpath(out)}/", out / f".probe{os.getpid()}"
     if real.startswith(_SYSTEM) and not real.startswith("/dev/shm/"):
         raise InputError(str(out), flag, "is a folder of the system", "give a folder of your own")
@@ -245,7 +259,7 @@ def _writable(out: Path, flag: str) -> Path:
             raise InputError(str(out), flag, "is no folder", "give a folder")
         out.mkdir(parents=True, exist_ok=True)
         try:
-            probe.write_bytes(bytes(4096))  # a full disk takes an empty file
+            probe.write_bytes(bytes(4096))  # a full disk accepts an empty file
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
@@ -254,11 +268,11 @@ def _writable(out: Path, flag: str) -> Path:
     return out
 
 
-_PARTIAL, _LONG_AGO = ".partial", 3600.0  # in the name of a file while it is written; seconds
+_PARTIAL, _LONG_AGO = ".partial", 3600.0  # part of the name of a file while it is written; seconds
 _SYSTEM = ("/proc/", "/sys/", "/dev/")
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-HEAD = 1024  # bytes from the beginning of a file that tell what stands in its place
-_STAND_INS = (  # (how the file begins, what it is, what to do)
+HEAD = 1024  # bytes at the beginning of a file that reveal a placeholder
+_STAND_INS = (  # (pattern of the beginning, description, fix)
     (rb"version https://git-lfs\.github\.com/spec/v1\r?\n", "a Git LFS pointer", "run: git lfs pull"),
     (rb"(\.\./)*(\.git/|/)annex/objects/", "a git-annex pointer", "run: git annex get"),
     (
@@ -270,8 +284,10 @@ _STAND_INS = (  # (how the file begins, what it is, what to do)
 
 
 def stand_in(start: bytes) -> tuple[str, str] | None:
-    """(problem, fix) of a file that begins so (HEAD bytes) and was not fetched: what git checks out in its place, or
-    the page that a browser was shown; None for any other."""
+    """Return (problem, fix) if a file beginning with `start` (HEAD bytes) is a placeholder for the real one, else None.
+
+    Placeholders are Git LFS and git-annex pointers and the web pages that download links may return.
+    """
     return next(
         (
             (f"is {what}, not the file itself", fix)
@@ -283,13 +299,13 @@ def stand_in(start: bytes) -> tuple[str, str] | None:
 
 
 def refuse_stand_in(path: str | Path, field: str = "") -> None:
-    """Raise InputError for a file that was not fetched, see `stand_in`, and for a pipe or device, which has no end."""
+    """Raise InputError for a placeholder (see `stand_in`) and for a pipe or device, which has no end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(str(path), field, "is a pipe or a device", "give a file")
     try:
         with open(path, "rb") as file:
-            found = stand_in(file.read(HEAD))
+            placeholder = stand_in(file.read(HEAD))
     except OSError:
-        return  # whoever reads it says what is wrong
-    if found:
-        raise InputError(str(path), field, *found)
+        return  # the code that reads the file reports the error
+    if placeholder:
+        raise InputError(str(path), field, *placeholder)

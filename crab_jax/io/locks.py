@@ -1,4 +1,7 @@
-"""Folders and files that are one process's alone while it writes them: who has them, and whose lock is left over."""
+"""Locks on folders and files that a process writes.
+
+A lock names its owner, is refreshed while the owner lives, and is replaced when its owner is gone.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,19 @@ from crab_jax.io.structured import strict_json
 
 LOCK = ".lock"
 BEAT_SECONDS = 20.0  # how often a lock is refreshed
-# A lock of another machine that was not refreshed for so long is left over. A share may show a change a minute late.
+# A lock of another machine that was not refreshed for so long is stale. Network shares may show changes a minute late.
 STALE_SECONDS = 120.0
-SEEN_SECONDS = 30.0  # after which a lock is seen by all hosts
+SEEN_SECONDS = 30.0  # by which time all hosts see a new lock
 _held: dict[Path, _Holder] = {}  # the locks of this process
 
 
 class Owner(NamedTuple):
-    """Whose a lock is. machine: one running system and its process ids; a container has its own. started: of the
-    process, so that another one with its id is not taken for it. since: seconds of the epoch. use: what it is locked
-    for; owners of one use and another share go together."""
+    """The owner of a lock.
+
+    machine: the host, boot and PID namespace that a process id belongs to (a container has its own). started: start
+    time of the process, so that another process with its id is not mistaken for it. since: seconds since the epoch.
+    use: what the folder is locked for; owners with the same use and different shares hold it together.
+    """
 
     host: str
     machine: str
@@ -61,8 +67,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine was started; "" when there is none (one that has ended but was not waited for is
-    none)."""
+    """Return the start time of a process of this machine, or "" if there is none or it has ended (zombies included)."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if fields:
         return "" if fields[0] in ("Z", "X") else fields[19]
@@ -83,15 +88,18 @@ def _me(use: str, share: int) -> Owner:
 
 
 def _owner_of(lock: Path) -> Owner | None:
-    """The owner of a lock that is there; one that cannot be read is being written, or was left by a full disk."""
+    """Return the owner of an existing lock, or None without a lock.
+
+    A lock that cannot be read is being written, or was left by a full disk: its owner has process id 0.
+    """
     try:
         text = lock.read_bytes()
     except FileNotFoundError:
         return None
     try:
-        found = Owner(**strict_json(text.decode()))
-        str(found), int(found.pid)
-        return found
+        owner = Owner(**strict_json(text.decode()))
+        str(owner), int(owner.pid)
+        return owner
     except (ValueError, TypeError, OverflowError, OSError):
         return Owner("an unknown host", "", 0, "", 0.0, "its lock cannot be read", "", 0)
 
@@ -102,7 +110,7 @@ class _Holder(NamedTuple):
 
 
 def _take(lock: Path, owner: Owner) -> bool:
-    """Make a lock file that is not there yet; it appears with its content."""
+    """Create a lock file unless it exists; return whether this process created it. It appears complete."""
     partial = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     content = json.dumps(owner._asdict()).encode()
     try:
@@ -112,7 +120,7 @@ def _take(lock: Path, owner: Owner) -> bool:
             return True
         except FileExistsError:
             return False
-        except OSError:  # no links on this disk (gcsfuse)
+        except OSError:  # the file system has no hard links (gcsfuse)
             pass
         try:
             with open(lock, "xb") as file:
@@ -125,7 +133,7 @@ def _take(lock: Path, owner: Owner) -> bool:
 
 
 def _age(lock: Path) -> float:
-    """Seconds since a lock was refreshed, by the clock of its disk; 0 for one that is gone."""
+    """Return the seconds since a lock was refreshed, by the clock of its disk; 0 if it is gone."""
     probe = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     try:
         probe.write_bytes(b"")
@@ -136,64 +144,69 @@ def _age(lock: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _left_over(lock: Path, owner: Owner) -> bool | None:
-    """Whether the owner of a lock is gone; None when only time tells."""
+def _is_stale(lock: Path, owner: Owner) -> bool | None:
+    """Return whether the owner of a lock is gone; None if that can only be seen after more waiting."""
     if owner.machine == _machine():
         return not owner.started or _started(owner.pid) != owner.started
     return True if _age(lock) > STALE_SECONDS else None
 
 
 def _gone(lock: Path, owner: Owner, what: Path) -> bool:
-    """Whether the owner of a lock is gone. One of another machine is waited for, until its lock is refreshed or was not
-    for STALE_SECONDS."""
+    """Return whether the owner of a lock is gone.
+
+    For an owner on another machine, wait until the lock is refreshed or has not been refreshed for STALE_SECONDS.
+    """
     try:
-        stamp, told = lock.stat().st_mtime_ns, False
-        while (left := _left_over(lock, owner)) is None:
+        stamp, announced = lock.stat().st_mtime_ns, False
+        while (stale := _is_stale(lock, owner)) is None:
             if lock.stat().st_mtime_ns != stamp or _owner_of(lock) != owner:
                 return _owner_of(lock) is None
-            if not told:
+            if not announced:
                 print(
                     f"{what} is locked by {owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life",
                     file=sys.stderr,
                     flush=True,
                 )
-                told = True
+                announced = True
             time.sleep(min(1.0, STALE_SECONDS / 10))
-        return left
-    except FileNotFoundError:  # given free
+        return stale
+    except FileNotFoundError:  # released
         return True
 
 
 def _drop(lock: Path, owner: Owner, what: Path) -> None:
-    """Remove the lock of an owner that is gone. Of several that find it so one does, behind a guard, so that none
-    removes the new lock of another."""
+    """Remove the lock of an owner that is gone.
+
+    If several processes do so at once, a guard file lets only one through, so that none removes another's new lock.
+    """
     guard = lock.with_name(f"{lock.name}.drop")
     try:
         guard.touch(exist_ok=False)
     except FileExistsError:
         time.sleep(0.05)
-        if _age(guard) > STALE_SECONDS:  # of a process that was killed right there
+        if _age(guard) > STALE_SECONDS:  # left by a process killed in this function
             guard.unlink(missing_ok=True)
         return
     try:
         if _owner_of(lock) == owner:
-            print(f"{what}: the lock of {owner} is left over, and is replaced", file=sys.stderr, flush=True)
+            print(f"{what}: the stale lock of {owner} is replaced", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
     finally:
         guard.unlink(missing_ok=True)
 
 
 def _refused(what: Path, lock: Path, flag: str, owner: Owner, use: str = "") -> InputError:
+    """Return the error for a path in use; it names the first differing field when both processes meant to share it."""
     try:
-        ours, theirs = strict_json(use), strict_json(owner.use)
-        field = next(field for field in (*ours, *theirs) if ours.get(field) != theirs.get(field))
-    except (ValueError, TypeError, AttributeError, StopIteration):  # they have nothing in common
+        own_use, other_use = strict_json(use), strict_json(owner.use)
+        field = next(field for field in (*own_use, *other_use) if own_use.get(field) != other_use.get(field))
+    except (ValueError, TypeError, AttributeError, StopIteration):  # the uses are not comparable
         pass
     else:
         return InputError(
             f"this process, which is to share {what}",
             field,
-            f"is {ours.get(field)!r:.300}, of {owner} it is {theirs.get(field)!r:.300}",
+            f"is {own_use.get(field)!r:.300}, of {owner} it is {other_use.get(field)!r:.300}",
             "start all with the same command, data and versions",
         )
     return InputError(
@@ -205,54 +218,56 @@ def _refused(what: Path, lock: Path, flag: str, owner: Owner, use: str = "") -> 
 
 
 def _beat(lock: Path, holder: _Holder) -> None:
-    """Refresh a lock until it is released. One that was taken over, after this process stood still for long, ends the
-    process: another one writes now."""
+    """Refresh a lock until it is released.
+
+    If another process took the lock over while this one stood still, end this process: the other one writes now.
+    """
     while not holder.done.wait(BEAT_SECONDS):
         try:
-            found = _owner_of(lock)
+            owner = _owner_of(lock)
             if holder.done.is_set():
                 return
-            if found is None:
+            if owner is None:
                 _take(lock, holder.owner)
-            elif found == holder.owner:
+            elif owner == holder.owner:
                 os.utime(lock)
-            elif found.pid:
+            elif owner.pid:
                 print(
-                    f"error: {lock.parent}: was taken over by {found}, while this process stood still; start again "
+                    f"error: {lock.parent}: was taken over by {owner}, while this process stood still; start again "
                     "when that one is done",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(2)
-        except OSError:  # a full or absent disk: the next beat may find it better
+        except OSError:  # a full or absent disk may have recovered at the next refresh
             pass
 
 
 @contextmanager
 def locked(folder: str | Path, flag: str = "--out", use: str = "", share: int = 0) -> Iterator[Path]:
-    """The folder, made, and this process's alone until the end of the context or of the process.
+    """Create a folder and yield it locked for this process until the end of the context or of the process.
 
-    Processes that give the same `use` and different `share` have it together. A lock whose owner is gone is replaced:
-    of this machine at once, of another when it was not refreshed for STALE_SECONDS. Raises InputError when the folder
-    is in use or cannot be written.
+    Processes that give the same `use` and different `share` hold it together. A lock whose owner is gone is replaced:
+    on this machine at once, on another one after STALE_SECONDS without a refresh. Raises InputError when the folder is
+    in use or cannot be written.
     """
     out = out_folder(folder, flag)
     lock = out.absolute() / f"{LOCK}.{share}"
     with _lock(lock, _me(use, share), out, flag):
         for other in sorted(lock.parent.glob(f"{LOCK}.*")):
             if other != lock and other.name.removeprefix(f"{LOCK}.").isdecimal():
-                found = _owner_of(other)
-                if found is None or use and found.use == use:
+                owner = _owner_of(other)
+                if owner is None or use and owner.use == use:
                     continue
-                # Of two uses that start at once both may be refused, and never both let in.
-                if not _gone(other, found, out):
-                    raise _refused(out, other, flag, found, use)
-                _drop(other, found, out)
+                # When two different uses start at once, both may be refused, but never are both admitted.
+                if not _gone(other, owner, out):
+                    raise _refused(out, other, flag, owner, use)
+                _drop(other, owner, out)
         yield out
 
 
 def mark(folder: Path) -> str:
-    """What tells a locked folder from any other: its lock, which another host may see a little later."""
+    """Return a text that identifies a locked folder by its owner, waiting until this host sees the lock."""
     lock, until = folder / f"{LOCK}.0", time.monotonic() + SEEN_SECONDS
     while (owner := _owner_of(lock)) is None and time.monotonic() < until:
         time.sleep(0.2)
@@ -261,7 +276,7 @@ def mark(folder: Path) -> str:
 
 @contextmanager
 def locked_file(file: str | Path, flag: str = "--out") -> Iterator[Path]:
-    """The same for one file in a folder that others may use."""
+    """Lock one file, in a folder that others may use, and yield its path; see `locked`."""
     path = out_file(file, flag)
     with _lock(path.absolute().with_name(f".{path.name}{LOCK}"), _me("", 0), path, flag):
         yield path
@@ -271,11 +286,11 @@ def locked_file(file: str | Path, flag: str = "--out") -> Iterator[Path]:
 def _lock(lock: Path, owner: Owner, what: Path, flag: str) -> Iterator[None]:
     try:
         while not _take(lock, owner):
-            if (found := _owner_of(lock)) is None:
+            if (other := _owner_of(lock)) is None:
                 continue
-            if not _gone(lock, found, what):
-                raise _refused(what, lock, flag, _owner_of(lock) or found)
-            _drop(lock, found, what)
+            if not _gone(lock, other, what):
+                raise _refused(what, lock, flag, _owner_of(lock) or other)
+            _drop(lock, other, what)
     except OSError as error:
         raise InputError(str(what), flag, f"cannot be locked ({error.strerror})", "give another one") from error
     holder = _held[lock] = _Holder(owner, threading.Event())
@@ -288,7 +303,7 @@ def _lock(lock: Path, owner: Owner, what: Path, flag: str) -> Iterator[None]:
 
 def _release(lock: Path) -> None:
     holder = _held.pop(lock, None)
-    if holder is None or holder.owner.pid != os.getpid():  # a forked child has a copy
+    if holder is None or holder.owner.pid != os.getpid():  # a copy in a forked child
         return
     holder.done.set()
     try:
@@ -299,6 +314,6 @@ def _release(lock: Path) -> None:
 
 
 def release_all() -> None:
-    """Give up all locks of this process, before it ends without the usual clean-up."""
+    """Release all locks of this process, before it exits without the usual clean-up."""
     for lock in list(_held):
         _release(lock)

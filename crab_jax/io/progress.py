@@ -1,4 +1,4 @@
-"""Lines that tell, every few seconds, how far long work is and when it will end."""
+"""Progress lines that show, every few seconds, how much work is done and when it will end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def on_stderr(line: str) -> None:
-    """Print a line apart from what a verb prints as its result."""
+    """Print a line on stderr, apart from the results of a verb."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 class Progress:
-    """`clips 400/1500  33.5/s  eta 33 s`, every few seconds and once at the end.
+    """Reports lines such as `clips 400/1500  33.5/s  eta 33 s` every few seconds and once at the end.
 
-    total: 0 when it is not known; then there is no ETA. say: what becomes of a line; None keeps silent. unit, scale:
-    such as "GB", 1e9 where bytes are counted. done: how much was done before.
+    total: 0 when unknown; then no ETA is shown. say: receives each line; None is silent. unit, scale: for example "GB"
+    and 1e9 when bytes are counted. done: the amount that was done before, which does not count into the rate.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def add(self, count: float = 1, more: str = "") -> None:
-        """So much more is done; `more` is written behind the line."""
+        """Add `count` to the amount done; `more` is appended to the line."""
         self.to(self.done + count, more)
 
     def to(self, done: float, more: str = "") -> None:
-        """So much is done in all."""
+        """Set the amount done; `more` is appended to the line."""
         ends, now = self.done < done == self.total, time.monotonic()
         self.done = done
         if self.say and done > self.first and (ends or now - self.shown >= self.every):
@@ -51,7 +51,7 @@ class Progress:
             self.say(self._line(max(now - self.began, 1e-9)) + more)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each counted when the next one is asked for."""
+        """Yield the items and count each when the next one is requested."""
         for item in items:
             yield item
             self.add()

@@ -1,4 +1,4 @@
-"""Tensors of a file, mapped and built when they are asked for; the reader of safetensors files."""
+"""Lazily built, memory-mapped tensors of a file, and the reader of safetensors files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = {
 
 
 class LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors by name, each built when it is asked for. `metadata` holds the file's plain values, nested as they were.
+    """Tensors by name, each built on access. `metadata` holds the file's other values, nested as in the file.
 
     Names of nested dicts are joined with dots: `{'cfg': ..., 'model': {'a': tensor}}` gives 'model.a'.
     """
@@ -59,14 +59,14 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
 
 class ByteRange(NamedTuple):
-    """A run of bytes of a file. Each `map` is a mapping of its own, so memory is returned with the last view of it."""
+    """A range of bytes of a file. Each `map` creates its own mapping, so memory is freed with the last view of it."""
 
     path: Path
     start: int
     size: int
 
     def map(self) -> np.ndarray:
-        """uint8[size], read-only and not yet read."""
+        """Map the range as uint8[size], read-only; pages are read on access."""
         if not self.size:  # an empty mapping does not exist
             return np.zeros(0, np.uint8)
         return np.memmap(self.path, np.uint8, "r", self.start, (self.size,))
@@ -80,7 +80,7 @@ class Storage(NamedTuple):
 
 
 class TensorView(NamedTuple):
-    """A strided window on a storage; offset and strides count elements."""
+    """A strided view of a storage; offset and strides count elements."""
 
     storage: Storage
     dtype: str
@@ -89,7 +89,7 @@ class TensorView(NamedTuple):
     strides: tuple[int, ...]
 
     def build(self) -> np.ndarray:
-        """Read-only view on the file; raises ValueError when the window leaves the storage."""
+        """Return a read-only view of the file. Raises ValueError when the view exceeds the storage."""
         dtype = np.dtype(DTYPES[self.dtype])
         view = np.ndarray(
             self.shape,
@@ -123,7 +123,10 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
 def read_safetensors(path: str | Path) -> LazyTensors:
-    """Tensors of one safetensors file, memory-mapped one by one. Raises InputError when it is missing or damaged."""
+    """Return the tensors of one safetensors file, memory-mapped one by one.
+
+    Raises InputError if the file is missing or damaged.
+    """
     path = Path(path)
     header, metadata, start = safetensors_header(path)
     tensors = {}

@@ -1,8 +1,8 @@
-"""The one reader of structured files: JSON, JSONL, safetensors headers, indices of shards.
+"""The reader of all structured files: JSON, JSONL, safetensors headers and shard indices.
 
-A file is bounded before it is read (`read_bytes`), strict while it is parsed (`strict_json`) and typed before it is
-used (`check`, against a small table beside the code that uses it). Whatever it holds, the error is an InputError that
-names the file, the field and the fix. docs/architecture.md lists the files, their tables and bounds.
+A file's size is bounded before it is read (`read_bytes`), its syntax is strict (`strict_json`), and its values are
+checked against a schema beside the code that uses it (`check`) before use. Every error is an InputError that names the
+file, the field and the fix. docs/architecture.md lists the files with their schemas and bounds.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ from crab_jax.io.files import refuse_stand_in
 
 SETTINGS, LIST = 2**28, 2**31  # bytes of a file of settings (manifests, tokenizers), and of a list (LVIS has 1.1 GB)
 LONGEST_LINE = 2**24  # characters of one line of JSONL
-DEPTH = 64  # brackets inside each other
-DIGITS = 300  # of a whole number: model_max_length of tokenizers has 31
+DEPTH = 64  # nesting depth of objects and lists
+DIGITS = 300  # of a whole number; model_max_length of tokenizers has 31
 ENTRIES = 2**20  # of one object or list of settings
 HEADER, TENSORS, AXES = 2**25, 2**17, 32  # of a safetensors file: bytes of its header, tensors, axes of a tensor
 _AGAIN = "fetch or copy the file again"
-# Half of a pair that stands for one character, or a backslash before such letters.
+# An unpaired surrogate escape (or an escaped backslash before such letters, which the caller tells apart).
 _HALF = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
     r"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
-_LARGE = re.compile(r"[0-9](?:[eE]\+?[0-9]{3}|[0-9]{18})")  # without one, no number is large
+_LARGE = re.compile(r"[0-9](?:[eE]\+?[0-9]{3}|[0-9]{18})")  # a text without a match holds no large number
 
 
-# Bytes and text.
+# Bytes and text
 
 
 def read_bytes(path: str | Path, field: str = "", most: int = SETTINGS, fix: str = "check the path") -> bytes:
-    """The content of an ordinary file of at most so many bytes. Raises InputError, before anything is read, for a
-    folder, a pipe or a device, and for what only stands in for a file."""
+    """Return the content of an ordinary file of at most `most` bytes.
+
+    Raises InputError, before anything is read, for a folder, pipe, device or placeholder file.
+    """
     refuse_special(path, field, most, fix)
     refuse_stand_in(path, field)
     try:
@@ -56,27 +58,27 @@ def read_bytes(path: str | Path, field: str = "", most: int = SETTINGS, fix: str
 
 
 def refuse_special(path: str | Path, field: str = "", most: int | None = None, fix: str = "check the path") -> int:
-    """The size of an ordinary file. Raises InputError for anything else, and for one of more than `most` bytes."""
+    """Return the size of an ordinary file. Raises InputError for anything else and for more than `most` bytes."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(str(path), field, f"cannot be read ({getattr(error, 'strerror', error)})", fix) from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise InputError(str(path), field, f"is {kind}, not a file", "give a file")
-    if most is not None and found.st_size > most:
-        raise InputError(str(path), field, f"has {found.st_size:,} bytes, of at most {most:,}", _AGAIN)
-    return found.st_size
+    if most is not None and status.st_size > most:
+        raise InputError(str(path), field, f"has {status.st_size:,} bytes, of at most {most:,}", _AGAIN)
+    return status.st_size
 
 
 def refuse_utf16(data: bytes, where: str) -> None:
-    """Raise InputError for text of two bytes a character, as some editors and shells write it."""
+    """Raise InputError for UTF-16 text, which some editors and shells write."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         raise InputError(where, "", "is UTF-16 text", "save it as UTF-8")
 
 
 def text_of_bytes(data: bytes, where: str) -> str:
-    """UTF-8 text without a byte order mark. Raises InputError that names the line, or UTF-16."""
+    """Decode UTF-8 text, without its byte order mark. Raises InputError that names the line, or UTF-16."""
     refuse_utf16(data, where)
     try:
         return data.decode("utf-8-sig")
@@ -86,19 +88,19 @@ def text_of_bytes(data: bytes, where: str) -> str:
 
 
 def read_text(path: str | Path, field: str = "", most: int = LIST) -> str:
-    """The text of a UTF-8 file, without a byte order mark. Raises InputError."""
+    """Return the text of a UTF-8 file, without its byte order mark. Raises InputError."""
     return text_of_bytes(read_bytes(path, field, most), str(path))
 
 
-# JSON.
+# JSON
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {twice!r:.60} comes twice in one object")
-    return found
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {repeated!r:.60} comes twice in one object")
+    return result
 
 
 def _refused(name: str) -> None:
@@ -117,7 +119,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-# (NaN and Infinity are accepted, a number may be large): numbers are looked at one by one only where one may be.
+# Keys: (NaN and Infinity are accepted, a number may be large). Numbers are checked one by one only where needed.
 _DECODERS = {
     (constants, large): json.JSONDecoder(
         object_pairs_hook=_object,
@@ -131,11 +133,10 @@ _DECODERS = {
 
 
 def strict_json(text: str, constants: bool = False) -> Any:
-    """The value of a JSON text. constants: accept NaN, Infinity and 1e400, which are no JSON.
+    """Parse a JSON text. constants: also accept NaN, Infinity and 1e400, which JSON does not have.
 
-    Raises ValueError also for what would be read as something else than was meant or could not be written again: a key
-    that an object has twice (one value would be lost), half of a surrogate pair, a whole number that no float holds,
-    and more than DEPTH brackets inside each other.
+    Raises ValueError also where a value could be misread or could not be written again: a key that occurs twice in an
+    object, an unpaired surrogate, a whole number that no float holds, and nesting deeper than DEPTH.
     """
     try:
         value = _DECODERS[constants, _LARGE.search(text) is not None].decode(text)
@@ -157,9 +158,9 @@ def _too_deep(value: Any) -> bool:
     for _ in range(DEPTH + 1):
         level = [
             inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
         if not level:
@@ -168,7 +169,7 @@ def _too_deep(value: Any) -> bool:
 
 
 def json_line(line: str, where: str, constants: bool = False) -> Any:
-    """The JSON value of one line. Raises InputError naming `where`."""
+    """Parse the JSON value of one line. Raises InputError naming `where` (file:line)."""
     fix = "write one JSON object per line"
     if len(line) > LONGEST_LINE or line.startswith("\0"):
         if line.startswith("\0"):
@@ -178,12 +179,12 @@ def json_line(line: str, where: str, constants: bool = False) -> Any:
         return strict_json(line, constants)
     except json.JSONDecodeError as error:
         raise InputError(where, "", f"not valid JSON ({error.msg})", fix) from None
-    except ValueError as error:  # numbers of thousands of digits, too
+    except ValueError as error:  # also for numbers of thousands of digits
         raise InputError(where, "", f"not readable JSON ({str(error):.100})", fix) from None
 
 
 def read_lines(path: str | Path, schema: Any, constants: bool = False) -> Iterator[Any]:
-    """The values of the lines of a JSONL file. Raises InputError naming the line."""
+    """Yield the checked values of the lines of a JSONL file. Raises InputError naming the line."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             value = json_line(line, f"{path}:{number}", constants)
@@ -192,7 +193,7 @@ def read_lines(path: str | Path, schema: Any, constants: bool = False) -> Iterat
 
 
 def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of the lines of a JSONL file of any size, one in memory at a time. Raises InputError."""
+    """Yield (file:line, text) of a JSONL file of any size, one line in memory at a time. Raises InputError."""
     refuse_special(path)
     with open(path, "rb") as file:
         for number in itertools.count(1):
@@ -203,7 +204,7 @@ def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_json(path: str | Path, schema: Any = None, field: str = "", fix: str = _AGAIN, constants: bool = False) -> Any:
-    """The value in a JSON file, which has the `schema` (see `check`; None: an object). Raises InputError."""
+    """Return the value of a JSON file, checked against `schema` (see `check`; None: any object). Raises InputError."""
     try:
         value = strict_json(read_text(path, field, SETTINGS), constants)
     except InputError:
@@ -217,11 +218,11 @@ def read_json(path: str | Path, schema: Any = None, field: str = "", fix: str = 
     return value
 
 
-# Types.
+# Schemas
 
 
 class Each(NamedTuple):
-    """An object of `least` to `most` fields: any keys that fit, and of each value the schema."""
+    """Schema of an object of `least` to `most` fields with arbitrary keys: a bound for keys and a schema for values."""
 
     key: Bound
     value: Any
@@ -230,22 +231,24 @@ class Each(NamedTuple):
 
 
 class Null(NamedTuple):
-    """What the schema says, or null."""
+    """Schema of a value that may be null."""
 
     schema: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Either(Bound):
-    """What any of some bounds allows."""
+    """A value that satisfies any of several bounds."""
 
     bounds: tuple[Bound, ...]
 
     @property
     def wanted(self) -> str:  # type: ignore[override]
+        """Describe the alternatives."""
         return " or ".join(bound.wanted for bound in self.bounds)
 
     def fits(self, value: Any) -> bool:
+        """Return whether any of the bounds allows `value`."""
         return any(bound.fits(value) for bound in self.bounds)
 
 
@@ -254,10 +257,10 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 def check(value: Any, schema: Any, where: str, at: str = "") -> None:
-    """Raise InputError naming the file and the first field of `value` that is not as the schema says.
+    """Raise InputError naming the file and the first field of `value` that violates the schema.
 
-    A schema is a Bound; a dict, for an object that has these fields (those that end in `?` may be left out) and perhaps
-    others; a list of one schema, for a list of such; a tuple, for a list of just these; `Each`; `Null`.
+    A schema is a Bound; a dict, for an object with these fields (keys ending in `?` are optional) and perhaps others; a
+    list of one schema, for a list of any length; a tuple, for a list of exactly these; an `Each`; or a `Null`.
     """
 
     def refuse(problem: str, must_be: str) -> InputError:
@@ -296,7 +299,7 @@ def check(value: Any, schema: Any, where: str, at: str = "") -> None:
             check(inner, schema[number if isinstance(schema, tuple) else 0], where, f"{at}[{number}]")
 
 
-# Weights.
+# Weights
 
 SAFETENSORS = {
     "F64": 8,
@@ -314,16 +317,16 @@ SAFETENSORS = {
     "BOOL": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
-}  # dtype -> bytes
+}  # dtype -> bytes per element
 _OFFSET = Whole(0, 2**63 - 1)
 _TENSOR = {"dtype": Choice(tuple(SAFETENSORS)), "shape": [_OFFSET], "data_offsets": (_OFFSET, _OFFSET)}
 INDEX = {"weight_map": Each(Text(1, 1000), Name(), least=1)}
 
 
 def safetensors_header(path: str | Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """({name: {"dtype", "shape", "data_offsets"}}, metadata, where the data begin) of a safetensors file.
+    """Return ({name: {"dtype", "shape", "data_offsets"}}, metadata, offset of the data) of a safetensors file.
 
-    Raises InputError unless the tensors lie one after the other and fill the file, each with the bytes of its shape.
+    Raises InputError unless the tensors are contiguous, fill the file and have the bytes of their shapes.
     """
     fix = "fetch the file again, or give a directory that holds the whole model"
 
@@ -372,8 +375,11 @@ def safetensors_header(path: str | Path) -> tuple[dict[str, Any], dict[str, str]
 
 
 def shard_index(path: Path) -> dict[str, str]:
-    """name of a tensor -> name of its file of an index of shards. Raises InputError for a file that does not lie in the
-    folder of the index: links lead to it, or into the `blobs` of the same Hugging Face cache."""
+    """Return {tensor name: name of its file} of a shard index.
+
+    Raises InputError for a file outside the folder of the index. Links may point into it or into the `blobs` of the
+    same Hugging Face cache.
+    """
     files: dict[str, str] = read_json(path, INDEX)["weight_map"]
     for name in sorted(set(files.values())):
         refuse_special(path.parent / name, "weight_map")

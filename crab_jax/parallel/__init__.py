@@ -1,1 +1,1 @@
-"""Several devices, processes and hosts as one run: meshes, shardings, preemption and lost processes."""
+"""Several devices, processes and hosts as one run: meshes, shardings, preemption and failed processes."""

@@ -1,8 +1,8 @@
-"""What a chip can do: the numbers that mesh inference and the roofline need.
+"""Specifications of TPU chips, used for mesh inference and roofline estimates.
 
 Sources: the "key chip specifications" tables of cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (peak bf16 compute, HBM
 bandwidth, inter-chip interconnect summed over a chip's links, one way); `hbm_bytes` is what the TPU compiler leaves to
-a program, as its own out-of-memory errors state it, a little less than the 32, 16, 95 and 32 GB on the label.
+a program according to its own out-of-memory errors, a little less than the nominal 32, 16, 95 and 32 GB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """kind: JAX's `device_kind`. flops: bf16 FLOP/s. hbm_bytes: memory. The bandwidths are in bytes/s."""
+    """Specification of a chip.
+
+    kind: JAX's `device_kind`. flops: peak bf16 FLOP/s. hbm_bytes: usable memory in bytes. Bandwidths are in bytes/s.
+    """
 
     name: str
     kind: str
@@ -34,12 +37,12 @@ CHIPS = (
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The table's row of a JAX device (real, or of an ahead-of-time topology), None if it is not listed."""
+    """Return the specification of a JAX device (real, or of an ahead-of-time topology); None if it is not listed."""
     return next((chip for chip in CHIPS if chip.kind == device.device_kind), None)
 
 
 def memory_of(device: Any) -> int | None:
-    """Bytes of memory a program may use on a device; None where unknown (CPU)."""
+    """Return the bytes of memory a program may use on a device; None where unknown (CPU)."""
     chip = chip_of(device)
     if chip is not None:
         return chip.hbm_bytes

@@ -1,7 +1,7 @@
-"""Several processes and hosts as one run: start-up, who loads which rows, and one process's error ends all.
+"""Runs of several processes and hosts: start-up, agreement on the input, rows per process, and failure of a process.
 
-A run on one process needs nothing of this. Start the same command once per process (TPU: once per host; GPU: once per
-node or once per device); how they find each other is read from the environment, see `launch`.
+A run on one process needs none of this. Start the same command once per process (TPU: once per host; GPU: once per node
+or once per device); the environment tells the processes how to connect, see `launch`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # the only way to the key-value store that all processes share
+from jax._src.distributed import global_state  # no public API gives access to the shared key-value store
+from jax.experimental import multihost_utils
 
 from crab_jax.io.errors import InputError, find_input_error, report
 from crab_jax.parallel import peers
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-AGREE_SECONDS = 3600  # how long process 0 may take to say what it works on
-STILL_SECONDS = 7 * 24 * 3600  # a process may stand still for so long: JAX's heartbeat would take it for dead
+AGREE_SECONDS = 3600  # how long process 0 may take to publish its values
+HEARTBEAT_SECONDS = 7 * 24 * 3600  # JAX's heartbeat timeout, longer than any suspended process
 SHUTDOWN_SECONDS = 60
-RIDDLE_SECONDS = 5.0  # how long an error waits for the news that it comes from another process's end
+CAUSE_SECONDS = 5.0  # how long to wait for news that another process's end caused an error
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 NUMERIC = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
-_peers: peers.Peers | None = None  # of this process, once it has met the others
+_peers: peers.Peers | None = None  # set once this process is connected to the others
 
 
 def launch(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be called with, or None for a single process.
+    """Return the arguments for `jax.distributed.initialize`, or None for a single process.
 
-    - `JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i`: as said;
-    - a SLURM step of several tasks: JAX reads the step's variables. A lone task of a node takes all its GPUs, several
-      take one each, by their local number. What runs in the batch script itself, without srun, is a single process;
+    - `JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i`: as given;
+    - a SLURM step of several tasks: JAX reads the step's variables. A node's only task takes all its GPUs, several
+      tasks take one each, by their local number. A process started by the batch script without srun runs alone;
     - a Cloud TPU VM: JAX asks the metadata server, or reads TPU_WORKER_HOSTNAMES on Kubernetes.
 
-    Raises InputError when only some of the explicit variables are set, or one is no number.
+    Raises InputError when only some of the explicit variables are set, or one is not a number.
     """
     given = [name for name in EXPLICIT if environ.get(name)]
     if given:
@@ -80,7 +81,7 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _in_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has the variables of the job only."""
+    """Return whether srun started this process; a batch script has only the variables of the job."""
     return any(name in environ for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST"))
 
 
@@ -89,7 +90,7 @@ def _tasks(environ: Mapping[str, str]) -> int:
 
 
 def start(environ: Mapping[str, str] = os.environ) -> None:
-    """Join the processes of this run, if there are several. To be called before JAX touches a device."""
+    """Join the processes of this run, if there are several. Call it before JAX touches a device."""
     arguments = launch(environ)
     if arguments is None:
         if "SLURM_PROCID" in environ and not _in_step(environ) and _tasks(environ) > 1:
@@ -104,7 +105,7 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
         _check_port(int(arguments["coordinator_address"].rpartition(":")[2]))
     try:
         jax.distributed.initialize(
-            **arguments, heartbeat_timeout_seconds=STILL_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            **arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(
@@ -113,7 +114,7 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
             f"the processes did not find each other ({str(error).splitlines()[0]})",
             f"check the addresses, or set {', '.join(EXPLICIT)}",
         ) from error
-    if global_state.num_processes > 1:  # before a device is touched, which may wait for the others
+    if global_state.num_processes > 1:  # before touching a device, which may wait for the others
         global _peers
         client: Any = global_state.client
         _peers = peers.meet(
@@ -127,7 +128,7 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _check_port(port: int) -> None:
-    """Raise InputError where JAX could not listen; it would crash."""
+    """Raise InputError if process 0 cannot listen on the coordinator's port; JAX would crash."""
     try:
         peers.listen(port).close()
     except (OSError, OverflowError) as error:
@@ -140,24 +141,26 @@ def _check_port(port: int) -> None:
 
 
 def primary() -> bool:
-    """Whether this process writes logs and descriptions."""
+    """Return whether this process writes logs and descriptions (process 0)."""
     return jax.process_index() == 0
 
 
 def say(*words: object) -> None:
-    """Print on the primary process."""
+    """Print on the primary process only."""
     if primary():
         print(*words, flush=True)
 
 
 def silent() -> str:
-    """Which other processes do not answer, and for how long; "" where all do."""
+    """Return which other processes do not answer, and for how long; "" if all do."""
     return _peers.silent() if _peers else ""
 
 
 def program() -> dict[str, Any]:
-    """What a process computes with, for `agree`: the versions of the packages, a hash of our own files, and what is set
-    in JAX that changes numbers."""
+    """Return what determines a process's computation, for `agree`.
+
+    These are the package versions, a hash of this project's source files, and the JAX settings that change numbers.
+    """
     code = hashlib.blake2b(digest_size=8)
     top = Path(__file__).parents[2]
     for file in sorted((*top.glob("crab_jax/**/*.py"), *top.glob("data_pipelines/**/*.py"))):
@@ -171,18 +174,20 @@ def program() -> dict[str, Any]:
 
 
 def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise InputError where a field of `mine` is not what it is on process 0. Each name once; `mine` is asked only
-    where there are others."""
+    """Raise InputError if a field of `mine` differs from process 0. Use each name once.
+
+    `mine` is called only when there are several processes.
+    """
     if global_state.client is None:
         return
     if primary():
         global_state.client.key_value_set(f"crab_jax/{name}", json.dumps(mine()))
         return
-    theirs = json.loads(global_state.client.blocking_key_value_get(f"crab_jax/{name}", 1000 * AGREE_SECONDS))
-    ours = json.loads(json.dumps(mine()))
-    for field in [*theirs, *(field for field in ours if field not in theirs)]:
-        if ours.get(field) != theirs.get(field):
-            problem = f"is {ours.get(field)!r:.300}, on process 0 it is {theirs.get(field)!r:.300}"
+    primary_values = json.loads(global_state.client.blocking_key_value_get(f"crab_jax/{name}", 1000 * AGREE_SECONDS))
+    own_values = json.loads(json.dumps(mine()))
+    for field in [*primary_values, *(field for field in own_values if field not in primary_values)]:
+        if own_values.get(field) != primary_values.get(field):
+            problem = f"is {own_values.get(field)!r:.300}, on process 0 it is {primary_values.get(field)!r:.300}"
             raise InputError(
                 peers.name_of(global_state.process_id),
                 field,
@@ -191,22 +196,31 @@ def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
             )
 
 
-def own_rows(where: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
-    """Positions, increasing, of the rows of a global batch that this process's devices hold: int[n].
+def told(mine: bool) -> bool:
+    """Return on every process what `mine` is on the primary one."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
 
-    Two processes have rows in common where a mesh axis that does not split the batch runs over both.
+
+def own_rows(batch_sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """Return the sorted positions of the rows of a global batch that this process's devices hold: int[n].
+
+    Two processes share rows where a mesh axis that does not split the batch spans both.
     """
-    slices = where.addressable_devices_indices_map((batch_size,)).values()
+    slices = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in slices]))
+
+
+def global_batch(batch: Any, where: jax.sharding.Sharding, rows: int) -> Any:
+    """Return the global arrays [rows, ...] on the mesh of a tree whose arrays hold this process's rows (`own_rows`)."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), batch)
 
 
 @contextmanager
 def together(debug: bool = False, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """`start`; while inside, the error or the death of one process ends all of them, each with a line that says whose
-    it was; at the end wait for all.
+    """Call `start`; within the context, the error or death of one process ends all of them.
 
-    Without it the others would wait in a collective for ever. A failing process leaves without the usual clean-up,
-    which waits for the others.
+    Each process prints which one failed; without this the others would wait in a collective for ever. A failing process
+    exits without the usual clean-up, which would wait for the others. At the end of the context, wait for all.
     """
     start(environ)
     if _peers is None:
@@ -216,7 +230,7 @@ def together(debug: bool = False, environ: Mapping[str, str] = os.environ) -> It
         yield
     except (KeyboardInterrupt, Exception) as error:
         if find_input_error(error) is None and not isinstance(error, KeyboardInterrupt):
-            time.sleep(RIDDLE_SECONDS)  # a connection that broke with another process: the news of that ends this one
+            time.sleep(CAUSE_SECONDS)  # if another process's death caused it, `peers` ends this one meanwhile
         code = report(error, debug)
         _peers.fail(code, (str(error) or type(error).__name__).splitlines()[0])
     _peers.finish()

@@ -1,12 +1,14 @@
-"""Who of a run's processes is still there: each holds a connection to process 0, which the kernel closes with it.
+"""Detection of failed processes of a run.
 
-A process that is killed, on any host, is known to all the others at once, by its name; one that only stands still
-(SIGSTOP, a suspended machine) keeps its connection and is known to be silent. JAX's own heartbeat knows neither: it
-cannot tell them apart, and ends the process in C++ before a word can be said.
+Every process keeps a connection to process 0, which the kernel closes when the process exits. When a process is killed,
+on any host, all others learn its name at once; one that only stands still (SIGSTOP, a suspended machine) keeps its
+connection and is reported as silent. JAX's own heartbeat cannot tell the two apart and ends the process in C++ before a
+message can be printed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -23,16 +25,16 @@ from typing import Any, NamedTuple, NoReturn
 from crab_jax.io import locks
 from crab_jax.io.errors import InputError, printable
 
-KEY = "crab_jax/peers"  # of the store that all processes share, where process 0 says where it listens
+KEY = "crab_jax/peers"  # in the shared key-value store; process 0 publishes its address there
 CONNECT_SECONDS = 120.0
-BEAT_SECONDS = 0.5  # how often a process asks process 0 whether it is there
-SILENT_SECONDS = 5.0  # after which one that does not answer is called silent
-HOST_SECONDS = 60  # after which a host that no packet comes from is given up
-FAREWELL_SECONDS = 5.0  # how long the others may take to hear why a process leaves
+BEAT_SECONDS = 0.5  # how often a process pings process 0
+SILENT_SECONDS = 5.0  # after which a process that does not answer is reported as silent
+HOST_SECONDS = 60  # after which a host that sends no packets is given up
+FAREWELL_SECONDS = 5.0  # how long the others may take to receive the reason of an exit
 
 
 class Address(NamedTuple):
-    """Where process 0 listens. secret: what only the processes of this run know."""
+    """The address on which process 0 listens; `secret` is known only to the processes of this run."""
 
     host: str
     port: int
@@ -40,16 +42,16 @@ class Address(NamedTuple):
 
 
 def name_of(index: int, host: str = "") -> str:
-    """What a process is called in messages."""
+    """Return the name of a process for messages."""
     return f"process {index} on {host or socket.gethostname()}"
 
 
 class _Link:
-    """A connection to one other process, on which lines go."""
+    """A connection to one other process, carrying lines of text."""
 
     def __init__(self, connection: socket.socket, name: str = ""):
         self.connection, self.name, self.heard = connection, name, time.monotonic()
-        self.asked = True  # process 0 first says that it knows this one
+        self.asked = True  # process 0 first confirms the connection
         self.done = False
         self._rest = b""
         connection.settimeout(FAREWELL_SECONDS)
@@ -65,71 +67,66 @@ class _Link:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def send(self, line: str) -> None:
-        """Send a line; to one that is gone, nothing: reading will tell."""
-        try:
+        """Send a line. A closed connection is ignored here; reading reports it."""
+        with contextlib.suppress(OSError):
             self.connection.sendall(line.encode() + b"\n")
-        except OSError:
-            pass
 
     def lines(self) -> list[str] | None:
-        """What has come since; None when the connection is closed. Raises OSError."""
-        if not (found := self.connection.recv(65536)):
+        """Return the lines received since the last call; None when the connection is closed. Raises OSError."""
+        if not (received := self.connection.recv(65536)):
             return None
-        *whole, self._rest = (self._rest + found).split(b"\n")
+        *complete, self._rest = (self._rest + received).split(b"\n")
         self.heard = time.monotonic()
-        return [line.decode("utf-8", "replace") for line in whole]
+        return [line.decode("utf-8", "replace") for line in complete]
 
     def hello(self) -> Any:
-        """The first line, of one who sends nothing else before it is answered. Raises OSError, ValueError."""
+        """Return the JSON value of the first line, after which the peer waits. Raises OSError, ValueError."""
         while not (lines := self.lines()):
             if lines is None or len(self._rest) > 1000:
                 raise ValueError("no line")
         return json.loads(lines[0])
 
     def drain(self, until: float) -> None:
-        """Say that nothing more comes, and wait until the other one has read what came."""
-        try:
+        """Announce that nothing more comes, and wait until the peer has read everything."""
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while (left := until - time.monotonic()) > 0:
                 self.connection.settimeout(left)
                 if not self.connection.recv(65536):
                     return
-        except OSError:
-            pass
 
 
 class Peers:
-    """The other processes of a run, seen from one of them, by a thread that ends this process when one of them died or
-    failed.
+    """The connections of a process to the others, and the thread that ends this process when another fails or dies.
 
-    index: of this process.  links: to process 0, or, there, to all the others by their index.
+    index: of this process. links: to process 0; on process 0, to all others by index.
     """
 
     def __init__(self, index: int, links: dict[int, _Link]):
         self.index, self.links = index, links
-        self._told = ""  # which of the others are silent, as process 0 says
-        self._finished = False  # this process has done its work
-        self._over = threading.Event()  # all have
-        self._ending = threading.Lock()  # of the one thread that ends this process
+        self._silent_at_primary = ""  # the silent processes as reported by process 0
+        self._finished = False  # whether this process has finished its work
+        self._all_finished = threading.Event()  # whether all have
+        self._ending = threading.Lock()  # held by the thread that ends this process
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     def silent(self) -> str:
-        """Which of the others do not answer, and for how long: "process 2 on b has not answered for 14 s", or ""."""
+        """Return the processes that do not answer, such as "process 2 on b has not answered for 14 s", or ""."""
         now = time.monotonic()
-        ours = [
+        own_links = [
             f"{link.name} has not answered for {now - link.heard:.0f} s"
             for link in self.links.values()
             if now - link.heard > SILENT_SECONDS
         ]
-        return "; ".join(ours) or self._told
+        return "; ".join(own_links) or self._silent_at_primary
 
     def finish(self) -> None:
-        """Wait until all have done their work, after which nobody is missed."""
+        """Wait until all processes have finished; after that, none may end another by leaving."""
         self._finished = True
-        self._over.wait()
+        self._all_finished.wait()
 
     def fail(self, code: int, why: str) -> NoReturn:
-        """End all the others with this exit code and reason, then this process, which has said why itself."""
+        """End all other processes with this exit code and reason, then this one, which has printed the reason."""
         self._end(code, f"stopped with the others: {name_of(self.index)}: {why}", quiet=True)
 
     def _watch(self) -> None:
@@ -137,7 +134,7 @@ class Peers:
             for link in self.links.values():
                 selector.register(link.connection, selectors.EVENT_READ, link)
             beat = 0.0
-            while not self._over.is_set():
+            while not self._all_finished.is_set():
                 for key, _ in selector.select(BEAT_SECONDS):
                     self._hear(key.data)
                 if time.monotonic() - beat >= BEAT_SECONDS:
@@ -145,7 +142,7 @@ class Peers:
                     self._beat()
 
     def _beat(self) -> None:
-        """Ask process 0 whether it is there, unless it still owes an answer; say once when all is done."""
+        """Ping process 0 unless it still owes an answer; announce once when all work is done."""
         for link in self.links.values():
             if self.index and self._finished and not link.done:
                 link.done = True
@@ -156,13 +153,15 @@ class Peers:
         if not self.index and self._finished and all(link.done for link in self.links.values()):
             for link in self.links.values():
                 link.send("done")
-            self._over.set()
+            self._all_finished.set()
 
     def _hear(self, link: _Link) -> None:
         try:
             lines = link.lines()
         except OSError as error:
-            lost = not isinstance(error, ConnectionError)  # no answer, rather than one that it is closed
+            lost = not isinstance(
+                error, ConnectionError
+            )  # the host does not answer, rather than having closed the connection
             self._end(1, _gone(link.name, f"nothing comes from its host for {HOST_SECONDS} s" if lost else ""))
         if lines is None:
             self._end(1, _gone(link.name))
@@ -171,9 +170,9 @@ class Peers:
             if word == "there?":
                 link.send(f"here {self.silent()}")
             elif word == "here":
-                link.asked, self._told = False, rest
+                link.asked, self._silent_at_primary = False, rest
             elif word == "done" and self.index:
-                self._over.set()
+                self._all_finished.set()
             elif word == "done":
                 link.done = True
             elif word == "end":
@@ -181,10 +180,10 @@ class Peers:
                 self._end(int(code), why)
 
     def _end(self, code: int, why: str, quiet: bool = False) -> NoReturn:
-        self._ending.acquire()  # never given free: the second thread that comes here waits for the end
+        self._ending.acquire()  # never released: a second thread waits here for the exit
         if not quiet:
             print(f"error: {why}", file=sys.stderr, flush=True)
-            # What C++ says of the same death comes before this line, or not at all.
+            # C++ messages about the same failure are printed before this line or not at all.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         until = time.monotonic() + FAREWELL_SECONDS
         for link in self.links.values():
@@ -212,59 +211,59 @@ def leave(code: int) -> NoReturn:
 def meet(
     index: int, count: int, coordinator: str, put: Callable[[str, str], Any], get: Callable[[str, int], str]
 ) -> Peers:
-    """Connect the `count` processes of a run. coordinator: "host:port" of process 0, whose host is known to all.
+    """Connect the `count` processes of a run and return this process's `Peers`.
 
-    put, get: of the store that all share; `get` waits for so many milliseconds. Raises InputError when one does not
-    come.
+    coordinator: "host:port" of process 0, whose host all processes know. put, get: write and read the shared key-value
+    store; `get` waits for the given number of milliseconds. Raises InputError when a process does not connect.
     """
     if index == 0:
         with listen() as listener:
             address = Address(socket.gethostname(), listener.getsockname()[1], secrets.token_hex(16))
             put(KEY, json.dumps(address))
-            links = _all(listener, count, address.secret)
+            links = _accept_all(listener, count, address.secret)
     else:
         address = Address(*json.loads(get(KEY, int(1000 * CONNECT_SECONDS))))
-        links = {0: _reach(index, coordinator.rpartition(":")[0].strip("[]"), address)}
+        links = {0: _connect(index, coordinator.rpartition(":")[0].strip("[]"), address)}
     _hold_aborts()
     return Peers(index, links)
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A listener on all interfaces, at a free port unless one is given. Raises OSError."""
+    """Return a listening socket on all interfaces, at a free port unless one is given. Raises OSError."""
     both = socket.has_dualstack_ipv6()
     return socket.create_server(
         ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=1024
     )
 
 
-def _all(listener: socket.socket, count: int, secret: str) -> dict[int, _Link]:
-    """The connections of all other processes, each of which has said the secret, its index and its host."""
+def _accept_all(listener: socket.socket, count: int, secret: str) -> dict[int, _Link]:
+    """Return the connections of all other processes; each has sent the secret, its index and its host."""
     links: dict[int, _Link] = {}
     until = time.monotonic() + CONNECT_SECONDS
     while len(links) < count - 1:
         listener.settimeout(max(0.1, until - time.monotonic()))
         try:
             link = _Link(listener.accept()[0])
-            secret_said, index, host = link.hello()
-            if secret_said == secret and index in range(1, count):
+            given_secret, index, host = link.hello()
+            if given_secret == secret and index in range(1, count):
                 link.name = name_of(index, host)
                 link.send("here ")
                 links[index] = link
         except TimeoutError:
-            missing = [str(one) for one in range(1, count) if one not in links]
+            missing = [str(number) for number in range(1, count) if number not in links]
             if time.monotonic() >= until:
                 raise InputError(
                     name_of(0),
                     f"port {listener.getsockname()[1]}",
                     f"process {', '.join(missing):.200} did not connect within {CONNECT_SECONDS:.0f} s",
-                    "see what it says; all ports between the hosts of a run must be open",
+                    "read its output; all ports between the hosts of a run must be open",
                 ) from None
-        except (OSError, ValueError, TypeError):  # not one of ours
+        except (OSError, ValueError, TypeError):  # not a process of this run
             pass
     return links
 
 
-def _reach(index: int, host: str, address: Address) -> _Link:
+def _connect(index: int, host: str, address: Address) -> _Link:
     try:
         link = _Link(socket.create_connection((host, address.port), CONNECT_SECONDS), name_of(0, address.host))
     except OSError as error:
@@ -279,11 +278,11 @@ def _reach(index: int, host: str, address: Address) -> _Link:
 
 
 def _hold_aborts() -> None:
-    """Let a thread that aborts this process wait for six seconds first.
+    """Delay an abort of this process by six seconds.
 
-    When process 0 goes, its store goes, and the C++ client of the store aborts at once (its callback, which could say
-    otherwise, cannot be one of Python's in jaxlib 0.10). The thread of `Peers` knows why and has the last word in that
-    time. The handler must be C: `sleep`, to which the number of the signal, 6, is the seconds.
+    When process 0 exits, its key-value store closes, and the C++ client of the store aborts at once (jaxlib 0.10 does
+    not accept a Python callback for this). The delay lets the thread of `Peers` print the reason first. The signal
+    handler must be a C function: `sleep`, which takes the signal number, 6, as its seconds.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

@@ -1,4 +1,4 @@
-"""A clean stop: SIGTERM, or Ctrl-C once, ends a run after a step that all its processes agree on."""
+"""Clean stops: SIGTERM, or Ctrl-C once, ends a run after a step that all its processes agree on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """While entered, SIGTERM and the first SIGINT ask for a stop and do not end the process. A second SIGINT does.
+    """Turns SIGTERM and the first SIGINT into a request to stop; a second SIGINT ends the process as usual.
 
-    On several processes one signal to one of them is enough: JAX's preemption service, which has SIGTERM there, spreads
-    it and finds the first step that none of them has passed.
+    With several processes, one signal to one of them is enough: JAX's preemption service, which handles SIGTERM,
+    spreads it and determines the first step that no process has passed.
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,6 @@ class StopRequest:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer on every process. To be asked after each step."""
+    def should_stop(self, step: int) -> bool:
+        """Return whether to stop after `step`: the same answer on every process. Call it after each step."""
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked

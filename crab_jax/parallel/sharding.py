@@ -1,8 +1,8 @@
-"""Device mesh, and the one table that says which mesh axis each logical axis takes.
+"""The device mesh, and the table that assigns mesh axes to logical axes.
 
-Parameters are boxed with logical axes by the modules; activations are pinned by `nn.with_logical_constraint` inside
-them, which does nothing outside `constrained`. So a frozen matrix is gathered layer by layer where it is used, and
-activations never move to meet a sharded matrix.
+Modules box their parameters with logical axes; activations are pinned by `nn.with_logical_constraint` in the modules,
+which has no effect outside `constrained`. Frozen matrices are therefore gathered layer by layer where they are used,
+and activations never move to meet a sharded matrix.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from crab_jax.io.errors import InputError
 from crab_jax.parallel import chips
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that batch rows are spread over
+ROWS = ("data", "fsdp")  # the axes that batch rows are distributed over
 
-# logical axis -> mesh axis. "batch" and "group" (rows that an fsdp group shares) are of activations only, "embed" of
-# parameters and looked-up embeddings, the rest of both. LoRA's rank and heads carry no name, so they stay replicated,
-# like everything outside the language model.
+# logical axis -> mesh axis. "batch" and "group" (rows that an fsdp group shares) occur in activations only, "embed" in
+# parameters and looked-up embeddings, the others in both. LoRA's rank and heads have no logical axis, so they stay
+# replicated, like everything outside the language model.
 RULES = (
     ("batch", ROWS),
     ("group", "data"),
@@ -46,11 +46,11 @@ SPREAD_FROM = 2**16
 def make_mesh(
     data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, devices: Any = None, state_bytes: int = 0
 ) -> Mesh:
-    """Mesh over ("data", "fsdp", "tensor"); a size that is None or 0 is inferred.
+    """Return a mesh over ("data", "fsdp", "tensor"); sizes that are None or 0 are inferred.
 
     `tensor` is inferred as 1, `fsdp` from the memory of a device and `state_bytes`, the bytes of parameters and
-    optimizer state together (see `infer_split`), and `data` fills what the others leave.
-    Raises InputError when the sizes do not multiply to the number of devices.
+    optimizer state together (see `infer_split`), and `data` fills what the others leave. Raises InputError when the
+    sizes do not multiply to the number of devices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     tensor = tensor or 1
@@ -74,9 +74,9 @@ def make_mesh(
 
 
 def infer_split(devices: int, needed: int, memory: int | None, share: float = STATE_SHARE) -> int:
-    """The fewest devices (a divisor of `devices`) over which `needed` bytes take `share` of each one's `memory`.
+    """Return the smallest divisor of `devices` for which `needed` bytes take at most `share` of each device's memory.
 
-    1 when the memory is unknown; all devices when even they do not suffice.
+    Returns 1 when the memory is unknown, and all devices when even they do not suffice.
     """
     if memory is None:
         return 1
@@ -86,7 +86,7 @@ def infer_split(devices: int, needed: int, memory: int | None, share: float = ST
 
 @contextlib.contextmanager
 def constrained(mesh: Mesh | None) -> Iterator[None]:
-    """While tracing within this context, the models' logical constraints hold on `mesh` (None: there are none)."""
+    """Apply the models' logical constraints on `mesh` while tracing within this context (None: no constraints)."""
     if mesh is None:
         yield
         return
@@ -95,22 +95,22 @@ def constrained(mesh: Mesh | None) -> Iterator[None]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp."""
+    """Return the sharding of batch rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """One copy per device."""
+    """Return the sharding with one copy per device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedSharding per parameter, from the logical axes that `init` boxed it with."""
+    """Return a NamedSharding per parameter, from the logical axes that `init` boxed it with."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Refuse a global batch that the data axes and the micro-batches cannot divide."""
+    """Raise InputError if the data axes and micro-batches do not divide the global batch."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (rows * accumulate):
         micro = f" in {accumulate} micro-batches" if accumulate > 1 else ""
@@ -123,7 +123,10 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def check_params(abstract: Any, mesh: Mesh) -> None:
-    """Refuse a mesh that cannot divide a parameter; `abstract` are shapes with shardings. Names the first offender."""
+    """Raise InputError naming the first parameter that the mesh cannot divide.
+
+    abstract: shapes with shardings.
+    """
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
         for size, axis in zip(leaf.shape, leaf.sharding.spec, strict=False):
             parts = 1 if axis is None else mesh.shape[axis]
@@ -138,10 +141,10 @@ def check_params(abstract: Any, mesh: Mesh) -> None:
 
 
 def state_shardings(state: Any, trainable: Any, mesh: Mesh) -> Any:
-    """Shardings of a train state: parameters where they are, moments where their parameters are, scalars everywhere.
+    """Return the shardings of a train state: moments like their parameters, scalars replicated.
 
-    Moments of parameters that every device holds whole are spread over the devices all the same, each of which then
-    updates its own part (ZeRO stage 1).
+    Moments of replicated parameters are distributed over the devices all the same, each of which then updates its own
+    part (ZeRO stage 1).
     """
     by_path = {tuple(map(str, path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]}
 
@@ -156,7 +159,7 @@ def state_shardings(state: Any, trainable: Any, mesh: Mesh) -> Any:
 
 
 def _spread(leaf: Any, mesh: Mesh) -> NamedSharding:
-    """The sharding of a leaf; if that is whole everywhere, its largest axis that divides goes over data and fsdp."""
+    """Return the sharding of a leaf; if it is replicated, its largest divisible axis is split over data and fsdp."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     whole = all(axis is None or mesh.shape[axis] == 1 for axis in leaf.sharding.spec)
     fitting = [(size, number) for number, size in enumerate(leaf.shape) if size % rows == 0]

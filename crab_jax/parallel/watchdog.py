@@ -1,4 +1,4 @@
-"""Says what a run waits for when it waits long: its input, a device step (a collective), a checkpoint."""
+"""Reports of long waits: what a run waits for (its input, a device step with collectives, a checkpoint)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 
 def print_error(line: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Watchdog:
-    """A thread that reports every wait longer than `seconds`, again each time it has doubled, and its end. 0 is off.
+    """A thread that reports every wait longer than `seconds`, again each time it has doubled, and its end. 0: disabled.
 
-    It ends nothing: a slow disk recovers, a process that stands still goes on, and one that died ends the run by
-    `peers`. silent: which other processes do not answer, or "".
+    It ends nothing: a slow disk recovers, a suspended process resumes, and `peers` ends the run when a process died.
+    silent: returns which other processes do not answer, or "".
     """
 
     def __init__(
@@ -26,8 +26,8 @@ class Watchdog:
     ):
         self.seconds, self.prefix, self.say, self.silent = seconds, f"{name}: " if name else "", say, silent
         self._done = threading.Event()
-        self._wait: tuple[str | Callable[[], str], float] | None = None  # what for, since when
-        self._due = 0.0  # seconds of waiting that bring the next report
+        self._wait: tuple[str | Callable[[], str], float] | None = None  # (awaited thing, start time)
+        self._due = 0.0  # seconds of waiting until the next report
 
     def __enter__(self) -> Watchdog:
         if self.seconds > 0:
@@ -39,7 +39,7 @@ class Watchdog:
 
     @contextmanager
     def waiting(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Name what the block waits for; a callable is asked only when it is reported."""
+        """Name what the block waits for; a callable is called only when a report is due."""
         began = time.monotonic()
         self._due, self._wait = self.seconds, (what, began)
         try:

@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its data and its parameters."""
+"""A run on disk: its folder, its data, its mesh and its parameters."""

@@ -1,4 +1,4 @@
-"""A run on disk and what it is made of: workdir, tokenizer, data, starting parameters, a loaded model."""
+"""The folder of a run: its config and tokenizer, and the checks of a resumed run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ from crab_jax.models.presets import MODELS
 from crab_jax.models.quirks import PRESETS
 from data_pipelines.tokens import Tokenizer
 
-# A resumed run may change these without becoming another run.
+# A resumed run may change these keys.
 FREE_KEYS = (
     "log_every",
     "checkpoint_every",
     "keep",
     "watchdog_seconds",
     "max_skipped",
+    "eval_every",
+    "eval_split",
+    "eval_samples",
+    "eval_answers",
     "data.workers",
     "data.root",
     "data.cache_dir",
@@ -38,7 +42,7 @@ FREE_KEYS = (
     "mesh.fsdp",
     "mesh.tensor",
 )
-# The processes of one run may have these each of its own: where its host has the data, and how it reads them.
+# The processes of one run may differ in these keys, which say where a host has its files and how it reads them.
 OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
 
 _SECTION = Each(Text(1, 100), Anything())
@@ -48,7 +52,7 @@ RUN_CONFIG = {
     "sizes?": Each(Text(1, 100), _SECTION),
     **{f"{section}?": _SECTION for section in ("data", "optim", "loss", "mesh")},
 }
-# What of a config decides the arrays of a run that is there; the bounds of its other keys may be younger than the run.
+# Keys that determine the arrays of an existing run. Other keys of an old run may violate bounds that were added later.
 _DECIDING = re.compile(
     r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
     r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)"
@@ -57,15 +61,15 @@ log = logging.getLogger(__name__)
 
 
 def shared(config: RunConfig) -> dict[str, Any]:
-    """What all processes of one run must have alike of its config; of `init_from` the checkpoint, not its path."""
-    ours = {f"config.{key}": value for key, value in config.flat().items() if key not in OWN_KEYS}
-    return ours | {"config.init_from": config.init_from and f"a checkpoint with hash {identity(config.init_from)}"}
+    """Return the config values that all processes of a run must share, with the identity of `init_from`."""
+    values = {f"config.{key}": value for key, value in config.flat().items() if key not in OWN_KEYS}
+    return values | {"config.init_from": config.init_from and f"a checkpoint with hash {identity(config.init_from)}"}
 
 
 def claim_workdir(workdir: Path, config: RunConfig) -> None:
-    """Make the workdir, or check that the run it holds has this config. Raises InputError.
+    """Create the workdir, or check that the run in it has this config. Raises InputError.
 
-    A key that is younger than the run counts as having had its default.
+    A key that is newer than the run counts as having its default.
     """
     out_folder(workdir, "--workdir")
     file = workdir / "config.json"
@@ -85,7 +89,7 @@ def claim_workdir(workdir: Path, config: RunConfig) -> None:
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:
-    """The tokenizer of a run config."""
+    """Return the tokenizer of a run config. Raises InputError."""
     if not config.tokenizer:
         raise InputError("--config", "tokenizer", "is not set", "give a tokenizer.json or a LLaMA directory")
     tokenizer, rows = Tokenizer.load(config.tokenizer), config.model.llama.vocab_size
@@ -100,43 +104,43 @@ def tokenizer_of(config: RunConfig) -> Tokenizer:
 
 
 def save_description(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """config.json and tokenizer.json: with the checkpoints, all that evaluate and predict need."""
+    """Write config.json and the tokenizer: with the checkpoints, all that evaluate and predict need."""
     write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=1))
     tokenizer.save(workdir)
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Return the config that a run or a packed model was made with; keys younger than it have their defaults.
+    """Return the config of a run or a packed model; keys that are newer than it have their defaults.
 
-    A value that is allowed no more and decides no array has its default, too, and a warning says so. Raises InputError
-    naming the file and the key.
+    A value that is no longer allowed and does not determine any array is replaced by its default, with a warning.
+    Raises InputError naming the file and the key.
     """
     config, replaced = _stored_config(Path(path))
     for key, problem in replaced.items():
         print(
-            f"warning: {Path(path) / 'config.json'}: {key} {problem}; it is left out, and decides no answer",
+            f"warning: {Path(path) / 'config.json'}: {key} {problem}; the default is used, which changes no answer",
             file=sys.stderr,
         )
     return config
 
 
 def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:
-    """(the config of a run or model, what is wrong with the keys that have their defaults instead)."""
+    """Return (config of a run or model, {key: problem} of the keys that were replaced by their defaults)."""
     path = packaged.located(path)
     file, fix = path / "config.json", "copy the file again"
     if not file.is_file():
         raise InputError(str(path), "--checkpoint", "has no config.json", "give a --workdir of train or a packed model")
-    found, usual = traverse_util.flatten_dict(read_json(file, RUN_CONFIG), sep="."), dict(leaves(base()))
-    for key in found.keys() - usual.keys():  # others are of another version
-        if key.startswith("sizes.") or any(key.startswith(f"{known}.") for known in usual):
+    stored, defaults = traverse_util.flatten_dict(read_json(file, RUN_CONFIG), sep="."), dict(leaves(base()))
+    for key in stored.keys() - defaults.keys():  # other unknown keys belong to another version
+        if key.startswith("sizes.") or any(key.startswith(f"{known}.") for known in defaults):
             raise InputError(str(file), key, "is no key of a config", fix)
-    values, replaced = {key: found.get(key, value) for key, value in usual.items()}, {}
+    values, replaced = {key: stored.get(key, value) for key, value in defaults.items()}, {}
     for key, value in values.items():
         if key.startswith("sizes.") and value is None or not (problem := bound_of(key).problem(value)):
             continue
         if _DECIDING.fullmatch(key):
             raise InputError(str(file), key, f"is {value!r:.60}", problem)
-        values[key], replaced[key] = usual[key], f"is {value!r:.60} and {problem}"
+        values[key], replaced[key] = defaults[key], f"is {value!r:.60} and {problem}"
     try:
         return built(values), replaced
     except InputError as error:

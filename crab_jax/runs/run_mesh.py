@@ -1,4 +1,4 @@
-"""How a run, or a model that answers, lies on its devices; inferred from memory where nothing is said."""
+"""The mesh and micro-batches of a run or of a model that generates, inferred from memory unless configured."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from crab_jax import optim
 from crab_jax.config import RunConfig
 from crab_jax.io.errors import InputError
 from crab_jax.models import quantize
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_params
 
-# The temporaries of a micro-batch may take this share of a device's memory, as `row_bytes` estimates them.
+# The temporaries of a micro-batch, as estimated by `row_bytes`, may take this share of a device's memory.
 ACTIVATION_SHARE = 0.35
 # Parameters may take this share of a device that generates; the rest is for the cache and activations.
 SERVING_SHARE = 0.6
-# What the compiler allocates for a row over what `row_bytes` adds up by hand.
+# Measured ratio of the compiler's allocation for a row and the sum in `row_bytes`.
 MEASURED = 1.5
 
 
 def state_bytes(config: RunConfig) -> int:
-    """Bytes of all parameters and of the optimizer state: a trained scalar has a value, a gradient and two moments."""
-    shapes = nn.unbox(run_params.abstract_params(Crab(config.model)))
+    """Return the bytes of all parameters and the optimizer state.
+
+    A trained scalar has a value, a gradient and two moments of 4 bytes each.
+    """
+    shapes = nn.unbox(run_params.abstract_params(config.model.build()))
     trainable, frozen = optim.split(shapes, config.trainable, config.frozen)
     return run_params.count(frozen) * jax.numpy.dtype(config.frozen_dtype).itemsize + 16 * run_params.count(trainable)
 
 
 def row_bytes(cfg: CrabConfig, length: int) -> int:
-    """Estimated bytes of temporaries per batch row of `length` positions, in a training step with `remat="full"`:
-    the layers' inputs, one layer's attention scores and feed-forward, and the logits, each with its gradient."""
+    """Estimate the bytes of temporaries per batch row of `length` positions, in a training step with `remat="full"`.
+
+    The sum has the layers' inputs, one layer's attention scores and feed-forward, and the logits, each with its
+    gradient.
+    """
     llama = cfg.llama
     inputs = 2 * llama.layers * length * llama.hidden
     scores = 3 * 4 * llama.heads * length**2
@@ -43,13 +49,13 @@ def row_bytes(cfg: CrabConfig, length: int) -> int:
 
 
 def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
-    """The mesh of a run config over `devices` (all, when None); sizes of 0 are inferred (see `sharding.make_mesh`)."""
+    """Return the mesh of a run over `devices` (all, when None); sizes of 0 are inferred (see `sharding.make_mesh`)."""
     needed = 0 if config.mesh.fsdp else state_bytes(config)
     return sharding.make_mesh(**vars(config.mesh), devices=devices, state_bytes=needed)
 
 
 def micro_batches(config: RunConfig, mesh: Mesh) -> int:
-    """`optim.accumulate`; 0 stands for the fewest micro-batches whose longest rows fit ACTIVATION_SHARE of a device.
+    """Return `optim.accumulate`, or for 0 the fewest micro-batches whose longest rows fit ACTIVATION_SHARE of a device.
 
     1 where a device's memory is unknown. Raises InputError when batch, mesh and micro-batches do not divide.
     """
@@ -65,15 +71,15 @@ def micro_batches(config: RunConfig, mesh: Mesh) -> int:
 
 
 def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
-    """The mesh on which this process answers batches of `batch_size` rows: copies of the model, each over `tensor` of
-    its own devices (of `devices`, when given).
+    """Return the mesh on which this process answers batches of `batch_size` rows: copies of the model.
 
-    `tensor` is inferred when 0: the fewest devices of which the parameters take SERVING_SHARE; integer `weights` are
-    never split. There are as many copies as there are devices for, in a number that divides the batch. Raises
-    InputError when `tensor` does not divide the devices, or is to split integers.
+    Each copy is distributed over `tensor` of the local devices (or of `devices`). `tensor` 0 is inferred: the fewest
+    devices whose SERVING_SHARE holds the parameters; integer `weights` are never split. The number of copies is the
+    largest that divides both the devices and the batch. Raises InputError when `tensor` does not divide the devices, or
+    is to split integers.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    model, integers = Crab(config.model), weights in quantize.BITS
+    model, integers = config.model.build(), weights in quantize.BITS
     if tensor > 1 and integers:
         raise InputError(
             "command line",
@@ -86,7 +92,7 @@ def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int =
             "command line", "--tensor", f"{tensor} does not divide the {len(devices)} devices here", "give a divisor"
         )
     if not tensor:
-        needed = run_params.count(run_params.abstract_params(model)) * jax.numpy.dtype(model.cfg.llama.dtype).itemsize
+        needed = run_params.count(run_params.abstract_params(model)) * jax.numpy.dtype(model.cfg.dtype).itemsize
         memory = chips.memory_of(devices[0])
         tensor = 1 if integers else sharding.infer_split(len(devices), needed, memory, SERVING_SHARE)
     free = len(devices) // tensor

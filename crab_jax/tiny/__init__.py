@@ -1,1 +1,1 @@
-"""The tiny world: a small model pre-trained from nothing, the paper's stages on it, and its demo."""
+"""The tiny model on generated scenes: its pre-training from nothing, the paper's stages, and a demo."""

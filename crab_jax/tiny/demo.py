@@ -3,7 +3,7 @@
     python -m crab_jax.demo --out runs/demo
 
 Starts from the committed warm start (crab_jax/tiny/recipe.py), or with --from-scratch from a small recipe of its own.
-Every step is a command a user would type. Finished parts are not repeated.
+Every step is a command that a user could type. Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from crab_jax.io.bounds import path
 from crab_jax.io.errors import CommandLine
 from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
-from crab_jax.models.crab import Crab
 from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.tiny.recipe import command, recipe
+from data_pipelines.examples import Example
 from data_pipelines.media import read_mask
 
-SEED = 1  # of the demo's scenes; the recipe's are others
+SEED = 1  # of the demo's scenes, which differ from the recipe's
 TRAIN_SCENES, TEST_SCENES, STEPS = 400, 150, 200
 
 
 def save_untrained(run: Path, out: Path) -> None:
-    """The run's model with random weights, as a packed model: the baseline of not having learned."""
+    """Write the run's model with random weights as a packed model, the untrained baseline."""
     config = dataclasses.replace(run_folder.load_config(run), init_from="")
     save_packed(
         out,
-        run_params.initial_params(config, Crab(config.model)),
+        run_params.initial_params(config, config.model.build()),
         config.to_dict(),
         tokenizer=run_folder.tokenizer_of(config),
     )
 
 
 def collect_results(out: Path, scenes: Path, image_size: int) -> None:
-    """results.json: the trained model's scores and every baseline's."""
+    """Write results.json: the scores of the trained model and of every baseline."""
     examples = run_data.read_examples(scenes, "test")
 
-    def mask_of(example):
+    def mask_of(example: Example) -> Any:
         return read_mask(scenes / example.mask, image_size, example.mask_kind) if example.mask else None
 
-    def scores_of(name: str) -> dict:
+    def scores_of(name: str) -> dict[str, Any]:
         return json.loads((out / name / "results.json").read_text())["tasks"]
 
     baselines = {name: scores_of(name) for name in ("untrained", "audio_muted", "video_blanked")}
@@ -61,7 +61,7 @@ def collect_results(out: Path, scenes: Path, image_size: int) -> None:
 
 
 def demo(out: Path, from_scratch: bool) -> None:
-    """Everything, in order; the seconds of each part go to seconds.json."""
+    """Run all parts in order; their seconds are written to seconds.json."""
     scenes, run = out / "scenes", out / ("train_from_scratch" if from_scratch else "train")
     seconds: dict[str, float] = {}
 
@@ -178,10 +178,12 @@ def demo(out: Path, from_scratch: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m crab_jax.demo`."""
+    """Run `python -m crab_jax.demo`."""
     parser = CommandLine(__doc__)
     parser.add_argument("--out", type=path, default=Path("runs/demo"))
-    parser.add_argument("--from-scratch", action="store_true", help="do without the committed warm start")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="train the warm start too, instead of using the committed one"
+    )
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     with locked(args.out):

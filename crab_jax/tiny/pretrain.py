@@ -1,15 +1,15 @@
-"""Warm-up of the tiny model: the stand-in for what CLIP, BEATs and LLaMA bring from their own pretraining.
+"""Warm up the tiny model: a stand-in for the pre-training of CLIP, BEATs and LLaMA.
 
     python -m crab_jax.warmup --data runs/scenes --out runs/warmup
 
-Four short trainings on the train split of the generated scenes, never on others:
+Four short trainings on the train split of the generated scenes, never on other splits:
 1. CLIP learns which instrument covers each patch of a frame, and the box of that instrument;
 2. BEATs learns which instruments sound in a window, and how loud;
-3. LLaMA, whole, learns every task's language with the feature rows replaced by embedded rows of the scene table
-   (what is visible where, what sounds how loud): it reads about scenes that it can neither see nor hear;
-4. the Q-Formers learn to give those rows from pictures and sound (the stand-in for language-aligned encoders).
-The result is a packed model that the paper's stages start from. LoRA and mask decoder are left as initialised.
-With --start LLaMA goes on from that of an earlier warm start, for half the steps.
+3. LLaMA (all parameters) learns every task's language, with the feature rows replaced by embedded rows of the scene
+   table (what is visible where, what sounds how loud): it reads about scenes that it can neither see nor hear;
+4. the Q-Formers learn to produce these rows from pictures and sound (a stand-in for language-aligned encoders).
+The result is a packed model from which the paper's stages start. LoRA and mask decoder stay as initialised.
+With --start, LLaMA continues from that of an earlier warm start, for half the steps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.models.beats import Beats
 from crab_jax.models.clip import Clip, normalize
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.qformer import QFormer, QFormerConfig
 from crab_jax.runs import run_data, run_folder, run_params
@@ -54,9 +54,9 @@ KINDS = len(scene_graph.KINDS)
 SLOTS = len(scene_graph.SLOTS)  # visual rows per frame
 AUDIO_ROWS = 2  # audio rows per window
 BUMP = 8.0  # width of the Reader's position features, in BOX_SPACE
-GRID = 8  # side of the coarse map that the states of mask tokens tell of
-BOXES = 5  # seconds of a scene of which a box is asked: digits are learned slowest
-NOISE = 0.1  # of the rows' size, so that LLaMA reads rows that are only nearly right
+GRID = 8  # side of the coarse map predicted from the states of mask tokens
+BOXES = 5  # seconds per scene with a box question; digits are learned most slowly
+NOISE = 0.1  # relative to the rows, so that LLaMA learns to read approximate rows
 STEPS = {"clip": 2000, "beats": 800, "llama": 5000, "visual": 5000, "audio": 2000}
 CLIPS = 1500  # scenes whose media are decoded for the encoders and Q-Formers
 LORA_OR_NOT = ((r".*/lora_.*",), (r"(?!.*/lora_).*",))  # patterns of LLaMA's parameters
@@ -64,10 +64,10 @@ Arrays = dict[str, np.ndarray]
 
 
 class Reader(nn.Module):
-    """Rows of the scene table as LLM rows, as many per second as the Q-Formers give.
+    """Embeds rows of the scene table as LLM rows, as many per second as the Q-Formers give.
 
-    what [...,3,KINDS] and where [...,3,4] of the left, middle and right thing -> [...,3,D];
-    loudness [...,KINDS] (0 silent) -> [...,2,D].
+    what [...,3,KINDS] and where [...,3,4] of the left, middle and right thing -> [...,3,D]; loudness [...,KINDS] (0
+    silent) -> [...,2,D].
     """
 
     width: int
@@ -75,7 +75,7 @@ class Reader(nn.Module):
     @nn.compact
     def __call__(self, table: Arrays) -> tuple[jax.Array, jax.Array]:
         seen = table["what"].max(-1, keepdims=True)
-        # Bumps about as wide as a Q-Former can place an edge: finer detail would be read here and missing later.
+        # Bumps about as wide as a Q-Former's accuracy: finer detail would be read here and missing later.
         distance = table["where"][..., None] - jnp.arange(0, scene_graph.BOX_SPACE + 1, 2 * BUMP)
         bumps = jnp.exp(-((distance / BUMP) ** 2) / 2).reshape(*distance.shape[:-2], -1)
         loudness = table["loudness"]
@@ -84,6 +84,7 @@ class Reader(nn.Module):
         return visual[..., 0, :], audio
 
     def rows(self, name: str, count: int, x: jax.Array) -> jax.Array:
+        """Return `count` rows [...,count,D] of features x [...,C], by a two-layer MLP."""
         x = nn.gelu(nn.Dense(2 * self.width, name=f"{name}_in")(x))
         x = nn.Dense(count * self.width, kernel_init=nn.initializers.normal(0.02), name=f"{name}_out")(x)
         return x.reshape(*x.shape[:-1], count, self.width)
@@ -92,7 +93,10 @@ class Reader(nn.Module):
 def fit(
     name: str, params: Any, loss: Callable[[Any, Any], jax.Array], batches: Iterator[Any], steps: int, lr: float
 ) -> Any:
-    """AdamW with warm-up and cosine decay on `loss(params, batch)`; prints a progress line; returns the parameters."""
+    """Minimise `loss(params, batch)` by AdamW with warm-up and cosine decay, and return the parameters.
+
+    Progress lines are printed.
+    """
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
@@ -101,7 +105,7 @@ def fit(
     )
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt, batch):
+    def step(params: Any, opt: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt, value
@@ -122,13 +126,13 @@ def fit(
 
 
 def draw(rng: np.random.Generator, size: int, count: int, pick: Callable[[np.ndarray], Any]) -> Iterator[Any]:
-    """Endless batches `pick(indices)` of random indices below `size`."""
+    """Yield endless batches `pick(indices)` of random indices below `size`."""
     while True:
         yield pick(rng.integers(0, size, count))
 
 
 def table_of(scene: scene_graph.Scene) -> Arrays:
-    """What stands left, in the middle and right at each second, where, and how loud each instrument is.
+    """Return the visible things of each second (left, middle, right), their boxes, and the loudness of each instrument.
 
     what f32[10,3,KINDS] one-hot, zero where nothing is seen; where f32[10,3,4] boxes; loudness f32[10,KINDS].
     """
@@ -143,8 +147,11 @@ def table_of(scene: scene_graph.Scene) -> Arrays:
 
 
 def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokenizer: Any) -> Arrays:
-    """Frames uint8[N,10,H,W,3], fbank f32[N,10,98,128], instrument per pixel uint8[N,10,H,W], box of each instrument
-    f32[N,10,KINDS,4] as shares of the picture, and tables of N scenes."""
+    """Return the decoded media and tables of N scenes.
+
+    frames uint8[N,10,H,W,3], fbank f32[N,10,98,128], kinds uint8[N,10,H,W] (instrument per pixel), box
+    f32[N,10,KINDS,4] (of each instrument, relative to the picture size), and the arrays of `table_of`.
+    """
     rows: list[Arrays] = []
     prompt = TASKS["ave"].instruction()
     for folder in Progress("clips", len(folders)).over(folders):
@@ -165,9 +172,9 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
 
 
 def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator) -> Any:
-    """CLIP parameters after learning the share of each instrument in each patch, and the box of what covers it.
+    """Return CLIP parameters trained to predict each patch's share of every instrument, and the instruments' boxes.
 
-    Without the boxes the last layers forget where a patch is, and nothing after them can tell.
+    Without the boxes, the last layers lose the position of a patch, and no later module can recover it.
     """
     clip, head = Clip(cfg.clip), nn.Dense(KINDS + 1 + 4)
     grid, patch = cfg.clip.image_size // cfg.clip.patch_size, cfg.clip.patch_size
@@ -183,11 +190,11 @@ def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generato
     def loss(params: Any, batch: Any) -> jax.Array:
         pictures, share, boxes = batch
         taps: Any = clip.apply({"params": params["clip"]}, normalize(pictures))
-        told: Any = head.apply({"params": params["head"]}, taps[-1])
-        things = share[..., 1:]  # every thing in a patch pulls at the box as much as it covers
-        off = jnp.abs(told[..., None, KINDS + 1 :] - boxes[:, None]).sum(-1)
-        boxing = (off * things).sum() / jnp.maximum(things.sum(), 1)
-        return boxing + optax.softmax_cross_entropy(told[..., : KINDS + 1], share).mean()
+        predicted: Any = head.apply({"params": params["head"]}, taps[-1])
+        things = share[..., 1:]  # every thing in a patch contributes to the box loss by the share it covers
+        distance = jnp.abs(predicted[..., None, KINDS + 1 :] - boxes[:, None]).sum(-1)
+        box_loss = (distance * things).sum() / jnp.maximum(things.sum(), 1)
+        return box_loss + optax.softmax_cross_entropy(predicted[..., : KINDS + 1], share).mean()
 
     keys = jax.random.split(jax.random.key(1))
     params = {
@@ -198,7 +205,7 @@ def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generato
 
 
 def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generator) -> Any:
-    """BEATs parameters after learning which instruments sound in a window, and how loud."""
+    """Return BEATs parameters trained to predict which instruments sound in a window, and how loud."""
     beats, head = Beats(cfg.beats), nn.Dense(2 * KINDS)
     fbank = data["fbank"].reshape(-1, *data["fbank"].shape[2:])
     loudness = data["loudness"].reshape(-1, KINDS)
@@ -221,9 +228,11 @@ def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generat
     )["beats"]
 
 
-def pointed(table: Arrays, example: Example) -> np.ndarray:
-    """What the mask of an example shows: which instruments f32[KINDS], and their boxes' share of each cell of a
-    GRID x GRID map, row by row."""
+def mask_summary(table: Arrays, example: Example) -> np.ndarray:
+    """Return a summary of an example's mask: its instruments f32[KINDS], then a GRID x GRID map, row by row.
+
+    The map has the share of each cell that the boxes of the instruments cover.
+    """
     names = example.meta["objects"] if "objects" in example.meta else [example.meta["object"]]
     kinds = np.array([kind in names for kind in scene_graph.KINDS], np.float32)
     low = np.arange(GRID) * (scene_graph.BOX_SPACE / GRID)
@@ -237,10 +246,10 @@ def pointed(table: Arrays, example: Example) -> np.ndarray:
 def text_arrays(
     examples: list[Example], scene_of: dict[str, int], tables: Arrays, tokenizer: Tokenizer, cfg: batching.DataConfig
 ) -> list[Arrays]:
-    """Tokens, slots and targets of all examples, stacked per bucket, with the scene and seconds behind their rows.
+    """Return tokens, slots and targets of all examples, stacked per bucket, with their scenes and seconds.
 
-    seconds int[N,2]: the second that a picture and an audio window show, -1 when all ten are shown.
-    states int[N,6]: where the mask tokens are predicted, -1 without; pointed f32[N,KINDS+GRID*GRID]: see `pointed`.
+    seconds int[N,2]: the second that a picture and an audio window show, -1 when all ten are shown. states int[N,6]:
+    the positions that predict mask tokens, -1 without; pointed f32[N,KINDS+GRID*GRID]: `mask_summary`.
     """
     groups: dict[batching.Bucket, list[Arrays]] = {}
     for example in examples:
@@ -251,7 +260,7 @@ def text_arrays(
         states, shown = np.full(6, -1), np.zeros(KINDS + GRID * GRID, np.float32)
         if bucket.masks:
             states = arrays["mask_positions"][0]
-            shown = pointed({name: values[scene] for name, values in tables.items()}, example)
+            shown = mask_summary({name: values[scene] for name, values in tables.items()}, example)
         groups.setdefault(bucket._replace(masks=0), []).append(
             {
                 "tokens": arrays["tokens"],
@@ -267,7 +276,7 @@ def text_arrays(
 
 
 def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.random.Generator) -> Iterator[Arrays]:
-    """Endless batches from one bucket at a time, buckets drawn by their share of the examples."""
+    """Yield endless batches, each from one bucket, drawn by its share of the examples."""
     shares = np.array([len(group["tokens"]) for group in groups], float)
     while True:
         group = groups[rng.choice(len(groups), p=shares / shares.sum())]
@@ -293,12 +302,12 @@ def reader_batches(groups: list[Arrays], tables: Arrays, size: int, rng: np.rand
 def warm_llama(
     cfg: CrabConfig, groups: list[Arrays], tables: Arrays, steps: int, rng: np.random.Generator, start: Any = None
 ) -> Any:
-    """{"llama", "reader"} parameters after learning every task's answers from tables and prompts.
+    """Return {"llama", "reader"} parameters trained to answer every task's prompts from scene tables.
 
-    The states that predict mask tokens also learn to tell, through a linear map that is then dropped, what they point
-    at and roughly where: to a language model that only writes, they would all be the same.
+    An auxiliary loss has the states that predict mask tokens also predict `mask_summary`, through a linear map that is
+    then dropped: a language model that only writes would make these states all alike.
     """
-    llama, reader, teller = Llama(cfg.llama, None), Reader(cfg.llama.hidden), nn.Dense(KINDS + GRID * GRID)
+    llama, reader, summarise = Llama(cfg.llama, None), Reader(cfg.llama.hidden), nn.Dense(KINDS + GRID * GRID)
 
     def forward(module: Llama, rows: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
         taken = jnp.take_along_axis(rows, jnp.maximum(batch["slots"], 0)[..., None], axis=1)
@@ -316,12 +325,14 @@ def warm_llama(
         logits, hidden = output
         term = losses.text_loss(logits, batch["tokens"], batch["targets"], jnp.ones(len(logits), bool))
         states = jnp.take_along_axis(hidden, jnp.maximum(batch["states"], 0)[..., None], axis=1)
-        told: Any = teller.apply({"params": params["teller"]}, states)
-        error = optax.sigmoid_binary_cross_entropy(told, jnp.broadcast_to(batch["pointed"][:, None], told.shape))
+        predicted: Any = summarise.apply({"params": params["summary"]}, states)
+        error = optax.sigmoid_binary_cross_entropy(
+            predicted, jnp.broadcast_to(batch["pointed"][:, None], predicted.shape)
+        )
         what, where = jnp.split(error, [KINDS], -1)
         masked = (batch["states"] >= 0).astype(jnp.float32)
-        telling = ((what.mean(-1) + where.mean(-1)) * masked).sum() / jnp.maximum(masked.sum(), 1)
-        return term.sum / term.number + telling
+        summary_loss = ((what.mean(-1) + where.mean(-1)) * masked).sum() / jnp.maximum(masked.sum(), 1)
+        return term.sum / term.number + summary_loss
 
     batches = reader_batches(groups, tables, 16, rng)
     first, keys = next(batches), jax.random.split(jax.random.key(3), 3)
@@ -329,13 +340,13 @@ def warm_llama(
     params = {
         "reader": reader.init(keys[0], first)["params"],
         "llama": start or nn.unbox(llama.init(keys[1], rows, first, method=forward)["params"]),
-        "teller": teller.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"],
+        "summary": summarise.init(keys[2], jnp.zeros((1, cfg.llama.hidden)))["params"],
     }
     return fit("llama", params, loss, batches, steps, 2e-3)
 
 
 def encoded(encode: Callable[[jax.Array], Any], inputs: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    """`encode` of every input [N,...], some at a time."""
+    """Return `encode` of every input [N,...], 256 at a time."""
     step = jax.jit(encode)
     return np.concatenate([np.asarray(step(inputs[at : at + 256]), dtype) for at in range(0, len(inputs), 256)])
 
@@ -343,7 +354,7 @@ def encoded(encode: Callable[[jax.Array], Any], inputs: np.ndarray, dtype: Any =
 def warm_bridge(
     name: str, cfg: QFormerConfig, features: np.ndarray, rows: np.ndarray, steps: int, rng: np.random.Generator
 ) -> Any:
-    """Q-Former parameters after regressing the Reader's rows [N,Q,D] from an encoder's features [N,T,C]."""
+    """Return Q-Former parameters trained to regress the Reader's rows [N,Q,D] from an encoder's features [N,T,C]."""
     qformer = QFormer(cfg)
     spread = rows.std()
 
@@ -355,8 +366,8 @@ def warm_bridge(
     return fit(name, params, loss, draw(rng, len(rows), 64, lambda index: (features[index], rows[index])), steps, 2e-3)
 
 
-def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
-    """The parameters of one finished training, from `folder` when an earlier run left them there."""
+def trained_or_saved(folder: Path, name: str, train: Callable[[], Any]) -> Any:
+    """Return the parameters of one training, from `folder` if an earlier run saved them there."""
     file = folder / f"{name}.safetensors"
     if not file.exists():
         save_tree(file, train())
@@ -364,8 +375,10 @@ def kept(folder: Path, name: str, train: Callable[[], Any]) -> Any:
 
 
 def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path | None) -> None:
-    """All four trainings on `root`'s train split, LLaMA's from that of the packed model `start` where it is given;
-    writes a packed model to `out`."""
+    """Run all four trainings on `root`'s train split and write a packed model to `out`.
+
+    start: a packed model from whose LLaMA the third training continues.
+    """
     cfg, parts = config.model, out / "parts"
     tokenizer, decode = (
         run_folder.tokenizer_of(config),
@@ -394,32 +407,32 @@ def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path 
     data = load_clips(root, folders[:CLIPS], decode, tokenizer)
     frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
     shown = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
-    params, learned = run_params.initial_params(config, Crab(cfg)), {}
-    reading = kept(parts, "llama", read)
+    params, learned = run_params.initial_params(config, cfg.build()), {}
+    reading = trained_or_saved(parts, "llama", read)
     learned["llama"] = optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])
     visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, shown))
-    learned["clip"] = clip = kept(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
+    learned["clip"] = clip = trained_or_saved(parts, "clip", lambda: warm_clip(cfg, data, steps["clip"], rng(1)))
     pictures = encoded(lambda x: Clip(cfg.clip).apply({"params": clip}, normalize(x))[-1], frames, np.float16)
-    learned["vl_projector"] = kept(
+    learned["vl_projector"] = trained_or_saved(
         parts,
         "vl_projector",
         lambda: warm_bridge("visual q-former", cfg.visual, pictures, visual, steps["visual"], rng(3)),
     )
-    learned["beats"] = beats = kept(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
+    learned["beats"] = beats = trained_or_saved(parts, "beats", lambda: warm_beats(cfg, data, steps["beats"], rng(2)))
     sounds = encoded(lambda x: Beats(cfg.beats).apply({"params": beats}, x), fbank, np.float16)
-    learned["al_projector"] = kept(
+    learned["al_projector"] = trained_or_saved(
         parts, "al_projector", lambda: warm_bridge("audio q-former", cfg.audio, sounds, audio, steps["audio"], rng(4))
     )
     save_packed(out, params | learned, config.to_dict(), tokenizer=tokenizer)
 
 
 def main() -> None:
-    """Entry point of `python -m crab_jax.warmup`."""
+    """Run `python -m crab_jax.warmup`."""
     parser = CommandLine(__doc__)
     parser.add_argument("--data", type=path, required=True, help="root of generated scenes")
     parser.add_argument("--out", type=path, required=True, help="folder of the packed result")
     parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0, help="share of the steps")
-    parser.add_argument("--start", type=path, help="a packed model whose language model goes on")
+    parser.add_argument("--start", type=path, help="a packed model from whose language model to continue")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     compile_cache.enable()

@@ -1,9 +1,9 @@
-"""The whole tiny recipe from nothing: scenes, warm-up, alignment, joint stage, packed warm start, evaluation.
+"""Run the whole tiny recipe from nothing: scenes, warm-up, alignment, joint stage, packed warm start, evaluation.
 
     python -m crab_jax.recipe --out runs/recipe --pack crab_jax/warm_start
 
-Every step is the command a user would type; each prints its own progress. A stage that is finished is not repeated,
-an interrupted one resumes.
+Every step is a command that a user could type, with its own progress lines. A finished stage is not repeated, an
+interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from crab_jax.io.files import out_folder, write_whole
 from crab_jax.io.locks import locked
 from crab_jax.runs import run_params
 
-SEED = 0  # of the recipe's scenes; the demo draws others
+SEED = 0  # of the recipe's scenes, which differ from the demo's
 
 
 def command(*words: object) -> float:
-    """Run `python -m ...` as a user would; returns its seconds, stops the recipe when it fails."""
+    """Run `python -m ...` as a user would and return its seconds; exit with its code when it fails."""
     line = [sys.executable, "-m", *map(str, words)]
     print(f"\n$ python {shlex.join(line[1:])}", flush=True)
     began = time.monotonic()
@@ -39,15 +39,17 @@ def command(*words: object) -> float:
 
 
 def pack(run: Path, out: Path) -> None:
-    """A run's newest parameters as one float16 file, with its config, tokenizer and training log."""
+    """Write a run's newest parameters as one float16 file, with its config, tokenizer and training log."""
     _, params, config, tokenizer = run_params.load_model(run)
     save_packed(out, params, config.to_dict(), np.float16, tokenizer)
     write_whole(out / "metrics.jsonl", (run / "metrics.jsonl").read_bytes())
 
 
 def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> None:
-    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe). The language model of
-    the warm-up goes on from that of the packed model `start` where it is given."""
+    """Run every stage below `out`; `scale` multiplies scenes and steps (1 is the full recipe).
+
+    start: a packed model from whose language model the warm-up continues.
+    """
 
     def scaled(n: int) -> int:
         return max(4, int(n * scale))
@@ -69,7 +71,7 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
         "--workers",
         2,
     )
-    if not (warmup / MANIFEST).exists():  # a warm-up of an older version is done again, from its parts
+    if not (warmup / MANIFEST).exists():  # a warm-up of an older version is assembled again from its parts
         seconds["warmup"] = command(
             "crab_jax.warmup",
             "--data",
@@ -123,12 +125,12 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
 
 
 def main() -> None:
-    """Entry point of `python -m crab_jax.recipe`."""
+    """Run `python -m crab_jax.recipe`."""
     parser = CommandLine(__doc__)
     parser.add_argument("--out", type=path, default=Path("runs/recipe"))
-    parser.add_argument("--pack", type=path, default=Path("runs/recipe/warm_start"), help="where the result goes")
+    parser.add_argument("--pack", type=path, default=Path("runs/recipe/warm_start"), help="folder of the packed result")
     parser.add_argument("--scale", type=Real(1e-4, 1e3), default=1.0, help="share of the full recipe, for a quick look")
-    parser.add_argument("--start", type=path, help="a packed model whose language model the warm-up goes on from")
+    parser.add_argument("--start", type=path, help="a packed model from whose language model the warm-up continues")
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args()
     out_folder(args.pack, "--pack")

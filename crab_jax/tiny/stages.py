@@ -1,10 +1,10 @@
-"""The paper's five stages at tiny size on generated scenes, each from the one before, from tiny encoders and LLM.
+"""Run the paper's five stages at tiny size on generated scenes, each from the one before.
 
     python -m crab_jax.stages --out runs/stages
 
-As on a pod (docs/training.md) the first stage starts from what the paper takes as given, encoders and language model,
-here those of the committed warm start; everything that Crab adds is drawn. Every stage is the command that a user would
-type with the stage's own config and --config.model=tiny. A finished stage is not repeated, an interrupted one resumes.
+As on a pod (docs/training.md) the first stage starts from pre-trained encoders and a language model, here those of the
+committed warm start; everything that Crab adds is drawn at random. Every stage is the command that a user would type
+with the stage's own config and --config.model=tiny. A finished stage is not repeated, an interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
 from crab_jax.tiny.recipe import command
 
-# What Crab adds to the encoders and the language model.
+# The parameters that Crab adds to the encoders and the language model.
 ADDED = (*defaults.QFORMERS, *defaults.LORA, *defaults.SEGMENTATION, *defaults.FOURIER)
-SEED = 2  # of the scenes; the recipe and the demo draw others
+SEED = 2  # of the scenes, which differ from those of the recipe and the demo
 CAPTIONS = ("avcap",)
 
 
 class Stage(NamedTuple):
-    """configs/<name>.py on the scenes' questions of `tasks` (those of the config when empty)."""
+    """One stage: configs/<name>.py on the scenes' questions of `tasks` (those of the config when empty)."""
 
     name: str
     tasks: tuple[str, ...]
@@ -50,14 +50,14 @@ STAGES = (
 
 
 def save_base(start: Path, out: Path) -> None:
-    """Encoders and language model of a packed model, without what Crab adds."""
+    """Write the encoders and the language model of a packed model, without the parameters that Crab adds."""
     _, params, config, tokenizer = run_params.load_model(start)
     _, base = split(params, ADDED, (*defaults.ENCODERS, *defaults.LLAMA))
     save_packed(out, base, config.to_dict(), tokenizer=tokenizer)
 
 
 def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str, ...]:
-    """The overrides that make a stage of the paper one of the tiny world."""
+    """Return the overrides that run a stage of the paper with the tiny model on the scenes."""
     steps = max(8, int(stage.steps * scale))
     weights = [f"--config.data.weights.{task}=0" for task in TASKS if stage.tasks and task not in stage.tasks]
     return (
@@ -76,8 +76,8 @@ def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str,
     )
 
 
-def fallen(run: Path) -> tuple[float, float]:
-    """The loss of a run's training batches: means of the first and of the last quarter of its records.
+def loss_fall(run: Path) -> tuple[float, float]:
+    """Return the mean training loss over the first and over the last quarter of a run's records.
 
     Raises InputError if it has not fallen.
     """
@@ -95,7 +95,7 @@ def fallen(run: Path) -> tuple[float, float]:
 
 
 def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float]]:
-    """Run every stage below `out`: {stage: its loss at the beginning and at the end}."""
+    """Run every stage below `out` and return {stage: (loss at its beginning, loss at its end)}."""
     scenes, base = out / "scenes", out / "base"
     command(
         "data_pipelines.sources.scenes",
@@ -113,7 +113,7 @@ def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float
         2,
     )
     save_base(start, base)
-    before, seen = base, {}
+    before, falls = base, {}
     for stage in STAGES:
         run = out / stage.name
         fresh = [] if before != base else [f"--config.fresh={ADDED!r}"]
@@ -125,18 +125,21 @@ def stages(out: Path, start: Path, scale: float) -> dict[str, tuple[float, float
             *flags_of(stage, scenes, base, scale),
             f"--workdir={run}",
         )
-        seen[stage.name] = fallen(run)
+        falls[stage.name] = loss_fall(run)
         before = run
-    print("\n" + "\n".join(f"{name:<18}loss {first:.4f} -> {last:.4f}" for name, (first, last) in seen.items()))
-    return seen
+    print("\n" + "\n".join(f"{name:<18}loss {first:.4f} -> {last:.4f}" for name, (first, last) in falls.items()))
+    return falls
 
 
 def main() -> None:
-    """Entry point of `python -m crab_jax.stages`."""
+    """Run `python -m crab_jax.stages`."""
     parser = CommandLine(__doc__, "python -m crab_jax.stages")
     parser.add_argument("--out", type=path, default=Path("runs/stages"))
     parser.add_argument(
-        "--start", type=path, default=Path(packaged.WARM_START), help="whose encoders and language model"
+        "--start",
+        type=path,
+        default=Path(packaged.WARM_START),
+        help="packed model that gives the encoders and the language model",
     )
     parser.add_argument(
         "--scale", type=Real(1e-4, 1e3), default=1.0, help="share of the scenes and steps, for a quick look"

@@ -1,1 +1,1 @@
-"""Drawing: masks, boxes, time lines, charts and HTML, from arrays and tasks alone."""
+"""Drawing of masks, boxes, timelines, charts and HTML, from arrays and tasks alone."""

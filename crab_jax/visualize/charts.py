@@ -1,4 +1,4 @@
-"""Charts of the reports: losses, scores against baselines and by class, and the routing of the LoRA heads."""
+"""Charts of the reports: losses, scores against baselines and by class, and routing of the LoRA heads."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import numpy as np
 from crab_jax.tasks import TASKS
 from crab_jax.visualize.overlay import figure_png, label_of, new_figure
 
-# Okabe-Ito colours, which stay apart for colour-blind readers; the trained model comes first.
+# Okabe-Ito colours, which colour-blind readers can tell apart; the trained model has the first.
 COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#999999", "#CC79A7", "#0072B2", "#E69F00", "#F0E442", "#000000")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
-    """PNG: one line per name over the steps of metrics.jsonl; "loss" is the total, others stand under `loss/`."""
-    from matplotlib.ticker import LogLocator, NullFormatter  # takes a quarter of a second, and few commands draw
+def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str], total: str = "loss") -> bytes:
+    """Return a PNG with one line per loss over the steps of metrics.jsonl.
+
+    names: "loss" for the key `total`, others without the prefix `<total>/`.
+    """
+    # Imported late: it takes a quarter of a second, and few commands draw.
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
     for number, name in enumerate(names):
-        key = name if name == "loss" else f"loss/{name}"
+        key = total if name == "loss" else f"{total}/{name}"
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=name, linewidth=1.4)
@@ -38,7 +42,10 @@ def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) ->
 
 
 def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
-    """PNG: per task the headline metric of each column {name: {task: {metric, intervals}}}, with 95 % intervals."""
+    """Return a PNG with each task's headline metric and its 95 % interval for every column.
+
+    columns: {name: {task: {metric, intervals}}}.
+    """
     tasks = [task for task in TASKS if any(task in rows for rows in columns.values())]
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
@@ -71,9 +78,10 @@ def score_bars(columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
 
 
 def routing_heatmaps(weights: Mapping[str, np.ndarray], axis: str) -> bytes:
-    """PNG: per task the mean weight of each head, by `axis` "layer" or "projection" (the other one averaged).
+    """Return a PNG with the mean weight of each head per task, by `axis` "layer" or "projection".
 
-    `weights` are float[layers, projections, heads]; the colours are centred on 1/heads, an even use.
+    The weights are averaged over the other axis. `weights` are float[layers, projections, heads]; the colours are
+    centred on 1/heads, uniform use.
     """
     means = {task: array.mean(axis=1 if axis == "layer" else 0).T for task, array in weights.items()}
     columns = next(iter(means.values())).shape[1]
@@ -82,19 +90,19 @@ def routing_heatmaps(weights: Mapping[str, np.ndarray], axis: str) -> bytes:
 
 
 def segment_heatmaps(weights: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
-    """PNG: per task the mean weight of each head in each segment of the sequence, from {segment: float[heads]}.
+    """Return a PNG with the mean weight of each head per task and segment, from {segment: float[heads]}.
 
     A segment that a task does not have stays white.
     """
     names = list(dict.fromkeys(name for rows in weights.values() for name in rows))
     heads = len(next(iter(next(iter(weights.values())).values())))
-    nothing = np.full(heads, np.nan)
-    means = {task: np.stack([rows.get(name, nothing) for name in names], axis=1) for task, rows in weights.items()}
+    missing = np.full(heads, np.nan)
+    means = {task: np.stack([rows.get(name, missing) for name in names], axis=1) for task, rows in weights.items()}
     return _head_panels(means, names, "segment")
 
 
 def _head_panels(means: Mapping[str, np.ndarray], ticks: Sequence[str], axis: str) -> bytes:
-    """PNG: one panel of float[heads, columns] per task, colours centred on 1/heads, an even use."""
+    """Return a PNG with one panel of float[heads, columns] per task, colours centred on 1/heads (uniform use)."""
     heads = next(iter(means.values())).shape[0]
     spread = max(0.02, max(float(np.nanmax(np.abs(mean - 1 / heads))) for mean in means.values()))
     across = min(3, len(means))
@@ -117,7 +125,10 @@ def _head_panels(means: Mapping[str, np.ndarray], ticks: Sequence[str], axis: st
 
 
 def entropy_heatmap(entropy: Mapping[str, np.ndarray], heads: int) -> bytes:
-    """PNG: tasks by layers, the entropy (bits) of a token's head weights, from float[layers, projections] per task."""
+    """Return a PNG of the entropy (bits) of a token's head weights by task and layer.
+
+    entropy: float[layers, projections] per task.
+    """
     table = np.stack([array.mean(axis=1) for array in entropy.values()])
     figure = new_figure(7, 0.32 * len(table) + 0.9)
     axes = figure.subplots()
@@ -130,12 +141,12 @@ def entropy_heatmap(entropy: Mapping[str, np.ndarray], heads: int) -> bytes:
 
 
 def table_heatmap(rows: Mapping[str, Mapping[str, float]], label: str) -> bytes:
-    """PNG: rows by columns of signed numbers with the number in each cell, colours centred on zero."""
+    """Return a PNG of a table of signed numbers with the number in each cell, colours centred on zero."""
     columns = list(next(iter(rows.values())))
     values = np.array([[row[column] for column in columns] for row in rows.values()])
     figure = new_figure(1.3 * len(columns) + 1.5, 0.34 * len(rows) + 1.1)
     axes = figure.subplots()
-    # One row of large numbers must not bleach the others: the colour is of the share of the row's largest.
+    # Colours are relative to the largest number of the row, so that a row of large numbers does not bleach the others.
     largest = np.abs(values).max(axis=1, keepdims=True)
     shares = values / np.where(largest > 0, largest, 1)
     axes.imshow(shares, cmap="PuOr_r", vmin=-1.4, vmax=1.4, aspect="auto")
@@ -149,7 +160,7 @@ def table_heatmap(rows: Mapping[str, Mapping[str, float]], label: str) -> bytes:
 
 
 def breakdown_bars(breakdown: Mapping[str, tuple[float, int]], label: str) -> bytes:
-    """PNG: one bar per class or question type {name: (score, samples)}, in the given order."""
+    """Return a PNG with one bar per class or question type {name: (score, samples)}, in the given order."""
     figure = new_figure(7, 0.24 * len(breakdown) + 0.8)
     axes = figure.subplots()
     values = [value for value, _ in breakdown.values()]

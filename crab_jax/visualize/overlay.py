@@ -1,4 +1,4 @@
-"""Pictures of answers: masks and boxes over a picture at its own resolution, and events on a time line."""
+"""Pictures of answers: masks and boxes over a picture at its own resolution, and events on a timeline."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Colour = tuple[int, int, int]
-# Two colours of the Okabe-Ito set, which stay apart for colour-blind readers.
+# Two Okabe-Ito colours, which colour-blind readers can tell apart.
 PREDICTION: Colour = (213, 94, 0)
 TRUTH: Colour = (0, 158, 115)
-BOX_SPACE = 224  # side of the square that ARIG coordinates live in
-SMALL = 4_000_000  # pixels of a picture that is worth compressing well
-ROWS = 256  # of a picture that are painted at once: a large one would take its size in float64 several times
+BOX_SPACE = 224  # side of the square of ARIG coordinates
+SMALL = 4_000_000  # pixels; larger pictures are compressed quickly
+ROWS = 256  # rows painted at once, because blending takes several float64 copies
 LONGEST_LABEL = 60  # characters of a name in a picture
-PARTS = 10  # AVE and AVVP count time in tenths of the clip, which are seconds in clips of ten seconds
+PARTS = 10  # AVE and AVVP count time in tenths of the clip, which are seconds in ten-second clips
 
 
 class Track(NamedTuple):
-    """One line of a time line: what happens, in which parts [start, end) of the clip, and who says so."""
+    """One line of a timeline: the event, the parts [start, end) of the clip that it covers, and a colour."""
 
     label: str
     spans: tuple[tuple[float, float], ...]
@@ -36,7 +36,7 @@ class Track(NamedTuple):
 
 
 def png(picture: np.ndarray | Image.Image) -> bytes:
-    """PNG file of uint8[H,W,3], uint8[H,W] or a PIL image: of a large one soon, of others as small as can be."""
+    """Return a PNG of uint8[H,W,3], uint8[H,W] or a PIL image; small pictures are compressed best, large ones fast."""
     buffer, image = io.BytesIO(), picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     small = image.width * image.height <= SMALL
     image.save(buffer, "PNG", optimize=small, compress_level=9 if small else 1)
@@ -44,8 +44,8 @@ def png(picture: np.ndarray | Image.Image) -> bytes:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A matplotlib figure of so many inches, in which names show as they are: no dollar sign begins a formula."""
-    import matplotlib  # takes a quarter of a second, and most answers need no figure
+    """Return a matplotlib figure of this size in inches that shows names literally (no formulas)."""
+    import matplotlib  # imported late: it takes a quarter of a second, and most answers need no figure
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False
@@ -53,22 +53,23 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure_png(figure: Figure, dpi: int = 110) -> bytes:
-    """PNG file of a matplotlib figure, cropped to what is drawn."""
+    """Return a PNG of a matplotlib figure, cropped to its content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
 
 
 def label_of(value: object) -> str:
-    """A name as it is written into a picture: one line, and not so long that the picture grows with it."""
+    """Return a name as it is written into a picture: one line of at most LONGEST_LABEL characters."""
     text = printable(value)
     return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask at `size` (width, height): float[h,w] probabilities (or bool) -> bool[H,W], int[h,w] ids -> int32[H,W].
+    """Resize a mask to `size` (width, height).
 
-    Probabilities are interpolated before the cut at 0.5, so the outline is smooth; class ids take the nearest pixel.
+    float[h,w] probabilities or bool -> bool[H,W], int[h,w] ids -> int32[H,W]. Probabilities are interpolated before the
+    threshold of 0.5, so the outline is smooth; class ids take the nearest pixel.
     """
     if np.issubdtype(mask.dtype, np.integer):
         return np.array(Image.fromarray(mask.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
@@ -76,7 +77,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def mask_png(mask: np.ndarray) -> bytes:
-    """PNG of a resized mask: bool[H,W] as 0 and 255, int[H,W] class ids as a palette picture (AVSBench colours)."""
+    """Return a PNG of a resized mask: bool[H,W] as 0 and 255, int[H,W] class ids with the AVSBench palette."""
     if mask.dtype == bool:
         return png(mask.astype(np.uint8) * 255)
     picture = Image.fromarray(mask.astype(np.uint8))
@@ -85,14 +86,14 @@ def mask_png(mask: np.ndarray) -> bytes:
 
 
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
-    """bool[H,W] or int[H,W] -> bool[H,W]: the `width` outermost pixels of every non-zero region.
+    """Return bool[H,W]: the `width` outermost pixels of every non-zero region of bool[H,W] or int[H,W].
 
     The edge of the picture bounds a region too.
     """
     edge = np.zeros(mask.shape, bool)
     for value in np.unique(mask):
         if value:
-            region = np.pad(mask == value, 1)  # in steps to the sides; as long as it takes once, however wide the line
+            region = np.pad(mask == value, 1)  # L1 distances; their cost does not depend on the width
             steps = ndimage.distance_transform_cdt(region, "taxicab")
             edge |= (region & (steps <= width))[1:-1, 1:-1]
     return edge
@@ -103,7 +104,7 @@ def _line_width(picture: np.ndarray) -> int:
 
 
 def overlay_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour = PREDICTION, alpha: float = 0.45) -> np.ndarray:
-    """uint8[H,W,3] with a mask of the same size blended over it and its outline drawn solid.
+    """Return uint8[H,W,3] with a mask of the same size blended over it and its outline drawn solid.
 
     bool masks take `colour`; class ids take their AVSBench colours.
     """
@@ -118,14 +119,14 @@ def overlay_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour = PREDICT
 
 
 def overlay_outline(picture: np.ndarray, mask: np.ndarray, colour: Colour = TRUTH) -> np.ndarray:
-    """uint8[H,W,3] with the outline of a mask of the same size drawn over it."""
+    """Return uint8[H,W,3] with the outline of a mask of the same size drawn over it."""
     drawn = picture.copy()
     drawn[outline(mask, _line_width(picture))] = colour
     return drawn
 
 
 def scale_box(box: Sequence[float], size: tuple[int, int], space: int = BOX_SPACE) -> tuple[int, int, int, int]:
-    """A box (x1, y1, x2, y2) of the `space` x `space` square in the pixels of a picture of `size` (width, height).
+    """Scale a box (x1, y1, x2, y2) of the `space` x `space` square to pixels of a picture of `size` (width, height).
 
     Corners may come in any order and are clipped to the picture; the result is (left, top, right, bottom) as edges
     between pixels, so the whole square gives (0, 0, width, height).
@@ -139,7 +140,7 @@ def scale_box(box: Sequence[float], size: tuple[int, int], space: int = BOX_SPAC
 
 
 def overlay_boxes(picture: np.ndarray, boxes: Iterable[tuple[Sequence[float], Colour, str]]) -> np.ndarray:
-    """uint8[H,W,3] with the outlines of `(box in BOX_SPACE, colour, label)` drawn inside their edges."""
+    """Return uint8[H,W,3] with the outlines of `(box in BOX_SPACE, colour, label)` drawn inside their edges."""
     image = Image.fromarray(picture)
     draw, size = ImageDraw.Draw(image), image.size
     width = max(1, max(size) // 160)
@@ -164,7 +165,7 @@ def _label_place(
     size: tuple[int, int],
     taken: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
-    """Where a label of `label` (width, height) goes: above its box, else below or inside it, off the `taken` places."""
+    """Return the place of a label of size `label`: above its box, else below or inside it, not over `taken` places."""
     (left, top, _, bottom), (wide, high) = box, label
     x = max(0, min(left, size[0] - wide))
     inside = [y for y in (top - high, bottom, top, bottom - high) if 0 <= y <= size[1] - high]
@@ -174,9 +175,9 @@ def _label_place(
 
 
 def legend(picture: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
-    """uint8[H,W+w,3]: a picture with the meaning of its colours on its right, one line per name.
+    """Return uint8[H,W+w,3]: a picture with a legend of its colours on its right, one line per name.
 
-    Names that do not fit above each other in the height of the picture make it higher.
+    A legend that is higher than the picture makes it higher.
     """
     high = max(16, picture.shape[0] // 16)
     font = ImageFont.load_default(round(0.75 * high))
@@ -192,13 +193,13 @@ def legend(picture: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
 
 
 def class_colours(*masks: np.ndarray) -> dict[str, Colour]:
-    """The colours of the classes, background apart, that int[H,W] class ids show, by name in the order of the ids."""
+    """Return {name: colour} of the classes in int[H,W] masks, without the background, in the order of their ids."""
     ids = sorted({int(i) for mask in masks for i in np.unique(mask)} - {0})
     return {CLASSES[i]: tuple(map(int, avss_palette()[i])) for i in ids}  # type: ignore[misc]
 
 
 def event_tracks(task: str, label: Mapping[str, Any] | None, colour: Colour = PREDICTION) -> list[Track]:
-    """The tracks of an AVE or AVVP answer: what their parsers return, or the label in an Example's `meta`."""
+    """Return the tracks of an AVE or AVVP answer: the result of its parser, or the label in an Example's `meta`."""
     if label is None:
         return []
     if task == "ave":
@@ -217,9 +218,9 @@ def _clip_spans(ranges: Iterable[Sequence[float]]) -> tuple[tuple[float, float],
 
 
 def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], seconds: float) -> bytes:
-    """PNG of a clip of `seconds`: its frames uint8[T,h,w,3], its sound float[N], and one bar chart line per track.
+    """Return a PNG of a clip of `seconds`: its frames uint8[T,h,w,3], its sound float[N], and one bar per track.
 
-    All share one axis of ten parts: seconds for a clip of ten seconds, else tenths of the clip.
+    All share one axis of ten parts: seconds for a ten-second clip, else tenths of the clip.
     """
     rows = max(1, len(tracks))
     strip = 0.9 * 10 / max(1, len(frames)) if len(frames) else 0.0
@@ -253,7 +254,7 @@ def timeline(waveform: np.ndarray, frames: np.ndarray, tracks: Sequence[Track], 
 
 
 def _draw_waveform(axes: Any, waveform: np.ndarray) -> None:
-    """Envelope of a waveform over the ten parts, scaled to its loudest sample."""
+    """Draw the envelope of a waveform over the ten parts, scaled to its loudest sample."""
     bins = np.array_split(waveform, min(1000, max(1, len(waveform))))
     peaks = np.array([(piece.min(), piece.max()) for piece in bins if len(piece)] or [(0.0, 0.0)])
     loudest = max(np.abs(peaks).max(), 1e-6)
@@ -266,7 +267,7 @@ def _draw_waveform(axes: Any, waveform: np.ndarray) -> None:
 
 
 def side_by_side(pictures: Sequence[tuple[np.ndarray, str]], height: int = 240) -> np.ndarray:
-    """Pictures uint8[H,W,3] of any size in one row, scaled to `height`, each with its title above."""
+    """Return one row of pictures uint8[H,W,3] of any size, scaled to `height`, each with its title above."""
     font = ImageFont.load_default(max(11, height // 16))
     bar, gap = height // 10, height // 40
     scaled = [Image.fromarray(p).resize((round(p.shape[1] * height / p.shape[0]), height)) for p, _ in pictures]

@@ -1,4 +1,4 @@
-"""A page of results: one HTML file with its pictures inside, that needs no network and fits a phone and paper."""
+"""HTML pages of results: one file with its pictures inside, which needs no network and fits phones and paper."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ nav a{margin-right:.9rem;white-space:nowrap} @media print{nav{display:none} body
 _POLICY = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'"
-)  # nothing is fetched, sent or run, whatever a page says
+)  # forbids fetching, sending and running anything, whatever text a page contains
 
 
 class Html(str):
-    """HTML that we wrote. Whatever else is put into it, by `format`, `+` or `join`, is escaped, and a page takes
-    nothing else as HTML: so text of users and data sets shows as that text. An f-string is no Html."""
+    """HTML written by this project.
+
+    Every value put into it by `format`, `+` or `join` is escaped unless it is Html, and pages accept no other text as
+    HTML, so text of users and datasets is shown literally. An f-string returns str, not Html.
+    """
 
     def format(self, *args: object, **named: object) -> Html:
-        """Html with each value in its place, escaped."""
+        """Return Html with each value in its place, escaped."""
         return Html(str.format(self, *map(escape, args), **{name: escape(value) for name, value in named.items()}))
 
     def __add__(self, other: str) -> Html:
         return Html(str.__add__(self, escape(other)))
 
     def join(self, parts: Iterable[str]) -> Html:
-        """Html of parts, each escaped, with this between them."""
+        """Return Html of the parts, each escaped, with this between them."""
         return Html(str.join(self, map(escape, parts)))
 
 
@@ -58,14 +61,14 @@ LEGEND = Html(
 
 
 class Picture(NamedTuple):
-    """A PNG file and the sentence that says what to look for."""
+    """A PNG file and a caption that says what it shows."""
 
     data: bytes
     caption: str
 
 
 class Section(NamedTuple):
-    """A part of a page; an empty body is said to be missing."""
+    """A section of a page; one with an empty body is shown as missing."""
 
     key: str
     title: str
@@ -73,29 +76,32 @@ class Section(NamedTuple):
 
 
 def escape(value: object) -> Html:
-    """A value as HTML that shows it; Html as it is. Control characters and marks of direction are spelled out."""
+    """Return a value as Html that shows it; Html is returned unchanged.
+
+    Control characters and direction marks are escaped.
+    """
     return value if isinstance(value, Html) else Html(html.escape(printable_lines(value)))
 
 
 def image(data: bytes, alt: str, kind: str = "png") -> Html:
-    """The content of a PNG (or other) file as an <img>."""
+    """Return the content of a PNG (or other) file as an <img>."""
     return Html('<img alt="{}" src="data:image/{};base64,{}">').format(alt, kind, base64.b64encode(data).decode())
 
 
 def jpeg(picture: np.ndarray, alt: str) -> Html:
-    """uint8[H,W,3] as an <img>: a tenth of the bytes of a PNG for a photograph."""
+    """Return uint8[H,W,3] as a JPEG <img>, which takes a tenth of the bytes of a PNG for photographs."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=85)
     return image(buffer.getvalue(), alt, "jpeg")
 
 
 def figure(picture: Picture) -> Html:
-    """A picture with its caption."""
+    """Return a picture with its caption."""
     return Html("<figure>{}<figcaption>{}</figcaption></figure>").format(image(*picture), picture.caption)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table of text, or Html, in each cell."""
+    """Return a table with text or Html in each cell."""
     names = NONE.join(Html("<th>{}</th>").format(name) for name in head)
     lines = (NONE.join(Html("<td>{}</td>").format(cell) for cell in row) for row in rows)
     return Html('<div class="wide"><table><tr>{}</tr>{}</table></div>').format(
@@ -104,7 +110,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
 
 
 def score(scores: Mapping[str, Any], metric: str) -> Html:
-    """A metric of one task's results (see scoring.summarise) with its interval, "-" when it is not there."""
+    """Return a metric of one task's results (see scoring.summarise) with its interval; "-" when it is missing."""
     if metric not in scores:
         return Html("-")
     low, high = scores.get("intervals", {}).get(metric, (None, None))
@@ -113,8 +119,11 @@ def score(scores: Mapping[str, Any], metric: str) -> Html:
 
 
 def document(title: str, body: Html, style: str = "", script: str = "") -> str:
-    """A whole HTML file: `body` stands behind the title; `style` is CSS beside that of all pages, `script` the one
-    script that may run. Both are ours, and hold nothing of anybody else."""
+    """Return a whole HTML file with `body` below the title.
+
+    style: CSS added to that of all pages. script: the only script that may run. Both must be written by this project,
+    without any other text.
+    """
     policy, run = _POLICY, NONE
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -127,7 +136,7 @@ def document(title: str, body: Html, style: str = "", script: str = "") -> str:
 
 
 def write(path: str | Path, title: str, intro: Html, sections: Sequence[Section], style: str = "") -> None:
-    """Write one page; `style` is CSS beside that of all pages."""
+    """Write one page; `style` is CSS added to that of all pages."""
     keys = [re.sub(r"[^\w-]+", "-", section.key) for section in sections]
     parts = (
         Html('<section id="{}"><h2>{}</h2>{}</section>').format(

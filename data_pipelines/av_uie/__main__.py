@@ -1,4 +1,4 @@
-"""Explicit-reasoning targets: read the released ones, write or annotate others, verify all, describe the result.
+"""Read, write, annotate, verify and describe explicit-reasoning targets.
 
     python -m data_pipelines.av_uie read     --root R --labels ave_converted_label.zip --out R/released.jsonl
     python -m data_pipelines.av_uie write    --root R --datasets avqa,arig --out R/written.jsonl
@@ -32,48 +32,48 @@ from data_pipelines.av_uie import annotate, card, labels, released, templates, v
 from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, select, write_jsonl
 from data_pipelines.tokens import Tokenizer
 
-_READ = """Examples whose targets are the released labels of AV-UIE, matched by video or question.
+_READ = """Write Examples whose targets are the released labels of AV-UIE, matched by video or question.
 
     python -m data_pipelines.av_uie read --root R --labels zips/ave_converted_label.zip \\
         --labels avvp=LLP/converted_label --out R/released.jsonl
 
-A label file is a released zip or a folder of one unpacked. Beside --out goes <out>.report.json with the Examples
-without a label and the labels without an Example.
+A label file is a released zip or the folder of an unpacked one. <out>.report.json lists the Examples without a label
+and the labels without an Example.
 """
-_WRITE = """Examples whose targets are written from their labels, masks and questions by templates.
+_WRITE = """Write Examples whose targets follow from their labels, masks and questions by templates.
 
     python -m data_pipelines.av_uie write --root R --split train --out R/written.jsonl
 """
-_ANNOTATE = """Examples whose targets an LLM writes from the facts of their labels.
+_ANNOTATE = """Write Examples whose targets an LLM writes from the facts of their labels.
 
     export AV_UIE_API_KEY=...
     python -m data_pipelines.av_uie annotate --root R --datasets ave,avqa --url https://host/v1 --model M --estimate
     python -m data_pipelines.av_uie annotate --root R --datasets ave,avqa --url https://host/v1 --model M \\
         --price-in 0.15 --price-out 0.60 --budget 20 --out R/llm.jsonl
 
-Answers are kept in <out>.journal; the same command continues a stopped run and asks nothing twice. Ctrl-C waits for
-the requests under way.
+Answers are kept in <out>.journal; the same command continues a stopped run and repeats no request. Ctrl-C waits for
+pending requests.
 """
-_VERIFY = """Every target against its label: DIR gets good.jsonl, quarantine.jsonl, verify.json and review.html.
+_VERIFY = """Compare targets with their labels: DIR gets good.jsonl, quarantine.jsonl, verify.json and review.html.
 
     python -m data_pipelines.av_uie verify --examples R/llm.jsonl --out R/checked
     python -m data_pipelines.av_uie verify --examples R/llm.jsonl --out R/checked --accept ids.txt --reject other.txt
 """
-_CARD = """What a set of Examples holds: DIR gets card.json and card.md.
+_CARD = """Describe a set of Examples: DIR gets card.json and card.md.
 
     python -m data_pipelines.av_uie card --examples R/checked/good.jsonl --tokenizer LLaMA --out R/card
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m data_pipelines.av_uie`."""
+    """Run `python -m data_pipelines.av_uie`."""
     argv = sys.argv[1:] if argv is None else argv
     run_verb(lambda: _run(argv), "--debug" in argv)
 
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    if args.out:  # said before the work, not after it
+    if args.out:  # checked before the work, not after it
         (out_folder if args.command in (_verify, _card) else out_file)(args.out)
     args.command(args)
 
@@ -83,11 +83,11 @@ def _parser() -> CommandLine:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, doc: str, command: Any, out: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=doc.splitlines()[0], doc=doc)
-        one.add_argument("--out", type=PATH, required=name != "annotate", help=out)
-        one.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        one.set_defaults(command=command)
-        return one
+        subparser = commands.add_parser(name, help=doc.splitlines()[0], doc=doc)
+        subparser.add_argument("--out", type=PATH, required=name != "annotate", help=out)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(command=command)
+        return subparser
 
     read = add("read", _READ, _read, "JSONL file to write")
     read.add_argument(
@@ -109,9 +109,11 @@ def _parser() -> CommandLine:
     check.add_argument(
         "--root", type=PATH, metavar="DIR", help="where media and masks are (default: the folder of --examples)"
     )
-    check.add_argument("--accept", type=PATH, metavar="FILE", help="ids, one a line, that a person found good")
-    check.add_argument("--reject", type=PATH, metavar="FILE", help="ids, one a line, that a person found bad")
-    check.add_argument("--sample", type=Whole(1), default=5, help="good Examples of each task on the page (default: 5)")
+    check.add_argument("--accept", type=PATH, metavar="FILE", help="ids, one per line, that a person approved")
+    check.add_argument("--reject", type=PATH, metavar="FILE", help="ids, one per line, that a person rejected")
+    check.add_argument(
+        "--sample", type=Whole(1), default=5, help="number of good Examples per task on the page (default: 5)"
+    )
     describe = add("card", _CARD, _card, "folder to write")
     describe.add_argument("--examples", type=PATH, required=True, nargs="+", metavar="FILE", help="JSONL of Examples")
     describe.add_argument(
@@ -128,13 +130,13 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="data root of original releases; or where the media of --examples are (default: its folder)",
     )
-    parser.add_argument("--datasets", default="", metavar="A,B", help="of the root (default: all that are there)")
+    parser.add_argument("--datasets", default="", metavar="A,B", help="datasets of the root (default: all that exist)")
     parser.add_argument("--split", type=Name(), default="train")
     parser.add_argument(
         "--missing",
         choices=("raise", "skip"),
         default="raise",
-        help="what to do about media files that are not there (default: raise)",
+        help="what to do about missing media files (default: raise)",
     )
     parser.add_argument(
         "--malformed",
@@ -144,7 +146,7 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--examples", type=PATH, metavar="FILE", help="a JSONL file of Examples instead")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
-    parser.add_argument("--limit", type=Whole(1), help="the first so many Examples of each task")
+    parser.add_argument("--limit", type=Whole(1), help="number of Examples per task, from the first")
 
 
 def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,12 +166,12 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         type=strict_json,
         default=annotate.PARAMETERS,
         metavar="JSON",
-        help=f"of the request (default: {json.dumps(annotate.PARAMETERS)})",
+        help=f"parameters of the request (default: {json.dumps(annotate.PARAMETERS)})",
     )
     parser.add_argument("--journal", type=PATH, metavar="FILE", help="answers received (default: <out>.journal)")
-    parser.add_argument("--workers", type=Whole(1), default=8, help="requests at a time (default: 8)")
+    parser.add_argument("--workers", type=Whole(1), default=8, help="concurrent requests (default: 8)")
     parser.add_argument(
-        "--rpm", type=Real(1e-3, 1e9, zero=True), default=0.0, help="requests a minute (default: no limit)"
+        "--rpm", type=Real(1e-3, 1e9, zero=True), default=0.0, help="requests per minute (default: no limit)"
     )
     parser.add_argument("--timeout", type=Real(1e-3, 1e6), default=120.0, help="seconds for one reply (default: 120)")
     parser.add_argument("--attempts", type=Whole(1), default=6, help="tries of one request (default: 6)")
@@ -180,20 +182,22 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--corrections",
         type=Whole(0, 3),
         default=1,
-        help="how often a target that disagrees is asked for again (default: 1)",
+        help="how often a target that disagrees is requested again (default: 1)",
     )
-    parser.add_argument("--price-in", type=Real(), default=0.0, help="of a million prompt tokens")
-    parser.add_argument("--price-out", type=Real(), default=0.0, help="of a million answer tokens")
-    parser.add_argument("--budget", type=Real(), default=0.0, help="stop before all answers cost more (default: none)")
-    parser.add_argument("--no-masks", action="store_true", help="do not read masks; nothing is said about places")
-    parser.add_argument("--estimate", action="store_true", help="print requests, tokens and cost, and ask nothing")
+    parser.add_argument("--price-in", type=Real(), default=0.0, help="price of a million prompt tokens")
+    parser.add_argument("--price-out", type=Real(), default=0.0, help="price of a million answer tokens")
+    parser.add_argument("--budget", type=Real(), default=0.0, help="largest cost of all answers (default: no limit)")
+    parser.add_argument("--no-masks", action="store_true", help="do not read masks; targets then mention no places")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print requests, tokens and cost without sending any request"
+    )
 
 
-# Input and output.
+# Input and output
 
 
 def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
-    """The Examples with plain labels that the arguments name, and the root of their media."""
+    """Return the Examples with plain labels that the arguments name, and the root of their media. Raises InputError."""
     if bool(args.examples) == bool(args.datasets or not args.examples and args.root):
         raise InputError(
             "command line",
@@ -215,7 +219,7 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-# The commands.
+# The commands
 
 
 def _read(args: argparse.Namespace) -> None:
@@ -283,7 +287,7 @@ def _annotate(args: argparse.Namespace) -> None:
     journal = annotate.Journal(args.journal or f"{args.out}.journal")
     client = annotate.Client(endpoint, journal)
     progress = Progress("annotated", sum(map(annotate.asked_about, examples)))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as clean as ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM stops as cleanly as ctrl-C
     try:
         outcome = annotate.run(
             examples,
@@ -307,7 +311,7 @@ def _annotate(args: argparse.Namespace) -> None:
 
 
 def _costs(client: annotate.Client) -> str:
-    """What was asked and what it cost: of this run, and of the journal since its start."""
+    """Format the number of requests and their cost: of this run, and of the whole journal."""
     counts, journal = client.counts, client.journal
     return (
         f"{counts['asked']} asked, {counts['cached']} from the journal, {counts['retried']} retried; in all "
@@ -331,12 +335,12 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _ids(path: str | None, examples: Sequence[Example]) -> set[str]:
-    """The ids in a file of decisions."""
+    """Return the ids in a file of decisions. Raises InputError."""
     if path is None:
         return set()
     lines = read_text(path).splitlines()
     ids = {line.strip() for line in lines if line.strip()}
-    shown = {printable(example.id): example.id for example in examples}  # as the review page shows them
+    shown = {printable(example.id): example.id for example in examples}  # the review page shows printable ids
     ids = {shown.get(name, name) for name in ids}
     if unknown := ids - {example.id for example in examples}:
         raise InputError(path, "", f"{min(unknown)!r} is the id of no example", "copy the ids from the review page")

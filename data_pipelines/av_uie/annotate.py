@@ -1,15 +1,15 @@
-"""Explicit-reasoning targets from an LLM behind an OpenAI-compatible endpoint, each paid for once.
+"""Explicit-reasoning targets from an LLM behind an OpenAI-compatible endpoint; no answer is paid for twice.
 
-Every answer is appended to a journal, keyed by the Example's id and the hash of the whole request, before anything is
-done with it. A run that stops for any reason is continued by the same command: what the journal holds is not asked
-again. An answer that verify.py refuses is asked for again with the reasons (a new request, so also asked once).
+Every answer is appended to a journal, keyed by the Example's id and the hash of the whole request, before it is used.
+The same command continues a run that stopped for any reason: answers in the journal are not requested again. An answer
+that verify.py refuses is requested again with the reasons (as a new request, so also only once).
 
-What cannot be known: whether a request that timed out, or was cut off by a hard kill, is billed. Such requests are
-counted as `lost`; each carries its hash as Idempotency-Key for servers that heed it. Workers finish the requests they
-have sent when asked to stop, so ctrl-C loses none.
+It cannot be known whether a request that timed out, or was cut off by a hard kill, is billed. Such requests are counted
+as `lost`; each carries its hash as Idempotency-Key for servers that support it. Workers finish the requests they have
+sent when asked to stop, so ctrl-C loses none.
 
-The key is read from the environment, sent in one header to one host (redirects are refused), and blanked out of
-everything that comes back.
+The key is read from the environment, sent in one header to one host (redirects are refused), and blanked out of all
+responses.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ PARAMETERS = {"temperature": 0.3, "max_tokens": 400}
 CHARACTERS_PER_TOKEN = 4  # for estimates, and for servers that do not report usage
 _LARGEST = 4_000_000  # bytes of one reply
 _LONGEST_WAIT = 60.0  # seconds of backoff; a server may ask for more with Retry-After
-_PASSING = (408, 409, 425, 429)  # statuses that may go away by themselves, as all above 499 do
-_SECRET = 8  # characters from which on a key is blanked out; local servers take words such as "EMPTY"
+_PASSING = (408, 409, 425, 429)  # temporary statuses, besides all above 499
+_SECRET = 8  # shortest key that is blanked out; local servers accept words such as "EMPTY"
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where and how to ask. `url` ends before /chat/completions; prices are per million tokens, timeout in seconds."""
+    """An endpoint and its parameters.
+
+    url: ends before /chat/completions. Prices are per million tokens, timeout and backoff in seconds.
+    """
 
     url: str
     model: str
@@ -67,7 +70,7 @@ class Endpoint:
     budget: float = 0.0  # 0 = none
 
     def __post_init__(self) -> None:
-        """Raises InputError; never with the URL or the key in it, because either may hold a secret."""
+        """Raise InputError for bad values, without the URL or the key in it, because either may hold a secret."""
         try:
             parts = urlsplit(self.url)
             clean = (
@@ -97,17 +100,17 @@ class Endpoint:
             raise InputError("--budget", "", "cannot be kept without prices", "give --price-in and --price-out")
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
-        """What so many tokens cost, in the currency of the prices."""
+        """Return the cost of these numbers of tokens, in the currency of the prices."""
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     def request_hash(self, messages: Messages) -> str:
-        """SHA-256 of everything that decides an answer: model, parameters and messages."""
+        """Return the SHA-256 of everything that determines an answer: model, parameters and messages."""
         request = {"model": self.model, "messages": messages, **self.parameters}
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class Reply(NamedTuple):
-    """One answer and what it used; `estimated` when the server did not say."""
+    """One answer and the tokens it used; `estimated` when the server did not report them."""
 
     text: str
     tokens_in: int
@@ -116,7 +119,11 @@ class Reply(NamedTuple):
 
 
 class Failure(Exception):
-    """A request without a usable answer. wait: seconds the server asks for. billed: it may have been charged."""
+    """A request without a usable answer.
+
+    passing: whether another attempt may succeed. wait: seconds that the server asks for. billed: it may have been
+    charged.
+    """
 
     def __init__(self, what: str, passing: bool, wait: float = 0.0, billed: bool = False):
         super().__init__(what)
@@ -127,15 +134,15 @@ class Stopped(Exception):
     """The run was asked to stop before this request was sent."""
 
 
-JOURNAL = {"id": Text(1), "request": Text(1, 200), "lost?": Text()}  # a line of the journal
+JOURNAL = {"id": Text(1), "request": Text(1, 200), "lost?": Text()}  # schema of a line of the journal
 ANSWER = {**JOURNAL, "text": Text(most=2**22), "tokens_in": Whole(), "tokens_out": Whole(), "estimated": Flag()}
 
 
 class Journal:
-    """The append-only JSONL file of all answers. One process at a time; a record is on disk when `add` returns.
+    """The append-only JSONL file of all answers, for one process at a time; a record is on disk when `add` returns.
 
-    answers: (id, request hash) -> reply. tokens_in, tokens_out: of all of them. lost: requests that may have been
-    billed for nothing. A line without an end, left by a kill or a full disk, is cut off on opening. Raises InputError
+    answers: (id, request hash) -> reply. tokens_in, tokens_out: totals. lost: requests that may have been billed
+    without an answer. An incomplete last line, left by a kill or a full disk, is cut off on opening. Raises InputError
     for a file in use and for a damaged line elsewhere.
     """
 
@@ -178,7 +185,7 @@ class Journal:
         self.answers[record["id"], record["request"]] = reply
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record and wait until the disk has it."""
+        """Append one record and wait until it is on disk."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with self._lock:
             append(self._file, line, str(self.path))
@@ -186,7 +193,7 @@ class Journal:
             self._keep(record)
 
     def close(self) -> None:
-        """Give the file free for another run; an answer that arrives later is an OSError, not a write elsewhere."""
+        """Release the file for another run; a later answer raises OSError instead of being written elsewhere."""
         with self._lock:
             os.close(self._file)
             self._file = -1
@@ -194,30 +201,34 @@ class Journal:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another place."""
+    """Refuses redirects, which would send the key to another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+        """Return None, so that the redirect is an HTTPError."""
+        return
 
 
 class Client:
-    """Asks an endpoint, with a journal before it. Thread-safe; `stop` makes every waiting thread give up."""
+    """Sends requests to an endpoint unless the journal has the answer.
+
+    It is thread-safe; setting `stop` makes waiting threads give up.
+    """
 
     def __init__(self, endpoint: Endpoint, journal: Journal):
         self.endpoint, self.journal = endpoint, journal
         self.stop = threading.Event()
-        self.counts: Counter[str] = Counter()  # asked, cached, retried, tokens_in, tokens_out: of this run
+        self.counts: Counter[str] = Counter()  # of this run: asked, cached, retried, tokens_in, tokens_out
         self._lock = threading.Lock()
-        self._next = 0.0  # monotonic time before which no request is sent
-        self._reserved = 0.0  # the most that requests under way can cost
+        self._next = 0.0  # earliest time.monotonic() of the next request
+        self._reserved = 0.0  # largest possible cost of the pending requests
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def spent(self) -> float:
-        """What all answers of the journal cost, those of earlier runs included."""
+        """Return the cost of all answers in the journal, including those of earlier runs."""
         return self.endpoint.cost(self.journal.tokens_in, self.journal.tokens_out)
 
     def ask(self, id: str, messages: Messages) -> str:
-        """The answer to a request, from the journal if it was answered before.
+        """Return the answer to a request, from the journal if it was answered before.
 
         Raises Failure after the last attempt, Stopped, and InputError for what stops the whole run: a refused key, an
         unknown model or address, a spent budget.
@@ -266,7 +277,7 @@ class Client:
                 raise InputError(
                     "--budget",
                     "",
-                    f"{budget:g} is spent but for what the next request may cost",
+                    f"{budget:g} may be exceeded by the next request",
                     "raise it and run the same command again; what was answered is kept",
                 )
             self._reserved += cost
@@ -285,7 +296,7 @@ class Client:
             raise Stopped
 
     def _hold(self, seconds: float) -> None:
-        """Send nothing from any worker for so long: the server asked for it."""
+        """Send nothing from any worker for this many seconds, as the server asked."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
@@ -302,14 +313,14 @@ class Client:
             raise self._refusal(error) from None
         except (TimeoutError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
             late = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
-            # A connection that breaks after the request was sent may be billed; one that never was cannot.
+            # A connection that breaks after the request was sent may be billed; a refused connection cannot.
             sent = late or not isinstance(error, urllib.error.URLError)
             what = "timed out" if late else self._clean(f"{type(error).__name__}: {getattr(error, 'reason', error)}")
             raise Failure(what, passing=True, billed=sent) from None
         return self._reply(data, messages)
 
     def _read(self, response: Any) -> str:
-        """The body, within the time limit for the whole reply and a limit of size."""
+        """Return the body, with limits on the time of the whole reply and on its size."""
         deadline, pieces, size = time.monotonic() + self.endpoint.timeout, [], 0
         while piece := response.read1(65536):
             size += len(piece)
@@ -321,7 +332,7 @@ class Client:
         return self._clean(b"".join(pieces).decode("utf-8", "replace"))
 
     def _clean(self, text: str) -> str:
-        """Text from outside without the key, which some servers repeat in their errors."""
+        """Remove the key from external text, because some servers repeat it in their errors."""
         return text.replace(self.endpoint.key, "***") if len(self.endpoint.key) >= _SECRET else text
 
     def _reply(self, data: str, messages: Messages) -> Reply:
@@ -339,12 +350,12 @@ class Client:
         return Reply(" ".join(text.split()), *(used if known else guess), estimated=not known)
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        """What an HTTP error means: the whole run stops, this request fails, or it is tried again."""
-        said = ""
+        """Return the exception for an HTTP error: InputError stops the run, a Failure fails or retries this request."""
+        body = ""
         with error, contextlib.suppress(OSError, http.client.HTTPException):
-            said = self._clean(" ".join(error.read(20_000).decode("utf-8", "replace").split()))
-        what = f"HTTP {error.code}" + (f" ({said[:200]})" if said else "")
-        if "insufficient_quota" in said or error.code == 402:
+            body = self._clean(" ".join(error.read(20_000).decode("utf-8", "replace").split()))
+        what = f"HTTP {error.code}" + (f" ({body[:200]})" if body else "")
+        if "insufficient_quota" in body or error.code == 402:
             return InputError("the endpoint", "", what, "there is no credit left: add some and run the same command")
         if error.code in (401, 403):
             return InputError("the endpoint", "", f"refuses the key: {what}", "check the key's environment variable")
@@ -355,7 +366,7 @@ class Client:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which holds a number or a date; 0 without a readable one."""
+    """Return the seconds of a Retry-After header, which holds a number or a date; 0 if it cannot be parsed."""
     if not value:
         return 0.0
     with contextlib.suppress(ValueError):
@@ -366,14 +377,14 @@ def _retry_after(value: str | None) -> float:
 
 
 def tokens_in(messages: Messages) -> int:
-    """About how many tokens a request has."""
+    """Return the approximate number of tokens of a request."""
     return sum(len(message["content"]) for message in messages) // CHARACTERS_PER_TOKEN + 4 * len(messages)
 
 
 def annotated(
     example: Example, client: Client, root: str | Path | None, vocabulary: Sequence[str], corrections: int
 ) -> Example:
-    """The Example with the LLM's target: the first that agrees with the label, or the last of 1 + corrections."""
+    """Return the Example with the LLM's target: the first that agrees with the label, else the last attempt."""
     messages = prompts.messages(example, root)
     for left in range(corrections, -1, -1):
         text = client.ask(example.id, messages)
@@ -388,14 +399,14 @@ def annotated(
 
 
 class Outcome(NamedTuple):
-    """What a run reached: Examples with targets in their order, and id -> why for those that got no answer."""
+    """The result of a run: Examples with targets, in order, and {id: reason} of those without an answer."""
 
     examples: list[Example]
     failed: dict[str, str]
 
 
 def asked_about(example: Example) -> bool:
-    """Whether an Example needs an LLM: it has reasoning to write, and a label that says what."""
+    """Return whether an Example needs an LLM: it has reasoning to write and a label with enough information."""
     return example.task in labels.ANSWER_STARTS and not labels.weak(example)
 
 
@@ -408,11 +419,11 @@ def run(
     progress: Callable[[int], None] | None = None,
     stopping: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Targets for every Example that needs one, `workers` requests at a time.
+    """Return targets for every Example that needs one, with `workers` concurrent requests.
 
-    An Example whose request fails for good is left out and named. progress: called with the number of finished ones,
-    a few times a second. A first KeyboardInterrupt calls `stopping`, lets the requests under way finish and then raises
-    it; a second one raises at once. Raises InputError for what stops a run (see Client.ask), and when nothing is
+    An Example whose request fails for good is left out and listed. progress: called with the number of finished ones, a
+    few times a second. A first KeyboardInterrupt calls `stopping`, lets pending requests finish and is then raised; a
+    second one is raised at once. Raises InputError for what stops a run (see Client.ask), and when no requests are
     answered any more.
     """
     vocabulary = {task: sorted(names) for task, names in verify.vocabulary_of(verify.usable(examples)).items()}
@@ -432,7 +443,7 @@ def run(
                 break
             except Failure as failure:
                 results.put((place, failure))
-            except Exception as error:  # not of this request alone: no worker may start another
+            except Exception as error:  # concerns all requests: no worker may start another
                 client.stop.set()
                 results.put((place, error))
         results.put(None)
@@ -442,7 +453,7 @@ def run(
     done: dict[int, Example] = {}
     failed: dict[str, str] = {}
     fatal: BaseException | None = None
-    active, barren = workers, 0  # barren: failures since the last answer
+    active, barren = workers, 0  # barren: number of failures since the last answer
     while active:
         try:
             if progress:
@@ -483,8 +494,10 @@ def run(
 
 
 def estimate(examples: Sequence[Example], endpoint: Endpoint, root: str | Path | None = None) -> dict[str, float]:
-    """Requests, tokens and cost of a run without corrections, from the length of the requests and of the targets that
-    the template writer would write."""
+    """Return requests, tokens and cost of a run without corrections.
+
+    They are estimated from the lengths of the requests and of the targets that the template writer would write.
+    """
     asked = [example for example in examples if asked_about(example)]
     requests = [prompts.messages(example, root) for example in asked]
     total_in = sum(map(tokens_in, requests))

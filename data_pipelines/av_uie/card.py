@@ -1,4 +1,4 @@
-"""The dataset card: what a set of Examples holds, as one JSON object and as a Markdown page."""
+"""The dataset card: statistics of a set of Examples, as one JSON object and as a Markdown page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crab_jax.io.errors import cell
 from data_pipelines.av_uie.labels import reasoning_of
 from data_pipelines.examples import TASK_NAMES, Example
 
-# What each task asks of a model (paper sections 1 and 3).
+# The ability that each task requires (paper sections 1 and 3).
 GRANULARITY = {
     "ave": "temporal localisation",
     "avvp": "temporal localisation",
@@ -28,7 +28,7 @@ _SOURCES = {"ave": "ave", "avvp": "avvp", "avqa": "avqa", "ref-avs": "ref_avs", 
 
 
 def source(example: Example) -> str:
-    """The data set that an Example comes from: `meta.dataset`, and for one written elsewhere the task's own."""
+    """Return the dataset of an Example: `meta.dataset`, or the usual one of its task."""
     return str(
         example.meta.get("dataset")
         or ("scenes" if "scene" in example.meta else _SOURCES.get(example.task, example.task))
@@ -36,24 +36,24 @@ def source(example: Example) -> str:
 
 
 def lengths(values: Iterable[int]) -> dict[str, float]:
-    """mean, median, 95th percentile and largest."""
-    found = np.array([*values], float)
+    """Return mean, median, 95th percentile and maximum."""
+    numbers = np.array([*values], float)
     return {
-        "mean": round(float(found.mean()), 1),
-        "median": float(np.median(found)),
-        "p95": float(np.percentile(found, 95)),
-        "max": float(found.max()),
+        "mean": round(float(numbers.mean()), 1),
+        "median": float(np.median(numbers)),
+        "p95": float(np.percentile(numbers, 95)),
+        "max": float(numbers.max()),
     }
 
 
 def card(examples: Sequence[Example], count_tokens: Callable[[str], int] | None = None) -> dict[str, Any]:
-    """Samples and shares per task, source, granularity and writer; lengths of targets; reasoning coverage.
+    """Return samples and shares per task, source, granularity and writer, lengths of targets, and reasoning coverage.
 
-    coverage: share of the Examples whose target says something before its answer. distinct_reasoning: how many
-    different texts that are. Lengths are in words, and with `count_tokens` also in tokens.
+    coverage: share of the Examples with reasoning before the answer. distinct_reasoning: number of different reasoning
+    texts. Lengths are in words, and with `count_tokens` also in tokens.
     """
     groups = {task: [e for e in examples if e.task == task] for task in TASK_NAMES}
-    tasks = {task: _task_card(found, len(examples), count_tokens) for task, found in groups.items() if found}
+    tasks = {task: _task_card(selected, len(examples), count_tokens) for task, selected in groups.items() if selected}
     return {
         "samples": len(examples),
         "tasks": tasks,
@@ -67,7 +67,7 @@ def card(examples: Sequence[Example], count_tokens: Callable[[str], int] | None 
 
 def _task_card(examples: Sequence[Example], total: int, count_tokens: Callable[[str], int] | None) -> dict[str, Any]:
     texts = [reasoning_of(example) for example in examples]
-    found = {
+    row = {
         "samples": len(examples),
         "share": round(len(examples) / total, 4),
         "granularity": GRANULARITY[examples[0].task],
@@ -79,8 +79,8 @@ def _task_card(examples: Sequence[Example], total: int, count_tokens: Callable[[
         "target_words": lengths(len(e.target.split()) for e in examples),
     }
     if count_tokens:
-        found["target_tokens"] = lengths(count_tokens(e.target) for e in examples)
-    return found
+        row["target_tokens"] = lengths(count_tokens(e.target) for e in examples)
+    return row
 
 
 def _writer(example: Example) -> str:
@@ -96,20 +96,20 @@ def _shares(names: Iterable[str]) -> dict[str, dict[str, float]]:
     return {name: {"samples": n, "share": round(n / counted.total(), 4)} for name, n in counted.most_common()}
 
 
-def markdown(found: Mapping[str, Any], name: str) -> str:
-    """The card as a page."""
-    words = found["target_words"]
+def markdown(content: Mapping[str, Any], name: str) -> str:
+    """Format the card as a page."""
+    words = content["target_words"]
     lines = [
         f"# {cell(name)}",
         "",
-        f"{found['samples']:,} samples; {found['coverage']:.1%} reason before they answer. "
+        f"{content['samples']:,} samples; {content['coverage']:.1%} reason before they answer. "
         f"Targets have {words['mean']} words on average, {words['max']:g} at most.",
         "",
         "| task | samples | share | sources | written by | reasoning | distinct | words mean / p95 / max |"
-        + (" tokens mean / p95 / max |" if _has_tokens(found) else ""),
-        "|---|---|---|---|---|---|---|---|" + ("---|" if _has_tokens(found) else ""),
+        + (" tokens mean / p95 / max |" if _has_tokens(content) else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if _has_tokens(content) else ""),
     ]
-    for task, row in found["tasks"].items():
+    for task, row in content["tasks"].items():
         cells = [
             task,
             f"{row['samples']:,}",
@@ -120,11 +120,11 @@ def markdown(found: Mapping[str, Any], name: str) -> str:
             f"{row['distinct_reasoning']:,}",
             _lengths(row["target_words"]),
         ]
-        cells += [_lengths(row["target_tokens"])] if _has_tokens(found) else []
+        cells += [_lengths(row["target_tokens"])] if _has_tokens(content) else []
         lines.append(f"| {' | '.join(cells)} |")
     for title, key in (("Granularity", "granularity"), ("Sources", "sources"), ("Reasoning written by", "writers")):
         lines += ["", f"## {title}", "", "| | samples | share |", "|---|---|---|"]
-        lines += [f"| {cell(name)} | {row['samples']:,} | {row['share']:.1%} |" for name, row in found[key].items()]
+        lines += [f"| {cell(name)} | {row['samples']:,} | {row['share']:.1%} |" for name, row in content[key].items()]
     return "\n".join(lines) + "\n"
 
 

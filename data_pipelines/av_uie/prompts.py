@@ -1,7 +1,7 @@
-"""The request that asks an LLM for one explicit-reasoning target: rules, in-context examples, and the facts of a label.
+"""Requests that ask an LLM for one explicit-reasoning target: rules, in-context examples, and the facts of a label.
 
 The facts are the sentences of the template writer, so the LLM sees what the label, the mask and the question imply and
-nothing else. It rewrites them into fluent reasoning and ends in the answer, which verify.py then compares with the
+nothing else. It rewrites them into fluent reasoning that ends in the answer, which verify.py then compares with the
 label. The messages of a task begin alike, so providers that cache prompt prefixes charge the examples once.
 """
 
@@ -30,7 +30,7 @@ and then the closing sentence.
 
 
 class Shown(NamedTuple):
-    """An in-context example: an Example with its label, where its object is, and the reasoning to imitate."""
+    """An in-context example: an Example with its label, the places of its object, and the reasoning to imitate."""
 
     example: Example
     places: templates.Places
@@ -133,7 +133,7 @@ IN_CONTEXT: tuple[Shown, ...] = (
         1,
     ),
 )
-_LIKE = {"avss": "ms3"}  # tasks that are shown the examples of another
+_LIKE = {"avss": "ms3"}  # tasks that use the in-context examples of another
 
 
 def _request(example: Example, places: templates.Places) -> str:
@@ -145,7 +145,7 @@ def _request(example: Example, places: templates.Places) -> str:
 
 
 def messages(example: Example, root: str | Path | None = None) -> Messages:
-    """The chat messages that ask for the target of an Example; masks are read below `root`.
+    """Return the chat messages that ask for the target of an Example; masks are read below `root`.
 
     Raises InputError for a label from which no target can be built (see labels.label).
     """
@@ -161,6 +161,6 @@ def messages(example: Example, root: str | Path | None = None) -> Messages:
 
 
 def correction(previous: Messages, text: str, problems: Sequence[str]) -> Messages:
-    """The messages that ask again after an answer that disagrees with its label."""
+    """Return the messages that ask again after an answer that disagrees with its label."""
     asked = "This does not agree with the facts: " + "; ".join(problems) + ". Write it again."
     return [*previous, {"role": "assistant", "content": text}, {"role": "user", "content": asked}]

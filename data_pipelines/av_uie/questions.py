@@ -1,8 +1,8 @@
-"""The 33 questions of MUSIC-AVQA: what each one asks to compare, and what its answer then states.
+"""The 33 questions of MUSIC-AVQA: the comparison that each asks for, and the statement that its answer makes.
 
-The wording of the templates is the release's, its full-width question mark and trailing spaces aside
-(GeWu-Lab/MUSIC-AVQA, data/json). A question has one sentence for how to find the answer and one for what was found;
-those answered by yes or no have two of the latter.
+The wording of the templates is that of the release, without its full-width question mark and trailing spaces
+(GeWu-Lab/MUSIC-AVQA, data/json). A question has one sentence for how to find the answer and one for the finding;
+questions answered by yes or no have two of the latter.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ SENSES = {
 
 
 class Question(NamedTuple):
-    """A template with slots, how to answer it, and what is then stated; `{0}`, `{1}` are the values of the slots."""
+    """A template with slots, how to answer it, and the resulting statement; `{0}`, `{1}` are the slots' values."""
 
     template: str
     look: str
-    found: str | tuple[str, str]  # with {answer}; or the statements for yes and for no
+    found: str | tuple[str, str]  # a statement with {answer}, or the statements for yes and for no
 
 
 def _yes_no(template: str, look: str, yes: str, no: str) -> Question:
@@ -241,12 +241,12 @@ _PATTERNS = [(_pattern(question.template), question) for question in QUESTIONS]
 
 
 def spoken(name: str) -> str:
-    """A name of a label as words of a sentence: `acoustic_guitar` -> `acoustic guitar`."""
+    """Return a label's name as words of a sentence: `acoustic_guitar` -> `acoustic guitar`."""
     return name.replace("_", " ").strip()
 
 
 def match(text: str) -> tuple[Question, tuple[str, ...]] | None:
-    """The template of a filled-in question and the values of its slots, or None for another question."""
+    """Return the template of a filled-in question and the values of its slots, or None for another question."""
     plain = " ".join(text.replace("？", "?").split())
     for pattern, question in _PATTERNS:
         if found := pattern.fullmatch(plain):
@@ -255,8 +255,10 @@ def match(text: str) -> tuple[Question, tuple[str, ...]] | None:
 
 
 def reasoning(text: str, answer: str, kind: tuple[str, ...] = ()) -> str:
-    """How the question is answered: which senses it needs (`kind` is the type in the release, (modality, kind)), what
-    to look or listen for, and what `answer` then states. A question of another wording gets the first part only."""
+    """Return how a question is answered: the senses it needs, what to look or listen for, and what `answer` states.
+
+    kind: the type in the release, (modality, kind). A question of another wording gets only the senses.
+    """
     sentences = [SENSES[kind[0]]] if kind and kind[0] in SENSES else []
     if found := match(text):
         question, values = found

@@ -6,8 +6,8 @@
     music_avqa   converted_label/<question_id>.txt    ends in `<answer> x </answer>.`
     arig, AVS    not documented                       the released code never reads them
 
-A folder with the same layout (an unpacked zip) is read too. Texts may hold none or several of a tag; whether one agrees
-with its label is for verify.py to say, not for the reader.
+A folder with the same layout (an unpacked zip) is read too. Texts may have no tag of a kind, or several; verify.py, not
+the reader, checks whether a text agrees with its label.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ from data_pipelines.examples import Example
 ZIPS = {"ave": ("ave",), "avvp": ("avvp",), "music_avqa": ("avqa",), "arig": ("arig",), "AVS": ("s4", "ms3", "avss")}
 SUFFIX = "_converted_label"
 _DOCUMENTED = ("ave", "avvp", "music_avqa")
-_LARGEST = 100_000  # bytes of one text; the released ones have a few hundred
-_IN_ZIP64 = 0xFFFF  # files: the number stands elsewhere
-_LARGEST_ZIP, _UNPACKED, _MEMBERS = 2**27, 2**30, 10**6  # bytes of a zip, of all its texts, and how many they may be
-_SHOWN = 5  # problems named in an error
+_LARGEST = 100_000  # bytes of one text; released texts have a few hundred
+_IN_ZIP64 = 0xFFFF  # number of files that means "see the ZIP64 record"
+_LARGEST_ZIP, _UNPACKED, _MEMBERS = (
+    2**27,
+    2**30,
+    10**6,
+)  # limits: bytes of a zip, bytes of all its texts, number of texts
+_SHOWN = 5  # number of problems listed in an error
 
 
 class Labels(NamedTuple):
-    """The texts of one zip by file stem, and what was wrong with files that are left out."""
+    """The texts of one zip by file stem, and the problems of files that are left out."""
 
     name: str
     texts: dict[str, str]
@@ -47,7 +51,7 @@ class Labels(NamedTuple):
 
 
 class Attached(NamedTuple):
-    """Examples with released targets; the ids of those without one; stems of labels that no Example asks for."""
+    """Examples with released targets, ids of those without one, and stems of labels that belong to no Example."""
 
     examples: list[Example]
     without: list[str]
@@ -55,11 +59,11 @@ class Attached(NamedTuple):
 
 
 def read(path: str | Path, name: str = "", strict: bool = True) -> Labels:
-    """The texts of a released zip, or of a folder of one unpacked; `name` (default: that of the file) is a key of ZIPS.
+    """Return the texts of a released zip, or of an unpacked one; `name` (default: the file's own) is a key of ZIPS.
 
-    Raises InputError, naming the files and what is wrong, for a zip that is none, is damaged or is not one of the five,
-    and for a file in it that is misplaced, too large, encrypted, given twice, empty or not UTF-8. With strict=False
-    such files are left out and named in `problems`.
+    Raises InputError listing the files and problems, for a zip that is damaged or is not one of the five, and for a
+    file in it that is misplaced, too large, encrypted, given twice, empty or not UTF-8. With strict=False such files
+    are left out and listed in `problems`.
     """
     path = Path(path)
     name = name or path.name.removesuffix(".zip").removesuffix(SUFFIX)
@@ -120,7 +124,7 @@ def _misplaced(name: str, entry: str) -> str | None:
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
-    """(name, content, or what is wrong with it) of every file of a zip or folder; those of macOS are skipped."""
+    """Yield (name, content or problem) of every file of a zip or folder, without files of macOS."""
     if path.is_dir():
         above = path.parent if path.name == "converted_label" else path
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -144,7 +148,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
                     f"holds {len(infos):,} files, or more than {_UNPACKED:,} bytes in all",
                     "download it again",
                 )
-            if (stated := _stated(path)) not in (len(infos), _IN_ZIP64):  # Python reads what the index lists
+            if (stated := _stated(path)) not in (len(infos), _IN_ZIP64):  # Python reads only the files in the index
                 raise InputError(
                     str(path), "", f"lists {len(infos):,} of {stated:,} files; it is damaged", "download it again"
                 )
@@ -162,9 +166,9 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
 
 
 def _stated(path: Path) -> int:
-    """How many files the end of a zip says that there are."""
+    """Return the number of files stated in the end record of a zip."""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 22 - 0xFFFF))  # its comment may be so long
+        file.seek(max(0, path.stat().st_size - 22 - 0xFFFF))  # the longest possible comment
         end = file.read()
     return int.from_bytes(end[(at := end.rfind(b"PK\5\6")) + 10 : at + 12], "little")
 
@@ -173,8 +177,8 @@ def _of_macos(entry: str) -> bool:
     return entry.startswith("__MACOSX/") or PurePosixPath(entry).name in (".DS_Store", "Thumbs.db")
 
 
-# Under which file stems the label of an Example may stand, the likeliest first. AVE and LLP files are named by the
-# video; the names of arig and AVS are not known, so every id that their release has for a frame is tried.
+# Possible file stems of an Example's label, the likeliest first. AVE and LLP files are named by the video; the names of
+# arig and AVS are unknown, so every id that their release has for a frame is tried.
 
 
 def _video_keys(example: Example) -> list[str]:
@@ -182,7 +186,7 @@ def _video_keys(example: Example) -> list[str]:
 
 
 def _question_keys(example: Example) -> list[str]:
-    """question_id, or the end of an id such as `avqa-train-4639`."""
+    """Return question_id, or the end of an id such as `avqa-train-4639`."""
     return [str(example.meta.get("question_id", "")), example.id.rpartition("-")[2], example.id]
 
 
@@ -201,11 +205,11 @@ KEYS: dict[str, Callable[[Example], list[str]]] = {
 
 
 def target(example: Example, text: str) -> str:
-    """A released text as a training target.
+    """Return a released text as a training target.
 
     AVVP's `<audio>` and `<visual>` become `<audio_event>` and `<visual_event>`, as the released training code does:
-    `<audio>` is a placeholder token. A grounding or segmentation text without an answer that the task can read (or
-    without mask tokens) is reasoning, and the answer of the label is put behind it.
+    `<audio>` is a placeholder token. A grounding or segmentation text without a readable answer (or without mask
+    tokens) is reasoning, and the answer of the label is appended.
     """
     if example.task == "avvp":
         return re.sub(r"<(/?)(audio|visual)>", r"<\1\2_event>", text)
@@ -222,10 +226,10 @@ def target(example: Example, text: str) -> str:
 def attach(
     examples: Sequence[Example], found: Labels, keys: Mapping[str, Callable[[Example], list[str]]] = KEYS
 ) -> Attached:
-    """Released targets for the Examples of the zip's tasks; Examples of other tasks are left out.
+    """Attach released targets to the Examples of the zip's tasks; Examples of other tasks are left out.
 
-    keys: how the file stem of an Example is found, per zip. Two rows of AVE about one video share its one file; the
-    row of the other event disagrees with it, which verify.py reports.
+    keys: functions from an Example to its possible file stems, by zip. Two rows of AVE about one video share its file;
+    the row of the other event disagrees with it, which verify.py reports.
     """
     taken: set[str] = set()
     attached, without = [], []

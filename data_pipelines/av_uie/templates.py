@@ -1,7 +1,7 @@
 """Explicit reasoning written from the label alone: what is heard, what is seen, and how the two fit (paper section 3).
 
-Every statement follows from the label, the mask or the question: times, overlaps of what is heard and seen, positions,
-sizes, and for a question what it asks to compare. The text of an Example is a pure function of it and its mask.
+Every statement follows from the label, the mask or the question: times, overlaps of sound and sight, positions, sizes,
+and for a question the comparison it asks for. The text of an Example is a pure function of the Example and its mask.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from data_pipelines.examples import Example
 WRITER = "template"
 Places = tuple[Place, ...] | None  # see labels.places
 _ASK = "Please answer this question: "
-_NOTHING = "nothing"  # what the generated scenes call the object of a frame in which nothing sounds
-_CUES = {  # what the words of a referring expression tell to compare, in the order in which it is said
+_NOTHING = "nothing"  # object of the generated scenes where nothing sounds
+_CUES = {  # words of a referring expression -> the comparison they ask for, in the order of mention
     "listen to how loud things are": r"loud\w*|quiet\w*|volume",
     "listen to the rhythm": r"rhythm\w*|faster|slower|fastest|slowest",
     "listen to when things sound": r"first|last|long\w*|short\w*|duration|start\w*|before|after|continuous\w*|earl\w*",
@@ -32,17 +32,17 @@ _CUES = {  # what the words of a referring expression tell to compare, in the or
 
 
 def write(example: Example, root: str | Path | None = None) -> Example:
-    """The Example with a target of reasoning and answer; a caption stays as it is.
+    """Return the Example with a target of reasoning and answer; captions are unchanged.
 
-    root: where mask files are; None leaves out what the mask would tell. Raises InputError for a label that says too
-    little (see labels.label) and for a mask that cannot be read.
+    root: where mask files are; None leaves out statements about the mask. Raises InputError for a label with missing
+    information (see labels.label) and for a mask that cannot be read.
     """
     text = reasoning(example, places(example, root))
     return with_reasoning(example, text, WRITER) if text else with_reasoning(example, "", "none")
 
 
 def reasoning(example: Example, found: Places) -> str:
-    """The sentences before the answer, given where the object is (labels.places). "" for a caption."""
+    """Return the sentences before the answer, given the places of the object (labels.places); "" for a caption."""
     values = label(example)
     if example.task == "avqa":
         _, _, question = example.instruction.partition(_ASK)
@@ -51,7 +51,7 @@ def reasoning(example: Example, found: Places) -> str:
 
 
 def _listing(parts: Iterable[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Return a list in words: `a`, `a and b`, `a, b and c`."""
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -89,19 +89,19 @@ def _avvp(values: dict[str, Any], found: Places) -> str:
 
 
 def _overlaps(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans in both of two lists of merged spans."""
+    """Return the spans in both of two lists of merged spans."""
     return sorted((max(a, c), min(b, d)) for a, b in first for c, d in second if max(a, c) < min(b, d))
 
 
 def _place(place: Place) -> str:
-    """`on the left of the picture, between (53,59) and (153,177), filling 12 % of it`"""
+    """Return a phrase such as `on the left of the picture, between (53,59) and (153,177), filling 12 % of it`."""
     x1, y1, x2, y2 = place.box
     share = f"{round(100 * place.share)} %" if place.share >= 0.01 else "less than 1 %"
     return f"{place.where} of the picture, between ({x1},{y1}) and ({x2},{y2}), filling {share} of it"
 
 
 def _arig(values: dict[str, Any], found: Places) -> str:
-    assert found  # ARIG has its box in the label
+    assert found  # an ARIG label has its box
     return f"I hear the {spoken(values['object'])} and see it {_place(found[0])}."
 
 

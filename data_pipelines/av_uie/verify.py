@@ -1,8 +1,8 @@
-"""Whether a target says what its label says; what does not is quarantined with the reasons.
+"""Comparison of targets with their labels; targets that disagree are quarantined with the reasons.
 
-Three layers. Every target: its tags parse, its events are in the label, its ranges, answer and expression are equal,
-its coordinates are within a pixel. A target that this package built also ends in exactly the answer of its label. What
-an LLM wrote before the answer may name no number and no thing that its facts do not, and may not speak of a label.
+There are three levels. Every target: its tags parse, its events are in the label, its ranges, answer and expression are
+equal, its coordinates are within a pixel. A target that this package wrote also ends in exactly the answer of its
+label. The reasoning of an LLM may name no number and no thing that its facts lack, and may not mention labels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_pipelines.av_uie.questions import INSTRUMENTS
 from data_pipelines.examples import Example
 from data_pipelines.labels import MASKED, disagreements
 
-RELEASED, LLM = "released", "llm:"  # who wrote a target: meta["reasoning"]
+RELEASED, LLM = "released", "llm:"  # writers of a target, in meta["reasoning"]
 LONGEST = 1500  # characters of an LLM's reasoning
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _GIVEN_AWAY = re.compile(
@@ -29,11 +29,11 @@ _GIVEN_AWAY = re.compile(
 
 
 def problems(example: Example, root: str | Path | None = None, vocabulary: Collection[str] = ()) -> list[str]:
-    """What in the target disagrees with the label, in words; [] when all agrees.
+    """Return descriptions of how the target disagrees with the label; [] if it agrees.
 
-    root: where mask files are, for what is said about places; without it a text that speaks of a mask's place is not
-    recomputed. vocabulary: names of things (see `vocabulary_of`) that an LLM may not mention unless the label or the
-    prompt does. Raises InputError when the label itself is unusable.
+    root: where mask files are, for statements about places; without it, texts about a mask's place are not checked.
+    vocabulary: names of things (see `vocabulary_of`) that an LLM may not mention unless the label or the prompt does.
+    Raises InputError when the label itself is unusable.
     """
     if not example.target.strip():
         return ["the target is empty"]
@@ -53,7 +53,7 @@ def problems(example: Example, root: str | Path | None = None, vocabulary: Colle
 
 
 def vocabulary_of(examples: Iterable[Example]) -> dict[str, frozenset[str]]:
-    """task -> every name in the labels of its Examples, and for avqa the instruments of MUSIC-AVQA."""
+    """Return {task: all names in the labels of its Examples}, for avqa also the instruments of MUSIC-AVQA."""
     names: dict[str, set[str]] = {"avqa": set(INSTRUMENTS)}
     for example in examples:
         names.setdefault(example.task, set()).update(labels.names(example))
@@ -63,9 +63,9 @@ def vocabulary_of(examples: Iterable[Example]) -> dict[str, frozenset[str]]:
 def invented(
     example: Example, said: str, facts: str, vocabulary: Collection[str] = (), places: bool = True
 ) -> list[str]:
-    """What the reasoning `said` of an LLM adds to the `facts` that it was given; [] when nothing.
+    """Return what an LLM's reasoning `said` adds to the `facts` that it was given; [] if nothing.
 
-    places: whether the facts say where things are; if not, numbers are not compared.
+    places: whether the facts have positions; if not, numbers are not compared.
     """
     said, facts = said.strip(), f"{facts} {example.instruction}"
     found = [] if said else ["there is no reasoning before the answer"]
@@ -76,7 +76,7 @@ def invented(
         found.append(f"the reasoning says {', '.join(sorted(numbers))}, which no fact says")
     found += [f"the reasoning says {match[0]!r}" for match in [_GIVEN_AWAY.search(said)] if match]
     known, left = f" {normalise(facts)} ", f" {normalise(said)} "
-    for name in sorted(labels.names(example), key=len, reverse=True):  # `car` is not named by `race car`
+    for name in sorted(labels.names(example), key=len, reverse=True):  # `race car` does not mention `car`
         left = left.replace(f" {normalise(name)} ", "  ")
     other = [
         name for name in sorted(vocabulary) if f" {normalise(name)} " in left and f" {normalise(name)} " not in known
@@ -91,10 +91,10 @@ def split(
     reject: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Example], list[tuple[Example, list[str]]]]:
-    """The Examples that agree with their labels, and the others with the reasons.
+    """Return the Examples that agree with their labels, and the others with the reasons.
 
-    accept, reject: ids that a person has looked at; they go where the person says, whatever the checks say.
-    progress: called with the number of Examples that are done.
+    accept, reject: ids decided by a person, which override the checks. progress: called with the number of Examples
+    done.
     """
     words, good, bad = vocabulary_of(usable(examples)), [], []
     for number, example in enumerate(examples):
@@ -114,7 +114,7 @@ def split(
 
 
 def usable(examples: Iterable[Example]) -> Iterable[Example]:
-    """The Examples whose label can be read."""
+    """Return the Examples whose labels can be read."""
     for example in examples:
         try:
             labels.names(example)
@@ -124,7 +124,7 @@ def usable(examples: Iterable[Example]) -> Iterable[Example]:
 
 
 def counted(bad: Iterable[tuple[Example, list[str]]]) -> dict[str, Any]:
-    """How many Examples were quarantined per task, and the ids with their reasons."""
+    """Return the number of quarantined Examples per task, and their ids with the reasons."""
     found = list(bad)
     tasks = [example.task for example, _ in found]
     return {

@@ -1,4 +1,4 @@
-"""Whether files of boxes and elements inside each other are whole: MP4 and its kin, Matroska and WebM."""
+"""Completeness checks of containers made of nested boxes or elements: MP4 and its relatives, Matroska and WebM."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ MP4_BOXES = (
 
 
 def mp4(read: Read, size: int) -> str:
-    """The boxes of the outermost level must add up to the file, its index be among them, and point into it."""
+    """Return what is missing of an MP4 file, or "".
+
+    The boxes of the outermost level must fill the file, include the index, and the index must point into the file.
+    """
     at, kinds, end, last = 0, set[bytes](), 0, b""
     while at < size:
         header = read(at, 16)
         length, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if kind not in MP4_BOXES and {b"moov", b"mdat"} <= kinds:
             if b"moof" in kinds and 0 < size - at < 8 and not length:
-                return f"ends inside of the head of a box, at byte {at}"  # another fragment began
+                return f"ends inside of the head of a box, at byte {at}"  # the head of another fragment
             if zeros := behind(read, at, size):
                 return zeros
-            break  # something else behind the film
+            break  # other data behind the film
         length = int.from_bytes(header[8:16], "big") if length == 1 else length or size - at
         if at + length > size:
             return short(f"{kind.decode('latin-1')!r} box", at + length - size)
@@ -67,7 +70,7 @@ def mp4(read: Read, size: int) -> str:
 
 
 def encrypted(path: str | Path) -> bool:
-    """Whether the tracks of an MP4 are protected: its boxes are whole, and nothing can be decoded."""
+    """Return whether the tracks of an MP4 are protected: its boxes are complete, but nothing can be decoded."""
     with open(path, "rb") as file:
         number = file.fileno()
         return any(
@@ -77,8 +80,8 @@ def encrypted(path: str | Path) -> bool:
 
 
 def _boxes(read: Read, at: int, end: int) -> list[tuple[bytes, int, int]]:
-    """(kind, start of the content, end) of the boxes between two places."""
-    found = []
+    """Return (kind, start of the content, end) of the boxes between two positions."""
+    boxes = []
     while at + 8 <= end:
         header = read(at, 16)
         length, wide = int.from_bytes(header[:4], "big"), 8
@@ -86,21 +89,20 @@ def _boxes(read: Read, at: int, end: int) -> list[tuple[bytes, int, int]]:
             length, wide = int.from_bytes(header[8:16], "big"), 16
         if length < wide:
             break
-        found.append((header[4:8], at + wide, min(end, at + length)))
+        boxes.append((header[4:8], at + wide, min(end, at + length)))
         at += length
-    return found
+    return boxes
 
 
 def _last_chunk(read: Read, at: int, end: int) -> int:
-    """Where the last chunk of samples begins, by the tables of an index; 0 where it has none in this file."""
+    """Return the position of the last chunk of samples by the tables of an index; 0 if it has none in this file."""
     last, external = 0, False
     for kind, start, stop in _boxes(read, at, end):
         if kind in (b"trak", b"mdia", b"minf", b"stbl"):
             last = max(last, _last_chunk(read, start, stop))
-        elif kind == b"dinf":  # samples in another file, which nothing reads
+        elif kind == b"dinf":  # samples in another file, which is never read
             external = any(
-                kind == b"dref" and not read(start + 8, 12)[11:] == b"\1"
-                for kind, start, _ in _boxes(read, start, stop)
+                kind == b"dref" and read(start + 8, 12)[11:] != b"\1" for kind, start, _ in _boxes(read, start, stop)
             )
         elif kind in (b"stco", b"co64"):
             wide = 4 if kind == b"stco" else 8
@@ -112,7 +114,7 @@ def _last_chunk(read: Read, at: int, end: int) -> int:
 
 
 def _indexed(box: bytes, at: int) -> int:
-    """Where the last of the fragments that a segment index lists ends; it stands before `at`."""
+    """Return the end of the last fragment that the segment index before `at` lists."""
     wide = 8 if box[8:9] > b"\0" else 4
     at += int.from_bytes(box[20 + wide : 20 + 2 * wide], "big")
     table = 24 + 2 * wide
@@ -133,7 +135,10 @@ _ELEMENTS = {_EBML, _SEGMENT, *_IN_SEGMENT, *_IN_CLUSTER, *_ANYWHERE}
 
 
 def matroska(read: Read, size: int) -> str:
-    """Elements must fit into the file; those of unknown length (live recordings) are looked into."""
+    """Return what is missing of a Matroska file, or "": elements must fit into the file.
+
+    Elements of unknown length (live recordings) are entered.
+    """
     at = segment = 0
     while at < size:
         header = read(at, 12)
@@ -150,7 +155,7 @@ def matroska(read: Read, size: int) -> str:
         at += first + second
         if length == unknown or (kind == _SEGMENT and at + length <= size):
             segment = 0 if length == unknown else at + length
-            continue  # its children come next
+            continue  # its children follow
         if at + length > size:
             return short({_SEGMENT: "segment", _CLUSTER: "cluster"}.get(kind, "element"), at + length - size)
         at += length

@@ -1,4 +1,8 @@
-"""Whether files of chunks behind each other are whole: WAV, AVI, AIFF, Wave64, CAF, ASF, AU, RealMedia, IVF, MXF."""
+"""Completeness checks of containers made of consecutive chunks.
+
+The formats are WAV, AVI, AIFF, Wave64, CAF, ASF, AU, RealMedia, IVF and MXF. Each check returns what is wrong with the
+file, or "".
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,12 @@ _BLOCK = 1 << 20
 
 
 def wave(read: Read, size: int) -> str:
-    """libsndfile silently returns what is there of a shorter file, and leaves out what a header does not count."""
+    """Check a WAV file: libsndfile silently shortens truncated files and skips samples that no header counts."""
     stated = int.from_bytes(read(4, 4), "little") + 8
     if size < stated and not unknown(stated - 8):
         return f"holds {size} of {stated} bytes; the file is truncated"
     at, kind = 12, b""
-    while at + 8 <= size and (kind != b"data" or at < stated):  # what follows the RIFF is no part of it
+    while at + 8 <= size and (kind != b"data" or at < stated):  # data after the RIFF chunk do not belong to it
         header = read(at, 8)
         kind, length = header[:4], int.from_bytes(header[4:], "little")
         if not kind.isascii() or not kind.strip(b" \0").isalnum():
@@ -29,13 +33,13 @@ def wave(read: Read, size: int) -> str:
 
 
 def wave64(read: Read, size: int) -> str:
-    """RF64: a WAV file with lengths of 64 bits."""
+    """Check an RF64 file: a WAV file with 64-bit lengths."""
     stated = int.from_bytes(read(20, 8), "little") + 8
     return short("RF64 chunk", stated - size) if read(12, 4) == b"ds64" and size < stated < 1 << 62 else ""
 
 
 def avi(read: Read, size: int) -> str:
-    """One RIFF chunk, and more of them in a film of gigabytes."""
+    """Check an AVI file: one RIFF chunk, or several in files of gigabytes."""
     at = 0
     while at + 12 <= size and read(at, 4) == b"RIFF":
         length = int.from_bytes(read(at + 4, 4), "little")
@@ -50,7 +54,7 @@ def avi(read: Read, size: int) -> str:
 
 
 def _chunks(read: Read, size: int, at: int) -> str:
-    """The chunks of an AVI: they must fit in, and go on to the end."""
+    """Check the chunks of an AVI: they must fit into the file and continue to its end."""
     while at < size:
         header = read(at, 12)
         kind, length = header[:4], int.from_bytes(header[4:8], "little")
@@ -68,17 +72,19 @@ def _chunks(read: Read, size: int, at: int) -> str:
 
 
 def aiff(read: Read, size: int) -> str:
+    """Check an AIFF file."""
     stated = int.from_bytes(read(4, 4), "big") + 8
     return short("FORM chunk", stated - size) if size < stated and not unknown(stated - 8) else ""
 
 
 def sony(read: Read, size: int) -> str:
-    """Wave64."""
+    """Check a (Sony) Wave64 file."""
     stated = int.from_bytes(read(16, 8), "little")
     return short("RIFF chunk", stated - size) if size < stated < 1 << 62 else ""
 
 
 def caf(read: Read, size: int) -> str:
+    """Check a CAF file."""
     at = 8
     while at + 12 <= size:
         header = read(at, 12)
@@ -90,6 +96,7 @@ def caf(read: Read, size: int) -> str:
 
 
 def au(read: Read, size: int) -> str:
+    """Check an AU file."""
     begin, length = struct.unpack(">II", read(4, 8))
     return short("samples", begin + length - size) if not unknown(length) and begin + length > size else ""
 
@@ -100,7 +107,7 @@ _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 def asf(read: Read, size: int) -> str:
-    """WMV, WMA: a header, the data, and indices. The data may be of unknown length, in packets of a known one."""
+    """Check WMV and WMA: a header, the data, and indices; data of unknown length have packets of a known length."""
     at, packet = 0, 0
     while at + 24 <= size:
         header = read(at, 24)
@@ -124,11 +131,11 @@ def asf(read: Read, size: int) -> str:
     return short("last object", at - size) if at > size else ""
 
 
-_HEAD_TWICE = 18  # bytes: libav counts some of the head of the DATA chunk twice
+_HEAD_TWICE = 18  # bytes of the head of the DATA chunk, which libav counts twice
 
 
 def real(read: Read, size: int) -> str:
-    """RealMedia: chunks that state their lengths with their heads."""
+    """Check a RealMedia file: chunks that state their lengths, heads included."""
     at = 0
     while at < size:
         header = read(at, 8)
@@ -136,13 +143,13 @@ def real(read: Read, size: int) -> str:
         if len(header) < 8 or kind not in (b".RMF", b"PROP", b"MDPR", b"CONT", b"DATA", b"INDX", b"RMMD"):
             return behind(read, at, size)
         if kind == b"DATA" and length <= 18:
-            return ""  # not known when it was written
+            return ""  # unknown when the file was written
         at += max(8, length)
     return short("last chunk", at - size) if at > size + _HEAD_TWICE else ""
 
 
 def ivf(read: Read, size: int) -> str:
-    """Frames with their lengths in front, behind a head that may say how many there are."""
+    """Check an IVF file: frames with their lengths, behind a head that may state their number."""
     at, count, stated = int.from_bytes(read(6, 2), "little"), 0, int.from_bytes(read(24, 4), "little")
     while at < size and (count < stated or not stated):
         header = read(at, 12)
@@ -157,7 +164,7 @@ _MXF_KEY = bytes.fromhex("060e2b34")
 
 
 def mxf(read: Read, size: int) -> str:
-    """Keys of 16 bytes, lengths and values; the first says where the last partition is, once that is known."""
+    """Check an MXF file: 16-byte keys, lengths and values; the first value may state where the last partition is."""
     at = 0
     while at < size:
         header = read(at, 25)

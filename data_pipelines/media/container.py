@@ -1,4 +1,4 @@
-"""The one door for films and sounds: opening a file with libav by its content, and which of its streams is meant."""
+"""Opening of films and sounds with libav by their content, and selection of their streams."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from data_pipelines.media.limits import check, check_sound
 from data_pipelines.media.outline import outline
 
 AGAIN = "copy or download the file again"
-# The formats that are read. None of them reads another file, or takes a name for a pattern or an address, as playlists,
-# `concat`, `image2` or `lavfi` do, or a device.
+# The formats that are read. None of them opens another file or device, or takes a name as a pattern or an address, as
+# playlists, `concat`, `image2` and `lavfi` do.
 _FORMATS = """3g2 3gp aa aac ac3 aiff alaw amr amrnb amrwb ape apng asf asf_o ast au av1 avi avs2 avs3 caf dts dtshd dv
 eac3 f4v flac flv gif gxf h261 h263 h264 hevc ircam ivf kux live_flv loas m4v matroska matroska,webm mjpeg mlp mmf
 mov mov,mp4,m4a,3gp,3g2,mj2 mp3 mp4 mpc mpc8 mpeg mpegts mpegvideo mxf nistsphere nsv nut obu ogg oma pva pvf qcp rm
 roq rpl shn sln smk sox swf tak truehd tta ty vc1 vc1test voc vvc w64 wav webm wsd wtv wv xwma yuv4mpegpipe""".split()
 _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(_FORMATS)}
-MOST_PACKETS = 20_000_000  # of a file, whose header may say anything of its length
-_SIZED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi")  # formats whose packets have a length
-_STILLS = ("apng", "bmp", "gif", "jpeg2000", "jpegls", "mjpeg", "png", "tiff", "webp")  # codecs of covers, too
+MOST_PACKETS = 20_000_000  # per file; headers may state any length
+_SIZED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi")  # formats whose packets state their lengths
+_STILLS = ("apng", "bmp", "gif", "jpeg2000", "jpegls", "mjpeg", "png", "tiff", "webp")  # codecs of cover pictures
 
 
 def require(path: str | Path, field: str) -> str:
-    if not os.path.isfile(path):  # which says so of names that no file can have too
+    """Return the path of a file as text. Raises InputError if there is no such file."""
+    if not os.path.isfile(path):  # False also for names that no file can have
         raise InputError(str(path), field, "no such file", "check the data root and the path in the annotation")
     return str(path)
 
 
 def whole(path: str | Path, field: str) -> str:
-    """The path of a film or sound that may be decoded. Raises InputError where it is none, or shorter than it says."""
+    """Return the path of a film or sound that may be decoded. Raises InputError for other and truncated files."""
     path = require(path, field)
     try:
         if other := not_supported(path):
@@ -53,13 +54,13 @@ def whole(path: str | Path, field: str) -> str:
 
 @contextlib.contextmanager
 def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer]:
-    """An open media container; libav errors while it is in use become InputErrors.
+    """Yield an open media container; libav errors while it is in use become InputErrors.
 
-    A name is never taken for an address, a pattern or the head of a protocol, and no other file is read.
+    A name is never interpreted as an address, a pattern or a protocol, and no other file is read.
     """
     path = whole(path, field)
     try:
-        # Titles may be in any encoding.
+        # metadata_errors: titles may be in any encoding.
         with av.open(f"file:{os.path.abspath(path)}", options=_OPTIONS, metadata_errors="replace") as container:
             if not container.streams:
                 raise EOFError("nothing is in it")
@@ -77,20 +78,23 @@ def opened(path: str | Path, field: str) -> Iterator[av.container.InputContainer
 
 
 def pictures_of(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The video that players show, None where there is none: no cover, no thumbnails; the default one, the largest."""
+    """Return the video stream that players show: the default or largest one, no cover or thumbnails; or None."""
     aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     films = [stream for stream in container.streams.video if not stream.disposition & aside]
     return min(films, key=lambda film: (film.frames == 1, *_rank(film), -_pixels(film)), default=None)
 
 
 def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
-    """The audio track that players play, None where there is none: the default one, else the first; no commentary."""
+    """Return the audio track that players play: the default one, else the first, no commentary; None without one."""
     return min(container.streams.audio, key=_rank, default=None)
 
 
 def _rank(stream: Any) -> tuple[bool, bool, bool, bool]:
-    """Streams that players prefer sort first: one that can be decoded, a film before pictures in the codec of covers,
-    what is meant for all, what the file calls its default."""
+    """Return a sort key of streams by players' preference.
+
+    Decodable streams come first, then films before streams in the codecs of cover pictures, then streams meant for all,
+    then the file's default.
+    """
     codec = stream.codec_context
     aside = (
         Disposition.comment
@@ -114,7 +118,7 @@ def _pixels(stream: av.VideoStream) -> int:
 
 
 def film_stream(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:
-    """`pictures_of` a file, ready to decode. Raises InputError where there is no film."""
+    """Return `pictures_of` a file, ready to decode. Raises InputError if there is no film."""
     stream = pictures_of(container)
     if stream is None:
         what = "has no video stream" + (", only a cover picture" if container.streams.video else "")
@@ -125,7 +129,7 @@ def film_stream(container: av.container.InputContainer, path: str | Path) -> av.
 
 
 def sound_stream(container: av.container.InputContainer, path: str | Path) -> av.AudioStream:
-    """`sound_of` a file, ready to decode. Raises InputError where there is none."""
+    """Return `sound_of` a file, ready to decode. Raises InputError if there is no sound."""
     stream = sound_of(container)
     if stream is None:
         fix = "give an audio file in the 'audio' field, or set windows to 'none'"
@@ -137,23 +141,24 @@ def sound_stream(container: av.container.InputContainer, path: str | Path) -> av
 
 
 def _seconds(container: av.container.InputContainer, stream: Any) -> float:
-    """How long a stream is as its header says, 0 for unknown."""
+    """Return the length of a stream according to its header, 0 if unknown."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return (container.duration or 0) / av.time_base
 
 
 def decode_alone(stream: Any) -> None:
-    """Decode in this thread: the data loader already runs one decoder per core."""
+    """Set a stream to decode in this thread: the data loader already runs one decoder per core."""
     if stream.codec_context is None:
         raise ValueError("unknown codec")
     stream.codec_context.thread_count = 1
 
 
 def demuxed(container: av.container.InputContainer, *streams: Any) -> Iterator[av.Packet]:
-    """The packets of streams, and the empty ones at the end that flush a decoder; not those that repeat a frame.
+    """Yield the packets of streams, without repeated frames, and the empty packets at the end that flush a decoder.
 
-    Raises EOFError where the last packet ends early, in a file that does not say how long it is.
+    Raises EOFError where the last packet is truncated, in formats whose packets state their lengths, and for too many
+    packets.
     """
     last = None
     for number, packet in enumerate(container.demux(*streams)):

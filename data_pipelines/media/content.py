@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name ends in, where it is no picture, film or sound at all."""
+"""Detection of files that are no picture, film or sound, by their first bytes whatever their name."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 from crab_jax.io.files import HEAD, stand_in
 
-_BLOCK, _BLOCKS = 1 << 20, 64  # bytes, and how many of them are looked at for zeros
+_BLOCK, _BLOCKS = 1 << 20, 64  # bytes of a block, and the number of blocks that are searched for zeros
 
 _AGAIN = "copy or download it again"
 _NO_MEDIA = "is no picture, film or sound but"
 _PLAYLIST = (f"{_NO_MEDIA} a playlist, which names other files", "give the film or sound itself")
-_TEXTS = [  # (how a text begins, what it is, what to do)
+_TEXTS = [  # (pattern of the beginning, description, fix)
     (
         rb"#EXTM3U|#EXTINF|#EXT-X-|ffconcat version|\[playlist\]|<\?wpl|<asx|(<\?xml[^>]*>\s*)?<(MPD|playlist|smil)\b"
         rb"|v=0\s+o=|\[InternetShortcut\]|\[Reference\]|file '|file \S+\s|(https?|rtsp|rtmp)://\S+\s*$",
         *_PLAYLIST,
     )
 ]
-_BINARIES = [  # (offset, bytes, what it is, what to do)
+_BINARIES = [  # (offset, bytes, description, fix)
     (0, b"PK\3\4", "a ZIP archive", "unpack it"),
     (0, b"PK\5\6", "a ZIP archive", "unpack it"),
     (0, b"\x1f\x8b", "compressed (gzip)", "unpack it"),
@@ -30,7 +30,7 @@ _BINARIES = [  # (offset, bytes, what it is, what to do)
     (257, b"ustar", "a tar archive", "unpack it"),
     (0, b"%PDF-", "a PDF document", "export its picture"),
 ]
-# How formats begin that are text, or begin like it.
+# Beginnings of media formats that are text, or begin like text.
 _MEDIA_TEXT = (
     b"#!AMR",
     b"YUV4MPEG2",
@@ -56,26 +56,27 @@ _MEDIA_TEXT = (
 
 
 def head(path: str | Path) -> bytes:
+    """Return the first HEAD bytes of a file."""
     with open(path, "rb") as file:
         return file.read(HEAD)
 
 
 def not_supported(path: str | Path) -> tuple[str, str] | None:
-    """(problem, fix) of a file that is no picture, film or sound, though perhaps whole; None where it may be one.
+    """Return (problem, fix) of a file that is no picture, film or sound; None if it may be one.
 
-    Looked for: pointers of Git LFS and git-annex, web pages, playlists and other text, archives, files of zeros and of
-    nothing. Raises OSError for a file that cannot be read.
+    Recognised are pointers of Git LFS and git-annex, web pages, playlists and other text, archives, and empty or zeroed
+    files. Raises OSError for a file that cannot be read.
     """
     start = head(path)
     if not start:
         return "the file is empty; it is damaged or incomplete", _AGAIN
-    if found := stand_in(start):
-        return found
-    if not start.strip(b"\0") and (what := _zeros(path)):
-        return f"{what}; the copy stopped early", _AGAIN
-    for at, magic, what, fix in _BINARIES:
+    if placeholder := stand_in(start):
+        return placeholder
+    if not start.strip(b"\0") and (problem := _zeros(path)):
+        return f"{problem}; the copy stopped early", _AGAIN
+    for at, magic, description, fix in _BINARIES:
         if start[at:].startswith(magic):
-            return f"is {what}", fix
+            return f"is {description}", fix
     if not is_text(start):
         return None
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -87,7 +88,7 @@ def not_supported(path: str | Path) -> tuple[str, str] | None:
 
 
 def is_text(start: bytes) -> bool:
-    """Whether the first bytes of a file are words, and of no format that begins with some."""
+    """Return whether the first bytes of a file are text, and not the beginning of a media format."""
     if start.startswith(_MEDIA_TEXT) or re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", start):
         return False
     try:
@@ -98,7 +99,7 @@ def is_text(start: bytes) -> bool:
 
 
 def _zeros(path: str | Path) -> str:
-    """How a file holds zeros alone, as far as it is looked at; "" where it does not."""
+    """Return a description of a file that holds only zeros, as far as it is examined; "" for any other."""
     with open(path, "rb") as file:
         for _ in range(_BLOCKS):
             if not (block := file.read(_BLOCK)):
@@ -109,7 +110,7 @@ def _zeros(path: str | Path) -> str:
 
 
 def id3_length(start: bytes) -> int:
-    """Bytes of the ID3v2 tag that `start` begins with, 0 for none."""
+    """Return the length in bytes of the ID3v2 tag at the beginning of `start`, 0 without one."""
     if start[:3] != b"ID3" or len(start) < 10 or max(start[6:10]) > 127:
         return 0
     footer = 10 if start[5] & 0x10 else 0

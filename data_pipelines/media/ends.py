@@ -1,4 +1,4 @@
-"""How a file that ends early is told: reading it in places, what may stand behind its last part, and tags around it."""
+"""Shared parts of the completeness checks: reading at positions, trailing data, tags, and messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from data_pipelines.media.content import id3_length
 
-PADDING = 8192  # bytes of zeros that may stand behind a file
+PADDING = 8192  # bytes of zeros that may follow a file
 Read = Callable[[int, int], bytes]  # (at, count): the bytes of the file from `at`, fewer at its end
 
 
 def behind_id3(read: Read) -> int:
-    """Where the ID3 tags end that a file may begin with."""
+    """Return the position after the ID3 tags at the beginning of a file."""
     at = 0
     while length := id3_length(read(at, 10)):
         at += length
@@ -19,7 +19,7 @@ def behind_id3(read: Read) -> int:
 
 
 def without_tags(read: Read, size: int) -> tuple[int, bool]:
-    """Where the sound ends and tags begin, and whether there are any: ID3v1, APE and Lyrics3."""
+    """Return (end of the sound, whether tags follow it): ID3v1, APE and Lyrics3."""
     end = size
     if read(end - 128, 3) == b"TAG":
         end -= 128
@@ -32,22 +32,25 @@ def without_tags(read: Read, size: int) -> tuple[int, bool]:
 
 
 def behind(read: Read, at: int, size: int) -> str:
-    """What stands behind the last part of a file is no part of it, unless it is zeros to the end and many: room that
-    was made for a copy which stopped early."""
+    """Return a problem if only zeros, and many, follow the last part of a file: space for a copy that stopped early.
+
+    Other trailing data are not part of the file and are ignored.
+    """
     many = size - at >= max(PADDING, size // 20)
     zeros = many and not read(at, 4096).strip(b"\0") and not read(size - 4096, 4096).strip(b"\0")
     return f"holds nothing but zeros from byte {at} on; the copy stopped early" if zeros else ""
 
 
 def padded(read: Read, size: int) -> str:
-    """`behind` of a kind that says nothing of its length, and whose data never hold so many zeros."""
+    """Apply `behind` to a format that does not state its length and whose data never contain so many zeros."""
     return behind(read, max(0, size - max(PADDING, size // 20)), size)
 
 
 def short(what: str, missing: int) -> str:
+    """Return the message for a file that ends inside a part, so many bytes too early."""
     return f"ends inside of its {what}, {missing} bytes short"
 
 
 def unknown(length: int) -> bool:
-    """Whether a length of 32 bits says that it was not known: written to a pipe."""
+    """Return whether a 32-bit length means "unknown", as in files written to a pipe."""
     return length >= 0xFFFFFFF0 or 0x7FFFF000 <= length <= 0x7FFFFFFF

@@ -12,10 +12,10 @@ from data_pipelines.media.ends import Read, behind, behind_id3, padded, short, w
 class Frames(NamedTuple):
     """The frames of an MPEG audio file.
 
-    begin: of the first frame. index_size: bytes of that frame where it holds an index and no sound, else 0. whole:
-    frames of sound that are. samples: of each; rate: in Hz. stated: how many the index says there are, 0 without one;
-    at: where the number stands in the file, 0 for nowhere. short: bytes that the last frame lacks; end: where
-    it ends.
+    begin: position of the first frame. index_size: bytes of that frame if it holds an index and no sound, else 0.
+    whole: number of complete frames of sound. samples: per frame; rate: in Hz. stated: number of frames according to
+    the index, 0 without one; at: position of that number in the file, 0 if absent. short: bytes missing from the last
+    frame; end: its end.
     """
 
     begin: int
@@ -30,7 +30,7 @@ class Frames(NamedTuple):
 
 
 _RATES = (44100, 48000, 32000)
-_KBITS = {  # (is MPEG-1, layer) -> for each of 14 numbers
+_KBITS = {  # (is MPEG-1, layer) -> bit rate for each of 14 codes
     (True, 1): tuple(range(32, 449, 32)),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -38,12 +38,12 @@ _KBITS = {  # (is MPEG-1, layer) -> for each of 14 numbers
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_RESYNC = 1 << 16  # bytes of something else between two frames
+_RESYNC = 1 << 16  # most bytes of other data between two frames
 
 
 @functools.lru_cache(256)
 def _frame(header: bytes) -> tuple[int, int, int] | None:
-    """(length in bytes, samples, rate) of the MPEG audio frame with this header; None for no such frame."""
+    """Return (length in bytes, samples, rate) of the MPEG audio frame with this header; None for other headers."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)
@@ -61,9 +61,9 @@ def _frame(header: bytes) -> tuple[int, int, int] | None:
 
 @functools.lru_cache(2)
 def mpeg_frames(content: bytes) -> Frames | None:
-    """Follow the frames of an mp3 file from the first to the last; None where there are none to follow.
+    """Follow the frames of an mp3 file from the first to the last; None if it has none.
 
-    Kept, because the outline is looked at before the sound is read.
+    The result is cached, because the file is checked before the sound is read.
     """
     size = len(content)
 
@@ -99,7 +99,7 @@ def mpeg_frames(content: bytes) -> Frames | None:
 
 
 def _next_frame(read: Read, at: int, end: int, like: tuple[int, int] | None) -> int:
-    """Where the next frame that another one follows begins, -1 for nowhere near."""
+    """Return the position of the next frame that another one follows, -1 if there is none nearby."""
     near = read(at, min(_RESYNC, max(0, end - at)))
     place = near.find(b"\xff")
     while place >= 0:
@@ -114,8 +114,7 @@ def _next_frame(read: Read, at: int, end: int, like: tuple[int, int] | None) -> 
 
 
 def _index(frame: bytes) -> tuple[int, int, int]:
-    """(the length of a first frame that holds an index, frames that it says the file has, where in it that number
-    stands); 0 for none."""
+    """Return (length of a first frame with an index, number of frames it states, position of that number), or zeros."""
     at = 4 + _side_information(frame)
     if frame[at : at + 4] in (b"Xing", b"Info"):
         if len(frame) < at + 12 or not frame[at + 7] & 1:
@@ -127,29 +126,30 @@ def _index(frame: bytes) -> tuple[int, int, int]:
 
 
 def _side_information(header: bytes) -> int:
-    """Bytes between the header of an mp3 frame and its sound, or its index."""
+    """Return the number of bytes between the header of an mp3 frame and its sound or index."""
     mono = header[3] >> 6 == 3
     return (17 if mono else 32) if header[1] >> 3 & 3 == 3 else (9 if mono else 17)
 
 
 def with_index(content: bytes, frames: Frames) -> bytes:
-    """An mp3 with an index that counts all of its `frames`."""
+    """Return an mp3 with an index that counts all of its `frames`."""
     number = frames.whole.to_bytes(4, "big")
     if frames.at:
         return content[: frames.at] + number + content[frames.at + 4 :]
     sound = content[frames.begin + frames.index_size :]
-    # A frame like the first, without checksum and padding, of a middle bit rate: it has room for the number.
+    # A frame like the first, without checksum and padding, at a medium bit rate, which has room for the number.
     header = bytes([0xFF, sound[1] | 1, 0x90 | sound[2] & 0x0C, sound[3]])
     length = (_frame(header) or (0,))[0]
     index = header + bytes(_side_information(header)) + b"Xing\0\0\0\1" + number
     return index.ljust(length, b"\0") + sound
 
 
-SLACK = 2  # frames: some encoders count the one that holds the index, or one of padding
+SLACK = 2  # frames; some encoders count the frame of the index, or one of padding
 
 
 def mpeg_audio(read: Read, size: int) -> str:
-    if zeros := padded(read, size):  # before all of it is read
+    """Check an mp3 file; return what is wrong, or ""."""
+    if zeros := padded(read, size):  # before reading all of it
         return zeros
     frames = mpeg_frames(read(0, size))
     if frames is None:
@@ -162,7 +162,7 @@ def mpeg_audio(read: Read, size: int) -> str:
 
 
 def adts(read: Read, size: int) -> str:
-    """AAC in frames that state their lengths."""
+    """Check AAC in frames that state their lengths; return what is wrong, or ""."""
     at, (end, tagged) = behind_id3(read), without_tags(read, size)
     while at < end:
         header = read(at, 7)
@@ -176,10 +176,12 @@ def adts(read: Read, size: int) -> str:
 
 
 def is_mpeg_audio(start: bytes) -> bool:
+    """Return whether a file begins with an MPEG audio frame."""
     return _frame(start[:4]) is not None
 
 
 def is_adts(start: bytes) -> bool:
+    """Return whether a file begins with an AAC frame (ADTS)."""
     return len(start) >= 7 and start[0] == 0xFF and start[1] & 0xF6 == 0xF0
 
 
@@ -187,7 +189,7 @@ _AC3_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384
 
 
 def _ac3_length(header: bytes) -> int:
-    """Bytes of the AC-3 or Enhanced AC-3 frame with this header (6 bytes), 0 for no such frame."""
+    """Return the length in bytes of the AC-3 or Enhanced AC-3 frame with this header (6 bytes), 0 for other headers."""
     if len(header) < 6 or header[:2] != b"\x0b\x77":
         return 0
     if 10 < header[5] >> 3 <= 16:  # enhanced
@@ -200,11 +202,12 @@ def _ac3_length(header: bytes) -> int:
 
 
 def is_ac3(start: bytes) -> bool:
+    """Return whether a file begins with an AC-3 frame."""
     return _ac3_length(start) > 0
 
 
 def ac3(read: Read, size: int) -> str:
-    """AC-3 and Enhanced AC-3 in frames whose heads tell their lengths."""
+    """Check AC-3 and Enhanced AC-3 in frames that state their lengths; return what is wrong, or ""."""
     at = 0
     while at < size:
         header = read(at, 6)

@@ -1,4 +1,4 @@
-"""Which kind of picture a file is by its first bytes, whatever its name says; also those that are not read."""
+"""Detection of picture formats by the first bytes of a file, including formats that are not read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 from PIL import features
 
-HEAD = 1024  # bytes from the beginning that tell
+HEAD = 1024  # number of first bytes that are examined
 JPEG, PNG, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"WEBP"
 
 
 class Kind(NamedTuple):
-    """picture: the names under which Pillow reads it, none for what is read as no picture. name: for people. fix: what
-    to do where a picture is wanted."""
+    """A kind of file.
+
+    name: for messages. fix: what to do where a picture is wanted. picture: Pillow's names of the format, empty for
+    kinds that are not read as pictures.
+    """
 
     name: str
     fix: str = ""
@@ -63,9 +66,9 @@ _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
 def kind_of(head: bytes) -> Kind | None:
-    """The kind of the file that begins with `head` (HEAD bytes, or all of a shorter one); None for an unknown one.
+    """Return the kind of the file that begins with `head` (HEAD bytes, or all of a shorter one); None if unknown.
 
-    What is no picture, film or sound at all is told by content.py.
+    content.py recognises files that are no picture, film or sound at all.
     """
     if head[4:8] == b"ftyp":
         return _iso(head)
@@ -74,7 +77,7 @@ def kind_of(head: bytes) -> Kind | None:
             return Kind("WebP", picture=("WEBP",))
         return Kind({b"WAVE": "WAV", b"AVI ": "a film (AVI)"}.get(head[8:12], "RIFF"), _NOT_A_PICTURE)
     if head.startswith(_TIFF):
-        raw = b"CR" == head[8:10]
+        raw = head[8:10] == b"CR"
         return Kind("a camera's raw file (CR2)", _EXPORT) if raw else Kind("TIFF", picture=("TIFF",))
     if (
         head[:2] == b"BM"
@@ -92,7 +95,7 @@ def kind_of(head: bytes) -> Kind | None:
 
 
 def _iso(head: bytes) -> Kind:
-    """A file of boxes: films and some pictures, told apart by their brands."""
+    """Return the kind of an ISO media file: films and some pictures, distinguished by their brands."""
     brands = {head[8:12], *(head[at : at + 4] for at in range(16, min(int.from_bytes(head[:4], "big"), len(head)), 4))}
     if brands & {b"avif", b"avis"}:
         can = features.check("avif")

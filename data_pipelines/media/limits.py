@@ -1,4 +1,4 @@
-"""How large a film, sound or picture may be: told from its header, before anything of it is decoded.
+"""Size limits of films, sounds and pictures, checked by their headers before anything is decoded.
 
 The defaults fit clips, and films of up to three hours. The environment variable CRAB_JAX_MEDIA_LIMITS raises them, for
 one command and the workers that it starts: CRAB_JAX_MEDIA_LIMITS="hours=12 film_megapixels=40".
@@ -16,17 +16,19 @@ from typing import NamedTuple
 from crab_jax.io.errors import InputError
 
 VARIABLE = "CRAB_JAX_MEDIA_LIMITS"
-LOWEST_RATE = 1000  # Hz; below it a header is wrong, and resampling to 16 kHz would fill the memory
+LOWEST_RATE = 1000  # Hz; a lower rate means a wrong header, and resampling to 16 kHz would fill the memory
 
 
 class Limits(NamedTuple):
-    """The most of each that is decoded. hours: of a film or sound. film_megapixels: of a frame; megapixels: of a
-    picture or mask. channels, kilohertz: of a sound; gigasamples: of all its channels together. loudest: a sample, as
-    a multiple of full scale."""
+    """The largest values that are decoded.
+
+    hours: of a film or sound. film_megapixels: of a film's frame; megapixels: of a picture or mask. channels,
+    kilohertz: of a sound; gigasamples: of all its channels together. loudest: a sample, as a multiple of full scale.
+    """
 
     hours: float = 3
     film_megapixels: float = 20
-    megapixels: float = 178.95697  # as Pillow has it
+    megapixels: float = 178.95697  # Pillow's limit
     channels: float = 64
     kilohertz: float = 768
     gigasamples: float = 1
@@ -35,7 +37,7 @@ class Limits(NamedTuple):
 
 @functools.lru_cache
 def _read(text: str) -> Limits:
-    found = Limits()
+    result = Limits()
     for part in re.split(r"[\s,]+", text.strip()):
         if not part:
             continue
@@ -51,17 +53,17 @@ def _read(text: str) -> Limits:
                 f"{part!r:.60} is no limit",
                 f"write name=number, of {', '.join(Limits._fields)}, with spaces between them",
             )
-        found = found._replace(**{name: number})
-    return found
+        result = result._replace(**{name: number})
+    return result
 
 
 def limits() -> Limits:
-    """The limits of this process. Raises InputError for a variable that cannot be read."""
+    """Return the limits of this process. Raises InputError for a variable that cannot be parsed."""
     return _read(os.environ.get(VARIABLE, ""))
 
 
 def check(path: str | Path, field: str, **found: float) -> None:
-    """Raise InputError for a file that has more of something than `limits` allow; 0 stands for unknown."""
+    """Raise InputError for a file that exceeds `limits`; 0 stands for unknown."""
     allowed = limits()
     for name, value in found.items():
         most = getattr(allowed, name)
@@ -76,7 +78,7 @@ def check(path: str | Path, field: str, **found: float) -> None:
 
 
 def check_sound(path: str | Path, seconds: float, rate: float, channels: int) -> None:
-    """`check` what the header of a sound says; `seconds` 0 for unknown."""
+    """Check the header of a sound against the limits; `seconds` is 0 if unknown."""
     if rate < LOWEST_RATE:
         raise InputError(str(path), "audio", f"has a sample rate of {rate} Hz", "export the audio again")
     check(

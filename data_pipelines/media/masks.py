@@ -15,17 +15,17 @@ from crab_jax.io.errors import InputError
 from crab_jax.tasks.avs_classes import CLASSES, avss_palette
 from data_pipelines.media.pictures import DEEP, Picture, open_picture
 
-STRAY = 1e-3  # share of a mask's pixels: up to it, unknown colours are a slip of the drawing tool
-LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change values a little
-BETWEEN = 0.02  # share of the pixels of a mask that such a format may leave between black and white
-MOST_PIXELS = 10**8  # of a mask in run lengths, whose few bytes could ask for any amount of memory
-# A mask may be written where its path would be: COCO run lengths, rle:<height>x<width>:<counts>, or nothing at all.
+STRAY = 1e-3  # share of a mask's pixels up to which unknown colours are taken as a slip of the drawing tool
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change values slightly
+BETWEEN = 0.02  # share of a mask's pixels that such a format may leave between black and white
+MOST_PIXELS = 10**8  # of a run-length mask, whose few bytes could request any amount of memory
+# A mask may be written in place of its path: COCO run lengths, rle:<height>x<width>:<counts>, or an empty mask.
 INLINE_MASK = "rle:"
 EMPTY_MASK = f"{INLINE_MASK}empty"
 
 
 def _labels_of_colours(rgb: np.ndarray, unknown: int) -> np.ndarray:
-    """int32[...] class ids of exact palette colours, uint8[..., 3]; `unknown` stands for any other colour."""
+    """Return int32[...] class ids of exact palette colours uint8[..., 3]; `unknown` for any other colour."""
     weights = np.array([65536, 256, 1])
     codes, keys = rgb.astype(np.int64) @ weights, avss_palette().astype(np.int64) @ weights
     order = np.argsort(keys)
@@ -34,15 +34,15 @@ def _labels_of_colours(rgb: np.ndarray, unknown: int) -> np.ndarray:
 
 
 def inline_mask(code: Mapping[str, Any]) -> str:
-    """The text that stands for a mask given as COCO run lengths, {"size": [height, width], "counts": bytes}."""
+    """Return the text of a mask given as COCO run lengths, {"size": [height, width], "counts": bytes}."""
     return f"{INLINE_MASK}{code['size'][0]}x{code['size'][1]}:{code['counts'].decode()}"
 
 
 def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
-    """uint8[H,W], 0 and 1: a mask in COCO run lengths, `size` [height, width] and `counts` as compressed text or bytes.
+    """Decode a mask in COCO run lengths to uint8[H,W] of 0 and 1.
 
-    All is checked before the C library sees it, which leaves memory as it finds it where runs end early. Raises
-    InputError that names `where`.
+    size: [height, width]; counts: compressed text or bytes. Everything is checked before the C library sees it, which
+    leaves memory uninitialised where runs end early. Raises InputError that names `where`.
     """
 
     def refuse(problem: str) -> InputError:
@@ -77,9 +77,10 @@ def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
 
 
 def _runs(counts: str) -> Iterator[int]:
-    """The runs in compressed text: five bits a character, lowest first; from the third run on less the one before last.
+    """Yield the runs in compressed text: five bits per character, lowest first.
 
-    ValueError for other characters and for a number that does not end.
+    From the third run on, numbers are differences from the run before the previous one. Raises ValueError for other
+    characters and for a number that does not end.
     """
     runs: list[int] = []
     number = shift = 0
@@ -100,16 +101,16 @@ def _runs(counts: str) -> Iterator[int]:
 
 
 def _decode_inline(code: str) -> np.ndarray:
-    """uint8[H,W] of what `inline_mask` wrote."""
-    found = re.fullmatch(rf"{INLINE_MASK}([0-9]{{1,9}})x([0-9]{{1,9}}):(.*)", code, re.DOTALL)
-    if not found:
+    """Return uint8[H,W] of a text written by `inline_mask`."""
+    match = re.fullmatch(rf"{INLINE_MASK}([0-9]{{1,9}})x([0-9]{{1,9}}):(.*)", code, re.DOTALL)
+    if not match:
         fix = f"write {INLINE_MASK}<height>x<width>:<counts>, or the path of a picture"
         raise InputError(code[:60], "mask", "is no mask in COCO run lengths", fix)
-    return decode_runs([int(found[1]), int(found[2])], found[3], code[:60])
+    return decode_runs([int(match[1]), int(match[2])], match[3], code[:60])
 
 
 def check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: str) -> None:
-    """Raise InputError for a mask of another (width, height) than the picture that it belongs to, both upright."""
+    """Raise InputError for a mask whose (width, height) is not that of its picture, both upright."""
     if picture is not None and size != picture:
         problem = f"is {size[0]}x{size[1]}, but its picture is {picture[0]}x{picture[1]}"
         turned = ", as it is shown: upright where EXIF turns it" if size == picture[::-1] else ""
@@ -117,19 +118,19 @@ def check_size(size: tuple[int, int], picture: tuple[int, int] | None, where: st
 
 
 def _binary(grey: np.ndarray, size: int | None) -> np.ndarray:
-    """int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
-    # The nearest rule of cv2 (floor(i * scale)); Pillow's, half a pixel off, is the semantic masks' one.
+    """Return int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
+    # cv2's nearest neighbour (floor(i * scale)); semantic masks use Pillow's, which is half a pixel off.
     rows, columns = (np.arange(size or n) * n // (size or n) for n in grey.shape)
     return (grey[rows[:, None], columns] > 0).astype(np.int32)
 
 
 def _grey(mask: Picture) -> tuple[np.ndarray, str]:
-    """([H, W] above 0 where a binary mask has something, what contradicts that or "")."""
+    """Return ([H, W] above 0 where a binary mask has an object, what contradicts this reading or "")."""
     image = mask.image
     if image.mode in DEEP:
         return np.asarray(image), ""
     grey = np.asarray(image.convert("L"))
-    if mask.kind in LOSSY and (levels := np.unique(grey))[levels > 0].size > 1:  # not kept as they were
+    if mask.kind in LOSSY and (levels := np.unique(grey))[levels > 0].size > 1:  # changed by compression
         unclear = levels[-1] < 192 or ((grey > 64) & (grey < 192)).mean() > BETWEEN
         return grey > 127, f"is a {mask.kind} whose greys are not black and white" if unclear else ""
     if image.mode == "P":
@@ -140,7 +141,7 @@ def _grey(mask: Picture) -> tuple[np.ndarray, str]:
 
 
 def _palette_against(image: Image.Image) -> str:
-    """What of a palette contradicts that black is the background, and index 0 too; "" when nothing does."""
+    """Return what in a palette contradicts that black, and index 0, is the background; "" if nothing does."""
     if (image.getpalette("RGB") or [])[3 * 255 :] == [224, 224, 192] and image.histogram()[255]:
         return "its index 255 has the colour that Pascal VOC gives to pixels of no class, which count as something"
     every = Image.frombytes("P", (256, 1), bytes(range(256)))
@@ -154,15 +155,17 @@ def _palette_against(image: Image.Image) -> str:
 
 
 def _opacity_against(image: Image.Image, grey: np.ndarray) -> str:
-    """What of a mask's opacity contradicts its grey values; "" when nothing does."""
+    """Return how a mask's opacity contradicts its grey values; "" if it does not."""
     alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else np.array([255])
     differs = alpha.min(initial=255) < 255 and ((alpha > 0) != (grey > 0)).any()
     return "what is opaque is not what is above black, which is what is read" if differs else ""
 
 
 def _check_palette(mask: Image.Image, where: str) -> None:
-    """Raise InputError for a palette that has the colours of other classes than its indices say, as a program that
-    sorts palettes leaves it: neither of the two can be trusted."""
+    """Raise InputError for a palette whose colours are those of other classes than its indices.
+
+    Programs that sort palettes leave such files, in which neither colours nor indices can be trusted.
+    """
     colours = np.array(mask.getpalette("RGB"), np.uint8).reshape(-1, 3)
     used = np.flatnonzero(mask.histogram())
     if used[-1] < len(colours):
@@ -173,13 +176,13 @@ def _check_palette(mask: Image.Image, where: str) -> None:
 
 
 def _ids(mask: Picture, where: str) -> Image.Image:
-    """A semantic mask whose values are class ids 0..70, or colours of classes. Raises InputError for anything else."""
+    """Return a semantic mask whose values are class ids 0..70, or colours of classes. Raises InputError for others."""
     image, problem, fix = mask.image, "", "use the 71 AVSBench-semantic classes"
     if image.mode == "P":
         _check_palette(image, where)
     elif image.mode == "LA":
         image = image.convert("L")
-    elif image.mode == "L" and mask.bits < 8:  # Pillow spreads the levels of a few bits over 0..255
+    elif image.mode == "L" and mask.bits < 8:  # Pillow scales values of fewer bits to 0..255
         image = Image.fromarray(np.asarray(image) // (255 // (2**mask.bits - 1)))
     if image.mode in ("P", "L", "1", *DEEP):
         low, high = (0, np.flatnonzero(image.histogram())[-1]) if image.mode == "P" else image.getextrema()
@@ -191,14 +194,14 @@ def _ids(mask: Picture, where: str) -> Image.Image:
         image = image.convert("RGB")
         pixels = image.width * image.height
         most = int(STRAY * pixels)
-        found = image.getcolors(len(CLASSES) + most)
+        colours = image.getcolors(len(CLASSES) + most)
         stray = (
             most + 1
-            if found is None
-            else sum(count for count, colour in found if _labels_of_colours(np.array(colour), -1) < 0)
+            if colours is None
+            else sum(count for count, colour in colours if _labels_of_colours(np.array(colour), -1) < 0)
         )
         if stray > most:
-            number = "more than " if found is None else ""
+            number = "more than " if colours is None else ""
             problem = f"{number}{stray} of {pixels} pixels have a colour of no class"
     if problem:
         raise InputError(where, "mask", problem, fix)
@@ -213,16 +216,16 @@ def read_mask(
     unknown: int = 0,
     content: bytes | None = None,
 ) -> np.ndarray:
-    """int32[size, size]: a ground-truth mask, nearest neighbour; int32[H, W] of its own size with None.
+    """Return a ground-truth mask as int32[size, size] by nearest neighbour; int32[H, W] in its own size with None.
 
     `binary`: 1 where the grey value is above 0 (above half of white in a JPEG, which blurs). `semantic`: class ids
     0..70, from the indices of a palette or grey PNG or from the exact AVSBench colours of an RGB one; up to 0.1 % of
-    the pixels may have other colours, which are `unknown`, background as in the reference. A mask is upright, as its
-    picture is: it is turned where it has an EXIF tag of its own, and compared with the picture as that is shown.
-    `picture` is the (width, height) of the picture that the mask belongs to. Raises InputError for a damaged file,
-    another size than `picture`, an id > 70, more of other colours, a palette that contradicts the ids, and palettes,
-    opacity or greys that leave open what is background.
-    A `path` that starts with INLINE_MASK is a binary mask itself. `content`: the bytes of the file, read already.
+    the pixels may have other colours, which become `unknown` (by default background, as in the reference). A mask is
+    upright like its picture: it is rotated by its own EXIF tag, and compared with the picture as that is shown.
+    `picture` is the (width, height) of the picture that the mask belongs to. A `path` that starts with INLINE_MASK is a
+    binary mask itself. content: the bytes of the file, if read already. Raises InputError for a damaged file, another
+    size than `picture`, an id > 70, more of other colours, a palette that contradicts the ids, and palettes, opacity or
+    greys that leave open what is background.
     """
     if (code := Path(path).name).startswith(INLINE_MASK):
         grey = np.zeros((1, 1)) if code == EMPTY_MASK else _decode_inline(code)
@@ -236,17 +239,16 @@ def read_mask(
             if problem := problem or _opacity_against(mask.image, grey):
                 fix = "export it as PNG: black, and white where something is"
                 raise InputError(str(path), "mask", problem, fix)
-            check_size(mask.size, picture, str(path))  # of a mask: what is none is called that by all alike
+            check_size(mask.size, picture, str(path))  # after the checks that it is a mask at all
             return _binary(grey, size)
         image = _ids(mask, str(path))
-        if mask.image.has_transparency_data:
-            if problem := _opacity_against(mask.image, _classes(np.array(image), 0)):
-                raise InputError(str(path), "mask", problem, "export it without opacity")
+        if mask.image.has_transparency_data and (problem := _opacity_against(mask.image, _classes(np.array(image), 0))):
+            raise InputError(str(path), "mask", problem, "export it without opacity")
         check_size(mask.size, picture, str(path))
         values = np.array(image if size is None else image.resize((size, size), Image.Resampling.NEAREST))
     return _classes(values, unknown)
 
 
 def _classes(values: np.ndarray, unknown: int) -> np.ndarray:
-    """int32[H, W] class ids of a semantic mask's values or colours; `unknown` stands for a colour of no class."""
+    """Return int32[H, W] class ids of a semantic mask's values or colours; `unknown` for a colour of no class."""
     return _labels_of_colours(values, unknown) if values.ndim == 3 else values.astype(np.int32)

@@ -1,8 +1,8 @@
-"""What is wrong with the outline of a film or sound: the lengths that a file states against the bytes that it has.
+"""Checks of films and sounds for truncation: the lengths that a file states against its size.
 
-Decoders read what is there of a shorter file and keep quiet. Nothing is decoded here, and the kind of a file is told by
-its content. A length that a file does not state (written to a pipe, recorded live) is not asked for, and what follows
-the end of a container (tags, junk) is no part of it. docs/datasets.md says what cannot be seen.
+Decoders read what is left of a truncated file without an error. Nothing is decoded here, and the content determines the
+format. Lengths that a file does not state (written to a pipe, recorded live) are not checked, and data after the end of
+a container (tags, junk) are ignored. docs/datasets.md lists what cannot be detected.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from data_pipelines.media.ends import PADDING, Read, behind, behind_id3, padded,
 from data_pipelines.media.frames import ac3, adts, is_ac3, is_adts, is_mpeg_audio, mpeg_audio
 
 _BLOCK = 1 << 20
-_LEAST = 12  # bytes that the head of any kind has
+_LEAST = 12  # smallest size of a head of any format
 
 
 def outline(path: str | Path) -> str:
-    """What is wrong with the lengths that a film or sound states; "" when nothing is, and for any other kind of file.
+    """Return what is wrong with the lengths that a film or sound states; "" if nothing is, and for other formats.
 
     Raises OSError for a file that cannot be read.
     """
@@ -36,14 +36,14 @@ def outline(path: str | Path) -> str:
 
         size, at = os.fstat(number).st_size, behind_id3(read)
         start = read(at, HEAD)
-        for is_one, check in _TAGGED if at else _KINDS:
-            if is_one(start):
+        for matches, check in _TAGGED if at else _KINDS:
+            if matches(start):
                 return check(read, size)
     return f"holds only {size} bytes" if 0 < size < _LEAST else ""
 
 
 def behind_tags(path: str | Path) -> bytes:
-    """The first bytes of a file, behind the ID3 tags that it may begin with."""
+    """Return the first bytes of a file after any ID3 tags at its beginning."""
     with open(path, "rb") as file:
         number = file.fileno()
         return os.pread(number, HEAD, behind_id3(lambda at, count: os.pread(number, count, at)))
@@ -53,8 +53,10 @@ def behind_tags(path: str | Path) -> bytes:
 
 
 def _ogg(read: Read, size: int) -> str:
-    """Pages must be whole, each the one after the last of its stream, and no packet go on in a page that is not there.
-    Decoders leave out a page of another checksum than its own, and what follows is heard too early."""
+    """Check an Ogg file: complete pages, consecutive in each stream, and no packet that continues on a missing page.
+
+    Decoders drop a page with a wrong checksum, so that the sound after it is heard too early.
+    """
     at, going_on, open_ones, numbers = 0, set[bytes](), set[bytes](), dict[bytes, int]()
     while at < size:
         header = read(at, 27 + 255)
@@ -81,13 +83,13 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg_checksum(page: bytes) -> int:
-    """The checksum of an Ogg page: zlib's, but for the order of the bits and where it starts."""
+    """Return the checksum of an Ogg page: that of zlib with another bit order and initial value."""
     mirrored = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
     return int(f"{zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF:032b}"[::-1], 2)
 
 
 def chained(path: str | Path) -> bool:
-    """Whether an Ogg or FLAC file is several behind each other, of which libsndfile reads the first only."""
+    """Return whether an Ogg or FLAC file is several files joined, of which libsndfile reads only the first."""
     with open(path, "rb") as file:
         if (block := file.read(8))[:4] == b"fLaC":
             while more := file.read(_BLOCK):
@@ -125,7 +127,7 @@ def _flash(read: Read, size: int) -> str:
 
 
 def _transport(start: bytes) -> int:
-    """The length of the packets of a transport stream, 0 for another file."""
+    """Return the packet length of a transport stream, 0 for other files."""
     for length, at in ((188, 0), (192, 4), (204, 0)):
         if len(start) > at + 4 * length and all(start[at + k * length] == 0x47 for k in range(5)):
             return length
@@ -161,7 +163,7 @@ def _mpegps(read: Read, size: int) -> str:
 
 
 def _gif(read: Read, size: int) -> str:
-    """Ends between two blocks: many writers leave out the last one, which says that it is the last."""
+    """Check a GIF: it must end between two blocks; many writers omit the final block."""
     flags = read(10, 1)[0]
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     while at < size:
@@ -182,8 +184,8 @@ def _gif(read: Read, size: int) -> str:
     return ""
 
 
-Kinds = tuple[tuple[Callable[[bytes], object], Callable[[Read, int], str]], ...]  # (by the first bytes, the check)
-_TAGGED: Kinds = ((is_adts, adts), (is_mpeg_audio, mpeg_audio))  # may have ID3 tags in front
+Kinds = tuple[tuple[Callable[[bytes], object], Callable[[Read, int], str]], ...]  # (test of the first bytes, check)
+_TAGGED: Kinds = ((is_adts, adts), (is_mpeg_audio, mpeg_audio))  # formats that may have ID3 tags in front
 _KINDS: Kinds = (
     (lambda start: start[4:8] in MP4_BOXES, mp4),
     (lambda start: start[:4] == b"\x1aE\xdf\xa3", matroska),

@@ -1,7 +1,7 @@
-"""Pictures: one way to open them, upright, whole, and in RGB of 8 bits.
+"""Opening of pictures: upright, complete, and in 8-bit RGB.
 
-`open_picture` is the only place that opens a picture of a user. It goes by what a file holds, never by its name; what
-is written beside the pixels (EXIF, ICC, text, what follows the picture) may be anything.
+`open_picture` is the only function that opens a user's picture. It goes by the content of a file, never by its name;
+metadata beside the pixels (EXIF, ICC, text, trailing data) may be anything.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from data_pipelines.media.container import require
 from data_pipelines.media.content import not_supported
 from data_pipelines.media.limits import VARIABLE, check, limits
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, and of what is an error here
-DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel of more than 8 bits
-LARGE = 50_000_000  # pixels; a larger picture is made smaller while it is decoded, which saves gigabytes
-MOST_BYTES = 1 << 30  # of a file, whose picture takes as much again
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns about metadata, and about faults that are errors here
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes with one channel of more than 8 bits
+LARGE = 50_000_000  # pixels; larger pictures are reduced while decoding, which saves gigabytes
+MOST_BYTES = 1 << 30  # of a file; its picture takes as much again
 _PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 AGAIN = "copy or download the file again"
 _TURNS = {
@@ -40,7 +40,7 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation: what puts a picture upright
+}  # EXIF orientation -> operation that makes the picture upright
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -55,13 +55,16 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-)  # what Pillow raises of bad files
+)  # errors that Pillow raises for bad files
 
 
 class Picture(NamedTuple):
-    """A decoded picture. image: upright, in the mode of the file; size: (width, height) of the whole, which is larger
-    than `image` for one of more than LARGE pixels; turned: whether EXIF says that it is stored otherwise; kind: the
-    format's name in Pillow; bits: of a channel, as the file has them."""
+    """A decoded picture.
+
+    image: upright, in the mode of the file. size: (width, height) of the whole picture, which is larger than `image`
+    above LARGE pixels. turned: whether EXIF rotates or flips it. kind: Pillow's name of the format. bits: per channel
+    in the file.
+    """
 
     image: Image.Image
     size: tuple[int, int]
@@ -72,7 +75,7 @@ class Picture(NamedTuple):
 
 @contextlib.contextmanager
 def _refused(where: str, field: str) -> Iterator[None]:
-    """What a decoder raises becomes an InputError."""
+    """Convert a decoder's exceptions to InputError."""
     try:
         yield
     except InputError:
@@ -92,7 +95,7 @@ def _refused(where: str, field: str) -> Iterator[None]:
 
 
 def _file(path: str | Path, field: str) -> BinaryIO:
-    """The open file of a picture, all of which can be read."""
+    """Open a picture file, of limited size. Raises InputError."""
     if (size := os.path.getsize(require(path, field))) > MOST_BYTES:
         raise InputError(
             str(path),
@@ -104,7 +107,7 @@ def _file(path: str | Path, field: str) -> BinaryIO:
 
 
 def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds.Kind:
-    """The kind of a picture file. Raises InputError for what is not read as a picture, by its name."""
+    """Return the kind of a picture file. Raises InputError naming the kind if it is not read as a picture."""
     if content is None:
         with _refused(str(path), field), _file(path, field) as file:
             head = file.read(kinds.HEAD)
@@ -123,8 +126,8 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
 def _with_metadata_or_without(
     kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
-    """A picture, opened from its path or bytes and put to `use`; anew without its metadata where that fails."""
-    # Pillow refuses twice as many, before it decodes; a lower limit is ours alone.
+    """Open a picture from its path or bytes and apply `use`; retry without its metadata if that fails."""
+    # Pillow refuses pictures of twice this size before decoding; lower limits are checked by `_check_header`.
     Image.MAX_IMAGE_PIXELS = max(_PILLOWS, round(limits().megapixels * 1e6) // 2)
 
     def tried(source: str | io.BytesIO) -> Image.Image:
@@ -154,8 +157,8 @@ def _with_metadata_or_without(
 
 
 def _orientation(picture: Image.Image) -> int:
-    """How a picture lies, as EXIF counts it; 1 where nothing that can be read says so."""
-    # Pillow turns a TIFF itself. Looking for the tag in a PNG that has none in front would decode all of it.
+    """Return the EXIF orientation of a picture; 1 if it has none that can be read."""
+    # Pillow rotates a TIFF itself. Searching a PNG whose tag is not at its beginning would decode all of it.
     if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
         return 1
     try:
@@ -166,11 +169,11 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _check_header(picture: Image.Image, where: str, field: str) -> None:
-    """Raise InputError for what Pillow opens but does not read as a viewer shows it."""
+    """Raise InputError for pictures that are too large, or that Pillow does not read as a viewer shows them."""
     check(where, field, megapixels=picture.width * picture.height / 1e6)
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
-        if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail of another one
+        if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail
             raise InputError(
                 where, field, "is a camera's raw file, or its first page is a preview only", "export it as JPEG or PNG"
             )
@@ -178,10 +181,10 @@ def _check_header(picture: Image.Image, where: str, field: str) -> None:
 
 @contextlib.contextmanager
 def open_picture(path: str | Path, field: str, content: bytes | None = None, whole: bool = False) -> Iterator[Picture]:
-    """The decoded picture of a file, or of its bytes where they are at hand; whole: at its own size, however large.
+    """Yield the decoded picture of a file, or of its bytes if given; whole: at full size, however large.
 
-    Raises InputError for what is missing, damaged, cut off, too large or of a kind that is not read, also for what a
-    decoder raises while the picture is in use.
+    Raises InputError for a missing, damaged, truncated, too large or unsupported file, also for decoder errors while
+    the picture is in use.
     """
     where = str(path)
     with _refused(where, field):
@@ -216,22 +219,24 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
 
 
 def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
-    """The picture, decoded; one of more than LARGE pixels at a half, a quarter, ... of its size unless `whole`."""
+    """Return the decoded picture; above LARGE pixels at a half, a quarter, ... of its size unless `whole`."""
     size, factor = picture.size, 1
     while size[0] * size[1] > LARGE * factor**2 and not whole:
         factor *= 2
     small = max(1, size[0] // factor), max(1, size[1] // factor)
     if factor > 1:
-        picture.draft(picture.mode, small)  # where the format can
+        picture.draft(picture.mode, small)  # if the format supports it
     picture.load()
     if picture.mode == "P" and picture.palette is None:
         raise ValueError("no palette")
     made = picture
     if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
-        made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow leaves as it is for 16 bits
+        made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow does not convert for 16 bits
     if picture.format == "TIFF" and picture.mode == "P":
         colours = np.array(picture.tag_v2.get(320, ()))  # type: ignore[attr-defined]
-        if colours.max(initial=0) < 256:  # written by programs that take its 16 bits for 8; Pillow shows black
+        if (
+            colours.max(initial=0) < 256
+        ):  # some programs write 8-bit values into the 16-bit palette, which Pillow shows as black
             made.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
     if factor > 1 and made.size == size:
         made = made.resize(small, Image.Resampling.NEAREST)
@@ -240,7 +245,7 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
 
 
 def _header(path: str | Path, field: str) -> tuple[tuple[int, int], int]:
-    """((width, height) as a viewer shows it, EXIF orientation) of a picture file; nothing is decoded."""
+    """Return ((width, height) as a viewer shows it, EXIF orientation) of a picture file, without decoding it."""
     kind = kind_of(path, field)
     with _refused(str(path), field):
 
@@ -254,38 +259,38 @@ def _header(path: str | Path, field: str) -> tuple[tuple[int, int], int]:
 
 
 def image_size(path: str | Path, field: str = "image") -> tuple[int, int]:
-    """(width, height) of a picture file as a viewer shows it, from its header."""
+    """Return the (width, height) of a picture file as a viewer shows it, from its header."""
     return _header(path, field)[0]
 
 
 def is_turned(path: str | Path, field: str = "image") -> bool:
-    """Whether EXIF says that a picture file is stored otherwise than it is shown."""
+    """Return whether EXIF rotates or flips a picture file."""
     return _header(path, field)[1] > 1
 
 
 def read_image(path: str | Path, size: int, field: str = "image") -> np.ndarray:
-    """uint8[size, size, 3]: an RGB picture, bicubic, aspect ratio ignored, what is transparent by its hidden colour.
+    """Return uint8[size, size, 3]: an RGB picture, resized bicubically, ignoring aspect ratio and transparency.
 
-    It is upright: a picture that was taken sideways and says so (EXIF) is turned, as viewers do; the reference reads it
-    as it is stored. Raises InputError.
+    It is upright: EXIF rotation is applied, as viewers do; the reference reads pictures as they are stored. Raises
+    InputError.
     """
     with open_picture(path, field) as picture:
         return np.array(rgb(picture, str(path), field).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def read_picture(path: str | Path, field: str = "image") -> np.ndarray:
-    """uint8[H, W, 3]: the picture that `read_image` resizes, at its own size (of `image_size`), upright.
+    """Return uint8[H, W, 3]: the picture that `read_image` resizes, at its own size (of `image_size`), upright.
 
-    One of more than LARGE pixels comes at a half, a quarter, ... of that. Raises InputError.
+    A picture of more than LARGE pixels is returned at a half, a quarter, ... of its size. Raises InputError.
     """
     with open_picture(path, field) as picture:
         return np.array(rgb(picture, str(path), field))
 
 
 def rgb(picture: Picture, where: str, field: str) -> Image.Image:
-    """A picture of the file `where` in RGB of 8 bits: greys of more bits are scaled, which Pillow cuts off at 255.
+    """Return a picture of the file `where` in 8-bit RGB; greys of more bits are scaled (Pillow would clip them at 255).
 
-    Raises InputError for numbers of no known scale.
+    Raises InputError for values of unknown scale.
     """
     image = picture.image
     if image.mode == "F" or (image.mode == "I" and picture.kind not in ("PNG", "PPM")):
@@ -295,15 +300,15 @@ def rgb(picture: Picture, where: str, field: str) -> Image.Image:
     if image.mode in DEEP:
         grey = np.asarray(image) >> (picture.bits - 8)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    straight = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)  # colours multiplied by their opacity
+    straight = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)  # premultiplied alpha
     image = image.convert(straight) if straight else image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def outline(path: str | Path, field: str = "image") -> str:
-    """What is wrong with a picture file as far as its kind, header and end show it; "" when nothing is.
+    """Return what is wrong with a picture file as far as its kind, header and end show; "" if nothing is.
 
-    Decodes only what seems to be cut off, and finds nothing wrong with what `open_picture` reads.
+    Only pictures that seem truncated are decoded, and everything that `open_picture` reads is accepted.
     """
     try:
         kind = kind_of(path, field)
@@ -316,11 +321,11 @@ def outline(path: str | Path, field: str = "image") -> str:
     return ""
 
 
-# What is beside the pixels.
+# Chunks, segments and metadata of the formats
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, whole chunk) of a PNG, up to its end."""
+    """Yield (kind, whole chunk) of a PNG, up to its end."""
     at = len(kinds.PNG)
     while at + 8 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
@@ -331,8 +336,10 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _pixels_are_whole(content: bytes) -> bool:
-    """Whether no chunk of pixels of a PNG has another checksum than its own, which Pillow does not look at. One that
-    is cut off with the file has none."""
+    """Return whether all complete pixel chunks of a PNG have their checksums, which Pillow does not check.
+
+    A chunk that is cut off with the file has none.
+    """
     return all(
         len(chunk) - 12 < int.from_bytes(chunk[:4], "big")
         or kind != b"IDAT"
@@ -342,13 +349,13 @@ def _pixels_are_whole(content: bytes) -> bool:
 
 
 def _bare_png(content: bytes) -> bytes:
-    """A PNG without its metadata."""
+    """Return a PNG without its metadata."""
     needed = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
     return kinds.PNG + b"".join(chunk for kind, chunk in _png_chunks(content) if kind in needed)
 
 
 def _holds_data(file: BinaryIO) -> bool:
-    """Whether the chunks of a PNG that hold pixels are within the file, up to a checksum or two that nobody needs."""
+    """Return whether the pixel chunks of a PNG lie within the file; the last checksums may be missing."""
     at, size = len(kinds.PNG), file.seek(0, os.SEEK_END)
     while at + 8 <= size:
         file.seek(at)
@@ -362,8 +369,11 @@ def _holds_data(file: BinaryIO) -> bool:
 
 
 class _Segment(NamedTuple):
-    """A part of a JPEG: its marker, where it starts, where its body (a length first) starts and ends, and where the
-    coded data behind that end."""
+    """A part of a JPEG.
+
+    marker: its kind. start: position of the marker. body, header: start and end of its body, which begins with a
+    length. end: end of the coded data after it.
+    """
 
     marker: int
     start: int
@@ -372,7 +382,7 @@ class _Segment(NamedTuple):
     end: int
 
 
-# In coded data: FF 00 stands for FF, and D0 to D7 are marks to restart from.
+# In coded data, FF 00 stands for FF, and D0 to D7 are restart markers.
 _NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _SOS, _EOI, _FRAMES = 0xDA, 0xD9, (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PROGRESSIVE = (0xC2, 0xCA)
@@ -380,11 +390,13 @@ _ARITHMETIC = range(0xC9, 0xD0)
 
 
 def _jpeg_segments(content: bytes, coded: bool = True) -> Iterator[_Segment]:
-    """The segments of the first picture of a JPEG, up to its end or to where they cannot be followed; without `coded`
-    up to the coded data of its first scan, which takes long to look through."""
+    """Yield the segments of the first picture of a JPEG, up to its end or to a fault.
+
+    coded: False stops before the coded data of the first scan, which take long to search.
+    """
     at = 2
-    while found := _NEXT_MARKER.match(content, at):
-        start, body, marker = at, found.end(), content[found.end() - 1]
+    while match := _NEXT_MARKER.match(content, at):
+        start, body, marker = at, match.end(), content[match.end() - 1]
         if marker == _EOI:
             return
         at = header = body + int.from_bytes(content[body : body + 2], "big")
@@ -397,7 +409,7 @@ def _jpeg_segments(content: bytes, coded: bool = True) -> Iterator[_Segment]:
 
 
 def _bare_jpeg(content: bytes) -> bytes:
-    """A JPEG without its metadata, as far as they do not say what its colours are."""
+    """Return a JPEG without its metadata, except the segments that define its colours."""
     kept, segments = content[:2], list(_jpeg_segments(content))
     for marker, start, _, _, end in segments:
         if marker not in (0xFE, *range(0xE1, 0xF0)) or (marker == 0xEE and b"Adobe" in content[start:end]):
@@ -406,7 +418,7 @@ def _bare_jpeg(content: bytes) -> bytes:
 
 
 def _has_end(file: BinaryIO) -> bool:
-    """Whether the mark of its end is anywhere in a JPEG; without it, libjpeg waits for more."""
+    """Return whether a JPEG has an end marker anywhere; without it, libjpeg waits for more data."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 4096))
     if b"\xff\xd9" in file.read():
@@ -416,10 +428,10 @@ def _has_end(file: BinaryIO) -> bool:
 
 
 def _ends_early(picture: Image.Image, content: bytes) -> bool:
-    """Whether a decoded JPEG holds less than its picture needs: libjpeg fills up with grey, and keeps quiet.
+    """Return whether a decoded JPEG lacks data, which libjpeg silently fills with grey.
 
-    Costs next to nothing where one scan holds all and the last pixel has another colour than that grey. Otherwise the
-    picture is decoded again with something behind its data, which changes it only where data are missing.
+    The check costs little when one scan holds everything and the last pixel is not that grey. Otherwise the picture is
+    decoded again with bytes appended to its data, which changes it only where data are missing.
     """
     heads = {segment.marker: segment for segment in _jpeg_segments(content, coded=False)}
     frame = next((heads[marker] for marker in _FRAMES if marker in heads), None)
@@ -434,7 +446,7 @@ def _ends_early(picture: Image.Image, content: bytes) -> bool:
     if frame.marker in _PROGRESSIVE and not _refined(content, frame, scans):
         return True
     if frame.marker in _ARITHMETIC:
-        return False  # encoders leave out zeros at the end: something behind the data changes whole pictures too
+        return False  # encoders omit zeros at the end, so appended bytes change complete pictures too
     filled = content[: scans[-1].end] + b"\x5a\xa3\x1c\x69" * 512 + b"\xff\xd9"
     with Image.open(io.BytesIO(filled), formats=("JPEG",)) as other:
         other.draft(picture.mode, picture.size)
@@ -442,7 +454,7 @@ def _ends_early(picture: Image.Image, content: bytes) -> bool:
 
 
 def _refined(content: bytes, frame: _Segment, scans: Sequence[_Segment]) -> bool:
-    """Whether the scans of a progressive JPEG give every coefficient of every component to its last bit."""
+    """Return whether the scans of a progressive JPEG give every coefficient of every component to its last bit."""
     finest = {content[at]: [99] * 64 for at in range(frame.body + 8, frame.header, 3)}
     for scan in scans:
         first, last, bits = content[scan.header - 3 : scan.header]

@@ -1,4 +1,4 @@
-"""Sound: any file or track to mono samples at 16 kHz."""
+"""Decoding of any audio file or track to mono samples at 16 kHz."""
 
 from __future__ import annotations
 
@@ -32,30 +32,32 @@ from data_pipelines.media.limits import check_sound, limits
 from data_pipelines.media.outline import behind_tags, chained
 
 SAMPLE_RATE = 16000
-SILENT = 1e-4  # of full scale (-80 dB): below it a recording holds nothing but rounding
+SILENT = 1e-4  # of full scale (-80 dB); below it a recording is silent
 _AUDIO_BLOCK = 1 << 16  # samples
-_GENERIC_INDEX = 0x0100  # AVFMT_GENERIC_INDEX of libavformat: nothing in such a file says when a part of it is heard
-_PLANES = 8  # from so many channels on PyAV looks for one more than a frame has, and ends the process
-_LARGE = 1 << 26  # samples of all channels, 256 MB
-_UNKNOWN = 1 << 48  # samples; libsndfile says more of a file that was written to a pipe
+_GENERIC_INDEX = 0x0100  # AVFMT_GENERIC_INDEX of libavformat: such formats have no times
+_PLANES = 8  # from this number of channels on, PyAV reads one too many and crashes
+_LARGE = 1 << 26  # samples of all channels (256 MB)
+_UNKNOWN = 1 << 48  # samples; libsndfile reports more for a file that was written to a pipe
 
 
 def _is_soundfile(start: bytes) -> bool:
-    """Whether libsndfile reads a file that begins so: WAV, FLAC, MP3, Ogg, AIFF, AU, CAF and Wave64."""
+    """Return whether libsndfile reads a file that begins so: WAV, FLAC, MP3, Ogg, AIFF, AU, CAF and Wave64."""
     return (
         start[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"riff") and start[8:11] != b"AVI"
     ) or is_mpeg_audio(start)
 
 
 def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
-    """(mono samples, rate) of a file as libsndfile reads it; None where it cannot."""
+    """Return (mono samples, rate) of a file as libsndfile reads it; None if it cannot."""
     try:
         with soundfile.SoundFile(os.fsencode(os.path.abspath(path))) as file:
             rate, stated, kind = file.samplerate, file.frames, file.format
             if (kind != "MP3" and file.subtype.startswith("MPEG")) or (kind in ("OGG", "FLAC") and chained(path)):
-                return None  # whose ends it does not find
+                return None  # libsndfile does not find their ends
             if kind in ("WAV", "WAVEX") and not stated:
-                return None  # libav reads to the end of the file where a recorder did not come to write the length
+                return (
+                    None  # libav reads to the end of the file where a recorder was stopped before it wrote the length
+                )
             check_sound(path, stated / rate if rate and stated < _UNKNOWN else 0, rate, file.channels)
             in_blocks = stated * file.channels > _LARGE or not file.seekable()
             samples = _blocks(file, path) if in_blocks else file.read(dtype="float32", always_2d=True)
@@ -67,21 +69,23 @@ def _read_soundfile(path: str) -> tuple[np.ndarray, int] | None:
         start = behind_tags(path)
         if not start.startswith(b"fLaC") or not int.from_bytes(start[21:26], "big") & 0xFFFFFFFFF:
             return None
-        # It says how many samples it has: of one that was cut off libav gives what is there.
+        # The file states its number of samples; libav would return a truncated file without an error.
         problem = f"cannot be decoded ({error.__class__.__name__}); the file is damaged or incomplete"
         raise InputError(path, "audio", problem, AGAIN) from None
-    exact = kind not in ("MP3", "OGG")  # else the number is guessed
+    exact = kind not in ("MP3", "OGG")  # for the others the number is an estimate
     if len(samples) < (1 if exact else 0.9) * stated < _UNKNOWN:
         raise InputError(
             path, "audio", f"only {len(samples)} of {stated} samples can be decoded; the file is truncated", AGAIN
         )
-    # Channel by channel: NumPy's mean of the few values side by side takes longer than reading the file.
+    # NumPy's mean over the interleaved channels would take longer than reading the file.
     return _mean(samples), rate
 
 
 def _check_rate(path: str, rate: int) -> None:
-    """Raise InputError for a FLAC whose first frame, which has a checksum, is of another rate than its head, which has
-    none and which libsndfile goes by."""
+    """Raise InputError for a FLAC whose first frame, which has a checksum, states another rate than its header.
+
+    The header has no checksum, and libsndfile uses its rate.
+    """
     with opened(path, "audio") as container:
         stream = sound_stream(container, path)
         decode_alone(stream)
@@ -96,14 +100,16 @@ def _check_rate(path: str, rate: int) -> None:
 
 
 def _mean(samples: np.ndarray) -> np.ndarray:
-    """float32[N]: the mean of the channels of float32[N, C]."""
+    """Return float32[N]: the mean of the channels of float32[N, C]."""
     with np.errstate(over="ignore"):  # infinite samples are refused
         return sum(samples.T[1:], samples.T[0]) / samples.shape[1]
 
 
 def _blocks(file: soundfile.SoundFile, path: str) -> np.ndarray:
-    """float32[N, 1]: the mean of the channels of a file that is large, does not say how many samples it has, or in
-    whose codec nothing can be looked up (GSM); all its channels are never held at once."""
+    """Return float32[N, 1]: the mean of the channels, read in blocks so that all channels are never held at once.
+
+    For files that are large, do not state their number of samples, or have a codec without seeking (GSM).
+    """
     blocks, count = [np.zeros((0, 1), np.float32)], 0
     while len(block := file.read(_AUDIO_BLOCK, dtype="float32", always_2d=True)):
         blocks.append(_mean(block)[:, None])
@@ -113,10 +119,10 @@ def _blocks(file: soundfile.SoundFile, path: str) -> np.ndarray:
 
 
 def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
-    """The samples that libsndfile reads of an mp3, with those that it leaves out.
+    """Return the samples that libsndfile reads from an mp3, including those that it would leave out.
 
-    It takes the number of frames from the index, which may be that of the first of several joined files, and without
-    one guesses it from the first frames. So it is given an index of all frames.
+    It takes the number of frames from the index, which may be that of the first of several joined files, and without an
+    index estimates it from the first frames. Therefore it is given an index of all frames.
     """
     with open(path, "rb") as file:
         content = file.read()
@@ -129,13 +135,16 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
         every = file.read(dtype="float32", always_2d=True)
     if frames.stated or every.shape[1] != samples.shape[1]:
         return every
-    # With an index, the delay of the decoder is taken off the start.
+    # With an index, libsndfile removes the decoder's delay at the start.
     return np.concatenate([samples, every[len(samples) - (frames.whole * frames.samples - len(every)) :]])
 
 
 class _Track(NamedTuple):
-    """A decoded audio track: mono samples float32[N] at `rate`; first: when the first is heard on the file's clock, in
-    seconds, None for unknown; times: of the frames of the film that it belongs to, None where there is none."""
+    """A decoded audio track.
+
+    mono: samples float32[N] at `rate`. first: time of the first sample on the file's clock in seconds, None if unknown.
+    times: of the frames of the film that it belongs to, None without one.
+    """
 
     mono: np.ndarray
     rate: int
@@ -144,8 +153,10 @@ class _Track(NamedTuple):
 
 
 def _read_track(path: str | Path, timed: bool) -> _Track:
-    """The audio track of a container that players play; `timed`: with silence in its holes, and the times of the
-    pictures."""
+    """Return the audio track of a container that players play.
+
+    timed: with silence in its gaps, and with the times of the pictures.
+    """
     with opened(path, "audio") as container:
         stream = sound_stream(container, path)
         pictures = pictures_of(container) if timed else None
@@ -175,33 +186,34 @@ def _read_track(path: str | Path, timed: bool) -> _Track:
 
 
 def _kind(frame: av.AudioFrame) -> tuple[int, int, str]:
-    """(rate, channels, format) of a frame. All may change within a track: broadcasts, files behind each other."""
+    """Return (rate, channels, format) of a frame; they may change within a track (broadcasts, joined files)."""
     return frame.sample_rate, frame.layout.nb_channels, frame.format.name
 
 
 class _Part:
-    """Decoded frames of one `kind`, put together."""
+    """Consecutive decoded frames of one `kind`."""
 
     def __init__(self, like: av.AudioFrame):
         self.kind = _kind(like)
-        self._together = self.kind[1] if self.kind[1] >= _PLANES else 0  # channels that lie side by side
+        self._together = self.kind[1] if self.kind[1] >= _PLANES else 0  # number of channels, if they are interleaved
         self._to_float, self._waiting = av.AudioResampler("flt" if self._together else "fltp"), av.AudioFifo()
         self._mono: list[np.ndarray] = [np.zeros(0, np.float32)]
 
     def add(self, frame: av.AudioFrame) -> None:
+        """Append a frame."""
         for out in self._to_float.resample(frame):
-            out.pts = None  # else the fifo takes a gap for an error
+            out.pts = None  # otherwise the fifo treats a gap as an error
             self._waiting.write(out)
-        if self._waiting.samples >= _AUDIO_BLOCK:  # few large arrays are converted faster than many small ones
+        if self._waiting.samples >= _AUDIO_BLOCK:  # converting few large arrays is faster than many small ones
             self._take()
 
     def rest(self, samples: int) -> None:
-        """Silence comes next."""
+        """Append silence."""
         self._take()
         self._mono.append(np.zeros(samples, np.float32))
 
     def samples(self) -> np.ndarray:
-        """float32[N], mono."""
+        """Return float32[N], mono."""
         self._take()
         return np.concatenate(self._mono)
 
@@ -214,12 +226,12 @@ class _Part:
 
 
 def _heard(frame: av.AudioFrame) -> Fraction | None:
-    """When a frame is heard on the clock of its file, in seconds; None for unknown."""
+    """Return the time of a frame on the clock of its file, in seconds; None if unknown."""
     return frame.pts * frame.time_base if frame.pts is not None and frame.time_base else None
 
 
 def _seconds(frame: av.AudioFrame) -> float | None:
-    """`_heard` as a float, the same to its last bit: sums of fractions would take a fifth of the time of decoding."""
+    """Return `_heard` as a float, equal to the last bit; sums of fractions would take a fifth of the decoding time."""
     tick = frame.time_base
     if frame.pts is None or tick is None:
         return None
@@ -227,26 +239,28 @@ def _seconds(frame: av.AudioFrame) -> float | None:
 
 
 def _holes(container: av.container.InputContainer) -> Holes:
-    """AVI and streams without a container (ADTS, AC-3) have no times of sound: libav makes them up from the bytes and
-    the first rate, so what looks like a hole is none."""
+    """Return a `Holes` for a container.
+
+    AVI and streams without a container (ADTS, AC-3) have no times of sound: libav derives them from byte positions and
+    the first rate, so apparent gaps are none.
+    """
     splices = videos.splices(container)
     made_up = container.format.name == "avi" or (container.format.flags & _GENERIC_INDEX and not splices)
     return Holes(0 if made_up else clocks.LONGEST, clocks.SPLICE if splices else clocks.LONGEST)
 
 
 def read_audio(path: str | Path) -> np.ndarray:
-    """float32[N] mono at 16 kHz: the mean of the channels, then soxr HQ, as librosa.load does.
+    """Return float32[N] mono at 16 kHz: the mean of the channels, resampled by soxr HQ, as librosa.load does.
 
-    What is WAV, FLAC, MP3 or Ogg by its content is read by libsndfile; from any other file (MP4, AAC, WebM) the audio
-    track is taken that players play, from its first sample on, whatever its times: `clip_sound` puts it in step with
-    pictures.
-    Raises InputError for a missing, damaged, truncated or empty file, and for one without an audio track.
+    WAV, FLAC, MP3 and Ogg (by content) are read by libsndfile; from other files (MP4, AAC, WebM) the audio track that
+    players play is taken, from its first sample, whatever its times: `clip_sound` aligns it with the pictures. Raises
+    InputError for a missing, damaged, truncated or empty file, and for one without an audio track.
     """
     return _resampled(path, timed=False)[0]
 
 
 def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | None, FrameTimes | None]:
-    """float32[N] at 16 kHz, and the `first` and `times` of its `_Track`."""
+    """Return float32[N] at 16 kHz, and the `first` and `times` of its `_Track`."""
     path = whole(path, "audio")
     sound = _read_soundfile(path) if _is_soundfile(behind_tags(path)) else None
     track = _Track(*sound, None, None) if sound else _read_track(path, timed)
@@ -269,7 +283,7 @@ def _resampled(path: str | Path, timed: bool) -> tuple[np.ndarray, Fraction | No
 
 
 def cancels(path: str | Path) -> bool:
-    """Whether the channels of a sound are each other's opposite, so that their mean, which is read, is next to nothing.
+    """Return whether the channels of a sound cancel each other out, so that their mean is nearly silent.
 
     Raises InputError as `read_audio` does.
     """
@@ -284,24 +298,26 @@ def cancels(path: str | Path) -> bool:
 
 
 class Heard(NamedTuple):
-    """A sound and where it stands on the clock of its pictures. samples: float32[N] at 16 kHz from its first one on,
-    with silence in its holes; start: seconds from the first picture to it; seconds: those of the pictures, 0 for
-    unknown or none."""
+    """A sound and its place on the clock of its pictures.
+
+    samples: float32[N] at 16 kHz from its first one on, with silence in its gaps. start: seconds from the first picture
+    to the first sample. seconds: length of the pictures, 0 if unknown or without pictures.
+    """
 
     samples: np.ndarray
     start: float
     seconds: float
 
     def placed(self) -> np.ndarray:
-        """float32[N]: in step with the pictures, see `clock.place`."""
+        """Return float32[N]: the sound aligned with the pictures, see `clock.place`."""
         return clocks.place(self.samples, self.start, self.seconds, SAMPLE_RATE)
 
     def start_remark(self) -> str:
-        """What `placed` does about the start of the sound, "" for nothing to speak of."""
+        """Return what `placed` does at the start of the sound, "" if negligible."""
         return clocks.start_remark(self.start)
 
     def end_remark(self) -> str:
-        """What `placed` does about the end of the sound, "" for nothing."""
+        """Return what `placed` does at the end of the sound, "" if nothing."""
         end = len(self.samples) / SAMPLE_RATE + (self.start if abs(self.start) > clocks.START else 0.0)
         if not self.seconds or abs(end - self.seconds) <= clocks.END:
             return ""
@@ -310,12 +326,12 @@ class Heard(NamedTuple):
 
 
 def is_own(sound: str | Path, video: str | Path | None) -> bool:
-    """Whether a sound is the track of its own film, and not a file beside a `video`."""
+    """Return whether a sound is the track of its own film, and not a separate file beside a `video`."""
     return not video or os.path.abspath(sound) == os.path.abspath(video)
 
 
 def hear(path: str | Path, video: str | Path | None = None) -> Heard:
-    """The sound of a clip: the track of a film, or a file beside a `video`, which begins with its pictures.
+    """Return the sound of a clip: the track of a film, or a file beside a `video`, which begins with its pictures.
 
     Raises InputError as `read_audio` does, and as `read_video` for the `video`.
     """
@@ -329,14 +345,15 @@ def hear(path: str | Path, video: str | Path | None = None) -> Heard:
 
 
 def clip_sound(path: str | Path, video: str | Path | None = None, clock: str = "shown") -> np.ndarray:
-    """float32[N]: the sound of a clip at 16 kHz, in step with its pictures and as long as they are, see `clock.place`;
-    with the clock "counted" what `read_audio` gives. Raises InputError as `hear` does."""
+    """Return float32[N] at 16 kHz: the sound of a clip, aligned with its pictures and of their length (`clock.place`).
+
+    With the clock "counted" this is the result of `read_audio`. Raises InputError as `hear` does.
+    """
     return read_audio(path) if clock == "counted" else hear(path, video).placed()
 
 
 def timing(path: str | Path) -> Timing:
-    """The clock of a video file: its frames are not decoded, of its sound the first only. Raises InputError as
-    `read_video` does."""
+    """Return the clock of a video file, without decoding its frames. Raises InputError as `read_video` does."""
     times, first, sound = videos.video_times(path), None, None
     with opened(path, "video") as container:
         if (stream := sound_of(container)) is not None:

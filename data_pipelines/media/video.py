@@ -1,4 +1,4 @@
-"""Frames of a video: which are taken, decoding them, and how the whole file is."""
+"""Decoding of video frames: the chosen ones, or all of them to check a file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from data_pipelines.media.container import AGAIN, demuxed, film_stream, opened, 
 from data_pipelines.media.limits import check
 
 _TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT of libavformat
-_REMEMBERED = 64  # files whose times of frames are kept: the sound of a clip is read after its pictures
+_REMEMBERED = 64  # number of files whose frame times are kept, because the sound of a clip is read after its pictures
 _remembered: dict[tuple[str, int, int], FrameTimes] = {}
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Quarter turns to the left that put a frame upright: phones film sideways and say so. Players and decord do it."""
+    """Return the number of left quarter turns that make a frame upright: phones store rotated films."""
     return round(frame.rotation / 90) % 4
 
 
 def video_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a video file as a player shows it."""
+    """Return the (width, height) of a video file as a player shows it."""
     with opened(path, "video") as container:
         stream = film_stream(container, path)
         frame = next(container.decode(stream), None)
@@ -40,16 +40,16 @@ def video_size(path: str | Path) -> tuple[int, int]:
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[av.Packet], int]:
-    """The coded frames in the order of the file, and how many of them are shown: an edit list may hide some."""
+    """Return the coded frames in file order, and the number of them that are shown (an edit list may hide some)."""
     packets = [packet for packet in demuxed(container, stream) if packet.size]
     return packets, sum(not packet.is_discard for packet in packets)
 
 
 def _declared(container: av.container.InputContainer, stream: av.VideoStream, packets: int, hidden: int) -> int:
-    """How many frames the index says are shown, 0 where nothing says.
+    """Return the number of frames shown according to the index, 0 if unknown.
 
-    It counts what an edit list hides, as `hidden` does, and in an MP4 what a list leaves out altogether; in an AVI,
-    frames that repeat the one before and have no packet.
+    The index counts frames hidden by an edit list (`hidden`), in an MP4 also frames that the list omits, and in an AVI
+    frames that repeat the previous one and have no packet.
     """
     declared = stream.frames
     if container.format.name.startswith("mov") and len(stream.index_entries):
@@ -60,11 +60,11 @@ def _declared(container: av.container.InputContainer, stream: av.VideoStream, pa
 
 
 def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
-    """Which packets must be decoded for the shown frames `numbers` (in the order of showing), and time -> number of
-    those.
+    """Return the packets to decode for the shown frames `numbers`, and {time: number} of these frames; None if unknown.
 
-    From every group of frames that starts with a key frame and refers to no other group, those up to the last wanted
-    one, hidden ones too: what is shown may refer to them. None when the times do not tell.
+    Packets form groups that start with a key frame and refer to no other group; of each group the packets up to the
+    last wanted frame are needed, including hidden ones, which may be referred to. None is returned when the times do
+    not determine this.
     """
     times = [packet.pts for packet in packets if packet.pts is not None]
     if (
@@ -78,7 +78,7 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
     wanted = {order[number]: number for number in numbers}
     starts, latest = [0], times[0]
     for place in range(1, len(packets)):
-        # A group starts where all before it are shown earlier.
+        # A group starts where all earlier packets are shown earlier.
         if packets[place].is_keyframe and latest < times[place]:
             starts.append(place)
         latest = max(latest, times[place])
@@ -86,7 +86,9 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
     merged: list[range] = []
     for group in groups:
         if merged and min(times[place] for place in group) < times[group.start]:
-            merged[-1] = range(merged[-1].start, group.stop)  # shows frames before its key frame: refers back
+            merged[-1] = range(
+                merged[-1].start, group.stop
+            )  # some frames are shown before the key frame, so the group refers back
         else:
             merged.append(group)
     decoded: set[int] = set()
@@ -97,21 +99,21 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
 
 
 def _only_decoding_times(packets: Sequence[av.Packet]) -> bool:
-    """Whether frames may be shown in another order than they are stored in, and the times say the latter only."""
+    """Return whether frames may be shown in another order than stored while the file has decoding times only."""
     stream = packets[0].stream
     return stream.container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
 
 def _changes_decoder(packet: av.Packet) -> bool:
-    """Whether a packet brings new parameters, which all after it need."""
+    """Return whether a packet brings new decoder parameters, which all packets after it need."""
     return packet.is_keyframe and packet.has_sidedata("new_extradata")
 
 
 def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
-    """uint8[size, size, 3]: a frame, upright. Frames of a video share a `scaler`, which is slow to set up."""
+    """Return uint8[size, size, 3]: a frame, upright. Frames of a video share a `scaler`, which is slow to set up."""
     if frame.is_corrupt:
         raise EOFError("a frame that is taken is damaged")
-    # Bilinear, because it is what decord's VideoReader(width=, height=) does; in this thread, as the decoding.
+    # Bilinear as in decord's VideoReader(width=, height=); in this thread, like the decoding.
     small = scaler.reformat(frame, size, size, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray()
     return np.rot90(small, _quarter_turns(frame))
 
@@ -119,14 +121,14 @@ def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndar
 def _decode_needed(
     stream: av.VideoStream, packets: Sequence[av.Packet], decoded: set[int], wanted: Mapping[int, int], size: int
 ) -> dict[int, np.ndarray]:
-    """Number -> frame, resized, of those of the `wanted` times that decoding the packets `decoded` gives."""
+    """Return {number: resized frame} of the `wanted` times, by decoding only the packets `decoded`."""
     picked: dict[int, np.ndarray] = {}
     context, running, scaler = stream.codec_context, False, VideoReformatter()
 
     def take(frames: Sequence[av.VideoFrame]) -> None:
         picked.update((wanted[f.pts], _small(f, size, scaler)) for f in frames if f.pts is not None and f.pts in wanted)
 
-    begins = False  # a group in the midst of the film: its first frame is to come
+    begins = False  # whether the next frame is the first of a group inside the film
     for place, packet in enumerate([*packets, None]):
         if place in decoded:
             begins = begins or (place > 0 and not running)
@@ -138,7 +140,7 @@ def _decode_needed(
             continue
         if begins and frames:
             if not frames[0].key_frame:
-                return {}  # it refers back: the file calls too many frames key frames
+                return {}  # the group refers back: the file marks too many frames as key frames
             begins = False
         take(frames)
         if len(picked) == len(wanted):
@@ -147,7 +149,7 @@ def _decode_needed(
 
 
 def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int, np.ndarray], FrameTimes]:
-    """The wanted frames, resized, by their place among all that are decoded, and when those are shown."""
+    """Decode everything; return the wanted frames, resized, by their numbers, and the times of all frames."""
     picked, stamps, scaler = {}, list[Stamp](), VideoReformatter()
     with opened(path, "video") as container:
         stream = film_stream(container, path)
@@ -160,32 +162,34 @@ def _decode_all(path: str | Path, wanted: set[int], size: int) -> tuple[dict[int
 
 
 def read_video(path: str | Path, count: int, size: int, clock: str = "shown") -> np.ndarray:
-    """uint8[n, size, size, 3]: the RGB frames that are shown at i / count of a video, aspect ratio ignored.
+    """Return uint8[n, size, size, 3]: the RGB frames shown at i / count of a video, ignoring the aspect ratio.
 
-    n is `count`, but no more than a video of a constant rate has. With the clock "counted" they are the frames
-    i * total // n of all. See `clock.chosen`. Source: dataset/video_processor.py (decord, which resizes while
-    decoding); docs/datasets.md has the tolerance. Raises InputError for a missing, damaged or truncated file, one
-    without a video stream, and one without frames.
+    n is `count`, or the number of frames if a video of constant rate has fewer. With the clock "counted" they are the
+    frames i * total // n; see `clock.chosen`. Source: dataset/video_processor.py (decord, which resizes while
+    decoding); docs/datasets.md gives the tolerance. Raises InputError for a missing, damaged or truncated file, and for
+    one without a video stream or frames.
     """
     return _read(path, lambda times: clocks.chosen(times, count, clock), size)
 
 
 def read_moment(path: str | Path, part: int, parts: int, size: int) -> np.ndarray:
-    """uint8[size, size, 3]: the RGB frame that is shown at `part` / `parts` of a video. Raises InputError as
-    `read_video` does."""
+    """Return uint8[size, size, 3]: the RGB frame shown at `part` / `parts` of a video.
+
+    Raises InputError as `read_video` does.
+    """
     return _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)[0]
 
 
 def moment_picture(path: str | Path, part: int, parts: int) -> Image.Image:
-    """The frame of `read_moment` at the video's own size."""
+    """Return the frame of `read_moment` at the video's own size."""
     size = video_size(path)
     return Image.fromarray(read_moment(path, part, parts, max(size))).resize(size, Image.Resampling.LANCZOS)
 
 
 def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int) -> np.ndarray:
-    """uint8[n, size, size, 3]: the frames whose numbers `choose` gives.
+    """Return uint8[n, size, size, 3]: the frames whose numbers `choose` returns.
 
-    All coded frames of the file are held (opening it twice costs more), and only what those frames need is decoded;
+    All coded frames of the file are held in memory (opening it twice costs more), and only those needed are decoded;
     `watch` finds damage anywhere.
     """
     with opened(path, "video") as container:
@@ -201,21 +205,21 @@ def _read(path: str | Path, choose: Callable[[FrameTimes], list[int]], size: int
             if numbers and len(picked) == len(set(numbers)):
                 _remember(path, times)
                 return np.stack([picked[number] for number in numbers])
-    while True:  # what the container says is off: decode everything, and choose again from what there is
-        picked, found = _decode_all(path, set(numbers), size)
-        _check_frames(len(found.ticks), declared, path)
-        if len(found.ticks) == len(times.ticks) and all(number in picked for number in numbers):
+    while True:  # the container's index is wrong: decode everything and choose again
+        picked, actual = _decode_all(path, set(numbers), size)
+        _check_frames(len(actual.ticks), declared, path)
+        if len(actual.ticks) == len(times.ticks) and all(number in picked for number in numbers):
             _remember(path, times)
             return np.stack([picked[number] for number in numbers])
-        times = found
+        times = actual
         numbers = choose(times)
 
 
-# When frames are shown.
+# Times of frames
 
 
 def times_of(stamps: Iterable[Stamp], stream: av.VideoStream, path: str | Path) -> FrameTimes:
-    """The times of the shown frames of the stream of a file, in the order of the file."""
+    """Return the times of the shown frames of a stream, in file order."""
     given = [*stamps], stream.time_base, stream.average_rate or stream.guessed_rate, splices(stream.container)
     times = clocks.frame_times(*given)
     times = clocks.frame_times(*given, _end_of_sound(path)) if clocks.is_held(times) else times
@@ -224,7 +228,7 @@ def times_of(stamps: Iterable[Stamp], stream: av.VideoStream, path: str | Path) 
 
 
 def _end_of_sound(path: str | Path) -> Fraction | None:
-    """The second, on the file's own clock, at which its audio track ends; None for none."""
+    """Return the time in seconds, on the file's own clock, at which its audio track ends; None without one."""
     with opened(path, "video") as container:
         stream = sound_of(container)
         if stream is None or not stream.time_base:
@@ -235,22 +239,22 @@ def _end_of_sound(path: str | Path) -> Fraction | None:
 
 
 def shown(packets: Iterable[av.Packet]) -> list[Stamp]:
-    """What the container says of the frames of packets that are not hidden."""
+    """Return the container's times of the packets that are shown."""
     return [stamp(packet) for packet in packets if packet.size and not packet.is_discard]
 
 
 def stamp(coded: av.Packet | av.VideoFrame) -> Stamp:
-    """What the container says of a frame."""
+    """Return the container's times of a packet or frame."""
     return Stamp(coded.pts, coded.dts if isinstance(coded, av.Packet) else coded.pts, coded.duration or 0)
 
 
 def splices(container: av.container.Container) -> bool:
-    """Whether times may start anew in the middle of such a file, as in MPEG streams that were put behind each other."""
+    """Return whether times may restart in the middle of such a file, as in joined MPEG streams."""
     return bool(container.format.flags & _TS_DISCONT)
 
 
 def video_times(path: str | Path) -> FrameTimes:
-    """When the frames of a video are shown, without decoding them. Raises InputError as `read_video` does."""
+    """Return the times of the frames of a video, without decoding them. Raises InputError as `read_video` does."""
     if (known := remembered_times(path)) is None:
         with opened(path, "video") as container:
             stream = film_stream(container, path)
@@ -266,9 +270,11 @@ def video_times(path: str | Path) -> FrameTimes:
 
 
 def begins_whole(first: av.Packet | None, frames: Iterable[Stamp]) -> bool:
-    """Whether the first coded frame stands for itself, and none of the shown `frames` comes before it. Of what was
-    recorded or cut in the middle of a broadcast decoders leave out what refers to frames that are not there: only they
-    know when it begins."""
+    """Return whether the first coded frame is a key frame, and none of the shown `frames` precedes it.
+
+    In recordings that begin in the middle of a broadcast, decoders drop frames that refer to missing ones, so only
+    decoding shows where the video begins.
+    """
     return first is None or (
         first.is_keyframe
         and not any(first.pts is not None and frame.pts is not None and frame.pts < first.pts for frame in frames)
@@ -276,12 +282,12 @@ def begins_whole(first: av.Packet | None, frames: Iterable[Stamp]) -> bool:
 
 
 def _key(path: str | Path) -> tuple[str, int, int]:
-    found = os.stat(path)
-    return os.path.abspath(path), found.st_mtime_ns, found.st_size
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size
 
 
 def remembered_times(path: str | Path) -> FrameTimes | None:
-    """The times of a file that was read lately."""
+    """Return the times of a file that was read recently, or None."""
     return _remembered.get(_key(path)) if os.path.isfile(path) else None
 
 
@@ -300,8 +306,11 @@ def _check_frames(decoded: int, declared: int, path: str | Path) -> None:
 
 
 class Watched(NamedTuple):
-    """A video, seen to its end. frames: how many, damaged: those that the decoder guessed parts of; seconds from the
-    first to the end of the last; (width, height) as a player shows it."""
+    """A video, decoded to its end.
+
+    frames: number of frames. damaged: frames of which the decoder guessed parts. seconds: from the first frame to the
+    end of the last. size: (width, height) as a player shows it.
+    """
 
     frames: int
     damaged: int
@@ -310,7 +319,7 @@ class Watched(NamedTuple):
 
 
 def watch(path: str | Path) -> Watched:
-    """Decode every frame of a video and keep none. Raises InputError as `read_video` does."""
+    """Decode every frame of a video without keeping any. Raises InputError as `read_video` does."""
     damaged = packets = hidden = 0
     stamps, size = list[Stamp](), (0, 0)
     with opened(path, "video") as container:

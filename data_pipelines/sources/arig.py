@@ -1,8 +1,8 @@
 """Audio-referred image grounding: the box of the sounding object, from the masks of AVSBench's single-source part.
 
-Crab's own `v1s_grounding_samples.json` was not published; as far as it is known it holds the same: one entry per
-picture with a mask, the first and the last column and row of its foreground at 224 x 224 (so the far edge is inclusive,
-as in the public s4_box.json), and pictures without foreground are left out. Where that file lies in place of
+Crab's own `v1s_grounding_samples.json` was not published; as far as is known its content is the same: one entry per
+picture with a mask, with the first and last column and row of its foreground at 224 x 224 (so the far edge is
+inclusive, as in the public s4_box.json), without pictures that have no foreground. If that file exists in place of
 metadata.csv, its boxes are read.
 """
 
@@ -25,20 +25,20 @@ from data_pipelines.sources.release import Found, Release, Row, each, safe_name
 
 Box = tuple[int, int, int, int]
 LIST, NOWHERE = "v1s_grounding_samples.json", 1000
-_FRAME = re.compile(r"(?:^|/)v1s/([^/]+)/frames/([0-4])\.jpg$")  # behind a folder of another machine
+_FRAME = re.compile(r"(?:^|/)v1s/([^/]+)/frames/([0-4])\.jpg$")  # after a folder of another machine
 
 
 def read(release: Release, split: str, variant: str, part: str = "semantic") -> Iterator[Found]:
-    """Examples of task `arig`; meta: object, box, video. part: "semantic" (v1s, as Crab) or "object" (S4)."""
+    """Yield Examples of task `arig`; meta: object, box, video. part: "semantic" (v1s, as Crab) or "object" (S4)."""
     if part == "semantic" and release.kind(LIST) and not release.kind("metadata.csv"):
         yield from each(release.records(LIST), lambda row: _listed(release, row, split, variant))
         return
     clips = s4_clips(release, split) if part == "object" else semantic_clips(release, split, "v1s", "labels_semantic")
-    for clip, second, found in _boxes(release, clips):
-        if isinstance(found, InputError):
-            yield found
-        elif found and isinstance(clip, Clip):
-            yield _example(clip, second, found, variant)
+    for clip, second, box in _boxes(release, clips):
+        if isinstance(box, InputError):
+            yield box
+        elif box and isinstance(clip, Clip):
+            yield _example(clip, second, box, variant)
 
 
 def _example(clip: Clip, second: int, box: Box, variant: str) -> Example:
@@ -57,11 +57,11 @@ def _example(clip: Clip, second: int, box: Box, variant: str) -> Example:
 
 
 def _listed(release: Release, row: Row, split: str, variant: str) -> Iterator[Example]:
-    """The Example of one entry of Crab's list, in `split` and with foreground (its x1 is 1000 without)."""
+    """Yield the Example of one entry of Crab's list, if it is in `split` and has foreground (else its x1 is 1000)."""
     if row.one_of("split", SPLITS) != split:
         return
-    found = _FRAME.search(row.text("frame_path"))
-    if not found or not safe_name(found[1]):
+    match = _FRAME.search(row.text("frame_path"))
+    if not match or not safe_name(match[1]):
         raise row.error("frame_path", f"is {row.text('frame_path')!r:.80}", "must end in v1s/<uid>/frames/<0..4>.jpg")
     corners: list[Any] = [row.values.get(field) for field in ("top_left", "bottom_right")]
     if not all(isinstance(corner, list) and len(corner) == 2 for corner in corners):
@@ -72,17 +72,18 @@ def _listed(release: Release, row: Row, split: str, variant: str) -> Iterator[Ex
     x1, y1, x2, y2 = (places.integer(field, 0, arig.SIZE) for field in places.values)
     if x1 > x2 or y1 > y2:
         raise row.error("bottom_right", f"is {corners[1]}, before {corners[0]}", "give the corners in order")
-    at = release.inside(f"v1s/{found[1]}", row.where, "frame_path")
+    folder = release.inside(f"v1s/{match[1]}", row.where, "frame_path")
     if not (objects := object_names(row.values.get("a_obj"))):
         release.note(row.where, "a_obj", f"is {row.values.get('a_obj')!r:.60}, which names no known object")
-    clip = Clip(found[1], objects, tuple(f"{at}/frames/{k}.jpg" for k in range(5)), (), f"{at}/audio.wav", row)
-    yield _example(clip, int(found[2]), (x1, y1, x2, y2), variant)
+    frames = tuple(f"{folder}/frames/{k}.jpg" for k in range(5))
+    clip = Clip(match[1], objects, frames, (), f"{folder}/audio.wav", row)
+    yield _example(clip, int(match[2]), (x1, y1, x2, y2), variant)
 
 
 def _boxes(
     release: Release, clips: Iterable[Clip | InputError]
 ) -> Iterator[tuple[Clip | InputError, int, Box | None | InputError]]:
-    """(clip, second, its box) of every mask, in order. The masks are decoded by threads."""
+    """Yield (clip, second, box) of every mask, in order; threads decode the masks."""
     tasks = [
         (clip, second) for clip in clips for second in range(1 if isinstance(clip, InputError) else len(clip.masks))
     ]
@@ -100,11 +101,11 @@ def _boxes(
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (clip, second), found in zip(tasks, pool.map(box_at, tasks), strict=True):
-            yield clip, second, found
+        for (clip, second), box in zip(tasks, pool.map(box_at, tasks), strict=True):
+            yield clip, second, box
 
 
 def box_of(mask: np.ndarray) -> Box | None:
-    """(x1, y1, x2, y2) of the foreground of a mask [H,W], both edges inclusive; None without foreground."""
+    """Return (x1, y1, x2, y2) of the foreground of a mask [H,W], both edges inclusive; None without foreground."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])) if rows.size else None

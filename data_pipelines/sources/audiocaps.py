@@ -1,11 +1,11 @@
 """AudioCaps (Kim et al. 2019, cdjkim/audiocaps): captions of ten-second sounds, for audio alignment.
 
     dataset/{train,val,test}.csv      audiocap_id,youtube_id,start_time,caption (CRLF), here or in dataset/
-    data/<audiocap_id>.wav            any of a clip's ids will do: val and test clips have five captions each
+    data/<audiocap_id>.wav            any of a clip's ids: val and test clips have five captions each
 
-The released code of Crab reads `train.json` and `val.json` with these fields, but for youtube_id, which no project
-publishes; they are read too. Without youtube_id each caption is a clip of its own, as it is there. It trains on both:
-split "train+val".
+Also read are the `train.json` and `val.json` of Crab's released code, which have these fields except youtube_id, but
+which nobody publishes. Without youtube_id each caption counts as a clip, as in that code. It trains on both: split
+"train+val".
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `avcap` without pictures, one per clip; meta: captions (the first is the target), video.
+    """Yield Examples of task `avcap` without pictures, one per clip; meta: captions (the first is the target), video.
 
-    The windows are tenths of the clip: seconds of one of ten seconds.
+    The windows are tenths of the clip: seconds of a ten-second clip.
     """
     clips: dict[str, list[Row]] = {}
     seen: set[int] = set()
@@ -56,12 +56,12 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
 
 def _video(row: Row, listed: bool) -> str:
-    """The YouTube id; "" where a list of Crab's has none."""
+    """Return the YouTube id; "" where a list of Crab's has none."""
     return "" if listed and row.values.get("youtube_id") is None else row.name("youtube_id", "r1nicOVtvkQ")
 
 
 def _clip(row: Row, listed: bool) -> str:
-    """What names the clip of a row: its video and start."""
+    """Return a name of a row's clip: its video and start."""
     if not (video := _video(row, listed)):
         return str(row.integer("audiocap_id", 0, 10**9))
     return f"{video}_{row.integer('start_time', 0, 10**6)}"

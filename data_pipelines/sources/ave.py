@@ -3,9 +3,9 @@
     Annotations.txt  trainSet.txt  valSet.txt  testSet.txt  AVE/<VideoID>.mp4
 
 Split files hold `Category&VideoID&Quality&StartTime&EndTime`, with or without that header. The end second is exclusive.
-A video with two events is two rows, some of them in different splits; a row, not a video, is a sample. Instead of them
-Crab's lists are read, `[valid_]<split>_samples.json` of {event, vid, start_time, end_time}; its audio_data/<vid>.mp3 is
-heard where it lies there.
+A video with two events has two rows, sometimes in different splits; a row, not a video, is a sample. Instead of these
+files Crab's lists are read, `[valid_]<split>_samples.json` of {event, vid, start_time, end_time}; its
+audio_data/<vid>.mp3 is used if it exists.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ CATEGORIES = (
     "Mandolin",
 )
 COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
-SAMPLE = ("event", "vid", "start_time", "end_time")  # the same of Crab's lists
+SAMPLE = ("event", "vid", "start_time", "end_time")  # the corresponding fields of Crab's lists
 FILES = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `ave`; meta: event, start, end, video."""
-
+    """Yield Examples of task `ave`; meta: event, start, end, video."""
     name = release.annotation(FILES[split], *sample_lists(split, "ave_data"))
     listed = name.endswith(".json")
     category, clip, starts, ends = SAMPLE if listed else (*COLUMNS[:2], *COLUMNS[3:])
@@ -64,7 +63,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         start, end = row.integer(starts, 0, ave.SECONDS), row.integer(ends, 0, ave.SECONDS)
         if row.unended and end == 1:  # no released event lasts one second
             raise row.error(ends, "is 1, and the file ends there without a line end: was it 10?", "copy the file again")
-        if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: all background
+        if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: background only
             raise row.error(ends, f"the event lasts from {start} to {end}", "the end must come after the start")
         yield Example(
             id=f"{video}-{CATEGORIES.index(event)}",

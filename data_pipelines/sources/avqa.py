@@ -1,10 +1,10 @@
 """MUSIC-AVQA (Li et al. 2022, GeWu-Lab/MUSIC-AVQA): questions about musical performances, answered in one phrase.
 
-    data/json_update/avqa-{train,val,test}.json     conflicting duplicates resolved: what Crab trains and tests on
-    data/json/avqa-{train,val,test}.json            as first published, 55 questions of test twice with other answers
+    data/json_update/avqa-{train,val,test}.json     conflicting duplicates resolved; used by Crab
+    data/json/avqa-{train,val,test}.json            as first published; 55 test questions occur twice with other answers
     videos/<video_id>.mp4                           or MUSIC-AVQA-videos-Real/, MUCIS-AVQA-videos-Synthetic/
 
-`type` and `templ_values` are JSON lists inside of text, and the answer's field is spelled `anser`. Instead of them
+`type` and `templ_values` are JSON lists inside text, and the answer's field is spelled `anser`. Instead of these files
 Crab's lists are read, `[valid_]<split>_samples.json`, whose `type` is a list and whose `question` is filled, and its
 audio_data/<video_id>.mp3.
 """
@@ -72,14 +72,14 @@ FOLDERS = (
     "MUCIS-AVQA-videos-Synthetic",  # (sic)
     "MUSIC-AVQA-videos-Synthetic",
 )
-_DIGITS = 8  # of a real video's name
+_DIGITS = 8  # digits in the name of a real video
 _SLOT = re.compile(r"<[^<>]*>")
 
 
 def read(release: Release, split: str, variant: str, annotations: str = "json_update") -> Iterator[Found]:
-    """Examples of task `avqa`; meta: answer, type, question, video, question_id.
+    """Yield Examples of task `avqa`; meta: answer, type, question, video, question_id.
 
-    annotations: "json_update", or "json" where a question may come twice; its second row is `<question_id>.2`.
+    annotations: "json_update", or "json", where a question may occur twice; its second row is `<question_id>.2`.
     """
     times: Counter[int] = Counter()
 
@@ -122,7 +122,7 @@ def read(release: Release, split: str, variant: str, annotations: str = "json_up
 
 
 def fill(row: Row) -> str:
-    """The question with its slots (`<Object>`, `<LR>`, ...) replaced from left to right by `templ_values`.
+    """Return the question with its slots (`<Object>`, `<LR>`, ...) replaced from left to right by `templ_values`.
 
     The full-width question mark and the trailing space of a few templates become plain ones.
     """
@@ -134,7 +134,7 @@ def fill(row: Row) -> str:
 
 
 def _listed(row: Row, field: str, length: int | None = None) -> list[str]:
-    """A list of texts, mostly written as JSON inside of a text."""
+    """Return a list of texts, which is mostly written as JSON inside text. Raises InputError."""
     values = row.values.get(field)
     if not isinstance(values, list):
         try:

@@ -1,19 +1,19 @@
 """AVSBench (Zhou et al. 2022 and 2023, OpenNLPLab/AVSBench): which pixels make the sound, in its two releases.
 
-Semantic release (what Crab uses for all three tasks):
+Semantic release (used by Crab for all three tasks):
 
     metadata.csv  label2idx.json
     v1s/<uid>/{audio.wav, frames/0..4.jpg, labels_semantic/0..4.png, labels_rgb/0..4.png}     one source: S4
     v1m/<uid>/...                                                                             several sources: MS3
     v2/<uid>/... (0..9)                                                                       AVSS
 
-Object release (what most AVS papers use for S4 and MS3; its masks differ, most of all on MS3):
+Object release (used by most AVS papers for S4 and MS3; its masks differ, most of all on MS3):
 
     Single-source/s4_meta_data.csv    Single-source/s4_data/{audio_wav,visual_frames,gt_masks}/<split>/<category>/...
     Multi-sources/ms3_meta_data.csv   Multi-sources/ms3_data/{audio_wav,gt_masks}/<split>/..., visual_frames/...
 
-Pictures of both are taken once a second; in the train split of S4 only the first one has a mask. The pixel value of a
-semantic mask is the class id 0..70, which is label2idx.json's number less one. Instead of metadata.csv Crab's lists are
+Both have one picture per second; in the train split of S4 only the first one has a mask. The pixel value of a semantic
+mask is the class id 0..70, which is the number in label2idx.json minus one. Instead of metadata.csv Crab's lists are
 read, `{s4,ms3,avss}_samples.json` of {uid, a_obj, split, label}.
 """
 
@@ -59,15 +59,15 @@ SECONDS = {"v1s": 5, "v1m": 5, "v2": 10}
 PARTS = {"s4": "v1s", "ms3": "v1m", "avss": "v2"}  # of the semantic release; Crab reads AVSS from v2 alone
 LISTS = {part: task for task, part in PARTS.items()}
 _WORDS = re.compile(r"[^a-z0-9]+")
-# The words of each name of an object, to the name.
+# words of an object's name -> the name
 _OBJECTS = {tuple(_WORDS.split(name)): name for name in (*(name.replace("_", " ") for name in S4_CATEGORIES), *CLASSES)}
-_WINDOWS = {5: ("five", "one_of_five"), 10: ("ten", "one")}  # by seconds: of a whole clip, of one picture
+_WINDOWS = {5: ("five", "one_of_five"), 10: ("ten", "one")}  # seconds -> (windows of the whole clip, of one picture)
 
 
 class Clip(NamedTuple):
-    """One clip: a picture a second, masks of the first len(masks) of them. Paths are relative to the data root.
+    """One clip: a picture per second, and masks of the first len(masks) pictures. Paths are relative to the data root.
 
-    objects: empty where the annotation does not tell them.
+    objects: empty where the annotation does not name them.
     """
 
     uid: str
@@ -79,7 +79,7 @@ class Clip(NamedTuple):
 
 
 def read(release: Release, split: str, variant: str, task: str) -> Iterator[Found]:
-    """Examples of task `s4`, `ms3` or `avss` from the semantic release, one per picture with a mask.
+    """Yield Examples of task `s4`, `ms3` or `avss` from the semantic release, one per picture with a mask.
 
     meta: objects, video, and for `avss` one_of: the pictures of a clip share it, so that an epoch can take one of them.
     """
@@ -88,9 +88,9 @@ def read(release: Release, split: str, variant: str, task: str) -> Iterator[Foun
 
 
 def read_object(release: Release, split: str, variant: str, task: str) -> Iterator[Found]:
-    """Examples of task `s4` or `ms3` from the object release; meta: objects, video.
+    """Yield Examples of task `s4` or `ms3` from the object release; meta: objects, video.
 
-    MS3 does not say what sounds: its objects are empty and its Examples have no target.
+    MS3 does not name the sounding objects: its objects are empty and its Examples have no target.
     """
     clips = s4_clips if task == "s4" else ms3_clips
     return _examples(clips(release, split), task, variant)
@@ -123,11 +123,11 @@ def _examples(clips: Iterable[Clip | InputError], task: str, variant: str) -> It
 
 
 def semantic_clips(release: Release, split: str, part: str, masks: str) -> Iterator[Clip | InputError]:
-    """Clips of one part (v1s, v1m, v2) of the semantic release, with the masks of one folder."""
+    """Yield the clips of one part (v1s, v1m, v2) of the semantic release, with the masks of one folder."""
     check_classes(release)
 
     def clips(row: Row) -> Iterator[Clip]:
-        # Both are checked for every row, so that a misspelt one cannot leave a split unnoticed.
+        # Both are checked in every row, so that a misspelt value cannot silently drop a row from its split.
         if (row.one_of("split", SPLITS), row.one_of("label", tuple(SECONDS))) == (split, part):
             uid = row.name("uid", "_4R3qHn1n50_0_5000")
             if not (objects := object_names(row.values.get("a_obj"))):
@@ -155,12 +155,14 @@ def semantic_clips(release: Release, split: str, part: str, masks: str) -> Itera
 
 
 def object_names(value: Any) -> list[str]:
-    """The sounding objects of an `a_obj`: names of classes or of categories of S4, joined by `_` as in the release or
-    by any other signs. Empty where any part of it is another word, a number or nothing."""
-    said = ",".join(map(str, value)) if isinstance(value, list) else value
-    if not isinstance(said, str):
+    """Return the sounding objects of an `a_obj`: names of classes or S4 categories, joined by any signs.
+
+    The result is empty if any part is another word, a number or nothing.
+    """
+    text = ",".join(map(str, value)) if isinstance(value, list) else value
+    if not isinstance(text, str):
         return []
-    words = tuple(word for word in _WORDS.split(said.lower()) if word and word != "and")
+    words = tuple(word for word in _WORDS.split(text.lower()) if word and word != "and")
     names: list[str] = []
     while words:
         length = next((n for n in range(min(5, len(words)), 0, -1) if words[:n] in _OBJECTS), 0)
@@ -172,11 +174,13 @@ def object_names(value: Any) -> list[str]:
 
 
 def check_classes(release: Release) -> None:
-    """Raise InputError when label2idx.json is there and numbers the classes differently (one-based, background 1)."""
+    """Raise InputError if label2idx.json exists and numbers the classes differently (one-based, background 1)."""
     if release.kind("label2idx.json") == "file":
-        found, wanted = release.json("label2idx.json"), {name: i for i, name in enumerate(CLASSES, 1)}
-        if found != wanted:
-            odd = next((k for k in wanted if not isinstance(found, dict) or found.get(k) != wanted[k]), "more classes")
+        stored, wanted = release.json("label2idx.json"), {name: i for i, name in enumerate(CLASSES, 1)}
+        if stored != wanted:
+            odd = next(
+                (k for k in wanted if not isinstance(stored, dict) or stored.get(k) != wanted[k]), "more classes"
+            )
             raise InputError(
                 str(release.base / "label2idx.json"),
                 odd,
@@ -186,7 +190,7 @@ def check_classes(release: Release) -> None:
 
 
 def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
-    """Clips of the single-source part of the object release; the name of the object is the category."""
+    """Yield the clips of the single-source part of the object release; the category is the name of the object."""
     name = release.annotation("Single-source/s4_meta_data.csv")
 
     def clips(row: Row) -> Iterator[Clip]:
@@ -208,7 +212,10 @@ def s4_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
 
 
 def ms3_clips(release: Release, split: str) -> Iterator[Clip | InputError]:
-    """Clips of the multi-source part; its pictures lie in no split's folder and are named <video_id>.mp4_<n>.png."""
+    """Yield the clips of the multi-source part.
+
+    Its pictures are in no split's folder and are named <video_id>.mp4_<n>.png.
+    """
     name = release.annotation("Multi-sources/ms3_meta_data.csv")
 
     def clips(row: Row) -> Iterator[Clip]:

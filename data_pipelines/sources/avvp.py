@@ -1,10 +1,10 @@
-"""LLP (Tian et al. 2020, YapengTian/AVVP-ECCV20), the data of audio-visual video parsing.
+"""LLP (Tian et al. 2020, YapengTian/AVVP-ECCV20), the dataset of audio-visual video parsing.
 
     data/AVVP_train.csv  AVVP_val_pd.csv  AVVP_test_pd.csv        filename <tab> event_labels (weak)
     data/AVVP_eval_audio.csv  AVVP_eval_visual.csv                filename <tab> onset <tab> offset <tab> event_labels
     data/LLP_dataset/video/<11-character id>.mp4
 
-Only val and test clips have timed labels. A training clip has weak labels alone, which say neither when nor whether an
+Only val and test clips have timed labels. A training clip has only weak labels, which do not state when, or whether, an
 event is seen or heard: its Example has no target, and training needs the labels of AV-UIE (or ones written with it).
 Instead of the weak files Crab's lists are read, `<split>_samples.json` of {filename, vid, event} and in train the text
 of AV-UIE as `label`, and its llp_videos/<vid>.mp4 and audio_data/<vid>.mp3.
@@ -53,16 +53,16 @@ CATEGORIES = (
 FILES = {"train": "AVVP_train.csv", "val": "AVVP_val_pd.csv", "test": "AVVP_test_pd.csv"}
 DENSE = {"audio": "AVVP_eval_audio.csv", "visual": "AVVP_eval_visual.csv"}
 FOLDERS = ("data/LLP_dataset/video", "LLP_dataset/video", "video", "llp_videos")
-# Ids hold underscores and hyphens, and five training clips have decimals in their times.
+# Ids may contain underscores and hyphens, and five training clips have decimals in their times.
 _FILENAME = re.compile(r"(.+)_[0-9]+(?:\.[0-9]+)?_[0-9]+(?:\.[0-9]+)?")
 
 _TAG = re.compile(r"<(/?)(audio|visual)>")  # <audio> is a placeholder token: the released code rewrites them too
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `avvp`; meta: labels (weak), filename, video, and in val and test audio and visual."""
+    """Yield Examples of task `avvp`; meta: labels (weak), filename, video, and in val and test audio and visual."""
     dense: dict[str, dict[str, avvp.Events]] = {}
-    lines: dict[str, list[str]] = {}  # clip -> the dense rows that name it
+    lines: dict[str, list[str]] = {}  # clip -> its rows in the dense files
     for kind in DENSE if split != "train" else ():
         dense[kind], wrong = _dense(
             release.table(
@@ -76,15 +76,19 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         _note_strays(release, lines)
 
     def examples(row: Row) -> Iterator[Example]:
-        found = row.matching("filename", _FILENAME, "BjCEufrlXm4_20_30")
-        video = dataclasses.replace(row, values={"filename": found[1]}).name("filename", "BjCEufrlXm4")
-        filename, labels = found[0], _labels(row, "event" if listed else "event_labels")
+        match = row.matching("filename", _FILENAME, "BjCEufrlXm4_20_30")
+        video = dataclasses.replace(row, values={"filename": match[1]}).name("filename", "BjCEufrlXm4")
+        filename, labels = match[0], _labels(row, "event" if listed else "event_labels")
         if unknown := [label for label in labels if label not in CATEGORIES]:
             known = ", ".join(CATEGORIES[:4])
             raise row.error("event_labels", f"unknown value {unknown[0]!r:.60}", f"use some of {known}, ...")
         text = row.values.get("label") if listed and split == "train" else None  # the text of AV-UIE
-        # By the whole name: the dense files hold clips of neither split, some with damaged ids.
-        label = _said(row, text) if text else {kind: union(spans.get(filename, [])) for kind, spans in dense.items()}
+        # By the whole name: the dense files also have clips of neither split, some with damaged ids.
+        label = (
+            _parsed_events(row, text)
+            if text
+            else {kind: union(spans.get(filename, [])) for kind, spans in dense.items()}
+        )
         yield Example(
             id=filename,
             task="avvp",
@@ -107,7 +111,7 @@ def _target(label: Mapping[str, avvp.Events]) -> str:
 
 
 def _weak(release: Release, split: str) -> tuple[str, bool]:
-    """(file of a split's clips, whether it is a list of Crab's)."""
+    """Return (file of a split's clips, whether it is a list of Crab's)."""
     name = release.annotation(f"data/{FILES[split]}", FILES[split], *sample_lists(split, "avvp_data"))
     return name, name.endswith(".json")
 
@@ -119,21 +123,21 @@ def _rows(release: Release, name: str) -> Iterator[Row | InputError]:
 
 
 def _labels(row: Row, field: str) -> list[str]:
-    """Weak labels, each once: joined by commas, or in a list of Crab's a JSON list."""
+    """Return the weak labels, each once: joined by commas, or a JSON list in a list of Crab's."""
     value = row.values.get(field)
     parts = value if isinstance(value, list) and all(isinstance(v, str) for v in value) else row.text(field).split(",")
     return list(dict.fromkeys(part.strip() for part in parts))
 
 
-def _said(row: Row, text: Any) -> dict[str, avvp.Events]:
-    """The events of a text of AV-UIE."""
-    if not isinstance(text, str) or (found := avvp.parse(text)) is None:
+def _parsed_events(row: Row, text: Any) -> dict[str, avvp.Events]:
+    """Return the events of a text of AV-UIE. Raises InputError."""
+    if not isinstance(text, str) or (events := avvp.parse(text)) is None:
         raise row.error("label", f"is {text!r:.60}, which names no events", "restore the text, or set it to null")
-    return {kind: found[kind] for kind in DENSE}
+    return {kind: events[kind] for kind in DENSE}
 
 
 def _note_strays(release: Release, lines: Mapping[str, list[str]]) -> None:
-    """Note the dense rows that name a clip of neither split, where both splits are there to tell."""
+    """Note the dense rows whose clip is in neither split, provided that both splits exist."""
     known: set[str] = set()
     for split in ("val", "test"):
         try:
@@ -154,7 +158,7 @@ def _note_strays(release: Release, lines: Mapping[str, list[str]]) -> None:
 def _dense(
     rows: Iterable[Row | InputError], lines: dict[str, list[str]]
 ) -> tuple[dict[str, avvp.Events], list[InputError]]:
-    """(filename -> [[name, onset, offset], ...], rows that cannot be read); adds each clip's line to `lines`."""
+    """Return ({filename: [[name, onset, offset], ...]}, errors of rows), and add each clip's lines to `lines`."""
     spans: dict[str, avvp.Events] = {}
     wrong: list[InputError] = []
     for row in rows:
@@ -171,8 +175,8 @@ def _dense(
     return spans, wrong
 
 
-def union(spans: Iterable[Iterable]) -> avvp.Events:
-    """The same seconds as few spans: duplicates, overlaps and touching spans of one name merged, empty ones dropped.
+def union(spans: Iterable[Iterable[Any]]) -> avvp.Events:
+    """Merge duplicate, overlapping and touching spans of one name, and drop empty ones.
 
     The official scorer sets `[onset:offset]` of a vector of ten seconds, so an inverted span marks nothing.
     """

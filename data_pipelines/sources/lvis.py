@@ -1,7 +1,7 @@
 """LVIS v1 (Gupta et al. 2019, lvis-dataset/lvis-api): outlines of named objects, for mask alignment.
 
     lvis_v1_train.json  lvis_v1_val.json      here or in annotations/
-    train2017/<12 digits>.jpg  val2017/...    the last two parts of an image's coco_url (val lies in both folders)
+    train2017/<12 digits>.jpg  val2017/...    the last two parts of an image's coco_url (val is in both folders)
 
 Prompt and answer: dataset/pretrain_dataset.py, which keeps objects of at least 1000 pixels. Instead of the annotations
 Crab's list is read, `<split>_samples.json` of {id, image_id, name, def, area}, and its masks in binary_mask/<id>.png.
@@ -25,9 +25,9 @@ SMALLEST = 1000  # pixels
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `s4` (as in the released code) without sound, one per object; meta: objects, video (image id).
+    """Yield Examples of task `s4` (as in the released code) without sound, one per object.
 
-    Masks are run-length codes inside of the Example; there is one prompt.
+    meta: objects, video (image id). Masks are run-length codes inside the Example; there is one prompt.
     """
     name = release.annotation(f"lvis_v1_{split}.json", f"annotations/lvis_v1_{split}.json", f"{split}_samples.json")
     if name == f"{split}_samples.json":
@@ -36,10 +36,10 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
     content = release.json(name)
     parts: dict[str, list[Any]] = {}
     for key in ("images", "categories", "annotations"):
-        found = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(found, list):
+        items = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(items, list):
             raise InputError(str(release.base / name), key, "is no list", "use the annotation file as released")
-        parts[key] = found
+        parts[key] = items
     images, categories = (_by_id(parts[key], str(release.base / name), key) for key in ("images", "categories"))
 
     def examples(row: Row) -> Iterator[Example]:
@@ -87,7 +87,7 @@ def _example(row: Row, category: Row, image: str, mask: str) -> Example:
 
 
 def _listed(release: Release, row: Row) -> Iterator[Example]:
-    """The Example of one entry of Crab's list."""
+    """Yield the Example of one entry of Crab's list."""
     if _small(row):
         return
     image = f"train2017/{row.integer('image_id', 0, 10**12):012d}.jpg"
@@ -96,16 +96,19 @@ def _listed(release: Release, row: Row) -> Iterator[Example]:
 
 
 def _by_id(items: list[Any], where: str, field: str) -> dict[int, Mapping[str, Any]]:
-    """id -> item. Raises InputError for an id that two different items have."""
-    found: dict[int, Mapping[str, Any]] = {}
+    """Return {id: item}. Raises InputError for an id of two different items."""
+    by_id: dict[int, Mapping[str, Any]] = {}
     for item in items:
-        if isinstance(item, dict) and isinstance(item.get("id"), int) and found.setdefault(item["id"], item) != item:
+        if isinstance(item, dict) and isinstance(item.get("id"), int) and by_id.setdefault(item["id"], item) != item:
             raise InputError(where, field, f"the id {item['id']} comes twice", "use the annotation file as released")
-    return found
+    return by_id
 
 
 def rasterise(row: Row, height: int, width: int) -> dict[str, Any]:
-    """COCO run-length code of the union of a row's polygons, [[x, y, x, y, ...], ...] in pixels."""
+    """Return the COCO run-length code of the union of a row's polygons, [[x, y, x, y, ...], ...] in pixels.
+
+    Raises InputError.
+    """
     polygons = row.values.get("segmentation")
     if (
         not isinstance(polygons, list)

@@ -1,10 +1,11 @@
-"""The users' own data: `<split>.jsonl`, one Example a line (docs/architecture.md), paths relative to the file's folder.
+"""The users' own data: `<split>.jsonl`, one Example per line (docs/architecture.md), with paths relative to its folder.
 
-Beyond what an Example holds, `frames` may name a folder: its pictures in the order of the numbers in their names.
+In addition to the format of Examples, `frames` may name a folder of pictures, which are sorted by the numbers in their
+names.
 
-Instead of it a list of samples as that of Crab's quick start is read, `<split>.json` or for test `samples.json`:
-[{"task", "video_path" or "image_path", "audio_path", "question", "exp", "idx", "mask_path"}, ...]. It has prompts of
-their own and no answers.
+Instead, a list of samples like that of Crab's quick start is read, `<split>.json` or for test `samples.json`: [{"task",
+"video_path" or "image_path", "audio_path", "question", "exp", "idx", "mask_path"}, ...]. Its prompts are those of the
+quick start, and it has no answers.
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ _OTHERS = {
 }
 PATHS = ("video", "image", "audio", "seg_image", "mask")
 SAMPLES = "samples.json"
-_FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # of a prompt
-# Of the quick start's prompts; "ten" of the other tasks.
-_SECONDS = {"avqa": 60, "arig": 5, "s4": 5, "ms3": 5}  # of the clips of the quick start; 10 in other tasks
+_FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # fields of a prompt
+_SECONDS = {"avqa": 60, "arig": 5, "s4": 5, "ms3": 5}  # length of the quick start's clips; 10 for other tasks
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """The Examples as they are written; they hold their prompts, so `variant` changes nothing."""
+    """Yield the Examples as written; they contain their prompts, so `variant` has no effect."""
     if not any(release.kind(name) == "file" for name in files(split)):
         for other, fix in _OTHERS.items():
             if release.kind(split + other) == "file":
@@ -56,7 +56,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
 
 def files(split: str) -> tuple[str, ...]:
-    """The names under which a split may lie, the first of them that is there is read."""
+    """Return the possible files of a split; the first that exists is read."""
     return (f"{split}.jsonl", f"{split}.json", *((SAMPLES,) if split == "test" else ()))
 
 
@@ -77,7 +77,7 @@ def _example(release: Release, line: str, row: Row) -> Example:
 
 
 def _sample(release: Release, row: Row) -> Iterator[Example]:
-    """The Example of one entry of a list of the quick start: its prompt, and no target."""
+    """Yield the Example of one entry of a quick-start list: its prompt, without a target."""
     task = TASKS[row.one_of("task", TASK_NAMES)]
     paths: dict[str, Any] = {}
     for field in ("video", "image", "audio", "mask"):
@@ -109,7 +109,7 @@ def _sample(release: Release, row: Row) -> Iterator[Example]:
 
 
 def pictures(release: Release, folder: str, row: Row) -> list[str]:
-    """The pictures of a folder; frame2.jpg comes before frame10.jpg."""
+    """Return the pictures of a folder in natural order (frame2.jpg before frame10.jpg). Raises InputError."""
     release.inside(folder, row.where, "frames")
     folder = folder.rstrip("/")
     if (kind := release.kind(folder)) != "folder":
@@ -117,16 +117,16 @@ def pictures(release: Release, folder: str, row: Row) -> list[str]:
         raise (InputError if kind == "outside" else MissingFile)(
             row.where, "frames", problem, "give a folder of pictures, or a list of them"
         )
-    found = [name for name in release.names(folder) if name.lower().endswith(PICTURES)]
-    if not found:
+    names = [name for name in release.names(folder) if name.lower().endswith(PICTURES)]
+    if not names:
         raise MissingFile(
             row.where, "frames", f"{folder} holds no pictures", f"put files that end in {', '.join(PICTURES)} there"
         )
-    return [f"{folder}/{name}" for name in sorted(found, key=_natural)]
+    return [f"{folder}/{name}" for name in sorted(names, key=_natural)]
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key by which numbers inside of names are compared as numbers."""
+    """Return a sort key that compares numbers inside names as numbers."""
     return [
         (not part.isascii() or not part.isdigit(), int(part) if part.isascii() and part.isdigit() else 0, part)
         for part in re.split(r"([0-9]+)", name)

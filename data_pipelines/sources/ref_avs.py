@@ -4,8 +4,8 @@
     media/<V>/{audio.wav, frames/0..9.jpg}
     gt_mask/<V>/fid_<fid>/0000{0..9}.png
 
-V is the uid without its object and number, not the column vid: expressions that refer to nothing have folders of their
-own, `null_c-<vid>` or `null_m-<vid>`, whose masks may be absent. A uid is no key (11 occur twice); a row is.
+V is the uid without its object and number, not the column vid: expressions that refer to nothing have their own
+folders, `null_c-<vid>` or `null_m-<vid>`, whose masks may be absent. A uid is no key (11 occur twice); a row is.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from data_pipelines.sources.release import Found, Release, Row, each
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 UNUSED = "TODO"  # the split of 25 released rows
 _UID = re.compile(r"(.+)_([a-z-]+)_[0-9]+")
-_NO_EXPRESSION = "G8YSz3L1R3M_75000_85000_boy_1"  # released with an error message of the labelling tool in its place
+_NO_EXPRESSION = "G8YSz3L1R3M_75000_85000_boy_1"  # its released expression is an error message of the labelling tool
 _PARTS = {"test_s": "seen", "test_u": "unseen", "test_n": "null"}
 FRAMES = 10
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `ref-avs`, one per picture; meta: expression, object ("" for nothing), split, video, uid.
+    """Yield Examples of task `ref-avs`, one per picture; meta: expression, object ("" for nothing), split, video, uid.
 
     split: one of SPLITS, or "test" for its three parts together. Examples of one row share meta's `one_of`.
     """

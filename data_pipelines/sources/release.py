@@ -1,8 +1,8 @@
-"""One dataset as its project publishes it: annotation files read row by row, media files found without leaving it.
+"""One dataset as its project publishes it: annotation files read row by row, and media files inside its folder.
 
-Every reader of this room is `read(release, split, variant) -> Iterator[Example | InputError]`: what is wrong with a row
-is yielded in its place, so that one pass can list every defect (`status`), skip what is malformed or stop at the first
-(`datasets.read`). What a person should know although nothing is wrong with a row goes into `Release.notes`.
+Every reader in this package is `read(release, split, variant) -> Iterator[Example | InputError]`: an error of a row is
+yielded in its place, so that one pass can list every defect (`status`), skip malformed rows or stop at the first
+(`datasets.read`). Remarks about rows without errors go into `Release.notes`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from data_pipelines.examples import Example
 
 Found = Example | InputError
 T = TypeVar("T")
-DELIMITERS = (",", "\t", ";", "&", "|")  # that programs put between cells when they save a table again
+DELIMITERS = (",", "\t", ";", "&", "|")  # of tables that programs saved again
 _DRIVE = re.compile(r"[A-Za-z]:")
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_SCIENTIFIC = re.compile(r"-?[0-9]+(\.[0-9]+)?[eE]\+[0-9]+")  # how a spreadsheet writes a long number
-_UNDECODED = re.compile(r"[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
-_NOTHING = re.compile(r"(nan|NaN|<NA>|None|NULL|#?N/A)?")  # how a cell without a value is written
+_SCIENTIFIC = re.compile(r"-?[0-9]+(\.[0-9]+)?[eE]\+[0-9]+")  # a long number written by a spreadsheet
+_UNDECODED = re.compile(r"[\udc80-\udcff]")  # surrogates that stand for bytes that are not UTF-8
+_NOTHING = re.compile(r"(nan|NaN|<NA>|None|NULL|#?N/A)?")  # cells without a value
 _AGAIN = "copy the annotation file again"
 
 
 def safe_name(text: str) -> bool:
-    """Whether a text can name one file, in any script: not empty, no separator, no control character, not `..`."""
+    """Return whether a text can name one file, in any script: no separator or control character, not empty or `..`."""
     return bool(text.strip()) and text not in (".", "..") and not _UNSAFE.search(text)
 
 
 class MissingFile(InputError):
-    """A file that an annotation names, or an annotation file itself, is not there: a partial copy, not a bad one."""
+    """A file named by an annotation, or an annotation file itself, does not exist: a partial copy, not a faulty one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One record of an annotation file. `place` is file:line (file:item for JSON) within the release. `unended`: it is
-    the last line of its file and has no line end, so it may be the beginning of a row."""
+    """One record of an annotation file.
+
+    place: file:line (file:item for JSON) within the release. unended: it is the last line of its file and has no line
+    end, so it may be incomplete.
+    """
 
     base: Path
     place: str
@@ -52,13 +55,15 @@ class Row:
 
     @property
     def where(self) -> str:
+        """Return the full path and line."""
         return os.path.join(self.base, self.place)
 
     def error(self, field: str, problem: str, fix: str) -> InputError:
+        """Return an InputError about a field of this row."""
         return InputError(self.where, field, problem, fix)
 
     def text(self, field: str) -> str:
-        """A field that must be text."""
+        """Return a field that must be text. Raises InputError."""
         value = self.values.get(field)
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"is {value!r:.60}, not text"
@@ -66,13 +71,13 @@ class Row:
         return value
 
     def words(self, field: str) -> str:
-        """A text that says something, without the white space around it."""
+        """Return a field that must be non-empty text, stripped. Raises InputError."""
         if _NOTHING.fullmatch(value := self.text(field).strip()):
             raise self.error(field, f"is empty ({value})" if value else "is empty", "restore the row from the release")
         return value
 
     def name(self, field: str, example: str) -> str:
-        """The name of a clip, which is also (part of) the name of its file."""
+        """Return the name of a clip, which is also (part of) the name of its file. Raises InputError."""
         value = self.values.get(field)
         if isinstance(value, int | float) and not isinstance(value, bool):
             raise self.error(field, f"is the number {value}", f"write it as text, with its leading zeros: {example}")
@@ -92,13 +97,13 @@ class Row:
         return value
 
     def matching(self, field: str, pattern: re.Pattern[str], example: str) -> re.Match[str]:
-        """A `name` that is of one form."""
-        if not (found := pattern.fullmatch(self.name(field, example))):
+        """Return the match of a `name` with a pattern. Raises InputError."""
+        if not (match := pattern.fullmatch(self.name(field, example))):
             raise self.error(field, f"is {self.text(field)!r:.60}", f"must look like {example}")
-        return found
+        return match
 
     def one_of(self, field: str, allowed: Sequence[str]) -> str:
-        """A text from a closed list; upper and lower case are the same where no two of the list differ by it."""
+        """Return a text from a closed list, ignoring case if all entries are lower case. Raises InputError."""
         value = _plain(self.text(field))
         if value in allowed:
             return value
@@ -108,7 +113,10 @@ class Row:
         raise self.error(field, f"unknown value {value!r:.60}", f"use one of {listed}")
 
     def integer(self, field: str, low: int, high: int) -> int:
-        """A whole number in [low, high]: a JSON number, or ASCII digits; `8.0` is one, as pandas writes it."""
+        """Return a whole number in [low, high]: a JSON number, or ASCII digits, also `8.0` as pandas writes it.
+
+        Raises InputError.
+        """
         value = self.values.get(field)
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.0{1,6})?", value := _plain(value)):
             value = int(value.partition(".")[0])
@@ -120,7 +128,7 @@ class Row:
 
 
 def each(rows: Iterable[Row | InputError], make: Callable[[Row], Iterable[T]]) -> Iterator[T | InputError]:
-    """What is made of every row, with what is wrong with a row in its place."""
+    """Yield the results of `make` for every row, and errors in place of faulty rows."""
     for row in rows:
         if isinstance(row, InputError):
             yield row
@@ -132,12 +140,14 @@ def each(rows: Iterable[Row | InputError], make: Callable[[Row], Iterable[T]]) -
 
 
 def sample_lists(split: str, folder: str) -> tuple[str, ...]:
-    """Where a list of samples of the released code of Crab may lie: in the dataset's folder, or in data/`folder`."""
-    return tuple(f"{at}{name}_samples.json" for at in ("", f"data/{folder}/") for name in (f"valid_{split}", split))
+    """Return the possible places of a sample list of Crab's code: in the dataset's folder, or in data/`folder`."""
+    return tuple(
+        f"{prefix}{name}_samples.json" for prefix in ("", f"data/{folder}/") for name in (f"valid_{split}", split)
+    )
 
 
 class Release:
-    """The folder of one dataset under a data root. Paths are relative to that folder unless said otherwise.
+    """The folder of one dataset in a data root. Paths are relative to that folder unless stated otherwise.
 
     The folder itself may be a link to another disk; nothing inside it may lead out of it.
     """
@@ -151,15 +161,15 @@ class Release:
         self.unended: list[str] = []  # rows that may be cut off: file:line
 
     def note(self, where: str, field: str, problem: str, fix: str = "") -> None:
-        """Say something about the annotations that is no fault of a row that is read."""
+        """Record a remark about the annotations that is no error of a row."""
         self.notes.append(InputError(where, field, problem, fix))
 
-    # Annotation files.
+    # Annotation files
 
     def annotation(self, *names: str) -> str:
-        """The first of `names` that is there. Raises MissingFile."""
-        found = next((name for name in names if os.path.isfile(self.base / name)), None)
-        if found is None:
+        """Return the first of `names` that exists. Raises MissingFile."""
+        existing = next((name for name in names if os.path.isfile(self.base / name)), None)
+        if existing is None:
             others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
             raise MissingFile(
                 str(self.base / names[0]),
@@ -167,13 +177,13 @@ class Release:
                 f"no such annotation file{others}",
                 "copy the release's annotation files; docs/datasets.md shows the tree",
             )
-        return found
+        return existing
 
     def text(self, name: str, whole: bool = True) -> str:
-        """The content of a UTF-8 file, without a byte order mark. Raises InputError, also for an empty file.
+        """Return the content of a UTF-8 file, without a byte order mark. Raises InputError, also for an empty file.
 
-        whole: a byte that is not UTF-8 is an error of the file; otherwise a half surrogate stands for it, so that only
-        the rows that hold one are malformed.
+        whole: a byte that is not UTF-8 is an error of the file; otherwise a surrogate replaces it, so that only the
+        rows with such bytes are malformed.
         """
         path = self.base / name
         if not self._contains(path):
@@ -201,8 +211,10 @@ class Release:
             return data.decode("utf-8-sig", "surrogateescape")
 
     def lines(self, name: str) -> list[str]:
-        """Lines of a text file; CRLF ends and empty lines at the end of the file are dropped. `check_line` says whether
-        one of them is text."""
+        """Return the lines of a text file, without CRLF ends and without empty lines at the end of the file.
+
+        `check_line` checks whether a line is valid text.
+        """
         text = self.text(name, whole=False)
         if not text.endswith("\n"):
             self._unended.add(name)
@@ -212,7 +224,7 @@ class Release:
         return lines
 
     def check_line(self, name: str, number: int, line: str) -> None:
-        """Raise InputError for a line that is not UTF-8, such as the curly quotes and accents of Windows-1252."""
+        """Raise InputError for a line that is not UTF-8, such as one with curly quotes or accents in Windows-1252."""
         if not line.isascii() and _UNDECODED.search(line):
             raise InputError(
                 f"{self.base / name}:{number}",
@@ -224,17 +236,18 @@ class Release:
     def table(
         self, name: str, columns: Sequence[str], delimiter: str = ",", quoted: bool = True, header: bool | None = True
     ) -> Iterator[Row | InputError]:
-        """Rows of a table of text, one line each, or several where a quotation goes on.
+        """Yield the rows of a text table, one line each, or several where a quotation continues.
 
-        header: True = the first line names the columns, which may be more than `columns` and in any order;
-        None = it may do so; otherwise the columns are fixed. A header also tells another delimiter.
+        header: True = the first line names the columns, which may be more than `columns` and in any order; None = it
+        may do so; False = the columns are fixed. The header also determines the delimiter. Raises InputError for a
+        wrong header.
         """
         lines = self.lines(name)
         if header and lines:
             self.check_line(name, 1, lines[0])
         names, first = list(columns), 0
-        if found := _header(lines[0] if lines else "", columns, delimiter, quoted):
-            (names, delimiter, quoted), first = found, 1
+        if parsed := _header(lines[0] if lines else "", columns, delimiter, quoted):
+            (names, delimiter, quoted), first = parsed, 1
         elif header:
             line = lines[0] if lines else ""
             named = _cells(line, delimiter, quoted) or []
@@ -252,7 +265,7 @@ class Release:
             number, cells, taken = at + 1, *_row(lines, at, delimiter, quoted, len(names))
             at += taken
             if quoted and (cells is None or still_open and lines[at - 1].count('"') % 2):
-                cells, still_open = None, not still_open  # an end of a quotation that is no whole row
+                cells, still_open = None, not still_open  # the end of a quotation that is not a complete row
             try:
                 for k in range(taken):
                     self.check_line(name, number + k, lines[number - 1 + k])
@@ -277,7 +290,7 @@ class Release:
                 yield error
 
     def json(self, name: str) -> Any:
-        """The content of a JSON file."""
+        """Return the content of a JSON file. Raises InputError."""
         return self._parsed(name, self.text(name))
 
     def _parsed(self, name: str, text: str) -> Any:
@@ -287,16 +300,16 @@ class Release:
             raise InputError(
                 f"{self.base / name}:{error.lineno}", "", f"not valid JSON ({error.msg})", "copy the file again"
             ) from None
-        except ValueError as error:  # numbers of thousands of digits, too
+        except ValueError as error:  # also for numbers of thousands of digits
             raise InputError(
                 str(self.base / name), "", f"not readable JSON ({str(error):.100})", "copy the file again"
             ) from None
 
     def records(self, name: str, key: str = "", items: Any = None) -> Iterator[Row | InputError]:
-        """The objects of a JSON file, or `items` from inside of one.
+        """Yield the objects of a JSON file, or `items` from inside one.
 
-        The file holds a list of them, an object around one list, one object a line, or objects by the value of their
-        field `key`, which those that lack it get.
+        The file holds a list of objects, an object around one list, one object per line, or objects by the value of
+        their field `key`, which is added to them.
         """
         places, items, damaged = (None, items, False) if items is not None else self._items(name, key)
         for number, item in enumerate(items):
@@ -315,7 +328,7 @@ class Release:
                 yield row
 
     def _items(self, name: str, key: str) -> tuple[list[int] | None, list[Any], bool]:
-        """(line of each record where each has one, the records, whether some of the file is not UTF-8)."""
+        """Return (line of each record, or None), the records, and whether parts of the file are not UTF-8."""
         text = self.text(name, whole=False)
         damaged = not text.isascii() and bool(_UNDECODED.search(text))
         try:
@@ -345,10 +358,10 @@ class Release:
         except InputError as error:
             return error
 
-    # Media files.
+    # Media files
 
     def inside(self, path: str, where: str, field: str) -> str:
-        """`path` relative to the data root. Raises InputError for one that is absolute or climbs out with `..`."""
+        """Return `path` relative to the data root. Raises InputError if it is absolute or climbs out with `..`."""
         parts = path.rstrip("/").split("/")
         if path.startswith(("/", "~")) or "\\" in path or "\0" in path or {"", ".."} & set(parts) or _DRIVE.match(path):
             raise InputError(
@@ -360,17 +373,16 @@ class Release:
         return f"{self.folder}/{path}" if self.folder else path
 
     def sound(self, name: str) -> str | None:
-        """The sound of a clip that lies beside its video in `audio_data/`, as Crab prepares it; None for its own."""
+        """Return the sound of a clip in `audio_data/`, where Crab prepares it; None to use the video's own sound."""
         path = next((path for path in (f"audio_data/{name}.mp3", f"audio_data/{name}.wav") if self.kind(path)), None)
         return path and self.inside(path, str(self.base / path), "audio")
 
     def pick(self, path: str, *folders: str) -> str:
-        """`path` in the first of `folders` that holds it, or in the first of them."""
+        """Return `path` in the first of `folders` that holds it, else in the first folder."""
         return next((f"{folder}/{path}" for folder in folders if self.kind(f"{folder}/{path}")), f"{folders[0]}/{path}")
 
     def kind(self, path: str) -> str:
-        """ "file", "folder", "outside" for a link that leaves the release, "special" for a pipe or a device, "" for
-        nothing there.
+        """Return "file", "folder", "outside" (a link out of the release), "special" (a pipe or device) or "" (nothing).
 
         A folder is listed once, so that a hundred thousand questions cost a few hundred system calls.
         """
@@ -379,11 +391,11 @@ class Release:
         return "outside" if listed is None else listed.get(name, "")
 
     def names(self, folder: str) -> list[str]:
-        """The files of a folder."""
+        """Return the files of a folder."""
         return [name for name, kind in (self._listing(folder) or {}).items() if kind == "file"]
 
     def _listing(self, folder: str) -> dict[str, str] | None:
-        """name -> kind of what is in a folder; None for a folder outside."""
+        """Return {name: kind} of the entries of a folder; None for a folder outside the release."""
         if folder not in self._listed:
             self._listed[folder] = self._list(folder)
         return self._listed[folder]
@@ -410,7 +422,7 @@ class Release:
                 if os.path.exists(entry.path)
                 else ""
             )
-        except OSError:  # links in a circle
+        except OSError:  # circular links
             return ""
 
     def _contains(self, path: str | Path) -> bool:
@@ -444,12 +456,12 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _plain(cell: str) -> str:
-    """A cell without the white space and byte order marks around it."""
+    """Return a cell without the white space and byte order marks around it."""
     return cell.strip().strip("\ufeff").strip()
 
 
 def _header(line: str, columns: Sequence[str], delimiter: str, quoted: bool) -> tuple[list[str], str, bool] | None:
-    """(names, delimiter, quoted) of a first line that names all of `columns` in whatever case; None of any other."""
+    """Return (names, delimiter, quoted) of a first line that names all `columns` in any case; None for other lines."""
     known = {column.casefold(): column for column in columns}
     for mark in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
         quotes = quoted or mark != delimiter
@@ -460,9 +472,9 @@ def _header(line: str, columns: Sequence[str], delimiter: str, quoted: bool) -> 
 
 
 def _row(lines: Sequence[str], at: int, delimiter: str, quoted: bool, width: int) -> tuple[list[str] | None, int]:
-    """(cells of the row that begins at a line, None when its quotation does not end; how many lines it takes).
+    """Return (cells of the row that begins at a line, or None if its quotation does not end; number of its lines).
 
-    A line break inside of quotation marks becomes a space. Lines that are whole rows of their own are never taken, so
+    A line break inside quotation marks becomes a space. Lines that are complete rows themselves are never joined, so
     that a lost quotation mark costs one row.
     """
     cells = _cells(lines[at], delimiter, quoted)
@@ -479,7 +491,7 @@ def _row(lines: Sequence[str], at: int, delimiter: str, quoted: bool, width: int
 
 
 def _cells(line: str, delimiter: str, quoted: bool) -> list[str] | None:
-    """The cells of one line; None when a quotation does not end on it."""
+    """Return the cells of one line; None when a quotation does not end on it."""
     if not quoted and '"' not in line:
         return line.split(delimiter)
     try:

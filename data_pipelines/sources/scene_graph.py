@@ -1,9 +1,9 @@
-"""The generated audio-visual world: what a scene is, and how one is drawn from a seed.
+"""The generated audio-visual scenes: their contents, and how a scene is drawn from a seed.
 
 A scene is ten seconds with one to three musical instruments of different kinds. Each may be seen in one interval and
 heard in another; some are seen but silent, some are heard but never seen, and which visible instrument sounds is
-random, so that neither sight nor hearing alone answers the questions asked about it. The names exist both in the
-AVSBench-semantic palette and in the MUSIC-AVQA answer list, so the generated clips go through the real tasks.
+random, so that neither sight nor hearing alone answers the questions about it. The names exist both in the
+AVSBench-semantic palette and in the MUSIC-AVQA answer list, so the generated clips suit the real tasks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ KINDS = ("piano", "drum", "violin", "flute", "accordion", "trumpet")
 CLASS_IDS = dict(zip(KINDS, (47, 19, 68, 24, 1, 63), strict=True))  # AVSBench-semantic
 SPLITS = ("train", "val", "test")
 SLOTS = ("left", "middle", "right")
-LEVELS = {1.0: "loud", 0.45: "medium", 0.2: "quiet"}  # about 7 dB apart: clearly different to the ear
+LEVELS = {1.0: "loud", 0.45: "medium", 0.2: "quiet"}  # about 7 dB apart, clearly distinguishable
 SECONDS = 10
 SIZE = 128  # pixels of a side of the picture
 BOX_SPACE = 224  # boxes are written in the pixels of a 224 x 224 picture, as in AV-UIE
 _SLOT_X = (0.19, 0.5, 0.81)
-_SIZES = {1: (0.30, 0.45), 2: (0.28, 0.42), 3: (0.25, 0.36)}  # by number of visible things: they overlap only a little
-_SOUNDING = {1: (0.22, 0.78), 2: (0.14, 0.51, 0.35), 3: (0.05, 0.45, 0.30, 0.20)}  # P(how many visible things sound)
+_SIZES = {1: (0.30, 0.45), 2: (0.28, 0.42), 3: (0.25, 0.36)}  # by number of visible things, which overlap only slightly
+_SOUNDING = {
+    1: (0.22, 0.78),
+    2: (0.14, 0.51, 0.35),
+    3: (0.05, 0.45, 0.30, 0.20),
+}  # by number of visible things: P(number of them that sound)
 
 Interval = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -40,10 +44,10 @@ Box = tuple[int, int, int, int]
 class Thing:
     """One instrument of a scene.
 
-    visible, sounding: [first, last) in whole seconds, None = never. slot: where it stands, None = never visible.
-    x, y: centre, size: side, all as fractions of the picture. loudness: a key of LEVELS, 0 when silent.
-    pitch, phase: in [0, 1), the note it plays and where its motion starts.
-    boxes: per second (x1, y1, x2, y2) of its uncovered pixels in BOX_SPACE, far edge exclusive, None when not seen.
+    visible, sounding: [first, last) in whole seconds, None = never. slot: its position, None = never visible. x, y:
+    centre, size: side, all as fractions of the picture. loudness: a key of LEVELS, 0 when silent. pitch, phase: in [0,
+    1), the note it plays and the start of its motion. boxes: per second (x1, y1, x2, y2) of its uncovered pixels in
+    BOX_SPACE, far edge exclusive, None when not seen.
     """
 
     kind: str
@@ -59,26 +63,28 @@ class Thing:
     boxes: tuple[Box | None, ...] = (None,) * SECONDS
 
     def seen(self, second: int) -> bool:
+        """Return whether the thing is visible in a second."""
         return self.visible is not None and self.visible[0] <= second < self.visible[1]
 
     def heard(self, second: int) -> bool:
+        """Return whether the thing sounds in a second."""
         return self.sounding is not None and self.sounding[0] <= second < self.sounding[1]
 
     @property
     def onset(self) -> int:
-        """The first second in which it is heard, of a thing that is."""
+        """Return the first second in which a sounding thing is heard."""
         assert self.sounding is not None
         return self.sounding[0]
 
     @property
     def both(self) -> Interval | None:
-        """The seconds in which it is seen and heard."""
+        """Return the interval in which it is both seen and heard, or None."""
         return _overlap(self.visible, self.sounding)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Ten seconds of the world. `things` are in drawing order: a later one covers an earlier one."""
+    """Ten seconds with instruments. `things` are in drawing order: later ones cover earlier ones."""
 
     split: str
     index: int
@@ -87,29 +93,30 @@ class Scene:
 
     @property
     def id(self) -> str:
+        """Return the index as six digits."""
         return f"{self.index:06d}"
 
     @property
     def folder(self) -> str:
-        """Folder of the scene relative to the data root."""
+        """Return the folder of the scene relative to the data root."""
         return f"{self.split}/{self.id}"
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Random numbers of this scene for one purpose, independent of every other scene and purpose."""
+        """Return random numbers of this scene for one purpose, independent of all other scenes and purposes."""
         return _rng(self.seed, self.split, self.index, purpose)
 
     @property
     def visible(self) -> list[Thing]:
-        """Things that are seen at some time, from left to right."""
+        """Return the things that are seen at some time, from left to right."""
         return sorted((t for t in self.things if t.visible), key=lambda t: t.x)
 
     @property
     def sounding(self) -> list[Thing]:
-        """Things that are heard at some time, in order of their first second."""
+        """Return the things that are heard at some time, by their first second."""
         return sorted((t for t in self.things if t.sounding), key=lambda t: (t.onset, KINDS.index(t.kind)))
 
     def sources(self, second: int) -> list[Thing]:
-        """Things that are seen and heard at `second`, from left to right."""
+        """Return the things that are seen and heard at `second`, from left to right."""
         return [t for t in self.visible if t.seen(second) and t.heard(second)]
 
 
@@ -126,12 +133,12 @@ def _overlap(a: Interval | None, b: Interval | None) -> Interval | None:
 
 
 def _too_apart(visible: Interval | None, sounding: Interval) -> bool:
-    """A thing that is seen and heard is both for at least two seconds."""
+    """Return whether a visible thing is seen and heard together for less than two seconds."""
     return visible is not None and min(visible[1], sounding[1]) - max(visible[0], sounding[0]) < 2
 
 
 def _interval(rng: np.random.Generator, whole: float, shortest: int) -> Interval:
-    """The whole clip with probability `whole`, else a random interval of at least `shortest` seconds."""
+    """Return the whole clip with probability `whole`, else a random interval of at least `shortest` seconds."""
     if rng.random() < whole:
         return 0, SECONDS
     length = int(rng.integers(shortest, SECONDS))
@@ -140,10 +147,10 @@ def _interval(rng: np.random.Generator, whole: float, shortest: int) -> Interval
 
 
 def sample(seed: int, split: str, index: int) -> Scene:
-    """The scene of (seed, split, index); its boxes are filled in when it is drawn."""
+    """Return the scene of (seed, split, index); its boxes are filled in when it is drawn."""
     rng = _rng(seed, split, index, "graph")
     seen = int(rng.choice([1, 2, 3], p=[0.25, 0.45, 0.30]))
-    loud = int(rng.choice(seen + 1, p=_SOUNDING[seen]))  # how many of the visible things sound
+    loud = int(rng.choice(seen + 1, p=_SOUNDING[seen]))  # number of visible things that sound
     unseen = int(seen < 3 and rng.random() < (0.35 if loud else 0.65))  # heard, never seen
     kinds = rng.permutation(len(KINDS))[: seen + unseen]
     sounds = np.concatenate([rng.permutation(np.arange(seen) < loud), np.ones(unseen, bool)])
@@ -178,7 +185,7 @@ def sample(seed: int, split: str, index: int) -> Scene:
 
 
 def save(path: Path, scene: Scene) -> None:
-    """Write scene.json: the graph, with the per-second flags spelled out for other readers."""
+    """Write scene.json: the scene, with flags per second for other readers."""
     things = [
         {
             **dataclasses.asdict(t),
@@ -205,7 +212,7 @@ SCENE = {"split": Choice(SPLITS), "index": Whole(), "seed": Whole(), "things": [
 
 
 def load(path: str | Path) -> Scene:
-    """Scene of a scene.json file. Raises InputError when it is missing or not one."""
+    """Return the Scene of a scene.json file. Raises InputError when it is missing or malformed."""
     fix = "write the scenes again with `python -m data_pipelines.sources.scenes`"
     try:
         record = read_json(path, SCENE, fix=fix)
@@ -225,7 +232,7 @@ def _thing(record: dict[str, Any]) -> Thing:
 
 
 def scene_table(scene: Scene) -> dict[str, np.ndarray]:
-    """The scene as arrays, columns in KINDS order.
+    """Return the scene as arrays, columns in KINDS order.
 
     visible bool[10,6], sounding bool[10,6], loudness float32[10,6] (0 when silent) and box float32[10,6,4] in BOX_SPACE
     (0 when not visible).

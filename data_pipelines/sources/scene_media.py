@@ -1,4 +1,4 @@
-"""Drawing and synthesis of a scene of the generated world, and the media files it becomes."""
+"""Drawing and sound synthesis of generated scenes, and the media files written for them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _SHAPES: dict[str, list[tuple[str, tuple[float, ...], tuple[int, int, int]]]] = 
 
 
 def _pose(thing: Thing, time: float) -> tuple[float, float, float, float]:
-    """Centre x, y (pixels), angle (radians) and scale at `time` seconds: gentle, a few pixels over seconds."""
+    """Return centre x, y (pixels), angle (radians) and scale at `time` seconds: slow motion of a few pixels."""
     swing = math.sin(2 * math.pi * (time / 5 + thing.phase))
     dx, dy, angle, scale = {
         "piano": (0.0, 0.0, 0.0, 1.0),
@@ -74,7 +74,7 @@ def _pose(thing: Thing, time: float) -> tuple[float, float, float, float]:
 
 
 def _sprite(thing: Thing, tint: np.ndarray) -> Image.Image:
-    """RGBA picture of a kind, `thing.size` of the picture wide; `tint` float[3] multiplies its colours."""
+    """Return an RGBA picture of a kind, `thing.size` of the picture wide; `tint` float[3] multiplies its colours."""
     side = round(thing.size * SIZE)
     big = side * _SUPERSAMPLE
     image = Image.new("RGBA", (big, big))
@@ -87,7 +87,7 @@ def _sprite(thing: Thing, tint: np.ndarray) -> Image.Image:
 
 
 def _place(sprite: Image.Image, x: float, y: float, angle: float, scale: float) -> tuple[Image.Image, tuple[int, int]]:
-    """The sprite turned and scaled about (x, y), on a tile; and the tile's corner in the picture."""
+    """Return the sprite rotated and scaled about (x, y) on a tile, and the tile's corner in the picture."""
     side = int(sprite.width * 1.3) + 3
     left, top = math.floor(x - side / 2), math.floor(y - side / 2)
     u, v, half = x - left, y - top, sprite.width / 2
@@ -97,7 +97,7 @@ def _place(sprite: Image.Image, x: float, y: float, angle: float, scale: float) 
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """A light gradient between two pale colours, with fixed noise."""
+    """Return a light gradient between two pale colours, with fixed noise."""
     corners = rng.uniform(165, 235, (2, 3))
     angle = rng.uniform(0, 2 * math.pi)
     grid = np.linspace(-0.5, 0.5, SIZE)
@@ -107,7 +107,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def draw(scene: Scene) -> tuple[list[Image.Image], np.ndarray]:
-    """All pictures of the clip, FPS per second, and the map of uncovered things at the middle of each second.
+    """Return all pictures of the clip, FPS per second, and the map of uncovered things at the middle of each second.
 
     The map is uint8[10,SIZE,SIZE]: 0 for background, 1 + KINDS index for a thing.
     """
@@ -133,7 +133,7 @@ def draw(scene: Scene) -> tuple[list[Image.Image], np.ndarray]:
 
 
 def box_of(mask: np.ndarray) -> Box | None:
-    """Box of a bool[H,W] mask in BOX_SPACE, far edge exclusive; None when the mask is empty."""
+    """Return the box of a bool[H,W] mask in BOX_SPACE, far edge exclusive; None when the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return None
@@ -142,11 +142,11 @@ def box_of(mask: np.ndarray) -> Box | None:
     return x1, y1, x2, y2
 
 
-# Timbres. Each is (notes in Hz for a pitch in [0, 1), samples, rng) -> float32 waveform; level is set afterwards.
+# Timbres: (pitch in [0, 1), number of samples, rng) -> float32 waveform; the level is set afterwards.
 
 
 def _wave(frequency: np.ndarray | float, length: int, harmonics: np.ndarray) -> np.ndarray:
-    """A tone of the given frequency (Hz, constant or per sample) from one period with the given harmonic amplitudes."""
+    """Return a tone of a frequency in Hz (constant or per sample) whose period has the given harmonic amplitudes."""
     cycle = np.arange(4096) * (2 * np.pi / 4096)
     table = (harmonics[:, None] * np.sin(np.arange(1, len(harmonics) + 1)[:, None] * cycle)).sum(0).astype(np.float32)
     phase = np.cumsum(np.broadcast_to(np.asarray(frequency, np.float64), length)) / SAMPLE_RATE
@@ -162,7 +162,7 @@ def _vibrato(length: int, frequency: float, rate: float, depth: float) -> np.nda
 
 
 def _piano(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Two decaying notes a second, of a five-note scale."""
+    """Return two decaying notes per second of a five-note scale."""
     beat = SAMPLE_RATE // 2
     notes = 262 * 2 ** ((np.floor(pitch * 5) + rng.choice([0, 2, 4, 7, 9], length // beat)) / 12)
     envelope = np.exp(-6 * _time(beat)) * np.minimum(1, _time(beat) * 400)
@@ -170,7 +170,7 @@ def _piano(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _drum(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Four bursts of noise a second over a low thump."""
+    """Return four bursts of noise per second over a low thump."""
     beat = SAMPLE_RATE // 4
     time = _time(beat)
     noise = rng.standard_normal(length, dtype=np.float32) * np.tile(np.exp(-35 * time), length // beat)
@@ -179,25 +179,25 @@ def _drum(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _violin(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
-    """A sawtooth with vibrato."""
+    """Return a sawtooth with vibrato."""
     return _wave(_vibrato(length, 440 * 2 ** (pitch * 5 / 12), 6, 0.012), length, 1 / np.arange(1, 13))
 
 
 def _flute(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
-    """A high, nearly pure tone with slow vibrato and a little breath."""
+    """Return a high, nearly pure tone with slow vibrato and slight breath noise."""
     tone = _wave(_vibrato(length, 1250 * 2 ** (pitch * 7 / 12), 4.5, 0.008), length, np.array([1, 0.06]))
     return tone + 0.01 * rng.standard_normal(length, dtype=np.float32)
 
 
 def _accordion(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
-    """A major chord of odd harmonics, each note with a second reed that beats against it."""
+    """Return a major chord of odd harmonics, each note with a second reed that beats against it."""
     root, reed = 233 * 2 ** (pitch * 5 / 12), np.array([1, 0, 0.5, 0, 0.35, 0, 0.25])
     notes = (_wave(root * ratio + shift, length, reed) for ratio in (1, 1.26, 1.5) for shift in (0, 5))
     return sum(notes, start=np.zeros(length, np.float32))
 
 
 def _trumpet(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
-    """A low note whose harmonics are strongest near 1.3 kHz, tongued once a second."""
+    """Return a low note whose harmonics are strongest near 1.3 kHz, with one attack per second."""
     frequency = 156 * 2 ** (pitch * 7 / 12)
     partials = np.arange(1, 17) * frequency
     attack = np.tile(np.minimum(1, _time(SAMPLE_RATE) * 12), length // SAMPLE_RATE)
@@ -215,7 +215,7 @@ _TIMBRES: dict[str, Callable[[float, int, np.random.Generator], np.ndarray]] = {
 
 
 def timbre(kind: str, pitch: float, seconds: int, rng: np.random.Generator) -> np.ndarray:
-    """`seconds` of one instrument: float32[seconds * SAMPLE_RATE], root mean square 1, ends faded over 10 ms."""
+    """Return `seconds` of one instrument: float32[seconds * SAMPLE_RATE], root mean square 1, ends faded over 10 ms."""
     length = seconds * SAMPLE_RATE
     sound = np.asarray(_TIMBRES[kind](pitch, length, rng), np.float32)
     fade = np.minimum(1, np.arange(length, dtype=np.float32) / (0.01 * SAMPLE_RATE))
@@ -224,7 +224,7 @@ def timbre(kind: str, pitch: float, seconds: int, rng: np.random.Generator) -> n
 
 
 def synthesise(scene: Scene) -> np.ndarray:
-    """The sound of the scene: float32[10 * SAMPLE_RATE] in [-1, 1], over faint noise."""
+    """Return the sound of the scene: float32[10 * SAMPLE_RATE] in [-1, 1], over faint noise."""
     rng = scene.rng("sound")
     mix = _NOISE_RMS * rng.standard_normal(SECONDS * SAMPLE_RATE, dtype=np.float32)
     for thing in scene.sounding:
@@ -234,7 +234,7 @@ def synthesise(scene: Scene) -> np.ndarray:
     return np.clip(mix, -0.99, 0.99)
 
 
-PALETTE = avss_palette().ravel().tolist()  # flat RGB, as Pillow takes it
+PALETTE = avss_palette().ravel().tolist()  # flat RGB, for Pillow
 
 
 def _write_mask(path: Path, ids: np.ndarray, colours: list[int] | None) -> None:
@@ -245,7 +245,7 @@ def _write_mask(path: Path, ids: np.ndarray, colours: list[int] | None) -> None:
 
 
 def _write_clip(path: Path, frames: list[Image.Image], sound: np.ndarray) -> None:
-    """H.264 (yuv420p) and AAC in one mp4; one thread, so that the bytes depend on the content only."""
+    """Write H.264 (yuv420p) and AAC into one mp4; one thread, so that the bytes depend on the content only."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=FPS, options={"preset": "superfast", "crf": "21", "threads": "1"})
         video.width, video.height, video.pix_fmt = SIZE, SIZE, "yuv420p"
@@ -261,7 +261,7 @@ def _write_clip(path: Path, frames: list[Image.Image], sound: np.ndarray) -> Non
 
 
 def write_scene(folder: Path, scene: Scene, masks: Iterable[tuple[str, int]]) -> Scene:
-    """Draw and synthesise a scene into `folder`; returns it with its boxes.
+    """Draw and synthesise a scene into `folder`; return it with its boxes.
 
     Files: clip.mp4, audio.wav (16 kHz mono PCM16), frames/k.jpg (middle of second k), labels_semantic/k.png (class ids
     of the things seen and heard in second k), labels_all/k.png (1 + KINDS index of every visible thing),
@@ -296,6 +296,6 @@ def write_scene(folder: Path, scene: Scene, masks: Iterable[tuple[str, int]]) ->
 
 
 def occupancy(root: str | Path, scene: Scene) -> np.ndarray:
-    """Which thing covers each pixel in each second: int32[10,SIZE,SIZE], 0 none, 1 + KINDS index otherwise."""
+    """Return the thing that covers each pixel in each second: int32[10,SIZE,SIZE], 0 none, else 1 + KINDS index."""
     folder = Path(root) / scene.folder / "labels_all"
     return np.stack([np.asarray(Image.open(folder / f"{k}.png")) for k in range(SECONDS)]).astype(np.int32)

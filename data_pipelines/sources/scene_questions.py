@@ -1,9 +1,9 @@
-"""What can be asked about a scene of the generated world: MUSIC-AVQA questions and Ref-AVS expressions.
+"""Questions and expressions about generated scenes, in the forms of MUSIC-AVQA and Ref-AVS.
 
 Questions use the templates of MUSIC-AVQA (its nine types, its spelling, full-width question mark and trailing spaces)
-and answers of its 42-word list. A question that is ill-defined for a scene is not asked. Among those that remain the
-type is drawn first, then the template, then the answer, then what fills the template, so that the wording tells little
-about the answer.
+and answers of its 42-word list. A question that is ill-defined for a scene is not asked. Among the others, the type is
+drawn first, then the template, the answer, and the values of the slots, so that the wording reveals little about the
+answer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _RARE = {
     ("Audio-Visual", "Comparative"): 2.0,
     ("Audio-Visual", "Location"): 2.5,
     ("Audio-Visual", "Temporal"): 2.5,
-}  # types that few scenes allow are asked more often where they can be
-_YES_NO = 0.5  # weight of a template whose answers are yes and no: six of the nine types have them
+}  # weights of types that few scenes allow
+_YES_NO = 0.5  # weight of a template answered by yes or no, which six of the nine types have
 _SLOT_OR_KIND = re.compile(rf"\b({'|'.join((*KINDS, *SLOTS))})\b")
 _COUNTS = ("zero", "one", "two", "three")
 _ORDINALS = ("first", "second", "third")
-_NULLS = 0.2  # share of expressions that name nothing in the picture, outside the test split
+_NULLS = 0.2  # share of expressions that refer to nothing in the picture, outside the test split
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A MUSIC-AVQA question: type is (modality, kind) as in the release."""
+    """A MUSIC-AVQA question; type is (modality, kind) as in the release."""
 
     type: tuple[str, str]
     text: str
@@ -41,9 +41,9 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A Ref-AVS expression and what it names in second `second`: a kind, or "" when nothing in the picture fits.
+    """A Ref-AVS expression and the object it refers to in second `second`: a kind, or "" when nothing fits.
 
-    split: "seen", "unseen" (an object that those of the train and val splits never are) or "null".
+    split: "seen", "unseen" (an object that expressions of the train and val splits never refer to) or "null".
     """
 
     split: str
@@ -57,7 +57,7 @@ def _only(things: Sequence[Thing]) -> Thing | None:
 
 
 def _first_last(things: Sequence[Thing]) -> tuple[Thing | None, Thing | None]:
-    """The thing that starts to sound before all others, and the one after all others; None on a tie."""
+    """Return the thing that starts to sound before all others, and the one after all others; None on a tie."""
     starts = [t.onset for t in things]
     return (
         (_only([t for t in things if t.onset == min(starts)]), _only([t for t in things if t.onset == max(starts)]))
@@ -107,7 +107,7 @@ def _visual(scene: Scene) -> Iterator[tuple[str, str, str]]:
 
 
 def _beside(scene: Scene, thing: Thing, side: str) -> list[Thing]:
-    """Visible things on the left or right of a visible thing."""
+    """Return the visible things on the left or right of a visible thing."""
     return [t for t in scene.visible if (t.x < thing.x if side == "left" else t.x > thing.x)]
 
 
@@ -142,7 +142,7 @@ def _audio_visual_comparative(seen: Sequence[Thing]) -> Iterator[tuple[str, str,
 
 
 def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[str, str, str]]:
-    """Questions about which of several sounding things is first, last, loudest or lowest, and where."""
+    """Yield questions about which of several sounding things is first, last, loudest or lowest, and where."""
     by_level = sorted(heard, key=lambda t: t.loudness)
     for word, thing in (("loudest", by_level[-1]), ("lowest", by_level[0])):
         if thing.visible:
@@ -179,7 +179,7 @@ def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[
 
 
 def questions(scene: Scene, count: int) -> list[Question]:
-    """Up to `count` questions of different types about a scene, the same ones for every call."""
+    """Return up to `count` questions of different types about a scene, the same ones for every call."""
     rng = scene.rng("questions")
     pool: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}  # type -> template -> answer -> questions
     for modality, source in (("Audio", _audio), ("Visual", _visual), ("Audio-Visual", _audio_visual)):
@@ -187,7 +187,7 @@ def questions(scene: Scene, count: int) -> list[Question]:
             templates = pool.setdefault((modality, kind), {})
             templates.setdefault(_SLOT_OR_KIND.sub("", text), {}).setdefault(answer, []).append(text)
     types = list(pool)
-    # A type with a single possible template is asked less, because there the scene alone fixes the wording.
+    # A type with a single possible template is asked less, because the scene alone determines its wording.
     weights = np.array([_RARE.get(t, 1.0) * min(len(pool[t]), 3) for t in types])
     chosen = []
     for position in rng.choice(len(types), len(types), replace=False, p=weights / weights.sum())[:count]:
@@ -200,10 +200,10 @@ def questions(scene: Scene, count: int) -> list[Question]:
 
 
 def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
-    """Every (template, expression, thing named or None) of a scene.
+    """Yield every (template, expression, thing it refers to or None) of a scene.
 
-    Most templates leave it to the ear which of the visible things is meant; "kind" names the thing, "beside" what
-    stands beside it.
+    In most templates only the sound tells which of the visible things is meant; "kind" names the thing, "beside" its
+    neighbour.
     """
     seen, heard = scene.visible, scene.sounding
     things = {t.kind: t for t in scene.things}
@@ -237,16 +237,16 @@ def _expressions(scene: Scene) -> Iterator[tuple[str, str, Thing | None]]:
                 yield "beside", f"the object on the {side} of the {thing.kind}", _only(beside)
 
 
-_WEIGHTS = {"sounding": 3.0, "kind": 0.1, "beside": 0.1}  # how often a template is asked, beside 1 for the others
-_UNSEEN = "piano"  # what no expression of the train and val splits points at
+_WEIGHTS = {"sounding": 3.0, "kind": 0.1, "beside": 0.1}  # relative frequency of templates; 1 for the others
+_UNSEEN = "piano"  # the kind that no expression of the train and val splits refers to
 
 
 def expressions(scene: Scene, count: int) -> list[Expression]:
-    """Up to `count` expressions about a scene, the same ones for every call.
+    """Return up to `count` expressions about a scene, the same ones for every call.
 
-    The test split has seen ones, unseen ones (as in Ref-AVS: a class that training never points at) and null ones in
-    turn; the others have seen ones and some null ones.
-    The object is in the picture in the chosen second, and heard then when it is one that sounds.
+    The test split has seen ones, unseen ones (as in Ref-AVS: a class that never occurs in training) and null ones in
+    turn; the others have seen ones and some null ones. The object is visible in the chosen second, and heard then if it
+    sounds while visible.
     """
     rng = scene.rng("expressions")
     pool: dict[str, dict[str, list[tuple[str, Thing | None]]]] = {"seen": {}, "unseen": {}, "null": {}}

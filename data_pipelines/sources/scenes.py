@@ -1,10 +1,10 @@
-"""A generated audio-visual world with labels for all nine tasks, as media files and Examples.
+"""Generate audio-visual scenes with labels for all nine tasks, as media files and Examples.
 
     python -m data_pipelines.sources.scenes --out DIR --train 2000 --val 200 --test 400 --seed 0 --workers 2
 
 writes `<split>/<scene>/...` (see scene_media.write_scene), `<split>.jsonl` and the marker scenes.json. A scene depends
-on (seed, split, index) only, so a root can be continued after an interruption and is the same for any worker count.
-What a scene is: scene_graph.py. Pictures and sound: scene_media.py. Questions and expressions: scene_questions.py.
+on (seed, split, index) only, so an interrupted root can be continued, and the result is the same for any worker count.
+Contents of a scene: scene_graph.py. Pictures and sound: scene_media.py. Questions and expressions: scene_questions.py.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ __all__ = [
     "write",
 ]
 
-FORMAT = 2  # of the scenes on disk; a root of another format is not continued
-PER_SCENE = {"avqa": 3, "arig": 1, "s4": 1, "ms3": 1, "avss": 1, "ref-avs": 3}  # Examples of one scene; others: 1
-NOTHING = "nothing"  # the object of a segmentation answer when nothing in the picture sounds
-_EXPRESSIONS = 3  # expressions of one scene that have masks on disk
+FORMAT = 2  # format version of the scenes on disk; a root of another version is not continued
+PER_SCENE = {"avqa": 3, "arig": 1, "s4": 1, "ms3": 1, "avss": 1, "ref-avs": 3}  # Examples per scene; 1 for other tasks
+NOTHING = "nothing"  # the object of a segmentation answer when nothing visible sounds
+_EXPRESSIONS = 3  # expressions per scene with masks on disk
 
 
-# Explicit reasoning: short regular sentences about what is seen and heard, as in AV-UIE (paper section 3).
+# Explicit reasoning: short regular sentences about sights and sounds, as in AV-UIE (paper section 3).
 
 
 def _name(thing: Thing, slot: bool, level: bool) -> str:
@@ -64,29 +64,29 @@ def _listing(verb: str, parts: Sequence[str]) -> str:
 
 
 def _span(interval: tuple[int, int] | None) -> str:
-    """`from 0 to 7`, for the interval of a thing that has one."""
+    """Return a text such as `from 0 to 7`."""
     assert interval is not None
     return f"from {interval[0]} to {interval[1]}"
 
 
 def _seen(scene: Scene, slot: bool = False) -> str:
-    """`I see the left piano from 0 to 7, the right drum from 3 to 10.`"""
+    """Return a sentence about all visible things, `I see the left piano from 0 to 7, the right drum from 3 to 10`."""
     return _listing("see", [f"{_name(t, slot, False)} {_span(t.visible)}" for t in scene.visible])
 
 
 def _heard(scene: Scene, level: bool = False) -> str:
-    """`I hear the loud piano from 2 to 9.`"""
+    """Return a sentence about all sounding things, such as `I hear the loud piano from 2 to 9`."""
     return _listing("hear", [f"{_name(t, False, level)} {_span(t.sounding)}" for t in scene.sounding])
 
 
 def _moment(scene: Scene, second: int) -> str:
-    """`I hear the piano. I see the left piano, the right drum.` at one second."""
+    """Return sentences about one second, such as `I hear the piano. I see the left piano, the right drum`."""
     heard = _listing("hear", [_name(t, False, False) for t in scene.sounding if t.heard(second)])
     return f"{heard} {_listing('see', [_name(t, True, False) for t in scene.visible if t.seen(second)])}"
 
 
 def _caption(scene: Scene) -> str:
-    """One short text about what is seen, what of it sounds and how loud, and what sounds unseen."""
+    """Return a short text about what is seen, which of it sounds and how loud, and what sounds unseen."""
     seen = " and ".join(f"{_article(t.kind)} on the {t.slot}" for t in scene.visible)
     playing = " and ".join(f"{_name(t, False, True)} is playing" for t in scene.visible if t.sounding)
     hidden = [f"{_name(t, False, True)} plays off screen" for t in scene.sounding if not t.visible]
@@ -101,8 +101,8 @@ def _article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
-# One function per task: (scene, how many) -> for each Example its prompt fields, label fields, reasoning, other
-# Example fields and meta.
+# One function per task: (scene, number of Examples) -> prompt fields, label fields, reasoning, other Example fields and
+# meta of each Example.
 
 _Item = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any], dict[str, Any]]
 
@@ -139,7 +139,7 @@ def _arig(scene: Scene, count: int) -> Iterator[_Item]:
     for second in _seconds(scene, "arig", count):
         thing = scene.sources(second)[0]
         box = thing.boxes[second]
-        assert box is not None  # things overlap only a little, so one that is seen is never covered
+        assert box is not None  # things overlap only slightly, so a visible one is never covered
         label = {"object": thing.kind, "box": list(box)}
         yield {}, label, _moment(scene, second), _picture(scene, second), label
 
@@ -201,25 +201,26 @@ def _picture(scene: Scene, second: int) -> dict[str, Any]:
 
 
 def _seconds(scene: Scene, task: str, count: int) -> list[int]:
-    """Up to `count` seconds to ask `task` about, the same ones for every call.
+    """Return up to `count` seconds to ask `task` about, the same ones for every call.
 
-    s4: exactly one thing is seen and heard; arig: and nothing else is heard, so that the sound names one thing.
-    ms3, avss: any second, one without a source only with a small chance; ms3 only when two things sound in the clip.
+    s4: exactly one thing is seen and heard; arig: in addition nothing else is heard, so that the sound determines the
+    thing. ms3, avss: any second, one without a source only with a small chance; ms3 only when two things sound in the
+    clip.
     """
     rng = scene.rng("seconds")
-    order = np.roll(rng.permutation(SECONDS), TASK_NAMES.index(task)).tolist()  # not the same second for every task
+    order = np.roll(rng.permutation(SECONDS), TASK_NAMES.index(task)).tolist()  # another second for each task
     sources = [len(scene.sources(k)) for k in range(SECONDS)]
     if task in ("s4", "arig"):
         heard = [sum(t.heard(k) for t in scene.things) for k in range(SECONDS)]
         return [k for k in order if sources[k] == 1 and (task == "s4" or heard[k] == 1)][:count]
     if task == "ms3" and len(scene.sounding) < 2:
         return []
-    empty_too = rng.random() < 0.15
-    return [k for k in order if sources[k] or empty_too][:count]
+    with_empty = rng.random() < 0.15
+    return [k for k in order if sources[k] or with_empty][:count]
 
 
 def load_split(root: str | Path, split: str) -> list[Scene]:
-    """All scenes of a split, in order. Raises InputError when the root or the split was not written."""
+    """Return all scenes of a split, in order. Raises InputError when the root or the split was not written."""
     marker = Path(root) / "scenes.json"
     if not marker.is_file():
         raise InputError(str(marker), "", "no such file", "write scenes with `python -m data_pipelines.sources.scenes`")
@@ -237,11 +238,11 @@ def examples(
     tasks: Sequence[str] | None = None,
     per_scene: Mapping[str, int] | None = None,
 ) -> list[Example]:
-    """Examples of a written split, grouped by scene; paths are relative to `root`.
+    """Return the Examples of a written split, grouped by scene; paths are relative to `root`.
 
-    reasoning: "explicit" puts what is seen and heard before the answer, "plain" is the answer alone.
-    variant: which prompt of the task ("train", "test", "quick"); it decides between the clip and one picture.
-    per_scene: at most this many Examples of a task per scene (default PER_SCENE; Ref-AVS has masks for three).
+    reasoning: "explicit" puts sights and sounds before the answer, "plain" is the answer alone. variant: which prompt
+    of the task ("train", "test", "quick"); it decides between the clip and one picture. per_scene: at most this many
+    Examples of a task per scene (default PER_SCENE; Ref-AVS has masks for three).
     """
     if reasoning not in ("explicit", "plain"):
         raise InputError("examples", "reasoning", f"unknown value {reasoning!r}", "use explicit or plain")
@@ -291,10 +292,10 @@ def write(
     workers: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Write a data root of scenes; does nothing when `out` already holds it, continues when it holds a part of it.
+    """Write a data root of scenes, or continue a partial one; does nothing when `out` is complete.
 
-    counts: scenes per split of SPLITS. progress: called with a line of text every few seconds.
-    Raises InputError when `out` holds scenes of other settings.
+    counts: scenes per split of SPLITS. progress: receives a line of text every few seconds. Raises InputError when
+    `out` holds scenes of other settings.
     """
     out = Path(out)
     unknown = set(counts) - set(SPLITS)
@@ -326,7 +327,7 @@ def write(
 
 
 def _run(jobs: Sequence[tuple[str, int, str, int]], workers: int, progress: Callable[[str], None] | None) -> None:
-    if workers > 1:  # fresh processes: forking one that runs JAX threads can hang
+    if workers > 1:  # spawned, because forking a process with JAX threads can hang
         pool = multiprocessing.get_context("spawn").Pool(workers, end_with_parent)
         done: Iterator[None] = pool.imap_unordered(_write_one, jobs, chunksize=8)
     else:
@@ -340,7 +341,7 @@ def _run(jobs: Sequence[tuple[str, int, str, int]], workers: int, progress: Call
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m data_pipelines.sources.scenes`."""
+    """Run `python -m data_pipelines.sources.scenes`."""
     argv = sys.argv[1:] if argv is None else argv
     run_verb(lambda: _write_from(argv), "--debug" in argv)
 

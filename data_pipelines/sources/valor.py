@@ -1,9 +1,10 @@
-"""VALOR-32K (Chen et al. 2023, TXH-mercury/VALOR): one caption of what is seen and heard in each clip of AudioSet.
+"""VALOR-32K (Chen et al. 2023, TXH-mercury/VALOR): one audio-visual caption for each clip of AudioSet.
 
     desc_train.json  desc_val.json  desc_test.json       [{"video_id": "x-2Abohj8VY_30.000_40.000", "desc": "..."}, ...]
     video_data/<video_id>.mp4
 
-Instead of them Crab's lists are read, `<split>_samples.json` with the same fields, and its audio_data/<video_id>.mp3.
+Instead of these files Crab's lists are read, `<split>_samples.json` with the same fields, and its
+audio_data/<video_id>.mp3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ FOLDERS = ("video_data", "videos")
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `avcap`; meta: captions, video. The released code evaluates on val."""
+    """Yield Examples of task `avcap`; meta: captions, video. The released code evaluates on val."""
 
     def examples(row: Row) -> Iterator[Example]:
         video, caption = row.name("video_id", "x-2Abohj8VY_30.000_40.000"), row.words("desc")

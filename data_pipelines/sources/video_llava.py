@@ -1,8 +1,8 @@
-"""Video-LLaVA's pretraining captions (Lin et al. 2023, PKU-YuanGroup/Video-LLaVA), for visual alignment.
+"""Video-LLaVA's pre-training captions (Lin et al. 2023, PKU-YuanGroup/Video-LLaVA), for visual alignment.
 
-    llava_image_.json  valley_.json            (or merged: valley_llavaimage.json), here or in train_json/; where both
-                                               forms are there, each record is read once and a note says from where
-    llava_image/...  valley/...                paths inside of the files start with these folders
+    llava_image_.json  valley_.json            (or merged: valley_llavaimage.json), here or in train_json/; if both
+                                               forms exist, each record is read once and a note names the source
+    llava_image/...  valley/...                paths in the files start with these folders
 
 Prompt and answer: dataset/pretrain_dataset.py. The first question and answer of a conversation are used.
 """
@@ -16,14 +16,14 @@ from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 
 PARTS, MERGED = ("llava_image_.json", "valley_.json"), "valley_llavaimage.json"
-CRAB = "valid_valley_.json"  # the released code's own list of the videos that can be read, in place of valley_.json
+CRAB = "valid_valley_.json"  # the released code's list of readable videos, in place of valley_.json
 FILES = (*PARTS, MERGED)
-SPEAKERS = (("human", "user"), ("gpt", "assistant"))  # of the question, of the answer
+SPEAKERS = (("human", "user"), ("gpt", "assistant"))  # speakers of the question, of the answer
 _BLOCKS = {"image": IMAGE, "video": VIDEO}
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
-    """Examples of task `avcap` without sound; meta: captions. There is a train split only, and one prompt."""
+    """Yield Examples of task `avcap` without sound; meta: captions. There is only a train split and one prompt."""
 
     def examples(row: Row) -> Iterator[Example]:
         kind, path = _visual(row)
@@ -56,41 +56,44 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         path = path if kinds[0] == "image" or "." in path.rpartition("/")[2] else f"{path}.mp4"  # as Valley's loader
         return kinds[0], release.inside(path, row.where, kinds[0])
 
-    found = _files(release)
-    if not found:
+    annotations = _files(release)
+    if not annotations:
         raise MissingFile(
             str(release.base / FILES[0]),
             "",
             f"no such annotation file (nor {', '.join(FILES[1:])})",
             "copy the release's annotation files; docs/datasets.md shows the tree",
         )
-    for name in found:
+    for name in annotations:
         yield from each(release.records(name), examples)
 
 
 def _files(release: Release) -> list[str]:
-    """The annotation files to read, so that no record is read twice; a note names those that are left out."""
-    there = {
+    """Return the annotation files to read, so that no record is read twice; a note names those left out."""
+    existing = {
         file: [name for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
         for file in (*FILES, CRAB)
     }
-    whole = all(there[file] or file == PARTS[1] and there[CRAB] for file in PARTS)
-    chosen = [MERGED] if there[MERGED] and not whole else list(PARTS)
-    if not there[PARTS[1]] and chosen != [MERGED]:
+    complete = all(existing[file] or file == PARTS[1] and existing[CRAB] for file in PARTS)
+    chosen = [MERGED] if existing[MERGED] and not complete else list(PARTS)
+    if not existing[PARTS[1]] and chosen != [MERGED]:
         chosen[1] = CRAB
-    found = [there[file][0] for file in chosen if there[file]]
-    for name in (name for names in there.values() for name in names if name not in found):
+    read_files = [existing[file][0] for file in chosen if existing[file]]
+    for name in (name for names in existing.values() for name in names if name not in read_files):
         release.note(
             str(release.base / name),
             "",
-            f"is not read, because {' and '.join(found)} hold the same records",
+            f"is not read, because {' and '.join(read_files)} hold the same records",
             "remove the form that you do not want",
         )
-    return found
+    return read_files
 
 
 def _turn(row: Row, number: int) -> str:
-    """What one turn of the conversation says, without the placeholder (which may be first or last) and newlines."""
+    """Return the text of one turn of the conversation, without newlines and the placeholder. Raises InputError.
+
+    The placeholder may be first or last.
+    """
     turns = row.values.get("conversations")
     turn = turns[number] if isinstance(turns, list) and len(turns) > number else None
     value = turn.get("value") if isinstance(turn, dict) else None

@@ -227,7 +227,7 @@ def test_a_stopped_run_goes_on_and_leaves_no_half_shard(copied, tmp_path, monkey
         run(root, out, *options)
     visible = shards_in(out)
     assert len(visible) == 6 and all((out / name).read_bytes() == (whole / name).read_bytes() for name in visible)
-    with pytest.raises(InputError, match="is not prepared to the end; run prepare again"):
+    with pytest.raises(InputError, match="is not completely prepared; run prepare again"):
         read_examples(out, "train")
 
     calls.clear()
