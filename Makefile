@@ -70,7 +70,7 @@ test-all: lint
 
 MINUTES := 10
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
+	$(BIN)/python -m tests.programs.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
 
 docs:
 	$(MAKE) install EXTRA=docs

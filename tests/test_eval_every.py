@@ -20,7 +20,6 @@ from crab_jax.evaluation import held_out
 from crab_jax.evaluation.results import METRICS
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import read_lines
-from crab_jax.models.crab import Crab
 from crab_jax.parallel import sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.reports import run_page
