@@ -1,6 +1,7 @@
-"""Run the notebooks of this folder and keep what they show: `make notebooks`, or `python examples/execute.py NAME.ipynb`.
+"""Run the notebooks of this folder and keep what they show.
 
-Each runs in an empty folder of its own, as a user's would. What is written on stderr (progress) is not kept.
+`make notebooks` runs all, `python examples/execute.py NAME.ipynb` one. Each runs in an
+empty folder of its own, as a user's would. What is written on stderr (progress) is not kept.
 """
 
 from __future__ import annotations

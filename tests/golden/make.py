@@ -103,18 +103,23 @@ def llama(golden: Path) -> Compared:
     model = transformers.LlamaForCausalLM.from_pretrained(
         golden / "weights" / "llama", attn_implementation="eager", dtype=torch.float32
     ).eval()
+    mask = stored["attention_mask"].astype(bool)
+    inputs = {name: torch.from_numpy(stored[name]) for name in ("attention_mask", "position_ids")}
     with torch.no_grad():
-        out = model(torch.from_numpy(stored["base.input_ids"]), output_hidden_states=True)
-        yield "llama base.logits", out.logits, stored["base.logits"], ROUNDING
+        out = model(torch.from_numpy(stored["base.input_ids"]), **inputs, output_hidden_states=True)
+        yield "llama base.logits", out.logits[mask], stored["base.logits"][mask], ROUNDING
         for number, state in enumerate(out.hidden_states):
-            yield f"llama base.hidden_states.{number}", state, stored[f"base.hidden_states.{number}"], ROUNDING
+            yield (
+                f"llama base.hidden_states.{number}",
+                state[mask],
+                stored[f"base.hidden_states.{number}"][mask],
+                ROUNDING,
+            )
         for layer, name in ((model.model.embed_tokens, "embed_tokens"), (model.lm_head, "lm_head")):
             rows = torch.from_numpy(unsaved[f"{name}.new_rows"])
             layer.weight = torch.nn.Parameter(torch.cat([layer.weight.data, rows.to(layer.weight.dtype)]))
         released_lora(golden, model)
-        mask = stored["attention_mask"].astype(bool)
-        inputs = {name: torch.from_numpy(stored[name]) for name in ("input_ids", "attention_mask", "position_ids")}
-        out = model(**inputs, output_hidden_states=True)
+        out = model(torch.from_numpy(stored["input_ids"]), **inputs, output_hidden_states=True)
     yield "llama lora.logits", out.logits[mask], stored["lora.logits"][mask], ROUNDING
     for number, state in enumerate(out.hidden_states):
         yield f"llama lora.hidden_states.{number}", state[mask], stored[f"lora.hidden_states.{number}"][mask], ROUNDING
@@ -188,6 +193,10 @@ def fbank(golden: Path, kaldi: Path) -> Compared:
 
 def rerun(golden: Path, kaldi: Path | None) -> bool:
     """Print how far computed arrays are from the stored ones; return whether all are within rounding."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     parts = [clip(golden), llama(golden), lora(golden), losses(golden), *([fbank(golden, kaldi)] if kaldi else [])]
     good = True
     for part in parts:
