@@ -2,6 +2,8 @@
 # make test    install, lint, type-check, test
 # make test-all the tests of minutes too
 # make fuzz    changed files of every kind before every command: MINUTES=30, what falls is kept in runs/fuzz
+# make mutants whether tests notice small changes: ROOM=losses (a list: python -m tests.mutants --help), SAMPLE=40,
+#              SEED=0, JOBS=1, MINUTES=5; goes on where it was stopped
 # make recipe  the whole tiny recipe from nothing: writes the warm start, then trains the paper's stages
 # make stages  the paper's five stages at tiny size, each from the one before
 # make docs    the site of the documents and the Python API, in build/site
@@ -24,7 +26,7 @@ EXTRA :=
 INSTALLED := .venv/installed$(addprefix -,$(EXTRA))
 LISTS := constraints/build.txt $(CONSTRAINTS) $(if $(EXTRA),constraints/$(TAG)-$(EXTRA).txt)
 
-.PHONY: demo install test test-all fuzz recipe stages lint docs notebooks picture lock audit clean
+.PHONY: demo install test test-all fuzz mutants recipe stages lint docs notebooks picture lock audit clean
 
 install: $(INSTALLED)
 
@@ -71,6 +73,11 @@ test-all: lint
 MINUTES := 10
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.programs.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants $(or $(ROOM),$(error ROOM is missing: make mutants ROOM=losses)) \
+	    --seed $(or $(SEED),0) --jobs $(or $(JOBS),1) $(addprefix --sample ,$(SAMPLE)) \
+	    $(if $(filter command line,$(origin MINUTES)),--minutes $(MINUTES))
 
 docs:
 	$(MAKE) install EXTRA=docs

@@ -25,7 +25,7 @@ from crab_jax.generate import GenerateOptions, generate
 from crab_jax.inference import draw
 from crab_jax.io.errors import InputError
 from crab_jax.losses import LossConfig, Term
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_mesh
