@@ -72,7 +72,7 @@ test-all: lint
 
 MINUTES := 10
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
+	$(BIN)/python -m tests.programs.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants $(or $(ROOM),$(error ROOM is missing: make mutants ROOM=losses)) \
