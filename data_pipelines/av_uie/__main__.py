@@ -37,8 +37,8 @@ _READ = """Write Examples whose targets are the released labels of AV-UIE, match
     python -m data_pipelines.av_uie read --root R --labels zips/ave_converted_label.zip \\
         --labels avvp=LLP/converted_label --out R/released.jsonl
 
-A label file is a released zip or the folder of an unpacked one. <out>.report.json lists the Examples without a label and
-the labels without an Example.
+A label file is a released zip or the folder of an unpacked one. <out>.report.json lists the Examples without a label
+and the labels without an Example.
 """
 _WRITE = """Write Examples whose targets follow from their labels, masks and questions by templates.
 
