@@ -16,7 +16,7 @@ from flax import traverse_util
 from crab_jax import losses
 from crab_jax.config import RunConfig
 from crab_jax.io.progress import Progress
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.tasks import TASKS
 from crab_jax.training.train_step import loss_rows
 from crab_jax.visualize import charts
@@ -63,7 +63,7 @@ def segments(batch: Batch, visual_rows: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="model")
-def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _route(model: Model, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return sums over the positions of each row and segment.
 
     weights [B,S,layers,P,heads], entropies (bits) [B,S,layers,P], positions [B,S].
@@ -73,7 +73,7 @@ def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     by_projection = {path[-2]: value[0] for path, value in traverse_util.flatten_dict(sown["router"]).items()}
     weights = jnp.stack([by_projection[name] for name in charts.PROJECTIONS], axis=1)
     entropy = -(weights * jnp.log2(jnp.maximum(weights, 1e-30))).sum(-1)
-    membership = segments(batch, batch.frames.shape[1] * model.cfg.visual.queries)
+    membership = segments(batch, batch.frames.shape[1] * model.cfg.visual_queries)
     return (
         jnp.einsum("lpbth,sbt->bslph", weights, membership),
         jnp.einsum("lpbt,sbt->bslp", entropy, membership),
@@ -81,7 +81,7 @@ def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     )
 
 
-def router_weights(model: Crab, params: Any, batches: Iterable[Batch]) -> dict[str, Routing]:
+def router_weights(model: Model, params: Any, batches: Iterable[Batch]) -> dict[str, Routing]:
     """Return how the tokens of each task use the LoRA heads; every real position counts once, features included."""
     sums: dict[str, list[Any]] = {}
     names = list(TASKS)
@@ -115,18 +115,18 @@ def keep_heads(params: Any, keep: np.ndarray | jax.Array) -> Any:
 
 
 @partial(jax.jit, static_argnames="model")
-def _answer_losses(model: Crab, params: Any, batch: Batch, keep: jax.Array) -> dict[str, losses.Term]:
+def _answer_losses(model: Model, params: Any, batch: Batch, keep: jax.Array) -> dict[str, losses.Term]:
     """Return the rows of the text loss and, with masks, of the mask losses (see losses.py), with `keep_heads`."""
     output: Any = model.apply({"params": keep_heads(params, keep)}, batch)
     return loss_rows(output, batch)
 
 
-def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, dict[str, dict[str, float]]]:
+def ablation(model: Model, params: Any, batches: Sequence[Batch]) -> dict[str, dict[str, dict[str, float]]]:
     """Return {task: {variant: {loss: value}}}: losses with all heads, without each one, and without any.
 
     text is in nats per token of the true answer; bce, dice and ce are means over the samples with such a mask.
     """
-    heads = model.cfg.lora.heads
+    heads = model.cfg.lora_heads
     every = np.ones(heads, np.float32)
     variants = {
         INTACT: every,

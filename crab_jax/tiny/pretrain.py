@@ -39,7 +39,7 @@ from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.models.beats import Beats
 from crab_jax.models.clip import Clip, normalize
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.qformer import QFormer, QFormerConfig
 from crab_jax.runs import run_data, run_folder, run_params
@@ -74,6 +74,7 @@ class Reader(nn.Module):
 
     @nn.compact
     def __call__(self, table: Arrays) -> tuple[jax.Array, jax.Array]:
+        """Return (visual rows [...,3,D], audio rows [...,2,D]) of a table."""
         seen = table["what"].max(-1, keepdims=True)
         # Bumps about as wide as a Q-Former's accuracy: finer detail would be read here and missing later.
         distance = table["where"][..., None] - jnp.arange(0, scene_graph.BOX_SPACE + 1, 2 * BUMP)
@@ -84,7 +85,7 @@ class Reader(nn.Module):
         return visual[..., 0, :], audio
 
     def rows(self, name: str, count: int, x: jax.Array) -> jax.Array:
-        """Return `count` rows [...,count,D] of features x [...,C], by a two-layer MLP."""
+        """Return `count` rows [...,count,D] of features x [...,C] by a two-layer MLP."""
         x = nn.gelu(nn.Dense(2 * self.width, name=f"{name}_in")(x))
         x = nn.Dense(count * self.width, kernel_init=nn.initializers.normal(0.02), name=f"{name}_out")(x)
         return x.reshape(*x.shape[:-1], count, self.width)
@@ -407,7 +408,7 @@ def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path 
     data = load_clips(root, folders[:CLIPS], decode, tokenizer)
     frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
     shown = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
-    params, learned = run_params.initial_params(config, Crab(cfg)), {}
+    params, learned = run_params.initial_params(config, cfg.build()), {}
     reading = trained_or_saved(parts, "llama", read)
     learned["llama"] = optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])
     visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, shown))
