@@ -173,7 +173,7 @@ class Journal:
                     f"{self.path}:{number}",
                     "",
                     "is no record of this journal",
-                    "remove the line; the answer in it is asked for again",
+                    "remove the line; its answer is requested again",
                 ) from None
 
     def _keep(self, record: dict[str, Any]) -> None:
@@ -270,7 +270,7 @@ class Client:
         return self.endpoint.cost(tokens_in(messages), tokens_out)
 
     def _reserve(self, cost: float) -> None:
-        """Raise InputError when a request of this cost could exceed the budget; a negative cost gives it back."""
+        """Raise InputError when a request of this cost could exceed the budget; negative costs undo reservations."""
         with self._lock:
             budget = self.endpoint.budget
             if budget and cost > 0 and self.spent() + self._reserved + cost > budget:
