@@ -26,7 +26,7 @@ SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
 
 # Fields that `compat` and the model set, which are no keys of their own.
 COMPAT_SIZES = ("seg_taps", "chain_queries", "dropout_per_head")
-DERIVED_DATA = ("image_size", "visual_queries", "audio_queries", "clock")
+DERIVED_DATA = ("image_size", "visual_queries", "audio_queries", "clock", "tasks")
 DERIVED_LOSS = ("reduction",)
 
 
@@ -57,6 +57,7 @@ def base() -> ConfigDict:
             "trainable": (*QFORMERS, *LORA, *SEGMENTATION),
             "frozen": (*ENCODERS, *LLAMA, *FOURIER),
             "frozen_dtype": "bfloat16",
+            "tasks": "",  # modules with tasks of your own, "package.module:NAME,other.module", which are imported
             "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
             # Of a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
             # quick), and `frames`, "one" picture of a clip of AVSS and Ref-AVS in an epoch or "all".

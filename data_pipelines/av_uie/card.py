@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from crab_jax.io.errors import cell
+from crab_jax.tasks import TASKS
 from data_pipelines.av_uie.labels import reasoning_of
-from data_pipelines.examples import TASK_NAMES, Example
+from data_pipelines.examples import Example
 
 # What each task asks of a model (paper sections 1 and 3).
 GRANULARITY = {
@@ -52,7 +53,7 @@ def card(examples: Sequence[Example], count_tokens: Callable[[str], int] | None 
     coverage: share of the Examples whose target says something before its answer. distinct_reasoning: how many
     different texts that are. Lengths are in words, and with `count_tokens` also in tokens.
     """
-    groups = {task: [e for e in examples if e.task == task] for task in TASK_NAMES}
+    groups = {task: [e for e in examples if e.task == task] for task in TASKS}
     tasks = {task: _task_card(found, len(examples), count_tokens) for task, found in groups.items() if found}
     return {
         "samples": len(examples),

@@ -207,11 +207,11 @@ def target(example: Example, text: str) -> str:
     `<audio>` is a placeholder token. A grounding or segmentation text without an answer that the task can read (or
     without mask tokens) is reasoning, and the answer of the label is put behind it.
     """
-    if example.task == "avvp":
-        return re.sub(r"<(/?)(audio|visual)>", r"<\1\2_event>", text)
     task = TASKS[example.task]
+    if "audio_event" in (task.tags or ()):
+        return re.sub(r"<(/?)(audio|visual)>", r"<\1\2_event>", text)
     if (
-        example.task in ZIPS["arig"] + ZIPS["AVS"]
+        task.about_picture
         and not labels.weak(example)
         and (task.parse(text) is None or (task.mask_kind != "none" and MASK not in text))
     ):
