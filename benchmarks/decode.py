@@ -33,7 +33,7 @@ import numpy as np
 from crab_jax import generate
 from crab_jax.io.errors import CommandLine, run_verb
 from crab_jax.models.generating import FusedLlama
-from crab_jax.models.llama import LlamaConfig
+from crab_jax.models.llama import LlamaConfig, grow_cache, init_cache
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.presets import MODELS
 
@@ -67,12 +67,24 @@ class Text(nn.Module):
     def setup(self) -> None:
         self.llama = FusedLlama(self.cfg.llama, self.lora, self.kind)
 
-    def prefill(self, batch: Prompts, cache: Any) -> Any:
-        positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-        return self.llama(self.llama.embed(batch.tokens), positions, cache)
+    @nn.nowrap
+    def positions(self, batch: Prompts) -> jax.Array:
+        return jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
-        return self.llama(self.llama.embed(tokens), positions, cache)
+    @nn.nowrap
+    def empty_cache(self, rows: int, slots: int) -> Any:
+        return init_cache(self.cfg.llama, rows, slots)
+
+    @nn.nowrap
+    def grown_cache(self, cache: Any, slots: int) -> Any:
+        return grow_cache(cache, slots)
+
+    def prefill(self, batch: Prompts, cache: Any) -> Any:
+        positions = self.positions(batch)
+        return self.llama(self.llama.embed(batch.tokens), positions, cache, positions)
+
+    def decode(self, tokens: jax.Array, positions: jax.Array, slots: jax.Array, cache: Any) -> Any:
+        return self.llama(self.llama.embed(tokens), positions, cache, slots)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.llama.logits(hidden)
@@ -84,7 +96,7 @@ class Text(nn.Module):
 def random_params(model: Text) -> Any:
     """Weights of the model's shapes and dtypes."""
     batch = prompts(model.cfg.llama, 1, 2)
-    cache = generate.init_cache(model.cfg.llama, 1, 2)
+    cache = model.empty_cache(1, 2)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, cache, method="everything"))["params"]
 
     @jax.jit

@@ -26,7 +26,7 @@ from crab_jax.checkpoints.stored import StoredParams
 from crab_jax.convert import torch_writer
 from crab_jax.convert.exporting import write_crab, write_hugging_face
 from crab_jax.io import stored_tensors
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.models.presets import tiny
 from crab_jax.runs import run_params
 from data_pipelines.tokens import Tokenizer
@@ -54,7 +54,7 @@ def write(folder: Path, gigabytes: float) -> list[str]:
     """Released files of that size below `folder`; returns the arguments of their import."""
     tokenizer = Tokenizer.load("data_pipelines/tiny_tokenizer.json")
     cfg = config(gigabytes, tokenizer.vocab_size)
-    shapes = nn.unbox(run_params.abstract_params(Crab(cfg)))
+    shapes = nn.unbox(run_params.abstract_params(cfg.build()))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float16), shapes)
     params = StoredParams(
         shapes, lambda wanted: jax.tree.map(lambda leaf: np.broadcast_to(np.float16(0.5), leaf.shape), wanted)

@@ -103,14 +103,13 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from crab_jax import optim
-    from crab_jax.models.crab import Crab
     from crab_jax.parallel import sharding
     from crab_jax.runs import run_mesh, run_params
     from crab_jax.training import train_step
     from data_pipelines.batching import empty_batch
 
     config = run_config(gpu, rows)
-    model, mesh = Crab(config.model), run_mesh.mesh_of(config, jax.devices()[:1])
+    model, mesh = config.model.build(), run_mesh.mesh_of(config, jax.devices()[:1])
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> Any:

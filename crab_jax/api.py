@@ -28,9 +28,9 @@ from crab_jax.config import RunConfig, derived_data, resolve
 from crab_jax.inference import Prediction, predict_examples
 from crab_jax.io import packaged
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab as Module
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.generating import KINDS
+from crab_jax.models.protocol import Model
 from crab_jax.models.quirks import PRESETS
 from crab_jax.questions import Request, request
 from crab_jax.runs import run_folder, run_mesh, run_params
@@ -194,7 +194,7 @@ class Crab:
                 base, model=config, seed=seed, data=dataclasses.replace(base.data, **fields, lengths=_lengths(config))
             )
         self.config = config
-        self.module = Module(config.model)
+        self.module: Model = config.model.build()
         self.tokenizer = tokenizer or Tokenizer.load(packaged.TOKENIZER)
         if self.tokenizer.vocab_size > config.model.llama.vocab_size:
             raise InputError(
@@ -327,7 +327,7 @@ def load(checkpoint: str | Path, weights: str = "", tasks: Sequence[Task | str] 
 
 
 @partial(jax.jit, static_argnames="module")
-def _look(module: Module, params: Any, batch: batching.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _look(module: Model, params: Any, batch: batching.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(hidden states [1,L,D], {projection: router weights [layers,1,L,heads]}) of a batch of one row."""
     output: Any
     output, sown = module.apply({"params": params}, batch, mutable=["router"])

@@ -38,8 +38,6 @@ from crab_jax.io import bounds
 from crab_jax.io.bounds import PATH, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
-from crab_jax.models.crab import Crab
-from crab_jax.models.llama import init_cache
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_mesh, run_params
 from crab_jax.training import train_step
@@ -137,7 +135,7 @@ def bucket_mix(config: RunConfig) -> list[Bucket]:
 
 def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
     """(trainable, frozen) parameters of a run, as shapes with shardings, which stand for arrays when lowering."""
-    wanted = run_params.wanted_params(config, Crab(config.model), mesh)
+    wanted = run_params.wanted_params(config, config.model.build(), mesh)
     return optim.split(wanted, config.trainable, config.frozen)
 
 
@@ -179,16 +177,16 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
             alone = _remat(alone, "none")
         single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.mixture.batch_size // _groups(mesh)
         state, frozen = abstract_state(alone, single)
-        step = train_step.compile_step(alone, Crab(alone.model), single, state)
+        step = train_step.compile_step(alone, alone.model.build(), single, state)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
-    jitted = train_step.compile_step(config, Crab(config.model), mesh, state)
+    jitted = train_step.compile_step(config, config.model.build(), mesh, state)
     return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
 
 
 def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
     """Prefill of prompts, or one decode step, of crab_jax/generate.py; greedy, the cache donated."""
-    model = Crab(config.model)
+    model = config.model.build()
     bucket = bucket._replace(masks=0)
 
     def at(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
@@ -197,11 +195,11 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
     def shapes(mesh: Mesh, rows: int) -> tuple[Any, ...]:
         where, kv = at(mesh)
         params = optim.merge(*abstract_params(config, mesh))
-        cache = jax.eval_shape(lambda: init_cache(model.cfg.llama, rows, bucket.length + NEW_TOKENS))
+        cache = jax.eval_shape(lambda: model.empty_cache(rows, bucket.length + NEW_TOKENS))
         cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv), cache)
         token = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=where)
         batch = abstract_batch(config, bucket, rows, where)
-        return (params, cache, batch) if stage == "prefill" else (params, cache, token, token)
+        return (params, cache, batch) if stage == "prefill" else (params, cache, token, token, token)
 
     def step(mesh: Mesh, params: Any, cache: Any, *inputs: Any) -> tuple[Any, Any]:
         with sharding.constrained(mesh):

@@ -41,6 +41,7 @@ from crab_jax.losses import LossConfig
 from crab_jax.models import presets
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.presets import DTYPE, MODELS, check_sizes, with_sizes
+from crab_jax.models.protocol import ModelConfig
 from crab_jax.models.quirks import PRESETS, Compat
 from crab_jax.optim import OptimConfig
 from crab_jax.tasks import TASKS
@@ -295,12 +296,12 @@ def built(values: Mapping[str, Any]) -> RunConfig:
         raise InputError("--config", "", f"has unknown keys ({error!s:.80})", "see crab_jax/defaults.py") from None
 
 
-def derived_data(model: CrabConfig, compat: Compat) -> dict[str, Any]:
+def derived_data(model: ModelConfig, compat: Compat) -> dict[str, Any]:
     """Return the fields of a DataConfig that follow from the model and its quirks, which are no keys of their own."""
     return {
-        "image_size": model.clip.image_size,
-        "visual_queries": model.visual.queries,
-        "audio_queries": model.audio.queries,
+        "image_size": model.image_size,
+        "visual_queries": model.visual_queries,
+        "audio_queries": model.audio_queries,
         "clock": compat.clock,
         "tasks": tuple(TASKS),
     }

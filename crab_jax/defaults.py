@@ -9,19 +9,16 @@ from ml_collections import ConfigDict, config_dict
 
 from crab_jax.io import packaged
 from crab_jax.losses import LossConfig
+from crab_jax.models.crab import PARAMETER_GROUPS
 from crab_jax.models.presets import crab_7b
 from crab_jax.optim import OptimConfig
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import DataConfig
 
-# Paths ('/'-joined, full match) of the parameter groups that stages train or freeze.
-ENCODERS = ("clip/.*", "beats/.*")
-QFORMERS = ("vl_projector/.*", "al_projector/.*")
-LORA = ("llama/.*/lora_(A|B|route)",)
-LLAMA = ("llama/(?!.*/lora_).*",)
-# The random Fourier matrices are saved state, never trained (the released code registers them as buffers).
-FOURIER = ("seg_module/.*positional_encoding_gaussian_matrix",)
-SEGMENTATION = ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",)
+# Parameters that stages train or freeze together, by the model's own names (crab_jax/models/crab.py).
+ENCODERS, QFORMERS = PARAMETER_GROUPS["encoders"], PARAMETER_GROUPS["qformers"]
+LORA, LLAMA = PARAMETER_GROUPS["lora"], PARAMETER_GROUPS["llama"]
+FOURIER, SEGMENTATION = PARAMETER_GROUPS["fourier"], PARAMETER_GROUPS["segmentation"]
 
 
 # Fields that `compat` and the model set, which are no keys of their own.

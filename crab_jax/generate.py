@@ -14,14 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from crab_jax.io.errors import InputError
-from crab_jax.models.llama import KVCache, grow_cache, init_cache
+from crab_jax.models.protocol import Cache, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +86,14 @@ class State:
     """Everything that a decode step reads and writes."""
 
     step: jax.Array  # number of tokens chosen so far
-    cache: KVCache
+    cache: Cache
     tokens: jax.Array
     lengths: jax.Array
     masks: _Masks
     done: jax.Array
     finite: jax.Array
     prompt_lengths: jax.Array
+    first_position: jax.Array  # int32[B] of the first token that is generated
     row_keys: jax.Array | None
     dictated: jax.Array | None
 
@@ -165,8 +165,14 @@ def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options:
     )
 
 
+def _first_position(positions: jax.Array, text_mask: jax.Array) -> jax.Array:
+    """int32[B]: one past the largest position, on any axis, of the real tokens of each prompt."""
+    largest = positions if positions.ndim == 2 else positions.max(axis=-1)
+    return jnp.where(text_mask, largest, -1).max(axis=-1).astype(jnp.int32) + 1
+
+
 def start(
-    model: nn.Module,
+    model: Model,
     params: Any,
     batch: Any,
     options: GenerateOptions,
@@ -181,19 +187,20 @@ def start(
     rows, width = batch.text_mask.shape
     lengths = batch.text_mask.sum(axis=-1, dtype=jnp.int32)
     media = () if features is None else (features,)
-    hidden, cache = apply(batch, init_cache(model.cfg.llama, rows, width), *media, method="prefill")
+    hidden, cache = apply(batch, model.empty_cache(rows, width), *media, method="prefill")
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     none = jnp.zeros(rows, jnp.int32)
     group = jnp.zeros((rows, len(options.mask_ids), last.shape[-1]), last.dtype)
     state = State(
         step=jnp.int32(0),
-        cache=grow_cache(cache, options.max_new_tokens),
+        cache=model.grown_cache(cache, options.max_new_tokens),
         tokens=jnp.full((rows, options.max_new_tokens), options.pad_id, jnp.int32),
         lengths=none,
         masks=_Masks(group, none, jnp.repeat(group[:, None], options.mask_groups, axis=1), none, none),
         done=batch.index < 0,
         finite=jnp.ones(rows, bool),
         prompt_lengths=lengths,
+        first_position=_first_position(model.positions(batch), batch.text_mask),
         row_keys=None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, batch.index.astype(jnp.uint32)),
         dictated=dictated,
     )
@@ -201,7 +208,7 @@ def start(
 
 
 def advance(
-    model: nn.Module, params: Any, state: State, options: GenerateOptions, until: int | jax.Array | None = None
+    model: Model, params: Any, state: State, options: GenerateOptions, until: int | jax.Array | None = None
 ) -> State:
     """Decode until `until` tokens have been chosen (by default `max_new_tokens`) or all rows have ended."""
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
@@ -209,9 +216,10 @@ def advance(
 
     def step(state: State) -> State:
         # The last token stands right after the prompt and the tokens before it.
-        positions = (state.prompt_lengths + state.step - 1)[:, None]
+        before = state.step - 1
+        positions, slots = (state.first_position + before)[:, None], (state.prompt_lengths + before)[:, None]
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        hidden, cache = apply(token, positions, state.cache, method="decode")
+        hidden, cache = apply(token, positions, slots, state.cache, method="decode")
         return _choose(apply, state.replace(cache=cache), hidden[:, 0], options)
 
     return jax.lax.while_loop(lambda state: (state.step < limit) & ~state.done.all(), step, state)
@@ -229,7 +237,7 @@ def finish(state: State, options: GenerateOptions) -> Generation:
 
 
 def generate(
-    model: nn.Module,
+    model: Model,
     params: Any,
     batch: Any,
     options: GenerateOptions,
@@ -239,9 +247,9 @@ def generate(
 ) -> Generation:
     """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stops when all rows have ended.
 
-    `model` has `cfg.llama` and the methods `prefill(batch, cache)`, `decode(token, positions, cache)` and
-    `logits(hidden)`. `batch` holds right-padded prompts: `text_mask` bool[B,L] and `index` int32[B] (rows of index -1
-    are filler and generate nothing). `rng` is needed when sampling: a row's draws come from (rng, its index, step).
+    A `model` needs its caches, `positions`, `prefill`, `decode` and `logits`. `batch` holds right-padded prompts:
+    `text_mask` bool[B,L] and `index` int32[B] (rows of index -1 are filler and generate nothing). `rng` is needed when
+    sampling: a row's draws come from (rng, its index, step).
     `dictated` int32[B,N] are tokens to take where it is >= 0. `features` [B,R,D] are what the prefill would make of
     the batch's media. To compile, jit with `model` and `options` static.
     """
@@ -254,7 +262,7 @@ _advance = jax.jit(advance, static_argnums=(0, 3), donate_argnums=2)
 
 
 def stream(
-    model: nn.Module,
+    model: Model,
     params: Any,
     batch: Any,
     options: GenerateOptions,

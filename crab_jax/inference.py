@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from crab_jax.config import RunConfig
 from crab_jax.generate import GenerateOptions, Generation, generate, stream
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import sharding
 from crab_jax.runs.run_data import eval_batches
 from crab_jax.tasks import TASKS
@@ -55,7 +55,7 @@ class Prediction:
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
-def _encode(model: Crab, params: Any, frames: jax.Array, fbank: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _encode(model: Model, params: Any, frames: jax.Array, fbank: jax.Array, mesh: Mesh | None) -> jax.Array:
     with sharding.constrained(mesh):
         rows: Any = model.apply({"params": params}, frames, fbank, method="features")
     return rows if mesh is None else jax.lax.with_sharding_constraint(rows, sharding.replicated(mesh))
@@ -63,7 +63,7 @@ def _encode(model: Crab, params: Any, frames: jax.Array, fbank: jax.Array, mesh:
 
 @partial(jax.jit, static_argnames=("model", "options", "mesh"))
 def _answer(
-    model: Crab,
+    model: Model,
     params: Any,
     prompts: Batch,
     options: GenerateOptions,
@@ -76,7 +76,7 @@ def _answer(
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
-def _draw(model: Crab, params: Any, states: jax.Array, pictures: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
+def _draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
     with sharding.constrained(mesh):
         masks: Any = model.apply({"params": params}, states, pictures, method="masks")
     binary, semantic = masks
@@ -95,7 +95,7 @@ def _spread(tree: Any, mesh: Mesh | None) -> Any:
 class Encoder:
     """Feature rows of clips; a clip seen lately is not encoded again, since many questions are about one clip."""
 
-    def __init__(self, model: Crab, params: Any, mesh: Mesh | None = None):
+    def __init__(self, model: Model, params: Any, mesh: Mesh | None = None):
         self.model, self.params, self.mesh = model, params, mesh
         self.kept: dict[bytes, jax.Array] = {}  # rows [R,D] by what was encoded, the latest last
 
@@ -128,7 +128,7 @@ def _digest(*arrays: np.ndarray) -> bytes:
 
 
 def predict_examples(
-    model: Crab,
+    model: Model,
     params: Any,
     config: RunConfig,
     tokenizer: Tokenizer,

@@ -76,7 +76,7 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
     batches = list(answered_batches(examples, root, config, tokenizer, arguments.batch_size))
     print(f"{len(examples)} examples in {len(batches)} batches", flush=True)
     routing = router_weights(model, params, Progress("batches routed", len(batches)).over(batches))
-    print(f"router weights of {len(routing)} tasks; taking out {model.cfg.lora.heads} heads", flush=True)
+    print(f"router weights of {len(routing)} tasks; taking out {model.cfg.lora_heads} heads", flush=True)
     effects = ablation(model, params, batches)
 
     write_whole(out / "router.json", json.dumps(to_json(routing, effects)))

@@ -20,7 +20,6 @@ from crab_jax.io.bounds import PATH, Name, Whole
 from crab_jax.io.errors import CommandLine, run_verb
 from crab_jax.io.files import out_file
 from crab_jax.io.structured import read_lines
-from crab_jax.models.crab import fuse_model
 from crab_jax.reports.answer_pictures import collect
 from crab_jax.reports.run_page import ReportData, write
 from crab_jax.router import answered_batches, router_weights, spread
@@ -42,7 +41,7 @@ def report(arguments: argparse.Namespace) -> None:
     # As `evaluate` answers; the layout of generation does not tell router weights.
     answered = collect(
         predict_examples(
-            *fuse_model(model, params),
+            *model.for_generation(params),
             config,
             tokenizer,
             shown,

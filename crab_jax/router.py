@@ -16,7 +16,7 @@ from flax import traverse_util
 from crab_jax import losses
 from crab_jax.config import RunConfig
 from crab_jax.io.progress import Progress
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.tasks import TASKS
 from crab_jax.training.train_step import loss_rows
 from crab_jax.visualize import charts
@@ -62,7 +62,7 @@ def segments(batch: Batch, visual_rows: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="model")
-def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _route(model: Model, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over the positions of each row and segment: weights [B,S,layers,P,heads], entropies (bits) [B,S,layers,P],
     positions [B,S]."""
     batch = batch.replace(seg_frame=batch.seg_frame[:, :0])  # masks are decoded after the LLM
@@ -70,7 +70,7 @@ def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     found = {path[-2]: value[0] for path, value in traverse_util.flatten_dict(sown["router"]).items()}
     weights = jnp.stack([found[name] for name in charts.PROJECTIONS], axis=1)
     entropy = -(weights * jnp.log2(jnp.maximum(weights, 1e-30))).sum(-1)
-    where = segments(batch, batch.frames.shape[1] * model.cfg.visual.queries)
+    where = segments(batch, batch.frames.shape[1] * model.cfg.visual_queries)
     return (
         jnp.einsum("lpbth,sbt->bslph", weights, where),
         jnp.einsum("lpbt,sbt->bslp", entropy, where),
@@ -78,7 +78,7 @@ def _route(model: Crab, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     )
 
 
-def router_weights(model: Crab, params: Any, batches: Iterable[Batch]) -> dict[str, Routing]:
+def router_weights(model: Model, params: Any, batches: Iterable[Batch]) -> dict[str, Routing]:
     """How the tokens of each task use the LoRA heads; every real position counts once, features included."""
     sums: dict[str, list[Any]] = {}
     names = list(TASKS)
@@ -112,18 +112,18 @@ def keep_heads(params: Any, keep: np.ndarray | jax.Array) -> Any:
 
 
 @partial(jax.jit, static_argnames="model")
-def _answer_losses(model: Crab, params: Any, batch: Batch, keep: jax.Array) -> dict[str, losses.Term]:
+def _answer_losses(model: Model, params: Any, batch: Batch, keep: jax.Array) -> dict[str, losses.Term]:
     """Rows of the text loss and, for a batch with masks, of the mask losses (see losses.py), with `keep_heads`."""
     output: Any = model.apply({"params": keep_heads(params, keep)}, batch)
     return loss_rows(output, batch)
 
 
-def ablation(model: Crab, params: Any, batches: Sequence[Batch]) -> dict[str, dict[str, dict[str, float]]]:
+def ablation(model: Model, params: Any, batches: Sequence[Batch]) -> dict[str, dict[str, dict[str, float]]]:
     """{task: {variant: {loss: value}}}: losses with all heads, without each one, and without any.
 
     text is in nats per token of the true answer; bce, dice and ce are means over the samples with such a mask.
     """
-    heads = model.cfg.lora.heads
+    heads = model.cfg.lora_heads
     every = np.ones(heads, np.float32)
     variants = {
         INTACT: every,

@@ -12,7 +12,6 @@ import flax.linen as nn
 
 from crab_jax.config import parse_flags
 from crab_jax.io.errors import run_verb
-from crab_jax.models.crab import Crab
 from crab_jax.optim import split
 from crab_jax.runs import run_params
 
@@ -20,7 +19,7 @@ from crab_jax.runs import run_params
 def main() -> None:
     """Entry point of `python -m crab_jax.sizes`."""
     config, _ = parse_flags(sys.argv, __doc__, workdir=False)
-    shapes = nn.unbox(run_params.abstract_params(Crab(config.model)))
+    shapes = nn.unbox(run_params.abstract_params(config.model.build()))
     print(run_params.parameter_table(*split(shapes, config.trainable, config.frozen)))
 
 

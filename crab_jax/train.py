@@ -31,7 +31,7 @@ from crab_jax.config import RunConfig, parse_flags
 from crab_jax.io import locks
 from crab_jax.io.errors import run_verb
 from crab_jax.io.files import cut_tail, write_whole
-from crab_jax.models.crab import Crab
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.preemption import StopRequest
 from crab_jax.parallel.watchdog import Watchdog
@@ -51,7 +51,7 @@ def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch
 
 def start_or_resume(
     config: RunConfig,
-    model: Crab,
+    model: Model,
     mesh: jax.sharding.Mesh,
     checkpoints: RunCheckpoints,
     manifest: dict[str, Any] | None = None,
@@ -73,7 +73,7 @@ def start_or_resume(
 
     where = jax.tree.map(lambda x: x.sharding, (state.step, state.opt))
     step, opt = jax.jit(begin, out_shardings=where)(trainable)
-    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora.heads, **(manifest or {})})
+    checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora_heads, **(manifest or {})})
     return TrainState(step, trainable, opt), frozen
 
 
@@ -95,7 +95,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     mesh = run_mesh.mesh_of(config)
     run_mesh.micro_batches(config, mesh)  # refuses a batch that does not divide, before anything is loaded
     tokenizer = run_folder.tokenizer_of(config)
-    model = Crab(config.model)
+    model = config.model.build()
     skipped, batch_at = run_data.skipped_file(workdir), sharding.batch_sharding(mesh)
     cut_tail(skipped)
     if distributed.primary():

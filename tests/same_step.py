@@ -103,7 +103,7 @@ def drawn(model: Crab):
 def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, remat: str, less: int = 0):
     """What is compared, by name, after STEPS steps from `params` on a mesh; `less` targets left out of the batch."""
     config = config_of(accumulate, remat)
-    model = Crab(config.model)
+    model = config.model.build()
     devices = jax.devices() if np.prod(shape) > 1 else jax.local_devices()[:1]
     mesh = sharding.make_mesh(*shape, devices=devices)
     placed = jax.tree.map(
@@ -159,7 +159,7 @@ def main(names: list[str]) -> None:
     distributed.start()
     masks = int("masks" in names)
     config = config_of(1, "none")
-    params = drawn(Crab(config.model))
+    params = drawn(config.model.build())
     wanted = steps(params, masks, *ONE)
     trained, _ = optim.split(params, config.trainable, config.frozen)
     moved = min(

@@ -17,7 +17,6 @@ from crab_jax import defaults, losses, optim
 from crab_jax.aot import hlo
 from crab_jax.config import resolve
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
 from crab_jax.models.llama import Llama, LlamaConfig
 from crab_jax.parallel import sharding
 from crab_jax.runs import run_mesh
@@ -206,7 +205,7 @@ def test_moments_and_gradients_exist_for_trainables_only(lora, devices):
 @pytest.mark.exhaustive
 def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora, devices):
     config, report = lora
-    mesh, model = run_mesh.mesh_of(config, devices), Crab(config.model)
+    mesh, model = run_mesh.mesh_of(config, devices), config.model.build()
     state, frozen = verb.abstract_state(config, mesh)
     batch = verb.abstract_batch(config, WIDE, config.mixture.batch_size, sharding.batch_sharding(mesh))
 

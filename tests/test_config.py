@@ -11,7 +11,6 @@ from crab_jax import defaults
 from crab_jax.config import parse_flags, resolve
 from crab_jax.convert.importing import load_run_config
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
 from crab_jax.models.presets import MODELS
 from crab_jax.optim import split
 from crab_jax.runs import run_params
@@ -22,7 +21,7 @@ STAGES = ("pretrain_visual", "pretrain_audio", "pretrain_seg", "finetune", "fine
 @pytest.fixture(scope="module")
 def shapes():
     """Parameter shapes of the full-size model; nothing is allocated."""
-    return nn.unbox(run_params.abstract_params(Crab(resolve(defaults.base()).model)))
+    return nn.unbox(run_params.abstract_params(resolve(defaults.base()).model.build()))
 
 
 def millions(tree, *parts: str) -> float:

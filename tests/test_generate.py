@@ -17,7 +17,7 @@ import pytest
 
 from crab_jax.generate import GenerateOptions, _advance, _start, generate, sample, stream
 from crab_jax.io.errors import InputError
-from crab_jax.models.llama import Llama, LlamaConfig
+from crab_jax.models.llama import Llama, LlamaConfig, grow_cache, init_cache
 
 EOS, PAD = 2, 0
 MASKS = (11, 12, 13, 14, 15, 16)
@@ -46,12 +46,24 @@ class TextOnly(nn.Module):
     def setup(self):
         self.llama = Llama(self.cfg.llama)
 
-    def prefill(self, batch, cache):
-        positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-        return self.llama(self.llama.embed(batch.tokens), positions, cache=cache)
+    @nn.nowrap
+    def positions(self, batch):
+        return jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
 
-    def decode(self, token, positions, cache):
-        return self.llama(self.llama.embed(token), positions, cache=cache)
+    @nn.nowrap
+    def empty_cache(self, rows, slots):
+        return init_cache(self.cfg.llama, rows, slots)
+
+    @nn.nowrap
+    def grown_cache(self, cache, slots):
+        return grow_cache(cache, slots)
+
+    def prefill(self, batch, cache):
+        positions = self.positions(batch)
+        return self.llama(self.llama.embed(batch.tokens), positions, cache=cache, slots=positions)
+
+    def decode(self, token, positions, slots, cache):
+        return self.llama(self.llama.embed(token), positions, cache=cache, slots=slots)
 
     def logits(self, hidden):
         return self.llama.logits(hidden)
@@ -169,9 +181,9 @@ def test_the_loop_ends_when_every_row_has_ended(params):
     steps = []
 
     class Counting(TextOnly):
-        def decode(self, token, positions, cache):
+        def decode(self, token, positions, slots, cache):
             jax.debug.callback(lambda: steps.append(1))
-            return super().decode(token, positions, cache)
+            return super().decode(token, positions, slots, cache)
 
     forced = jnp.array([[5, 6, EOS] + [-1] * 9] * 2)
     out = compiled(Counting(), params, prompts(ROWS[:2]), OPTIONS, None, forced)

@@ -13,7 +13,6 @@ from crab_jax import inspect as verb
 from crab_jax import router
 from crab_jax.config import resolve
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
 from crab_jax.reports import router_page
 from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
@@ -31,7 +30,7 @@ def small():
     config.update(
         {"sizes": {"llama": {"layers": 2}, "beats": {"layers": 1}, "visual": {"layers": 1}, "audio": {"layers": 1}}}
     )
-    model, rng = Crab(resolve(config).model), np.random.default_rng(0)
+    model, rng = resolve(config).model.build(), np.random.default_rng(0)
     shapes = nn.unbox(run_params.abstract_params(model))
     return model, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 

@@ -21,7 +21,6 @@ from crab_jax.checkpoints.models import save_packed
 from crab_jax.config import resolve
 from crab_jax.inference import read_answer
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
 from crab_jax.reports import clip_page
 from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
@@ -468,7 +467,7 @@ def save_small_model(folder):
     )
     rng = np.random.default_rng(0)
     config = resolve(config)
-    shapes = nn.unbox(run_params.abstract_params(Crab(config.model)))
+    shapes = nn.unbox(run_params.abstract_params(config.model.build()))
     save_packed(
         folder, jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), shapes), config.to_dict()
     )

@@ -109,3 +109,49 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_an_import_loads_no_more_than_it_needs(module, never):
     code = f"import sys, {module}; print([name for name in {never} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def readers_of_the_run_config() -> list[str]:
+    """The functions that take the RunConfig on its way through `train`: the calls are followed from train.train, as the
+    code is written, wherever a parameter is annotated as RunConfig."""
+    trees = {
+        str(file.relative_to(REPOSITORY))[:-3].replace("/", ".").removesuffix(".__init__"): ast.parse(file.read_text())
+        for file in (REPOSITORY / "crab_jax").glob("**/*.py")
+    }
+    imported = {
+        module: {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        for module, tree in trees.items()
+    }
+    functions = {
+        f"{module}.{node.name}": node
+        for module, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(arg.annotation is not None and ast.unparse(arg.annotation) == "RunConfig" for arg in node.args.args)
+    }
+    passed: list[str] = []
+
+    def enter(name: str) -> None:
+        if name not in functions or name in passed:
+            return
+        passed.append(name)
+        module = name.rpartition(".")[0]
+        for call in (node.func for node in ast.walk(functions[name]) if isinstance(node, ast.Call)):
+            if isinstance(call, ast.Name):
+                enter(imported[module].get(call.id, f"{module}.{call.id}"))
+            elif isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name):
+                enter(f"{imported[module].get(call.value.id, '')}.{call.attr}")
+
+    enter("crab_jax.train.train")
+    return passed
+
+
+def test_the_run_config_makes_few_stops_on_its_way_through_train():
+    stops = readers_of_the_run_config()
+    assert "crab_jax.training.train_step.compile_step" in stops, "the walk does not reach the step"
+    assert len(stops) <= 20, stops

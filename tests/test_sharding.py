@@ -22,7 +22,6 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from configs import finetune
 from crab_jax.config import resolve
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
 from crab_jax.models.presets import crab_7b
 from crab_jax.parallel import chips, distributed, sharding
 from crab_jax.runs import run_mesh, run_params
@@ -42,7 +41,7 @@ class Device:
 
 def specs() -> dict[str, list]:
     """{parameter: mesh axis of each of its axes} of crab_7b, without trailing axes that are not split."""
-    boxed = run_params.abstract_params(Crab(crab_7b()))
+    boxed = run_params.abstract_params(crab_7b().build())
     flat = traverse_util.flatten_dict(sharding.param_shardings(boxed, sharding.make_mesh(1, 1, 1)), sep="/")
     return {path: list(flat[path].spec) for path in sorted(flat)}
 

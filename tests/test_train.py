@@ -20,7 +20,6 @@ from crab_jax import optim, train
 from crab_jax.checkpoints.stored import load_params
 from crab_jax.config import resolve
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab
 from crab_jax.parallel import sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_folder, run_params
@@ -116,7 +115,7 @@ def small_run(root: Path) -> tuple:
         config.sizes[module][field] = value
     config.data.weights.update({task: 0.0 for task in ("arig", "ms3", "avss", "ref-avs")})
     config = resolve(config)
-    model, mesh = Crab(config.model), sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    model, mesh = config.model.build(), sharding.make_mesh(data=1, devices=jax.devices()[:1])
     params = run_params.initial_params(config, model, run_params.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)

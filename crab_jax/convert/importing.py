@@ -35,7 +35,7 @@ from crab_jax.io import stored_tensors
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import need_room, refuse_stand_in, replaced, write_whole
 from crab_jax.io.progress import Progress
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.mask_decoder import SegModule
 from crab_jax.models.qformer import QFormer
@@ -156,7 +156,7 @@ def import_weights(
 @functools.cache
 def _shapes(cfg: CrabConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its '/'-joined path."""
-    flat = traverse_util.flatten_dict(nn.unbox(run_params.abstract_params(Crab(cfg))), sep="/")
+    flat = traverse_util.flatten_dict(nn.unbox(run_params.abstract_params(cfg.build())), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import layer_norm
+from crab_jax.models.shapes import Fbank, Tokens
 
 MEL_BINS = 128
 
@@ -47,10 +49,6 @@ def relative_bucket(distance: np.ndarray, num_buckets: int, max_distance: int) -
     return (half * (distance > 0) + np.where(size < exact, size, np.minimum(far, half - 1))).astype(np.int32)
 
 
-def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
-
-
 class PositionConv(nn.Module):
     """Weight-normed grouped convolution over the tokens: x [B,N,C] -> GELU(conv(x)) [B,N,C].
 
@@ -61,7 +59,8 @@ class PositionConv(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens) -> Tokens:
+        """x [B,N,C] -> [B,N,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         std = math.sqrt(4 / (cfg.conv_pos * cfg.width))
         shape = (cfg.conv_pos, cfg.width // cfg.conv_pos_groups, cfg.width)
@@ -89,7 +88,8 @@ class Attention(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens, bias: jax.Array) -> Tokens:
+        """x [B,N,C], bias float32[H,N,N] -> [B,N,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         q, k, v = (
             nn.Dense(cfg.width, dtype=dtype, name=f"{name}_proj")(x).reshape(*x.shape[:-1], cfg.heads, -1)
@@ -114,14 +114,14 @@ class Layer(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array):
-        """x [B,N,C], bias float32[H,N,N]."""
+    def __call__(self, x: Tokens, bias: jax.Array) -> tuple[Tokens, None]:
+        """x [B,N,C], bias float32[H,N,N] -> ([B,N,C], None), as `nn.scan` wants it."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         alpha = (2 * cfg.layers) ** 0.25
-        x = _norm("self_attn_layer_norm", dtype)(alpha * x + Attention(cfg, name="self_attn")(x, bias))
+        x = layer_norm("self_attn_layer_norm", dtype)(alpha * x + Attention(cfg, name="self_attn")(x, bias))
         y = nn.gelu(nn.Dense(cfg.mlp_dim, dtype=dtype, name="fc1")(x), approximate=False)
         y = nn.Dense(cfg.width, dtype=dtype, name="fc2")(y)
-        return _norm("final_layer_norm", dtype)(alpha * x + y), None
+        return layer_norm("final_layer_norm", dtype)(alpha * x + y), None
 
 
 class Beats(nn.Module):
@@ -130,7 +130,7 @@ class Beats(nn.Module):
     cfg: BeatsConfig
 
     @nn.compact
-    def __call__(self, fbank: jax.Array) -> jax.Array:
+    def __call__(self, fbank: Fbank) -> Tokens:
         """fbank float[B,F,128], normalised log-mel -> [B, F//patch * 128//patch, C] in `cfg.dtype`, time-major.
 
         Frames after the last whole patch are dropped (98 -> 6 rows, 198 -> 12).
@@ -147,10 +147,10 @@ class Beats(nn.Module):
         x = nn.Conv(cfg.embed_dim, patch, patch, "VALID", use_bias=False, dtype=dtype, name="patch_embedding")(
             fbank[..., None].astype(dtype)
         )
-        x = _norm("layer_norm", dtype)(x.reshape(len(x), -1, cfg.embed_dim))
+        x = layer_norm("layer_norm", dtype)(x.reshape(len(x), -1, cfg.embed_dim))
         if cfg.embed_dim != cfg.width:
             x = nn.Dense(cfg.width, dtype=dtype, name="post_extract_proj")(x)
-        x = _norm("encoder_layer_norm", dtype)(x + PositionConv(cfg, name="pos_conv")(x))
+        x = layer_norm("encoder_layer_norm", dtype)(x + PositionConv(cfg, name="pos_conv")(x))
 
         # One table, that of layer 0, serves every layer.
         table = nn.Embed(cfg.num_buckets, cfg.heads, dtype=jnp.float32, name="relative_attention_bias")

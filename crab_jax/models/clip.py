@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import layer_norm, normal
+from crab_jax.models.shapes import Pixels, Tokens
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -31,7 +33,7 @@ class ClipConfig:
     taps: tuple[int, ...] = (14, 22, 23)
     dtype: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise InputError(
                 "ClipConfig",
@@ -62,7 +64,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens) -> Tokens:
+        """x [B,N,C] -> [B,N,C]."""
         width = x.shape[-1]
         q, k, v = (
             nn.Dense(width, dtype=self.dtype, name=f"{name}_proj")(x).reshape(*x.shape[:-1], self.heads, -1)
@@ -79,13 +82,10 @@ class Mlp(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Tokens) -> Tokens:
+        """x [B,N,C] -> [B,N,C]."""
         y = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y * nn.sigmoid(1.702 * y))
-
-
-def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class Layer(nn.Module):
@@ -94,12 +94,12 @@ class Layer(nn.Module):
     cfg: ClipConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], slot: jax.Array):
-        """carry: x [B,1+N,C] and buffer [taps+1,B,N,C]; slot int32[]."""
+    def __call__(self, carry: tuple[Tokens, jax.Array], slot: jax.Array) -> tuple[tuple[Tokens, jax.Array], None]:
+        """carry (x [B,1+N,C], buffer [taps+1,B,N,C]), slot int32[] -> (carry, None), as `nn.scan` wants it."""
         x, buffer = carry
         dtype = jnp.dtype(self.cfg.dtype)
-        x = x + Attention(self.cfg.heads, dtype, name="self_attn")(_norm("layer_norm1", dtype)(x))
-        x = x + Mlp(self.cfg.mlp_dim, dtype, name="mlp")(_norm("layer_norm2", dtype)(x))
+        x = x + Attention(self.cfg.heads, dtype, name="self_attn")(layer_norm("layer_norm1", dtype)(x))
+        x = x + Mlp(self.cfg.mlp_dim, dtype, name="mlp")(layer_norm("layer_norm2", dtype)(x))
         return (x, jax.lax.dynamic_update_index_in_dim(buffer, x[:, 1:], slot, axis=0)), None
 
 
@@ -109,7 +109,7 @@ class Clip(nn.Module):
     cfg: ClipConfig
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, pixels: Pixels) -> tuple[Tokens, ...]:
         """pixels float[B,H,W,3] from `normalize` -> one [B,N,C] in `cfg.dtype` per tap, class token dropped."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if pixels.shape[1:] != (cfg.image_size, cfg.image_size, 3):
@@ -124,11 +124,10 @@ class Clip(nn.Module):
             pixels.astype(dtype)
         )
         x = x.reshape(len(x), cfg.patches, cfg.width)
-        init = nn.initializers.normal(0.02)
-        token = self.param("class_embedding", init, (cfg.width,)).astype(dtype)
-        positions = self.param("position_embedding", init, (cfg.patches + 1, cfg.width)).astype(dtype)
+        token = self.param("class_embedding", normal, (cfg.width,)).astype(dtype)
+        positions = self.param("position_embedding", normal, (cfg.patches + 1, cfg.width)).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, cfg.width)), x], axis=1) + positions
-        x = _norm("pre_layrnorm", dtype)(x)
+        x = layer_norm("pre_layrnorm", dtype)(x)
 
         # One slot per tap and a last one that takes every other layer; only the taps outlive the scan.
         # Slots start as hidden state 0, so a tap at 0 needs no writing.

@@ -17,10 +17,22 @@ from einops import rearrange
 from crab_jax.models.beats import Beats, BeatsConfig
 from crab_jax.models.clip import Clip, ClipConfig, normalize
 from crab_jax.models.generating import FusedLlama, fuse
-from crab_jax.models.llama import KVCache, Llama, LlamaConfig
+from crab_jax.models.llama import KVCache, Llama, LlamaConfig, grow_cache, init_cache
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig, SegModule
 from crab_jax.models.qformer import QFormer, QFormerConfig
+from crab_jax.models.shapes import CacheSlots, FeatureRows, Frames, Hidden, Ids, Logits, MaskStates, Positions, Windows
+
+# Parameters that stages train or freeze together: paths ('/'-joined, full match).
+PARAMETER_GROUPS = {
+    "encoders": ("clip/.*", "beats/.*"),
+    "qformers": ("vl_projector/.*", "al_projector/.*"),
+    "lora": ("llama/.*/lora_(A|B|route)",),
+    "llama": ("llama/(?!.*/lora_).*",),
+    # The random Fourier matrices are saved state, never trained (the released code registers them as buffers).
+    "fourier": ("seg_module/.*positional_encoding_gaussian_matrix",),
+    "segmentation": ("seg_module/(?!.*positional_encoding_gaussian_matrix).*",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +47,40 @@ class CrabConfig:
     lora: LoraConfig = LoraConfig()
     seg: SegConfig = SegConfig()
     seg_taps: tuple[int, int] = (0, 2)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square pictures that the model sees."""
+        return self.clip.image_size
+
+    @property
+    def visual_queries(self) -> int:
+        """Feature rows of each frame."""
+        return self.visual.queries
+
+    @property
+    def audio_queries(self) -> int:
+        """Feature rows of each audio window."""
+        return self.audio.queries
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, those of the tasks included."""
+        return self.llama.vocab_size
+
+    @property
+    def lora_heads(self) -> int:
+        """Heads of the routed LoRA."""
+        return self.lora.heads
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype of the language model."""
+        return self.llama.dtype
+
+    def build(self) -> Crab:
+        """Return the module, in the layout of training."""
+        return Crab(self)
 
 
 @flax.struct.dataclass
@@ -53,9 +99,9 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 class Crab(nn.Module):
-    """The whole model. A `batch` is a data_pipelines.batching.Batch (or anything with its fields).
+    """The whole model, a `protocol.Model`. A `batch` is a data_pipelines.batching.Batch (or anything with its fields).
 
-    With `weights` (one of `generating.KINDS`) it can only generate, on the parameters that `fuse_model` makes.
+    With `weights` (one of `generating.KINDS`) it can only generate, on the parameters that `for_generation` makes.
     """
 
     cfg: CrabConfig
@@ -88,7 +134,7 @@ class Crab(nn.Module):
         encoded = _rows(self.beats(_rows(rearrange(fbank, "b s f m -> (b s) f m"))))
         return _rows(rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch))
 
-    def features(self, frames: jax.Array, fbank: jax.Array) -> jax.Array:
+    def features(self, frames: Frames, fbank: Windows) -> FeatureRows:
         """Frames uint8[B,T,H,W,3] and fbank [B,S,F,128] -> the rows [B,R,D] that slots point at, R = T*Qv + S*Qa."""
         rows = [jnp.zeros((len(frames), 0, self.cfg.llama.hidden), self.cfg.llama.dtype)]
         if frames.shape[1]:
@@ -124,8 +170,7 @@ class Crab(nn.Module):
     def __call__(self, batch: Any, deterministic: bool = True) -> CrabOutput:
         """Teacher-forced pass over prompts with targets."""
         x, seg_features = self.inputs(batch, deterministic)
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        hidden, _ = self.llama(x, positions, deterministic=deterministic)
+        hidden, _ = self.llama(x, self.positions(batch), deterministic=deterministic)
         binary = semantic = None
         if seg_features:
             b, m, k = batch.mask_positions.shape
@@ -136,36 +181,46 @@ class Crab(nn.Module):
             binary, semantic = jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), logits)
         return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
 
-    def prefill(self, batch: Any, cache: KVCache, features: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+    @nn.nowrap
+    def positions(self, batch: Any) -> Positions:
+        """int32[B,L]: every token, text or feature, is one further than the one before."""
+        return jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+
+    @nn.nowrap
+    def empty_cache(self, rows: int, slots: int) -> KVCache:
+        """Return a cache for so many rows and slots."""
+        return init_cache(self.cfg.llama, rows, slots)
+
+    @nn.nowrap
+    def grown_cache(self, cache: KVCache, slots: int) -> KVCache:
+        """Return the cache with so many more slots, all empty."""
+        return grow_cache(cache, slots)
+
+    def prefill(self, batch: Any, cache: KVCache, features: FeatureRows | None = None) -> tuple[Hidden, KVCache]:
         """Read the prompt, fill the cache: (hidden [B,L,D], cache). With `features` [B,R,D] no media is needed."""
         if features is None:
             features = self.features(batch.frames, batch.fbank)
         x = self.splice(batch, [features] if features.shape[1] else [])
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        return self.llama(x, positions, cache=cache)
+        slots = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.llama(x, self.positions(batch), cache=cache, slots=slots)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token per row: tokens, positions int32[B,1] -> (hidden [B,1,D], cache)."""
-        return self.llama(self.llama.embed(tokens), positions, cache=cache)  # type: ignore[no-any-return]
+    def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: KVCache) -> tuple[Hidden, KVCache]:
+        """Read one more token a row: tokens, positions and slots int32[B,1] -> (hidden [B,1,D], cache)."""
+        return self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)  # type: ignore[no-any-return]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Hidden) -> Logits:
         """hidden [...,D] -> float32 [...,V]."""
         return self.llama.logits(hidden)
 
-    def masks(self, states: jax.Array, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def masks(self, states: MaskStates, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mask-token states [B,6,D], pictures uint8[B,H,W,3] -> logits (binary [B,H,W], semantic [B,classes,H,W])."""
         taps = self.encode_images(seg_frame[:, None])
         logits: Any = self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))  # both kinds
         return logits
 
-
-def fuse_model(model: Crab, params: Any, weights: str = "float", where: Any = None) -> tuple[Crab, Any]:
-    """The same model laid out for generation (models/generating.py) and its parameters, made once; those of its
-    language model with the sharding `where`."""
-    llama = fuse(params["llama"], model.cfg.llama, model.cfg.lora, weights, where)
-    return Crab(model.cfg, weights), {**params, "llama": llama}
-
-
-def init_params(model: Crab, rng: jax.Array, batch: Any) -> Any:
-    """All parameters (boxed with their logical axes). `batch` needs at least one frame, window and mask group."""
-    return model.init({"params": rng}, batch)["params"]
+    @nn.nowrap
+    def for_generation(self, params: Any, weights: str = "float", where: Any = None) -> tuple[Crab, Any]:
+        """Return the same model laid out for generation (models/generating.py) and its parameters, made once; those of
+        its language model with the sharding `where`."""
+        llama = fuse(params["llama"], self.cfg.llama, self.cfg.lora, weights, where)
+        return Crab(self.cfg, weights), {**params, "llama": llama}

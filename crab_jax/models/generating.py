@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax.models import quantize
-from crab_jax.models.llama import KVCache, LlamaConfig, RMSNorm, attend_cache, mask_pads, rope, rotate
+from crab_jax.models.layers import RMSNorm, head_weights, mix_heads
+from crab_jax.models.llama import KVCache, LlamaConfig, attend_cache, mask_pads, rope, rotate
 from crab_jax.models.lora import LoraConfig
+from crab_jax.models.shapes import AttentionMask, CacheSlots, Hidden, Ids, Logits, Positions, Rotation
 
 KINDS = ("float", *quantize.BITS)  # of base matrices: the compute dtype, or integers
 LANES = 64  # columns of a fused matrix are a multiple of this
@@ -40,6 +42,7 @@ class JointDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """x [..., in] -> one [..., width] in `dtype` for each of `widths`."""
         x, inputs, out = x.astype(self.dtype), x.shape[-1], sum(self.widths)
         each = 0 if self.lora is None else self.lora.rank + self.lora.heads
         extra = _padded(len(self.widths) * each)
@@ -55,8 +58,7 @@ class JointDense(nn.Module):
             return found
         rank, heads = self.lora.rank, self.lora.heads
         parts = low[..., : len(self.widths) * each].reshape(*low.shape[:-1], len(self.widths), each)
-        route = jax.nn.softmax(parts[..., rank:].astype(jnp.float32)) * self.lora.scale
-        low = (route.astype(self.dtype)[..., None] * parts[..., None, :rank]).reshape(*parts.shape[:-1], heads * rank)
+        low = mix_heads(parts[..., None, :rank], head_weights(parts[..., rank:]), self.lora.scale)
         return [
             y + low[..., i, :] @ self.param(f"lora_B_{i}", _zeros, (heads * rank, width), self.dtype)
             for i, (y, width) in enumerate(zip(found, self.widths, strict=True))
@@ -85,14 +87,15 @@ class FusedBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KVCache, positions: jax.Array, rotation: Any, mask: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
+        self, x: Hidden, cache: KVCache, slots: CacheSlots, rotation: Rotation, mask: AttentionMask
+    ) -> tuple[Hidden, KVCache]:
+        """x [B,L,D] and the cache of this layer -> the same after it."""
         cfg = self.cfg
 
         def dense(name: str, *widths: int, use_bias: bool = False) -> JointDense:
             return JointDense(widths, self.lora, self.kind, cfg.dtype, use_bias, name=name)
 
-        b, length = positions.shape
+        b, length = slots.shape
         y = RMSNorm(cfg.rms_eps, name="input_layernorm")(x)
         kv = cfg.kv_heads * cfg.head_dim
         q, k, v = (
@@ -101,8 +104,8 @@ class FusedBlock(nn.Module):
         q, k = jnp.split(rotate(jnp.concatenate([q, k], axis=2), *rotation), [cfg.heads], axis=2)
         rows = jnp.arange(b)[:, None]
         cache = KVCache(
-            cache.k.at[rows, :, :, positions].set(k.astype(cache.k.dtype)),
-            cache.v.at[rows, :, positions].set(v.astype(cache.v.dtype)),
+            cache.k.at[rows, :, :, slots].set(k.astype(cache.k.dtype)),
+            cache.v.at[rows, :, slots].set(v.astype(cache.v.dtype)),
         )
         x = x + dense("o", cfg.hidden)(attend_cache(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask))[0]
         y = RMSNorm(cfg.rms_eps, name="post_attention_layernorm")(x)
@@ -117,7 +120,8 @@ class Output(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: Hidden) -> Logits:
+        """hidden [..., D] -> float32[..., padded_vocab]."""
         hidden, out = hidden.astype(self.cfg.dtype), self.cfg.padded_vocab
         if self.kind == "float":
             kernel = self.param("kernel", _zeros, (hidden.shape[-1], out), self.cfg.dtype)
@@ -139,22 +143,22 @@ class FusedLlama(nn.Module):
         self.norm = RMSNorm(cfg.rms_eps)
         self.lm_head = Output(cfg, self.kind)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Ids) -> Hidden:
         """int32[...] -> [..., D]."""
         return self.embed_tokens(tokens)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x: Hidden, positions: Positions, cache: KVCache, slots: CacheSlots) -> tuple[Hidden, KVCache]:
         """Embeddings [B,L,D] at `positions` int32[B,L] -> (hidden [B,L,D] after the final norm, cache); see
         `Llama.__call__`. Takes the cache of `init_cache` or one that it returned."""
-        mask = jnp.arange(cache.v[0].shape[-2]) <= positions[..., None]
+        mask = jnp.arange(cache.v[0].shape[-2]) <= slots[..., None]
         rotation = rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, filled = x.astype(self.cfg.dtype), []
         for number, layer in enumerate(self.layers):
-            x, kept = layer(x, KVCache(cache.k[number], cache.v[number]), positions, rotation, mask)
+            x, kept = layer(x, KVCache(cache.k[number], cache.v[number]), slots, rotation, mask)
             filled.append(kept)
         return self.norm(x), KVCache(tuple(kept.k for kept in filled), tuple(kept.v for kept in filled))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Hidden) -> Logits:
         """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
         return mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
 

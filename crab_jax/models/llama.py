@@ -16,10 +16,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from crab_jax.models.layers import RMSNorm, normal
 from crab_jax.models.lora import LoraConfig, LoraDense
+from crab_jax.models.shapes import AttentionMask, CacheSlots, Hidden, Ids, KeyMask, Logits, Positions, Rotation
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
-_normal = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class LlamaConfig:
 class KVCache:
     """Rotated keys [layers, B, kv_heads, head_dim, slots] and values [layers, B, kv_heads, slots, head_dim].
 
-    The slot of a token is its position. Both are laid out as the products with them want their operands, so that a
-    decode step reads them as they are. `generating.FusedLlama` keeps tuples of layers, so that none is copied out.
+    Both are laid out as the products with them want their operands, so that a decode step reads them as they are.
+    `generating.FusedLlama` keeps tuples of layers, so that none is copied out.
     """
 
     k: Any
@@ -82,8 +83,8 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
     return KVCache(jax.tree.map(lambda k: padded(k, -1), cache.k), jax.tree.map(lambda v: padded(v, -2), cache.v))
 
 
-def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """positions int [B,L] -> (cos, sin) float32 [B,L,1,head_dim/2]."""
+def rope(positions: Positions, head_dim: int, theta: float) -> Rotation:
+    """positions int[B,L] -> (cos, sin) float32 [B,L,1,head_dim/2]."""
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
@@ -129,27 +130,24 @@ def mask_pads(logits: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, _MASKED)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, the statistic in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-
 class Attention(nn.Module):
-    """Self-attention; with a cache it writes the new keys and values of layer `layer`, then reads all its slots."""
+    """Self-attention; with a cache it writes new keys and values into `slots` of layer `layer`, then reads them all."""
 
     cfg: LlamaConfig
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x, cache, layer, positions, rotation, mask, deterministic):
+    def __call__(
+        self,
+        x: Hidden,
+        cache: KVCache | None,
+        layer: jax.Array,
+        slots: CacheSlots | None,
+        rotation: Rotation,
+        mask: AttentionMask,
+        deterministic: bool,
+    ) -> tuple[Hidden, KVCache | None]:
+        """x [B,L,D], layer int32[] -> ([B,L,D], cache)."""
         cfg = self.cfg
         dense = functools.partial(LoraDense, lora=self.lora, dtype=cfg.dtype)
 
@@ -167,8 +165,8 @@ class Attention(nn.Module):
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KVCache(
-                cache.k.at[layer, rows, :, :, positions].set(k.astype(cache.k.dtype)),
-                cache.v.at[layer, rows, :, positions].set(v.astype(cache.v.dtype)),
+                cache.k.at[layer, rows, :, :, slots].set(k.astype(cache.k.dtype)),
+                cache.v.at[layer, rows, :, slots].set(v.astype(cache.v.dtype)),
             )
             out = attend_cache(q, cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype), mask)
         return dense(cfg.hidden, axes=("heads", "embed"), name="o_proj")(out, deterministic), cache
@@ -181,7 +179,8 @@ class MLP(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x, deterministic):
+    def __call__(self, x: Hidden, deterministic: bool) -> Hidden:
+        """x [B,L,D] -> [B,L,D]."""
         dense = functools.partial(LoraDense, lora=self.lora, dtype=self.cfg.dtype)
         gate = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="up_proj")(x, deterministic)
@@ -199,11 +198,20 @@ class Block(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, carry, layer, positions, rotation, mask, deterministic):
+    def __call__(
+        self,
+        carry: tuple[Hidden, KVCache | None],
+        layer: jax.Array,
+        slots: CacheSlots | None,
+        rotation: Rotation,
+        mask: AttentionMask,
+        deterministic: bool,
+    ) -> tuple[tuple[Hidden, KVCache | None], None]:
+        """carry (x [B,L,D], cache), layer int32[] -> the same of the next layer."""
         x, cache = carry
         y = RMSNorm(self.cfg.rms_eps, name="input_layernorm")(x)
         y, cache = Attention(self.cfg, self.lora, name="self_attn")(
-            y, cache, layer, positions, rotation, mask, deterministic
+            y, cache, layer, slots, rotation, mask, deterministic
         )
         x = nn.with_logical_constraint(x + y, ("batch", None, None))
         y = RMSNorm(self.cfg.rms_eps, name="post_attention_layernorm")(x)
@@ -247,7 +255,7 @@ class Llama(nn.Module):
             cfg.padded_vocab,
             cfg.hidden,
             dtype=cfg.dtype,
-            embedding_init=nn.with_logical_partitioning(_normal, ("vocab", "embed")),
+            embedding_init=nn.with_logical_partitioning(normal, ("vocab", "embed")),
         )
         self.layers = _layers(cfg, self.lora)
         self.norm = RMSNorm(cfg.rms_eps)
@@ -255,11 +263,11 @@ class Llama(nn.Module):
             cfg.padded_vocab,
             use_bias=False,
             dtype=cfg.dtype,
-            kernel_init=nn.with_logical_partitioning(_normal, ("embed", "vocab")),
+            kernel_init=nn.with_logical_partitioning(normal, ("embed", "vocab")),
             dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
         )
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Ids) -> Hidden:
         """int32[B,...] -> [B,...,D]. A device looks up its features for the rows of its whole fsdp group, then features
         are exchanged for rows: tokens and results travel, the table does not.
         """
@@ -270,17 +278,19 @@ class Llama(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        key_mask: jax.Array | None = None,
+        x: Hidden,
+        positions: Positions,
+        key_mask: KeyMask | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, Any]:
+        slots: CacheSlots | None = None,
+    ) -> tuple[Hidden, Any]:
         """Embeddings [B,L,D] and their positions int32[B,L] -> (hidden [B,L,D] after the final norm, cache).
 
+        `positions` turn queries and keys; `slots` int32[B,L], needed with a cache, say where keys and values are kept.
         Without a cache attention is causal over the L inputs; `key_mask` bool[B,L] also hides inputs (left padding).
-        With a cache a token is written to the slot of its position and attends to the slots up to it, so a
-        right-padded prompt needs no mask: its pads lie in later slots, which decoding overwrites before reading.
+        With a cache an input attends to the slots up to its own, so a right-padded prompt needs no mask: its pads lie
+        in later slots, which decoding overwrites before reading.
         """
         cfg = self.cfg
         if cache is None:
@@ -288,16 +298,16 @@ class Llama(nn.Module):
             mask = jnp.tril(jnp.ones((1, length, length), bool))
             if key_mask is not None:
                 mask = mask & key_mask[:, None, :]
-        elif key_mask is None:
-            mask = jnp.arange(cache.k.shape[-1]) <= positions[..., None]
+        elif key_mask is None and slots is not None:
+            mask = jnp.arange(cache.k.shape[-1]) <= slots[..., None]
         else:
-            raise ValueError("key_mask cannot be combined with a cache: cache slots are positions, which need no mask")
+            raise ValueError("a cache needs slots, and no key_mask: an input attends to the slots up to its own")
         rotation = rope(positions, cfg.head_dim, cfg.rope_theta)
         carry = (nn.with_logical_constraint(x.astype(cfg.dtype), ("batch", None, None)), cache)
-        (x, cache), _ = self.layers(carry, jnp.arange(cfg.layers), positions, rotation, mask, deterministic)
+        (x, cache), _ = self.layers(carry, jnp.arange(cfg.layers), slots, rotation, mask, deterministic)
         return self.norm(x), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Hidden) -> Logits:
         """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
         logits = mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
         return nn.with_logical_constraint(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))

@@ -15,8 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# PyTorch's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
-_kaiming_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+from crab_jax.models.layers import head_weights, mix_heads, normal, torch_uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +54,22 @@ class LoraDense(nn.Module):
         """x [..., in] -> [..., out] in `dtype`; needs a `dropout` rng when not deterministic."""
         x = x.astype(self.dtype)
         width, (in_axis, out_axis) = x.shape[-1], self.axes
-        kernel = self._weight("kernel", nn.initializers.normal(0.02), (width, self.features), (in_axis, out_axis))
+        kernel = self._weight("kernel", normal, (width, self.features), (in_axis, out_axis))
         y = x @ kernel
         if self.use_bias:
             y = y + self._weight("bias", nn.initializers.zeros, (self.features,), (out_axis,))
         if self.lora is None:
             return y
         rank, heads = self.lora.rank, self.lora.heads
-        a = self._weight("lora_A", _kaiming_uniform, (width, rank), (in_axis, None))
+        a = self._weight("lora_A", torch_uniform, (width, rank), (in_axis, None))
         b = self._weight("lora_B", nn.initializers.zeros, (heads, rank, self.features), (None, None, out_axis))
-        route = self._weight("lora_route", _kaiming_uniform, (width, heads), (in_axis, None))
+        route = self._weight("lora_route", torch_uniform, (width, heads), (in_axis, None))
 
         low, scores = self._project(self.lora, x, a, route, deterministic)
-        weights = jax.nn.softmax(scores.astype(jnp.float32))
+        weights = head_weights(scores)
         if self.is_mutable_collection("router") and not self.is_initializing():
             self.sow("router", "weights", weights)
-        # Weighting the rank space makes the sum over heads one (heads * rank) x out product.
-        low = (weights * self.lora.scale).astype(self.dtype)[..., None] * low
-        return y + low.reshape(*x.shape[:-1], heads * rank) @ b.reshape(heads * rank, self.features)
+        return y + mix_heads(low, weights, self.lora.scale) @ b.reshape(heads * rank, self.features)
 
     def _weight(self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)

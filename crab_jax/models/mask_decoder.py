@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import dense, layer_norm, torch_uniform
+from crab_jax.models.shapes import BinaryLogits, MaskStates, SemanticLogits, Tokens
 
 KINDS = ("binary", "semantic")
 # PyTorch's default for Linear and Conv kernels: uniform with variance 1 / (3 fan_in).
-_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _EMBED_INIT = nn.initializers.normal(1.0)
 
 
@@ -53,7 +54,7 @@ class SegConfig:
     chain_queries: bool = True
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scales != 2:
             raise InputError("SegConfig", "scales", f"is {self.scales}", "the decoder has exactly two levels: use 2")
         if self.dim % (2 * self.heads):
@@ -65,18 +66,10 @@ class SegConfig:
             )
 
 
-def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=_KERNEL_INIT, name=name)
-
-
 def _conv(features: int, size: int, dtype: Any, name: str | None, use_bias: bool = False) -> nn.Conv:
     return nn.Conv(
-        features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype, kernel_init=_KERNEL_INIT, name=name
+        features, (size, size), padding="SAME", use_bias=use_bias, dtype=dtype, kernel_init=torch_uniform, name=name
     )
-
-
-def _norm(dtype: Any, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
@@ -109,9 +102,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., sizes[-1]]."""
         for i, size in enumerate(self.sizes):
             name = f"layers_{i}"
-            x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else _dense(size, self.dtype, name))(
+            x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else dense(size, name, self.dtype))(
                 x
             )
             x = nn.relu(x) if i < len(self.sizes) - 1 else x
@@ -126,6 +120,7 @@ class Upscale2x(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,h,w,C] -> [B,2h,2w,features]."""
         x = nn.ConvTranspose(
             self.features,
             (2, 2),
@@ -133,10 +128,10 @@ class Upscale2x(nn.Module):
             padding="VALID",
             transpose_kernel=True,
             dtype=self.dtype,
-            kernel_init=_KERNEL_INIT,
+            kernel_init=torch_uniform,
             name="conv",
         )(x)
-        return nn.gelu(_norm(self.dtype, "norm", 1e-6)(x), approximate=False)
+        return nn.gelu(layer_norm("norm", self.dtype, 1e-6)(x), approximate=False)
 
 
 class FourierPosition(nn.Module):
@@ -150,6 +145,7 @@ class FourierPosition(nn.Module):
 
     @nn.compact
     def __call__(self, n: int) -> jax.Array:
+        """n -> float32[n*n,E]."""
         matrix = self.param("positional_encoding_gaussian_matrix", _EMBED_INIT, (2, self.dim // 2))
         centres = 2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1
         xy = jnp.stack(jnp.meshgrid(centres, centres), -1).reshape(n * n, 2)
@@ -167,11 +163,12 @@ class PackedAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array) -> jax.Array:
+        """x [B,Q,E], source [B,K,E] -> [B,Q,E]."""
         dim = x.shape[-1]
-        in_proj = _dense(3 * dim, self.dtype, "in_proj")
+        in_proj = dense(3 * dim, "in_proj", self.dtype)
         q = in_proj(x)[..., :dim]
         _, k, v = jnp.split(in_proj(source), 3, axis=-1)
-        return _dense(dim, self.dtype, "out_proj")(_attend(q, k, v, self.heads))
+        return dense(dim, "out_proj", self.dtype)(_attend(q, k, v, self.heads))
 
 
 class QueryLayer(nn.Module):
@@ -181,11 +178,12 @@ class QueryLayer(nn.Module):
 
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
+        """queries [B,Q,E], prompt [B,1,E] -> [B,Q,E]."""
         cfg, dtype = self.cfg, self.cfg.dtype
-        x = _norm(dtype, "norm1")(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
-        x = _norm(dtype, "norm2")(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
-        hidden = nn.gelu(_dense(cfg.query_mlp_dim, dtype, "ffn_0")(x), approximate=False)
-        return _norm(dtype, "norm3")(x + _dense(cfg.dim, dtype, "ffn_2")(hidden))
+        x = layer_norm("norm1", dtype)(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
+        x = layer_norm("norm2", dtype)(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
+        hidden = nn.gelu(dense(cfg.query_mlp_dim, "ffn_0", dtype)(x), approximate=False)
+        return layer_norm("norm3", dtype)(x + dense(cfg.dim, "ffn_2", dtype)(hidden))
 
 
 class QueryGenerator(nn.Module):
@@ -195,6 +193,7 @@ class QueryGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
+        """queries [B,Q,E], prompt [B,1,E] -> [B,Q,E]."""
         out = queries
         for i in range(self.cfg.query_layers):
             out = QueryLayer(self.cfg, name=f"layers_{i}")(out if self.cfg.chain_queries else queries, prompt)
@@ -210,11 +209,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """q [B,Q,E], k and v [B,K,E] -> [B,Q,E]."""
         q_in, k_in, v_in = (
-            _dense(self.inner, self.dtype, f"{name}_proj")(x) for name, x in zip("qkv", (q, k, v), strict=True)
+            dense(self.inner, f"{name}_proj", self.dtype)(x) for name, x in zip("qkv", (q, k, v), strict=True)
         )
         out = _attend(q_in, k_in, v_in, self.heads)
-        return _dense(q.shape[-1], self.dtype, "out_proj")(out)
+        return dense(q.shape[-1], "out_proj", self.dtype)(out)
 
 
 class TwoWayBlock(nn.Module):
@@ -227,7 +227,10 @@ class TwoWayBlock(nn.Module):
     first: bool
 
     @nn.compact
-    def __call__(self, tokens, image, token_pe, image_pe) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, tokens: jax.Array, image: jax.Array, token_pe: jax.Array, image_pe: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """tokens and token_pe [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image)."""
         cfg, dtype = self.cfg, self.cfg.dtype
         self_attn = Attention(cfg.dim, cfg.heads, dtype, name="self_attn")
         if self.first:
@@ -235,13 +238,13 @@ class TwoWayBlock(nn.Module):
         else:
             q = tokens + token_pe
             tokens = tokens + self_attn(q, q, tokens)
-        tokens = _norm(dtype, "norm1")(tokens)
+        tokens = layer_norm("norm1", dtype)(tokens)
         to_image = Attention(cfg.dim // 2, cfg.heads, dtype, name="cross_attn_token_to_image")
-        tokens = _norm(dtype, "norm2")(tokens + to_image(tokens + token_pe, image + image_pe, image))
-        hidden = nn.relu(_dense(cfg.mlp_dim, dtype, "lin1")(tokens))
-        tokens = _norm(dtype, "norm3")(tokens + _dense(cfg.dim, dtype, "lin2")(hidden))
+        tokens = layer_norm("norm2", dtype)(tokens + to_image(tokens + token_pe, image + image_pe, image))
+        hidden = nn.relu(dense(cfg.mlp_dim, "lin1", dtype)(tokens))
+        tokens = layer_norm("norm3", dtype)(tokens + dense(cfg.dim, "lin2", dtype)(hidden))
         to_token = Attention(cfg.dim // 2, cfg.heads, dtype, name="cross_attn_image_to_token")
-        image = _norm(dtype, "norm4")(image + to_token(image + image_pe, tokens + token_pe, tokens))
+        image = layer_norm("norm4", dtype)(image + to_token(image + image_pe, tokens + token_pe, tokens))
         return tokens, image
 
 
@@ -252,12 +255,13 @@ class TwoWayTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, image: jax.Array, image_pe: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """tokens [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image)."""
         cfg, token_pe = self.cfg, tokens
         for i in range(cfg.depth):
             tokens, image = TwoWayBlock(cfg, first=i == 0, name=f"layers_{i}")(tokens, image, token_pe, image_pe)
         final = Attention(cfg.dim // 2, cfg.heads, cfg.dtype, name="final_attn_token_to_image")
         tokens = tokens + final(tokens + token_pe, image + image_pe, image)
-        return _norm(cfg.dtype, "norm_final_attn")(tokens), image
+        return layer_norm("norm_final_attn", cfg.dtype)(tokens), image
 
 
 class MaskDecoder(nn.Module):
@@ -265,7 +269,7 @@ class MaskDecoder(nn.Module):
 
     cfg: SegConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
         self.avs_query_tokens = self.param("avs_query_tokens", _EMBED_INIT, (cfg.queries, cfg.dim))
         self.level_embed = self.param("level_embed", _EMBED_INIT, (cfg.scales, cfg.dim))
@@ -279,7 +283,7 @@ class MaskDecoder(nn.Module):
         self.ms3_s4_classifier = _conv(1, 1, cfg.dtype, None)
         self.avss_classifier = _conv(cfg.classes, 1, cfg.dtype, None)
 
-    def _embed_pixels(self, level: int, prompt, image, image_pe) -> jax.Array:
+    def _embed_pixels(self, level: int, prompt: jax.Array, image: jax.Array, image_pe: jax.Array) -> jax.Array:
         """prompt [B,E], image [B,n,n,E], image_pe [n*n,E] -> what both classifiers read: [B,2n,2n,E/8]."""
         batch, n = image.shape[:2]
         queries = jnp.broadcast_to(self.avs_query_tokens.astype(image.dtype), (batch, *self.avs_query_tokens.shape))
@@ -288,8 +292,10 @@ class MaskDecoder(nn.Module):
         pixels = self.output_upscaling(image.reshape(batch, n, n, -1))
         return self.hyper_mlp_out(jnp.einsum("bqc,bhwc->bhwq", self.hyper_mlp(tokens), pixels))
 
-    def __call__(self, prompts, neck, image_pe, no_mask, kinds: tuple[str, ...]) -> dict[str, list[jax.Array]]:
-        """Logits per kind, coarse to fine: {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
+    def __call__(
+        self, prompts: jax.Array, neck: jax.Array, image_pe: jax.Array, no_mask: jax.Array, kinds: tuple[str, ...]
+    ) -> dict[str, list[jax.Array]]:
+        """prompts [B,2,E], neck [B,2,g,g,E], image_pe [g*g,E], no_mask [E] -> logits per kind, coarse to fine: {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
         classifiers = {"binary": self.ms3_s4_classifier, "semantic": self.avss_classifier}
         pixels = self._embed_pixels(0, prompts[:, 0], neck[:, 0] + no_mask, image_pe)
         coarse = [classifiers[kind](pixels) for kind in kinds]
@@ -311,9 +317,10 @@ class Neck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,g,g,C] -> [B,g,g,E]."""
         dim, dtype = self.cfg.dim, self.cfg.dtype
-        x = _norm(dtype, "norm_1", 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
-        return _norm(dtype, "norm_3", 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
+        x = layer_norm("norm_1", dtype, 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
+        return layer_norm("norm_3", dtype, 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
 
 
 class SegModule(nn.Module):
@@ -329,8 +336,9 @@ class SegModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, states: jax.Array, features: tuple[jax.Array, ...], kinds: tuple[str, ...] = KINDS
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+        self, states: MaskStates, features: tuple[Tokens, ...], kinds: tuple[str, ...] = KINDS
+    ) -> tuple[BinaryLogits | None, SemanticLogits | None]:
+        """states [B,6,D], features two [B,N,C] -> (float32[B,P,P], float32[B,classes,P,P]); see the class."""
         cfg = self.cfg
         batch = states.shape[0]
         prompts = Mlp((cfg.llm_dim, cfg.dim), cfg.dtype, name="text_hidden_fcs")(states)

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.layers import dense, layer_norm, normal
+from crab_jax.models.shapes import Tokens
+
+_EPSILON = 1e-12  # of BERT's norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +31,6 @@ class QFormerConfig:
     dtype: str = "bfloat16"
 
 
-def _norm(name: str, dtype: jnp.dtype, epsilon: float = 1e-12) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
-
-
-def _dense(features: int, name: str, dtype: jnp.dtype) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
-
-
 class Attention(nn.Module):
     """BERT attention block: LN(x + dropout(dense(attend(x, keys)))). Softmax in float32.
 
@@ -44,17 +40,18 @@ class Attention(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: Tokens, deterministic: bool) -> jax.Array:
+        """x [B,Q,C], keys [B,N,K] -> [B,Q,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
         q, k, v = (
-            _dense(cfg.width, name, dtype)(y).reshape(*y.shape[:-1], cfg.heads, -1)
+            dense(cfg.width, name, dtype, normal)(y).reshape(*y.shape[:-1], cfg.heads, -1)
             for name, y in (("query", x), ("key", keys), ("value", keys))
         )
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
         weights = dropout(nn.softmax(logits)).astype(dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        return _norm("LayerNorm", dtype)(x + dropout(_dense(cfg.width, "dense", dtype)(y)))
+        return layer_norm("LayerNorm", dtype, _EPSILON)(x + dropout(dense(cfg.width, "dense", dtype, normal)(y)))
 
 
 class Layer(nn.Module):
@@ -63,14 +60,14 @@ class Layer(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, tokens: jax.Array, deterministic: bool):
-        """x [B,Q,C], tokens [B,N,in_dim]."""
+    def __call__(self, x: jax.Array, tokens: Tokens, deterministic: bool) -> tuple[jax.Array, None]:
+        """x [B,Q,C], tokens [B,N,in_dim] -> ([B,Q,C], None), as `nn.scan` wants it."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         x = Attention(cfg, name="attention")(x, x, deterministic)
         x = Attention(cfg, name="crossattention")(x, tokens, deterministic)
-        y = nn.gelu(_dense(cfg.mlp_dim, "intermediate_query", dtype)(x), approximate=False)
-        y = nn.Dropout(cfg.dropout, deterministic=deterministic)(_dense(cfg.width, "output_query", dtype)(y))
-        return _norm("output_query_norm", dtype)(x + y), None
+        y = nn.gelu(dense(cfg.mlp_dim, "intermediate_query", dtype, normal)(x), approximate=False)
+        y = nn.Dropout(cfg.dropout, deterministic=deterministic)(dense(cfg.width, "output_query", dtype, normal)(y))
+        return layer_norm("output_query_norm", dtype, _EPSILON)(x + y), None
 
 
 class QFormer(nn.Module):
@@ -82,15 +79,15 @@ class QFormer(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(self, x: Tokens, deterministic: bool = True) -> jax.Array:
         """x [B,N,in_dim] -> [B,queries,out_dim] in `cfg.dtype`. Needs the `dropout` rng unless deterministic."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if x.ndim != 3 or x.shape[-1] != cfg.in_dim:
             raise InputError("QFormer", "x", f"shape {x.shape} is not [B,N,{cfg.in_dim}]", "fold frames into the batch")
-        tokens = _norm("ln", dtype, epsilon=1e-5)(x)
+        tokens = layer_norm("ln", dtype)(x)
         # Queries carry no position and no type embedding.
-        queries = self.param("query_tokens", nn.initializers.normal(0.02), (1, cfg.queries, cfg.width))
-        y = _norm("embeddings_norm", dtype)(jnp.broadcast_to(queries, (len(x), cfg.queries, cfg.width)))
+        queries = self.param("query_tokens", normal, (1, cfg.queries, cfg.width))
+        y = layer_norm("embeddings_norm", dtype, _EPSILON)(jnp.broadcast_to(queries, (len(x), cfg.queries, cfg.width)))
         y = nn.Dropout(cfg.dropout, deterministic=deterministic)(y)
         layers = nn.scan(
             Layer,
@@ -100,6 +97,5 @@ class QFormer(nn.Module):
             length=cfg.layers,
         )
         y, _ = layers(cfg, name="layers")(y, tokens, deterministic)
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for a linear layer
-        y = nn.gelu(nn.Dense(cfg.out_dim, dtype=dtype, kernel_init=init, name="proj_0")(y), approximate=False)
-        return nn.Dense(cfg.out_dim, dtype=dtype, kernel_init=init, name="proj_2")(y)
+        y = nn.gelu(dense(cfg.out_dim, "proj_0", dtype)(y), approximate=False)
+        return dense(cfg.out_dim, "proj_2", dtype)(y)

@@ -12,7 +12,7 @@ from crab_jax import optim
 from crab_jax.config import RunConfig
 from crab_jax.io.errors import InputError
 from crab_jax.models import quantize
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_params
 
@@ -26,7 +26,7 @@ MEASURED = 1.5
 
 def state_bytes(config: RunConfig) -> int:
     """Bytes of all parameters and of the optimizer state: a trained scalar has a value, a gradient and two moments."""
-    shapes = nn.unbox(run_params.abstract_params(Crab(config.model)))
+    shapes = nn.unbox(run_params.abstract_params(config.model.build()))
     trainable, frozen = optim.split(shapes, config.trainable, config.frozen)
     return run_params.count(frozen) * jax.numpy.dtype(config.frozen_dtype).itemsize + 16 * run_params.count(trainable)
 
@@ -73,7 +73,7 @@ def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int =
     InputError when `tensor` does not divide the devices, or is to split integers.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    model, integers = Crab(config.model), weights in quantize.BITS
+    model, integers = config.model.build(), weights in quantize.BITS
     if tensor > 1 and integers:
         raise InputError(
             "command line",
@@ -86,7 +86,7 @@ def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int =
             "command line", "--tensor", f"{tensor} does not divide the {len(devices)} devices here", "give a divisor"
         )
     if not tensor:
-        needed = run_params.count(run_params.abstract_params(model)) * jax.numpy.dtype(model.cfg.llama.dtype).itemsize
+        needed = run_params.count(run_params.abstract_params(model)) * jax.numpy.dtype(model.cfg.dtype).itemsize
         memory = chips.memory_of(devices[0])
         tensor = 1 if integers else sharding.infer_split(len(devices), needed, memory, SERVING_SHARE)
     free = len(devices) // tensor

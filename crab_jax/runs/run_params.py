@@ -19,25 +19,25 @@ from crab_jax.checkpoints.digests import check_match
 from crab_jax.checkpoints.stored import stored_params
 from crab_jax.config import RunConfig
 from crab_jax.io.errors import InputError
-from crab_jax.models.crab import Crab, fuse_model, init_params
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import sharding
 from crab_jax.runs.run_folder import load_config
 from data_pipelines.batching import Batch, Bucket, empty_batch
 from data_pipelines.tokens import Tokenizer
 
 
-def init_batch(model: Crab) -> Batch:
+def init_batch(model: Model) -> Batch:
     """One filler row that reaches every module: a frame, an audio window and a mask group."""
-    return empty_batch(Bucket(length=8, frames=1, windows=1, fbank_frames=98, masks=1), 1, model.cfg.clip.image_size)
+    return empty_batch(Bucket(length=8, frames=1, windows=1, fbank_frames=98, masks=1), 1, model.cfg.image_size)
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_params(model: Crab) -> Any:
+def abstract_params(model: Model) -> Any:
     """Shapes of all parameters, boxed with their logical axes."""
-    return jax.eval_shape(lambda rng: init_params(model, rng, init_batch(model)), jax.random.key(0))
+    return jax.eval_shape(lambda rng: model.init({"params": rng}, init_batch(model))["params"], jax.random.key(0))
 
 
-def wanted_params(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh) -> Any:
+def wanted_params(config: RunConfig, model: Model, mesh: jax.sharding.Mesh) -> Any:
     """Every parameter of a run as a ShapeDtypeStruct: trainables float32, the rest in the frozen dtype, with shardings.
 
     Raises InputError when the trainable and frozen patterns, or the mesh, do not divide the parameters.
@@ -58,7 +58,7 @@ def _of_dtype(shapes: Any, dtype: Any) -> Any:
     return jax.eval_shape(lambda tree: optim.cast_floating(tree, jnp.dtype(dtype)), shapes)
 
 
-def initial_params(config: RunConfig, model: Crab, wanted: Any = None) -> Any:
+def initial_params(config: RunConfig, model: Model, wanted: Any = None) -> Any:
     """Starting parameters: those of `init_from`, checked strictly; leaves named by `fresh` are newly drawn.
 
     With `wanted` (see `wanted_params`) every leaf is read or drawn straight into its shards and its dtype, so that no
@@ -92,7 +92,7 @@ def initial_params(config: RunConfig, model: Crab, wanted: Any = None) -> Any:
 
     def draw(rng: jax.Array) -> dict[str, jax.Array]:
         # What is not missing is never computed.
-        flat = traverse_util.flatten_dict(nn.unbox(init_params(model, rng, init_batch(model))), sep="/")
+        flat = traverse_util.flatten_dict(nn.unbox(model.init({"params": rng}, init_batch(model))["params"]), sep="/")
         return {path: flat[path].astype(places[path].dtype) if places else flat[path] for path in missing}
 
     where = {path: places[path].sharding for path in missing} if places else None
@@ -121,7 +121,7 @@ def parameter_table(trainable: Any, frozen: Any) -> str:
 
 def load_model(
     path: str | Path, weights: str = "", mesh: jax.sharding.Mesh | None = None
-) -> tuple[Crab, Any, RunConfig, Tokenizer]:
+) -> tuple[Model, Any, RunConfig, Tokenizer]:
     """(model, parameters, config, tokenizer) of a run or a packed model. Raises InputError if they disagree.
 
     With `weights` (one of `generating.KINDS`) the model is laid out for generation and does nothing else. On a `mesh`
@@ -129,11 +129,11 @@ def load_model(
     is on the first device.
     """
     config = load_config(path)
-    model, stored = Crab(config.model), stored_params(path)
+    model, stored = config.model.build(), stored_params(path)
     check_match(nn.unbox(abstract_params(model)), stored.shapes, str(path))
     if mesh is not None and mesh.shape["tensor"] > 1:
         return model, stored.load(wanted_params(config, model, mesh)), config, Tokenizer.load(path)
     params, where = stored.load(), sharding.replicated(mesh) if mesh is not None else None
     if weights:
-        model, params = fuse_model(model, params, weights, where)
+        model, params = model.for_generation(params, weights, where)
     return model, jax.device_put(params, where), config, Tokenizer.load(path)

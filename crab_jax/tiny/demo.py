@@ -22,7 +22,6 @@ from crab_jax.io.bounds import path
 from crab_jax.io.errors import CommandLine
 from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
-from crab_jax.models.crab import Crab
 from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.tiny.recipe import command, recipe
 from data_pipelines.media import read_mask
@@ -36,7 +35,7 @@ def save_untrained(run: Path, out: Path) -> None:
     config = dataclasses.replace(run_folder.load_config(run), init_from="")
     save_packed(
         out,
-        run_params.initial_params(config, Crab(config.model)),
+        run_params.initial_params(config, config.model.build()),
         config.to_dict(),
         tokenizer=run_folder.tokenizer_of(config),
     )

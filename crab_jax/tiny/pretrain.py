@@ -39,7 +39,7 @@ from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.models.beats import Beats
 from crab_jax.models.clip import Clip, normalize
-from crab_jax.models.crab import Crab, CrabConfig
+from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import Llama
 from crab_jax.models.qformer import QFormer, QFormerConfig
 from crab_jax.runs import run_data, run_folder, run_params
@@ -394,7 +394,7 @@ def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path 
     data = load_clips(root, folders[:CLIPS], decode, tokenizer)
     frames, fbank = (data[key].reshape(-1, *data[key].shape[2:]) for key in ("frames", "fbank"))
     shown = {key: data[key].reshape(-1, *data[key].shape[2:]) for key in ("what", "where", "loudness")}
-    params, learned = run_params.initial_params(config, Crab(cfg)), {}
+    params, learned = run_params.initial_params(config, cfg.build()), {}
     reading = kept(parts, "llama", read)
     learned["llama"] = optim.merge(optim.split(params["llama"], *LORA_OR_NOT)[0], reading["llama"])
     visual, audio = map(np.asarray, Reader(cfg.llama.hidden).apply({"params": reading["reader"]}, shown))

@@ -13,7 +13,8 @@ import optax
 
 from crab_jax import losses, optim
 from crab_jax.config import RunConfig
-from crab_jax.models.crab import Crab, CrabOutput
+from crab_jax.models.crab import CrabOutput
+from crab_jax.models.protocol import Model
 from crab_jax.parallel import sharding
 from crab_jax.runs import run_mesh
 from crab_jax.tasks import TASKS
@@ -34,7 +35,7 @@ def train_step(
     frozen: Any,
     batch: Batch,
     *,
-    model: Crab,
+    model: Model,
     tx: optax.GradientTransformation,
     loss_cfg: losses.LossConfig,
     seed: int,
@@ -125,7 +126,7 @@ def finite_rows(rows: dict[str, losses.Term], count: int) -> jax.Array:
     return jnp.stack([jnp.isfinite(term.sum).reshape(count, -1).all(1) for term in rows.values()]).all(0)
 
 
-def compile_step(config: RunConfig, model: Crab, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
+def compile_step(config: RunConfig, model: Model, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
     """The jitted step: donated state, batch rows over the mesh."""
     accumulate = run_mesh.micro_batches(config, mesh)
 

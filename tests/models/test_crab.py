@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crab_jax.generate import GenerateOptions, generate
-from crab_jax.models.crab import Crab, init_params
+from crab_jax.models.crab import Crab
 from crab_jax.models.presets import tiny
 from crab_jax.runs import run_data, run_params
 from crab_jax.training import train_step
@@ -25,7 +25,7 @@ def setup(scenes_root):
     sizes = tiny()
     cut = {name: dataclasses.replace(getattr(sizes, name), layers=1) for name in ("beats", "visual", "audio", "llama")}
     model = Crab(dataclasses.replace(sizes, clip=dataclasses.replace(sizes.clip, layers=2, taps=(1, 2, 2)), **cut))
-    params = nn.unbox(init_params(model, jax.random.key(0), run_params.init_batch(model)))
+    params = nn.unbox(model.init({"params": jax.random.key(0)}, run_params.init_batch(model))["params"])
     rng = np.random.default_rng(0)
 
     def filled(path, leaf):

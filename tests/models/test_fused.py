@@ -18,11 +18,12 @@ TINY = LlamaConfig(
 )
 LORA = LoraConfig(rank=4, alpha=10.0, heads=3)
 LENGTHS, WIDTH, STEPS = np.array([7, 4, 1]), 8, 3
+SHIFT = 2  # of positions over cache slots: rotations are relative, so that it changes no answer
 TOKENS = jax.random.randint(jax.random.key(2), (3, WIDTH + STEPS), 0, TINY.vocab_size)
 
 
-def forward(model, tokens, positions, cache):
-    hidden, cache = model(model.embed(tokens), positions, cache=cache)
+def forward(model, tokens, slots, cache):
+    hidden, cache = model(model.embed(tokens), slots + SHIFT, cache=cache, slots=slots)
     return hidden, model.logits(hidden), cache
 
 

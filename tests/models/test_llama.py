@@ -240,8 +240,9 @@ def test_decoding_with_a_cache_equals_the_full_pass():
     positions = jnp.broadcast_to(jnp.arange(padded), (3, padded))
     prompt = jnp.where(positions < lengths[:, None], tokens[:, :padded], 49)
 
-    def step(model, token, positions, cache):
-        hidden, cache = model(model.embed(token), positions, cache=cache)
+    def step(model, token, slots, cache):
+        # Rotations are relative: positions may begin anywhere, slots are where keys and values are kept.
+        hidden, cache = model(model.embed(token), slots + jnp.array([[0], [3], [11]]), cache=cache, slots=slots)
         return model.logits(hidden), cache
 
     logits, cache = compiled(model, params, step, prompt, positions, init_cache(TINY, 3, 12))
@@ -251,8 +252,9 @@ def test_decoding_with_a_cache_equals_the_full_pass():
         at = lengths + i
         logits, cache = compiled(model, params, step, tokens[rows, at][:, None], jnp.asarray(at)[:, None], cache)
         np.testing.assert_allclose(logits[:, 0], expected[rows, at], rtol=1e-4, atol=1e-3)
-    with pytest.raises(ValueError, match="key_mask"):
-        model.apply({"params": params}, jnp.ones((3, 1, 32)), at[:, None], jnp.ones((3, 1), bool), cache)
+    for key_mask, slots in ((jnp.ones((3, 1), bool), at[:, None]), (None, None)):
+        with pytest.raises(ValueError, match="a cache needs slots"):
+            model.apply({"params": params}, jnp.ones((3, 1, 32)), at[:, None], key_mask, cache, slots=slots)
 
 
 def test_rematerialisation_changes_neither_loss_nor_gradient():

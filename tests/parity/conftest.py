@@ -16,7 +16,6 @@ from crab_jax.convert.importing import Files, import_weights
 from crab_jax.convert.llama import PEFT
 from crab_jax.convert.released import Choices
 from crab_jax.models.clip import MEAN, STD, normalize
-from crab_jax.models.crab import Crab
 from crab_jax.models.mask_decoder import SegModule
 from crab_jax.models.quirks import PRESETS
 from crab_jax.runs import run_params
@@ -174,7 +173,7 @@ def load(checkpoint):
             model, params, config, _ = run_params.load_model(checkpoint(state))
             assert config.compat == "released" and model.cfg.seg_taps == PRESETS["released"].seg_taps
             cfg = dataclasses.replace(model.cfg, llama=dataclasses.replace(model.cfg.llama, remat="none"))
-            loaded[state] = Crab(cfg), params
+            loaded[state] = cfg.build(), params
         return loaded[state]
 
     return get
