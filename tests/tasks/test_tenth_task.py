@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import clips
@@ -14,12 +15,16 @@ import pytest
 from PIL import Image
 
 import crab_jax as cj
-from crab_jax import evaluate, inspect, predict, report
+from crab_jax import evaluate, predict, report, train
 from crab_jax.aot import compile_cache
+from crab_jax.config import parse_flags
 from crab_jax.io.errors import InputError
 from crab_jax.runs import run_folder
 from crab_jax.tasks import BENCHMARKS, TASK_NAMES, TASKS, use_tasks
-from data_pipelines.examples import read_jsonl
+from data_pipelines import validate
+from data_pipelines.examples import from_json, read_jsonl
+from data_pipelines.labels import disagreements, names
+from data_pipelines.own import verb as own
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = (REPOSITORY / "docs/your_data.md").read_text().split("## A task of your own")[1].split("\n## ")[0]
@@ -106,8 +111,8 @@ def block(language: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with the two modules, media, and the tables; there `my_tasks` can be imported."""
+def home(tmp_path_factory) -> Iterator[Path]:
+    """A folder with the two modules, media, and the tables, on the path of this process."""
     home = tmp_path_factory.mktemp("home")
     for folder in ("my_tasks", "clips"):
         (home / folder).mkdir()
@@ -119,7 +124,26 @@ def home(tmp_path_factory) -> Path:
         clips.write_clip(home / f"clips/{name}.mp4", clips.steady(10), clips.beep(10, 1 + number, 3 + number))
     for name in ("dog", "b"):
         Image.fromarray(np.full((48, 64, 3), 90, np.uint8)).save(home / f"clips/{name}.png")
-    return home
+    sys.path.insert(0, str(home))
+    yield home
+    sys.path.remove(str(home))
+    forget()
+
+
+def forget() -> None:
+    """Let this process know the nine tasks alone, and no module of the user."""
+    for name in set(TASKS) - set(TASK_NAMES):
+        del TASKS[name]
+    for module in [module for module in sys.modules if module.startswith("my_tasks")]:
+        del sys.modules[module]
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Each test begins and ends without tasks of the user."""
+    forget()
+    yield
+    forget()
 
 
 def run(home: Path, *words: str) -> subprocess.CompletedProcess:
@@ -130,45 +154,32 @@ def run(home: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture
-def known(home, monkeypatch):
-    """This process with the user's folder on its path, and without the user's tasks afterwards."""
-    monkeypatch.syspath_prepend(str(home))
-    yield
-    for name in set(TASKS) - set(TASK_NAMES):
-        del TASKS[name]
-    for module in [module for module in sys.modules if module.startswith("my_tasks")]:
-        del sys.modules[module]
-
-
 @pytest.fixture(scope="module")
 def root(home) -> Path:
-    """The data root that is made of both tables."""
-    root = home / "R"
-    for table, name in (("--csv", "clips.csv"), ("--jsonl", "more.jsonl")):
-        done = run(home, "data_pipelines", "own", table, name, "--root", "R", "--task-modules", ALL, "--copy")
-        assert done.returncode == 0, done.stdout + done.stderr
-        for file in root.glob("*.jsonl"):
-            file.rename(file.with_suffix(f".{name}"))
-    for split in ("train", "test"):
-        parts = [root / f"{split}.{name}" for name in ("clips.csv", "more.jsonl")]
-        (root / f"{split}.jsonl").write_text("".join(part.read_text() for part in parts))
+    """The data root that is made of both tables, the first one by the command of the document."""
+    root, options = home / "R", ("--task-modules", ALL, "--copy", "--workers", "1")
+    done = run(home, "data_pipelines", "own", "--csv", "clips.csv", "--root", "R", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    former = {path: path.read_text() for path in root.glob("*.jsonl")}
+    own.run(["--jsonl", str(home / "more.jsonl"), "--root", str(root), *options, "--overwrite"])
+    for path, text in former.items():
+        path.write_text(text + path.read_text())
     return root
 
 
 @pytest.fixture(scope="module")
 def trained(home, root) -> Path:
     """A run on them, whose batches a worker decodes."""
-    config = REPOSITORY / "configs/tiny.py"
-    words = (f"--config={config}", *SMALL, "--config.data.root=R", "--workdir=run", f"--config.tasks={ALL}")
+    compile_cache.enable()
     options = ("--config.data.workers=1", "--config.data.weights.counting=2.5", "--config.data.weights.ave=0")
-    done = run(home, "crab_jax.train", *words, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home / "run"
+    words = ("train", f"--config={REPOSITORY / 'configs/tiny.py'}", f"--config.data.root={root}", *SMALL, *options)
+    config, workdir = parse_flags([*words, f"--workdir={home / 'run'}", f"--config.tasks={ALL}"], "")
+    train.train(config, workdir)
+    return workdir
 
 
 @pytest.mark.slow
-def test_from_a_table_to_examples(home, root, known):
+def test_from_a_table_to_examples(home, root):
     use_tasks([ALL])
     examples = {example.id: example for example in read_jsonl(root / "train.jsonl")}
     counted = examples["bark-1"]
@@ -177,10 +188,9 @@ def test_from_a_table_to_examples(home, root, known):
     assert counted.meta == {"question": "a bark", "count": 3, "video": "media/clips/dog.mp4"}
     finding = next(example for example in examples.values() if example.task == "finding")
     assert finding.meta["box"] == [round(224 * 3 / 64), round(224 * 4 / 48), 70, 140] and finding.second == 2
-    done = run(home, "data_pipelines", "validate", "--root", "R", "--task-modules", ALL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = run(home, "data_pipelines", "validate", "--root", "R")
-    assert done.returncode == 3 and "--task-modules" in done.stdout
+    assert not validate.run(["--root", str(root), "--workers", "1", "--task-modules", ALL])
+    with pytest.raises(InputError, match="or name the module of a task of your own with --task-modules"):
+        from_json({"id": "a", "task": "humming", "instruction": ""}, "here")
 
 
 @pytest.mark.slow
@@ -194,19 +204,15 @@ def test_from_a_table_to_examples(home, root, known):
         ("avqa,clips/dog.mp4,How many?,3", "is '3', but avqa has no count"),
     ],
 )
-def test_a_wrong_row_is_refused_by_its_column(home, known, row, said, tmp_path):
-    from data_pipelines.own import verb
-
+def test_a_wrong_row_is_refused_by_its_column(home, row, said, tmp_path):
     (home / "wrong.csv").write_text(f"task,media,question,count\n{row}\n")
     options = ["--csv", str(home / "wrong.csv"), "--root", str(tmp_path / "R"), "--copy", "--task-modules", COUNTING]
     with pytest.raises(InputError, match=re.escape(said)):
-        verb.run(options)
+        own.run(options)
 
 
 @pytest.mark.slow
-def test_a_target_that_differs_from_its_label_is_malformed(known):
-    from data_pipelines.labels import disagreements, names
-
+def test_a_target_that_differs_from_its_label_is_malformed():
     use_tasks([ALL])
     example = cj.ask(
         np.zeros((10, 8, 8, 3), np.uint8), seconds=10.0, task="counting", question="a bark"
@@ -227,9 +233,8 @@ def test_training_notes_the_modules_and_the_losses(trained):
 
 
 @pytest.mark.slow
-def test_from_a_run_to_pages(home, trained, known, tmp_path, capsys):
+def test_from_a_run_to_pages(home, trained, tmp_path, capsys):
     use_tasks([ALL])
-    compile_cache.enable()
     out, short = tmp_path / "test", ["--max-new-tokens", "8"]
     evaluate.evaluate(
         evaluate.parse_arguments(["--checkpoint", str(trained), "--out", str(out), *short, "--data", str(home / "R")])
@@ -241,9 +246,6 @@ def test_from_a_run_to_pages(home, trained, known, tmp_path, capsys):
     words = ["--run", str(trained), "--results", str(out / "results.json"), "--data", str(home / "R")]
     report.report(report.parse_arguments([*words, "--out", str(tmp_path / "report.html"), *short]))
     assert "counting" in (tmp_path / "report.html").read_text()
-    words = ["router", "--checkpoint", str(trained), "--out", str(tmp_path / "router"), "--data", str(home / "R")]
-    inspect.router(inspect.parse_arguments(words))
-    assert json.loads((tmp_path / "router/router.json").read_text())["routing"].keys() == tasks.keys()
 
     film = ["--video", str(home / "clips/dog.mp4"), "--question", "a bark"]
     asked = ["--checkpoint", str(trained), *film, *short]
@@ -258,7 +260,7 @@ def test_from_a_run_to_pages(home, trained, known, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_library_takes_the_task_itself(home, trained, known):
+def test_the_library_takes_the_task_itself(home, trained):
     counting = __import__("my_tasks.counting", fromlist=["COUNTING"]).COUNTING
     crab = cj.load(trained, tasks=[counting])
     asked = cj.ask(home / "clips/dog.mp4", task=counting, question="a bark")
@@ -270,7 +272,8 @@ def test_the_library_takes_the_task_itself(home, trained, known):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_imports_nothing(home, trained, known, capsys):
+def test_a_checkpoint_imports_nothing(home, trained, capsys):
+    forget()
     marker = home / "imported"
     (home / "my_tasks/counting.py").write_text(f"open({str(marker)!r}, 'w').close()\n" + block("python"))
     config = cj.load(trained).config
@@ -286,6 +289,7 @@ def test_a_checkpoint_imports_nothing(home, trained, known, capsys):
     assert error.startswith("error: ") and "--task-modules" in error
     use_tasks([COUNTING])
     assert marker.exists()
+    (home / "my_tasks/counting.py").write_text(block("python"))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +304,7 @@ def test_a_checkpoint_imports_nothing(home, trained, known, capsys):
         ("my tasks; rm", "cannot be imported"),
     ],
 )
-def test_what_is_no_task_is_refused(home, known, modules, said):
+def test_what_is_no_task_is_refused(home, modules, said):
     (home / "my_tasks/broken.py").write_text("1 / 0\n")
     (home / "my_tasks/clash.py").write_text(block("python").replace('"counting"', '"ave"'))
     (home / "my_tasks/second.py").write_text(block("python"))
@@ -308,7 +312,7 @@ def test_what_is_no_task_is_refused(home, known, modules, said):
         use_tasks([modules])
 
 
-def test_a_task_that_is_run_again_takes_the_place_of_the_former(home, known):
+def test_a_task_that_is_run_again_takes_the_place_of_the_former(home):
     counting = __import__("my_tasks.counting", fromlist=["COUNTING"]).COUNTING
     again = dataclasses.replace(counting, published=())
     use_tasks([counting, again, counting.name and again])
@@ -329,7 +333,7 @@ def test_a_task_that_is_run_again_takes_the_place_of_the_former(home, known):
         ({"ranked_by": "f1"}, "ranked_by"),
     ],
 )
-def test_a_task_checks_itself(home, known, changes, said):
+def test_a_task_checks_itself(home, changes, said):
     counting = __import__("my_tasks.counting", fromlist=["COUNTING"]).COUNTING
     with pytest.raises(InputError, match=rf"\[{said}\]"):
         dataclasses.replace(counting, **changes)
