@@ -14,6 +14,7 @@ import importlib
 from argparse import ArgumentParser
 from collections.abc import Iterable
 
+from crab_jax.io.bounds import Modules
 from crab_jax.io.errors import InputError
 from crab_jax.tasks.arig import ARIG
 from crab_jax.tasks.avcap import AVCAP
@@ -49,7 +50,7 @@ def use_tasks(tasks: Iterable[Task | str], where: str = FLAG) -> None:
 
 def _home(task: Task) -> tuple[str, str]:
     """The module and the name of what a task counts, by which it is known again."""
-    return task.stats.__module__, task.stats.__qualname__
+    return task.stats.__module__, getattr(task.stats, "__qualname__", "")
 
 
 def from_modules(text: str, where: str = FLAG) -> list[Task]:
@@ -80,6 +81,7 @@ def add_flag(parser: ArgumentParser) -> None:
     """Give a command the option --task-modules, whose text `use_tasks` takes."""
     parser.add_argument(
         FLAG,
+        type=Modules(),
         default="",
         metavar="A.B:NAME,C.D",
         help="modules with tasks of your own, which are imported (docs/your_data.md)",

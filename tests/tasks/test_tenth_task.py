@@ -315,7 +315,7 @@ def test_what_is_no_task_is_refused(home, modules, said):
 def test_a_task_that_is_run_again_takes_the_place_of_the_former(home):
     counting = __import__("my_tasks.counting", fromlist=["COUNTING"]).COUNTING
     again = dataclasses.replace(counting, published=())
-    use_tasks([counting, again, counting.name and again])
+    use_tasks([counting, again, again])
     assert TASKS["counting"] is again and tuple(TASKS)[:9] == TASK_NAMES == tuple(task.name for task in BENCHMARKS)
 
 
