@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from typing import Any
 
 from crab_jax.io.errors import InputError
+from crab_jax.io.structured import strict_json
 from crab_jax.tasks.segmentation import SIZE
 from crab_jax.tasks.task import Field, Made, Row, Task, arguments_of, windows_for
 from crab_jax.tasks.times import SECONDS, is_event
@@ -150,10 +151,8 @@ def _value(row: Row, name: str, field: Field, label: dict[str, Any]) -> Any:
     found = [given]
     if isinstance(given, str):
         found = [" ".join(given.split())]
-        try:
-            found.append(json.loads(given))
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            found.append(strict_json(given))
     for value in found:
         if field.holds(value, {**label, name: value}):
             return value
