@@ -206,7 +206,7 @@ def test_answers_are_those_that_predict_gives(whole):
     )
     for one in predicted:
         assert texts[one.example.id] == one.text and masks[one.example.id] == (one.mask is not None)
-    headlines = {f"eval/{TASKS[name].headline}/{name}" for name in KINDS}
+    headlines = {f"eval/{sample_metric(TASKS[name])}/{name}" for name in KINDS}
     assert {key for key in record if not key.startswith("eval/loss")} == headlines | {"eval/samples"}
 
 
