@@ -1,16 +1,16 @@
 # make demo    install, make scenes, train from the committed warm start, evaluate, predict, write runs/demo/report.html
 # make test    install, lint, type-check, test
-# make test-all the tests of minutes too
-# make fuzz    changed files of every kind before every command: MINUTES=30, what falls is kept in runs/fuzz
+# make test-all the same with the tests that take minutes
+# make fuzz    damaged files of every kind with every command: MINUTES=30; failing cases are kept in runs/fuzz
 # make mutants whether tests notice small changes: ROOM=losses (a list: python -m tests.mutants --help), SAMPLE=40,
-#              SEED=0, JOBS=1, MINUTES=5; goes on where it was stopped
-# make recipe  the whole tiny recipe from nothing: writes the warm start, then trains the paper's stages
+#              SEED=0, JOBS=1, MINUTES=5; it resumes where it was stopped
+# make recipe  the whole tiny recipe from random weights: writes the warm start, then trains the paper's stages
 # make stages  the paper's five stages at tiny size, each from the one before
 # make docs    the site of the documents and the Python API, in build/site
-# make notebooks runs the notebooks of examples/ and keeps what they show; make picture draws that of the README
-# make install what the others begin with; EXTRA=tpu, cuda12 or cuda13 adds what JAX needs for such a device
-# make lock    writes constraints/ anew after a change of setup.cfg; UPGRADE=--upgrade takes newer versions (network)
-# make audit   looks for known vulnerabilities of all that constraints/ names (network)
+# make notebooks runs the notebooks of examples/ and stores their outputs; make picture draws that of the README
+# make install the environment, which the others install first; EXTRA=tpu, cuda12 or cuda13 adds JAX for that device
+# make lock    write constraints/ again after a change of setup.cfg; UPGRADE=--upgrade takes newer versions (network)
+# make audit   query known vulnerabilities of all packages in constraints/ (network)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check
@@ -18,7 +18,7 @@ COMMA := ,
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Every version with the hashes of its files, where there is a list for this Python. `make CONSTRAINTS=` installs the
+# All versions with the hashes of their files, if there is a list for this Python. `make CONSTRAINTS=` installs the
 # newest versions that setup.cfg allows instead.
 TAG := py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 CONSTRAINTS := $(wildcard constraints/$(TAG).txt)
@@ -34,7 +34,7 @@ $(INSTALLED): setup.cfg pyproject.toml $(if $(CONSTRAINTS),$(LISTS))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 ifneq ($(CONSTRAINTS),)
-# An editable project has no hash: the others first, what builds before what is built, and nothing but those.
+# An editable project has no hash, so it comes last: first the build packages, then all others, and nothing else.
 	$(PIP) --require-hashes -r constraints/build.txt
 	$(PIP) --require-hashes --no-build-isolation $(addprefix -r ,$(LISTS))
 	$(PIP) --no-deps --no-build-isolation -e .
@@ -90,8 +90,8 @@ notebooks:
 picture: $(INSTALLED)
 	$(BIN)/python docs/images/draw.py
 
-# Lists of a device and of the documents have what they add and what that shares with the list of their Python, at the
-# same versions.
+# The lists of a device and of the documents have the packages that they add, with versions equal to those of the list
+# of their Python.
 DOCS = $(PYTHON) -c 'import configparser as c; p = c.ConfigParser(); p.read("setup.cfg"); \
     print(p["options.extras_require"]["docs"])'
 COMPILE = .venv/tools/bin/uv pip compile --quiet --generate-hashes --no-annotate $(UPGRADE) \
@@ -110,7 +110,7 @@ lock: .venv/tools/installed
 	    $(DOCS) | $(COMPILE) - -c $$list.txt --no-strip-extras --python-version $$version -o $$list-docs.txt; \
 	done
 
-# pip-audit says that nothing was found also of what the service does not know, unless it is strict.
+# Without --strict, pip-audit reports unknown packages as free of vulnerabilities.
 audit: .venv/tools/installed
 	@failed=0; for list in constraints/*.txt; do \
 	    echo "$$list"; \

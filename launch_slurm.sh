@@ -8,12 +8,12 @@
 #         --out /shared/crab/results
 #
 # An example: set partition, account and the numbers below to those of your cluster. The arguments are those of
-# `python -m crab_jax.train`, or the word evaluate and those of `python -m crab_jax.evaluate`; all folders lie on a disk
-# that all nodes share. PYTHON names another interpreter than .venv/bin/python. Submit it from the top of the repository.
+# `python -m crab_jax.train`, or the word evaluate and those of `python -m crab_jax.evaluate`; all folders must be on a
+# disk shared by all nodes. PYTHON names another interpreter than .venv/bin/python. Submit from the top of the repository.
 #
-# Tokens and keys: `export NAME` in the shell that calls sbatch, which hands its environment to the job, also when it is
-# started again. Not as arguments and not as `sbatch --export=NAME=VALUE`: ps, scontrol and squeue show these to every
-# user. Where your cluster hands nothing over, name it without its value: `sbatch --export=ALL` or `--export=NAME`.
+# Tokens and keys: `export NAME` in the shell that calls sbatch, which passes its environment to the job, also after a
+# requeue. Do not give them as arguments or as `sbatch --export=NAME=VALUE`: ps, scontrol and squeue show these to every
+# user. If your cluster passes no environment, give the name without its value: `sbatch --export=ALL` or `--export=NAME`.
 #
 #SBATCH --job-name=crab
 #SBATCH --nodes=1
@@ -25,18 +25,18 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=crab-%j.log
-# Ten minutes before the time limit this shell (B:) gets USR1; on preemption it gets TERM, as long before as your
-# cluster's GraceTime says.
+# This shell (B:) gets USR1 ten minutes before the time limit; on preemption it gets TERM, by your cluster's GraceTime
+# before the end.
 #SBATCH --signal=B:USR1@600
 set -u
 
-# scancel hands TERM to the tasks only: train writes a checkpoint and ends. (srun itself would turn a TERM into KILL.)
+# scancel sends TERM to the tasks only: train writes a checkpoint and ends. (srun itself would turn a TERM into KILL.)
 # The job then goes back into the queue, and the same command resumes from the workdir.
 asked=''
 trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
 # Every task sees all GPUs of its node (--gpu-bind=none) and JAX takes the one of its local rank; with --gpus-per-task
-# each would see a single GPU and all but the first would look for one that is not there.
+# each would see a single GPU, and all but the first would look for a missing one.
 verb=train
 if [ "${1:-}" = evaluate ]; then
     verb=$1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train one stage, or evaluate, on a Cloud TPU slice: create or reuse the slice, install this commit on every worker,
-# run, stream the log, and start again after a preemption (train and evaluate go on from their folder).
+# run, stream the log, and restart after a preemption (train and evaluate continue from their folder).
 #
 #     ./launch_tpu.sh run --name=crab --zone=us-west4-a --type=v5e:16x16 --queued --spot \
 #         --setup='sudo mkdir -p /mnt/crab && sudo mount 10.0.0.2:/crab /mnt/crab' \
@@ -10,38 +10,38 @@
 #         --checkpoint=/mnt/crab/runs/finetune --data=/mnt/crab/data --out=/mnt/crab/results
 #
 # Commands
-#   run      create or reuse, install, start, follow; a run that is already on the slice is followed, not started again
+#   run      create or reuse, install, start, follow; if the run is already on the slice, it is only followed
 #   logs     follow the log of one worker (--worker, 0 by default)
-#   stop     ask the run to write a checkpoint and end; the slice stays
+#   stop     make the run write a checkpoint and end; the slice is kept
 #   create   create or reuse the slice and wait until it is ready
 #   delete   delete the slice (and the queued resource)
 #
 # Slice
 #   --name=NAME --zone=ZONE [--project=PROJECT]
-#   --type=TYPE          v5e:16x16 as `python -m crab_jax.compile --topology` names it, or Google's name, v5litepod-256
-#   --queued             wait in line as a queued resource of the same name, instead of failing when there is no capacity
+#   --type=TYPE          v5e:16x16 as in `python -m crab_jax.compile --topology`, or Google's name, v5litepod-256
+#   --queued             wait as a queued resource of the same name, instead of failing when there is no capacity
 #   --spot | --reserved  cheaper and preemptible | from your reservation
-#   --runtime=VERSION    TPU software version; chosen from the type when not given
+#   --runtime=VERSION    TPU software version (default: chosen from the type)
 #   --create-flag=FLAG   one more flag for gcloud's create, such as --create-flag=--network=tpus (repeatable)
 #   --ssh-flag=FLAG      one more flag for gcloud's ssh and scp, such as --ssh-flag=--internal-ip (repeatable)
 #
 # Run
 #   --config=FILE --config.key=value ... --workdir=DIR   as for `python -m crab_jax.train`; FILE is in this commit
-#                        DIR, and every path in the config, is one that all workers see: a shared disk, or
+#                        all workers must see DIR and every path in the config: a shared disk, or
 #                        gs://bucket/path, which is mounted with gcsfuse and passed on as /mnt/gs/bucket/path
 #   -- evaluate --checkpoint=DIR --out=DIR ...           last, in place of the line above: as for
-#                        `python -m crab_jax.evaluate`; every worker answers its share, with paths as above
-#   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may be run again.
-#                        It stands on command lines, which other users can list: no passwords in it
+#                        `python -m crab_jax.evaluate`; every worker evaluates its share, with paths as above
+#   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may run repeatedly.
+#                        Other users can list its command line: put no passwords in it
 #   --env=NAME=VALUE     environment of the run, such as --env=LIBTPU_INIT_ARGS='...' (repeatable)
-#   --env=NAME           the same, with the value that NAME has here: for tokens and keys. Values of --env are sent
-#                        through ssh and kept in a file that is yours alone; they stand on no command line and in no
-#                        message. (--env=NAME=VALUE itself does for a moment, and in your shell's history.)
+#   --env=NAME           the same, with the current value of NAME: for tokens and keys. Values of --env are sent
+#                        through ssh and kept in a file that only you can read; they appear on no command line and in
+#                        no message. (--env=NAME=VALUE itself does for a moment, and in your shell's history.)
 #   --max-restarts=N     give up after N restarts (100)
 #
 # Always
-#   --dry-run            print every command, quoted to be pasted, and run none
-#   --poll=SECONDS       pause between looks at the slice (20)
+#   --dry-run            print every command, quoted for pasting, without running it
+#   --poll=SECONDS       pause between checks of the slice (20)
 #   --help
 #
 # Exit codes: 0 done (or stopped by `stop`), 2 wrong command line, config or input, 1 anything else.
@@ -52,9 +52,9 @@ input_error() {  # WHERE PROBLEM FIX
     exit 2
 }
 
-# Every user of a machine can list the command lines on it, and this one stands there for days. So values of --env are
-# moved to the environment, as CRAB_RUN_<name>, and the script starts again without them. This comes before anything
-# else is assigned, for --env=NAME takes the value that NAME had outside.
+# Every user of a machine can list its command lines, and this script runs for days. Therefore values of --env are moved
+# to the environment, as CRAB_RUN_<name>, and the script restarts without them. This must precede all assignments, because
+# --env=NAME takes the value that NAME has in the caller's environment.
 conceal() {
     local _word _words=() _name _moved=0 _count=0 _next=0
     while (($#)) && [[ $1 != -- ]]; do
@@ -89,7 +89,7 @@ conceal() {
 
 conceal ${1+"$@"}
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
-exec 3>&1  # where --dry-run prints, also from inside $(...)
+exec 3>&1  # for --dry-run, which prints from inside $(...) too
 SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/crab_jax.XXXXXXXXXX") ||
     input_error "${TMPDIR:-/tmp}" "no folder can be made in it" "set TMPDIR to a folder that can be written"
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -98,7 +98,7 @@ NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' QUEUED=0 CAPACITY=() CREATE_FLAGS=
 CONFIG='' WORKDIR='' OVERRIDES=() EVALUATE=() SETUP='' ENVIRONMENT=() BUCKETS=()
 DRY=0 POLL=20 MAX_RESTARTS=100 WORKER=0
 
-# ---------------------------------------------------------------------------------------------- words on the screen
+# ------------------------------------------------------------------------------------------------------------ output
 
 note() {
     if ((DRY)); then printf '# %s\n' "$*" >&3; else printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; fi
@@ -275,14 +275,14 @@ run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
 $check" "${words[@]}" || exit 2
     fi
     RUN=$(quote_all ../venv/bin/python -u -m "${words[@]}")
-    # As launchers of before wrote it: a run of theirs that still goes on is known by it.
+    # The form written by earlier versions, by which their runs are recognised.
     OLD_RUN=$(quote_all env ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"} ../venv/bin/python -u -m "${words[@]}")
 }
 
 # -------------------------------------------------------------------------------------------------------- the slice
 
-DRY_VM='' DRY_QUEUE=''  # the states that --dry-run takes the slice for: nothing there yet
-LOOKS=1                 # how often to ask for a state; once, until gcloud has been seen to work
+DRY_VM='' DRY_QUEUE=''  # the states assumed by --dry-run: nothing exists yet
+LOOKS=1                 # number of attempts to query a state; one, until gcloud has worked
 
 describe() {  # tpu-vm|queued-resources FIELD -> its state, or nothing when it does not exist
     local look state
@@ -366,7 +366,7 @@ ensure_slice() {  # wait until the slice is ready; create it, start it, or repla
 }
 
 # ------------------------------------------------------------------------------------------------------ the workers
-# A worker has, in ~/crab_jax, which only its user can enter: a folder per installed commit, venv/, and of its run:
+# A worker has in ~/crab_jax, which only its user can enter, a folder per installed commit, venv/, and of its run
 # command, environment (NAME=VALUE entries and the word end, each followed by NUL; emptied when the run ends), pid, log,
 # rc (the exit code, once it ended) and stopped (when `stop` ended it).
 
@@ -405,7 +405,7 @@ install() {
             ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --quiet &&
         act rm "$archive" || return 1
     if ((DRY)); then act rmdir "$SCRATCH"; fi
-    # Nothing but what the commit's lists name, by version and hash: a slice that replaces a preempted one is the same.
+    # Only the packages in the commit's lists, by version and hash: a slice that replaces a preempted one is identical.
     on_workers all "set -e; mkdir -p crab_jax/$COMMIT; chmod 700 crab_jax
 tar -xzf $there -C crab_jax/$COMMIT; rm $there; lists=crab_jax/$COMMIT/constraints
 export PATH=\"\$HOME/.local/bin:\$PATH\" VIRTUAL_ENV=\"\$PWD/crab_jax/venv\"
@@ -422,8 +422,8 @@ environment() {  # what a worker keeps as ~/crab_jax/environment
 
 digest() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
 
-# Through ssh's standard input, and to each worker by itself: of --worker=all, gcloud lets all ssh processes read one
-# input, and each would get a part of it.
+# Sent through ssh's standard input, to each worker separately: with --worker=all, gcloud lets all ssh processes read the
+# same input, so that each would get a part of it.
 hand_over() {  # the values of --env
     local SSH count worker word line jobs=() code=0 job
     local ask='echo crab_jax worker'
@@ -470,7 +470,7 @@ set_up() {
     fi
     for bucket in ${BUCKETS[@]+"${BUCKETS[@]}"}; do
         note "mount gs://$bucket on every worker"
-        # No caching of names: what one worker writes, the others see at once. Orbax renames whole folders.
+        # No caching of names, so that all workers see new files at once. Orbax renames whole folders.
         on_workers all "mountpoint -q /mnt/gs/$bucket && exit
 command -v gcsfuse >/dev/null || { echo 'gcsfuse is not installed on this worker; install it in --setup' >&2; exit 1; }
 sudo mkdir -p /mnt/gs/$bucket && sudo chown \"\$(id -u)\" /mnt/gs/$bucket
@@ -489,8 +489,8 @@ start() {
 while read -r -d ""; do case $REPLY in *=*) export "$REPLY" ;; esac; done <../environment; fi
 . ../command; echo $? >../rc; : >../environment'
     ((${#ENVIRONMENT[@]} == 0)) || values="[ -s ../environment ] || { echo 'no values of --env' >&2; exit 1; }"
-    # The outer shell detaches the run, so that it outlives this connection; the inner one keeps its exit code. What runs
-    # already is not started twice: gcloud repeats a command whose connection broke, and another launcher may be faster.
+    # The outer shell detaches the run, so that it outlives this connection; the inner one stores its exit code. A running
+    # run is not started twice: gcloud repeats a command whose connection broke, and another launcher may be faster.
     on_workers all "set -e; cd crab_jax/$COMMIT
 if [ -e ../pid ] && kill -0 \"\$(cat ../pid)\" 2>/dev/null; then
 if [ \"\$(cat ../command)\" = $run ]; then exit; fi; echo 'another run was started meanwhile' >&2; exit 1; fi
@@ -515,7 +515,7 @@ attach_or_start() {  # STATE: what run_state said
             return
         fi
         [[ $running != "$RUN" ]] || running='the same, with other values of --env'
-        # Without what stands before the interpreter: launchers of before kept the values of --env there.
+        # Without the words before the interpreter, where earlier versions kept the values of --env.
         input_error "$NAME" "another run is on it: ${running##*../venv/bin/}" \
             "end that one first: $0 stop --name=$NAME --zone=$ZONE"
     else
@@ -563,7 +563,7 @@ run() {
             follow 0 $lines
             state=$(run_state)
             [[ $state == running* ]] || break
-            lines=20  # the connection broke: show where it goes on
+            lines=20  # the connection broke: show the last lines again
             sleep "$POLL"
         done
         state=${state%%$'\n'*}
@@ -571,8 +571,8 @@ run() {
             0) note "done: $WORKDIR"; exit 0 ;;
             stopped) note "stopped; the same command resumes it"; exit 0 ;;
         esac
-        sleep "$POLL"  # a preempted slice says so a moment after its processes end
-        # 143: SIGTERM before train listens to it, which is then an interruption too.
+        sleep "$POLL"  # a preempted slice reports it a moment after its processes end
+        # 143: SIGTERM before train handles it, which is an interruption too.
         if [[ $state =~ ^[0-9]+$ && $state != 143 && $(slice_state) == ready ]]; then
             # shellcheck disable=SC2016
             on_workers all 'tail -n 30 crab_jax/log | sed "s/^/$(hostname): /"' >&2

@@ -1,8 +1,8 @@
-"""Compile every stage for every TPU topology and print a Markdown table of what each takes.
+"""Compile every stage for every TPU topology and print a Markdown table of the costs.
 
     python benchmarks/compile_table.py [--stages finetune,pretrain_seg] [--topologies v5e:16x16] [--out runs/compile]
 
-One JSON per program is kept in --out; programs that are there already are not compiled again.
+One JSON per program is kept in --out; existing programs are not compiled again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOPOLOGIES = ("v5e:16x16", "v6e:4x4", "v5p:2x2x4", "v4:4x4x4")
 
 
 def report(stage: str, topology: str, out: Path) -> dict:
-    """The report of one program, compiled or read back."""
+    """Return the report of one program, compiled or read back."""
     file = out / f"{stage}-{topology}.json".replace(":", "_")
     if not file.exists():
         name, _, kind = stage.partition(":")
@@ -41,7 +41,7 @@ def report(stage: str, topology: str, out: Path) -> dict:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES))

@@ -1,7 +1,7 @@
-"""Prefill time and tokens per second of generation, beside Hugging Face transformers on torch.
+"""Measure prefill time and tokens per second of generation, next to Hugging Face transformers on torch.
 
     python benchmarks/decode.py --json decode.json              # hidden 512, 4 layers, vocabulary 32017, float32
-    python benchmarks/decode.py --model tiny --json decode.json # the language model of the tiny world, hidden 128
+    python benchmarks/decode.py --model tiny --json decode.json # the tiny language model, hidden 128
     python benchmarks/decode.py --model crab_7b --dtypes bfloat16,int8 --json decode.json    # on a GPU
 
 Both sides decode the same number of tokens greedily from prompts of the same shape, with random weights, on the same
@@ -43,7 +43,7 @@ LORA = LoraConfig()
 
 @flax.struct.dataclass
 class Prompts:
-    """What generation needs of a batch of text."""
+    """The fields of a batch of text that generation needs."""
 
     tokens: jax.Array
     text_mask: jax.Array
@@ -94,7 +94,7 @@ class Text(nn.Module):
 
 
 def random_params(model: Text) -> Any:
-    """Weights of the model's shapes and dtypes."""
+    """Return random weights in the model's shapes and dtypes."""
     batch = prompts(model.cfg.llama, 1, 2)
     cache = model.empty_cache(1, 2)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, cache, method="everything"))["params"]
@@ -116,20 +116,20 @@ def random_params(model: Text) -> Any:
 
 
 def prompts(cfg: LlamaConfig, rows: int, length: int) -> Prompts:
-    """Random prompts."""
+    """Return random prompts."""
     tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (rows, length)).astype(np.int32)
     return Prompts(jnp.asarray(tokens), jnp.ones((rows, length), bool), jnp.arange(rows, dtype=jnp.int32))
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """Return the duration of a call."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def ours(model: Text, params: Any, rows: int, length: int, new: int) -> Callable[[], tuple[float, float]]:
-    """A function that measures (prefill seconds, seconds per decode step)."""
+    """Return a function that measures (prefill seconds, seconds per decode step)."""
     options = generate.GenerateOptions(-1, 0, tuple(range(6)), new)
     batch = prompts(model.cfg.llama, rows, length)
     start = jax.jit(generate.start, static_argnums=(0, 3)).lower(model, params, batch, options).compile()
@@ -148,8 +148,10 @@ def ours(model: Text, params: Any, rows: int, length: int, new: int) -> Callable
 def torch_side(
     cfg: LlamaConfig, lora: LoraConfig | None, dtype: str, length: int, new: int
 ) -> Callable[[int], list[tuple[float, float]]] | None:
-    """A function of the number of rows that measures transformers with one thread and with all: (seconds for one token,
-    seconds for all `new`) of each. None without torch."""
+    """Return a function of the number of rows that measures transformers, or None without torch.
+
+    With one thread and with all threads it measures (seconds for one token, seconds for all `new`).
+    """
     try:
         import torch
         import transformers
@@ -216,7 +218,7 @@ def torch_side(
 
 
 def bytes_per_step(cfg: LlamaConfig, params: Any, rows: int, slots: int) -> float:
-    """What one decode step reads: weights and the slots of the cache."""
+    """Return the bytes that one decode step reads: weights and the slots of the cache."""
     weights = sum(
         leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)
         for name, tree in params["llama"].items()
@@ -227,7 +229,7 @@ def bytes_per_step(cfg: LlamaConfig, params: Any, rows: int, slots: int) -> floa
 
 
 def memory_ceiling(size: float, dtype: str, repeats: int) -> float:
-    """Bytes per second of reading `size` bytes as one matrix, times a vector."""
+    """Return the bytes per second of reading `size` bytes as one matrix, times a vector."""
     width = 4096
     matrix = jnp.ones((width, int(size) // (width * jnp.dtype(dtype).itemsize)), dtype)
     vector = jnp.ones((1, width), dtype)
@@ -239,7 +241,7 @@ def memory_ceiling(size: float, dtype: str, repeats: int) -> float:
 def cases(
     cfg: LlamaConfig, dtypes: list[str], batches: list[int], length: int, new: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """One row per dtype, LoRA or not, and batch size."""
+    """Return one row per dtype, LoRA or not, and batch size."""
     found = []
     for lora in (LORA, None):
         for dtype in dtypes:
@@ -277,7 +279,7 @@ def cases(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A case as text."""
+    """Format a case as text."""
 
     def number(value: float | None, digits: int = 1) -> str:
         return f"{'-' if value is None else format(value, f'.{digits}f'):>9}"

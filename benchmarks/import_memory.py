@@ -1,9 +1,9 @@
-"""Peak resident memory of importing a sharded LLaMA directory of about 2 GB, and of exporting it again.
+"""Measure the peak resident memory of importing a sharded LLaMA directory of about 2 GB, and of exporting it again.
 
     python benchmarks/import_memory.py [--gigabytes 2] [--shards safetensors|bin] [--dir DIR]
 
 Writes synthetic released files (LLaMA of width 2048 in float16, shards of 0.5 GB, small encoders), imports them in a
-process of its own, and prints what that process needed next to one that only loads the program.
+separate process, and prints its memory next to that of a process that only loads the program.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WIDTH, MLP = 2048, 5504
 
 
 def config(gigabytes: float, vocab_size: int) -> CrabConfig:
-    """The tiny model around a LLaMA of the wanted size."""
+    """Return the tiny model around a LLaMA of the wanted size."""
     layers = round(gigabytes * 1e9 / 2 / (4 * WIDTH**2 + 3 * WIDTH * MLP))
     small = tiny()
     llama = dataclasses.replace(
@@ -51,7 +51,7 @@ def config(gigabytes: float, vocab_size: int) -> CrabConfig:
 
 
 def write(folder: Path, gigabytes: float) -> list[str]:
-    """Released files of that size below `folder`; returns the arguments of their import."""
+    """Write released files of that size below `folder` and return the arguments of their import."""
     tokenizer = Tokenizer.load("data_pipelines/tiny_tokenizer.json")
     cfg = config(gigabytes, tokenizer.vocab_size)
     shapes = nn.unbox(run_params.abstract_params(cfg.build()))
@@ -84,7 +84,7 @@ def write(folder: Path, gigabytes: float) -> list[str]:
 
 
 def as_bin(folder: Path) -> None:
-    """The shards of a directory as .bin files, one after another."""
+    """Convert the shards of a directory to .bin files, one after another."""
     index = folder / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     renamed = {shard: f"pytorch_{Path(shard).stem}.bin" for shard in set(weight_map.values())}
@@ -107,7 +107,7 @@ def as_bin(folder: Path) -> None:
 
 
 def measure(*arguments: str) -> tuple[float, float]:
-    """(peak resident GB, seconds) of `python -m crab_jax.convert` with these arguments."""
+    """Return (peak resident GB, seconds) of `python -m crab_jax.convert` with these arguments."""
     began = time.monotonic()
     with subprocess.Popen([sys.executable, "-m", "crab_jax.convert", *arguments], stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)

@@ -1,14 +1,14 @@
-"""How fast samples are read: from files, from prepared shards, and as the reference reads them; and with what memory.
+"""Measure how fast, and with what memory, samples are read from files, from prepared shards, and by the reference.
 
     python benchmarks/input.py --media ../shared/media --reference-python VENV/bin/python --json runs/input.json
     python benchmarks/input.py --soak 10000
 
 Samples per second of one core (CPU time, all threads counted), stage by stage, on the same files in one run: rounds of
-the three take turns, and the median counts. `bare` decodes every frame and every sample of sound and makes nothing of
-them; the ratio of raw's decoding to it leaves out what bare does not do (resizing, filter banks, text, the batch). The
-reference (input_reference.py) runs in --reference-python, which needs decord, librosa, torchaudio and
-transformers; without it that column is left out. --media holds Crab's example files (ave/*.mp4 and *.mp3, s4/0.jpg and
-audio.wav); scenes are generated in any case.
+the three take turns, and the median counts. `bare` only decodes every frame and every sample of sound; the ratio of
+raw's decoding to it leaves out what bare does not do (resizing, filter banks, text, the batch). The reference
+(input_reference.py) runs in --reference-python, which needs decord, librosa, torchaudio and transformers; without it
+that column is left out. --media holds Crab's example files (ave/*.mp4 and *.mp3, s4/0.jpg and audio.wav); scenes are
+generated in any case.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STAGES = [
 
 
 def examples_of(root: Path, folder: Path | None) -> dict[str, list[Example]]:
-    """What is read, by name; the files are copied or generated into `root`."""
+    """Return the Examples to read, by name; the files are copied or generated into `root`."""
     scenes.write(root, {"train": BATCH}, seed=1)
     clips = sorted(path.relative_to(root).as_posix() for path in root.glob("train/*/clip.mp4"))
     clip = Example(id="", task="ave", instruction=PROMPT, target=TARGET)
@@ -77,7 +77,7 @@ def examples_of(root: Path, folder: Path | None) -> dict[str, list[Example]]:
     }
     if folder:
         video = next((folder / "ave").glob("*.mp4"))
-        for number in range(BATCH):  # several names, so that nothing is kept from the one before
+        for number in range(BATCH):  # several names, so that nothing is cached
             for suffix in (".mp4", ".mp3"):
                 shutil.copy(video.with_suffix(suffix), root / f"ave{number}{suffix}")
             for k in range(5):
@@ -118,7 +118,7 @@ def bare(examples: list[Example], root: Path) -> None:
 
 @contextlib.contextmanager
 def clocks() -> Iterator[dict[str, float]]:
-    """Own CPU seconds of every stage while the context lasts."""
+    """Collect the own CPU seconds of every stage while the context lasts."""
     seconds: dict[str, float] = defaultdict(float)
     below = [0.0]
 
@@ -146,7 +146,7 @@ def clocks() -> Iterator[dict[str, float]]:
 
 
 def read(examples: list[Example], root: Path, tokenizer: Tokenizer, config: DataConfig) -> dict[str, float]:
-    """CPU seconds of one batch of `examples`, by stage; "total" is all of it."""
+    """Return the CPU seconds of one batch of `examples`, by stage; "total" is the sum."""
     with clocks() as seconds:
         began = time.process_time()
         batching.collate((batching.load(example, root, tokenizer, config) for example in examples), len(examples))
@@ -154,7 +154,7 @@ def read(examples: list[Example], root: Path, tokenizer: Tokenizer, config: Data
 
 
 class Reference:
-    """input_reference.py as a process that is asked for one round at a time."""
+    """input_reference.py as a process that serves one round at a time."""
 
     def __init__(self, python: str):
         script = Path(__file__).with_name("input_reference.py")
@@ -196,7 +196,7 @@ def compare(
     config: DataConfig,
     reference: Reference | None,
 ) -> dict[str, Any]:
-    """Milliseconds of CPU a sample: bare, raw and prepared (by stage), the reference's; and the ratios."""
+    """Return milliseconds of CPU per sample: bare, raw and prepared (by stage), the reference's; and the ratios."""
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(ROUNDS + 1):  # the first warms up
         began = time.process_time()
@@ -227,7 +227,7 @@ def compare(
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The comparison as Markdown."""
+    """Format the comparison as Markdown."""
     stages = ("decode", "read", "resize", "fbank", "tokenise", "batch", "total")
     lines = ["| ms of CPU a sample | " + " | ".join(stages) + " | samples/s per core |", "|---|" + "---|" * 8]
     for name, found in results.items():
@@ -246,13 +246,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def resident(pid: int | str = "self", field: str = "VmRSS") -> float:
-    """Resident memory of a process, MB."""
+    """Return the resident memory of a process in MB."""
     text = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(field))
 
 
 def children() -> list[int]:
-    """Process ids of the children of this process that hold more than an interpreter."""
+    """Return the ids of this process's children that hold more than an interpreter."""
     path = Path(f"/proc/self/task/{os.getpid()}/children")
     return [pid for pid in map(int, path.read_text().split()) if resident(pid) > 100]
 
@@ -262,7 +262,7 @@ def order_of(examples: list[Example], tokenizer: Tokenizer, config: DataConfig) 
 
 
 def worker_memory(examples: list[Example], root: Path, tokenizer: Tokenizer, config: DataConfig) -> dict[str, float]:
-    """Peak MB of one worker process after 30 batches, and the size of a batch."""
+    """Return the peak MB of one worker process after 30 batches, and the size of a batch."""
     stream = iter(mixture.train_dataset(order_of(examples, tokenizer, config), root, tokenizer, config, workers=1))
     batch = next(stream)
     for _ in range(29):
@@ -272,7 +272,7 @@ def worker_memory(examples: list[Example], root: Path, tokenizer: Tokenizer, con
 
 
 def soak(count: int, examples: list[Example], root: Path, tokenizer: Tokenizer, config: DataConfig) -> dict[str, Any]:
-    """Read `count` records; resident MB after each tenth of them, and how it grows after the first fifth."""
+    """Read `count` records; return resident MB after each tenth of them, and the growth after the first fifth."""
     stream = iter(mixture.train_dataset(order_of(examples, tokenizer, config), root, tokenizer, config))
     seen, marks, began = 0, [], time.monotonic()
     while seen < count:

@@ -1,11 +1,11 @@
-"""How much of the batches of AV-UIE is padding, for a stage's `data.lengths` and a tokenizer.
+"""Measure how much of the batches of AV-UIE is padding, for a stage's `data.lengths` and a tokenizer.
 
     python benchmarks/padding.py --tokenizer LLAMA_DIR [--config configs/finetune.py] [--scale 0.05]
 
-No release is needed: labels are drawn from the official lists of names, questions and times in the shares that the
-annotations have, prompts and targets (with template reasoning) are those of training, and each task has `--scale` times
-as many samples as an epoch of the paper. The same table of a real data root is what `python -m crab_jax.train` prints
-when it begins, and what `python -m data_pipelines sample` shows.
+No release is needed: labels are drawn from the official lists of names, questions and times in the proportions of the
+annotations, prompts and targets (with template reasoning) are those of training, and each task has `--scale` times as
+many samples as an epoch of the paper. `python -m crab_jax.train` prints the same table for a real data root at its
+start, and `python -m data_pipelines sample` shows it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Labels:
         return [x[0], y[0], x[1], y[1]]
 
     def meta(self, task: str) -> dict:
-        """The label of one sample (crab_jax/tasks/<task>.py)."""
+        """Return the label of one sample (crab_jax/tasks/<task>.py)."""
         rng = self.rng
         match task:
             case "ave":  # 2,750 of 4,143 events last for the whole clip
@@ -110,7 +110,7 @@ class Labels:
         return {"objects": objects.tolist(), "video": "v"}
 
     def example(self, task: str, number: int) -> Example:
-        """One sample with its prompt and its target; it names media files that are never opened."""
+        """Return one sample with its prompt and its target; it names media files that are never opened."""
         meta, second = self.meta(task), int(self.rng.integers(10)) if task in ("avss", "ref-avs") else 0
         fields = {}
         if task == "avqa":
@@ -144,7 +144,7 @@ class Labels:
 
 
 def examples(scale: float, seed: int = 0) -> list[Example]:
-    """Samples of all tasks, `scale` times an epoch of the joint stage."""
+    """Return samples of all tasks, `scale` times an epoch of the joint stage."""
     labels = Labels(seed)
     return [labels.example(task, number) for task, count in SAMPLES.items() for number in range(round(count * scale))]
 

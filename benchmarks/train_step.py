@@ -1,4 +1,4 @@
-"""One training step of the joint stage beside Hugging Face transformers with LoRA on torch: same tokens, same machine.
+"""Measure a training step of the joint stage next to Hugging Face transformers with LoRA on torch, on the same tokens.
 
     python benchmarks/train_step.py [--rows 8] [--steps 5] [--sides ours,ours-llm,peft,multihead]
 
@@ -6,13 +6,13 @@ On a GPU the model is crab_7b in bfloat16, elsewhere a small one in float32. All
 transformers and peft besides the project (`pip install torch peft`); --sides ours needs neither. The sides:
 
     ours        the whole step: encoders, Q-Formers, mask branch, language model, multi-head LoRA, AdamW
-    ours-llm    the same step on text alone, so that language model and LoRA are what is measured
+    ours-llm    the same step on text alone, which measures language model and LoRA
     peft        LlamaForCausalLM (SDPA, gradient checkpointing) with PEFT's LoRA, which has one head and no router
     multihead   LlamaForCausalLM with the released multi-head LoRA, a loop over the heads
 
-Every side runs in a process of its own, over the same buckets with the same lengths and targets; tokens are real ones,
-padding does not count. Model FLOPs are 4 per token and weight of the language model's matrices, all of which are frozen
-(encoders and LoRA are left out, so the figure of `ours` is a lower bound).
+Every side runs in its own process, over the same buckets with the same lengths and targets; only real tokens count, not
+padding. Model FLOPs are 4 per token and weight of the language model's matrices, all of which are frozen (encoders and
+LoRA are left out, so the figure of `ours` is a lower bound).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 1
 
 
 def on_gpu() -> str:
-    """Name of the first GPU, "" without one."""
+    """Return the name of the first GPU, "" without one."""
     try:
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
@@ -46,7 +46,7 @@ def on_gpu() -> str:
 
 
 def run_config(gpu: str, rows: int) -> Any:
-    """The joint stage: crab_7b on a GPU, else a small width with every module."""
+    """Return the config of the joint stage: crab_7b on a GPU, else a small width with every module."""
     from configs import finetune
     from crab_jax.config import resolve
 
@@ -68,8 +68,10 @@ def run_config(gpu: str, rows: int) -> Any:
 
 
 def bucket_rows(config: Any) -> list[tuple[Any, np.ndarray, int]]:
-    """(bucket, tokens int32[B,L], real length of every row and target) of each batch: the buckets of the released
-    tasks, rows filled to between 70 and 100 %."""
+    """Return (bucket, tokens int32[B,L], real length of every row and target) of each batch.
+
+    The buckets are those of the released tasks, with rows filled to between 70 and 100 %.
+    """
     from crab_jax.compile import bucket_mix
 
     rng, out = np.random.default_rng(0), []
@@ -85,7 +87,7 @@ ANSWER = 48  # target tokens of a row, its last real positions
 
 
 def timed(step: Callable[[int], float], batches: int, steps: int) -> float:
-    """Seconds of one pass over the batches, the best of `steps`, after one pass that compiles and warms up."""
+    """Return the seconds of one pass over the batches, the best of `steps`, after one pass for compilation."""
     best = float("inf")
     for number in range(steps + 1):
         began = time.perf_counter()
@@ -98,7 +100,7 @@ def timed(step: Callable[[int], float], batches: int, steps: int) -> float:
 
 
 def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
-    """The project's own step."""
+    """Measure the project's own step."""
     import jax
     import jax.numpy as jnp
 
@@ -151,7 +153,7 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
 
 
 def torch_side(gpu: str, rows: int, steps: int, heads: int) -> dict[str, Any]:
-    """LlamaForCausalLM with frozen weights; PEFT's LoRA when `heads` is 0, else the released multi-head one."""
+    """Measure LlamaForCausalLM with frozen weights; PEFT's LoRA when `heads` is 0, else the released multi-head one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -240,7 +242,6 @@ def multi_head(torch: Any, base: Any, lora: Any) -> Any:
 
 def side(name: str, gpu: str, rows: int, steps: int) -> dict[str, Any]:
     """Measure one side in this process."""
-
     if name.startswith("ours"):
         out = ours(gpu, rows, steps, name == "ours-llm")
     else:
@@ -262,7 +263,7 @@ def side(name: str, gpu: str, rows: int, steps: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], peak: float | None) -> str:
-    """Markdown: each side, and its tokens/s over those of PEFT (or of the last side)."""
+    """Format Markdown: each side, and its tokens/s relative to those of PEFT (or of the last side)."""
     base = next((r for r in results if r["side"] == "peft"), results[-1])
     lines = [
         f"| side | real tokens/s | samples/s | peak memory GiB | model FLOP/s | MFU | tokens/s over {base['side']} |",
@@ -279,7 +280,7 @@ def table(results: list[dict[str, Any]], peak: float | None) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the sides and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
     parser.add_argument("--steps", type=int, default=5, help="timed passes over the buckets; the best counts")

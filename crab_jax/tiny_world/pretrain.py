@@ -74,6 +74,7 @@ class Reader(nn.Module):
 
     @nn.compact
     def __call__(self, table: Arrays) -> tuple[jax.Array, jax.Array]:
+        """Return (visual rows [...,3,D], audio rows [...,2,D]) of a table."""
         seen = table["what"].max(-1, keepdims=True)
         # Bumps about as wide as a Q-Former's accuracy: finer detail would be read here and missing later.
         distance = table["where"][..., None] - jnp.arange(0, scene_graph.BOX_SPACE + 1, 2 * BUMP)
@@ -84,7 +85,7 @@ class Reader(nn.Module):
         return visual[..., 0, :], audio
 
     def rows(self, name: str, count: int, x: jax.Array) -> jax.Array:
-        """Return `count` rows [...,count,D] of features x [...,C], by a two-layer MLP."""
+        """Return `count` rows [...,count,D] of features x [...,C] by a two-layer MLP."""
         x = nn.gelu(nn.Dense(2 * self.width, name=f"{name}_in")(x))
         x = nn.Dense(count * self.width, kernel_init=nn.initializers.normal(0.02), name=f"{name}_out")(x)
         return x.reshape(*x.shape[:-1], count, self.width)

@@ -38,6 +38,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.io.files import append
 from crab_jax.io.locks import locked_file
 from crab_jax.io.structured import LIST, check, read_bytes, refuse_special, strict_json
+from crab_jax.tasks import TASKS
 from data_pipelines.av_uie import labels, prompts, verify
 from data_pipelines.av_uie.prompts import Messages
 from data_pipelines.examples import Example
@@ -173,7 +174,7 @@ class Journal:
                     f"{self.path}:{number}",
                     "",
                     "is no record of this journal",
-                    "remove the line; the answer in it is asked for again",
+                    "remove the line; its answer is requested again",
                 ) from None
 
     def _keep(self, record: dict[str, Any]) -> None:
@@ -270,7 +271,7 @@ class Client:
         return self.endpoint.cost(tokens_in(messages), tokens_out)
 
     def _reserve(self, cost: float) -> None:
-        """Raise InputError when a request of this cost could exceed the budget; a negative cost gives it back."""
+        """Raise InputError when a request of this cost could exceed the budget; negative costs undo reservations."""
         with self._lock:
             budget = self.endpoint.budget
             if budget and cost > 0 and self.spent() + self._reserved + cost > budget:
@@ -407,7 +408,7 @@ class Outcome(NamedTuple):
 
 def asked_about(example: Example) -> bool:
     """Return whether an Example needs an LLM: it has reasoning to write and a label with enough information."""
-    return example.task in labels.ANSWER_STARTS and not labels.weak(example)
+    return bool(TASKS[example.task].answer_start) and not labels.weak(example)
 
 
 def run(

@@ -482,7 +482,7 @@ def test_a_file_that_ends_its_decoder_is_a_problem_of_that_file(copied, monkeypa
     ("argv", "message"),
     [
         (["--root", "/no/such/folder"], "--root.*is no folder"),
-        (["--root", "docs"], "--root.*holds nothing"),
+        (["--root", "docs"], "--root.*holds none"),
         (["--root", ".", "--workers", "-1"], "--workers"),
         (["--root", ".", "--datasets", "avee"], "avee.*unknown dataset"),
         (["--root", ".", "--datasets", "lvis", "--json", "/dev/null/x.json"], "--json.*folder of the system"),
