@@ -27,6 +27,7 @@ from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.reports import run_page
 from crab_jax.runs import run_folder, run_params
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import sample_metric
 from crab_jax.training.metrics_log import Logger
 from crab_jax.training.train_step import TrainState, loss_rows
 from data_pipelines import mixture
@@ -205,7 +206,7 @@ def test_answers_are_those_that_predict_gives(whole):
     )
     for one in predicted:
         assert texts[one.example.id] == one.text and masks[one.example.id] == (one.mask is not None)
-    headlines = {f"eval/{TASKS[name].headline}/{name}" for name in KINDS}
+    headlines = {f"eval/{sample_metric(TASKS[name])}/{name}" for name in KINDS}
     assert {key for key in record if not key.startswith("eval/loss")} == headlines | {"eval/samples"}
 
 
@@ -226,7 +227,7 @@ def test_true_answers_have_the_best_score(whole):
             answers[-1] |= drew | {"has_mask": np.ones(len(truth), bool)}
     record = held_out.answer_record(answers, evaluation.examples, evaluation.tokenizer)
     for name in {example.task for example in evaluation.examples} - {"avcap"}:  # which compares captions with others
-        assert record[f"eval/{TASKS[name].headline}/{name}"] == pytest.approx(1, abs=1e-3), name
+        assert record[f"eval/{sample_metric(TASKS[name])}/{name}"] == pytest.approx(1, abs=1e-3), name
 
 
 def test_the_samples_are_spread_over_the_split_whatever_the_seed(scenes_root):

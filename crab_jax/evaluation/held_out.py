@@ -30,6 +30,7 @@ from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_mesh
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import sample_metric
 from crab_jax.training.train_step import loss_rows
 from data_pipelines import mixture
 from data_pipelines.batching import Batch, Bucket, Fill
@@ -162,7 +163,7 @@ def loss_record(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: LossConf
 def answer_record(
     answers: Sequence[Mapping[str, np.ndarray]], examples: Sequence[Example], tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Return `eval/<metric>/<task>`, the headline metric of each task, from the answers to batches of `examples`."""
+    """Return `eval/<metric>/<task>`, the metric that ranks samples of each task, from answers to `examples`."""
     judged = []
     for batch in answers:
         for row in np.flatnonzero(batch["index"] >= 0):
@@ -175,7 +176,7 @@ def answer_record(
             judged.append(scoring.judge(example, answer, truth))
     record = {}
     for name, ours in scoring.by_task(judged).items():
-        metric = TASKS[name].headline
+        metric = sample_metric(TASKS[name])
         value = TASKS[name].reduce([one.stats for one in ours]).get(metric, np.nan)
         if np.isfinite(value):
             record[f"eval/{metric}/{name}"] = float(value)

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Where names of tasks may be looked at, and why.
 ALLOWED = {
     "crab_jax/tasks/": "the files of the tasks",
-    "crab_jax/tiny/": "the recipe of the tiny world, which trains some of the nine in turn, and its demo",
+    "crab_jax/tiny_world/": "the recipe of the tiny world, which trains some of the nine in turn, and its demo",
     "crab_jax/aot/hlo.py": "s4 is an integer of four bits",
     "data_pipelines/sources/": "releases, some of which have the name of their task",
     "data_pipelines/datasets.py": "releases",
