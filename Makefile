@@ -2,8 +2,12 @@
 # make test    install, lint, type-check, test
 # make test-all the same with the tests that take minutes
 # make fuzz    damaged files of every kind with every command: MINUTES=30; failing cases are kept in runs/fuzz
+# make mutants mutation tests of one package: ROOM=losses (a list: python -m tests.mutants --help), SAMPLE=40, SEED=0,
+#              JOBS=1, MINUTES=5; an interrupted run continues
 # make recipe  the whole tiny recipe from random weights: writes the warm start, then trains the paper's stages
 # make stages  the paper's five stages at tiny size, each from the one before
+# make docs    the site of the documents and the Python API, in build/site
+# make notebooks run the notebooks of examples/ and keep their output; make picture draws the picture of the README
 # make install the environment, which the others install first; EXTRA=tpu, cuda12 or cuda13 adds JAX for that device
 # make lock    write constraints/ again after a change of setup.cfg; UPGRADE=--upgrade takes newer versions (network)
 # make audit   query known vulnerabilities of all packages in constraints/ (network)
@@ -22,7 +26,7 @@ EXTRA :=
 INSTALLED := .venv/installed$(addprefix -,$(EXTRA))
 LISTS := constraints/build.txt $(CONSTRAINTS) $(if $(EXTRA),constraints/$(TAG)-$(EXTRA).txt)
 
-.PHONY: demo install test test-all fuzz recipe stages lint lock audit clean
+.PHONY: demo install test test-all fuzz mutants recipe stages lint docs notebooks picture lock audit clean
 
 install: $(INSTALLED)
 
@@ -70,7 +74,26 @@ MINUTES := 10
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
 
-# The list of a device has the packages that it adds, with versions equal to those of the list of its Python.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants $(or $(ROOM),$(error ROOM is missing: make mutants ROOM=losses)) \
+	    --seed $(or $(SEED),0) --jobs $(or $(JOBS),1) $(addprefix --sample ,$(SAMPLE)) \
+	    $(if $(filter command line,$(origin MINUTES)),--minutes $(MINUTES))
+
+docs:
+	$(MAKE) install EXTRA=docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks:
+	$(MAKE) install EXTRA=docs
+	$(BIN)/python examples/execute.py
+
+picture: $(INSTALLED)
+	$(BIN)/python docs/images/draw.py
+
+# The lists of a device and of the documents have the packages that they add, with versions equal to those of the list of
+# their Python.
+DOCS = $(PYTHON) -c 'import configparser as c; p = c.ConfigParser(); p.read("setup.cfg"); \
+    print(p["options.extras_require"]["docs"])'
 COMPILE = .venv/tools/bin/uv pip compile --quiet --generate-hashes --no-annotate $(UPGRADE) \
     --custom-compile-command 'make lock   (newer versions: make lock UPGRADE=--upgrade)'
 lock: .venv/tools/installed
@@ -84,6 +107,7 @@ lock: .venv/tools/installed
 	        echo "jax[$$extra]" | $(COMPILE) - -c $$list.txt --no-strip-extras --python-version $$version \
 	            --python-platform x86_64-manylinux_2_31 -o $$list-$$extra.txt; \
 	    done; \
+	    $(DOCS) | $(COMPILE) - -c $$list.txt --no-strip-extras --python-version $$version -o $$list-docs.txt; \
 	done
 
 # Without --strict, pip-audit reports unknown packages as free of vulnerabilities.

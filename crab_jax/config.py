@@ -74,6 +74,10 @@ RUN_BOUNDS: dict[str, Bound] = {
     "checkpoint_every": Whole(1),
     "keep": Whole(1),
     "max_skipped": Whole(1),
+    "eval_every": Whole(note="0 = never"),
+    "eval_split": Name(),
+    "eval_samples": Whole(1, 1000),
+    "eval_answers": Flag(),
     "watchdog_seconds": Real(0.1, 1e9, zero=True, note="0 = never"),
 }
 BOUNDS: dict[str, Bound] = {
@@ -147,7 +151,8 @@ class RunConfig:
     random weights. fresh: parameter patterns that it may lack. trainable, frozen: patterns ('/'-joined paths, full
     match) that divide the parameters. frozen_dtype: of the frozen ones. tokenizer: a tokenizer.json or a Hugging Face
     folder. log_every, checkpoint_every: in steps. keep: number of checkpoints. max_skipped: consecutive non-finite
-    steps before the run ends. watchdog_seconds: longer waits are reported, 0 = never.
+    steps before the run ends. eval_every: steps between evaluations, 0 = never, on `eval_samples` Examples of each task
+    of `eval_split`; eval_answers: generate answers too. watchdog_seconds: longer waits are reported, 0 = never.
     """
 
     model_name: str
@@ -170,6 +175,10 @@ class RunConfig:
     checkpoint_every: int
     keep: int
     max_skipped: int
+    eval_every: int
+    eval_split: str
+    eval_samples: int
+    eval_answers: bool
     watchdog_seconds: float
 
     def __post_init__(self) -> None:
@@ -303,6 +312,13 @@ def check_run(run: RunConfig) -> None:
             "loss.text",
             "is 0, and no task of the run has another loss, so that nothing is learned",
             "give loss.text, or a task with masks, a weight",
+        )
+    if run.eval_every and (shared := sorted(set(run.eval_split.split("+")) & set(mixture.split.split("+")))):
+        raise InputError(
+            "--config",
+            "eval_split",
+            f"is {run.eval_split!r}, and {shared[0]!r} is trained on (data.split is {mixture.split!r})",
+            "name a split that the run does not train on",
         )
     for name, step in mixture.curriculum.items():
         if mixture.weights[name] and step >= run.steps:

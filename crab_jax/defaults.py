@@ -86,6 +86,12 @@ def base() -> ConfigDict:
             "checkpoint_every": 500,
             "keep": 2,
             "max_skipped": 10,  # the run ends after so many non-finite, skipped steps in a row
+            # Evaluation during training (docs/training.md): every so many steps (0 = never), on `eval_samples` examples
+            # of each task of `eval_split`; `eval_answers` also generates and scores answers, beside the losses.
+            "eval_every": 0,
+            "eval_split": "val",
+            "eval_samples": 4,
+            "eval_answers": False,
             "watchdog_seconds": 300.0,  # a longer wait for input, devices or disk is reported; 0 = never
         }
     )

@@ -78,7 +78,13 @@ def _answer(
 @partial(jax.jit, static_argnames=("model", "mesh"))
 def _draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
     with sharding.constrained(mesh):
-        masks: Any = model.apply({"params": params}, states, pictures, method="masks")
+        return draw(model, params, states, pictures)
+
+
+def draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array) -> dict[str, jax.Array]:
+    """Return the masks of `pictures` uint8[B,H,W,3] from the states [B,6,D] of their mask tokens: {"binary": float32
+    probabilities [B,H,W], "semantic": int32 class ids [B,H,W], "finite": bool[B], whether all logits were}."""
+    masks: Any = model.apply({"params": params}, states, pictures, method="masks")
     binary, semantic = masks
     return {
         "binary": jax.nn.sigmoid(binary.astype(jnp.float32)),

@@ -24,9 +24,10 @@ from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.reports.router_page import ablation_pictures, increases, routing_pictures
-from crab_jax.router import SEGMENTS, Routing, ablation, answered_batches, router_weights, spread
+from crab_jax.router import SEGMENTS, Routing, ablation, answered_batches, router_weights
 from crab_jax.runs import run_data, run_params
 from crab_jax.visualize import charts, page
+from data_pipelines.examples import spread
 
 
 def to_json(routing: Mapping[str, Routing], effects: Mapping[str, Any]) -> dict[str, Any]:

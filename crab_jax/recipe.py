@@ -1,9 +1,9 @@
-"""Make the tiny model from nothing: `python -m crab_jax.recipe`, from crab_jax/tiny/recipe.py."""
+"""Make the tiny model from nothing: `python -m crab_jax.recipe`, from crab_jax/tiny_world/recipe.py."""
 
 import sys
 
 from crab_jax.io.errors import run_verb
-from crab_jax.tiny.recipe import main
+from crab_jax.tiny_world.recipe import main
 
 if __name__ == "__main__":
     run_verb(main, "--debug" in sys.argv)

@@ -22,8 +22,9 @@ from crab_jax.io.files import out_file
 from crab_jax.io.structured import read_lines
 from crab_jax.reports.answer_pictures import collect
 from crab_jax.reports.run_page import ReportData, write
-from crab_jax.router import answered_batches, router_weights, spread
+from crab_jax.router import answered_batches, router_weights
 from crab_jax.runs import run_data, run_params
+from data_pipelines.examples import spread
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -158,12 +158,3 @@ def answered_batches(
         examples, root, tokenizer, dataclasses.replace(config.data, cache_dir=""), batch_size, prompt_only=False
     )
     return (batch for _, batch in batches)
-
-
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return up to `count` examples of each task, evenly spread over the list."""
-    chosen = []
-    for task in TASKS:
-        of_task = [example for example in examples if example.task == task]
-        chosen += [of_task[i * len(of_task) // count] for i in range(count)] if len(of_task) > count else of_task
-    return chosen

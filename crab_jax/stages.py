@@ -1,9 +1,9 @@
-"""Train the paper's five stages at tiny size: `python -m crab_jax.stages`, from crab_jax/tiny/stages.py."""
+"""Train the paper's five stages at tiny size: `python -m crab_jax.stages`, from crab_jax/tiny_world/stages.py."""
 
 import sys
 
 from crab_jax.io.errors import run_verb
-from crab_jax.tiny.stages import main
+from crab_jax.tiny_world.stages import main
 
 if __name__ == "__main__":
     run_verb(main, "--debug" in sys.argv)

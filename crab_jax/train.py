@@ -28,6 +28,8 @@ from crab_jax import optim
 from crab_jax.aot import compile_cache
 from crab_jax.checkpoints.run_steps import RunCheckpoints
 from crab_jax.config import RunConfig, parse_flags
+from crab_jax.evaluation import held_out
+from crab_jax.evaluation.held_out import Evaluation
 from crab_jax.io import locks
 from crab_jax.io.errors import run_verb
 from crab_jax.io.files import cut_tail, write_whole
@@ -41,12 +43,8 @@ from crab_jax.training.skip_guard import SkipGuard, device_wait
 from crab_jax.training.train_step import TrainState, abstract_state, compile_step, learns_nothing
 from data_pipelines import bucket_fill
 from data_pipelines.batching import Batch
+from data_pipelines.examples import learned
 from data_pipelines.mixture import TrainOrder
-
-
-def global_batch(batch: Batch, where: jax.sharding.Sharding, rows: int) -> Batch:
-    """This process's rows (`distributed.own_rows`) -> the global batch of `rows` rows on the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), batch)
 
 
 def start_or_resume(
@@ -85,6 +83,16 @@ def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, worke
     return f"input of step {step}: {worker}, on examples {shown}"
 
 
+def evaluate(
+    step: int, evaluation: Evaluation, state: TrainState, frozen: Any, watchdog: Watchdog, logger: Logger | None
+) -> None:
+    """Evaluate the parameters after `step`, which is finished, and log it; all processes take part."""
+    began = time.monotonic()
+    record = evaluation.run(step, state.trainable, frozen, watchdog)
+    if logger:
+        logger.add_evaluation(step, record, time.monotonic() - began)
+
+
 def train(config: RunConfig, workdir: Path) -> None:
     """Run (or resume) the stage that `config` describes in `workdir`."""
     if distributed.primary():
@@ -102,6 +110,7 @@ def train(config: RunConfig, workdir: Path) -> None:
         cut_tail(workdir / run_data.LEFT_OUT)
     examples = run_data.train_examples(config, skipped)
     trained_on = run_data.data_identity(config, examples)
+    chosen = held_out.held_out(config, tokenizer)
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep)
     distributed.agree(
         "data",
@@ -109,6 +118,7 @@ def train(config: RunConfig, workdir: Path) -> None:
             "tokenizer": tokenizer.digest(),
             "step to go on from": checkpoints.latest,
             **{f"data, {name}": value for name, value in trained_on.items()},
+            "examples of the evaluation": learned(chosen.examples) if chosen else "",
         },
     )
     resumed = checkpoints.latest is not None
@@ -143,13 +153,22 @@ def train(config: RunConfig, workdir: Path) -> None:
             else None
         )
         guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)
+        evaluation = None
+        if chosen:
+            distributed.say(held_out.described(config, chosen))
+            with watchdog.waiting("the examples of the evaluation"):
+                evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable)
+            # A run that was stopped between a checkpoint and the evaluation that was due makes up for it.
+            if held_out.due(config, start) and not distributed.told(logger is not None and logger.evaluated(start)):
+                evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
             with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers)):
                 own = next(data)
             waited = time.monotonic() - asked
             with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):
-                state, metrics = step_fn(state, frozen, global_batch(own, batch_at, config.mixture.batch_size))
+                batch = distributed.global_batch(own, batch_at, config.mixture.batch_size)
+                state, metrics = step_fn(state, frozen, batch)
             guard.add(step, metrics, own)
             with watchdog.waiting(device_wait(step)):
                 if logger:
@@ -162,11 +181,16 @@ def train(config: RunConfig, workdir: Path) -> None:
                     checkpoints.save(step, dataclasses.asdict(state))
             if stopped:
                 break
+            if evaluation and held_out.due(config, step):
+                guard.settle()
+                evaluate(step, evaluation, state, frozen, watchdog, logger)
         with watchdog.waiting("the last checkpoint"):
             checkpoints.wait()
     if logger:
         logger.close()
-        write_whole(workdir / "compilations.json", json.dumps({"train_step": step_fn._cache_size()}))
+        compiled = {"train_step": step_fn._cache_size()}
+        compiled |= {"evaluation": evaluation.compilations} if evaluation else {}
+        write_whole(workdir / "compilations.json", json.dumps(compiled))
     if int(state.step) < config.steps:
         distributed.say(
             f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "

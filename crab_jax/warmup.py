@@ -1,9 +1,9 @@
-"""Pre-train what the tiny world has no release of: `python -m crab_jax.warmup`, from crab_jax/tiny/pretrain.py."""
+"""Pre-train what the tiny world has no release of: `python -m crab_jax.warmup`, from crab_jax/tiny_world/pretrain.py."""
 
 import sys
 
 from crab_jax.io.errors import run_verb
-from crab_jax.tiny.pretrain import main
+from crab_jax.tiny_world.pretrain import main
 
 if __name__ == "__main__":
     run_verb(main, "--debug" in sys.argv)

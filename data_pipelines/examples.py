@@ -142,6 +142,15 @@ def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | 
     return chosen
 
 
+def spread(examples: Iterable[Example], count: int) -> list[Example]:
+    """Return up to `count` Examples of each task, evenly spread over the list, tasks in their order."""
+    chosen, listed = [], list(examples)
+    for task in TASK_NAMES:
+        ours = [example for example in listed if example.task == task]
+        chosen += [ours[i * len(ours) // count] for i in range(count)] if len(ours) > count else ours
+    return chosen
+
+
 def digest(examples: Iterable[Example]) -> str:
     """A hash of what a list of Examples says; the media files are not looked at."""
     found = hashlib.blake2b(digest_size=16)

@@ -6,6 +6,7 @@ import bisect
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from absl import flags
 from crab_jax.io.errors import InputError, printable
 from crab_jax.io.files import append_line
 from data_pipelines import decoded
-from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, load, place
+from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, empty_batch, load, place
 from data_pipelines.bucket_fill import Padding, padding
 from data_pipelines.examples import Example, choice
 from data_pipelines.isolated import end_with_parent
@@ -318,3 +319,37 @@ def eval_batches(
                 yield bucket, collate(rows + [filler] * (batch_size - len(rows)), batch_size)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def answered_batches(
+    examples: Sequence[Example],
+    groups: Mapping[Bucket, Iterable[int]],
+    root: decoded.Root,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    batch_size: int,
+    rows: Any = slice(None),
+    threads: int = 4,
+) -> list[Batch]:
+    """Return batches of every example of `groups` once with its answer, bucket by bucket; of each the given `rows`.
+
+    The number of batches and what stands in which row follow from `groups` alone, so that processes share each batch.
+    Empty rows (index -1) fill the last batch of a bucket, and with `on_error="skip"` stand for examples that cannot be
+    loaded, each with a warning; otherwise such an example raises InputError.
+    """
+    loader = BatchLoader(examples, groups, root, tokenizer, config)
+
+    def row(bucket: Bucket, index: int) -> dict[str, np.ndarray]:
+        arrays = loader.try_row(index) if index >= 0 else None
+        empty = empty_batch(bucket, 1, config.image_size) if arrays is None else None
+        return arrays or {field.name: getattr(empty, field.name)[0] for field in dataclasses.fields(Batch)}
+
+    batches = []
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for bucket, group in groups.items():
+            listed = list(group)
+            for start in range(0, len(listed), batch_size):
+                chunk = listed[start : start + batch_size]
+                chosen = np.array(chunk + [-1] * (batch_size - len(chunk)))[rows]
+                batches.append(collate(pool.map(functools.partial(row, bucket), map(int, chosen)), len(chosen)))
+    return batches

@@ -23,7 +23,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from configs import tiny
-from crab_jax import optim, train
+from crab_jax import optim
 from crab_jax.config import resolve
 from crab_jax.models.crab import Crab
 from crab_jax.parallel import distributed, sharding
@@ -122,7 +122,7 @@ def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, rema
     batch, batch_at = batch_of(model.cfg.clip.image_size, masks), sharding.batch_sharding(mesh)
     batch.loss_mask[0, LENGTH - 1 :] &= not less
     rows = distributed.own_rows(batch_at, ROWS)
-    batch = train.global_batch(jax.tree.map(lambda x: x[rows], batch), batch_at, ROWS)
+    batch = distributed.global_batch(jax.tree.map(lambda x: x[rows], batch), batch_at, ROWS)
     seen = []
     for _ in range(STEPS):
         state, metrics = step(state, frozen, batch)

@@ -4,17 +4,17 @@ import json
 import types
 
 from crab_jax import evaluate, report
-from crab_jax.tiny import demo
+from crab_jax.tiny_world import demo
 from data_pipelines.examples import Example
 
 
 def test_the_demo_says_how_long_each_part_took(tmp_path, monkeypatch):
     ran = []
-    model = types.SimpleNamespace(cfg=types.SimpleNamespace(clip=types.SimpleNamespace(image_size=64)))
+    model = types.SimpleNamespace(cfg=types.SimpleNamespace(image_size=64))
     monkeypatch.setattr(demo, "command", lambda verb, *words: ran.append((verb, [str(word) for word in words])))
     monkeypatch.setattr(demo, "save_untrained", lambda run, out: None)
     monkeypatch.setattr(demo, "collect_results", lambda out, scenes, size: None)
-    monkeypatch.setattr(demo.runs, "load_model", lambda run: (model,))
+    monkeypatch.setattr(demo.run_params, "load_model", lambda run: (model,))
 
     demo.demo(tmp_path, from_scratch=False)
 
@@ -45,7 +45,7 @@ def test_the_demo_says_how_long_each_part_took(tmp_path, monkeypatch):
 
 def test_the_report_has_the_scores_that_evaluate_wrote(tmp_path, monkeypatch):
     question = Example(id="q", task="avqa", instruction="?", meta={"answer": "two", "type": ["Audio", "Counting"]})
-    monkeypatch.setattr(demo.runs, "read_examples", lambda root, split: [question])
+    monkeypatch.setattr(demo.run_data, "read_examples", lambda root, split: [question])
     for number, name in enumerate(("trained", "untrained", "audio_muted", "video_blanked")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps({"tasks": {"avqa": {"accuracy": number}}}))

@@ -328,7 +328,7 @@ SCRIPT = """
 import sys, time
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from crab_jax import distributed
+from crab_jax.parallel import distributed
 from crab_jax.io.errors import InputError, run_verb
 from crab_jax.parallel.watchdog import Watchdog
 

@@ -19,7 +19,7 @@ from crab_jax.evaluation import judging, scoring
 from crab_jax.evaluation.judging import check_labels
 from crab_jax.io.errors import InputError
 from crab_jax.models.clip import ClipConfig
-from crab_jax.models.llama import KVCache, LlamaConfig
+from crab_jax.models.llama import KVCache, LlamaConfig, grow_cache, init_cache
 from crab_jax.parallel import sharding
 from crab_jax.reports import answer_pictures
 from crab_jax.runs import run_folder, run_mesh, run_params
@@ -68,8 +68,20 @@ class Scripted(nn.Module):
         )
         return hidden.astype(jnp.float32), KVCache(fill, start[None])
 
+    @nn.nowrap
+    def positions(self, batch):
+        return jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+
+    @nn.nowrap
+    def empty_cache(self, rows, slots):
+        return init_cache(self.cfg.llama, rows, slots)
+
+    @nn.nowrap
+    def grown_cache(self, cache, slots):
+        return grow_cache(cache, slots)
+
     @nn.compact
-    def decode(self, tokens, positions, cache):
+    def decode(self, tokens, positions, slots, cache):
         step = positions - cache.v[0, :, 0, 0, :1] + 1
         return jnp.stack([cache.k[0, :, 0, 0, :1], step], -1), cache
 

@@ -246,6 +246,45 @@ def test_mask_tokens_are_appended_to_an_answer_without_any(params, endless):
         dataclasses.replace(options, max_new_tokens=6)
 
 
+def test_mask_tokens_that_an_answer_began_are_completed(params):
+    """At the end token, and where the room ends; a group that is whole but for its end token needs nothing."""
+    options = dataclasses.replace(OPTIONS, force_masks=True)
+    forced = jnp.full((3, 12), -1).at[0, :3].set(jnp.array([*MASKS[:2], EOS]))
+    forced = forced.at[1].set(jnp.array([MASKS[0], *[8] * 11]))
+    forced = forced.at[2].set(jnp.array([*MASKS, *[8] * 6]))
+    out = compiled(MODEL, params, prompts(ROWS[:3]), options, None, forced)
+    assert [generated(out, row) for row in range(3)] == [
+        [*MASKS, EOS],
+        [MASKS[0], 8, 8, 8, 8, 8, *MASKS[1:], EOS],
+        [*MASKS, *[8] * 6],
+    ]
+    assert out.forced.tolist() == [True, True, False] and out.has_mask.all()
+
+
+def test_a_row_that_has_ended_is_forced_to_nothing(params):
+    """A filler row, and one that ends while the other goes on."""
+    options = dataclasses.replace(OPTIONS, force_masks=True)
+    forced = jnp.full((3, 12), -1).at[0, :7].set(jnp.array([*MASKS, EOS])).at[1].set(8)
+    out = compiled(MODEL, params, prompts(ROWS[:3], index=[0, 1, -1]), options, None, forced)
+    assert out.lengths.tolist() == [7, 12, 0] and out.forced.tolist() == [False, True, False]
+    assert out.has_mask.tolist() == [[True], [True], [False]]
+
+
+def test_the_defaults_are_greedy_without_forcing():
+    options = GenerateOptions(EOS, PAD, MASKS)
+    assert (options.max_new_tokens, options.temperature, options.top_p) == (256, 0.0, 1.0)
+    assert (options.mask_groups, options.force_masks) == (1, False)
+
+
+def test_the_temperature_divides_the_logits():
+    logits = jnp.log(jnp.array([[0.1, 0.2, 0.7]] * 200))
+    keys = jax.random.split(jax.random.key(3), 200)
+    wanted = jax.vmap(jax.random.categorical)(keys, logits / 4.0)
+    assert sample(logits, keys, 4.0, 1.0).tolist() == wanted.tolist()
+    assert sample(logits, keys, 4.0, 1.0).dtype == sample(logits, None, 0.0, 1.0).dtype == jnp.int32
+    assert set(sample(logits, None, 0.0, 1.0).tolist()) == {2}
+
+
 def test_a_stream_is_the_generation_as_it_comes(params):
     whole, heard = compiled(MODEL, params, prompts(ROWS), OPTIONS), []
     before = (_start._cache_size(), _advance._cache_size())
@@ -302,10 +341,27 @@ def test_top_p_keeps_the_fewest_likely_tokens():
     assert draw(1.0) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("field, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5)])
-def test_options_out_of_range_are_refused(field, value):
-    with pytest.raises(InputError, match=field):
-        dataclasses.replace(OPTIONS, **{field: value})
+@pytest.mark.parametrize(
+    "field, allowed, refused",
+    [
+        ("max_new_tokens", (1, 2), (0, -1)),
+        ("temperature", (0.0, 0.1), (-1.0, -0.01)),
+        ("top_p", (0.01, 1.0), (0.0, 1.01)),
+        ("mask_groups", (1, 2), (0,)),
+    ],
+)
+def test_options_out_of_range_are_refused(field, allowed, refused):
+    for value in allowed:
+        assert getattr(dataclasses.replace(OPTIONS, **{field: value}), field) == value
+    for value in refused:
+        with pytest.raises(InputError, match=field):
+            dataclasses.replace(OPTIONS, **{field: value})
+
+
+def test_forced_masks_need_room_for_six_and_the_end():
+    assert dataclasses.replace(OPTIONS, force_masks=True, max_new_tokens=7).force_masks
+    with pytest.raises(InputError, match="at least 7"):
+        dataclasses.replace(OPTIONS, force_masks=True, max_new_tokens=6)
 
 
 def test_meshes_generate_what_one_device_does():

@@ -122,7 +122,7 @@ def test_the_verb_writes_json_and_plots(small, batch, tmp_path, monkeypatch, cap
     model, params = small
     write_jsonl(tmp_path / "test.jsonl", [Example(id="a", task="ave", instruction="?", target="!")])
     monkeypatch.setattr(run_params, "load_model", lambda path: (model, params, None, None))
-    monkeypatch.setattr(router, "answered_batches", lambda examples, *rest: [batch])
+    monkeypatch.setattr(verb, "answered_batches", lambda examples, *rest: [batch])
     verb.router(
         verb.parse_arguments(["router", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--data", str(tmp_path)])
     )

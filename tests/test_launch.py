@@ -954,6 +954,10 @@ def test_lists_of_versions_satisfy_what_the_project_asks_for(python):
         added = pinned(REPOSITORY / "constraints" / f"{python}-{extra}.txt")
         assert all(versions.get(name, version) == version for name, version in added.items())
         assert added["jax"] == versions["jax"] and added.keys() - versions.keys()
+    docs = pinned(REPOSITORY / "constraints" / f"{python}-docs.txt")
+    assert all(versions.get(name, version) == version for name, version in docs.items())
+    for requirement in map(Requirement, setup["options.extras_require"]["docs"].split()):
+        assert requirement.specifier.contains(docs[canonicalize_name(requirement.name)]), f"{requirement}: make lock"
     assert pinned(REPOSITORY / "constraints" / "build.txt").keys() == {"setuptools"}
     assert pinned(REPOSITORY / "constraints" / "uv.txt").keys() == {"uv"}
 

@@ -19,7 +19,7 @@ from crab_jax.io.errors import InputError, run_verb
 
 HOLD = """
 import sys, time
-from crab_jax import locks
+from crab_jax.io import locks
 from crab_jax.io.errors import run_verb
 def main():
     with locks.locked(sys.argv[1], "--workdir", use=sys.argv[2], share=int(sys.argv[3])):
@@ -156,7 +156,7 @@ def test_of_many_that_start_at_once_one_passes(tmp_path, links, left):
         + """
 import sys, time
 from pathlib import Path
-from crab_jax import locks
+from crab_jax.io import locks
 from crab_jax.io.errors import run_verb
 def wait_for(name):
     while not Path(name).exists():
@@ -255,7 +255,7 @@ def test_a_full_disk_is_told_before_the_work_and_leaves_nothing(tmp_path, monkey
 def test_a_folder_that_exists_and_may_not_be_written_to(tmp_path):
     tmp_path.chmod(0o555)
     code = (
-        "import sys\nfrom crab_jax import locks\nfrom crab_jax.io.errors import run_verb\n"
+        "import sys\nfrom crab_jax.io import locks\nfrom crab_jax.io.errors import run_verb\n"
         "run_verb(lambda: locks.locked(sys.argv[1]).__enter__())"
     )
     done = subprocess.run(

@@ -132,3 +132,55 @@ def test_gradients_are_finite_for_extreme_logits_and_unused_rows(batch):
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(InputError, match="reduction"):
         LossConfig(reduction="sum")
+
+
+def test_the_default_weights_are_those_of_the_paper():
+    assert vars(LossConfig()) == {"text": 1.0, "bce": 1.0, "dice": 0.5, "ce": 1.0, "reduction": "mean"}
+
+
+@pytest.mark.parametrize("term", ["text", "bce", "dice", "ce"])
+def test_a_weight_is_zero_or_within_its_bounds(term):
+    for value in (0, 1e-9, 1e9):
+        assert getattr(LossConfig(**{term: value}), term) == value
+    for value in (-1e-9, 1e-10, 1.1e9, float("nan"), float("inf"), True, "1"):
+        with pytest.raises(InputError, match="must be") as error:
+            LossConfig(**{term: value})
+        assert error.value.field == f"loss.{term}"
+
+
+def test_text_loss_by_hand():
+    """Position i - 1 predicts token i; what precedes the first token, and a filler row, predict nothing."""
+    probability = np.array([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.6, 0.3, 0.1]])
+    logits = np.stack([np.log(probability) + 3, np.log(probability)]).astype(np.float32)
+    tokens, counted = np.array([[1, 2, 0], [1, 2, 0]]), np.array([[True, True, True], [True, True, True]])
+    rows = losses.text_rows(logits, tokens, counted, np.array([True, False]))
+    np.testing.assert_allclose(rows.sum, [-np.log(0.7) - np.log(0.5), 0], rtol=1e-5)
+    assert rows.number.tolist() == [2, 0]
+
+
+def test_terms_and_counts_are_float32_whatever_the_logits_are(batch):
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x, batch)
+    rounded = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == jnp.bfloat16 else x, half)
+    found, wanted = terms(half), terms(rounded)
+    counts = losses.batch_counts(batch["text"][2], batch["masks"][3], batch["valid"])
+    assert {x.dtype for x in jax.tree.leaves((found, counts))} == {np.dtype(np.float32)}
+    for name, term in found.items():
+        np.testing.assert_allclose(term.sum, wanted[name].sum, rtol=1e-6)
+    absent = losses.mask_rows(None, None, batch["masks"][2], batch["masks"][3], batch["valid"])
+    assert all(x.dtype == jnp.float32 and x.shape == (6,) and not x.any() for x in jax.tree.leaves(absent))
+
+
+def test_counts_of_several_mask_groups_per_row(batch):
+    kind = np.array([[BINARY, SEMANTIC], [0, 0], [BINARY, BINARY], [SEMANTIC, 0], [0, 0], [SEMANTIC, BINARY]])
+    counts = losses.batch_counts(batch["text"][2], kind, batch["valid"])
+    assert [float(counts[name]) for name in ("bce", "dice", "ce")] == [3, 3, 2], "the last row is filler"
+
+
+def test_a_sample_is_weighted_by_its_kind_in_the_released_reduction():
+    found = {name: Term(jnp.float32(value), jnp.float32(number)) for name, value, number in (
+        ("text", 6.0, 3.0), ("bce", 4.0, 3.0), ("dice", 2.0, 3.0), ("ce", 7.0, 1.0))}  # fmt: skip
+    cfg = LossConfig(text=0.5, bce=1.0, dice=10.0, ce=100.0, reduction="released")
+    assert losses.total(found, cfg) == 1 + (24 * 3 + 700 * 1) / 4
+    mean = LossConfig(text=0.5, bce=1.0, dice=10.0, ce=100.0)
+    assert losses.total(found, mean) == 1 + (24 + 700) / 4
+    assert losses.total({"text": found["text"]}, cfg) == 1

@@ -225,7 +225,7 @@ def test_a_step_that_did_not_fit_ends_the_run_at_once_and_the_one_before_is_rest
 def test_tensorboard_on_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
     code = (
         "import resource, signal, sys\nfrom pathlib import Path\nfrom crab_jax.io.errors import run_verb\n"
-        "from crab_jax.train import Board\nboard = Board(Path(sys.argv[1]), 0)\n"
+        "from crab_jax.training.metrics_log import Board\nboard = Board(Path(sys.argv[1]), 0)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000,) * 2)\n"
         "run_verb(lambda: [board.add(step, {f'{n}': 0.5 for n in range(20)}) for step in range(1000)])"
     )

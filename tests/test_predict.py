@@ -428,7 +428,7 @@ def scripted(examples):
 )
 def test_all_tasks_make_one_page(media, tmp_path, monkeypatch, capsys, flags, asked):
     monkeypatch.setattr(verb, "load_config", lambda path: None)
-    monkeypatch.setattr(verb.layout, "serving_mesh", lambda *arguments: None)
+    monkeypatch.setattr(verb.run_mesh, "serving_mesh", lambda *arguments: None)
     monkeypatch.setattr(verb, "load_model", lambda *arguments: (None, None, None, None))
     monkeypatch.setattr(verb, "predict_examples", lambda *arguments, **changes: scripted(arguments[4][::-1]))
     flags = [str(media / flag) if "." in flag else flag for flag in flags]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from crab_jax.runs import run_params
-from crab_jax.tiny import recipe
+from crab_jax.tiny_world import recipe
 
 
 @pytest.mark.exhaustive

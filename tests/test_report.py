@@ -8,7 +8,8 @@ from PIL import Image
 
 from crab_jax import report as verb
 from crab_jax.inference import read_answer
-from crab_jax.reports import run_page
+from crab_jax.reports import answer_pictures, run_page
+from crab_jax.router import Routing
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
 
@@ -32,7 +33,7 @@ def data():
     rng = np.random.default_rng(0)
     parts = ("loss", "loss/text", "loss/bce", *(f"loss/{name}" for name in TASKS))
     weights = rng.dirichlet((1, 2, 3), (4, 2, 7))
-    routing = verb.Routing(weights, np.ones((4, 2, 7)), np.array([5, 5, 2, 0]))
+    routing = Routing(weights, np.ones((4, 2, 7)), np.array([5, 5, 2, 0]))
     picture = verb.Picture(verb.overlay.png(np.zeros((4, 4, 3), np.uint8)), "look <here>")
     return run_page.ReportData(
         title="Report of a & b",
@@ -105,7 +106,7 @@ def test_answers_are_shown_next_to_the_truth(tmp_path):
     s4 = Example("s", "s4", "?", image="p.png", mask="m.png", mask_kind="binary", meta={"objects": ["dog"]})
     arig = Example("a", "arig", "?", image="p.png", meta={"object": "dog", "box": [0, 0, 99, 99]})
     avqa = Example("q", "avqa", "?", meta={"answer": "two", "question": "How many?"})
-    found = run_page.collect(
+    found = answer_pictures.collect(
         [
             read_answer(s4, "", np.ones((4, 4), np.float32)),
             read_answer(arig, "no box", None),

@@ -21,7 +21,7 @@ LAYERS = """
     training  inference  convert
     router  evaluation
     reports  api
-    tiny
+    tiny_world
     verbs
 """
 VERBS = {"compare", "compile", "demo", "evaluate", "inspect", "predict", "recipe", "report", "sizes", "stages"}

@@ -116,6 +116,67 @@ def test_an_interval_is_the_middle_95_percent():
     assert scoring.interval(range(1001)) == [25, 975]
 
 
+def test_the_bootstrap_draws_as_many_answers_as_there_are_a_thousand_times_from_seed_0():
+    right = np.array([1, 0, 0, 1, 1, 0, 1])
+    examples = [avqa(f"{i}", "yes") for i in range(7)]
+    answers = [Answer(e.id, TASKS["avqa"].target("yes" if r else "no")) for e, r in zip(examples, right, strict=True)]
+    rng = np.random.default_rng(0)
+    drawn = [right[rng.integers(0, 7, 7)].mean() for _ in range(1000)]
+    row = score(answers, examples)["tasks"]["avqa"]
+    assert row["intervals"]["accuracy"] == pytest.approx(np.percentile(drawn, (2.5, 97.5)))
+    judged = [scoring.judge(e, a, None) for e, a in zip(examples, answers, strict=True)]
+    assert scoring.intervals(judged) == row["intervals"] == scoring.summarise(judged)["tasks"]["avqa"]["intervals"]
+    other = scoring.intervals(judged, seed=1)
+    assert other != row["intervals"] and other == score(answers, examples, seed=1)["tasks"]["avqa"]["intervals"]
+    several = [ave(f"{i}", "Dog", i, 10 - i // 2) for i in range(6)]
+    for kind in ("empty", "constant"):
+        default, seeded, fewer = (
+            baseline_results(several, kind, **options)["tasks"]["ave"]["intervals"]
+            for options in ({}, {"seed": 0, "resamples": 1000}, {"seed": 1, "resamples": 7})
+        )
+        assert default == seeded != fewer
+
+
+def test_labels_are_checked_before_any_mask_is_read():
+    bad = [*EXAMPLES[:2], dataclasses.replace(EXAMPLES[2], meta={"event": "Cat"})]
+
+    def read(example):
+        raise AssertionError("a mask was read")
+
+    with pytest.raises(InputError, match="start"):
+        score([], bad, read)
+    for kind in ("empty", "constant"):
+        with pytest.raises(InputError, match="start"):
+            baseline_results(bad, kind, read)
+
+
+def test_a_task_without_examples_has_no_results_and_a_metric_that_is_undefined_no_value():
+    assert score([], [])["tasks"] == {} == baseline_results([], "constant")["tasks"]
+    row = score([], EXAMPLES[:1], resamples=2)["tasks"]["ave"]
+    assert (
+        set(row) - set(scoring.COUNTS) == set(row["intervals"]) == {"accuracy", "accuracy_inclusive", "event_accuracy"}
+    )
+
+
+def test_an_interval_is_missing_where_no_resample_defines_its_metric():
+    row = {"accuracy": 0.5, "n": 2, "n_unparsed": 1, "n_no_mask": 0, "intervals": {}}
+    table = markdown({"tasks": {"ave": row}})
+    assert "| ave | accuracy | 0.5000 | nan .. nan | - | - |" in table
+
+
+def test_the_tables_of_a_result():
+    results = score(PERFECT[:1], EXAMPLES[:1], resamples=2)
+    one = "1.0000 | 1.0000 .. 1.0000"
+    head = (
+        "| task | n | metric | value | 95 % interval | unreadable | no mask |\n|---|---|---|---|---|---|---|\n"
+        f"| ave | 1 | accuracy | {one} | 0 | 0 |\n"
+    )
+    every = "| task | metric | all | 95 % interval | answered | 95 % interval |\n|---|---|---|---|---|---|\n"
+    for metric in ("accuracy", "accuracy_inclusive", "event_accuracy"):
+        every += f"| ave | {metric} | {one} | {one} |\n"
+    assert scoring.headlines(results) == head and markdown(results) == f"{head}\n{every}"
+
+
 def test_bootstrap_is_seeded():
     answers = [Answer(e.id, TASKS["avqa"].target("yes")) for e in EXAMPLES[3:]]
     one, two = (score(answers, EXAMPLES[3:], resamples=50, seed=s) for s in (1, 1))

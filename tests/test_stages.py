@@ -10,7 +10,7 @@ from crab_jax import defaults, optim
 from crab_jax.checkpoints.stored import load_params
 from crab_jax.runs import run_folder
 from crab_jax.tasks import TASKS
-from crab_jax.tiny import stages
+from crab_jax.tiny_world import stages
 
 
 @pytest.fixture(scope="module")

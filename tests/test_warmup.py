@@ -7,7 +7,7 @@ import pytest
 from configs import tiny
 from crab_jax.config import resolve
 from crab_jax.runs import run_data, run_folder
-from crab_jax.tiny import pretrain
+from crab_jax.tiny_world import pretrain
 from data_pipelines.sources import scene_graph
 
 

@@ -295,7 +295,8 @@ class MaskDecoder(nn.Module):
     def __call__(
         self, prompts: jax.Array, neck: jax.Array, image_pe: jax.Array, no_mask: jax.Array, kinds: tuple[str, ...]
     ) -> dict[str, list[jax.Array]]:
-        """prompts [B,2,E], neck [B,2,g,g,E], image_pe [g*g,E], no_mask [E] -> logits per kind, coarse to fine: {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
+        """prompts [B,2,E], neck [B,2,g,g,E], image_pe [g*g,E], no_mask [E] -> logits per kind, coarse to fine:
+        {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
         classifiers = {"binary": self.ms3_s4_classifier, "semantic": self.avss_classifier}
         pixels = self._embed_pixels(0, prompts[:, 0], neck[:, 0] + no_mask, image_pe)
         coarse = [classifiers[kind](pixels) for kind in kinds]

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src.distributed import global_state  # no public API gives access to the shared key-value store
+from jax.experimental import multihost_utils
 
 from crab_jax.io.errors import InputError, find_input_error, report
 from crab_jax.parallel import peers
@@ -195,6 +196,11 @@ def agree(name: str, mine: Callable[[], Mapping[str, Any]]) -> None:
             )
 
 
+def told(mine: bool) -> bool:
+    """Return on every process what `mine` is on the primary one."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+
+
 def own_rows(batch_sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """Return the sorted positions of the rows of a global batch that this process's devices hold: int[n].
 
@@ -202,6 +208,11 @@ def own_rows(batch_sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarr
     """
     slices = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in slices]))
+
+
+def global_batch(batch: Any, where: jax.sharding.Sharding, rows: int) -> Any:
+    """Return the global arrays [rows, ...] on the mesh of a tree whose arrays hold this process's rows (`own_rows`)."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), batch)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ SECTIONS = {
     "answers": "Questions and captions",
     "routing": "Routing of the LoRA heads",
 }
+PARTS = ("loss", "text", "bce", "dice", "ce")
+HELD_OUT = "eval/loss"  # the key that a record of an evaluation has
 CONFIG_KEYS = ("model", "compat", "init_from", "seed", "steps", "optim.lr", "data.batch_size", "data.root")
 
 
@@ -58,7 +60,7 @@ def _run_section(data: ReportData) -> Html:
 def _loss_section(data: ReportData) -> Html:
     if not data.metrics:
         return NONE
-    by_part = charts.loss_curves(data.metrics, ("loss", "text", "bce", "dice", "ce"))
+    by_part = charts.loss_curves(data.metrics, PARTS)
     by_task = charts.loss_curves(data.metrics, tuple(TASKS))
     return figure(
         Picture(
@@ -66,7 +68,41 @@ def _loss_section(data: ReportData) -> Html:
             "Loss of each part: every line should fall and level off; a part that rises again "
             "is drowned by the others.",
         )
-    ) + figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others."))
+    ) + (
+        figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others."))
+        + _held_out(data.metrics)
+    )
+
+
+def _held_out(records: Sequence[Mapping[str, float]]) -> Html:
+    """Return curves and a table of the evaluations during training (eval_every); nothing of a run without them."""
+    evaluated = [record for record in records if HELD_OUT in record]
+    if not evaluated:
+        return NONE
+    first, last = evaluated[0]["step"], evaluated[-1]["step"]
+    rows = []
+    for key in dict.fromkeys(key for record in evaluated for key in record if key.startswith("eval/")):
+        points = [(record[key], record["step"]) for record in evaluated if key in record]
+        of = key.removeprefix("eval/").split("/")
+        if key == "eval/samples":
+            continue
+        best, at = (min if of[0] == "loss" else max)(points)
+        task = of[-1] if of[-1] in TASKS else "all"
+        name = "/".join(part for part in of if part not in TASKS)
+        rows.append((task, name, f"{points[0][0]:.3f}", f"{best:.3f}", at, f"{points[-1][0]:.3f}"))
+    by_part = charts.loss_curves(evaluated, PARTS, HELD_OUT)
+    by_task = charts.loss_curves(evaluated, tuple(TASKS), f"{HELD_OUT}/text")
+    return (
+        Html("<h3>Held-out examples, during training</h3>")
+        + figure(
+            Picture(
+                by_part,
+                "Loss of held-out examples: a line that rises while that of training falls is learned by heart.",
+            )
+        )
+        + figure(Picture(by_task, "Text loss of the held-out examples of each task."))
+        + table(("task", "measured", f"step {first:.0f}", "best", "at step", f"step {last:.0f}"), sorted(rows))
+    )
 
 
 def _scores_section(data: ReportData) -> Html:

@@ -68,17 +68,9 @@ def train_order(
 
     examples: the result of `train_examples`, where it is known already. Raises InputError.
     """
-    drawn, frames = config.mixture, config.data.video_frames
+    drawn = config.mixture
     examples = train_examples(config, skipped) if examples is None else examples
-    if frames != TENTHS:
-        for example in examples:  # masks belong to tenths of a video
-            if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
-                raise InputError(
-                    "--config",
-                    "data.video_frames",
-                    f"is {frames}, but example {example.id!r} has the mask of a tenth of its video",
-                    f"use {TENTHS}, or give the pictures in 'seg_image'",
-                )
+    check_tenths(config, examples)
     if drawn.batch_size > len(examples):
         log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
@@ -98,6 +90,19 @@ def train_order(
     )
     labels.warn()
     return order
+
+
+def check_tenths(config: RunConfig, examples: Sequence[Example]) -> None:
+    """Raise InputError where a mask belongs to a tenth of a video and the run reads another number of frames."""
+    frames = config.data.video_frames
+    for example in examples if frames != TENTHS else ():
+        if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
+            raise InputError(
+                "--config",
+                "data.video_frames",
+                f"is {frames}, but example {example.id!r} has the mask of a tenth of its video",
+                f"use {TENTHS}, or give the pictures in 'seg_image'",
+            )
 
 
 def data_identity(config: RunConfig, examples: list[Example]) -> dict[str, Any]:

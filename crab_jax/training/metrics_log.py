@@ -111,6 +111,25 @@ class Logger:
             flush=True,
         )
 
+    def evaluated(self, step: int) -> bool:
+        """Return whether the log holds an evaluation at `step`."""
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        records = [record for line in lines if (record := json_object(line)) is not None]
+        return any(record.get("step") == step and "eval/loss" in record for record in records)
+
+    def add_evaluation(self, step: int, record: Mapping[str, float], seconds: float) -> None:
+        """Write the record of an evaluation, a line of its own. It took `seconds`, which are no part of the speed of
+        training."""
+        append_line(self.path, {"step": step, **record})
+        self.board.add(step, record)
+        self.mark += seconds
+        self.began += seconds
+        print(
+            f"evaluation at step {step}/{self.steps}  loss {record['eval/loss']:.4f}  "
+            f"{record['eval/samples']:.0f} examples  {seconds:.1f} s",
+            flush=True,
+        )
+
     def close(self) -> None:
         """Flush TensorBoard."""
         self.board.close()

@@ -15,20 +15,18 @@ COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#999999", "#CC79A7", "#0072B2", "#E
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
+def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str], total: str = "loss") -> bytes:
     """Return a PNG with one line per loss over the steps of metrics.jsonl.
 
-    names: "loss" for the total, others without their prefix `loss/`.
+    names: "loss" for the key `total`, others without the prefix `<total>/`.
     """
-    from matplotlib.ticker import (
-        LogLocator,
-        NullFormatter,
-    )  # imported late: it takes a quarter of a second, and few commands draw
+    # Imported late: it takes a quarter of a second, and few commands draw.
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
     for number, name in enumerate(names):
-        key = name if name == "loss" else f"loss/{name}"
+        key = total if name == "loss" else f"{total}/{name}"
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=name, linewidth=1.4)

@@ -127,3 +127,37 @@ def test_short_audio_and_other_encoders_are_refused(cfg, params, weights):
         beats_config({**weights.metadata["cfg"], "deep_norm": False})
     with pytest.raises(InputError, match="encoder_layers"):
         beats_config({k: v for k, v in weights.metadata["cfg"].items() if k != "encoder_layers"})
+
+
+def test_the_sizes_are_those_of_iteration_3():
+    sizes = {"layers": 12, "width": 768, "heads": 12, "mlp_dim": 3072, "embed_dim": 512, "patch_size": 16}
+    positions = {"conv_pos": 128, "conv_pos_groups": 16, "num_buckets": 320, "max_distance": 800}
+    assert dataclasses.asdict(BeatsConfig()) == {**sizes, **positions, "dtype": "bfloat16"}
+
+
+def test_a_filter_bank_of_another_shape_is_refused_and_one_patch_is_enough(cfg, params):
+    for shape in ((1, 98, 127), (98, 128), (1, 1, 98, 128)):
+        with pytest.raises(InputError, match="fbank"):
+            Beats(cfg).apply(params, jnp.zeros(shape))
+    assert jax.jit(Beats(cfg).apply)(params, jnp.zeros((1, 16, 128))).shape == (1, 8, cfg.width)
+
+
+def test_the_position_convolution_starts_as_an_unnormalised_one(cfg):
+    """weight_norm starts with the gain that leaves the drawn kernel, of variance 4 / (taps * width), as it is."""
+    params = PositionConv(cfg).init(jax.random.key(0), jnp.zeros((1, 9, cfg.width)))["params"]
+    deviation = (4 / (cfg.conv_pos * cfg.width)) ** 0.5
+    np.testing.assert_allclose(np.std(params["weight_v"]), deviation, rtol=0.1)
+    norms = np.sqrt((params["weight_v"] ** 2).sum((1, 2)))
+    np.testing.assert_allclose(params["weight_g"][:, 0, 0], np.full(cfg.conv_pos, norms.mean()), rtol=0.1)
+    assert not params["bias"].any()
+
+
+def test_gates_of_the_position_bias_start_at_one(cfg):
+    variables = jax.jit(Beats(cfg).init)(jax.random.key(0), jnp.zeros((1, 16, 128)))["params"]
+    assert (variables["layers"]["self_attn"]["grep_a"] == 1).all()
+
+
+def test_an_encoder_as_wide_as_its_embedding_has_no_projection(cfg):
+    same = dataclasses.replace(cfg, embed_dim=cfg.width)
+    shapes = jax.eval_shape(Beats(same).init, jax.random.key(0), jnp.zeros((1, 98, 128)))["params"]
+    assert "post_extract_proj" not in shapes

@@ -127,3 +127,30 @@ def test_frames_of_another_size_and_other_towers_are_refused(cfg, params):
         clip_config({"hidden_act": "gelu"}, (1,))
     with pytest.raises(InputError, match="hidden_size"):
         clip_config({"image_size": 224, "patch_size": 14}, (1,))
+
+
+def test_the_sizes_are_those_of_vit_l_14_and_of_the_paper():
+    vit = {"image_size": 224, "patch_size": 14, "width": 1024, "layers": 24, "heads": 16, "mlp_dim": 4096}
+    assert dataclasses.asdict(ClipConfig()) == {**vit, "taps": (14, 22, 23), "dtype": "bfloat16"}
+    assert ClipConfig().patches == 256
+
+
+@pytest.mark.parametrize("taps", [(0,), (24,), (0, 24)])
+def test_the_embedding_and_the_last_layer_can_be_tapped(taps):
+    assert ClipConfig(taps=taps).taps == taps
+    with pytest.raises(InputError, match="taps"):
+        ClipConfig(taps=(-1, *taps))
+
+
+def test_pictures_of_another_height_or_of_other_channels_are_refused(cfg, params):
+    side = cfg.image_size
+    for shape in ((1, side, side + 1, 3), (1, side, side, 4), (side, side, 3)):
+        with pytest.raises(InputError, match="resize"):
+            Clip(cfg).apply(params, jnp.zeros(shape))
+
+
+def test_embeddings_start_with_a_deviation_of_two_hundredths():
+    cfg = ClipConfig(image_size=42, width=512, layers=1, heads=2, mlp_dim=8, taps=(1,))
+    params = jax.jit(Clip(cfg).init)(jax.random.key(0), jnp.zeros((1, 42, 42, 3)))
+    for name in ("class_embedding", "position_embedding"):
+        assert 0.018 < np.std(params["params"][name]) < 0.022

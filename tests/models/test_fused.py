@@ -104,3 +104,49 @@ def test_an_integer_is_at_most_half_a_step_off(kind, most):
     assert int(jnp.abs(made["kernel"].astype(jnp.int32)).max()) == most
     x = jax.random.normal(jax.random.key(1), (3, len(kernel)))
     np.testing.assert_allclose(quantize.product(x, **made), x @ quantize.dequantize(**made), atol=1e-4)
+
+
+def test_a_scale_covers_a_whole_column_in_int8_and_a_group_of_inputs_in_int4():
+    assert [quantize.group_of("int8", width) for width in (10, 128)] == [10, 128]
+    assert [quantize.group_of("int4", width) for width in (128, 96, 10, 7)] == [64, 32, 2, 1]
+
+
+def test_quantization_by_hand():
+    """Columns of 0; of magnitude 127, which int8 holds exactly; of 254, in steps of 2; int4 in two groups."""
+    kernel = jnp.array([[0.0, -127.0, 254.0], [0.0, 3.0, -3.1]])
+    made = quantize.quantize(kernel, "int8")
+    assert made["scale"].tolist() == [[0, 1, 2]] and made["scale"].dtype == jnp.float32
+    assert made["kernel"].tolist() == [[0, -127, 127], [0, 3, -2]]
+    kernel = jnp.zeros((128, 1)).at[3].set(-14.0).at[4].set(3.9).at[100].set(0.7).at[101].set(0.2)
+    made = quantize.quantize(kernel.astype(jnp.bfloat16), "int4")
+    np.testing.assert_allclose(made["scale"], [[2.0], [0.1]], rtol=0.01)
+    np.testing.assert_array_equal(made["kernel"].astype(jnp.int32)[jnp.array([3, 4, 100, 101]), 0], [-7, 2, 7, 2])
+    restored = quantize.dequantize(**made)
+    assert restored.dtype == jnp.float32
+    np.testing.assert_allclose(restored[jnp.array([3, 4, 5, 100, 101]), 0], [-14, 4, 0, 0.7, 0.2], rtol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_product_in_half_precision_is_summed_in_float32(kind):
+    made = quantize.quantize(jax.random.normal(jax.random.key(0), (2 * quantize.GROUP, 5)), kind)
+    x = jax.random.normal(jax.random.key(1), (3, 2 * quantize.GROUP)).astype(jnp.bfloat16)
+    found = quantize.product(x, **made)
+    assert found.dtype == jnp.float32 and found.shape == (3, 5)
+    np.testing.assert_allclose(found, x.astype(jnp.float32) @ quantize.dequantize(**made), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_matrices_of_the_language_model_are_rounded_and_the_output_to_eight_bits(params, kind):
+    rounded = quantize.rounded(params, kind)
+    before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, rounded))
+    for path, leaf in before.items():
+        names = [key.key for key in path]
+        if kind == "float" or names[-1] != "kernel":
+            np.testing.assert_array_equal(after[path], leaf)
+        elif "layers" in names:
+            for layer, found in zip(leaf, after[path], strict=True):
+                wanted = quantize.dequantize(**quantize.quantize(layer, kind))
+                np.testing.assert_allclose(found, wanted, atol=1e-6)
+        else:
+            wanted = quantize.dequantize(**quantize.quantize(leaf, "int8"))
+            np.testing.assert_allclose(after[path], wanted, atol=1e-6)

@@ -15,7 +15,19 @@ from crab_jax.convert import torch_file
 from crab_jax.convert.keymap import from_params, to_params
 from crab_jax.convert.llama import llama_config, llama_rules, lora_rules, lora_sizes, pad_vocab, trim_vocab
 from crab_jax.io.errors import InputError
-from crab_jax.models.llama import Attention, Llama, LlamaConfig, attend, attend_cache, init_cache, rope
+from crab_jax.models.layers import RMSNorm
+from crab_jax.models.llama import (
+    Attention,
+    Llama,
+    LlamaConfig,
+    attend,
+    attend_cache,
+    grow_cache,
+    init_cache,
+    mask_pads,
+    rope,
+    rotate,
+)
 from crab_jax.models.lora import LoraConfig, LoraDense
 
 TINY = LlamaConfig(vocab_size=50, hidden=32, layers=3, heads=4, kv_heads=2, mlp_dim=48, dtype="float32")
@@ -358,3 +370,80 @@ def test_unsupported_language_models_are_refused(change, field):
         llama_config(QWEN2 | change)
     with pytest.raises(InputError, match="rms_norm_eps"):
         llama_config({key: value for key, value in QWEN2.items() if key != "rms_norm_eps"})
+
+
+def test_the_default_is_llama_2_7b_with_the_tokens_of_crab():
+    sizes = {"vocab_size": 32017, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "mlp_dim": 11008}
+    numbers = {"rope_theta": 10000.0, "rms_eps": 1e-5, "qkv_bias": False}
+    assert dataclasses.asdict(LlamaConfig()) == {**sizes, **numbers, "remat": "full", "dtype": "bfloat16"}
+    assert LlamaConfig().head_dim == 128
+    assert [LlamaConfig(vocab_size=size).padded_vocab for size in (127, 128, 129, 32017)] == [128, 128, 256, 32128]
+
+
+def test_the_axes_of_every_kind_of_parameter():
+    """What a mesh may cut: rows and columns of matrices, never the rank of LoRA."""
+    boxed = abstract_params(Llama(dataclasses.replace(TINY, qkv_bias=True), LoraConfig()))
+    attention, mlp = boxed["layers"]["self_attn"], boxed["layers"]["mlp"]
+    for name, axis in (("q_proj", "heads"), ("k_proj", "kv"), ("v_proj", "kv")):
+        assert attention[name]["kernel"].names == ("layers", "embed", axis)
+        assert attention[name]["bias"].names == ("layers", axis)
+    assert attention["o_proj"]["kernel"].names == ("layers", "heads", "embed")
+    assert mlp["gate_proj"]["kernel"].names == mlp["up_proj"]["kernel"].names == ("layers", "embed", "mlp")
+    assert mlp["down_proj"]["kernel"].names == ("layers", "mlp", "embed")
+    assert mlp["down_proj"]["lora_A"].names == ("layers", "mlp", None)
+    assert mlp["down_proj"]["lora_route"].names == ("layers", "mlp", None)
+    assert boxed["layers"]["input_layernorm"]["scale"].names == ("layers", "embed")
+    assert boxed["norm"]["scale"].names == ("embed",)
+    assert boxed["embed_tokens"]["embedding"].names == ("vocab", "embed")
+    assert boxed["lm_head"]["kernel"].names == ("embed", "vocab")
+
+
+def test_a_cache_has_a_slot_per_position_and_grows_with_empty_ones():
+    cache = init_cache(TINY, 2, 3)
+    assert cache.k.shape == (TINY.layers, 2, TINY.kv_heads, TINY.head_dim, 3) and cache.k.dtype == TINY.dtype
+    assert cache.v.shape == (TINY.layers, 2, TINY.kv_heads, 3, TINY.head_dim) and not cache.v.any()
+    assert init_cache(TINY, 2, 3, "bfloat16").v.dtype == jnp.bfloat16
+    full = jax.tree.map(lambda x: x + 1, cache)
+    grown = grow_cache(full, 2)
+    assert grown.k.shape[-1] == grown.v.shape[-2] == 5
+    assert (grown.k[..., :3] == 1).all() and (grown.v[..., :3, :] == 1).all()
+    assert not grown.k[..., 3:].any() and not grown.v[..., 3:, :].any()
+
+
+def test_a_key_mask_beside_a_cache_is_refused():
+    model = Llama(TINY)
+    x, positions = jnp.zeros((1, 2, TINY.hidden)), jnp.arange(2)[None]
+    with pytest.raises(ValueError, match="key_mask"):
+        model.init(jax.random.key(0), x, positions, jnp.ones((1, 2), bool), init_cache(TINY, 1, 2))
+
+
+def test_rotation_by_hand():
+    """Feature i and i + d/2 turn by position / theta^(2i/d)."""
+    cos, sin = rope(jnp.array([[0, 3]]), 4, 100.0)
+    np.testing.assert_allclose(cos[0, :, 0], [[1, 1], [np.cos(3), np.cos(0.3)]], rtol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], [[0, 0], [np.sin(3), np.sin(0.3)]], rtol=1e-6)
+    x = jnp.array([[[[1.0, 2.0, 3.0, 4.0]], [[1.0, 0.0, 0.0, 1.0]]]])
+    wanted = [np.cos(3), -np.sin(0.3), np.sin(3), np.cos(0.3)]
+    np.testing.assert_allclose(rotate(x, cos, sin)[0, :, 0], [[1, 2, 3, 4], wanted], rtol=1e-5)
+    assert rotate(x.astype(jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
+
+
+def test_pads_of_the_vocabulary_can_never_be_chosen():
+    np.testing.assert_array_equal(mask_pads(jnp.arange(4.0), 3), np.float32([0, 1, 2, -1e30]))
+
+
+def test_every_layer_and_the_router_can_be_looked_at():
+    model = Llama(TINY, LoraConfig())
+    params = random_params(model)
+    tokens = jnp.arange(6).reshape(2, 3)
+    positions = jnp.broadcast_to(jnp.arange(3), (2, 3))
+    look = lambda m: (m.embed(tokens), m(m.embed(tokens), positions)[0])  # noqa: E731
+    run = jax.jit(functools.partial(model.apply, method=look, mutable=["intermediates", "router"]))
+    (_, hidden), seen = run({"params": params})
+    states = seen["intermediates"]["layers"]["hidden"][0]
+    assert states.shape == (TINY.layers, 2, 3, TINY.hidden)
+    normed = RMSNorm(TINY.rms_eps).apply({"params": params["norm"]}, states[-1])
+    np.testing.assert_allclose(normed, hidden, rtol=1e-5, atol=1e-5)
+    assert len(jax.tree.leaves(seen["router"])) == 7
+    variables = jax.eval_shape(functools.partial(model.init, method=look), jax.random.key(0))
+    assert set(variables) == {"params"}, "init keeps no states"

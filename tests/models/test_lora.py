@@ -133,3 +133,30 @@ def test_bfloat16_layer_routes_in_float32():
     assert y.dtype == jnp.bfloat16
     assert state["router"]["weights"][0].dtype == jnp.float32
     np.testing.assert_allclose(state["router"]["weights"][0].sum(-1), 1, atol=1e-6)
+
+
+def test_the_defaults_are_those_of_the_release():
+    assert vars(LoraConfig()) == {"rank": 8, "alpha": 16.0, "heads": 3, "dropout": 0.05, "dropout_per_head": False}
+    assert LoraConfig().scale == 2.0
+
+
+def test_a_layer_without_lora_has_no_lora_and_starts_with_a_deviation_of_two_hundredths():
+    params = nn.unbox(LoraDense(300, None).init(jax.random.key(0), jnp.ones((1, 400))))["params"]
+    assert set(params) == {"kernel"} and 0.019 < np.std(params["kernel"]) < 0.021
+    biased = nn.unbox(LoraDense(3, None, use_bias=True).init(jax.random.key(0), jnp.ones((1, 4))))["params"]
+    assert not biased["bias"].any()
+    x = jax.random.normal(jax.random.key(1), (2, 4))
+    shifted = LoraDense(3, None, use_bias=True).apply({"params": biased | {"bias": jnp.arange(3.0)}}, x)
+    np.testing.assert_allclose(shifted, x @ biased["kernel"] + jnp.arange(3.0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_axes_of_a_layer_are_those_of_its_inputs_and_outputs():
+    variables = LoraDense(7, LoraConfig(), True, axes=("embed", "mlp")).init(jax.random.key(0), jnp.ones((1, 5)))
+    names = {name: tuple(spec) for name, spec in nn.get_partition_spec(variables)["params"].items()}
+    assert names == {
+        "kernel": ("embed", "mlp"),
+        "bias": ("mlp",),
+        "lora_A": ("embed", None),
+        "lora_B": (None, None, "mlp"),
+        "lora_route": ("embed", None),
+    }

@@ -234,3 +234,17 @@ def test_a_width_that_heads_do_not_divide_is_refused():
         SegConfig(dim=40, heads=8)
     with pytest.raises(InputError, match="two levels"):
         SegConfig(scales=3)
+
+
+def test_the_default_sizes_are_those_of_the_release():
+    inputs = {"llm_dim": 4096, "image_dim": 1024, "grid": 16, "image_size": 224}
+    decoder = {"dim": 256, "queries": 300, "heads": 8, "mlp_dim": 2048, "query_layers": 2, "query_mlp_dim": 2048}
+    masks = {"depth": 2, "scales": 2, "tokens_per_scale": 3, "low_res": 112, "classes": 71, "chain_queries": True}
+    assert dataclasses.asdict(SegConfig()) == {**inputs, **decoder, **masks, "dtype": "float32"}
+
+
+def test_a_decoder_of_other_than_two_levels_is_refused():
+    for scales in (1, 3):
+        with pytest.raises(InputError, match="scales"):
+            SegConfig(scales=scales)
+    assert SegConfig(dim=48, heads=3).dim == 48

@@ -126,3 +126,27 @@ def test_tokens_of_another_width_are_refused(visual):
     cfg, params = visual
     with pytest.raises(InputError, match="QFormer"):
         QFormer(cfg).apply(params, jnp.zeros((1, 3, cfg.in_dim + 1)))
+
+
+def test_the_sizes_are_those_of_bert_base_with_two_layers_and_32_queries():
+    sizes = {"width": 768, "heads": 12, "mlp_dim": 3072, "layers": 2, "queries": 32, "dropout": 0.1}
+    assert dataclasses.asdict(QFormerConfig(in_dim=5, out_dim=7)) == {
+        "in_dim": 5, "out_dim": 7, **sizes, "dtype": "bfloat16"}  # fmt: skip
+
+
+def test_parameters_start_as_the_reference_starts_them():
+    """BERT's normal of 0.02, PyTorch's uniform of 1 / sqrt(inputs) for the projection, biases of 0."""
+    cfg = QFormerConfig(in_dim=48, out_dim=64, width=64, heads=4, mlp_dim=96, queries=16, dtype="float32")
+    params = jax.jit(QFormer(cfg).init)(jax.random.key(0), jnp.ones((1, 3, 48)))["params"]
+    layers = params["layers"]
+    normal = [layers["attention"][name]["kernel"] for name in ("query", "key", "value", "dense")]
+    normal += [layers[name]["kernel"] for name in ("intermediate_query", "output_query")] + [params["query_tokens"]]
+    assert all(0.017 < np.std(kernel) < 0.023 for kernel in normal)
+    for name in ("proj_0", "proj_2"):
+        assert 0.95 / 8 < np.abs(params[name]["kernel"]).max() <= 1 / 8
+
+
+def test_inputs_that_are_not_folded_are_refused(visual):
+    cfg, params = visual
+    with pytest.raises(InputError, match="fold"):
+        QFormer(cfg).apply(params, jnp.zeros((1, 2, 3, cfg.in_dim)))

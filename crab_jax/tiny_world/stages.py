@@ -24,7 +24,7 @@ from crab_jax.io.structured import read_lines
 from crab_jax.optim import split
 from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
-from crab_jax.tiny.recipe import command
+from crab_jax.tiny_world.recipe import command
 
 # The parameters that Crab adds to the encoders and the language model.
 ADDED = (*defaults.QFORMERS, *defaults.LORA, *defaults.SEGMENTATION, *defaults.FOURIER)

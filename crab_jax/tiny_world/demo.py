@@ -2,7 +2,7 @@
 
     python -m crab_jax.demo --out runs/demo
 
-Starts from the committed warm start (crab_jax/tiny/recipe.py), or with --from-scratch from a small recipe of its own.
+Starts from the committed warm start (crab_jax/tiny_world/recipe.py), or with --from-scratch from a small recipe of its own.
 Every step is a command that a user could type. Finished parts are not repeated.
 """
 
@@ -23,7 +23,7 @@ from crab_jax.io.errors import CommandLine
 from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
 from crab_jax.runs import run_data, run_folder, run_params
-from crab_jax.tiny.recipe import command, recipe
+from crab_jax.tiny_world.recipe import command, recipe
 from data_pipelines.examples import Example
 from data_pipelines.media import read_mask
 
@@ -126,7 +126,7 @@ def demo(out: Path, from_scratch: bool) -> None:
             "--out",
             out / name,
         )
-    part("baselines", collect_results, out, scenes, run_params.load_model(run)[0].cfg.clip.image_size)
+    part("baselines", collect_results, out, scenes, run_params.load_model(run)[0].cfg.image_size)
     clip = scenes / "test" / "000000" / "clip.mp4"
     part(
         "predict",

@@ -1,0 +1,240 @@
+"""Evaluation during training: losses of held-out Examples, and answers to them, on the mesh of the run.
+
+It reads the parameters between two steps and writes nothing but its own records, so that training is the same with it
+and without: it draws no random numbers, has data of its own, and donates no buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from crab_jax import losses, optim
+from crab_jax.config import RunConfig
+from crab_jax.evaluation import scoring
+from crab_jax.evaluation.judging import check_labels
+from crab_jax.generate import GenerateOptions, generate
+from crab_jax.inference import draw
+from crab_jax.io.errors import InputError
+from crab_jax.losses import LossConfig, Term
+from crab_jax.models.protocol import Model
+from crab_jax.parallel import distributed, sharding
+from crab_jax.parallel.watchdog import Watchdog
+from crab_jax.runs import run_data, run_mesh
+from crab_jax.tasks import TASKS
+from crab_jax.training.train_step import loss_rows
+from data_pipelines import mixture
+from data_pipelines.batching import Batch, Bucket, Fill
+from data_pipelines.examples import Example, spread
+from data_pipelines.tokens import EOS, Tokenizer
+
+SAMPLES = "samples"  # beside the loss terms: how many Examples were counted
+TOKENS = 32  # the room for an answer is a multiple of so many tokens
+TERMS = ("text", "bce", "dice", "ce")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The Examples that a run is evaluated on while it trains, and the bucket of each: bucket -> positions."""
+
+    examples: Sequence[Example]
+    groups: Mapping[Bucket, Mapping[int, Fill]]
+
+
+def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
+    """Return what a run is evaluated on: up to `eval_samples` Examples of each of its tasks, evenly spread over the
+    split, the same in every process and for every seed. None where it is not evaluated.
+
+    Only annotations are read. Examples without an answer to measure a loss of are not taken. Raises InputError where
+    the split is not there or has no such Example, and where one cannot be batched, or scored, unless data.on_error is
+    skip.
+    """
+    if not config.eval_every:
+        return None
+    drawn, fix = config.mixture, "name a split of the data with --config.eval_split, or give --config.eval_every=0"
+    try:
+        found = run_data.read_examples(
+            drawn.root,
+            config.eval_split,
+            datasets=drawn.datasets,
+            variant=drawn.variant,
+            frames="all",
+            missing=config.data.on_error,
+            malformed=config.data.on_error,
+        )
+    except InputError as error:
+        problem = f"is {config.eval_split!r}, which cannot be read: {error}"
+        raise InputError("--config", "eval_split", problem, fix) from None
+    usable = [e for e in found if drawn.weights[e.task] > 0 and e.target and (e.mask or e.mask_kind == "none")]
+    if not usable:
+        problem = f"is {config.eval_split!r}, which has no example with an answer of any task that the run trains on"
+        raise InputError("--config", "eval_split", problem, fix)
+    examples = spread(usable, config.eval_samples)
+    run_data.check_tenths(config, examples)
+    check = (lambda example: check_labels([example])) if config.eval_answers else lambda example: None
+    return HeldOut(examples, mixture.group_by_bucket(examples, tokenizer, config.data, check=check))
+
+
+def due(config: RunConfig, step: int) -> bool:
+    """Return whether a run is evaluated after `step`: before its first step, every `eval_every` steps, and at its
+    end."""
+    return config.eval_every > 0 and (step % config.eval_every == 0 or step == config.steps)
+
+
+def described(config: RunConfig, chosen: HeldOut) -> str:
+    """Return one line on what a run is evaluated on."""
+    counts = Counter(chosen.examples[index].task for group in chosen.groups.values() for index in group)
+    shown = ", ".join(f"{counts[task]} of {task}" for task in TASKS if counts[task])
+    lacking = [task for task in TASKS if config.mixture.weights[task] > 0 and not counts[task]]
+    none = f"; none of {', '.join(lacking)}" if lacking else ""
+    return f"evaluation every {config.eval_every} steps on examples of {config.eval_split}: {shown}{none}"
+
+
+def held_out_sums(model: Model, trainable: Any, frozen: Any, batch: Batch) -> dict[str, Term]:
+    """Return sums and counts float32[tasks] of each loss term of training ("text"; "bce", "dice" and "ce" in a bucket
+    with masks), without dropout; as SAMPLES the number of Examples, twice."""
+    output: Any = model.apply({"params": optim.merge(trainable, frozen)}, batch)
+    counted = (batch.index >= 0).astype(jnp.float32)
+    rows = loss_rows(output, batch) | {SAMPLES: Term(counted, counted)}
+
+    def by_task(term: Term) -> Term:
+        groups = len(term.sum) // len(batch.task)  # of masks in a row
+        return losses.by_task(term, jnp.repeat(batch.task, groups), len(TASKS))
+
+    return {name: by_task(term) for name, term in rows.items()}
+
+
+def held_out_answers(
+    model: Model, trainable: Any, frozen: Any, batch: Batch, options: GenerateOptions
+) -> dict[str, jax.Array]:
+    """Return the greedy answers to the prompts of a batch with answers, which are taken away: "tokens" int32[B,N],
+    "index" int32[B], and in a bucket with masks "binary" and "semantic" (see `inference.draw`), "has_mask" bool[B] and
+    the "truth" int32[B,H,W]."""
+    params = optim.merge(trainable, frozen)
+    answer = jnp.argmax(batch.loss_mask, axis=1)[:, None]  # the first position of it
+    prompt = batch.text_mask & (jnp.arange(batch.tokens.shape[1]) < answer)
+    asked = batch.replace(
+        tokens=jnp.where(prompt, batch.tokens, options.pad_id),
+        slots=jnp.where(prompt, batch.slots, -1),
+        text_mask=prompt,
+    )
+    generation = generate(model, params, asked, options)
+    answers = {"tokens": generation.tokens, "index": batch.index}
+    if batch.seg_frame.shape[1]:
+        answers |= draw(model, params, generation.mask_states[:, 0], batch.seg_frame[:, 0])
+        answers |= {"has_mask": generation.has_mask[:, 0], "truth": batch.seg_target[:, 0]}
+    return answers
+
+
+def loss_record(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: LossConfig) -> dict[str, float]:
+    """Return `eval/loss`, as if all Examples were one batch, `eval/loss/<term>`, `eval/loss/<term>/<task>` and
+    `eval/samples` from sums and counts float64[tasks]; what nothing was counted of is left out."""
+    pooled = {name: Term(jnp.float32(total.sum()), jnp.float32(number.sum())) for name, (total, number) in sums.items()}
+    terms = {name: pooled[name] for name in TERMS if name in pooled}
+    record = {"eval/loss": float(losses.total(terms, cfg)), "eval/samples": float(pooled[SAMPLES].sum)}
+    for name in terms:
+        total, number = sums[name]
+        if number.sum():
+            record[f"eval/loss/{name}"] = float(total.sum() / number.sum())
+        record |= {
+            f"eval/loss/{name}/{task}": float(total[place] / number[place])
+            for place, task in enumerate(TASKS)
+            if number[place]
+        }
+    return record
+
+
+def answer_record(
+    answers: Sequence[Mapping[str, np.ndarray]], examples: Sequence[Example], tokenizer: Tokenizer
+) -> dict[str, float]:
+    """Return `eval/<metric>/<task>`, the headline metric of each task, from the answers to batches of `examples`."""
+    judged = []
+    for batch in answers:
+        for row in np.flatnonzero(batch["index"] >= 0):
+            example = examples[batch["index"][row]]
+            drew = example.mask_kind != "none" and bool(batch["has_mask"][row])
+            answer = scoring.Answer(
+                example.id, tokenizer.decode(batch["tokens"][row]), batch[example.mask_kind][row] if drew else None
+            )
+            truth = batch["truth"][row] if example.mask_kind != "none" else None
+            judged.append(scoring.judge(example, answer, truth))
+    record = {}
+    for name, ours in scoring.by_task(judged).items():
+        metric = TASKS[name].headline
+        value = TASKS[name].reduce([one.stats for one in ours]).get(metric, np.nan)
+        if np.isfinite(value):
+            record[f"eval/{metric}/{name}"] = float(value)
+    return record
+
+
+class Evaluation:
+    """The held-out Examples, decoded once and kept on the host (about 3 MB each), and the programs that judge them,
+    each compiled once for each bucket."""
+
+    def __init__(
+        self, config: RunConfig, model: Model, mesh: Mesh, tokenizer: Tokenizer, chosen: HeldOut, trainable: Any
+    ):
+        self.config, self.tokenizer, self.examples = config, tokenizer, chosen.examples
+        self.where, self.rows = sharding.batch_sharding(mesh), _batch_rows(config, mesh, chosen)
+        self.batches = mixture.answered_batches(
+            chosen.examples,
+            chosen.groups,
+            config.mixture.root,
+            tokenizer,
+            config.data,
+            self.rows,
+            distributed.own_rows(self.where, self.rows),
+        )
+        longest = max(len(tokenizer.ids(example.target + EOS)) for example in chosen.examples)
+        options = GenerateOptions(
+            tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), TOKENS * (longest // TOKENS + 1)
+        )
+
+        def compiled(program: Any) -> Any:
+            def run(trainable: Any, frozen: Any, batch: Batch) -> Any:
+                with sharding.constrained(mesh):
+                    return program(model, trainable, frozen, batch)
+
+            places = (jax.tree.map(lambda x: x.sharding, trainable), None, self.where)
+            return jax.jit(run, in_shardings=places, out_shardings=sharding.replicated(mesh))
+
+        self.sums_of = compiled(held_out_sums)
+        self.answers_of = compiled(partial(held_out_answers, options=options)) if config.eval_answers else None
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were compiled so far."""
+        return self.sums_of._cache_size() + (self.answers_of._cache_size() if self.answers_of else 0)
+
+    def run(self, step: int, trainable: Any, frozen: Any, watchdog: Watchdog) -> dict[str, float]:
+        """Return the record of the parameters after `step`; every process takes part and returns the same losses."""
+        sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        answers = []
+        for number, own in enumerate(self.batches, 1):
+            what = f"batch {number} of {len(self.batches)} of the evaluation at step {step}"
+            with watchdog.waiting(f"{what} (the first evaluation is compiled)"):
+                batch = distributed.global_batch(own, self.where, self.rows)
+                for name, term in jax.device_get(self.sums_of(trainable, frozen, batch)).items():
+                    total, count = sums.get(name, (np.zeros(len(TASKS)), np.zeros(len(TASKS))))
+                    sums[name] = total + term.sum, count + term.number
+                if self.answers_of:
+                    answers.append(jax.device_get(self.answers_of(trainable, frozen, batch)))
+        record = loss_record(sums, self.config.loss)
+        return record | answer_record(answers, self.examples, self.tokenizer)
+
+
+def _batch_rows(config: RunConfig, mesh: Mesh, chosen: HeldOut) -> int:
+    """Rows of an evaluation batch: enough for the fullest bucket, a multiple of the devices that share a batch, and at
+    most a micro-batch of training, which fits."""
+    shared = mesh.shape["data"] * mesh.shape["fsdp"]
+    most = config.mixture.batch_size // run_mesh.micro_batches(config, mesh)
+    fullest = max(len(group) for group in chosen.groups.values())
+    return min(most, -(-fullest // shared) * shared)

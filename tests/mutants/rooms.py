@@ -1,0 +1,31 @@
+"""The modules that are mutated, and the tests of each: its own file first, then the others of its room."""
+
+from __future__ import annotations
+
+PARITY = "tests/parity/test_modules.py"
+
+
+def _own(folder: str, tests: str, names: str, *others: str) -> dict[str, tuple[str, ...]]:
+    """Return the rows of modules whose own tests are `tests`/test_<name>.py."""
+    return {f"{folder}/{name}.py": (f"{tests}/test_{name}.py", *others) for name in names.split()}
+
+
+# Room -> module -> its test files or folders.
+ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "losses": _own("crab_jax", "tests", "losses"),
+    "optim": _own("crab_jax", "tests", "optim"),
+    "scoring": _own("crab_jax", "tests", "scoring", "tests/test_evaluate.py"),
+    "tasks": _own(
+        "crab_jax/tasks", "tests/tasks", "arig avcap ave avqa avs avvp ref_avs segmentation times", "tests/tasks"
+    )
+    | {f"crab_jax/tasks/{name}.py": ("tests/tasks",) for name in ("placeholders", "task", "text")},
+    "batching": _own("data_pipelines", "tests/data_pipelines", "batching"),
+    "mixture": _own("data_pipelines", "tests/data_pipelines", "mixture"),
+    "inference": _own("crab_jax", "tests", "inference", "tests/test_generate.py", "tests/test_evaluate.py"),
+    "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
+    "quantize": {"crab_jax/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
+    "checkpoints": _own("crab_jax", "tests", "checkpoints", "tests/test_resume.py"),
+    "models": _own("crab_jax/models", "tests/models", "beats clip crab fused llama lora mask_decoder qformer", PARITY)
+    | {"crab_jax/models/presets.py": ("tests/test_bounds.py", "tests/test_config.py")},
+    "train": _own("crab_jax", "tests", "train", "tests/test_resume.py"),
+}
