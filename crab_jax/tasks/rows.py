@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -150,10 +151,8 @@ def _value(row: Row, name: str, field: Field, label: dict[str, Any]) -> Any:
     found = [given]
     if isinstance(given, str):
         found = [" ".join(given.split())]
-        try:
+        with contextlib.suppress(ValueError):
             found.append(json.loads(given))
-        except ValueError:
-            pass
     for value in found:
         if field.holds(value, {**label, name: value}):
             return value
