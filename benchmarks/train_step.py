@@ -220,7 +220,10 @@ def torch_side(gpu: str, rows: int, steps: int, heads: int) -> dict[str, Any]:
 
 
 def multi_head(torch: Any, base: Any, lora: Any) -> Any:
-    """The released LoRA layer (peft_hyper/tuners/lora.py) around a linear layer: one A, a B per head, a router."""
+    """Return the released LoRA layer (peft_hyper/tuners/lora.py) around a linear layer.
+
+    It has one A, a B per head, and a router.
+    """
 
     class MultiHead(torch.nn.Module):
         def __init__(self) -> None:

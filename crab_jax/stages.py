@@ -1,4 +1,4 @@
-"""Train the paper's five stages at tiny size: `python -m crab_jax.stages` (tiny_world/stages.py)."""
+"""Run `python -m crab_jax.stages`: the stages of crab_jax/tiny_world/stages.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Pre-train what the tiny world has no release of: `python -m crab_jax.warmup` (tiny_world/pretrain.py)."""
+"""Run `python -m crab_jax.warmup`: the warm-up of crab_jax/tiny_world/pretrain.py."""
 
 import sys
 

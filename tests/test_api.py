@@ -126,7 +126,7 @@ def test_a_model_of_sizes_alone_has_random_weights_of_its_seed():
 
 
 @pytest.mark.parametrize(
-    "media_of, said",
+    ("media_of", "said"),
     [
         ({"video": np.zeros((4, 8, 8, 3), np.float32), "seconds": 10.0}, r"uint8\[frames, height, width, 3\]"),
         ({"video": np.zeros((4, 8, 8, 3), np.uint8)}, "seconds.*is missing"),

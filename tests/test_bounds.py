@@ -183,7 +183,7 @@ def test_every_key_has_a_bound_of_its_own_type():
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    ("flags", "said"),
     [
         (("sizes.llama.heads=3",), "sizes.llama.heads.*3 does not divide sizes.llama.hidden = 128"),
         (("sizes.llama.kv_heads=3",), "sizes.llama.kv_heads.*does not divide sizes.llama.heads = 4"),
@@ -244,7 +244,7 @@ def test_a_path_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    ("content", "said"),
     [
         ("def get_config(:", "invalid syntax"),
         ("x = 1", "get_config"),

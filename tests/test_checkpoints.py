@@ -152,7 +152,7 @@ def test_only_one_part_of_a_large_leaf_is_in_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "parts, problem",
+    ("parts", "problem"),
     [
         ([((0,), np.zeros(2, np.float32))], "missing"),
         ([((0,), np.zeros(2, np.float32))] * 2, "part"),

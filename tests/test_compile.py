@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_reported_with_its_size(devices):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    "name, count, kind",
+    ("name", "count", "kind"),
     [
         ("v4:2x2x2", 8, "TPU v4"),
         ("v5p:2x2x4", 16, "TPU v5"),

@@ -29,7 +29,7 @@ HOST, COUNT, INDEX = distributed.EXPLICIT
 
 
 @pytest.mark.parametrize(
-    "environ, wanted",
+    ("environ", "wanted"),
     [
         ({}, None),
         (
@@ -83,7 +83,7 @@ def test_how_processes_find_each_other_is_read_from_the_environment(environ, wan
 
 
 @pytest.mark.parametrize(
-    "environ, named",
+    ("environ", "named"),
     [
         ({HOST: "h:1", COUNT: "2"}, INDEX),
         ({HOST: "h:1", COUNT: "two", INDEX: "0"}, "two"),
@@ -113,7 +113,7 @@ def test_a_batch_script_without_srun_works_alone_and_says_so(capsys):
         distributed.launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "eight", "SLURM_STEP_NUM_NODES": "1"})
 
 
-@pytest.mark.parametrize("index, lr, fits", [(0, 1.0, True), (1, 1.0, True), (1, 0.5, False)])
+@pytest.mark.parametrize(("index", "lr", "fits"), [(0, 1.0, True), (1, 1.0, True), (1, 0.5, False)])
 def test_processes_that_differ_are_told_in_what(monkeypatch, index, lr, fits):
     class Store:
         def key_value_set(self, key, value):
@@ -437,7 +437,7 @@ def test_the_death_of_the_first_process_ends_all_with_its_name():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments, own, others",
+    ("arguments", "own", "others"),
     [
         (("0", "error", "sleep"), "clip.mp4 [video]: is damaged; copy it again", "clip.mp4 [video]: is damaged"),
         (("5", "sleep"), f"process 1 on {socket.gethostname()} [seed]: is 5, on process 0 it is 0", "[seed]: is 5"),

@@ -93,7 +93,7 @@ def test_the_data_root_of_training_is_taken_where_it_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "environ, kept",
+    ("environ", "kept"),
     [
         ({"HOME": "/dev/null"}, False),
         ({"HOME": "/proc/1"}, False),

@@ -148,7 +148,7 @@ def test_evaluated_again_in_other_batches_the_scores_are_the_same(scenes_root, w
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("flags, copies", [((), 8), (("--tensor", "2"), 4)], ids=["copies", "split"])
+@pytest.mark.parametrize(("flags", "copies"), [((), 8), (("--tensor", "2"), 4)], ids=["copies", "split"])
 def test_on_eight_devices_the_answers_are_the_same(scenes_root, whole, tmp_path, flags, copies):
     said = finish(start(scenes_root, tmp_path, "--batch-size", "8", *flags, devices=8))
     assert f"{copies} copies of the model on 8 devices" in said

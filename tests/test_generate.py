@@ -154,7 +154,7 @@ def test_a_row_whose_logits_are_no_numbers_says_so_and_leaves_the_others_alone(p
     assert filler.finite.all() and compiled(MODEL, params, asked, OPTIONS).finite.all()
 
 
-@pytest.mark.parametrize("order, width", [([4, 3, 2, 1, 0], 7), ([2, 2, 0], 16)])
+@pytest.mark.parametrize(("order", "width"), [([4, 3, 2, 1, 0], 7), ([2, 2, 0], 16)])
 def test_a_row_depends_on_neither_batch_nor_order_nor_padding(params, expected, order, width):
     out = compiled(MODEL, params, prompts([ROWS[i] for i in order], width, junk=39), OPTIONS)
     assert [generated(out, i) for i in range(len(order))] == [expected[i] for i in order]
@@ -342,7 +342,7 @@ def test_top_p_keeps_the_fewest_likely_tokens():
 
 
 @pytest.mark.parametrize(
-    "field, allowed, refused",
+    ("field", "allowed", "refused"),
     [
         ("max_new_tokens", (1, 2), (0, -1)),
         ("temperature", (0.0, 0.1), (-1.0, -0.01)),

@@ -31,7 +31,7 @@ def test_the_cache_of_features_keeps_the_latest_and_no_more_than_its_bound(monke
     assert encoded == [1, 2, 3, 4, 2], "the one asked about least lately went"
 
 
-@pytest.mark.parametrize("together, calls", [(4, [4, 4]), (2, [2, 2, 2])])
+@pytest.mark.parametrize(("together", "calls"), [(4, [4, 4]), (2, [2, 2, 2])])
 def test_clips_are_encoded_a_few_at_a_time_and_each_once(monkeypatch, together, calls):
     """Six rows of five clips: each row gets the rows of its own clip, whatever it was encoded with."""
     sizes = []
@@ -91,7 +91,7 @@ def test_an_answer_that_can_be_read_has_no_warning():
 
 
 @pytest.mark.parametrize(
-    "task, text, ended, forced, warning",
+    ("task", "text", "ended", "forced", "warning"),
     [
         ("avqa", "<answer> yes </answer>", False, False, "did not end"),
         ("avqa", "who knows", True, False, "cannot be read as an answer to avqa"),

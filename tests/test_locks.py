@@ -203,9 +203,12 @@ def test_shares_of_one_use_go_together_and_others_do_not(tmp_path):
 def test_one_that_is_to_share_and_differs_is_told_in_what(tmp_path):
     """As the processes of one evaluation, whose uses are objects."""
     told = rf"share {tmp_path} \[--limit\]: is 4, of process {os.getpid()} on .* it is 3; start all with the same"
-    with locks.locked(tmp_path, use='{"processes": 2, "--limit": 3}', share=0), pytest.raises(InputError, match=told):
-        with locks.locked(tmp_path, use='{"processes": 2, "--limit": 4}', share=1):
-            pass
+    with (
+        locks.locked(tmp_path, use='{"processes": 2, "--limit": 3}', share=0),
+        pytest.raises(InputError, match=told),
+        locks.locked(tmp_path, use='{"processes": 2, "--limit": 4}', share=1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"pid": 1}', b"\xff\xfe"])
@@ -276,7 +279,7 @@ def test_a_folder_that_exists_and_may_not_be_written_to(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device; make room"),
         (PermissionError(errno.EACCES, "Permission denied", b"/x/\xff"), "Permission denied; check the path"),
@@ -300,7 +303,7 @@ def test_what_a_disk_does_is_one_line(error, said, capsys):
 def test_a_mistake_in_the_program_stays_a_traceback(capsys):
     def main():
         try:
-            open("/nowhere/at/all")
+            Path("/nowhere/at/all").read_text()
         except OSError:
             {}["x"]
 

@@ -20,11 +20,11 @@ def batch():
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     kind = np.array([BINARY, SEMANTIC, 0, BINARY, SEMANTIC, BINARY])
-    return dict(
-        text=(normal(6, 9, 13), rng.integers(0, 13, (6, 9)), rng.random((6, 9)) < 0.5),
-        masks=(normal(6, 5, 7), normal(6, 4, 5, 7), rng.integers(0, 2, (6, 5, 7)), kind),
-        valid=np.array([True, True, True, True, True, False]),
-    )
+    return {
+        "text": (normal(6, 9, 13), rng.integers(0, 13, (6, 9)), rng.random((6, 9)) < 0.5),
+        "masks": (normal(6, 5, 7), normal(6, 4, 5, 7), rng.integers(0, 2, (6, 5, 7)), kind),
+        "valid": np.array([True, True, True, True, True, False]),
+    }
 
 
 @jax.jit

@@ -21,7 +21,7 @@ def test_split_covers_every_leaf_once_and_merge_inverts_it():
 
 
 @pytest.mark.parametrize(
-    "trainable, frozen, named",
+    ("trainable", "frozen", "named"),
     [
         (("a/.*",), (), "b/w"),  # uncovered leaf
         (("a/.*",), (".*",), "a/"),  # doubly covered leaf
@@ -39,7 +39,7 @@ def test_cosine_rises_to_the_peak_and_falls_to_zero():
     assert schedule(0) == 0 and np.isclose(schedule(10), 2.0) and np.isclose(schedule(100), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("share, steps, warmup", [(0.1, 100, 10), (0.03, 101, 4), (0.0, 50, 2)])
+@pytest.mark.parametrize(("share", "steps", "warmup"), [(0.1, 100, 10), (0.03, 101, 4), (0.0, 50, 2)])
 def test_every_rate_of_a_run(share, steps, warmup):
     """A linear warm-up of the share rounded up, of at least two steps, then half a cosine wave to zero, or flat."""
     cosine, constant = (
@@ -71,7 +71,7 @@ def test_the_default_is_the_released_recipe():
 
 
 @pytest.mark.parametrize(
-    "field, allowed, refused",
+    ("field", "allowed", "refused"),
     [
         ("lr", (1e-12, 10.0), (0.0, 1e-13, 10.1)),
         ("warmup_share", (0.0, 1.0), (-0.1, 1.1)),
@@ -177,7 +177,7 @@ def test_a_step_that_is_not_sound_changes_nothing_but_its_count():
 
 
 @pytest.mark.parametrize(
-    "name, config, moments, params, grads",
+    ("name", "config", "moments", "params", "grads"),
     [
         # An old momentum over a second moment that is gone: the update is infinite, by values that are all in bounds.
         ("eps", {"eps": 1e-30, "b1": 0.999999}, (1e20, 0.0), 1.0, 0.0),
@@ -198,7 +198,7 @@ def test_a_step_after_which_a_parameter_would_not_be_finite_is_not_taken(name, c
     assert_not_taken((trainable, opt), step(opt, trainable))
 
 
-@pytest.mark.parametrize("b1, b2", [(0.9, 0.999), (0.0, 0.0), (0.999999, 0.999999), (0.0, 0.999999), (0.9, 0.0)])
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.0, 0.0), (0.999999, 0.999999), (0.0, 0.999999), (0.9, 0.0)])
 def test_moments_of_gradients_whose_norm_is_finite_are_finite(b1, b2):
     """Why `apply` looks at parameters only: at the largest gradient that has a norm, for many steps."""
     tx = optim.optimizer(optim.OptimConfig(lr=1e-12, b1=b1, b2=b2, clip_norm=0.0), 100)

@@ -84,7 +84,7 @@ def test_class_ids_and_masks_of_others_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "level, bits, refused",
+    ("level", "bits", "refused"),
     [
         (1, 8, 0),
         (2, 8, 1),

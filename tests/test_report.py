@@ -40,7 +40,7 @@ def data():
     return run_page.ReportData(
         title="Report of a & b",
         config={"seed": 3, "optim.lr": 1e-4},
-        metrics=[{"step": step, **{part: 1 / step for part in parts}} for step in (10, 20, 30)],
+        metrics=[{"step": step, **dict.fromkeys(parts, 1 / step)} for step in (10, 20, 30)],
         results={"tasks": scores(0.75), "baselines": {"constant": scores(0.25), "empty": {}}},
         pictures={"masks": [picture], "boxes": [picture], "times": []},
         answers=[("avqa", "How many?", "two", "<answer> three </answer>")],

@@ -62,7 +62,7 @@ def test_every_matrix_of_the_language_model_is_split_over_both_axes():
 
 
 @pytest.mark.parametrize(
-    "devices, state, memory, expected",
+    ("devices", "state", "memory", "expected"),
     [
         (256, 17 * 2**30, int(15.75 * 2**30), 8),
         (16, 17 * 2**30, int(31.25 * 2**30), 4),
@@ -102,7 +102,9 @@ def test_a_parameter_that_does_not_divide_is_refused_with_its_numbers():
         sharding.check_params({"llama": {"embed": leaf}}, mesh)
 
 
-@pytest.mark.parametrize("name, chips_, expected", [("v5e", 256, 1), ("v6e", 16, 8), ("v4", 64, 2), ("v5p", 16, 2)])
+@pytest.mark.parametrize(
+    ("name", "chips_", "expected"), [("v5e", 256, 1), ("v6e", 16, 8), ("v4", 64, 2), ("v5p", 16, 2)]
+)
 def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, chips_, expected):
     memory = next(chip.hbm_bytes for chip in chips.CHIPS if chip.name == name)
     monkeypatch.setattr(chips, "memory_of", lambda device: memory)
@@ -114,7 +116,7 @@ def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, c
 
 
 @pytest.mark.parametrize(
-    "name, count, weights, batch, expected",
+    ("name", "count", "weights", "batch", "expected"),
     [
         ("v5e", 8, "float", 16, (4, 1, 2)),
         ("v5e", 8, "int8", 16, (8, 1, 1)),

@@ -93,7 +93,7 @@ def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_r
     recompiled = json.loads((tmp_path / "whole" / "compilations.json").read_text())["train_step"]
     config = tiny.get_config()
     config.data.root = str(scenes_root)
-    config.data.weights.update({task: 0.0 for task in LEFT_OUT})
+    config.data.weights.update(dict.fromkeys(LEFT_OUT, 0.0))
     config = resolve(config)
     buckets = mixture.group_by_bucket(run_data.train_examples(config), run_folder.tokenizer_of(config), config.data)
     assert recompiled == len(buckets) == 2, "one compilation per bucket"
@@ -113,7 +113,7 @@ def small_run(root: Path) -> tuple:
     ):
         module, field = path.split(".")
         config.sizes[module][field] = value
-    config.data.weights.update({task: 0.0 for task in ("arig", "ms3", "avss", "ref-avs")})
+    config.data.weights.update(dict.fromkeys(("arig", "ms3", "avss", "ref-avs"), 0.0))
     config = resolve(config)
     model, mesh = config.model.build(), sharding.make_mesh(data=1, devices=jax.devices()[:1])
     params = run_params.initial_params(config, model, run_params.wanted_params(config, model, mesh))
@@ -194,7 +194,7 @@ def test_the_input_that_is_waited_for_is_named(scenes_root):
 
 
 @pytest.mark.parametrize(
-    "flags, named",
+    ("flags", "named"),
     [
         (("--config.optim.lrr=1",), "lrr"),
         (("--config.optim={'lr': 1}",), "optim"),

@@ -163,7 +163,7 @@ def loss_record(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: LossConf
 def answer_record(
     answers: Sequence[Mapping[str, np.ndarray]], examples: Sequence[Example], tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Return `eval/<metric>/<task>`, the metric that ranks samples of each task, from the answers to batches of `examples`."""
+    """Return `eval/<metric>/<task>`, the metric that ranks samples of each task, from answers to `examples`."""
     judged = []
     for batch in answers:
         for row in np.flatnonzero(batch["index"] >= 0):

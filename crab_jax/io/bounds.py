@@ -170,6 +170,7 @@ class Modules(Bound):
     _one = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*)?")
 
     def fits(self, value: Any) -> bool:
+        """Return whether `value` is a text of such modules, of at most 1,000 characters."""
         parts = value.split(",") if isinstance(value, str) and value else []
         return isinstance(value, str) and len(value) <= 1000 and all(self._one.fullmatch(part) for part in parts)
 

@@ -306,7 +306,7 @@ def extra(arrays):
 
 
 @pytest.mark.parametrize(
-    "change, problem",
+    ("change", "problem"),
     [
         (renamed, r"1 tensors are missing: .*lora_route.*1 keys of the files have no use: .*lora_router"),
         (lambda arrays: arrays.pop(ROUTE), r"up_proj.lora_route.weight\]: 1 tensors are missing"),

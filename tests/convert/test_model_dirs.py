@@ -92,7 +92,7 @@ def test_two_precisions_in_one_directory(files, choices, tmp_path):  # noqa: F81
 
 def prefixed(source: Path, change) -> dict[str, np.ndarray | None]:
     held = torch_file.read_model_dir(source)
-    return {name: None for name in held} | {change(name): value for name, value in held.items()}
+    return dict.fromkeys(held) | {change(name): value for name, value in held.items()}
 
 
 @pytest.mark.parametrize(

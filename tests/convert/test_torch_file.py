@@ -88,7 +88,7 @@ def test_tensors_are_read_only_views_of_the_file(golden):
 
 
 @pytest.mark.parametrize(
-    "kind, dtype",
+    ("kind", "dtype"),
     [
         ("DoubleStorage", np.float64),
         ("FloatStorage", np.float32),
@@ -164,7 +164,7 @@ def test_a_state_dict_with_module_metadata(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, name, argument",
+    ("module", "name", "argument"),
     [
         ("os", "system", "touch {}"),
         ("posix", "system", "touch {}"),
@@ -197,7 +197,7 @@ def test_a_pickle_cannot_change_the_admitted_functions(tmp_path, state):
 
 
 @pytest.mark.parametrize(
-    "shape, strides, offset",
+    ("shape", "strides", "offset"),
     [((3,), (1,), 0), ((2,), (1,), 1), ((2,), (-1,), 0), ((1,), (1,), -1), ((2, 2), (2**30, 1), 0)],
 )
 def test_a_tensor_outside_its_storage_is_refused(tmp_path, shape, strides, offset):

@@ -91,20 +91,24 @@ def check(path: Path, grey: float = GREY, tolerance: float = 4, seconds: float =
 
 
 FILMS = {
-    "vp9-opus.webm": dict(
-        codec="libvpx-vp9", audio="libopus", stream_options={"cpu-used": "8", "deadline": "realtime"}
-    ),
-    "hevc-10-bit.mp4": dict(
-        codec="libx265", pix_fmt="yuv420p10le", stream_options={"x265-params": "log-level=none", "preset": "ultrafast"}
-    ),
-    "av1.mp4": dict(codec="libsvtav1", stream_options={"preset": "12"}),
-    "h264.ts": dict(),
-    "mpeg4-mp3.avi": dict(codec="mpeg4", audio="libmp3lame"),
-    "fragmented.mp4": dict(container={"movflags": "empty_moov+frag_keyframe"}),
-    "odd-444.mp4": dict(pix_fmt="yuv444p", size=(127, 95)),
-    "flash.flv": dict(audio="libmp3lame"),
-    "b-frames.mkv": dict(stream_options={"bf": "3"}),
-    "centre-channel.mp4": dict(layout="5.1", loud_channel=2),
+    "vp9-opus.webm": {
+        "codec": "libvpx-vp9",
+        "audio": "libopus",
+        "stream_options": {"cpu-used": "8", "deadline": "realtime"},
+    },
+    "hevc-10-bit.mp4": {
+        "codec": "libx265",
+        "pix_fmt": "yuv420p10le",
+        "stream_options": {"x265-params": "log-level=none", "preset": "ultrafast"},
+    },
+    "av1.mp4": {"codec": "libsvtav1", "stream_options": {"preset": "12"}},
+    "h264.ts": {},
+    "mpeg4-mp3.avi": {"codec": "mpeg4", "audio": "libmp3lame"},
+    "fragmented.mp4": {"container": {"movflags": "empty_moov+frag_keyframe"}},
+    "odd-444.mp4": {"pix_fmt": "yuv444p", "size": (127, 95)},
+    "flash.flv": {"audio": "libmp3lame"},
+    "b-frames.mkv": {"stream_options": {"bf": "3"}},
+    "centre-channel.mp4": {"layout": "5.1", "loud_channel": 2},
 }
 
 

@@ -448,7 +448,7 @@ def test_the_same_clip_in_train_and_test_is_a_leak(media_root, facts, tmp_path):
     assert [p.kind for p in problems(tmp_path, facts)] == ["leak"]
 
 
-@pytest.mark.parametrize("name, fix", [("train.jsonl.txt", "rename it"), ("train.csv", "own --csv")])
+@pytest.mark.parametrize(("name", "fix"), [("train.jsonl.txt", "rename it"), ("train.csv", "own --csv")])
 def test_a_list_under_another_name_is_pointed_out(name, fix, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / name).write_text("[]")

@@ -219,7 +219,7 @@ def test_a_box_in_pixels_is_scaled_to_the_picture_that_the_model_sees(root):
 
 
 @pytest.mark.parametrize(
-    "seconds, task, one, windows",
+    ("seconds", "task", "one", "windows"),
     [
         (10, "avqa", False, "ten"),
         (60, "avqa", False, "music_avqa"),
@@ -248,7 +248,7 @@ A = "task,media,question,answer,events,object,expression,second,box,mask,type\n"
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("", "is empty"),
         ("task,media\n", "holds no row"),

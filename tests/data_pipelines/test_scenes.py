@@ -112,7 +112,9 @@ def test_a_finished_root_is_left_alone_and_a_partial_one_is_continued(root, tmp_
     assert '"complete": true' in marker.read_text()
 
 
-@pytest.mark.parametrize("counts, seed, field", [({"train": 6}, 3, ""), (COUNTS, 4, ""), ({"dev": 1}, 3, "counts")])
+@pytest.mark.parametrize(
+    ("counts", "seed", "field"), [({"train": 6}, 3, ""), (COUNTS, 4, ""), ({"dev": 1}, 3, "counts")]
+)
 def test_a_root_of_other_settings_is_refused(root, counts, seed, field):
     with pytest.raises(InputError) as error:
         scenes.write(root, counts, seed=seed)
@@ -331,7 +333,7 @@ def test_a_second_without_a_source_is_answered_with_nothing(root):
 
 
 @pytest.mark.parametrize(
-    "task, variant, clip", [("s4", "train", True), ("s4", "quick", False), ("avss", "test", False)]
+    ("task", "variant", "clip"), [("s4", "train", True), ("s4", "quick", False), ("avss", "test", False)]
 )
 def test_the_prompt_decides_between_the_clip_and_one_picture(root, task, variant, clip):
     row = scenes.examples(root, "train", variant=variant, tasks=[task])[0]

@@ -94,7 +94,7 @@ def test_a_row_is_the_same_alone_in_another_order_and_with_other_padding(fused_p
             np.testing.assert_array_equal(alone[1].argmax(-1), found[1].argmax(-1))
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 127), ("int4", 7)])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 127), ("int4", 7)])
 def test_an_integer_is_at_most_half_a_step_off(kind, most):
     kernel = jax.random.normal(jax.random.key(0), (2 * quantize.GROUP, 5)).at[:, 2].set(0)
     made = quantize.quantize(kernel, kind)

@@ -357,7 +357,7 @@ def test_config_is_read_from_hugging_face_files():
 
 
 @pytest.mark.parametrize(
-    "change, field",
+    ("change", "field"),
     [
         ({"model_type": "gpt2"}, "model_type"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),

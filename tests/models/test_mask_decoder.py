@@ -210,7 +210,7 @@ def test_chained_queries_feed_each_layer_with_the_one_before(cfg, load):
     np.testing.assert_allclose(released, layer(1, queries), atol=1e-5)
 
 
-@pytest.mark.parametrize("n, size", [(8, 28), (16, 28), (28, 56), (64, 28)])
+@pytest.mark.parametrize(("n", "size"), [(8, 28), (16, 28), (28, 56), (64, 28)])
 def test_resize_is_bilinear_with_half_pixel_centres_and_no_antialiasing(n, size):
     x = np.random.default_rng(n).normal(size=(1, n, n, 2)).astype(np.float32)
     source = np.maximum((np.arange(size) + 0.5) * n / size - 0.5, 0)

@@ -22,7 +22,7 @@ SYMBOLS |= {ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**", ast.M
 SYMBOLS |= {ast.BitOr: "|", ast.BitXor: "^", ast.LShift: "<<", ast.RShift: ">>", ast.And: "and", ast.Or: "or"}
 PAIRS = [("min", "max"), ("any", "all"), ("minimum", "maximum"), ("zeros", "ones"), ("floor", "ceil"), ("sum", "max")]
 PAIRS += [("argmin", "argmax"), ("startswith", "endswith"), ("lower", "upper"), ("zeros_like", "ones_like")]
-NAMES = {a: b for a, b in PAIRS} | {b: a for a, b in PAIRS if a != "sum"} | {"mean": "sum", "append": "extend"}
+NAMES = dict(PAIRS) | {b: a for a, b in PAIRS if a != "sum"} | {"mean": "sum", "append": "extend"}
 # Calls of one argument, or methods of none, that are replaced by what they are given.
 UNWRAPPED = {"sorted", "reversed", "abs", "exp", "log", "sqrt", "rsqrt", "square", "sigmoid", "softmax", "log_softmax"}
 UNWRAPPED |= {"softplus", "tanh", "gelu", "relu", "silu", "stop_gradient", "cumsum", "strip", "lower", "upper"}

@@ -44,8 +44,8 @@ SMALL = (
 )
 DISK = 96 << 20  # bytes of the small disk
 PACK = (
-    "from pathlib import Path; import sys; from crab_jax.io.errors import run_verb; "
-    "from crab_jax.tiny_world import recipe; "
+    "from pathlib import Path; import sys; from crab_jax.tiny_world import recipe; "
+    "from crab_jax.io.errors import run_verb; "
     "run_verb(lambda: recipe.pack(Path(sys.argv[1]), Path(sys.argv[2])))"
 )
 

@@ -193,13 +193,13 @@ def test_semantic_figures_of_a_set_of_frames(rng):
 
 def brute_complete_iou(a, b):
     """1 - the Complete-IoU loss of Zheng et al. 2020, term by term."""
-    (ax, ay, aX, aY), (bx, by, bX, bY) = a, b
-    inter = max(0, min(aX, bX) - max(ax, bx)) * max(0, min(aY, bY) - max(ay, by))
-    union = (aX - ax) * (aY - ay) + (bX - bx) * (bY - by) - inter
+    (ax, ay, ax2, ay2), (bx, by, bx2, by2) = a, b
+    inter = max(0, min(ax2, bx2) - max(ax, bx)) * max(0, min(ay2, by2) - max(ay, by))
+    union = (ax2 - ax) * (ay2 - ay) + (bx2 - bx) * (by2 - by) - inter
     iou = inter / union
-    rho2 = math.dist(((ax + aX) / 2, (ay + aY) / 2), ((bx + bX) / 2, (by + bY) / 2)) ** 2
-    c2 = (max(aX, bX) - min(ax, bx)) ** 2 + (max(aY, bY) - min(ay, by)) ** 2
-    v = 4 / math.pi**2 * (math.atan((bX - bx) / (bY - by)) - math.atan((aX - ax) / (aY - ay))) ** 2
+    rho2 = math.dist(((ax + ax2) / 2, (ay + ay2) / 2), ((bx + bx2) / 2, (by + by2) / 2)) ** 2
+    c2 = (max(ax2, bx2) - min(ax, bx)) ** 2 + (max(ay2, by2) - min(ay, by)) ** 2
+    v = 4 / math.pi**2 * (math.atan((bx2 - bx) / (by2 - by)) - math.atan((ax2 - ax) / (ay2 - ay))) ** 2
     return iou - rho2 / c2 - (v * v / (1 - iou + v) if v else 0)
 
 

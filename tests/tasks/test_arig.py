@@ -36,7 +36,7 @@ def test_targets_are_parsed_back(reasoning):
 
 
 @pytest.mark.parametrize(
-    "text, box",
+    ("text", "box"),
     [
         ("Its coordinates are <obj>(1,2)(30,40)</obj>.", (1, 2, 30, 40)),
         ("( 1 , 2 ) and (30.5, 40)", (1, 2, 30.5, 40)),

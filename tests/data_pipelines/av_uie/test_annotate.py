@@ -157,7 +157,7 @@ def test_a_dead_endpoint_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "status, body, fix",
+    ("status", "body", "fix"),
     [
         (401, f"Incorrect API key provided: {KEY}", "environment variable"),
         (403, "no", "environment variable"),
@@ -167,9 +167,8 @@ def test_a_dead_endpoint_stops_the_run(tmp_path):
     ],
 )
 def test_what_no_retry_can_mend_stops_at_once_without_the_key(tmp_path, status, body, fix):
-    with serving(Stub(lambda request, times: (status, body, {}))) as stub:
-        with pytest.raises(InputError) as caught:
-            run(stub, tmp_path / "journal", many(20), workers=2)
+    with serving(Stub(lambda request, times: (status, body, {}))) as stub, pytest.raises(InputError) as caught:
+        run(stub, tmp_path / "journal", many(20), workers=2)
     assert fix in caught.value.fix and KEY not in str(caught.value)
     assert sum(stub.seen.values()) <= 2
 
@@ -177,9 +176,11 @@ def test_what_no_retry_can_mend_stops_at_once_without_the_key(tmp_path, status, 
 def test_a_redirect_is_not_followed_so_the_key_stays_here(tmp_path):
     with serving(Stub()) as elsewhere:
         target = f"{elsewhere.url}/chat/completions"
-        with serving(Stub(lambda request, times: (307, "", {"Location": target}))) as stub:
-            with pytest.raises(InputError, match="HTTP 307"):
-                run(stub, tmp_path / "journal", many(1))
+        with (
+            serving(Stub(lambda request, times: (307, "", {"Location": target}))) as stub,
+            pytest.raises(InputError, match="HTTP 307"),
+        ):
+            run(stub, tmp_path / "journal", many(1))
     assert elsewhere.requests == []
 
 

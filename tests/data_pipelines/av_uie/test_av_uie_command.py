@@ -103,7 +103,7 @@ def test_released_labels_reach_the_rows_of_the_releases(releases, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "arguments, problem",
+    ("arguments", "problem"),
     [
         (["write", "--out", "x"], "give plain labels once"),
         (

@@ -80,7 +80,7 @@ def test_two_rows_of_one_video_share_a_label_and_the_other_event_is_quarantined(
 
 
 @pytest.mark.parametrize(
-    "text, reason",
+    ("text", "reason"),
     [
         (AVE_TEXT.replace("<range>", "").replace("</range>", ""), "0 <range> tags"),
         (AVE_TEXT.replace("<event>", "").replace("</event>", ""), "0 <event> tags"),
@@ -119,7 +119,7 @@ def test_avqa_is_matched_by_question(tmp_path):
     assert verify.problems(attach(path, [wrong]).examples[0]) == ["the answer is 'saxophone', the label says 'piano'"]
 
 
-@pytest.mark.parametrize("name, task, entry", [("AVS", "s4", "s4/v_0.txt"), ("arig", "arig", "v.txt")])
+@pytest.mark.parametrize(("name", "task", "entry"), [("AVS", "s4", "s4/v_0.txt"), ("arig", "arig", "v.txt")])
 def test_texts_of_undocumented_zips_become_reasoning_before_the_answer(tmp_path, name, task, entry):
     path = pack(tmp_path / f"{name}_converted_label.zip", [(entry, "A dog barks in the middle of the picture.")])
     plain = dataclasses.replace(ONE_EACH[task], meta={**ONE_EACH[task].meta, "video": "v"})
@@ -149,7 +149,7 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("entry, content, problem", DAMAGED)
+@pytest.mark.parametrize(("entry", "content", "problem"), DAMAGED)
 def test_damage_is_named_with_its_file(tmp_path, entry, content, problem):
     path = tmp_path / "ave_converted_label.zip"
     if entry == "not a zip":

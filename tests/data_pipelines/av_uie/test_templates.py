@@ -71,7 +71,7 @@ def test_overlaps_of_sight_and_sound_are_computed():
 
 
 @pytest.mark.parametrize(
-    "box, where",
+    ("box", "where"),
     [
         ((0, 0, 40, 40), "in the upper left"),
         ((90, 90, 130, 130), "in the middle"),
@@ -153,7 +153,7 @@ def test_writing_needs_no_state_and_covers_every_task():
 
 
 @pytest.mark.parametrize(
-    "task, change, field",
+    ("task", "change", "field"),
     [
         ("ave", {"start": 9, "end": 3}, "end"),
         ("ave", {"end": 11}, "end"),

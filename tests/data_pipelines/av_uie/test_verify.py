@@ -162,7 +162,7 @@ def test_a_coordinate_may_be_one_pixel_off():
 
 
 @pytest.mark.parametrize(
-    "reasoning, reason",
+    ("reasoning", "reason"),
     [
         ("", "no reasoning"),
         ("I see it from 2 to 8.", "says 2, which no fact says"),
@@ -194,7 +194,7 @@ def test_the_in_context_examples_keep_the_rules_that_they_teach():
 
 
 @pytest.mark.parametrize(
-    "text, ok",
+    ("text", "ok"),
     [
         ("<audio_event>Dog,(0 10)</audio_event> and <visual_event>Speech,(0 2),(5 6)</visual_event>", True),
         ("<audio_event>Dog,(0 10)</audio_event>", False),  # an event of the label is missing
