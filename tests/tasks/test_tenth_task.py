@@ -119,7 +119,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
         (home / folder).mkdir()
     (home / "my_tasks/counting.py").write_text(block("python"))
     (home / "my_tasks/places.py").write_text(OTHERS)
-    (home / "clips.csv").write_text(block("csv"))
+    (home / "clips.csv").write_text(block("text"))
     (home / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for number, name in enumerate(("dog", "street", "band")):
         clips.write_clip(home / f"clips/{name}.mp4", clips.steady(10), clips.beep(10, 1 + number, 3 + number))
