@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -142,11 +143,16 @@ def use_tasks_of(tasks: str | Sequence[Task | str], checkpoint: str | Path | Non
     modules, weights = stored.get("tasks", ""), stored.get("data", {}).get("weights", {})
     unknown = sorted(weights.keys() - TASKS.keys()) if isinstance(weights, dict) else []
     if modules and unknown and Modules().fits(modules):
-        print(
-            f"warning: {file}: trained with tasks that are not known here ({', '.join(unknown):.200}); give {FLAG} "
-            f"{modules} to use them, where you trust those modules",
-            file=sys.stderr,
+        _tell_unknown(
+            f"{file}: trained with tasks that are not known here ({', '.join(unknown):.200}); give {FLAG} "
+            f"{modules} to use them, where you trust those modules"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_unknown(warning: str) -> None:
+    """Print a warning, once in a process."""
+    print(f"warning: {warning}", file=sys.stderr)
 
 
 def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:
