@@ -2,12 +2,12 @@
 # make test    install, lint, type-check, test
 # make test-all the same with the tests that take minutes
 # make fuzz    damaged files of every kind with every command: MINUTES=30; failing cases are kept in runs/fuzz
-# make mutants mutation tests of one package: ROOM=losses (a list: python -m tests.mutants --help), SAMPLE=40, SEED=0,
-#              JOBS=1, MINUTES=5; an interrupted run continues
+# make mutants whether tests notice small changes: ROOM=losses (a list: python -m tests.mutants --help), SAMPLE=40,
+#              SEED=0, JOBS=1, MINUTES=5; it resumes where it was stopped
 # make recipe  the whole tiny recipe from random weights: writes the warm start, then trains the paper's stages
 # make stages  the paper's five stages at tiny size, each from the one before
 # make docs    the site of the documents and the Python API, in build/site
-# make notebooks run the notebooks of examples/ and keep their output; make picture draws the picture of the README
+# make notebooks runs the notebooks of examples/ and stores their outputs; make picture draws that of the README
 # make install the environment, which the others install first; EXTRA=tpu, cuda12 or cuda13 adds JAX for that device
 # make lock    write constraints/ again after a change of setup.cfg; UPGRADE=--upgrade takes newer versions (network)
 # make audit   query known vulnerabilities of all packages in constraints/ (network)
@@ -72,7 +72,7 @@ test-all: lint
 
 MINUTES := 10
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
+	$(BIN)/python -m tests.programs.fuzz --minutes $(MINUTES) --rounds 100000 --seed $(or $(SEED),$(shell date +%s))
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants $(or $(ROOM),$(error ROOM is missing: make mutants ROOM=losses)) \
@@ -90,8 +90,8 @@ notebooks:
 picture: $(INSTALLED)
 	$(BIN)/python docs/images/draw.py
 
-# The lists of a device and of the documents have the packages that they add, with versions equal to those of the list of
-# their Python.
+# The lists of a device and of the documents have the packages that they add, with versions equal to those of the list
+# of their Python.
 DOCS = $(PYTHON) -c 'import configparser as c; p = c.ConfigParser(); p.read("setup.cfg"); \
     print(p["options.extras_require"]["docs"])'
 COMPILE = .venv/tools/bin/uv pip compile --quiet --generate-hashes --no-annotate $(UPGRADE) \

@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crab_jax.api import Answer, Ask, Box, Crab, Event, Trace, ask, load
+    from crab_jax.api import Answer, Ask, Box, Crab, Trace, ask, load
     from crab_jax.io.errors import InputError
     from crab_jax.models.presets import crab_7b, tiny
-    from crab_jax.tasks.task import Task
+    from crab_jax.tasks.task import Event, Task
 
 __version__ = "0.2.0"
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
 ]
 # Imported when first asked for, so that `import crab_jax` costs nothing.
 _HOMES = {
-    **dict.fromkeys(("Answer", "Ask", "Box", "Crab", "Event", "Trace", "ask", "load"), "crab_jax.api"),
+    **dict.fromkeys(("Answer", "Ask", "Box", "Crab", "Trace", "ask", "load"), "crab_jax.api"),
     **dict.fromkeys(("crab_7b", "tiny"), "crab_jax.models.presets"),
     "InputError": "crab_jax.io.errors",
-    "Task": "crab_jax.tasks.task",
+    **dict.fromkeys(("Event", "Task"), "crab_jax.tasks.task"),
 }
 
 

@@ -34,6 +34,8 @@ from crab_jax.models.protocol import Model
 from crab_jax.models.quirks import PRESETS
 from crab_jax.questions import Request, request
 from crab_jax.runs import run_folder, run_mesh, run_params
+from crab_jax.tasks import TASKS, use_tasks
+from crab_jax.tasks.task import Event, Task
 from crab_jax.visualize.overlay import scale_box
 from data_pipelines import batching
 from data_pipelines.given import Given
@@ -81,7 +83,7 @@ def ask(
     image: str | Path | np.ndarray | None = None,
     audio: str | Path | tuple[np.ndarray, int] | None = None,
     seconds: float | None = None,
-    task: str = "",
+    task: str | Task = "",
     question: str = "",
     expression: str = "",
     second: int | None = None,
@@ -92,12 +94,15 @@ def ask(
 
     video: a file, or frames uint8[T,H,W,3] in RGB, evenly spaced over `seconds`. image: a file, or uint8[H,W,3].
     audio: a file, or (samples float32[N] or float32[N, channels] between -1 and 1, their number a second); by default
-    the video's own track. task: one of the nine; "" puts the `question` as it stands. expression: for ref-avs, what to
-    segment, in words. second: which tenth of the clip (fifth of a short one) is asked about, by default the loudest.
-    windows, prompt_variant: as in `python -m crab_jax.predict --help`.
+    the video's own track. task: one of the nine, or a Task of your own; "" puts the `question` as it stands.
+    expression: for ref-avs, what to segment, in words. second: which tenth of the clip (fifth of a short one) is asked
+    about, by default the loudest. windows, prompt_variant: as in `python -m crab_jax.predict --help`.
 
     Raises InputError for what cannot be asked, and for media that are missing, damaged or of another form.
     """
+    if isinstance(task, Task):
+        use_tasks([task], "ask")
+        task = task.name
     record: dict[str, Any] = {}
     given, number = Given(), next(_numbers)  # numbered: several questions may be answered together
     if isinstance(video, np.ndarray):
@@ -127,16 +132,6 @@ def ask(
     if second is not None:
         record["second"] = second
     return Ask(request(record, "ask", f"{number}_{task or 'question'}", given), given)
-
-
-class Event(NamedTuple):
-    """Something that happens from `start` to `end`, in tenths of the clip (seconds of a clip of ten). sense: "heard",
-    "seen", or "heard and seen"."""
-
-    name: str
-    start: float
-    end: float
-    sense: str
 
 
 class Box(NamedTuple):
@@ -294,7 +289,12 @@ class Crab:
         # Masks are drawn after the language model; what it reads does not depend on them.
         example = dataclasses.replace(example, mask_kind="none", mask=None)
         data = dataclasses.replace(
-            self.config.data, prompt_only=answer is None, pad_short_audio=True, clock="shown", cache_dir=""
+            self.config.data,
+            prompt_only=answer is None,
+            pad_short_audio=True,
+            clock="shown",
+            cache_dir="",
+            tasks=tuple(TASKS),
         )
         row = batching.load(example, asked.given, self.tokenizer, data)
         hidden, router = _look(self.module, self.params, jax.tree.map(jnp.asarray, batching.collate([row], 1)))
@@ -308,12 +308,15 @@ class Crab:
         return Trace(tokens, slots, np.asarray(hidden[0, :length], np.float32), weights, pieces)
 
 
-def load(checkpoint: str | Path, weights: str = "") -> Crab:
+def load(checkpoint: str | Path, weights: str = "", tasks: Sequence[Task | str] = ()) -> Crab:
     """Return the model of a run, a packed or an imported model; "warm_start" is the tiny one that comes with us.
 
     weights: "" keeps the layout of training; "float", "int8" and "int4" lay it out for generation, which is faster and
-    cannot be traced. Raises InputError for a folder that is none of them, and for damaged files.
+    cannot be traced. tasks: your own that it was trained with, or the modules that hold them ("package.module:NAME");
+    those that the checkpoint names are never imported. Raises InputError for a folder that is none of them, for damaged
+    files, and for a task whose name another one has.
     """
+    run_folder.use_tasks_of(tasks, checkpoint)
     if weights not in ("", *KINDS):
         raise InputError("load", "weights", f"is {weights!r}", f"use one of {', '.join(map(repr, ('', *KINDS)))}")
     mesh = run_mesh.serving_mesh(run_folder.load_config(checkpoint), weights or "float", 1) if weights else None
@@ -339,23 +342,13 @@ def _lengths(cfg: CrabConfig) -> tuple[int, ...]:
 
 
 def _answer(asked: Ask, prediction: Prediction) -> Answer:
-    parsed, masks = prediction.parsed, () if prediction.mask is None else (prediction.mask, *prediction.further_masks)
+    task, parsed = TASKS[prediction.example.task], prediction.parsed
+    masks = () if prediction.mask is None else (prediction.mask, *prediction.further_masks)
+    events: tuple[Event, ...] = ()
     boxes: tuple[Box, ...] = ()
-    if asked.task == "arig" and parsed is not None and asked.picture is not None:
+    if task.answer == "events" and parsed is not None:
+        events = tuple(task.events(parsed))
+    if task.answer == "box" and parsed is not None and asked.picture is not None and (box := task.box(parsed)):
         height, width = asked.picture.shape[:2]
-        boxes = (Box(*map(float, scale_box(parsed, (width, height)))),)
-    return Answer(
-        prediction.text, parsed, masks, _events(asked.task, parsed), boxes, (*asked.warnings, *prediction.warnings)
-    )
-
-
-def _events(task: str, parsed: Any) -> tuple[Event, ...]:
-    if task == "ave" and parsed is not None:
-        return tuple(Event(parsed["event"], start, end, "heard and seen") for start, end in parsed["ranges"])
-    if task == "avvp" and parsed is not None:
-        return tuple(
-            Event(name, start, end, sense)
-            for key, sense in (("audio", "heard"), ("visual", "seen"))
-            for name, start, end in parsed[key]
-        )
-    return ()
+        boxes = (Box(*map(float, scale_box(box, (width, height)))),)
+    return Answer(prediction.text, parsed, masks, events, boxes, (*asked.warnings, *prediction.warnings))

@@ -27,7 +27,7 @@ from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
 from crab_jax.io.structured import read_json
 from crab_jax.runs import run_data
-from crab_jax.tasks import TASKS
+from crab_jax.tasks import TASKS, add_flag, use_tasks
 from data_pipelines.examples import Example
 
 WORSE = 3  # exit code of --gate
@@ -146,6 +146,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--gate", action="store_true", help=f"exit with {WORSE} when a headline metric got worse")
     parser.add_argument("--out", type=ANY_PATH, default="", metavar="FILE", help="write the differences as JSON, too")
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -155,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
 
     def verb() -> None:
-        code = compare(parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        use_tasks([arguments.task_modules])
+        code = compare(arguments)
         if code:
             sys.exit(code)
 

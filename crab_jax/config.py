@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -15,10 +17,24 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from crab_jax import losses, optim
+from crab_jax import losses, optim, tasks
 from crab_jax.defaults import COMPAT_SIZES, DERIVED_DATA, DERIVED_LOSS, base
 from crab_jax.io import bounds, packaged
-from crab_jax.io.bounds import PATH, Bound, Choice, Fixed, Flag, Name, Patterns, Place, Real, Whole, Wholes, Words
+from crab_jax.io.bounds import (
+    PATH,
+    Bound,
+    Choice,
+    Fixed,
+    Flag,
+    Modules,
+    Name,
+    Patterns,
+    Place,
+    Real,
+    Whole,
+    Wholes,
+    Words,
+)
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import refuse_special
 from crab_jax.losses import LossConfig
@@ -68,6 +84,7 @@ RUN_BOUNDS: dict[str, Bound] = {
     "trainable": Patterns(least=1),
     "frozen": Patterns(),
     "frozen_dtype": DTYPE,
+    "tasks": Modules(),
     "seed": Whole(),
     "steps": Whole(1),
     "log_every": Whole(1),
@@ -83,7 +100,6 @@ RUN_BOUNDS: dict[str, Bound] = {
 BOUNDS: dict[str, Bound] = {
     **RUN_BOUNDS,
     **{f"data.{name}": bound for name, bound in (MIXTURE_BOUNDS | DATA_BOUNDS).items()},
-    **{f"data.{name}.{task}": bound for name, bound in TASK_BOUNDS.items() for task in TASKS},
     **{f"loss.{term}": bound for term, bound in losses.BOUNDS.items() if term not in DERIVED_LOSS},
     **{f"optim.{field}": bound for field, bound in optim.BOUNDS.items()},
     **{f"mesh.{axis}": bound for axis, bound in MESH_BOUNDS.items()},
@@ -150,9 +166,11 @@ class RunConfig:
     model_name: the preset that `model` is based on. init_from: a run, a packed or an imported model; "" starts from
     random weights. fresh: parameter patterns that it may lack. trainable, frozen: patterns ('/'-joined paths, full
     match) that divide the parameters. frozen_dtype: of the frozen ones. tokenizer: a tokenizer.json or a Hugging Face
-    folder. log_every, checkpoint_every: in steps. keep: number of checkpoints. max_skipped: consecutive non-finite
-    steps before the run ends. eval_every: steps between evaluations, 0 = never, on `eval_samples` Examples of each task
-    of `eval_split`; eval_answers: generate answers too. watchdog_seconds: longer waits are reported, 0 = never.
+    folder. tasks: the modules of a user's tasks that the run was started with (crab_jax/tasks/__init__.py); they are
+    imported for a command line, never for a checkpoint. log_every, checkpoint_every: in steps. keep: number of
+    checkpoints. max_skipped: consecutive non-finite steps before the run ends. eval_every: steps between evaluations,
+    0 = never, on `eval_samples` Examples of each task of `eval_split`; eval_answers: generate answers too.
+    watchdog_seconds: longer waits are reported, 0 = never.
     """
 
     model_name: str
@@ -168,6 +186,7 @@ class RunConfig:
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
     frozen_dtype: str
+    tasks: str
     tokenizer: str
     seed: int
     steps: int
@@ -195,7 +214,8 @@ class RunConfig:
         config = own | {
             "model": self.model_name,
             "sizes": _without(sizes, COMPAT_SIZES),
-            "data": _without(data, DERIVED_DATA) | {"datasets": ",".join(self.mixture.datasets)},
+            "data": {key: value for key, value in data.items() if key not in DERIVED_DATA}
+            | {"datasets": ",".join(self.mixture.datasets)},
             "loss": _without(dataclasses.asdict(self.loss), DERIVED_LOSS),
             "optim": dataclasses.asdict(self.optim),
             "mesh": dataclasses.asdict(self.mesh),
@@ -219,7 +239,9 @@ def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any
 def bound_of(key: str) -> Bound:
     """Return the bound of a key's value."""
     if not key.startswith("sizes."):
-        return BOUNDS.get(key, Flag())
+        section, _, task = key.rpartition(".")
+        by_task = TASK_BOUNDS.get(section.removeprefix("data.")) if task in TASKS else None
+        return by_task or BOUNDS.get(key, Flag())
     module, _, field = key.removeprefix("sizes.").partition(".")
     return presets.bound_of(module, field)
 
@@ -292,6 +314,7 @@ def derived_data(model: ModelConfig, compat: Compat) -> dict[str, Any]:
         "visual_queries": model.visual_queries,
         "audio_queries": model.audio_queries,
         "clock": compat.clock,
+        "tasks": tuple(TASKS),
     }
 
 
@@ -369,10 +392,13 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
     refuse_no_file(_config_file(argv))
     sys.modules.pop("config_config", None)  # remove the config file of an earlier call, whose names would remain
     try:
+        _use_tasks(argv)
         rest = values(argv)
         config = values.config
         fresh = _fresh(argv) if config is not None else None
         keys, wanted = (set(dict(leaves(config))), set(dict(leaves(fresh)))) if config is not None else (set(), set())
+    except InputError:
+        raise
     except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError(
@@ -419,6 +445,23 @@ def described(run: RunConfig, config: ConfigDict, fresh: ConfigDict, file: str) 
     rows += [(f"({name})", json.dumps(value), f"compat {run.compat}") for name, value in quirks.items()]
     widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
     return "\n".join(f"{key:<{widths[0]}} = {value:<{widths[1]}}  # {origin}" for key, value, origin in rows)
+
+
+def _use_tasks(argv: list[str]) -> None:
+    """Register the user's tasks of the command line, or of its config file, before the other keys are read.
+
+    Every task has keys of its own (such as its weight), so the config file must be read again once the tasks are known.
+    """
+    key = "--config.tasks"
+    values = [arg.partition("=")[2] for arg in argv if arg.startswith(f"{key}=")]
+    values += [after for arg, after in itertools.pairwise(argv) if arg == key]
+    if not values and _config_file(argv):
+        with contextlib.suppress(Exception):  # reported when the whole command line is read
+            values = [_fresh(argv).get("tasks", "")]
+    modules = values[-1].strip("'\"") if values and isinstance(values[-1], str) else ""
+    if problem := Modules().problem(modules):
+        raise InputError("--config", "tasks", f"is {modules!r:.80}", problem)
+    tasks.use_tasks([modules], "--config.tasks")
 
 
 def _bracketed(argument: str) -> str:

@@ -23,7 +23,7 @@ FOURIER, SEGMENTATION = PARAMETER_GROUPS["fourier"], PARAMETER_GROUPS["segmentat
 
 # Fields that follow from `compat` and the model and therefore have no keys.
 COMPAT_SIZES = ("seg_taps", "chain_queries", "dropout_per_head")
-DERIVED_DATA = ("image_size", "visual_queries", "audio_queries", "clock")
+DERIVED_DATA = ("image_size", "visual_queries", "audio_queries", "clock", "tasks")
 DERIVED_LOSS = ("reduction",)
 
 
@@ -54,6 +54,7 @@ def base() -> ConfigDict:
             "trainable": (*QFORMERS, *LORA, *SEGMENTATION),
             "frozen": (*ENCODERS, *LLAMA, *FOURIER),
             "frozen_dtype": "bfloat16",
+            "tasks": "",  # modules with tasks of your own, "package.module:NAME,other.module", which are imported
             "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
             # For a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
             # quick), and `frames`: "one" frame per clip of AVSS and Ref-AVS and epoch, or "all".

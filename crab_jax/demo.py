@@ -1,4 +1,4 @@
-"""Run `python -m crab_jax.demo`: the demo of crab_jax/tiny_world/demo.py."""
+"""Make scenes, train from the warm start, evaluate and ask: `python -m crab_jax.demo` (tiny_world/demo.py)."""
 
 import sys
 

@@ -45,7 +45,8 @@ from crab_jax.models.generating import KINDS
 from crab_jax.parallel import distributed
 from crab_jax.reports import evaluation_page
 from crab_jax.runs import run_data, run_folder, run_mesh, run_params
-from crab_jax.tasks import TASKS
+from crab_jax.tasks import TASKS, add_flag
+from crab_jax.tasks.task import sample_score
 from crab_jax.visualize.page import NONE, Html
 from data_pipelines.datasets import VARIANTS
 from data_pipelines.decoded import mask_size
@@ -70,7 +71,7 @@ def fingerprint(params: Any) -> str:
 
 
 # Of the settings of a run's data, those that no answer depends on: `lengths` only pad, the others are about training.
-NO_ANSWER = ("lengths", "prompt_only", "on_error", "cache_dir")
+NO_ANSWER = ("lengths", "prompt_only", "on_error", "cache_dir", "tasks")
 
 
 FIRST = {"examples"}  # noted since there are evaluation folders
@@ -314,7 +315,7 @@ def shown_examples(
     """(heading, HTML) of the worst and the best `count` samples of each task, drawn by the model's `clock`."""
     by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
     for name, ours in scoring.by_task(judged).items():
-        values = {one.id: evaluation_page.sample_score(one) for one in ours}
+        values = {one.id: sample_score(TASKS[name], one.stats) for one in ours}
         for heading, ids in zip(("worst", "best"), evaluation_page.extremes(values, count), strict=True):
             found = read_predictions(folder, rows, [by_id[one] for one in ids])
             drawn = (evaluation_page.drawn(one, values[one.example.id], root, clock) for one in found)
@@ -443,6 +444,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="keep decoded media there for the next evaluation (default: decode every time)",
     )
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if bool(arguments.checkpoint) == bool(arguments.predictions):
@@ -468,6 +470,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def verb() -> None:
         arguments = parse_arguments(argv)
+        run_folder.use_tasks_of(arguments.task_modules, arguments.checkpoint)
         compile_cache.enable()
         evaluate(arguments)
 

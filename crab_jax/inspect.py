@@ -25,7 +25,8 @@ from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.reports.router_page import ablation_pictures, increases, routing_pictures
 from crab_jax.router import SEGMENTS, Routing, ablation, answered_batches, router_weights
-from crab_jax.runs import run_data, run_params
+from crab_jax.runs import run_data, run_folder, run_params
+from crab_jax.tasks import add_flag
 from crab_jax.visualize import charts, page
 from data_pipelines.examples import spread
 
@@ -111,6 +112,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
     parser.add_argument("--samples", type=Whole(1), default=16, help="examples of each task")
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -121,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def verb() -> None:
         arguments = parse_arguments(argv)
+        run_folder.use_tasks_of(arguments.task_modules, arguments.checkpoint)
         compile_cache.enable()
         router(arguments)
 

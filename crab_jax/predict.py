@@ -12,7 +12,7 @@ with all answers. --samples is a JSON list of objects with the keys task, video_
 expression, second (or idx), mask_path (a true mask, drawn as an outline for comparison), windows and prompt_variant;
 paths are relative to the file. Writes predictions.jsonl and pictures into --out: ID_picture.png, the picture
 that was asked about as the model saw it (upright, RGB), masks and overlays at its size (avss: with the names of the
-colours beside it), boxes for arig, time lines for ave and avvp.
+colours beside it), boxes for arig, time lines for ave and avvp. --task-modules brings tasks of your own.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import append_line, write_whole
 from crab_jax.io.locks import locked
 from crab_jax.models.generating import KINDS
-from crab_jax.questions import FREE, KEYS, PICTURE_TASKS, VARIANTS, Request, every_task, read_samples, request
+from crab_jax.questions import KEYS, VARIANTS, Request, every_task, read_samples, request
 from crab_jax.reports import clip_page
 from crab_jax.runs import run_mesh
-from crab_jax.runs.run_folder import load_config
+from crab_jax.runs.run_folder import load_config, use_tasks_of
 from crab_jax.runs.run_params import load_model
-from crab_jax.tasks import TASKS
+from crab_jax.tasks import TASKS, add_flag
+from crab_jax.tasks.task import FREE
 from crab_jax.visualize import overlay
 from data_pipelines import media
 from data_pipelines.examples import WINDOWS, Example
@@ -45,9 +46,10 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
     """Write the pictures of one answer; {"mask": name, "mask_2": name, ..., "overlay": name}, where there are any."""
     example, parsed = asked.example, prediction.parsed
     files: dict[str, bytes] = {}
-    if example.task in ("ave", "avvp"):
+    task = TASKS[example.task]
+    if task.answer == "events":
         files["overlay"] = time_line(example, overlay.event_tracks(example.task, parsed))
-    elif asked.picture is not None and example.task in PICTURE_TASKS:
+    elif asked.picture is not None and task.about_picture:
         picture = media.read_picture(asked.picture)
         size = picture.shape[1], picture.shape[0]
         drawn, masks = picture, []
@@ -55,8 +57,8 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
             masks.append(overlay.resize_mask(mask, size))
             files["mask" if len(masks) == 1 else f"mask_{len(masks)}"] = overlay.mask_png(masks[-1])
             drawn = overlay.overlay_mask(drawn, masks[-1])
-        if example.task == "arig" and parsed:
-            drawn = overlay.overlay_boxes(drawn, [(parsed, overlay.PREDICTION, "answer")])
+        if task.answer == "box" and parsed is not None and (box := task.box(parsed)):
+            drawn = overlay.overlay_boxes(drawn, [(box, overlay.PREDICTION, "answer")])
         if example.mask:
             truth = media.read_mask(example.mask, max(size), example.mask_kind)  # `request` has compared the sizes
             masks.append(overlay.resize_mask(truth, size))
@@ -234,6 +236,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="G",
         help="draw a mask for each of the last G groups of mask tokens of an answer (default 1)",
     )
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     single = [key for key in KEYS if getattr(arguments, key) is not None]
@@ -252,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def verb() -> None:
         arguments = parse_arguments(argv)
+        use_tasks_of(arguments.task_modules, arguments.checkpoint)
         compile_cache.enable()
         predict(arguments)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,14 @@ from crab_jax.io.bounds import Anything
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import read_json
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.avcap import AVCAP
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
-from crab_jax.tasks.task import windows_for
+from crab_jax.tasks.task import FREE, WINDOWS, windows_for
 from data_pipelines import fbank, media
-from data_pipelines.examples import WINDOWS, Example
+from data_pipelines.examples import Example
 from data_pipelines.given import Given
 
-FREE = "question"  # the task of a question that is put to the model as it stands
-READER = "avcap"  # reads the answer to such a question: any text is one
-LIKE_FREE = {False: "avcap", True: "avss"}  # which task's sound is cut as for a question about a clip, a picture
-# What to ask each task with, besides the media.
-FIELDS = {
-    "avqa": ("question",),
-    FREE: ("question",),
-    "ref-avs": ("expression", "second"),
-    "s4": ("second",),
-    "ms3": ("second",),
-    "avss": ("second",),
-}
-PICTURE_TASKS = ("arig", *(name for name, task in TASKS.items() if task.mask_kind != "none"))
+READER = AVCAP.name  # reads the answer to a question that is put as it stands: any text is one
 KEYS = (
     "task",
     "video_path",
@@ -50,12 +40,6 @@ KEYS = (
     "prompt_variant",
 )
 VARIANTS = ("train", "test", "quick")
-# What --all-tasks asks where no question (MUSIC-AVQA) and no expression (Ref-AVS) are given.
-QUESTIONS = (
-    "How many musical instruments were heard throughout the video?",
-    "How many types of musical instruments appeared in the entire video?",
-)
-EXPRESSION = "the object that is making the sound"
 SILENCE = 1e-4  # root mean square of a full scale of 1: -80 dB
 
 
@@ -89,23 +73,31 @@ def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
     return found
 
 
+def fields_of(task: str) -> tuple[str, ...]:
+    """What to ask a task with, besides the media."""
+    return ("question",) if task == FREE else TASKS[task].fields
+
+
+def about_picture(task: str) -> bool:
+    """Whether a task is asked about one picture, of a clip or alone."""
+    return task in TASKS and TASKS[task].about_picture
+
+
 def every_task(given: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of all that can be asked about the media of `given`.
 
-    Where it has no question and no expression, those of QUESTIONS and EXPRESSION are asked.
+    Where it has no question and no expression, those that the tasks name (`Task.unasked`) are asked.
     """
     about = {key: value for key, value in given.items() if key not in ("question", "expression")}
     records = []
-    for task in TASKS if "video_path" in given else PICTURE_TASKS:
-        if task == "avqa":
-            records += [
-                about | {"task": task, "question": question}
-                for question in ([given["question"]] if "question" in given else QUESTIONS)
-            ]
-        elif task == "ref-avs":
-            records.append(about | {"task": task, "expression": given.get("expression", EXPRESSION)})
-        else:
-            records.append(about | {"task": task})
+    for name, task in TASKS.items():
+        if "video_path" not in given and not task.about_picture:
+            continue
+        said = [field for field in task.fields if field != "second"]
+        for texts in itertools.product(
+            *([given[field]] if field in given else task.unasked.get(field, ()) for field in said)
+        ):
+            records.append(about | {"task": name} | dict(zip(said, texts, strict=True)))
     return records
 
 
@@ -131,7 +123,7 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
     second = record.get("second")
     if second is not None and (type(second) is not int or second < 0):
         raise InputError(where, "second", f"is {second!r}", "give a whole number from 0")
-    for field in FIELDS.get(task, ()):
+    for field in fields_of(task):
         if field != "second" and not record.get(field, "").strip():
             raise InputError(where, field, f"is missing, and {task} needs it", f"give the {field}")
 
@@ -142,21 +134,25 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
     if mask := record.get("mask_path"):
         media.read_mask(mask, None, mask_kind, given.picture_size(image) if image else given.video_size(str(video)))
     source, sound, warnings = listen(given, video, audio, name)
-    windows = record.get("windows") or windows_for(
-        TASKS[task if task in TASKS else LIKE_FREE[one_picture]], len(sound) / media.SAMPLE_RATE, one_picture
+    windows = record.get("windows") or (
+        windows_for(TASKS[task], len(sound) / media.SAMPLE_RATE, one_picture)
+        if task in TASKS
+        else "one"
+        if one_picture
+        else "ten"
     )
     if windows not in WINDOWS or windows == "none":
         raise InputError(where, "windows", f"unknown value {windows!r}", f"use one of {', '.join(WINDOWS[:-1])}")
     parts = 5 if windows in ("five", "one_of_five") else 10
     second = loudest(sound, parts) if second is None else second
-    if (image or task in PICTURE_TASKS) and second >= parts:
+    if (image or about_picture(task)) and second >= parts:
         raise InputError(
             where, "second", f"is {second}, but the clip has {parts} parts", f"give a number from 0 to {parts - 1}"
         )
     if image and len(sound) < fbank.SHORTEST_WINDOW * parts:
         source = given.keep_sound(name, _placed(sound, second, parts))
         warnings += (f"the audio lasts {len(sound) / media.SAMPLE_RATE:.1f} s; it is used as the sound of the picture",)
-    if video and task in PICTURE_TASKS:
+    if video and about_picture(task):
         picture = given.keep_picture(name, given.moment(video, second, parts))
 
     def named(path: str | None) -> str | None:
@@ -190,7 +186,7 @@ def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tu
         raise InputError(where, "prompt_variant", f"unknown value {wanted!r}", f"use one of {', '.join(VARIANTS)}")
 
     def ask(second: int, variant: str) -> str:
-        fields = {field: record[field] if field != "second" else second for field in FIELDS.get(task, ())}
+        fields = {field: record[field] if field != "second" else second for field in fields_of(task)}
         return TASKS[task].instruction(variant=variant, **fields)
 
     variants = {variant: ask(0, variant) for variant in ((wanted,) if wanted else ("train", "quick"))}
@@ -199,7 +195,7 @@ def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tu
         for variant, text in variants.items()
         if ("<image>" if is_image else "<video>") in text and not ("<image>" in text and "<video>" in text)
     ]
-    if not fitting and not is_image and task in PICTURE_TASKS:
+    if not fitting and not is_image and about_picture(task):
         fitting = [variant for variant, text in variants.items() if "<video>" not in text]
     if not fitting:
         given, other = ("a picture", "a video") if is_image else ("a video", "a picture")

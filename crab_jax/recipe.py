@@ -1,4 +1,4 @@
-"""Run `python -m crab_jax.recipe`: the recipe of crab_jax/tiny_world/recipe.py."""
+"""Make the tiny model from nothing: `python -m crab_jax.recipe` (tiny_world/recipe.py)."""
 
 import sys
 

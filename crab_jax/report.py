@@ -23,7 +23,8 @@ from crab_jax.io.structured import read_lines
 from crab_jax.reports.answer_pictures import collect
 from crab_jax.reports.run_page import ReportData, write
 from crab_jax.router import answered_batches, router_weights
-from crab_jax.runs import run_data, run_params
+from crab_jax.runs import run_data, run_folder, run_params
+from crab_jax.tasks import add_flag
 from data_pipelines.examples import spread
 
 
@@ -85,6 +86,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)
     parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -95,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def verb() -> None:
         arguments = parse_arguments(argv)
+        run_folder.use_tasks_of(arguments.task_modules, arguments.run)
         compile_cache.enable()
         report(arguments)
 

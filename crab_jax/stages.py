@@ -1,4 +1,4 @@
-"""Run `python -m crab_jax.stages`: the stages of crab_jax/tiny_world/stages.py."""
+"""Train the paper's five stages at tiny size: `python -m crab_jax.stages` (tiny_world/stages.py)."""
 
 import sys
 

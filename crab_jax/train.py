@@ -155,11 +155,11 @@ def train(config: RunConfig, workdir: Path) -> None:
         guard = SkipGuard(config.max_skipped, workdir, watchdog, order.examples)
         evaluation = None
         if chosen:
-            distributed.say(held_out.described(config, chosen))
+            distributed.say(chosen.described())
             with watchdog.waiting("the examples of the evaluation"):
                 evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable)
             # A run that was stopped between a checkpoint and the evaluation that was due makes up for it.
-            if held_out.due(config, start) and not distributed.told(logger is not None and logger.evaluated(start)):
+            if chosen.due(start) and not distributed.told(logger is not None and logger.evaluated(start)):
                 evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
@@ -181,7 +181,7 @@ def train(config: RunConfig, workdir: Path) -> None:
                     checkpoints.save(step, dataclasses.asdict(state))
             if stopped:
                 break
-            if evaluation and held_out.due(config, step):
+            if evaluation and evaluation.chosen.due(step):
                 guard.settle()
                 evaluate(step, evaluation, state, frozen, watchdog, logger)
         with watchdog.waiting("the last checkpoint"):

@@ -1,4 +1,4 @@
-"""Run `python -m crab_jax.warmup`: the warm-up of crab_jax/tiny_world/pretrain.py."""
+"""Pre-train the tiny model: `python -m crab_jax.warmup` (tiny_world/pretrain.py)."""
 
 import sys
 

@@ -10,8 +10,9 @@ import flax.struct
 import numpy as np
 
 from crab_jax.io.errors import InputError
+from crab_jax.tasks import TASKS
 from data_pipelines import decoded, fbank, media
-from data_pipelines.examples import TASK_NAMES, Example, seg_source
+from data_pipelines.examples import Example, seg_source
 from data_pipelines.shards import Decoding, Shards
 from data_pipelines.tokens import AUDIO_PLACEHOLDER, VISUAL_PLACEHOLDERS, Tokenizer
 
@@ -75,6 +76,7 @@ class DataConfig:
     clock: str = "shown"  # shown | counted: how frames and sound of a clip are placed, see media/clock.py
     on_error: str = "raise"  # raise | skip: what to do with an Example that cannot be loaded
     cache_dir: str = ""  # folder of decoded media; "" = decode every time
+    tasks: tuple[str, ...] = dataclasses.field(default_factory=lambda: tuple(TASKS))  # what Batch.task indexes
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
@@ -287,7 +289,7 @@ def load(
         "fbank": _pad(np.full_like(sound, fbank.SILENCE) if config.mute_audio else sound, bucket.windows),
         "audio_mask": np.arange(bucket.windows) < len(sound),
         **_load_segmentation(example, source, frames[:shown], config),
-        "task": np.array(TASK_NAMES.index(example.task), np.int32),
+        "task": np.array(config.tasks.index(example.task), np.int32),
         "index": np.array(index, np.int32),
     }
 

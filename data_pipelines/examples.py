@@ -13,10 +13,10 @@ from typing import Any
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import write_whole
 from crab_jax.io.structured import json_line, read_text
+from crab_jax.tasks import FLAG, TASK_NAMES, TASKS
+from crab_jax.tasks.task import MASK_KINDS, WINDOWS
 
-TASK_NAMES = ("avqa", "ave", "avvp", "arig", "s4", "ms3", "avss", "ref-avs", "avcap")
-WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
-MASK_KINDS = ("none", "binary", "semantic")
+__all__ = ["MASK_KINDS", "TASK_NAMES", "WINDOWS", "Example"]  # the names of others that are found here, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,10 @@ def from_json(record: Any, where: str) -> Example:
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             wanted = " or ".join(t.__name__ for t in _TYPES[name])
             raise InputError(where, name, f"is {type(value).__name__} {value!r:.60}", f"must be {wanted}")
-    for name, allowed in (("task", TASK_NAMES), ("windows", WINDOWS), ("mask_kind", MASK_KINDS)):
+    for name, allowed in (("task", tuple(TASKS)), ("windows", WINDOWS), ("mask_kind", MASK_KINDS)):
         if name in record and record[name] not in allowed:
-            raise InputError(where, name, f"unknown value {record[name]!r}", f"use one of {', '.join(allowed)}")
+            own = f", or name the module of a task of your own with {FLAG}" if name == "task" else ""
+            raise InputError(where, name, f"unknown value {record[name]!r}", f"use one of {', '.join(allowed)}{own}")
     if record.get("video") and record.get("frames"):
         raise InputError(where, "frames", "both 'video' and 'frames' are given", "give one clip")
     if any(not isinstance(frame, str) for frame in record.get("frames", ())):
@@ -123,9 +124,9 @@ def read_jsonl(path: str | Path) -> list[Example]:
 
 def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | None = None) -> list[Example]:
     """The first `limit` examples of each of `tasks` (all when empty), in order. Raises InputError when none is left."""
-    unknown = [task for task in tasks if task not in TASK_NAMES]
+    unknown = [task for task in tasks if task not in TASKS]
     if unknown:
-        raise InputError("--tasks", "", f"unknown task {unknown[0]!r}", f"use some of {','.join(TASK_NAMES)}")
+        raise InputError("--tasks", "", f"unknown task {unknown[0]!r}", f"use some of {','.join(TASKS)}")
     taken: Counter[str] = Counter()
     chosen = []
     for example in examples:
@@ -145,7 +146,7 @@ def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | 
 def spread(examples: Iterable[Example], count: int) -> list[Example]:
     """Return up to `count` Examples of each task, evenly spread over the list, tasks in their order."""
     chosen, listed = [], list(examples)
-    for task in TASK_NAMES:
+    for task in TASKS:
         ours = [example for example in listed if example.task == task]
         chosen += [ours[i * len(ours) // count] for i in range(count)] if len(ours) > count else ours
     return chosen

@@ -18,24 +18,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from crab_jax.io.errors import InputError, printable
-from crab_jax.tasks import TASKS, arig, avqa, ref_avs
-from crab_jax.tasks.ave import SECONDS
+from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs import ORDINALS
-from crab_jax.tasks.avs_classes import CLASSES
-from crab_jax.tasks.task import wrong_fields
+from crab_jax.tasks.task import Task, odd_names, wrong_fields
 from crab_jax.tasks.text import normalise
+from crab_jax.tasks.times import SECONDS
 from data_pipelines import fbank, labels
 from data_pipelines.batching import check_sources
-from data_pipelines.datasets import DATASETS, PREPARED
+from data_pipelines.datasets import DATASETS, PREPARED, VARIANTS
 from data_pipelines.examples import Example, seg_source
 from data_pipelines.media import INLINE_MASK
-from data_pipelines.sources.ave import CATEGORIES as AVE_EVENTS
-from data_pipelines.sources.avvp import CATEGORIES as AVVP_EVENTS
 from data_pipelines.status import MALFORMED, WARNING
 
 _log = logging.getLogger(__name__)
-# The names that a benchmark knows; others can be trained on, but are often slips.
-KNOWN = {"ave": AVE_EVENTS, "avvp": AVVP_EVENTS, "avss": CLASSES[1:]}
 PRETRAINING = tuple(name for name, dataset in DATASETS.items() if dataset.stage == "pretrain")
 MANY = 10  # examples after which something that never changes looks odd
 ABOUT_TEN = 8.0, 12.0  # seconds of a clip whose tenths are as good as seconds
@@ -44,7 +39,6 @@ _WRAP = re.compile(
     r"</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>|<\|\w+\|>|^\s*(?:USER|ASSISTANT|Human|GPT)\s*:", re.IGNORECASE
 )
 NOTHING = "nothing"  # what the generated scenes call the object of a frame in which nothing sounds
-_EMPTY_WORDS = ("", "null", "none", "nan", "n a", "na", "undefined", "unknown")
 # What programs leave in text that they wrote wrongly: entities, other encodings, escapes, control characters.
 _SPOILT = re.compile(
     r"&(?:amp|lt|gt|quot|apos|nbsp|#\w{1,6});|\u00e2\u20ac|\u00c3[\u0080-\u00bf]|\ufffd|\\[nrt\"]|"
@@ -52,7 +46,7 @@ _SPOILT = re.compile(
     re.IGNORECASE,
 )
 _GAP = re.compile(r"<[A-Za-z]+>|\{\w*\}")  # of a template
-_FREE = ("avcap",)  # tasks that people ask in their own words
+_SAID = ("question", "expression")  # fields of a prompt that are text of the user
 
 
 class Finding(NamedTuple):
@@ -75,9 +69,8 @@ def findings(example: Example, train: bool, seconds: float | None = None) -> Ite
     yield from _text(example, train)
     yield from _prompt(example)
     yield from _meta(example, train)
-    if labels.weak(example) or not any(wrong_fields(TASKS[example.task], example.meta, ("answer",))):
-        yield from _names(example)
-        yield from _box(example)
+    if labels.weak(example) or labels.sound(example):
+        yield from _oddities(example)
         yield from _times(example, seconds)
         if not _WRAP.search(example.target):
             yield from _target(example)
@@ -127,44 +120,51 @@ class _Prompt(NamedTuple):
 
 
 @functools.cache
-def _fixed_prompts() -> dict[str, _Prompt]:
-    """Every prompt without a gap."""
+def _fixed_prompts(known: tuple[str, ...]) -> dict[str, _Prompt]:
+    """Every prompt without a gap, of the tasks that are `known`."""
     found: dict[tuple[str, int | None], set[str]] = defaultdict(set)
-    for name, task in TASKS.items():
-        for variant in ("train", "test", "quick") if name not in ("avqa", "ref-avs") else ():
-            if name in labels.AVS:
-                for second in range(len(ORDINALS)):
-                    text = _flat(task.instruction(variant=variant, second=second))
-                    asked = [number for number, word in enumerate(ORDINALS) if f" {word} second" in text]
-                    found[text, asked[0] if asked else None].add(name)
-            else:
-                found[_flat(task.instruction(variant=variant)), None].add(name)
+    for name, variant in itertools.product(known, VARIANTS):
+        task = TASKS[name]
+        if "second" in task.fields and not set(_SAID) & set(task.fields):
+            for second in range(len(ORDINALS)):
+                text = _flat(task.instruction(variant=variant, second=second))
+                asked = [number for number, word in enumerate(ORDINALS) if f" {word} second" in text]
+                found[text, asked[0] if asked else None].add(name)
+        elif not task.fields:
+            found[_flat(task.instruction(variant=variant)), None].add(name)
     return {text: _Prompt(frozenset(tasks), second) for (text, second), tasks in found.items()}
 
 
-_QUESTION = _flat(avqa.instruction(question=""))
-_EXPRESSIONS = [
-    re.compile(
-        re.escape(_flat(ref_avs.instruction(variant, "0gap0", 0)))
-        .replace("0gap0", "(?P<gap>.+)")
-        .replace(r"\ first\ ", r"\ (?P<second>\w+)\ ")
-    )
-    for variant in ("train", "test", "quick")
-]
+@functools.cache
+def _open_prompts(known: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
+    """(task, pattern) of every prompt with a gap, of the tasks that are `known`; the gap of a question may be empty."""
+    found = []
+    for name in known:
+        task = TASKS[name]
+        said = {field: f"0{field}0" for field in task.fields if field in _SAID}
+        for variant in VARIANTS if said else ():
+            fields = said | ({"second": 0} if "second" in task.fields else {})
+            pattern = re.escape(_flat(task.instruction(variant=variant, **fields)))
+            pattern = pattern.replace(r"\ 0question0", r"\s*(?P<question>.*)")
+            pattern = pattern.replace("0expression0", "(?P<expression>.+)")
+            if "second" in task.fields:
+                pattern = pattern.replace(r"\ first\ ", r"\ (?P<second>\w+)\ ")
+            found.append((name, re.compile(pattern)))
+    return found
 
 
-def read_prompt(instruction: str) -> _Prompt | None:
-    """What an instruction asks, None when it is no prompt of any task."""
-    text = _flat(instruction)
-    if found := _fixed_prompts().get(text):
+def read_prompt(instruction: str, own: str = "") -> _Prompt | None:
+    """What an instruction asks, None when it is no prompt of any task; of several tasks, as the task `own` reads it."""
+    text, known = _flat(instruction), tuple(TASKS)
+    if found := _fixed_prompts(known).get(text):
         return found
-    if text.startswith(_QUESTION):
-        return _Prompt(frozenset(["avqa"]), None, text[len(_QUESTION) :].strip())
-    for pattern in _EXPRESSIONS:
-        if match := pattern.fullmatch(text):
-            word = match.groupdict().get("second")
-            return _Prompt(frozenset(["ref-avs"]), ORDINALS.index(word) if word in ORDINALS else None, match["gap"])
-    return None
+    matches = [(name, match) for name, pattern in _open_prompts(known) if (match := pattern.fullmatch(text))]
+    if not matches:
+        return None
+    groups = next((match for name, match in matches if name == own), matches[0][1]).groupdict()
+    word, filling = groups.get("second"), next(groups[field] for field in _SAID if field in groups)
+    second = ORDINALS.index(word) if word in ORDINALS else None
+    return _Prompt(frozenset(name for name, _ in matches), second, filling.strip())
 
 
 def _prompt(example: Example) -> Iterator[Finding]:
@@ -178,9 +178,9 @@ def _prompt(example: Example) -> Iterator[Finding]:
                 f"says {other}, but the example has {field!r}",
                 f"put {placeholder} where the pictures go",
             )
-    prompt = read_prompt(example.instruction)
+    prompt, task = read_prompt(example.instruction, example.task), TASKS[example.task]
     if prompt is None:
-        if example.task not in _FREE and has_label(example):
+        if not task.own_words and has_label(example):
             yield Finding(
                 WARNING,
                 "instruction",
@@ -197,22 +197,21 @@ def _prompt(example: Example) -> Iterator[Finding]:
         )
         return
     if prompt.second is not None and prompt.second != example.second:
-        # The released MS3 evaluation asks about the third second whatever the picture is.
-        kind = WARNING if example.task == "ms3" and prompt.second == 2 and example.second is not None else MALFORMED
+        released = prompt.second == task.test_second and example.second is not None
         yield Finding(
-            kind,
+            WARNING if released else MALFORMED,
             "second",
             f"is {example.second}, but the prompt asks about the {ORDINALS[prompt.second]} "
             f"second, which is {prompt.second}",
             "count seconds from 0 in `second`",
         )
-    if example.task == "avqa" and not prompt.filling:
-        yield Finding(MALFORMED, "instruction", "asks no question", "write it behind the prompt")
+    what = next((field for field in _SAID if field in task.fields), "")
+    if what and not prompt.filling:
+        yield Finding(MALFORMED, "instruction", f"asks no {what}", "write it behind the prompt")
     if gap := _GAP.search(prompt.filling):
         yield Finding(WARNING, "instruction", f"asks about {gap[0]!r}, the gap of a template", "fill it in")
-    said = example.meta.get({"avqa": "question", "ref-avs": "expression"}.get(example.task, ""))
+    said = example.meta.get(what)
     if isinstance(said, str) and normalise(said) != normalise(prompt.filling):
-        what = "question" if example.task == "avqa" else "expression"
         yield Finding(
             MALFORMED if what == "expression" else WARNING,
             "instruction",
@@ -227,7 +226,7 @@ def _prompt(example: Example) -> Iterator[Finding]:
 def _meta(example: Example, train: bool) -> Iterator[Finding]:
     task = TASKS[example.task]
     if not example.meta.keys() - {"row", "dataset", "one_of"}:
-        if example.task in _FREE or (task.mask_kind != "none" and not train):
+        if task.own_words or (task.mask_kind != "none" and not train):
             return  # only to be answered or decoded; `evaluate` refuses it
         yield Finding(
             WARNING,
@@ -266,70 +265,21 @@ def _target(example: Example) -> Iterator[Finding]:
         )
 
 
-def _name_field(example: Example) -> str:
-    return next(iter(TASKS[example.task].label)) if example.task != "ref-avs" else "object"
+def _name_field(task: Task) -> str:
+    return task.name_field or next(iter(task.label), "")
 
 
-def _names(example: Example) -> Iterator[Finding]:
-    field = _name_field(example)
-    for name in (example.meta["answer"],) if example.task == "avqa" else labels.names(example):
-        if normalise(name) in _EMPTY_WORDS:
-            kind = WARNING if example.task == "avqa" else MALFORMED
-            yield Finding(kind, f"meta.{field}", f"is {name!r}, which stands for no value", "give the name")
-        elif re.fullmatch(r"[0-9.]+", name):
-            kind, fix = (
-                (WARNING, "MUSIC-AVQA answers in words, such as 'two'")
-                if example.task == "avqa"
-                else (MALFORMED, "give the name, not the number of a class")
-            )
-            yield Finding(kind, f"meta.{field}", f"is {name!r}, a number", fix)
-        elif example.task == "avqa" and re.fullmatch(r"[A-E]|.*[.!?;:]|(?:\S+\s+){5,}\S+", name.strip(), re.DOTALL):
-            yield Finding(
-                WARNING,
-                "meta.answer",
-                f"is {name!r:.60}, a letter or a sentence; it is compared word for word",
-                "give the answer in a word or two",
-            )
-    if example.task == "avcap":
-        for caption in example.meta["captions"]:
-            if normalise(caption) in _EMPTY_WORDS or re.fullmatch(r"\S+\.\w{2,4}", caption.strip()):
-                yield Finding(MALFORMED, "meta.captions", f"holds {caption!r:.60}, which is no caption", "write one")
-    if len(set(names := labels.names(example))) < len(names) and example.task in labels.AVS:
-        yield Finding(WARNING, "meta.objects", f"names one twice: {list(names)}", "name each once")
-
-
-def _box(example: Example) -> Iterator[Finding]:
-    if example.task == "arig":
-        x1, y1, x2, y2 = example.meta["box"]
-        if max(x2, y2) <= 1:
-            yield Finding(
-                MALFORMED,
-                "meta.box",
-                f"is {example.meta['box']}, which seem to be shares of the picture",
-                f"multiply by {arig.SIZE}",
-            )
-        elif (x1, y1, x2, y2) == (0, 0, arig.SIZE, arig.SIZE):
-            yield Finding(WARNING, "meta.box", f"is {example.meta['box']}, the whole picture", "check it")
-        elif x1 == x2 or y1 == y2:
-            yield Finding(WARNING, "meta.box", f"is {example.meta['box']}, which has no area", "check it")
+def _oddities(example: Example) -> Iterator[Finding]:
+    """What people get wrong in labels whose fields are sound."""
+    task = TASKS[example.task]
+    odd = odd_names(labels.names(example), _name_field(task))
+    for wrong, field, problem, fix in itertools.chain(odd, task.oddities(example.meta)):
+        yield Finding(MALFORMED if wrong else WARNING, f"meta.{field}" if field else "meta", problem, fix)
 
 
 def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
     if not (events := _events(example)):
         return
-    for name, start, end in events:
-        if start >= end and (example.task, start, end) != ("ave", 0, 0):
-            yield Finding(
-                MALFORMED,
-                "meta",
-                f"{name!r:.60} lasts from {start} to {end}, which is no time",
-                "the end is the first second after the event, as in 2,3 for the third second alone",
-            )
-    if example.task == "avvp":
-        for sense in ("audio", "visual"):
-            for (one, _, end), (other, start, _) in itertools.pairwise(sorted(map(tuple, example.meta[sense]))):
-                if one == other and start < end:
-                    yield Finding(WARNING, f"meta.{sense}", f"spans of {one!r:.60} overlap", "join them")
     last = max(end for _, _, end in events)
     if seconds and last > seconds + 0.5:
         yield Finding(
@@ -347,14 +297,9 @@ def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
         )
 
 
-def _events(example: Example) -> list[tuple[str, int, int]]:
+def _events(example: Example) -> list[tuple[str, float, float]]:
     """(name, start, end) of every event of a timed label."""
-    meta = example.meta
-    if example.task == "ave":
-        return [(meta["event"], meta["start"], meta["end"])]
-    if example.task == "avvp" and not labels.weak(example):
-        return [(name, start, end) for sense in ("audio", "visual") for name, start, end in meta[sense]]
-    return []
+    return [event[:3] for event in TASKS[example.task].events(example.meta)] if TASKS[example.task].timed else []
 
 
 # Masks, seconds and windows.
@@ -459,7 +404,7 @@ class Mistakes:
         self.first: dict[str, str] = {}  # task -> its first answer
         self.other: set[str] = set()  # tasks with more than one answer
         self.count: Counter[str] = Counter()
-        self.times: dict[str, list[tuple[int, int]]] = defaultdict(list)  # the first MANY events of a task
+        self.times: dict[str, list[tuple[float, float]]] = defaultdict(list)  # the first MANY events of a task
         self.pictures: dict[str, Any] = {}  # mask -> its picture
         self.videos: dict[str, str] = {}  # sound -> its video
         self.stems: dict[str, str] = {}  # name of a clip -> its path
@@ -475,8 +420,8 @@ class Mistakes:
 
     def unknown_names(self, example: Example) -> Iterator[Finding]:
         """Each name that the benchmark does not know, once; people bring names of their own, and misspell others."""
-        known = KNOWN.get(example.task, ())
-        if not known or any(wrong_fields(TASKS[example.task], example.meta, ("answer",))) and not labels.weak(example):
+        known = TASKS[example.task].known
+        if not known or not (labels.weak(example) or labels.sound(example)):
             return
         for name in labels.names(example):
             if name not in known and name != NOTHING and (example.task, name) not in self.told:
@@ -485,7 +430,7 @@ class Mistakes:
                 close = same or difflib.get_close_matches(name, known, 1, 0.75)
                 yield Finding(
                     WARNING,
-                    f"meta.{_name_field(example)}",
+                    f"meta.{_name_field(TASKS[example.task])}",
                     f"{name!r:.60} is none of the {len(known)} names of {example.task}",
                     f"did you mean {close[0]!r}?" if close else "leave it where it is a name of your own",
                 )
@@ -500,10 +445,10 @@ class Mistakes:
             return
         if before == hash(answer):
             yield Finding(WARNING, "id", f"asks and answers the same as {id!r}", "leave one of them out")
-        elif example.task not in _FREE:
-            released = example.task == "ave" or example.meta.get("dataset", "own") != "own"  # some ask twice
+        elif not TASKS[example.task].own_words:
+            released = example.meta.get("dataset", "own") != "own"  # some ask twice
             yield Finding(
-                WARNING if released else MALFORMED,
+                WARNING if released or TASKS[example.task].several else MALFORMED,
                 "target",
                 f"answers the same question about the same clip otherwise than {id!r}",
                 "keep one of them",
@@ -512,7 +457,7 @@ class Mistakes:
     def _alike(self, example: Example) -> Iterator[Finding]:
         """One answer for everything."""
         task = example.task
-        if task in labels.MASKED or not example.target:
+        if TASKS[task].answer == "mask" or not example.target:
             return
         self.count[task] += 1
         if self.first.setdefault(task, example.target) != example.target:
@@ -528,7 +473,7 @@ class Mistakes:
     def _counted_from(self, example: Example) -> Iterator[Finding]:
         """Seconds that seem to count from 1, or ends that seem to be inside."""
         times = self.times[example.task]
-        if len(times) >= MANY or not example.meta or any(wrong_fields(TASKS[example.task], example.meta, ("answer",))):
+        if len(times) >= MANY or not example.meta or not labels.sound(example):
             return
         times += [(start, end) for _, start, end in _events(example)]
         if len(times) >= MANY:

@@ -19,6 +19,7 @@ from absl import flags
 
 from crab_jax.io.errors import InputError, printable
 from crab_jax.io.files import append_line
+from crab_jax.tasks import TASKS
 from data_pipelines import decoded
 from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, empty_batch, load, place
 from data_pipelines.bucket_fill import Padding, padding
@@ -295,7 +296,7 @@ def eval_batches(
     The last batch of a bucket is filled with copies of its first row whose index is -1. With `on_error="skip"` a bad
     example is left out with a warning; otherwise it raises InputError.
     """
-    config = dataclasses.replace(config, prompt_only=prompt_only)
+    config = dataclasses.replace(config, prompt_only=prompt_only, tasks=tuple(TASKS))  # of the model's run, and later
     groups = group_by_bucket(examples, tokenizer, config)
     loader = BatchLoader(examples, groups, root, tokenizer, config)
     chunks = [

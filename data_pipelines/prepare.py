@@ -38,6 +38,7 @@ from crab_jax.io.files import need_room, write_whole
 from crab_jax.io.locks import LOCK, locked
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import read_json, strict_json
+from crab_jax.tasks import add_flag, use_tasks
 from data_pipelines import datasets, fbank, media, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
@@ -604,6 +605,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=Whole(0, 1024), default=os.cpu_count() or 1, help="processes; 0 = this one only"
     )
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     if unknown := [v for v in arguments.variants.split(",") if v not in datasets.VARIANTS]:
@@ -619,6 +621,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Prepare the requested data, and list media that could not be decoded."""
     arguments = parse_arguments(argv)
+    use_tasks([arguments.task_modules])
     with locked(arguments.out) as out:
         _run(arguments, out)
 

@@ -20,6 +20,7 @@ from crab_jax.io.bounds import ANY_PATH, PATH
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import out_file, write_whole
 from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.tasks import add_flag, use_tasks
 from data_pipelines import media, shards
 from data_pipelines.datasets import DATASETS, dataset_of, is_there, media_of, records, selection
 from data_pipelines.examples import Example
@@ -201,6 +202,7 @@ def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
         help=f"comma-separated, of {','.join(DATASETS)} (default: all)",
     )
     parser.add_argument("--json", type=ANY_PATH, default="", help="file to write the counts and every problem to")
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -229,6 +231,7 @@ def report(counts: Sequence[Count], problems: Sequence[Problem], file: str) -> N
 def run(argv: Sequence[str]) -> None:
     """Print the table, and write the report if requested."""
     arguments = command_line(__doc__, "python -m data_pipelines status").parse_args(argv)
+    use_tasks([arguments.task_modules])
     if arguments.json:
         out_file(arguments.json, "--json")
     counts, problems = status(arguments.root, arguments.datasets, on_stderr)

@@ -21,6 +21,7 @@ from crab_jax.io.bounds import Whole
 from crab_jax.io.errors import InputError, run_verb
 from crab_jax.io.files import out_file
 from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.tasks import use_tasks
 from data_pipelines import fbank, media, shards
 from data_pipelines.batching import check_sources
 from data_pipelines.datasets import DATASETS, PREPARED, is_there, media_of, records, selection
@@ -294,6 +295,7 @@ def run(argv: Sequence[str]) -> bool:
     )
     parser.add_argument("--allow-missing", action="store_true", help="missing files are listed, but are not bad")
     arguments = parser.parse_args(argv)
+    use_tasks([arguments.task_modules])
     if arguments.json:  # checked before the work, not after it
         out_file(arguments.json, "--json")
     counts, problems = validate(arguments.root, arguments.datasets, arguments.workers, on_stderr)

@@ -161,8 +161,12 @@ def test_a_sound_in_memory_is_mono_at_16_khz_and_in_step_with_its_pictures():
 
 
 def test_events_and_boxes_are_read_from_an_answer(clip):
-    assert api._events("ave", {"event": "Bell", "ranges": [[1, 3]]}) == (cj.Event("Bell", 1, 3, "heard and seen"),)
-    assert api._events("avvp", {"audio": [["Dog", 0, 2]], "visual": [["Car", 1, 4]]}) == (
+    def events(task, parsed):
+        asked = cj.ask(clip, task=task)
+        return api._answer(asked, api.Prediction(asked.request.example, "", parsed)).events
+
+    assert events("ave", {"event": "Bell", "ranges": [[1, 3]]}) == (cj.Event("Bell", 1, 3, "heard and seen"),)
+    assert events("avvp", {"audio": [["Dog", 0, 2]], "visual": [["Car", 1, 4]]}) == (
         cj.Event("Dog", 0, 2, "heard"),
         cj.Event("Car", 1, 4, "seen"),
     )

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from tests.fuzz import mutate
-from tests.fuzz.cage import Cage
-from tests.fuzz.campaign import EXTREMES, LINES, OVERRIDES, Campaign, cases, plans
+from tests.programs.fuzz import mutate
+from tests.programs.fuzz.cage import Cage
+from tests.programs.fuzz.campaign import EXTREMES, LINES, OVERRIDES, Campaign, cases, plans
 
 
 @pytest.fixture(scope="module")

@@ -368,7 +368,7 @@ def test_meshes_generate_what_one_device_does():
     """Eight virtual devices along data, along fsdp, and mixed with tensor, in a process of its own."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.same_generation"],
+        [sys.executable, "-m", "tests.programs.same_generation"],
         env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

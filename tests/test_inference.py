@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from crab_jax.errors import InputError
 
 from crab_jax import inference
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
 from data_pipelines.examples import Example
 

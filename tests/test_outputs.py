@@ -19,7 +19,7 @@ from crab_jax.checkpoints import run_steps
 from crab_jax.io import files
 from crab_jax.io.errors import InputError, find_input_error
 from crab_jax.training import metrics_log
-from tests import kills
+from tests.programs import kills
 from tests.test_bounds import COMMANDS, run
 from tests.test_flipped_bits import FROZEN, abstract, same, train_tree
 
@@ -259,7 +259,7 @@ def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
 
 @pytest.fixture(scope="module")
 def battery(tmp_path_factory):
-    """Verbs that are disturbed (tests/kills.py; docs/reliability.md has the figures of all)."""
+    """Verbs that are disturbed (tests/programs/kills.py; docs/reliability.md has the figures of all)."""
     battery = kills.Battery(tmp_path_factory.mktemp("kills"), seed=1)
     kills.make_base(battery.base, "http://127.0.0.1:9/v1")
     return battery

@@ -11,6 +11,8 @@ from crab_jax.inference import read_answer
 from crab_jax.reports import answer_pictures, run_page
 from crab_jax.router import Routing
 from crab_jax.tasks import TASKS
+from crab_jax.visualize import overlay
+from crab_jax.visualize.page import Picture
 from data_pipelines.examples import Example
 
 
@@ -34,7 +36,7 @@ def data():
     parts = ("loss", "loss/text", "loss/bce", *(f"loss/{name}" for name in TASKS))
     weights = rng.dirichlet((1, 2, 3), (4, 2, 7))
     routing = Routing(weights, np.ones((4, 2, 7)), np.array([5, 5, 2, 0]))
-    picture = verb.Picture(verb.overlay.png(np.zeros((4, 4, 3), np.uint8)), "look <here>")
+    picture = Picture(overlay.png(np.zeros((4, 4, 3), np.uint8)), "look <here>")
     return run_page.ReportData(
         title="Report of a & b",
         config={"seed": 3, "optim.lr": 1e-4},

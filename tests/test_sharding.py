@@ -25,7 +25,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.models.presets import crab_7b
 from crab_jax.parallel import chips, distributed, sharding
 from crab_jax.runs import run_mesh, run_params
-from tests import same_step
+from tests.programs import same_step
 
 GOLDEN = Path(__file__).parent / "crab_7b_shardings.json"
 HERE = Path(__file__).parent
@@ -166,9 +166,9 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
 
 
 def differences(*words: str, processes: int = 1) -> dict[str, dict[str, float]]:
-    """What `python -m tests.same_step WORDS` prints, with eight virtual devices over `processes` processes."""
+    """What `python -m tests.programs.same_step WORDS` prints, with eight virtual devices over `processes` processes."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={8 // processes}"
-    command, environ = [sys.executable, "-m", "tests.same_step", *words], {**os.environ, "XLA_FLAGS": flags}
+    command, environ = [sys.executable, "-m", "tests.programs.same_step", *words], {**os.environ, "XLA_FLAGS": flags}
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -206,7 +206,7 @@ def test_the_mask_decoder_of_a_device_sees_its_own_rows_only():
     """Both kinds of masks of 7 rows are 14; a batch that is gathered would be 28, of both kinds 56."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.mask_rows"],
+        [sys.executable, "-m", "tests.programs.mask_rows"],
         env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

@@ -11,8 +11,8 @@ from crab_jax.io.bounds import Text, Whole
 from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import wrong_fields
-from tests import hostile_files
-from tests.hostile_files import KINDS, Tally, changed, file_of, text_of, verdict
+from tests.programs import hostile_files
+from tests.programs.hostile_files import KINDS, Tally, changed, file_of, text_of, verdict
 
 NAMED = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 

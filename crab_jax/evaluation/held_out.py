@@ -30,6 +30,7 @@ from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_mesh
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import sample_metric
 from crab_jax.training.train_step import loss_rows
 from data_pipelines import mixture
 from data_pipelines.batching import Batch, Bucket, Fill
@@ -43,10 +44,30 @@ TERMS = ("text", "bce", "dice", "ce")
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The Examples that a run is evaluated on while it trains, and the bucket of each: bucket -> positions."""
+    """The Examples that a run is evaluated on while it trains, and when that is done.
+
+    groups: bucket -> positions of its Examples. every, steps: of the run. split: where they come from. tasks: what the
+    run trains on.
+    """
 
     examples: Sequence[Example]
     groups: Mapping[Bucket, Mapping[int, Fill]]
+    every: int
+    steps: int
+    split: str
+    tasks: Sequence[str]
+
+    def due(self, step: int) -> bool:
+        """Return whether the run is evaluated after `step`: before its first step, every so many, and at its end."""
+        return step % self.every == 0 or step == self.steps
+
+    def described(self) -> str:
+        """Return one line on what is evaluated, and when."""
+        counts = Counter(self.examples[index].task for group in self.groups.values() for index in group)
+        shown = ", ".join(f"{counts[task]} of {task}" for task in self.tasks if counts[task])
+        lacking = ", ".join(task for task in self.tasks if not counts[task])
+        none = f"; none of {lacking}" if lacking else ""
+        return f"evaluation every {self.every} steps on examples of {self.split}: {shown}{none}"
 
 
 def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
@@ -78,24 +99,11 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
         problem = f"is {config.eval_split!r}, which has no example with an answer of any task that the run trains on"
         raise InputError("--config", "eval_split", problem, fix)
     examples = spread(usable, config.eval_samples)
-    run_data.check_tenths(config, examples)
+    run_data.check_tenths(config.data.video_frames, examples)
     check = (lambda example: check_labels([example])) if config.eval_answers else lambda example: None
-    return HeldOut(examples, mixture.group_by_bucket(examples, tokenizer, config.data, check=check))
-
-
-def due(config: RunConfig, step: int) -> bool:
-    """Return whether a run is evaluated after `step`: before its first step, every `eval_every` steps, and at its
-    end."""
-    return config.eval_every > 0 and (step % config.eval_every == 0 or step == config.steps)
-
-
-def described(config: RunConfig, chosen: HeldOut) -> str:
-    """Return one line on what a run is evaluated on."""
-    counts = Counter(chosen.examples[index].task for group in chosen.groups.values() for index in group)
-    shown = ", ".join(f"{counts[task]} of {task}" for task in TASKS if counts[task])
-    lacking = [task for task in TASKS if config.mixture.weights[task] > 0 and not counts[task]]
-    none = f"; none of {', '.join(lacking)}" if lacking else ""
-    return f"evaluation every {config.eval_every} steps on examples of {config.eval_split}: {shown}{none}"
+    groups = mixture.group_by_bucket(examples, tokenizer, config.data, check=check)
+    tasks = [task for task in TASKS if drawn.weights[task] > 0]
+    return HeldOut(examples, groups, config.eval_every, config.steps, config.eval_split, tasks)
 
 
 def held_out_sums(model: Model, trainable: Any, frozen: Any, batch: Batch) -> dict[str, Term]:
@@ -155,7 +163,7 @@ def loss_record(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: LossConf
 def answer_record(
     answers: Sequence[Mapping[str, np.ndarray]], examples: Sequence[Example], tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Return `eval/<metric>/<task>`, the headline metric of each task, from the answers to batches of `examples`."""
+    """Return `eval/<metric>/<task>`, the ranking metric of each task, from the answers to batches of `examples`."""
     judged = []
     for batch in answers:
         for row in np.flatnonzero(batch["index"] >= 0):
@@ -168,7 +176,7 @@ def answer_record(
             judged.append(scoring.judge(example, answer, truth))
     record = {}
     for name, ours in scoring.by_task(judged).items():
-        metric = TASKS[name].headline
+        metric = sample_metric(TASKS[name])
         value = TASKS[name].reduce([one.stats for one in ours]).get(metric, np.nan)
         if np.isfinite(value):
             record[f"eval/{metric}/{name}"] = float(value)
@@ -182,7 +190,7 @@ class Evaluation:
     def __init__(
         self, config: RunConfig, model: Model, mesh: Mesh, tokenizer: Tokenizer, chosen: HeldOut, trainable: Any
     ):
-        self.config, self.tokenizer, self.examples = config, tokenizer, chosen.examples
+        self.config, self.tokenizer, self.chosen, self.examples = config, tokenizer, chosen, chosen.examples
         self.where, self.rows = sharding.batch_sharding(mesh), _batch_rows(config, mesh, chosen)
         self.batches = mixture.answered_batches(
             chosen.examples,

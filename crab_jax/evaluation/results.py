@@ -19,8 +19,6 @@ SCORES = {
     "n_no_mask?": Whole(),
     "intervals?": Each(Text(1, 200), (Number(), Number())),
 }
-_TASK = Choice(tuple(TASKS))
-RESULTS = {"tasks": Each(_TASK, SCORES), "baselines?": Each(Text(1, 100), Each(_TASK, SCORES))}
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -28,7 +26,8 @@ def read_results(path: Path) -> dict[str, Any]:
     fix = "give the results.json of evaluate"
     if not path.is_file():
         raise InputError(str(path), "--results", "no such file", fix)
-    results = read_json(path, RESULTS, "--results", fix)
+    scores = Each(Choice(tuple(TASKS)), SCORES)
+    results = read_json(path, {"tasks": scores, "baselines?": Each(Text(1, 100), scores)}, "--results", fix)
     for at, tasks in (("tasks", results["tasks"]), *results.get("baselines", {}).items()):
         for name, row in tasks.items():
             check(

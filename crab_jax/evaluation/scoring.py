@@ -54,7 +54,7 @@ def check_label(example: Example) -> None:
     """
     task = TASKS[example.task]
     for name, problem, must_be in wrong_fields(task, example.meta):
-        fix = f"must be {must_be} (crab_jax/tasks/{task.stats.__module__.rpartition('.')[2]}.py)"
+        fix = f"must be {must_be} ({task.stats.__module__.replace('.', '/')}.py)"
         raise InputError(f"example {example.id!r}", f"meta.{name}", problem, fix)
 
 

@@ -163,6 +163,18 @@ class Words(Bound):
         return isinstance(value, str) and len(words) == len(set(words)) and all(word in self.known for word in words)
 
 
+class Modules(Bound):
+    """Comma-separated modules as in Python imports, each optionally with `:NAME`; "" for none."""
+
+    wanted = "modules as Python imports them, as in package.module:NAME,package.other"
+    _one = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*)?")
+
+    def fits(self, value: Any) -> bool:
+        """Return whether `value` is text of dotted names, each optionally with a name after a colon."""
+        parts = value.split(",") if isinstance(value, str) and value else []
+        return isinstance(value, str) and len(value) <= 1000 and all(self._one.fullmatch(part) for part in parts)
+
+
 class Name(Bound):
     """The name of a file without its suffix, such as the name of a split."""
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from crab_jax.inference import Prediction
 from crab_jax.tasks import TASKS
+from crab_jax.tasks.task import shown_label
 from crab_jax.tasks.text import normalise
 from crab_jax.visualize import overlay
 from crab_jax.visualize.page import Picture
@@ -57,18 +58,25 @@ def mask_picture(example: Example, prediction: Prediction, root: Path, clock: st
     row = overlay.side_by_side(drawn)
     if example.mask_kind == "semantic":
         row = overlay.legend(row, overlay.class_colours(*masks))
-    asked = example.meta.get("expression") or ", ".join(map(str, example.meta.get("objects", ()))) or "nothing sounds"
+    asked = shown_label(TASKS[example.task], example.meta)
     said = "; ".join(prediction.warnings) or "compare the outline of the prediction with the truth"
     return Picture(overlay.png(row), f"{example.task} {example.id} ({asked}): {said}.")
 
 
 def box_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
-    """True and predicted ARIG boxes over the picture."""
-    boxes = [(example.meta["box"], overlay.TRUTH, f"truth: {example.meta['object']}")]
-    if prediction.parsed:
-        boxes.append((prediction.parsed, overlay.PREDICTION, "answer"))
+    """True and predicted boxes over the picture."""
+    task = TASKS[example.task]
+    answer = None if prediction.parsed is None else task.box(prediction.parsed)
+    boxes = [
+        (box, colour, said)
+        for box, colour, said in (
+            (task.box(example.meta), overlay.TRUTH, f"truth: {shown_label(task, example.meta)}"),
+            (answer, overlay.PREDICTION, "answer"),
+        )
+        if box
+    ]
     drawn = overlay.overlay_boxes(enlarged(picture_of(example, root, clock), 300), boxes)
-    said = "the two boxes should coincide" if prediction.parsed else "no box could be read in the answer"
+    said = "the two boxes should coincide" if answer else "no box could be read in the answer"
     return Picture(overlay.png(drawn), f"{example.task} {example.id}: {said}.")
 
 
@@ -122,14 +130,14 @@ def collect(predictions: Iterable[Prediction], root: Path, clock: str = "shown")
     answers = []
     for prediction in sorted(predictions, key=lambda p: (list(TASKS).index(p.example.task), p.example.id)):
         example = prediction.example
+        task = TASKS[example.task]
         if example.mask_kind != "none":
             pictures["masks"].append(mask_picture(example, prediction, root, clock))
-        elif example.task == "arig":
+        elif task.answer == "box":
             pictures["boxes"].append(box_picture(example, prediction, root, clock))
-        elif example.task in ("ave", "avvp"):
+        elif task.answer == "events":
             pictures["times"].append(time_picture(example, prediction, root, clock))
         else:
-            meta = example.meta
-            question = meta.get("question") or example.instruction.rpartition("\n")[2]
-            answers.append((example.task, question, str(meta.get("answer") or meta["captions"][0]), prediction.text))
+            question = example.meta.get("question") or example.instruction.rpartition("\n")[2]
+            answers.append((example.task, question, shown_label(task, example.meta), prediction.text))
     return {"pictures": pictures, "answers": answers}

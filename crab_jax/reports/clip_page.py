@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image
 
 from crab_jax.inference import Prediction
+from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
+from crab_jax.tasks.task import Task
 from crab_jax.visualize import overlay, page
 from crab_jax.visualize.page import NONE, Html, Picture, Section, figure, jpeg, table
 from data_pipelines.media.kinds import HEAD, kind_of
@@ -20,13 +22,6 @@ from data_pipelines.media.pictures import read_picture
 PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
 WIDEST = 1280  # pixels of a picture on the page
 LARGEST = 8_000_000  # bytes of a file that the page holds, so that it can be played there
-TITLES = {  # what the picture of a task shows
-    "arig": "arig, a box around the sounding object",
-    "s4": "s4, the pixels of the sounding object",
-    "ms3": "ms3, the pixels of all sounding objects",
-    "avss": "avss, the classes of the sounding pixels",
-    "ref-avs": "ref-avs, the pixels of what is asked for",
-}
 
 
 class Answered(NamedTuple):
@@ -38,14 +33,13 @@ class Answered(NamedTuple):
 
 
 def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
-    """The events of the AVE and AVVP answers as lines of one time line."""
-    kinds = {"ave": "{} (heard and seen)", "avvp": "{}"}
+    """The events of the answers that have any as lines of one time line, task by task."""
     return [
-        track._replace(label=kinds[task].format(track.label))
-        for task in kinds
+        track
+        for name, task in TASKS.items()
         for one in answers
-        if one.prediction.example.task == task
-        for track in overlay.event_tracks(task, one.prediction.parsed)
+        if task.answer == "events" and one.prediction.example.task == name
+        for track in overlay.event_tracks(name, one.prediction.parsed, both=True)
     ]
 
 
@@ -76,8 +70,8 @@ def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_li
     warnings = list(dict.fromkeys(warning for one in answers for warning in one.warnings))
     noted = NONE.join(Html("<p><b>Note:</b> {}.</p>").format(warning) for warning in warnings)
     times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else NONE
-    said = [(_question(one), _short(one)) for one in answers if one.prediction.example.task in ("avqa", "avcap")]
-    places = NONE.join(_place(one) for one in answers if one.prediction.example.task in TITLES)
+    said = [(_question(one), _short(one)) for one in answers if _task(one).answer == "text"]
+    places = NONE.join(_place(one) for one in answers if _task(one).about_picture)
     whole = [
         (one.prediction.example.task, _question(one), one.prediction.text, "; ".join(one.warnings)) for one in answers
     ]
@@ -91,6 +85,10 @@ def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_li
     page.write(path, f"What is in {Path(media[0]).name}", NONE, [section for section in sections if section.body])
 
 
+def _task(one: Answered) -> Task:
+    return TASKS[one.prediction.example.task]
+
+
 def _question(one: Answered) -> str:
     """The last line of a prompt, which is what is asked."""
     return one.prediction.example.instruction.rpartition("\n")[2].removeprefix("Please answer this question: ")
@@ -101,12 +99,14 @@ def _short(one: Answered) -> str:
     parsed, text = one.prediction.parsed, one.prediction.text.replace(MASK, "(mask)")
     if isinstance(parsed, dict) and "objects" in parsed:
         return ", ".join(parsed["objects"]) or "nothing"
-    return parsed if isinstance(parsed, str) else text[max(text.rfind("The sounding object"), 0) :]
+    start = _task(one).answer_start if _task(one).answer == "box" else ""
+    return parsed if isinstance(parsed, str) else text[max(text.rfind(start) if start else 0, 0) :]
 
 
 def _place(one: Answered) -> Html:
     """The picture of an answer, or why there is none."""
-    said = f"{TITLES[one.prediction.example.task]}: {_short(one)}"
+    task = _task(one)
+    said = f"{task.name}, {task.drawn or f'the {task.answer} of the answer'}: {_short(one)}"
     if one.picture is None:
         why = "; ".join(one.prediction.warnings) or "nothing was drawn"
         return Html("<figure><p>No picture: {}.</p><figcaption>{}</figcaption></figure>").format(why, said)

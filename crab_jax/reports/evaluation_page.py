@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from crab_jax.evaluation.scoring import PARSED, Judged
+from crab_jax.evaluation.scoring import PARSED
 from crab_jax.inference import Prediction
 from crab_jax.io.errors import InputError
 from crab_jax.reports import answer_pictures
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.task import Breakdown, Published
+from crab_jax.tasks.task import Breakdown, Published, sample_metric
 from crab_jax.visualize import charts, page
 from crab_jax.visualize.page import NONE, Html, Picture, Section, figure, score, table
 
@@ -73,28 +73,13 @@ def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> Html:
     return NONE.join(
         figure(
             Picture(
-                charts.breakdown_bars(found, f"{name}: {_broken_down(name)}"),
+                charts.breakdown_bars(found, f"{name}: {TASKS[name].breakdown_of or TASKS[name].headline}"),
                 f"{name} by class or question type, with the number of samples: look for classes far below the others.",
             )
         )
         for name, found in breakdowns.items()
         if found
     )
-
-
-def _broken_down(name: str) -> str:
-    return "IoU" if name == "avss" else TASKS[name].headline
-
-
-def sample_metric(name: str) -> str:
-    """What ranks the samples of a task: its headline, where that says something about one sample alone."""
-    return {"avss": "miou_present", "avcap": "rouge_l"}.get(name, TASKS[name].headline)
-
-
-def sample_score(one: Judged) -> float:
-    """`sample_metric` of one sample; for a null expression, one minus the share score of its mask."""
-    metrics = TASKS[one.task].reduce([one.stats])
-    return 1 - metrics["s_null"] if "s_null" in metrics else metrics[sample_metric(one.task)]
 
 
 def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[str]]:
@@ -110,7 +95,7 @@ def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[s
 def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown") -> Html:
     """One answered example: its picture where the media are at hand, else what was asked and answered."""
     example = prediction.example
-    head = Html("<p><b>{}</b>: {} {}</p>").format(example.id, sample_metric(example.task), f"{value:.3f}")
+    head = Html("<p><b>{}</b>: {} {}</p>").format(example.id, sample_metric(TASKS[example.task]), f"{value:.3f}")
     try:
         found = answer_pictures.collect([prediction], root, clock)
     except InputError as error:

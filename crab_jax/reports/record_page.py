@@ -27,6 +27,7 @@ from crab_jax.io.bounds import PATH, Name, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_folder
 from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.tasks import TASKS, add_flag, use_tasks
 from crab_jax.tasks.avs_classes import CLASSES, avss_palette
 from crab_jax.visualize.overlay import (
     TRUTH,
@@ -39,7 +40,7 @@ from crab_jax.visualize.overlay import (
     side_by_side,
 )
 from crab_jax.visualize.page import NONE, Html, Section, escape, image, jpeg, table, write
-from data_pipelines import bucket_fill, datasets, shards
+from data_pipelines import bucket_fill, datasets, labels, shards
 from data_pipelines.batching import SEG_KINDS, Bucket, DataConfig, bucket_for, load
 from data_pipelines.examples import Example
 from data_pipelines.mixture import group_by_bucket
@@ -193,7 +194,7 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
     windows = row["fbank"][row["audio_mask"]]
     if not len(windows):
         return NONE
-    timed = example.windows == "ten" and "audio" in example.meta if example.task == "avvp" else example.task == "ave"
+    timed = TASKS[example.task].timed and example.windows == "ten" and labels.sound(example)
     tracks = event_tracks(example.task, example.meta, TRUTH) if timed else []
     rows = 0.3 * len(tracks) + 0.25 if tracks else 0.01
     figure = new_figure(10.5, 1.7 + rows)
@@ -245,9 +246,11 @@ def _answer(example: Example, row: Mapping[str, np.ndarray]) -> Html:
                 example.mask_kind, said, NONE if binary else _classes(np.unique(mask))
             )
         )
-    if "box" in example.meta and row["frame_mask"].any():
-        over = overlay_boxes(row["frames"][row["frame_mask"]][-1], [(example.meta["box"], TRUTH, "")])
-        shown.append(jpeg(side_by_side([(over, f"box {tuple(example.meta['box'])}")], 224), "box"))
+    task = TASKS[example.task]
+    box = task.box(example.meta) if task.answer == "box" and labels.sound(example) else None
+    if box and row["frame_mask"].any():
+        over = overlay_boxes(row["frames"][row["frame_mask"]][-1], [(box, TRUTH, "")])
+        shown.append(jpeg(side_by_side([(over, f"box {tuple(box)}")], 224), "box"))
     return NONE.join(shown)
 
 
@@ -457,6 +460,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "small one of the tiny configs, whose sequences are longer than LLaMA's)",
     )
     parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder of index.html")
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -464,6 +468,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Write the page of the command line."""
     arguments = parse_arguments(argv)
+    use_tasks([arguments.task_modules])
     file = out_folder(arguments.out) / "index.html"
     if not Path(arguments.root).is_dir():
         raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from crab_jax.io.errors import InputError, printable
+from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from crab_jax.visualize.overlay import TRUTH, overlay_boxes, overlay_mask
 from crab_jax.visualize.page import NONE, Html, document, escape, jpeg, table
@@ -132,15 +133,22 @@ def _marked(text: str) -> Html:
 def _picture(example: Example, root: str | Path | None) -> Html:
     """An <img> of the frame with the labelled mask or box; NONE where there is none or it cannot be read."""
     path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
-    if root is None or path is None or not (example.mask or "box" in example.meta):
+    task = TASKS[example.task]
+    if root is None or path is None or not (example.mask or task.answer == "box"):
         return NONE
     try:
         picture = media.read_image(inside(root, path), BOX_SPACE)
         if example.mask:
             mask = read_mask(root, example, BOX_SPACE)
             picture = overlay_mask(picture, mask.astype(bool) if example.mask_kind == "binary" else mask, TRUTH)
-        else:
-            picture = overlay_boxes(picture, [(example.meta["box"], TRUTH, "")])
-    except (InputError, IndexError, TypeError, ValueError):  # shown without: bad labels and files are what is reviewed
+        elif box := task.box(example.meta):
+            picture = overlay_boxes(picture, [(box, TRUTH, "")])
+    except (
+        InputError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # shown without: bad labels and files are what is reviewed
         return NONE
     return jpeg(picture, "")

@@ -70,7 +70,7 @@ def train_order(
     """
     drawn = config.mixture
     examples = train_examples(config, skipped) if examples is None else examples
-    check_tenths(config, examples)
+    check_tenths(config.data.video_frames, examples)
     if drawn.batch_size > len(examples):
         log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
     counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
@@ -92,9 +92,8 @@ def train_order(
     return order
 
 
-def check_tenths(config: RunConfig, examples: Sequence[Example]) -> None:
-    """Raise InputError where a mask belongs to a tenth of a video and the run reads another number of frames."""
-    frames = config.data.video_frames
+def check_tenths(frames: int, examples: Sequence[Example]) -> None:
+    """Raise InputError where a mask belongs to a tenth of a video and a run reads another number of `frames`."""
     for example in examples if frames != TENTHS else ():
         if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
             raise InputError(

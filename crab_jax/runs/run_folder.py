@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from crab_jax.checkpoints.stored import identity
 from crab_jax.config import RunConfig, bound_of, built, leaves
 from crab_jax.defaults import base
 from crab_jax.io import packaged
-from crab_jax.io.bounds import Anything, Choice, Text
+from crab_jax.io.bounds import Anything, Choice, Modules, Text
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import out_folder, write_whole
 from crab_jax.io.structured import Each, read_json
 from crab_jax.models.presets import MODELS
 from crab_jax.models.quirks import PRESETS
+from crab_jax.tasks import FLAG, TASKS, use_tasks
+from crab_jax.tasks.task import Task
 from data_pipelines.tokens import Tokenizer
 
 # A resumed run may change these keys.
@@ -34,6 +37,7 @@ FREE_KEYS = (
     "eval_split",
     "eval_samples",
     "eval_answers",
+    "tasks",
     "data.workers",
     "data.root",
     "data.cache_dir",
@@ -122,6 +126,27 @@ def load_config(path: str | Path) -> RunConfig:
             file=sys.stderr,
         )
     return config
+
+
+def use_tasks_of(tasks: str | Sequence[Task | str], checkpoint: str | Path | None = None) -> None:
+    """Register a user's tasks in this process, and warn of tasks of a checkpoint that are unknown here.
+
+    tasks: modules as in --task-modules, or Tasks. Modules named in a checkpoint's config.json are never imported.
+    Raises InputError as `crab_jax.tasks.use_tasks`.
+    """
+    use_tasks([tasks] if isinstance(tasks, str) else tasks)
+    file = Path(packaged.located(Path(checkpoint))) / "config.json" if checkpoint else None
+    if file is None or not file.is_file():
+        return  # loading the model reports the error
+    stored = read_json(file, RUN_CONFIG)
+    modules, weights = stored.get("tasks", ""), stored.get("data", {}).get("weights", {})
+    unknown = sorted(weights.keys() - TASKS.keys()) if isinstance(weights, dict) else []
+    if modules and unknown and Modules().fits(modules):
+        print(
+            f"warning: {file}: trained with tasks that are not known here ({', '.join(unknown):.200}); give {FLAG} "
+            f"{modules} to use them, where you trust those modules",
+            file=sys.stderr,
+        )
 
 
 def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:

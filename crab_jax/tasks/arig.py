@@ -10,16 +10,34 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, IMAGE
-from crab_jax.tasks.segmentation import Box, box_iou, complete_iou, success_auc, success_rate
-from crab_jax.tasks.task import AV_REASONER, NOTES, TEXT, Field, Published, Stats, Task, by_group, is_list, is_number
+from crab_jax.tasks.rows import box_of, names_of, only
+from crab_jax.tasks.segmentation import SIZE, box_iou, complete_iou, success_auc, success_rate
+from crab_jax.tasks.task import (
+    AV_REASONER,
+    NOTES,
+    TEXT,
+    Box,
+    Field,
+    Made,
+    Meta,
+    Oddity,
+    Published,
+    Row,
+    Stats,
+    Task,
+    by_group,
+    is_list,
+    is_number,
+    windows_for,
+)
+from crab_jax.tasks.text import normalise
 
-SIZE = 224
 METRICS = {
     "mean_iou": "mean intersection over union of the box (published pairs of cIoU and AUC fit this reading of cIoU)",
     "ciou_50": "share of boxes with an IoU of at least 0.5 (cIoU of the sound localisation protocol)",
@@ -47,6 +65,7 @@ _NO_CORNERS = re.compile(
     r"(?:top|upper)[\s-]*right)\b",
     re.IGNORECASE,
 )  # nor are they those two
+_SOUNDING = re.compile(r"The sounding object is (.+?)\. Its coordinate")
 _QUESTIONS = {
     "train": "Please recognize the category of object that makes the sound and then output its location coordinates.",
     "test": "Please recognize the category of object that makes the sound and then output the location coordinates.",
@@ -125,6 +144,59 @@ def constants(
     return [(target(name, box), None) for box in candidates]
 
 
+def box(said: Mapping[str, Any] | Box) -> Box:
+    """The box of a label, or of what `parse` returns."""
+    return said["box"] if isinstance(said, Mapping) else said
+
+
+def names(meta: Meta) -> tuple[str, ...]:
+    """The name of the sounding object."""
+    return (meta["object"].strip(),) if meta["object"].strip() else ()
+
+
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label."""
+    return {"object": meta["object"].strip(), "box": [*meta["box"]]}
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says: a corner by more than a pixel, or the object."""
+    corners, found = parse(text), []
+    if corners is None:
+        found.append("no two corners in order can be read")
+    else:
+        found += [
+            f"{corner} is {said:g}, the label says {truth:g}"
+            for corner, said, truth in zip(("x1", "y1", "x2", "y2"), corners, values["box"], strict=True)
+            if abs(said - truth) > 1
+        ]
+    stated = _SOUNDING.findall(text)
+    if stated and normalise(stated[-1]) != normalise(values["object"]):
+        found.append(f"the object is {stated[-1]!r}, the label says {values['object']!r}")
+    elif not stated and f" {normalise(values['object'])} " not in f" {normalise(text)} ":
+        found.append(f"the object {values['object']!r} is not named")
+    return found
+
+
+def oddities(meta: Meta) -> Iterator[Oddity]:
+    """Boxes in shares of the picture, of all of it, or of nothing."""
+    x1, y1, x2, y2 = meta["box"]
+    if max(x2, y2) <= 1:
+        problem = f"is {meta['box']}, which seem to be shares of the picture"
+        yield Oddity(True, "box", problem, f"multiply by {SIZE}")
+    elif (x1, y1, x2, y2) == (0, 0, SIZE, SIZE):
+        yield Oddity(False, "box", f"is {meta['box']}, the whole picture", "check it")
+    elif x1 == x2 or y1 == y2:
+        yield Oddity(False, "box", f"is {meta['box']}, which has no area", "check it")
+
+
+def from_row(row: Row) -> Made:
+    """A row of a user's table: a picture, the object and its box."""
+    only(row, "image")
+    label = {"object": " and ".join(names_of(row)), "box": box_of(row)}
+    return Made(instruction(), label, label, {"windows": windows_for(ARIG, row.seconds), "second": row.second()})
+
+
 ARIG = Task(
     name="arig",
     instruction=instruction,
@@ -136,6 +208,18 @@ ARIG = Task(
     headline="mean_iou",
     metrics=METRICS,
     label=LABEL,
+    answer="box",
+    box=box,
+    drawn="a box around the sounding object",
+    shown=lambda meta: str(meta["object"]),
+    arguments=arguments,
+    names=names,
+    tags=(),
+    disagreements=disagreements,
+    oddities=oddities,
+    answer_start="The sounding object is",
+    columns=("object", "box", "box_224", "second"),
+    from_row=from_row,
     windows=("five", "one_of_five", "ten", "one"),
     breakdown=by_group(lambda meta: [str(meta["object"])], reduce, "mean_iou"),
     published=[

@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from crab_jax.io.errors import InputError
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import TEXTS, Stats, Task
+from crab_jax.tasks.rows import CLIP, only
+from crab_jax.tasks.task import TEXTS, Made, Meta, Oddity, Row, Stats, Task, is_text, says_nothing
 from crab_jax.tasks.text import plain
 
 METRICS = {
@@ -32,6 +34,7 @@ _ROUGE_BETA = 1.2
 _CIDER_SIGMA = 6.0  # width of CIDEr-D's length penalty, in words
 _CIDER_SCALE = 10.0
 _CIDER_COLUMNS = ("key", "order", "pair", "candidate", "reference", "first")
+SOUND_PROMPT = f"{AUDIO}Please describe this audio."  # about a sound alone: dataset/pretrain_dataset.py
 _INSTRUCTIONS = {
     "train": f"{VIDEO}{AUDIO}Please describe this video and audio.",
     "test": f"{VIDEO}{AUDIO}Please describe this video.",
@@ -186,6 +189,38 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(text, None) for text in dict.fromkeys([captions.most_common(1)[0][0], *typical])]
 
 
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label: its first caption. Raises InputError for one that no target can say."""
+    caption = meta["captions"][0]
+    if not is_text(caption):
+        raise InputError("label", "captions", f"is {caption!r:.60}", "must be one line, without angle brackets")
+    return {"caption": caption.strip()}
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says."""
+    return [] if text in [caption.strip() for caption in meta["captions"]] else ["is none of the captions"]
+
+
+def oddities(meta: Meta) -> Iterator[Oddity]:
+    """Words for no value and names of files among the captions."""
+    for caption in meta["captions"]:
+        if says_nothing(caption) or re.fullmatch(r"\S+\.\w{2,4}", caption.strip()):
+            yield Oddity(True, "captions", f"holds {caption!r:.60}, which is no caption", "write one")
+
+
+def from_row(row: Row) -> Made:
+    """A row of a user's table: a clip or a sound alone, and one caption or a list of them."""
+    captions = row.given("answer")
+    texts = [row.text_of("answer", text) for text in (captions if isinstance(captions, list) else [captions])]
+    if row.media == {"audio"}:
+        prompt = SOUND_PROMPT
+    else:
+        only(row, *CLIP)
+        prompt = instruction()
+    return Made(prompt, {"caption": texts[0]}, {"captions": texts}, {"windows": "ten"})
+
+
 AVCAP = Task(
     name="avcap",
     instruction=instruction,
@@ -197,5 +232,15 @@ AVCAP = Task(
     headline="cider_d",
     metrics=METRICS,
     label={"captions": TEXTS},
+    ranked_by="rouge_l",
+    shown=lambda meta: str(meta["captions"][0]),
+    own_words=True,
+    arguments=arguments,
+    tags=(),
+    disagreements=disagreements,
+    oddities=oddities,
+    columns=("answer",),
+    from_row=from_row,
+    sound_alone=True,
     windows=("ten", "none"),
 )

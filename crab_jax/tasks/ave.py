@@ -8,18 +8,65 @@ segments, background included (YapengTian/AVE-ECCV18, `compute_acc`).
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import NOTES, TEXT, Field, Published, Stats, Task, by_group, is_whole
-from crab_jax.tasks.text import find_tags, normalise
-from crab_jax.tasks.times import find_spans, read_ranges
+from crab_jax.tasks.rows import CLIP, events_of, only
+from crab_jax.tasks.task import (
+    HEARD_AND_SEEN,
+    NOTES,
+    TEXT,
+    Event,
+    Field,
+    Made,
+    Meta,
+    Oddity,
+    Published,
+    Row,
+    Stats,
+    Task,
+    by_group,
+    is_whole,
+)
+from crab_jax.tasks.text import find_tags, normalise, one_tag
+from crab_jax.tasks.times import SECONDS, find_spans, no_time, read_ranges
 
-SECONDS = 10
+# The official order: class index 0..27 (28 is background).
+CATEGORIES = (
+    "Church bell",
+    "Male speech, man speaking",
+    "Bark",
+    "Fixed-wing aircraft, airplane",
+    "Race car, auto racing",
+    "Female speech, woman speaking",
+    "Helicopter",
+    "Violin, fiddle",
+    "Flute",
+    "Ukulele",
+    "Frying (food)",
+    "Truck",
+    "Shofar",
+    "Motorcycle",
+    "Acoustic guitar",
+    "Train horn",
+    "Clock",
+    "Banjo",
+    "Goat",
+    "Baby cry, infant cry",
+    "Bus",
+    "Chainsaw",
+    "Cat",
+    "Horse",
+    "Toilet flush",
+    "Rodents, rats, mice",
+    "Accordion",
+    "Mandolin",
+)
 METRICS = {
     "accuracy": "one-second segments whose event or background is right, end second exclusive (AVE, compute_acc)",
     "accuracy_inclusive": "the same with the end second counted in, in answer and label (some released scorers)",
@@ -33,6 +80,7 @@ LABEL = {
         lambda value, meta: is_whole(value, meta["start"] if is_whole(meta.get("start"), 0, SECONDS) else 0, SECONDS),
     ),
 }
+_RANGE = re.compile(r"\s*(\d{1,3})\s*,\s*(\d{1,3})\s*")
 _PROMPT = f"{VIDEO}{AUDIO}Please describe the events and time range that occurred in the video."
 _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
 
@@ -119,6 +167,56 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(target(event, *span), None) for event, span in itertools.product(events, ranges)]
 
 
+def events(said: Mapping[str, Any]) -> list[Event]:
+    """The event of a label, or those of what `parse` returns."""
+    ranges = said["ranges"] if "ranges" in said else [(said["start"], said["end"])]
+    return [Event(said["event"], start, end, HEARD_AND_SEEN) for start, end in ranges]
+
+
+def names(meta: Meta) -> tuple[str, ...]:
+    """The name of the event."""
+    return (meta["event"].strip(),)
+
+
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label."""
+    return {"event": meta["event"].strip(), "start": meta["start"], "end": meta["end"]}
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says: its event, its range, or what the parser reads."""
+    event, found = one_tag(text, "event")
+    span, more = one_tag(text, "range")
+    found += more
+    if event and normalise(event) != normalise(values["event"]):
+        found.append(f"the event is {event!r}, the label says {values['event']!r}")
+    numbers = _RANGE.fullmatch(span)
+    if not numbers:
+        found.append(f"the range {span!r} is not `start,end`")
+    elif (said := tuple(map(int, numbers.groups()))) != (values["start"], values["end"]):
+        found.append(f"the range is {said[0]},{said[1]}, the label says {values['start']},{values['end']}")
+    parsed = parse(text)
+    if not found and (parsed is None or parsed["ranges"] != [[values["start"], values["end"]]]):
+        found.append("the parser of the task reads another range")
+    return found
+
+
+def oddities(meta: Meta) -> Iterator[Oddity]:
+    """A range that is no time; 0,0 says that nothing happens."""
+    if (meta["start"], meta["end"]) != (0, 0):
+        yield from no_time(events(meta))
+
+
+def from_row(row: Row) -> Made:
+    """A row of a user's table: a clip and its one event."""
+    only(row, *CLIP)
+    found = events_of(row, row.given("events"))
+    if len(found) != 1:
+        raise row.error("events", f"holds {len(found)} events, and ave asks about one", "write a row for each")
+    label = dict(zip(("event", "start", "end"), found[0], strict=True))
+    return Made(instruction(), label, label, {"windows": "ten"})
+
+
 AVE = Task(
     name="ave",
     instruction=instruction,
@@ -130,7 +228,19 @@ AVE = Task(
     headline="accuracy",
     metrics=METRICS,
     label=LABEL,
-    timed=True,
+    answer="events",
+    events=events,
+    shown=lambda meta: f"{meta['event']} {meta['start']}-{meta['end']}",
+    arguments=arguments,
+    names=names,
+    known=CATEGORIES,
+    tags=("event", "range"),
+    disagreements=disagreements,
+    oddities=oddities,
+    several=True,  # a clip may have two events
+    answer_start="So the audible and visible event",
+    columns=("events",),
+    from_row=from_row,
     breakdown=by_group(lambda meta: [str(meta["event"])], reduce, "accuracy"),
     published=[Published("Crab", {"accuracy": 0.8015}, NOTES), Published("MM-Pyramid", {"accuracy": 0.7780}, NOTES)],
 )

@@ -8,15 +8,33 @@ per modality (GeWu-Lab/MUSIC-AVQA, net_grd_avst/main_avst.py).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import AV_REASONER, NOTES, TEXT, Field, Meta, Published, Stats, Task, by_group, is_list
-from crab_jax.tasks.text import find_tags, normalise
+from crab_jax.tasks.rows import CLIP, only
+from crab_jax.tasks.task import (
+    AV_REASONER,
+    NOTES,
+    TEXT,
+    Field,
+    Made,
+    Meta,
+    Oddity,
+    Published,
+    Row,
+    Stats,
+    Task,
+    by_group,
+    is_list,
+    says_nothing,
+    windows_for,
+)
+from crab_jax.tasks.text import find_tags, normalise, one_tag
 
 SUBTYPES = (
     "audio_counting",
@@ -51,6 +69,11 @@ LABEL = {
         "",
     ),
 }
+# What --all-tasks asks where no question is given.
+QUESTIONS = (
+    "How many musical instruments were heard throughout the video?",
+    "How many types of musical instruments appeared in the entire video?",
+)
 _MODALITY = {name: name.rpartition("_")[0] for name in SUBTYPES}
 _PROMPT = f"{VIDEO}{AUDIO}Please answer this question: "
 _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
@@ -102,6 +125,48 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(target(answer), None) for answer, _ in Counter(str(m["answer"]) for m in metas).most_common(3)]
 
 
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label."""
+    return {"answer": meta["answer"].strip()}
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says: the answer, as it is tagged and as the parser reads it."""
+    said, found = one_tag(text, "answer")
+    truth = values["answer"]
+    if normalise(said) != normalise(truth) or normalise(parse(text) or "") != normalise(truth):
+        found.append(f"the answer is {said!r}, the label says {truth!r}")
+    return found
+
+
+def oddities(meta: Meta) -> Iterator[Oddity]:
+    """Answers that no answer of MUSIC-AVQA looks like; they are compared word for word."""
+    answer = meta["answer"]
+    if says_nothing(answer):
+        yield Oddity(False, "answer", f"is {answer!r}, which stands for no value", "give the name")
+    elif re.fullmatch(r"[0-9.]+", answer):
+        yield Oddity(False, "answer", f"is {answer!r}, a number", "MUSIC-AVQA answers in words, such as 'two'")
+    elif re.fullmatch(r"[A-E]|.*[.!?;:]|(?:\S+\s+){5,}\S+", answer.strip(), re.DOTALL):
+        problem = f"is {answer!r:.60}, a letter or a sentence; it is compared word for word"
+        yield Oddity(False, "answer", problem, "give the answer in a word or two")
+
+
+def from_row(row: Row) -> Made:
+    """A row of a user's table: a clip, a question, its answer, and perhaps its type, as in Audio-Visual/Counting."""
+    only(row, *CLIP)
+    question, label = row.text("question"), {"answer": row.text("answer")}
+    kind = row.given("type")
+    kinds = [part.strip() for part in re.split(r"[/,]", kind)] if isinstance(kind, str) else kind
+    if kinds is not None and not LABEL["type"].holds(kinds, {"type": kinds}):
+        raise row.error(
+            "type",
+            f"is {kind!r:.60}",
+            f"use modality/kind, as in Audio-Visual/Counting, of {', '.join(SUBTYPES)}, or leave it empty",
+        )
+    meta = {**label, "question": question} | ({"type": kinds} if kinds else {})
+    return Made(instruction(question=question), label, meta, {"windows": windows_for(AVQA, row.seconds)})
+
+
 AVQA = Task(
     name="avqa",
     instruction=instruction,
@@ -113,6 +178,16 @@ AVQA = Task(
     headline="accuracy",
     metrics=METRICS,
     label=LABEL,
+    shown=lambda meta: str(meta["answer"]),
+    fields=("question",),
+    unasked={"question": QUESTIONS},
+    arguments=arguments,
+    tags=("answer",),
+    disagreements=disagreements,
+    oddities=oddities,
+    answer_start="So the answer is",
+    columns=("question", "answer", "type"),
+    from_row=from_row,
     windows=("music_avqa", "ten"),
     breakdown=by_group(lambda meta: ["/".join(meta.get("type", ())) or "no type"], reduce, "accuracy"),
     published=[

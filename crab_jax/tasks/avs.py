@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,23 @@ from crab_jax.io.errors import InputError
 from crab_jax.tasks import segmentation
 from crab_jax.tasks.avs_classes import CLASSES
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import CLIP, NOTES, Breakdown, Field, Meta, Published, Stats, Task, by_group, is_list, is_text
+from crab_jax.tasks.rows import CLIP, names_of
+from crab_jax.tasks.task import (
+    CLIP_NAME,
+    NOTES,
+    Breakdown,
+    Field,
+    Made,
+    Meta,
+    Oddity,
+    Published,
+    Row,
+    Stats,
+    Task,
+    by_group,
+    is_list,
+    is_text,
+)
 from crab_jax.tasks.text import object_words
 
 BINARY_METRICS = {
@@ -44,6 +60,7 @@ _OBJECTS = Field(
     "a list of names; [] where the annotation does not say what sounds", lambda value, meta: is_list(value, is_text)
 )
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_MOMENT = re.compile(r"makes the sound at the (\w+) second is")
 _ANSWER = re.compile(r"object making (?:the )?sound in the (?:video|image) is ")
 _MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
 
@@ -98,6 +115,59 @@ def names_match(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> bool:
 def named(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> float:
     """`names_match` as a number, NaN for a label that does not say what sounds (MS3 of AVSBench's object release)."""
     return float(names_match(parsed, names)) if names else math.nan
+
+
+def moment_problems(said: Sequence[str], second: int) -> list[str]:
+    """What is wrong where a target says these ordinals, the last of which is that of its second."""
+    truth = ordinal(second)
+    return [] if said and said[-1] == truth else [f"the {said[-1] if said else 'missing'} second, not the {truth}"]
+
+
+def weak(meta: Meta) -> str:
+    """Why a label is weak: a clip of MS3's object release does not say what sounds."""
+    return "does not say what sounds" if meta.get("objects") == [] else ""
+
+
+def names(meta: Meta) -> tuple[str, ...]:
+    """The names of the sounding objects."""
+    return () if weak(meta) else tuple(name.strip() for name in meta["objects"])
+
+
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label."""
+    return {"objects": [name.strip() for name in meta["objects"]], "second": second}
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says: the objects, where the label says them, and the second."""
+    found: list[str] = []
+    if not weak(meta):
+        parsed, objects = parse(text), values["objects"]
+        said = [] if parsed is None else parsed["objects"]
+        found = [] if names_match(parsed, objects) else [f"the objects are {said}, the label says {objects}"]
+    return found + moment_problems(_MOMENT.findall(text), second)
+
+
+def oddities(meta: Meta) -> Iterator[Oddity]:
+    """An object that is named twice."""
+    if len(set(found := names(meta))) < len(found):
+        yield Oddity(False, "objects", f"names one twice: {list(found)}", "name each once")
+
+
+def _from_row(name: str, instruction: Callable[..., str], picture_variant: str) -> Callable[[Row], Made]:
+    def from_row(row: Row) -> Made:
+        """A row of a user's table: a clip or a picture with its sound, what sounds, and its mask."""
+        second, fields = row.moment()
+        objects = names_of(row)
+        variant = "train" if row.media & set(CLIP) else picture_variant
+        return Made(
+            instruction(variant=variant, second=second),
+            {"objects": objects, "second": second},
+            {"objects": objects},
+            fields,
+        )
+
+    return from_row
 
 
 def mean_scores(samples: Sequence[Stats], names: Mapping[str, str]) -> dict[str, float]:
@@ -207,16 +277,39 @@ def _image_test(second: int) -> str:
     )
 
 
-def _task(name: str, test: Callable[[int], str], published: Sequence[Published] = (), semantic: bool = False) -> Task:
+def _task(
+    name: str,
+    test: Callable[[int], str],
+    drawn: str,
+    published: Sequence[Published] = (),
+    semantic: bool = False,
+    test_second: int | None = None,
+) -> Task:
+    instruction = _instruction(test)
     common: dict[str, Any] = {
         "name": name,
-        "instruction": _instruction(test),
+        "instruction": instruction,
         "target": target,
         "parse": parse,
         "headline": "miou",
         "published": published,
+        "answer": "mask",
+        "drawn": drawn,
+        "shown": lambda meta: ", ".join(map(str, meta.get("objects", ()))) or "nothing sounds",
+        "fields": ("second",),
+        "test_second": test_second,
+        "arguments": arguments,
+        "weak": weak,
+        "names": names,
+        "tags": (),
+        "disagreements": disagreements,
+        "oddities": oddities,
+        "answer_start": "The object making the sound in the video is",
+        "columns": ("object", "mask", "second"),
+        # What each is asked about one picture.
+        "from_row": _from_row(name, instruction, "test" if semantic else "quick"),
     }
-    clip = CLIP._replace(needed="") if semantic else CLIP
+    clip = CLIP_NAME._replace(needed="") if semantic else CLIP_NAME
     usual = ("ten", "one", "five", "one_of_five") if semantic else ("five", "one_of_five", "ten", "one")
     common |= {"label": {"objects": _OBJECTS, "video": clip}, "windows": usual}
     if semantic:
@@ -227,6 +320,9 @@ def _task(name: str, test: Callable[[int], str], published: Sequence[Published] 
             mask_kind="semantic",
             metrics=SEMANTIC_METRICS,
             breakdown=_class_breakdown,
+            breakdown_of="IoU",
+            ranked_by="miou_present",
+            known=CLASSES[1:],
             **common,
         )
     return Task(
@@ -244,11 +340,13 @@ def _objects(meta: Meta) -> list[str]:
     return sorted(set(map(str, meta["objects"]))) or ["nothing sounds"]
 
 
-S4 = _task("s4", _video_prompt)
+S4 = _task("s4", _video_prompt, "the pixels of the sounding object")
 # The released MS3 evaluation asks about the third second whatever the frame is.
 MS3 = _task(
     "ms3",
     lambda second: _video_prompt(2),
+    "the pixels of all sounding objects",
     [Published("Crab", {"miou": 0.5821}, NOTES), Published("AVSegFormer", {"miou": 0.5840}, NOTES)],
+    test_second=2,
 )
-AVSS = _task("avss", _image_test, semantic=True)
+AVSS = _task("avss", _image_test, "the classes of the sounding pixels", semantic=True)

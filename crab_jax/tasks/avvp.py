@@ -9,17 +9,59 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from crab_jax.tasks.placeholders import AUDIO, VIDEO
-from crab_jax.tasks.task import AV_REASONER, Field, Published, Stats, Task, by_group, is_list, is_text, is_whole
+from crab_jax.tasks.rows import CLIP, events_of, only
+from crab_jax.tasks.task import (
+    AV_REASONER,
+    Event,
+    Field,
+    Made,
+    Meta,
+    Oddity,
+    Published,
+    Row,
+    Stats,
+    Task,
+    by_group,
+    is_list,
+)
 from crab_jax.tasks.text import find_tags, normalise
-from crab_jax.tasks.times import find_spans
+from crab_jax.tasks.times import SECONDS, find_spans, is_event, no_time
 
-SECONDS = 10
+# The official order and spelling: class index 0..24.
+CATEGORIES = (
+    "Speech",
+    "Car",
+    "Cheering",
+    "Dog",
+    "Cat",
+    "Frying_(food)",
+    "Basketball_bounce",
+    "Fire_alarm",
+    "Chainsaw",
+    "Cello",
+    "Banjo",
+    "Singing",
+    "Chicken_rooster",
+    "Violin_fiddle",
+    "Vacuum_cleaner",
+    "Baby_laughter",
+    "Accordion",
+    "Lawn_mower",
+    "Motorcycle",
+    "Helicopter",
+    "Acoustic_guitar",
+    "Telephone_bell_ringing",
+    "Baby_cry_infant_cry",
+    "Blender",
+    "Clapping",
+)
 LEVELS = ("segment", "event")
 _TYPES = ("audio", "visual", "audio_visual")
 METRICS = {
@@ -36,19 +78,15 @@ METRICS = {
 Events = list[list[Any]]  # [[name, start, end], ...]
 
 
-def _is_event(event: Any) -> bool:
-    return (
-        is_list(event, lambda part: True, 3)
-        and len(event) == 3
-        and is_text(event[0])
-        and all(is_whole(second, 0, SECONDS) for second in event[1:])
-    )
-
-
 _EVENTS = Field(
-    f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}", lambda value, meta: is_list(value, _is_event)
+    f"a list of [name, start, end] in whole seconds from 0 to {SECONDS}", lambda value, meta: is_list(value, is_event)
 )
 LABEL = {"audio": _EVENTS, "visual": _EVENTS}
+TAGS = ("audio_event", "visual_event")
+_SENSES = {"audio": "heard", "visual": "seen"}
+_EVENT = re.compile(r"\s*(.+?)\s*,\s*(\(\d{1,3} \d{1,3}\)(?:\s*,\s*\(\d{1,3} \d{1,3}\))*)\s*", re.DOTALL)
+_SPAN = re.compile(r"\((\d+) (\d+)\)")
+_SENSE = re.compile(r"(audio|visual)\s*:\s*(.*)", re.IGNORECASE | re.DOTALL)
 
 _PROMPT = (
     f"{VIDEO}{AUDIO}Please determine the events that occur based on the visual and audio information in the "
@@ -234,6 +272,126 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
     return [(text, None) for text in dict.fromkeys(target(audio, visual) for audio, visual in pairs)]
 
 
+def events(said: Mapping[str, Any]) -> list[Event]:
+    """The events of a label with times, or of what `parse` returns: those that are heard, then those that are seen."""
+    return [
+        Event(name, start, end, sense) for kind, sense in _SENSES.items() for name, start, end in said.get(kind, ())
+    ]
+
+
+def spans_of(events: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]]:
+    """name -> merged spans of `[[name, start, end], ...]`, by first second; names without a real span are left out."""
+    spans: dict[str, list[Sequence[int]]] = {}
+    for name, *span in events:
+        spans.setdefault(name, []).append(span)
+    merged = {name: merge_spans(found) for name, found in spans.items()}
+    return dict(sorted(((n, s) for n, s in merged.items() if s), key=lambda item: (item[1][0], item[0])))
+
+
+def weak(meta: Meta) -> str:
+    """Why a label is weak: a training clip of LLP names its events, but not their times or senses."""
+    return "names events without their times" if "labels" in meta and "audio" not in meta else ""
+
+
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label."""
+    return {
+        sense: [[name.strip(), *span] for name, spans in spans_of(meta[sense]).items() for span in spans]
+        for sense in ("audio", "visual")
+    }
+
+
+def names(meta: Meta) -> tuple[str, ...]:
+    """The names of the events."""
+    if weak(meta):
+        return tuple(meta["labels"])
+    values = arguments(meta, 0)
+    return tuple(dict.fromkeys(name for name, *_ in (*values["audio"], *values["visual"])))
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says: events that are not in it, or at other times."""
+    by_sense: dict[str, Events] = {"audio": [], "visual": []}
+    tags, found = find_tags(text, TAGS), []
+    for tag, content in tags:
+        sense, event = tag.removesuffix("_event"), _EVENT.fullmatch(content)
+        if event is None:
+            if normalise(content) != "none":
+                found.append(f"the {sense} event {content!r} is not `name,(start end),...`")
+            continue
+        spans = [(int(start), int(end)) for start, end in _SPAN.findall(event[2])]
+        found += [
+            f"the {sense} event {event[1]!r} has the impossible time ({start} {end})"
+            for start, end in spans
+            if not 0 <= start < end <= SECONDS
+        ]
+        by_sense[sense] += [[event[1], *span] for span in spans]
+    if not tags:
+        found.append("holds no event tag")
+    said = by_sense["audio"] + by_sense["visual"]
+    known = {normalise(name): name for name in names(meta)}
+    found += [
+        f"the event {name!r} is not in the label"
+        for name in dict.fromkeys(name for name, *_ in said)
+        if normalise(name) not in known
+    ]
+    if weak(meta):
+        heard_or_seen = {normalise(name) for name, *_ in said}
+        found += [
+            f"the event {name!r} of the label is missing" for key, name in known.items() if key not in heard_or_seen
+        ]
+    elif not found:
+        classes = list(known)
+        for sense, answered in by_sense.items():
+            differ = occurrence(answered, classes) != occurrence(values[sense], classes)
+            found += [
+                f"the {sense} times of {known[classes[k]]!r} differ from the label"
+                for k in np.flatnonzero(differ.any(axis=1))
+            ]
+        if not found and parse(text) is None:
+            found.append("the parser of the task reads no event")
+    return found
+
+
+def oddities(meta: Meta) -> Iterator[Oddity]:
+    """Spans that are no time, and those of one event that overlap."""
+    if weak(meta):
+        return
+    yield from no_time(events(meta))
+    for sense in ("audio", "visual") if events(meta) else ():
+        for (one, _, end), (other, start, _) in itertools.pairwise(sorted(map(tuple, meta[sense]))):
+            if one == other and start < end:
+                yield Oddity(False, sense, f"spans of {one!r:.60} overlap", "join them")
+
+
+def from_row(row: Row) -> Made:
+    """A row of a user's table: a clip, and what is heard and seen in it."""
+    only(row, *CLIP)
+    given = row.given("events")
+    form = "write audio: Speech 0-10; Dog 2-5; visual: Dog 0-10, with `none` for a sense that has no event"
+    if isinstance(given, str):
+        by_sense: dict[str, list[str]] = {}
+        sense = ""
+        for part in re.split(r"\s*[;|\n]\s*", given.strip(" ;|\n")):
+            if match := _SENSE.fullmatch(part):
+                sense, part = match[1].lower(), match[2]
+                if sense in by_sense:
+                    raise row.error("events", f"says {sense}: twice", form)
+                by_sense[sense] = []
+            if not sense:
+                raise row.error("events", f"does not say whether {part!r:.40} is heard or seen", form)
+            by_sense[sense] += [part] if part.strip() else []
+        given = {
+            sense: [] if [p.lower() for p in parts] == ["none"] else "; ".join(parts) or None
+            for sense, parts in by_sense.items()
+        }
+    if not isinstance(given, dict) or given.keys() != {"audio", "visual"}:
+        says = "does not say what is heard and what is seen"
+        raise row.error("events", "is empty" if given is None else says, form)
+    label = {sense: events_of(row, given[sense]) if given[sense] != [] else [] for sense in ("audio", "visual")}
+    return Made(instruction(), label, label, {"windows": "ten"})
+
+
 AVVP = Task(
     name="avvp",
     instruction=instruction,
@@ -245,7 +403,19 @@ AVVP = Task(
     headline="segment_type_av",
     metrics=METRICS,
     label=LABEL,
-    timed=True,
+    answer="events",
+    events=events,
+    shown=lambda meta: "; ".join(f"{e.name} {e.start}-{e.end} ({e.sense})" for e in events(meta)) or "nothing",
+    arguments=arguments,
+    weak=weak,
+    names=names,
+    known=CATEGORIES,
+    tags=TAGS,
+    disagreements=disagreements,
+    oddities=oddities,
+    answer_start="Therefore, visual and audio events are",
+    columns=("events",),
+    from_row=from_row,
     breakdown=by_group(
         lambda meta: {str(name) for name, *_ in (*meta["audio"], *meta["visual"])}, reduce, "segment_type_av"
     ),

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from crab_jax.tasks import segmentation
-from crab_jax.tasks.avs import binary_stats, mean_scores, names_match, ordinal, video_f
+from crab_jax.tasks.avs import binary_stats, mean_scores, moment_problems, names_match, ordinal, video_f
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, MASK, VIDEO
-from crab_jax.tasks.task import TEXT, Field, Stats, Task, by_group, is_text
-from crab_jax.tasks.text import object_words
+from crab_jax.tasks.rows import CLIP, NOTHING
+from crab_jax.tasks.task import TEXT, Field, Made, Meta, Row, Stats, Task, by_group, is_text
+from crab_jax.tasks.text import normalise, object_words
 
 J_THRESHOLDS = {"": 0.5, "_04": 0.4}  # of the released Crab code, and of the Ref-AVS release
 _SPLITS = {"": "seen and unseen together", "_seen": "seen objects", "_unseen": "unseen objects"}
@@ -53,6 +54,8 @@ LABEL = {
         "score",
     ),
 }
+EXPRESSION = "the object that is making the sound"  # what --all-tasks asks where none is given
+_MOMENT = re.compile(r"At the (\w+) second in the video, ")
 _ANSWER, _NULL, _MASK_FOLLOWS = "second in the video, ", "does not appear", re.compile(r"\.\s*Its mask\b")
 
 
@@ -130,6 +133,50 @@ def constants(
     return [(text, mask) for mask in segmentation.constant_masks(gt_masks)] or [(text, None)]
 
 
+def rank(metrics: Mapping[str, float]) -> float:
+    """The place of one sample: J, or for a null expression one minus the share score of its mask."""
+    return 1 - metrics["s_null"] if "s_null" in metrics else metrics["j"]
+
+
+def names(meta: Meta) -> tuple[str, ...]:
+    """The name of the object, if there is one."""
+    return (meta["object"].strip(),) if meta["object"].strip() else ()
+
+
+def arguments(meta: Meta, second: int) -> dict[str, Any]:
+    """The arguments of `target` from a label."""
+    return {"expression": meta["expression"].strip(), "object": meta["object"].strip(), "second": second}
+
+
+def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
+    """What in a target is not as its label says: the object, the expression, or the second."""
+    parsed, found = parse(text), []
+    if not names_match(parsed, [values["object"]] if values["object"] else []):
+        said = "unreadable" if parsed is None else ", ".join(parsed["objects"]) or "nothing"
+        found.append(f"the object is {said}, the label says {values['object'] or 'nothing'}")
+    if normalise(values["expression"]) not in normalise(text):
+        found.append("does not repeat the expression")
+    return found + moment_problems(_MOMENT.findall(text), second)
+
+
+def from_row(row: Row) -> Made:
+    """A row of a user's table: a clip or a picture with its sound, an expression, its object and its mask."""
+    expression, name = row.text("expression"), row.text("object", "give the name, or `nothing` where nothing fits")
+    name = "" if name.lower() in NOTHING else name
+    kind = str(row.given("type") or "seen").lower() if name else "null"
+    if kind not in ("seen", "unseen", "null"):
+        raise row.error("type", f"is {kind!r}", "use seen or unseen")
+    second, fields = row.moment(empty=not name)
+    variant = "train" if row.media & set(CLIP) else "quick"
+    label = {"expression": expression, "object": name, "second": second}
+    return Made(
+        instruction(variant, expression, second),
+        label,
+        {"expression": expression, "object": name, "split": kind},
+        fields,
+    )
+
+
 REF_AVS = Task(
     name="ref-avs",
     instruction=instruction,
@@ -141,6 +188,20 @@ REF_AVS = Task(
     headline="j",
     metrics=METRICS,
     label=LABEL,
+    answer="mask",
     mask_kind="binary",
+    drawn="the pixels of what is asked for",
+    shown=lambda meta: str(meta.get("expression") or "nothing sounds"),
+    fields=("expression", "second"),
+    unasked={"expression": (EXPRESSION,)},
+    rank=rank,
+    arguments=arguments,
+    names=names,
+    name_field="object",
+    tags=(),
+    disagreements=disagreements,
+    answer_start="At the ",
+    columns=("expression", "object", "mask", "second", "type"),
+    from_row=from_row,
     breakdown=by_group(lambda meta: [meta["object"]] if meta["object"] else [], reduce, "j"),
 )

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from crab_jax.tasks.avs_classes import CLASSES
+from crab_jax.tasks.task import Box
 
 BETA2 = 0.3
 THRESHOLDS = np.linspace(0, 1 - 1e-10, 255, dtype=np.float32)
 AUC_THRESHOLDS = np.linspace(0, 1, 21)
-
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+SIZE = 224  # pixels of a side of the picture that boxes are in
 
 
 def mask_iou(scores: np.ndarray, gt: np.ndarray, threshold: float = 0.5) -> float:

@@ -36,6 +36,15 @@ def _singular(word: str) -> str:
     return word[:-2] if word.endswith(("ches", "shes", "sses")) else word[:-1]
 
 
+def one_tag(text: str, tag: str) -> tuple[str, list[str]]:
+    """The content of the one `tag` that there should be in a target, and what is wrong."""
+    contents = [content for _, content in find_tags(text, (tag,))]
+    return (
+        contents[-1] if contents else "",
+        [] if len(contents) == 1 else [f"{len(contents)} <{tag}> tags where one is needed"],
+    )
+
+
 def plain(text: str) -> str:
     """`text` without the control tokens of the tokenizer and the chat template, on one line."""
     return " ".join(_CONTROL.sub(" ", text).split())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from crab_jax.tasks.task import Event, Oddity, is_list, is_text, is_whole
+
+SECONDS = 10  # that labels of events count: tenths of the clip
 
 _SECONDS = {
     "s": 1.0,
@@ -40,6 +44,28 @@ _FILLER = frozenset(
     "from between the time range is are at in on of for during video clip about around and then second "
     "seconds event audio visual".split()
 )
+
+
+def is_event(event: Any) -> bool:
+    """Whether a value is [name, start, end] in whole seconds from 0 to 10."""
+    return (
+        is_list(event, lambda part: True, 3)
+        and len(event) == 3
+        and is_text(event[0])
+        and all(is_whole(second, 0, SECONDS) for second in event[1:])
+    )
+
+
+def no_time(events: Sequence[Event]) -> Iterator[Oddity]:
+    """Yield the events of a label that end before they start, or at once."""
+    for event in events:
+        if event.start >= event.end:
+            yield Oddity(
+                True,
+                "",
+                f"{event.name!r:.60} lasts from {event.start} to {event.end}, which is no time",
+                "the end is the first second after the event, as in 2,3 for the third second alone",
+            )
 
 
 class Span(NamedTuple):

@@ -2,7 +2,7 @@
 
     python -m crab_jax.demo --out runs/demo
 
-Starts from the committed warm start (crab_jax/tiny_world/recipe.py), or with --from-scratch from a small recipe.
+Starts from the committed warm start (tiny_world/recipe.py), or with --from-scratch from a small recipe of its own.
 Every step is a command that a user could type. Finished parts are not repeated.
 """
 

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from crab_jax.io.errors import printable
+from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs_classes import CLASSES, avss_palette
+from crab_jax.tasks.task import HEARD_AND_SEEN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,17 +200,17 @@ def class_colours(*masks: np.ndarray) -> dict[str, Colour]:
     return {CLASSES[i]: tuple(map(int, avss_palette()[i])) for i in ids}  # type: ignore[misc]
 
 
-def event_tracks(task: str, label: Mapping[str, Any] | None, colour: Colour = PREDICTION) -> list[Track]:
-    """Return the tracks of an AVE or AVVP answer: the result of its parser, or the label in an Example's `meta`."""
+def event_tracks(task: str, label: Any, colour: Colour = PREDICTION, both: bool = False) -> list[Track]:
+    """Return the tracks of an answer of events: the result of the task's parser, or the label in an Example's `meta`.
+
+    both: whether a track also says of an event that it is heard and seen.
+    """
     if label is None:
         return []
-    if task == "ave":
-        ranges = label["ranges"] if "ranges" in label else [(label["start"], label["end"])]
-        return [Track(label["event"], _clip_spans(ranges), colour)]
     spans: dict[str, list[Sequence[float]]] = {}
-    for modality in ("audio", "visual"):
-        for name, start, end in label[modality]:
-            spans.setdefault(f"{name} ({'heard' if modality == 'audio' else 'seen'})", []).append((start, end))
+    for name, start, end, sense in TASKS[task].events(label):
+        told = sense and (both or sense != HEARD_AND_SEEN)
+        spans.setdefault(f"{name} ({sense})" if told else name, []).append((start, end))
     return [Track(name, _clip_spans(ranges), colour) for name, ranges in spans.items()]
 
 

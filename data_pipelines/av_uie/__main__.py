@@ -27,9 +27,10 @@ from crab_jax.io.files import out_file, out_folder, write_whole
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import read_text, strict_json
 from crab_jax.reports import review_page
+from crab_jax.tasks import TASKS
 from data_pipelines import datasets
 from data_pipelines.av_uie import annotate, card, labels, released, templates, verify
-from data_pipelines.examples import TASK_NAMES, Example, read_jsonl, select, write_jsonl
+from data_pipelines.examples import Example, read_jsonl, select, write_jsonl
 from data_pipelines.tokens import Tokenizer
 
 _READ = """Write Examples whose targets are the released labels of AV-UIE, matched by video or question.
@@ -145,7 +146,7 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
         help="what to do about rows that cannot be read (default: raise)",
     )
     parser.add_argument("--examples", type=PATH, metavar="FILE", help="a JSONL file of Examples instead")
-    parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASK_NAMES)} (default: all)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=Whole(1), help="number of Examples per task, from the first")
 
 

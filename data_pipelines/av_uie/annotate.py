@@ -38,6 +38,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.io.files import append
 from crab_jax.io.locks import locked_file
 from crab_jax.io.structured import LIST, check, read_bytes, refuse_special, strict_json
+from crab_jax.tasks import TASKS
 from data_pipelines.av_uie import labels, prompts, verify
 from data_pipelines.av_uie.prompts import Messages
 from data_pipelines.examples import Example
@@ -407,7 +408,7 @@ class Outcome(NamedTuple):
 
 def asked_about(example: Example) -> bool:
     """Return whether an Example needs an LLM: it has reasoning to write and a label with enough information."""
-    return example.task in labels.ANSWER_STARTS and not labels.weak(example)
+    return bool(TASKS[example.task].answer_start) and not labels.weak(example)
 
 
 def run(

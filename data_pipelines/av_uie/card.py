@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from crab_jax.io.errors import cell
+from crab_jax.tasks import TASKS
 from data_pipelines.av_uie.labels import reasoning_of
-from data_pipelines.examples import TASK_NAMES, Example
+from data_pipelines.examples import Example
 
 # The ability that each task requires (paper sections 1 and 3).
 GRANULARITY = {
@@ -52,7 +53,7 @@ def card(examples: Sequence[Example], count_tokens: Callable[[str], int] | None 
     coverage: share of the Examples with reasoning before the answer. distinct_reasoning: number of different reasoning
     texts. Lengths are in words, and with `count_tokens` also in tokens.
     """
-    groups = {task: [e for e in examples if e.task == task] for task in TASK_NAMES}
+    groups = {task: [e for e in examples if e.task == task] for task in TASKS}
     tasks = {task: _task_card(selected, len(examples), count_tokens) for task, selected in groups.items() if selected}
     return {
         "samples": len(examples),

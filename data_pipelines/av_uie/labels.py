@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crab_jax.tasks import TASKS, arig
+from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs_classes import CLASSES
+from crab_jax.tasks.avvp import spans_of
+from crab_jax.tasks.segmentation import SIZE
 from data_pipelines.decoded import read_mask
 from data_pipelines.examples import Example
-from data_pipelines.labels import answer, label, names, spans_of, weak
+from data_pipelines.labels import answer, label, names, weak
 from data_pipelines.sources.arig import box_of
 
 __all__ = [
-    "ANSWER_STARTS",
     "BOX_SPACE",
     "Place",
     "answer",
@@ -32,18 +33,7 @@ __all__ = [
     "with_reasoning",
 ]
 
-BOX_SPACE = arig.SIZE  # coordinates are pixels of a 224 x 224 picture, as in AV-UIE
-# How the answer of each task begins; what stands before it is the reasoning. AVCap has an answer only.
-ANSWER_STARTS = {
-    "ave": "So the audible and visible event",
-    "avvp": "Therefore, visual and audio events are",
-    "avqa": "So the answer is",
-    "arig": "The sounding object is",
-    "s4": "The object making the sound in the video is",
-    "ms3": "The object making the sound in the video is",
-    "avss": "The object making the sound in the video is",
-    "ref-avs": "At the ",
-}
+BOX_SPACE = SIZE  # coordinates are pixels of a 224 x 224 picture, as in AV-UIE
 _WHERE = (
     ("in the upper left", "at the top", "in the upper right"),
     ("on the left", "in the middle", "on the right"),
@@ -75,7 +65,7 @@ def with_reasoning(example: Example, reasoning: str, by: str) -> Example:
 
 def reasoning_of(example: Example) -> str:
     """What a target says before its answer, "" when it is the answer alone or empty."""
-    start = ANSWER_STARTS.get(example.task)
+    start = TASKS[example.task].answer_start
     return example.target.rpartition(start)[0].strip() if start else ""
 
 
@@ -100,9 +90,10 @@ def places(example: Example, root: str | Path | None) -> tuple[Place, ...] | Non
 
     ARIG has its box in the label. The others need the mask file below `root`; None without a root or for other tasks.
     """
-    if example.task == "arig":
-        return (box_place(label(example)["box"]),)
-    if root is None or not example.mask or TASKS[example.task].mask_kind == "none":
+    task = TASKS[example.task]
+    if task.answer == "box" and (box := task.box(label(example))):
+        return (box_place(box),)
+    if root is None or not example.mask or task.answer != "mask":
         return None
     mask = read_mask(root, example, BOX_SPACE)
     named = {CLASSES.index(name): name for name in names(example) if name in CLASSES[1:]}

@@ -211,11 +211,11 @@ def target(example: Example, text: str) -> str:
     `<audio>` is a placeholder token. A grounding or segmentation text without a readable answer (or without mask
     tokens) is reasoning, and the answer of the label is appended.
     """
-    if example.task == "avvp":
-        return re.sub(r"<(/?)(audio|visual)>", r"<\1\2_event>", text)
     task = TASKS[example.task]
+    if "audio_event" in (task.tags or ()):
+        return re.sub(r"<(/?)(audio|visual)>", r"<\1\2_event>", text)
     if (
-        example.task in ZIPS["arig"] + ZIPS["AVS"]
+        task.about_picture
         and not labels.weak(example)
         and (task.parse(text) is None or (task.mask_kind != "none" and MASK not in text))
     ):

@@ -44,10 +44,12 @@ def write(example: Example, root: str | Path | None = None) -> Example:
 def reasoning(example: Example, found: Places) -> str:
     """Return the sentences before the answer, given the places of the object (labels.places); "" for a caption."""
     values = label(example)
-    if example.task == "avqa":
-        _, _, question = example.instruction.partition(_ASK)
-        return questions.reasoning(question, values["answer"], tuple(example.meta.get("type", ())))
-    return _WRITERS[example.task](values, found) if example.task in _WRITERS else ""
+    return _WRITERS[example.task](example, values, found) if example.task in _WRITERS else ""
+
+
+def _avqa(example: Example, values: dict[str, Any], found: Places) -> str:
+    _, _, question = example.instruction.partition(_ASK)
+    return questions.reasoning(question, values["answer"], tuple(example.meta.get("type", ())))
 
 
 def _listing(parts: Iterable[str]) -> str:
@@ -60,7 +62,7 @@ def _times(spans: Iterable[Sequence[int]]) -> str:
     return _listing(f"from {start} to {end}" for start, end in spans)
 
 
-def _ave(values: dict[str, Any], found: Places) -> str:
+def _ave(example: Example, values: dict[str, Any], found: Places) -> str:
     event, start, end = values["event"], values["start"], values["end"]
     if start == end:
         return f"At no time of the clip is {event} both seen and heard."
@@ -72,7 +74,7 @@ def _ave(values: dict[str, Any], found: Places) -> str:
     return " ".join(sentences)
 
 
-def _avvp(values: dict[str, Any], found: Places) -> str:
+def _avvp(example: Example, values: dict[str, Any], found: Places) -> str:
     heard, seen = spans_of(values["audio"]), spans_of(values["visual"])
     sentences = []
     for verb, events in (("hear", heard), ("see", seen)):
@@ -100,12 +102,12 @@ def _place(place: Place) -> str:
     return f"{place.where} of the picture, between ({x1},{y1}) and ({x2},{y2}), filling {share} of it"
 
 
-def _arig(values: dict[str, Any], found: Places) -> str:
+def _arig(example: Example, values: dict[str, Any], found: Places) -> str:
     assert found  # an ARIG label has its box
     return f"I hear the {spoken(values['object'])} and see it {_place(found[0])}."
 
 
-def _avs(values: dict[str, Any], found: Places) -> str:
+def _avs(example: Example, values: dict[str, Any], found: Places) -> str:
     moment, objects = f"the {ordinal(values['second'])} second", values["objects"]
     if objects == [_NOTHING]:
         return f"At {moment} nothing that I see makes a sound."
@@ -119,7 +121,7 @@ def _avs(values: dict[str, Any], found: Places) -> str:
     return " ".join(sentences)
 
 
-def _ref_avs(values: dict[str, Any], found: Places) -> str:
+def _ref_avs(example: Example, values: dict[str, Any], found: Places) -> str:
     expression = values["expression"].rstrip(" .")
     words = expression.lower()
     cues = [what for what, pattern in _CUES.items() if re.search(rf"\b(?:{pattern})\b", words)]
@@ -134,7 +136,8 @@ def _ref_avs(values: dict[str, Any], found: Places) -> str:
     return " ".join(sentences)
 
 
-_WRITERS: dict[str, Callable[[dict[str, Any], Places], str]] = {
+_WRITERS: dict[str, Callable[[Example, dict[str, Any], Places], str]] = {
+    "avqa": _avqa,
     "ave": _ave,
     "avvp": _avvp,
     "arig": _arig,

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from crab_jax.io.errors import InputError
+from crab_jax.tasks import TASKS
 from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.text import normalise
 from data_pipelines.av_uie import labels, templates
 from data_pipelines.av_uie.questions import INSTRUMENTS
 from data_pipelines.examples import Example
-from data_pipelines.labels import MASKED, disagreements
+from data_pipelines.labels import disagreements
 
 RELEASED, LLM = "released", "llm:"  # writers of a target, in meta["reasoning"]
 LONGEST = 1500  # characters of an LLM's reasoning
@@ -43,7 +44,7 @@ def problems(example: Example, root: str | Path | None = None, vocabulary: Colle
     found = disagreements(example)
     if (by == templates.WRITER or by.startswith(LLM)) and not example.target.endswith(answer):
         found.append("does not end in the answer of its label")
-    known = root is not None or example.task not in MASKED
+    known = root is not None or TASKS[example.task].answer != "mask"
     if by.startswith(LLM):
         facts = templates.reasoning(example, labels.places(example, root))
         found += invented(example, example.target.removesuffix(answer), f"{facts} {answer}", vocabulary, known)

@@ -15,22 +15,11 @@ from typing import Any
 from crab_jax.io.errors import InputError
 from crab_jax.io.progress import on_stderr
 from crab_jax.io.structured import LIST, json_line, read_bytes
+from crab_jax.tasks import TASKS
+from crab_jax.tasks.rows import columns_of
 from data_pipelines.datasets import SPLITS
 
 COMMON = ("id", "task", "split", "media", "video", "frames", "image", "audio", "reasoning")
-# What a row of each task says besides.
-FIELDS = {
-    "avqa": ("question", "answer", "type"),
-    "ave": ("events",),
-    "avvp": ("events",),
-    "avcap": ("answer",),
-    "arig": ("object", "box", "box_224", "second"),
-    "s4": ("object", "mask", "second"),
-    "ms3": ("object", "mask", "second"),
-    "avss": ("object", "mask", "second"),
-    "ref-avs": ("expression", "object", "mask", "second", "type"),
-}
-COLUMNS = tuple(dict.fromkeys((*COMMON, *(name for names in FIELDS.values() for name in names))))
 OTHER_NAMES = {"objects": "object", "event": "events", "caption": "answer", "captions": "answer"}
 SPLIT_NAMES = {
     **{split: split for split in SPLITS},
@@ -61,6 +50,11 @@ EMPTY = frozenset(
     )
 )
 Say = Callable[[str], None]
+
+
+def columns() -> tuple[str, ...]:
+    """Return every column that a table may have: the common ones, then those of each task."""
+    return tuple(dict.fromkeys((*COMMON, *(name for task in TASKS.values() for name in columns_of(task)))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +88,10 @@ class Row:
         if not isinstance(value, str):
             raise self.error(field, f"is {value!r:.60}, not text", "write it in quotes")
         return " ".join(value.split())
+
+    def text_of(self, field: str, value: Any) -> str:
+        """A part of a column as text that must be there."""
+        return dataclasses.replace(self, values={**self.values, field: value}).text(field)
 
     def second(self) -> int | None:
         """The second, None where it is empty."""
@@ -144,11 +142,12 @@ def _check_columns(names: Sequence[str], where: str, say: Say) -> None:
             where,
             "task",
             f"no such column among {', '.join(names)[:80]!r}",
-            f"name the columns in the first line, some of {', '.join(COLUMNS)}",
+            f"name the columns in the first line, some of {', '.join(columns())}",
         )
-    others = [name for name in names if name and name not in COLUMNS]
+    known = columns()
+    others = [name for name in names if name and name not in known]
     for name in others:
-        if close := difflib.get_close_matches(name, [c for c in COLUMNS if c not in names], 1, 0.8):
+        if close := difflib.get_close_matches(name, [c for c in known if c not in names], 1, 0.8):
             raise InputError(where, name, "no such column", f"did you mean {close[0]!r}? Rename or remove it")
     if others:
         say(f"columns that are not read: {', '.join(others)}")
@@ -160,11 +159,11 @@ def csv_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
     skipped = 0
     if found := re.match(r"sep=(.)\r?\n", text):
         text, skipped = text[found.end() :], 1
-    first = text.lstrip("\r\n").split("\n", 1)[0]
+    first, known = text.lstrip("\r\n").split("\n", 1)[0], columns()
     delimiter = (
         found[1]
         if found
-        else max(",;\t|", key=lambda mark: sum(_name(cell) in COLUMNS for cell in first.replace('"', "").split(mark)))
+        else max(",;\t|", key=lambda mark: sum(_name(cell) in known for cell in first.replace('"', "").split(mark)))
     )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []

@@ -28,6 +28,7 @@ from crab_jax.io.bounds import PATH, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_folder
 from crab_jax.io.progress import Progress, on_stderr
+from crab_jax.tasks import add_flag, use_tasks
 from data_pipelines import validate
 from data_pipelines.datasets import DATASETS, SPLITS
 from data_pipelines.examples import Example, write_jsonl
@@ -96,8 +97,10 @@ def run(argv: Sequence[str]) -> bool:
     parser.add_argument(
         "--workers", type=Whole(0, 1024), default=0, help="processes that validate (default: one per core)"
     )
+    add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments: argparse.Namespace = parser.parse_args(argv)
+    use_tasks([arguments.task_modules])
     table, root = Path(arguments.csv or arguments.jsonl), Path(arguments.root)
     _check_root(root)
     notes: dict[str, None] = {}  # what is odd about a table, said when it can be used

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crab_jax.io.errors import InputError
-from crab_jax.tasks.placeholders import AUDIO
+from crab_jax.tasks.avcap import SOUND_PROMPT
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
-PROMPT = f"{AUDIO}Please describe this audio."  # dataset/pretrain_dataset.py
 
 
 def read(release: Release, split: str, variant: str) -> Iterator[Found]:
@@ -48,7 +47,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
         yield Example(
             id=clip,
             task="avcap",
-            instruction=PROMPT,
+            instruction=SOUND_PROMPT,
             target=captions[0],
             audio=release.inside(audio, rows[0].where, "audiocap_id"),
             meta={"captions": captions, "video": _video(rows[0], listed) or clip, "row": rows[0].place},

@@ -13,40 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crab_jax.tasks import ave
+from crab_jax.tasks.ave import CATEGORIES
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each, sample_lists
 
-# The official order: class index 0..27 (28 is background).
-CATEGORIES = (
-    "Church bell",
-    "Male speech, man speaking",
-    "Bark",
-    "Fixed-wing aircraft, airplane",
-    "Race car, auto racing",
-    "Female speech, woman speaking",
-    "Helicopter",
-    "Violin, fiddle",
-    "Flute",
-    "Ukulele",
-    "Frying (food)",
-    "Truck",
-    "Shofar",
-    "Motorcycle",
-    "Acoustic guitar",
-    "Train horn",
-    "Clock",
-    "Banjo",
-    "Goat",
-    "Baby cry, infant cry",
-    "Bus",
-    "Chainsaw",
-    "Cat",
-    "Horse",
-    "Toilet flush",
-    "Rodents, rats, mice",
-    "Accordion",
-    "Mandolin",
-)
 COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
 SAMPLE = ("event", "vid", "start_time", "end_time")  # the corresponding fields of Crab's lists
 FILES = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}

@@ -19,37 +19,10 @@ from typing import Any
 
 from crab_jax.io.errors import InputError
 from crab_jax.tasks import avvp
+from crab_jax.tasks.avvp import CATEGORIES
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each, sample_lists
 
-# The official order and spelling: class index 0..24.
-CATEGORIES = (
-    "Speech",
-    "Car",
-    "Cheering",
-    "Dog",
-    "Cat",
-    "Frying_(food)",
-    "Basketball_bounce",
-    "Fire_alarm",
-    "Chainsaw",
-    "Cello",
-    "Banjo",
-    "Singing",
-    "Chicken_rooster",
-    "Violin_fiddle",
-    "Vacuum_cleaner",
-    "Baby_laughter",
-    "Accordion",
-    "Lawn_mower",
-    "Motorcycle",
-    "Helicopter",
-    "Acoustic_guitar",
-    "Telephone_bell_ringing",
-    "Baby_cry_infant_cry",
-    "Blender",
-    "Clapping",
-)
 FILES = {"train": "AVVP_train.csv", "val": "AVVP_val_pd.csv", "test": "AVVP_test_pd.csv"}
 DENSE = {"audio": "AVVP_eval_audio.csv", "visual": "AVVP_eval_visual.csv"}
 FOLDERS = ("data/LLP_dataset/video", "LLP_dataset/video", "video", "llp_videos")

@@ -20,7 +20,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.io.structured import json_line
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import windows_for
-from data_pipelines.examples import TASK_NAMES, Example, from_json
+from data_pipelines.examples import Example, from_json
 from data_pipelines.media import INLINE_MASK
 from data_pipelines.sources.release import Found, MissingFile, Release, Row, each
 
@@ -32,7 +32,6 @@ _OTHERS = {
 }
 PATHS = ("video", "image", "audio", "seg_image", "mask")
 SAMPLES = "samples.json"
-_FIELDS = {"avqa": ("question",), "ref-avs": ("expression",)}  # fields of a prompt
 _SECONDS = {"avqa": 60, "arig": 5, "s4": 5, "ms3": 5}  # length of the quick start's clips; 10 for other tasks
 
 
@@ -78,20 +77,20 @@ def _example(release: Release, line: str, row: Row) -> Example:
 
 def _sample(release: Release, row: Row) -> Iterator[Example]:
     """Yield the Example of one entry of a quick-start list: its prompt, without a target."""
-    task = TASKS[row.one_of("task", TASK_NAMES)]
+    task = TASKS[row.one_of("task", tuple(TASKS))]
     paths: dict[str, Any] = {}
     for field in ("video", "image", "audio", "mask"):
         if row.values.get(f"{field}_path") is not None:
             paths[field] = release.inside(row.text(f"{field}_path"), row.where, f"{field}_path")
     asked: dict[str, Any] = {}
     for field, named in (("question", "question"), ("expression", "exp")):
-        if field in _FIELDS.get(task.name, ()):
+        if field in task.fields:
             asked[field] = row.words(named)
     second = None
     if "image" in paths:
         stem = PurePosixPath(paths["image"]).stem
         second = row.integer("idx", 0, 9) if row.values.get("idx") is not None else int(stem) if stem.isdecimal() else 0
-    if task.mask_kind != "none":
+    if "second" in task.fields:
         asked["second"] = second or 0
     source = paths.get("video") or paths.get("image")
     if not source:

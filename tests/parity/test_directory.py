@@ -31,6 +31,14 @@ def test_every_weight_file_is_there_or_named_as_left_out(data):
         assert (data.folder / name).exists() != (name in data.omitted["files"]), name
 
 
+def test_the_readme_tells_what_every_file_is(data):
+    text = (Path(__file__).parents[1] / "golden" / "README.md").read_text()
+    for name in (*data.manifest["arrays"], "samples.json", "tokenizer.json", "manifest.json", "omitted.json"):
+        assert f"`{name}`" in text or name in data.omitted["files"], name
+    for name in ("9dd8bc7", *(data.manifest["versions"][package] for package in ("torch", "transformers", "numpy"))):
+        assert name in text, name
+
+
 # Every array of a golden directory: file -> {names, as a regular expression: the test that compares it}, or why none.
 COMPARED = {
     "samples.npz": {

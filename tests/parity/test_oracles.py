@@ -13,6 +13,7 @@ from crab_jax.convert.keymap import from_params, to_params
 from crab_jax.convert.llama import llama_config, llama_rules, pad_vocab, trim_vocab
 from crab_jax.models.clip import Clip
 from crab_jax.models.llama import Llama
+from tests.golden import make
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; it is needed for these oracles only")
@@ -30,6 +31,10 @@ def tensors(model) -> dict[str, np.ndarray]:
 
 def gradients(model) -> dict[str, np.ndarray]:
     return {name: value.grad.numpy() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def test_golden_arrays_are_what_pytorch_and_hugging_face_compute(golden):
+    assert make.rerun(golden, None)
 
 
 def test_clip_vit_l_14():

@@ -12,8 +12,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from tests.fuzz import mutate
-from tests.fuzz.inputs import MEDIA, Kind
+from tests.programs.fuzz import mutate
+from tests.programs.fuzz.inputs import MEDIA, Kind
 
 _GRAY = 11_000  # pixels a side of a picture of 121 megapixels
 

@@ -1,7 +1,7 @@
 """Kill verbs and fill their disks at seeded moments, and run them again: the results must be those of a run that
 nothing disturbed.
 
-    python -m tests.kills [--kills 20 --full 20 --seed 0 --only train,prepare --work DIR]
+    python -m tests.programs.kills [--kills 20 --full 20 --seed 0 --only train,prepare --work DIR]
 
 Half of the moments are a number of files that a verb has made so far (the moments of writing), half are any time. A
 kill is SIGKILL, to the verb and what it started or to the verb alone; a run is killed up to five times before it may
@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-HERE = Path(__file__).parent
-WEIGHTS = HERE / "golden" / "weights"
+TESTS = Path(__file__).parents[1]
+WEIGHTS = TESTS / "golden" / "weights"
 SMALL = (
     "--config.sizes.llama.layers=1",
     "--config.sizes.clip.layers=2",
@@ -44,8 +44,8 @@ SMALL = (
 )
 DISK = 96 << 20  # bytes of the small disk
 PACK = (
-    "from pathlib import Path; import sys; from crab_jax.tiny_world import recipe; "
-    "from crab_jax.io.errors import run_verb; "
+    "from pathlib import Path; import sys; from crab_jax.io.errors import run_verb; "
+    "from crab_jax.tiny_world import recipe; "
     "run_verb(lambda: recipe.pack(Path(sys.argv[1]), Path(sys.argv[2])))"
 )
 
@@ -110,7 +110,7 @@ def _module(name: str, *words: object) -> list[str]:
 
 
 def _import(base: Path, out: Path) -> list[str]:
-    config = json.loads((HERE / "golden" / "manifest.json").read_text())["config"]
+    config = json.loads((TESTS / "golden" / "manifest.json").read_text())["config"]
     return _module(
         "crab_jax.convert",
         "import",
@@ -138,12 +138,12 @@ def _import(base: Path, out: Path) -> list[str]:
     )
 
 
-_MODEL = ("--checkpoint", HERE.parent / "crab_jax/warm_start")
+_MODEL = ("--checkpoint", TESTS.parent / "crab_jax/warm_start")
 VERBS = {
     "train": Verb(
         lambda base, out: _module(
             "crab_jax.train",
-            f"--config={HERE.parent}/configs/tiny.py",
+            f"--config={TESTS.parent}/configs/tiny.py",
             "--config.init_from=",
             f"--config.data.root={base}/scenes",
             "--config.data.batch_size=4",
@@ -259,9 +259,9 @@ VERBS = {
         lambda base, out: _module(
             "crab_jax.report",
             "--run",
-            HERE.parent / "crab_jax/warm_start",
+            TESTS.parent / "crab_jax/warm_start",
             "--results",
-            HERE.parent / "crab_jax/warm_start/results.json",
+            TESTS.parent / "crab_jax/warm_start/results.json",
             "--data",
             base / "scenes",
             "--samples",
@@ -322,7 +322,7 @@ def environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "no_proxy": "127.0.0.1",
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": str(TESTS.parent),
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
 
@@ -529,8 +529,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
     if arguments.full and os.geteuid():  # mounting takes a namespace of one's own
-        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.kills", *sys.argv[1:]])
-    sys.path.append(str(HERE / "data_pipelines" / "av_uie"))
+        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.programs.kills", *sys.argv[1:]])
+    sys.path.append(str(TESTS / "data_pipelines" / "av_uie"))
     from stub_llm import Stub, serving
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as work, serving(Stub()) as stub:

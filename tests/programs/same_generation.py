@@ -1,6 +1,6 @@
 """Run by test_generate.py with eight virtual devices: generation on meshes equals generation on one device.
 
-    python -m tests.same_generation
+    python -m tests.programs.same_generation
 
 Prints {mesh: [share of equal tokens, largest difference of mask states]} as JSON.
 """

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.hostile_files import CONTENTS, VALUES, changed, places
+from tests.programs.hostile_files import CONTENTS, VALUES, changed, places
 
 Mutation = Callable[[bytes, random.Random], bytes]
 NUMBERS = (

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz.digest KIND PATH` prints a hash of all that our readers give of a file or folder.
+"""`python -m tests.programs.fuzz.digest KIND PATH` prints a hash of all that our readers give of a file or folder.
 
 Two files with the same hash are read alike. It refuses as a command does: in one line, with exit code 2.
 """

@@ -13,10 +13,10 @@ from typing import NamedTuple
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import command_lines, extremes, inputs, mutate
-from tests.fuzz.cage import Cage, Outcome
-from tests.fuzz.inputs import Command, Kind
-from tests.hostile_files import Tally
+from tests.programs.fuzz import command_lines, extremes, inputs, mutate
+from tests.programs.fuzz.cage import Cage, Outcome
+from tests.programs.fuzz.inputs import Command, Kind
+from tests.programs.hostile_files import Tally
 
 LINES, OVERRIDES, EXTREMES = "command lines", "config overrides", "extremes"
 _SEED = st.integers(0, 2**32 - 1)
@@ -100,7 +100,7 @@ class Campaign:
         """The hash of the sound file, or of the sound folder."""
         assert kind.same
         path = self.world / kind.take / (file if kind.same[1] == "{file}" else "")
-        done = self.cage.run("tests.fuzz.digest", [kind.commands[0].arguments[0], str(path)])
+        done = self.cage.run("tests.programs.fuzz.digest", [kind.commands[0].arguments[0], str(path)])
         assert done.code == 0, done.err
         return done.out
 

@@ -22,8 +22,8 @@ from data_pipelines.datasets import DATASETS
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.sources import scenes
 from tests import clips
-from tests.fuzz import mutate
-from tests.fuzz.cage import REPO, Cage
+from tests.programs.fuzz import mutate
+from tests.programs.fuzz.cage import REPO, Cage
 
 sys.path.append(str(REPO / "tests/data_pipelines"))
 import releases  # noqa: E402  (a helper beside the tests of that room)
@@ -53,7 +53,7 @@ class Command(NamedTuple):
 class Kind(NamedTuple):
     """A kind of input. take: folders or files of the world, linked into the case; file: which of them is changed (one
     of several, where it is a pattern); commands: what reads it; family: how it is changed; same: the hash of
-    tests/fuzz/digest.py that must be what it was, or be refused, and of which file."""
+    tests/programs/fuzz/digest.py that must be what it was, or be refused, and of which file."""
 
     name: str
     take: str
@@ -324,7 +324,7 @@ def _of_media() -> list[Kind]:
     for name, use in MEDIA.items():
         commands = (
             _predict(*_PREDICT_AS[use]),
-            _verb("tests.fuzz.digest", use, "{file}"),
+            _verb("tests.programs.fuzz.digest", use, "{file}"),
             _pipelines("status", "--root", "{in}", "--json", "{out}/s.json"),
             _pipelines("validate", "--root", "{in}", "--json", "{out}/v.json", "--workers", "1"),
             _pipelines(
@@ -606,7 +606,7 @@ def _of_models() -> list[Kind]:
                 _pipelines("validate", *_ROOT),
                 _pipelines("sample", *_ROOT, "--out", "{out}/s"),
                 _verb("crab_jax.train", *TINY, "--config.data.root={in}", "--workdir={out}/w"),
-                _verb("tests.fuzz.digest", "prepared", "{in}"),
+                _verb("tests.programs.fuzz.digest", "prepared", "{in}"),
             ),
             mutate.BLIND,
         ),
@@ -649,7 +649,7 @@ def kinds_of(world: Path) -> list[Kind]:
 
 
 def _same(name: str, take: str, file: str, use: str, family: Sequence[mutate.Mutation], at: str = "{file}") -> Kind:
-    return Kind(name, take, file, (_verb("tests.fuzz.digest", use, at),), family, (use, at))
+    return Kind(name, take, file, (_verb("tests.programs.fuzz.digest", use, at),), family, (use, at))
 
 
 def exact_kinds() -> list[Kind]:

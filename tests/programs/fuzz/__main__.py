@@ -1,4 +1,6 @@
-"""Fuzz every reader of every kind of file, and every command line: `python -m tests.fuzz`, or `make fuzz MINUTES=30`.
+"""Fuzz every reader of every kind of file, and every command line.
+
+`python -m tests.programs.fuzz`, or `make fuzz MINUTES=30`.
 
 Sound files are made by the tests' own helpers, changed by plans that hypothesis draws from a seed, and given to the
 commands that read them. One holds when the command ends with 0 or 2 (`validate` and `own` also with 3), says a refusal
@@ -18,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.campaign import Campaign, cases
-from tests.hostile_files import Tally, try_all
+from tests.programs.fuzz.campaign import Campaign, cases
+from tests.programs.hostile_files import Tally, try_all
 
 
 def main() -> int:
@@ -33,7 +35,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="without the commands that compile a model")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for what falls (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where the campaign works and notes how far it is")
-    parser.add_argument("--hostile-files", action="store_true", help="python -m tests.hostile_files first")
+    parser.add_argument("--hostile-files", action="store_true", help="python -m tests.programs.hostile_files first")
     arguments = parser.parse_args()
     arguments.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 SECONDS, GIGABYTES = 60, 4  # that a command may take
 _MOST_DATA = 12 << 30  # bytes that the process may ask for: what runs away ends there, and not with the machine
 _COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -83,7 +83,7 @@ class Cage:
                 "HF_HUB_OFFLINE": "1",
             }
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz.cage", str(self.folder)],
+                [sys.executable, "-m", "tests.programs.fuzz.cage", str(self.folder)],
                 cwd=REPO,
                 env=environment,
                 text=True,

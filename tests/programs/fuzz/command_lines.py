@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from configs import tiny
 from crab_jax.config import leaves
-from tests.fuzz.cage import Cage
-from tests.fuzz.inputs import Command
-from tests.fuzz.mutate import worst_values
+from tests.programs.fuzz.cage import Cage
+from tests.programs.fuzz.inputs import Command
+from tests.programs.fuzz.mutate import worst_values
 
 # What each command is given beside the options that are tried. No model or data is where they say: a line that is
 # accepted ends soon.

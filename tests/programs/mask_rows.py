@@ -1,6 +1,6 @@
 """Run by test_sharding.py with four virtual devices: the sizes that occur in the mask decoder as one device runs it.
 
-    python -m tests.mask_rows
+    python -m tests.programs.mask_rows
 
 Prints them as JSON on the last line; every device has ROWS rows.
 """

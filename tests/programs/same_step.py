@@ -1,7 +1,7 @@
 """Run by test_sharding.py with eight virtual devices, in one process or two: how far steps on meshes are from one
 device's.
 
-    python -m tests.same_step [masks] [CASE ...]
+    python -m tests.programs.same_step [masks] [CASE ...]
 
 Prints {case: relative differences} as JSON on the last line.
 
