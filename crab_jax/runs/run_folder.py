@@ -130,15 +130,15 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def use_tasks_of(tasks: str | Sequence[Task | str], checkpoint: str | Path | None = None) -> None:
-    """Let this process know tasks of a user, and say which tasks of a checkpoint it does not know.
+    """Register a user's tasks in this process, and warn of tasks of a checkpoint that are unknown here.
 
-    tasks: modules as --task-modules takes them, or Tasks. What a checkpoint's config.json names is never imported.
+    tasks: modules as in --task-modules, or Tasks. Modules named in a checkpoint's config.json are never imported.
     Raises InputError as `crab_jax.tasks.use_tasks`.
     """
     use_tasks([tasks] if isinstance(tasks, str) else tasks)
     file = Path(packaged.located(Path(checkpoint))) / "config.json" if checkpoint else None
     if file is None or not file.is_file():
-        return  # which loading the model reports
+        return  # loading the model reports the error
     stored = read_json(file, RUN_CONFIG)
     modules, weights = stored.get("tasks", ""), stored.get("data", {}).get("weights", {})
     unknown = sorted(weights.keys() - TASKS.keys()) if isinstance(weights, dict) else []
