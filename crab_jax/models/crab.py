@@ -241,11 +241,11 @@ class Crab(nn.Module):
         return logits
 
     @nn.nowrap
-    def for_generation(self, params: Any, weights: str = "float", where: Any = None) -> tuple[Crab, Any]:
+    def for_generation(self, params: Any, weights: str = "float", placement: Any = None) -> tuple[Crab, Any]:
         """Return this model in the layout for generation (models/generating.py), and its parameters.
 
-        params: parameters of the layout for training. weights: one of `generating.KINDS`. where: sharding of the
-        language model's parameters.
+        params: parameters of the layout for training. weights: one of `generating.KINDS`. placement: sharding of
+        the language model's parameters.
         """
-        llama = fuse(params["llama"], self.cfg.llama, self.cfg.lora, weights, where)
+        llama = fuse(params["llama"], self.cfg.llama, self.cfg.lora, weights, placement)
         return Crab(self.cfg, weights), {**params, "llama": llama}

@@ -170,8 +170,8 @@ class FusedLlama(nn.Module):
         return mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
 
 
-def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, where: Any = None) -> Any:
-    """Return parameters of `FusedLlama(cfg, lora, kind)`, in the sharding `where`, from those of `Llama(cfg, lora)`.
+def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, placement: Any = None) -> Any:
+    """Return parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, sharded as `placement`.
 
     Layers are fused one at a time: when `params` are NumPy arrays, a device holds only the result and one layer.
     """
@@ -181,8 +181,8 @@ def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, wher
         cast = jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), plain)
         return cast | ({} if kind == "float" else {"lm_head": _base(lm_head["kernel"], quantize.OUTPUT)})
 
-    fused = jax.jit(outer, out_shardings=where)(params["embed_tokens"], params["norm"], params["lm_head"])
-    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind), out_shardings=where)
+    fused = jax.jit(outer, out_shardings=placement)(params["embed_tokens"], params["norm"], params["lm_head"])
+    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind), out_shardings=placement)
     for number in range(cfg.layers):
         fused[f"layers_{number}"] = block(jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"]))
     return fused

@@ -128,8 +128,8 @@ class Model(Protocol):
     def grown_cache(self, cache: Cache, slots: int) -> Cache:
         """Return the cache with `slots` more slots, all empty."""
 
-    def for_generation(self, params: Params, weights: str = "float", where: Any = None) -> tuple[Model, Params]:
-        """Return the model in the layout for generation, and its parameters in the sharding `where`.
+    def for_generation(self, params: Params, weights: str = "float", placement: Any = None) -> tuple[Model, Params]:
+        """Return the model in the layout for generation, and its parameters in the sharding `placement`.
 
         weights: one of `generating.KINDS`, the dtype of the language model's matrices.
         """
