@@ -29,12 +29,13 @@ import jax
 import numpy as np
 
 from crab_jax.aot import compile_cache
+from crab_jax.api import load
 from crab_jax.checkpoints.stored import identity
 from crab_jax.config import RunConfig
 from crab_jax.evaluation import predictions, scoring
 from crab_jax.evaluation.judging import DESCRIPTION, check_labels, judge_folder, read_predictions
 from crab_jax.evaluation.scoring import Judged
-from crab_jax.inference import Prediction, predict_examples, read_answer
+from crab_jax.inference import Prediction, read_answer
 from crab_jax.io import locks
 from crab_jax.io.bounds import ANY_PATH, PATH, Anything, Name, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
@@ -44,7 +45,7 @@ from crab_jax.io.structured import read_json
 from crab_jax.models.generating import KINDS
 from crab_jax.parallel import distributed
 from crab_jax.reports import evaluation_page
-from crab_jax.runs import run_data, run_folder, run_mesh, run_params
+from crab_jax.runs import run_data, run_folder
 from crab_jax.tasks import TASKS, add_flag
 from crab_jax.tasks.task import sample_score
 from crab_jax.visualize.page import NONE, Html
@@ -214,32 +215,23 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
 
 def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
     """Answers of --checkpoint."""
-    config = run_folder.load_config(arguments.checkpoint)
-    mesh = run_mesh.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
-    if mesh.size > 1:
-        print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
-    model, params, config, tokenizer = run_params.load_model(arguments.checkpoint, arguments.weights, mesh)
+    crab = load(arguments.checkpoint, arguments.weights, batch_size=arguments.batch_size, tensor=arguments.tensor)
+    if crab.mesh is not None and crab.mesh.size > 1:
+        print(f"{crab.mesh.shape['data']} copies of the model on {crab.mesh.size} devices", flush=True)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
-        # A bad file stops the run: leaving examples out would change what the scores mean.
-        return predict_examples(
-            model,
-            params,
-            config,
-            tokenizer,
+        return crab.predict(
             todo,
             root,
-            arguments.batch_size,
-            arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
             decoding={"force_masks": arguments.force_masks},
-            mesh=mesh,
-            on_error="raise",
             cache_dir=arguments.cache_dir,
             mute_audio=arguments.mute_audio,
             blank_video=arguments.blank_video,
         )
 
-    content = {"parameters": fingerprint(params), **settings(arguments, config, tokenizer)}
+    content = {"parameters": fingerprint(crab.params), **settings(arguments, crab.config, crab.tokenizer)}
     description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, content)
     return Source(root, split, examples, description, {example.id for example in examples}, answers)
 

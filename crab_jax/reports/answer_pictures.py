@@ -1,4 +1,4 @@
-"""A picture of one answer beside the truth: a mask, a box, or events on a time line."""
+"""Pictures of one answer beside the truth: a mask, a box, or events on a time line."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from data_pipelines.examples import Example
 from data_pipelines.fbank import envelope
 from data_pipelines.shards import all_windows
 
-# What the examples look like.
+# Pictures of single examples.
 
 
 def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
-    """uint8[H,W,3]: the picture that an Example asks about, at its own size (enlarged, where the root is prepared).
-    `clock`: the one that the model was asked by, see `Compat`."""
+    """Return the picture that an Example asks about, uint8[H,W,3], at its own size.
+
+    A prepared root holds smaller pictures, which are enlarged to that size. clock: the one that the model was asked
+    by, see `Compat`.
+    """
     path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
     if prepared := shards.opened(root):
         small = prepared.picture(path, "image") if path else prepared.video(str(example.video))[example.second or 0]
@@ -40,13 +43,13 @@ def picture_of(example: Example, root: Path, clock: str) -> np.ndarray:
 
 
 def enlarged(picture: np.ndarray, height: int = 240) -> np.ndarray:
-    """A picture at `height`, aspect kept: what is drawn over it is then as sharp as the page shows it."""
+    """Resize a picture to `height`, keeping its aspect, so that drawings over it are sharp on the page."""
     width = round(picture.shape[1] * height / picture.shape[0])
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def mask_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
-    """Picture, true mask and predicted mask side by side; for class maps with the names of the colours."""
+    """Draw picture, true mask and predicted mask side by side, for class maps with the names of the colours."""
     picture = enlarged(picture_of(example, root, clock))
     size = picture.shape[1], picture.shape[0]
     truth = overlay.resize_mask(read_mask(root, example, max(size)), size)
@@ -59,31 +62,31 @@ def mask_picture(example: Example, prediction: Prediction, root: Path, clock: st
     if example.mask_kind == "semantic":
         row = overlay.legend(row, overlay.class_colours(*masks))
     asked = shown_label(TASKS[example.task], example.meta)
-    said = "; ".join(prediction.warnings) or "compare the outline of the prediction with the truth"
-    return Picture(overlay.png(row), f"{example.task} {example.id} ({asked}): {said}.")
+    advice = "; ".join(prediction.warnings) or "compare the outline of the prediction with the truth"
+    return Picture(overlay.png(row), f"{example.task} {example.id} ({asked}): {advice}.")
 
 
 def box_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
-    """True and predicted boxes over the picture."""
+    """Draw the true and the predicted box over the picture."""
     task = TASKS[example.task]
     answer = None if prediction.parsed is None else task.box(prediction.parsed)
     boxes = [
-        (box, colour, said)
-        for box, colour, said in (
+        (box, colour, caption)
+        for box, colour, caption in (
             (task.box(example.meta), overlay.TRUTH, f"truth: {shown_label(task, example.meta)}"),
             (answer, overlay.PREDICTION, "answer"),
         )
         if box
     ]
     drawn = overlay.overlay_boxes(enlarged(picture_of(example, root, clock), 300), boxes)
-    said = "the two boxes should coincide" if answer else "no box could be read in the answer"
-    return Picture(overlay.png(drawn), f"{example.task} {example.id}: {said}.")
+    advice = "the two boxes should coincide" if answer else "no box could be read in the answer"
+    return Picture(overlay.png(drawn), f"{example.task} {example.id}: {advice}.")
 
 
 def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """The sound of a clip, float[N], frames of it, uint8[T,h,w,3], and its length in seconds.
+    """Return the sound of a clip, float[N], its frames, uint8[T,h,w,3], and its length in seconds.
 
-    A prepared root has no sound, only filter banks: what is drawn then is as loud as they are.
+    A prepared root has filter banks in place of sound; their envelope is then drawn.
     """
     path, frames = str(example.audio or example.video), np.zeros((0, 1, 1, 3), np.uint8)
     if prepared := shards.opened(root):
@@ -100,8 +103,8 @@ def _clip(example: Example, root: Path, clock: str) -> tuple[np.ndarray, np.ndar
 
 
 def time_picture(example: Example, prediction: Prediction, root: Path, clock: str) -> Picture:
-    """Each true event over the predicted one of the same name, on the time line of the clip."""
-    found = [
+    """Draw each true event over the predicted one of the same name, on the time line of the clip."""
+    sourced = [
         (track, source)
         for source, label, colour in (
             ("truth", example.meta, overlay.TRUTH),
@@ -109,23 +112,23 @@ def time_picture(example: Example, prediction: Prediction, root: Path, clock: st
         )
         for track in overlay.event_tracks(example.task, label, colour)
     ]
-    order = list(dict.fromkeys(normalise(track.label) for track, _ in found))
+    order = list(dict.fromkeys(normalise(track.label) for track, _ in sourced))
     tracks = [
         track._replace(label=f"{track.label}, {source}")
-        for track, source in sorted(found, key=lambda one: order.index(normalise(one[0].label)))
+        for track, source in sorted(sourced, key=lambda pair: order.index(normalise(pair[0].label)))
     ]
     sound, frames, seconds = _clip(example, root, clock)
     data = overlay.timeline(sound, frames, tracks, seconds)
-    said = (
+    advice = (
         "each answer bar should cover the truth bar of the same event"
         if prediction.parsed
         else "no event could be read in the answer"
     )
-    return Picture(data, f"{example.task} {example.id}: {said}.")
+    return Picture(data, f"{example.task} {example.id}: {advice}.")
 
 
 def collect(predictions: Iterable[Prediction], root: Path, clock: str = "shown") -> dict[str, Any]:
-    """The `pictures` and `answers` of a report, in the order of the tasks."""
+    """Return the `pictures` and `answers` of a report, in the order of the tasks."""
     pictures: dict[str, list[Picture]] = {"masks": [], "boxes": [], "times": []}
     answers = []
     for prediction in sorted(predictions, key=lambda p: (list(TASKS).index(p.example.task), p.example.id)):

@@ -1,4 +1,4 @@
-"""The page of one clip: everything that a model says about it, in one HTML file."""
+"""The page of one clip: all answers of a model about the clip, in one HTML file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from data_pipelines.media.pictures import read_picture
 
 PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
 WIDEST = 1280  # pixels of a picture on the page
-LARGEST = 8_000_000  # bytes of a file that the page holds, so that it can be played there
+LARGEST = 8_000_000  # bytes of a media file that is embedded in the page
 
 
 class Answered(NamedTuple):
-    """One answer: the prediction, its picture as PNG (None without one), and what is odd about it."""
+    """One answer: the prediction, its picture as PNG (None without one), and the warnings about it."""
 
     prediction: Prediction
     picture: bytes | None
@@ -33,20 +33,20 @@ class Answered(NamedTuple):
 
 
 def tracks(answers: Sequence[Answered]) -> list[overlay.Track]:
-    """The events of the answers that have any as lines of one time line, task by task."""
+    """Return the events of all answers as tracks of one time line, task by task."""
     return [
         track
         for name, task in TASKS.items()
-        for one in answers
-        if task.answer == "events" and one.prediction.example.task == name
-        for track in overlay.event_tracks(name, one.prediction.parsed, both=True)
+        for answer in answers
+        if task.answer == "events" and answer.prediction.example.task == name
+        for track in overlay.event_tracks(name, answer.prediction.parsed, both=True)
     ]
 
 
 def player(path: str) -> Html:
-    """HTML that shows or plays a media file from within the page; its name alone when it is large or of another kind.
+    """Return HTML that embeds a media file, or only its name when the file is large or of another kind.
 
-    A picture is shown as the model saw it, which not every browser does.
+    A picture is decoded as for the model, because browsers differ in how they decode pictures.
     """
     file = Path(path)
     with open(file, "rb") as content:
@@ -65,49 +65,52 @@ def player(path: str) -> Html:
 
 
 def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_line: bytes | None) -> None:
-    """Write the page of a clip from its media files, the answers about it and the time line of its events (None for a
-    picture)."""
-    warnings = list(dict.fromkeys(warning for one in answers for warning in one.warnings))
+    """Write the page of a clip.
+
+    media: paths of the files that the answers are about. time_line: PNG of the events, None for a picture.
+    """
+    warnings = list(dict.fromkeys(warning for answer in answers for warning in answer.warnings))
     noted = NONE.join(Html("<p><b>Note:</b> {}.</p>").format(warning) for warning in warnings)
     times = figure(Picture(time_line, "Each bar is an event that the model reports.")) if time_line else NONE
-    said = [(_question(one), _short(one)) for one in answers if _task(one).answer == "text"]
-    places = NONE.join(_place(one) for one in answers if _task(one).about_picture)
+    texts = [(_question(answer), _short(answer)) for answer in answers if _task(answer).answer == "text"]
+    places = NONE.join(_place(answer) for answer in answers if _task(answer).about_picture)
     whole = [
-        (one.prediction.example.task, _question(one), one.prediction.text, "; ".join(one.warnings)) for one in answers
+        (answer.prediction.example.task, _question(answer), answer.prediction.text, "; ".join(answer.warnings))
+        for answer in answers
     ]
     sections = [
         Section("clip", "The clip", NONE.join(map(player, media)) + noted),
         Section("times", "What happens when", times),
-        Section("answers", "Questions and caption", table(("asked", "answer"), said) if said else NONE),
+        Section("answers", "Questions and caption", table(("asked", "answer"), texts) if texts else NONE),
         Section("places", "Where it is", Html('<div class="grid">{}</div>').format(places) if places else NONE),
         Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole)),
     ]
     page.write(path, f"What is in {Path(media[0]).name}", NONE, [section for section in sections if section.body])
 
 
-def _task(one: Answered) -> Task:
-    return TASKS[one.prediction.example.task]
+def _task(answer: Answered) -> Task:
+    return TASKS[answer.prediction.example.task]
 
 
-def _question(one: Answered) -> str:
-    """The last line of a prompt, which is what is asked."""
-    return one.prediction.example.instruction.rpartition("\n")[2].removeprefix("Please answer this question: ")
+def _question(answer: Answered) -> str:
+    """Return the question itself, which is the last line of a prompt."""
+    return answer.prediction.example.instruction.rpartition("\n")[2].removeprefix("Please answer this question: ")
 
 
-def _short(one: Answered) -> str:
-    """The answer itself without the reasoning before it; the whole text when it cannot be read."""
-    parsed, text = one.prediction.parsed, one.prediction.text.replace(MASK, "(mask)")
+def _short(answer: Answered) -> str:
+    """Return the answer without the reasoning before it; the whole text when the answer cannot be read."""
+    parsed, text = answer.prediction.parsed, answer.prediction.text.replace(MASK, "(mask)")
     if isinstance(parsed, dict) and "objects" in parsed:
         return ", ".join(parsed["objects"]) or "nothing"
-    start = _task(one).answer_start if _task(one).answer == "box" else ""
+    start = _task(answer).answer_start if _task(answer).answer == "box" else ""
     return parsed if isinstance(parsed, str) else text[max(text.rfind(start) if start else 0, 0) :]
 
 
-def _place(one: Answered) -> Html:
-    """The picture of an answer, or why there is none."""
-    task = _task(one)
-    said = f"{task.name}, {task.drawn or f'the {task.answer} of the answer'}: {_short(one)}"
-    if one.picture is None:
-        why = "; ".join(one.prediction.warnings) or "nothing was drawn"
-        return Html("<figure><p>No picture: {}.</p><figcaption>{}</figcaption></figure>").format(why, said)
-    return figure(Picture(one.picture, said))
+def _place(answer: Answered) -> Html:
+    """Return the picture of an answer, or the reason why there is none."""
+    task = _task(answer)
+    caption = f"{task.name}, {task.drawn or f'the {task.answer} of the answer'}: {_short(answer)}"
+    if answer.picture is None:
+        why = "; ".join(answer.prediction.warnings) or "nothing was drawn"
+        return Html("<figure><p>No picture: {}.</p><figcaption>{}</figcaption></figure>").format(why, caption)
+    return figure(Picture(answer.picture, caption))

@@ -24,7 +24,7 @@ INTRO = Html(
 
 
 def every_metric(tasks: Mapping[str, Any]) -> Html:
-    """Each metric with what it is, over all samples and over the answered ones, and the counts."""
+    """List each metric with its meaning and its values over all and over the answered samples, and the counts."""
     parts = []
     for name, row in tasks.items():
         rows = [
@@ -47,7 +47,7 @@ def every_metric(tasks: Mapping[str, Any]) -> Html:
 
 
 def _tables(tasks: Mapping[str, Any]) -> Html:
-    """Per task our rows above the published ones, over the headline and the metrics that somebody published."""
+    """List our scores and the published ones of each task, for the headline and every published metric."""
     parts = []
     for name, row in tasks.items():
         task = TASKS[name]
@@ -57,7 +57,7 @@ def _tables(tasks: Mapping[str, Any]) -> Html:
             [Html("<b>ours, all</b>"), row["n"], *(score(row, m) for m in shown), ""],
             [Html("<b>ours, answered</b>"), answered, *(score(row, m + PARSED) for m in shown), ""],
         ]
-        # Crab's own row is always there: what is not known of it stays blank.
+        # There is always a row for Crab; scores that are not known stay blank.
         published = [other for other in task.published if other.model == "Crab"] or [Published("Crab", {}, "not known")]
         published = [*published, *(other for other in task.published if other.model != "Crab")]
         rows += [
@@ -69,23 +69,23 @@ def _tables(tasks: Mapping[str, Any]) -> Html:
 
 
 def _breakdowns(breakdowns: Mapping[str, Breakdown]) -> Html:
-    """One bar chart per task."""
+    """Draw one bar chart per task."""
     return NONE.join(
         figure(
             Picture(
-                charts.breakdown_bars(found, f"{name}: {TASKS[name].breakdown_of or TASKS[name].headline}"),
+                charts.breakdown_bars(groups, f"{name}: {TASKS[name].breakdown_of or TASKS[name].headline}"),
                 f"{name} by class or question type, with the number of samples: look for classes far below the others.",
             )
         )
-        for name, found in breakdowns.items()
-        if found
+        for name, groups in breakdowns.items()
+        if groups
     )
 
 
 def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[str]]:
-    """Ids of the `count` worst and the `count` best of {id: score}, ties by id.
+    """Return the ids of the `count` worst and the `count` best of {id: score}, ties by id.
 
-    No sample is both; with few samples the worst come first.
+    No sample is in both lists; with few samples the list of the worst is filled first.
     """
     ranked = sorted(values, key=lambda name: (values[name], name))
     worst = ranked[:count]
@@ -93,19 +93,19 @@ def extremes(values: Mapping[str, float], count: int) -> tuple[list[str], list[s
 
 
 def drawn(prediction: Prediction, value: float, root: Path, clock: str = "shown") -> Html:
-    """One answered example: its picture where the media are at hand, else what was asked and answered."""
+    """Show one answered example: its picture where the media can be read, else question and answer as text."""
     example = prediction.example
     head = Html("<p><b>{}</b>: {} {}</p>").format(example.id, sample_metric(TASKS[example.task]), f"{value:.3f}")
     try:
-        found = answer_pictures.collect([prediction], root, clock)
+        collected = answer_pictures.collect([prediction], root, clock)
     except InputError as error:
         asked = example.instruction.rpartition("\n")[2]
         return head + table(
             ("asked", "truth", "answer", ""),
             [(asked, example.target or example.meta, prediction.text, f"not drawn: {error}")],
         )
-    pictures = NONE.join(figure(picture) for group in found["pictures"].values() for picture in group)
-    rows = [row[1:] for row in found["answers"]]
+    pictures = NONE.join(figure(picture) for group in collected["pictures"].values() for picture in group)
+    rows = [row[1:] for row in collected["answers"]]
     return head + (table(("asked", "truth", "answer"), rows) if rows else pictures)
 
 
@@ -116,7 +116,7 @@ def write(
     breakdowns: Mapping[str, Breakdown],
     examples: Iterable[tuple[str, Html]],
 ) -> None:
-    """Write the page; `examples` are (heading, what is shown)."""
+    """Write the page; `examples` are (heading, content)."""
     tasks = results["tasks"]
     shown = NONE.join(Html("<h3>{}</h3>{}").format(heading, body) for heading, body in examples)
     page.write(

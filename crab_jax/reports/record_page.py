@@ -1,11 +1,11 @@
-"""A page to look at: records of every task as a batch holds them, with pictures, sound, masks, text and token layout.
+"""A page that shows records of every task as a batch holds them: pictures, sound, masks, text and token layout.
 
     python -m data_pipelines sample --root R --datasets ave,avss --n 3 --out runs/sample
 
 DIR/index.html shows, for `--n` records of each task of each dataset, the decoded frames, the filter banks of the audio
-windows, the mask or box over its picture, the prompt and the target, and what stands at which position of the sequence;
-and how much of the batches of such data is padding. It holds its pictures and needs no network. A record that cannot be
-read is shown with what is wrong with it.
+windows, the mask or box over its picture, the prompt, the target, and the kind of token at each position of the
+sequence. It also shows how much of the batches of such data is padding. The file contains its pictures and needs no
+network. For a record that cannot be read it shows the error.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from data_pipelines.mixture import group_by_bucket
 from data_pipelines.sources.release import Found
 from data_pipelines.tokens import Tokenizer
 
-LONGER = (1280, 1536, 2048, 4096)  # so that what fits no bucket of training can be looked at too
+LONGER = (1280, 1536, 2048, 4096)  # further bucket lengths, to show records that fit no bucket of training
 MEASURED = 500  # records of a task and dataset from which the padding is measured
-_KINDS = {  # of the positions of a sequence: colour, what it is
+_KINDS = {  # kind of a position of a sequence -> colour, meaning
     "text": ("#c3c9d1", "text of the prompt"),
     "visual": ("#56b4e9", "visual slots"),
     "audio": ("#e69f00", "audio slots"),
@@ -71,7 +71,7 @@ h2+article{border:0} h3{font-size:1rem;margin:.2rem 0;overflow-wrap:anywhere} .s
 
 
 class Group(NamedTuple):
-    """What is shown of one task of one dataset: how many records it has, and the chosen ones."""
+    """One task of one dataset: the number of its records, and the records that were chosen."""
 
     task: str
     dataset: str
@@ -80,7 +80,7 @@ class Group(NamedTuple):
 
 
 def rank(example: Example, seed: int) -> bytes:
-    """A key whose order is a shuffle that depends on the seed alone, not on the other records."""
+    """Return a sort key that shuffles records; the order of two records depends only on them and the seed."""
     return hashlib.blake2b(f"{seed} {example.id}".encode("utf-8", "surrogatepass")).digest()
 
 
@@ -93,39 +93,39 @@ def groups(
     keep: int,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Group], Counter[str]]:
-    """Up to `keep` shuffled records of every task and dataset, and how many annotations of each dataset are bad.
+    """Return up to `keep` shuffled records of every task and dataset, and the number of bad annotations per dataset.
 
-    names: datasets, none = all that are there. A root with `<split>.jsonl` is read as that.
+    names: of datasets; without names all that exist are read. In a root with `<split>.jsonl` only that file is read.
     """
-    found: dict[tuple[str, str], list[Example]] = {}
+    kept: dict[tuple[str, str], list[Example]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     bad: Counter[str] = Counter()
     read = Progress(f"records of {split}", say=progress)
-    for name, one in read.over(_found(root, names, split, variant)):
-        if isinstance(one, InputError):
+    for name, record in read.over(_records(root, names, split, variant)):
+        if isinstance(record, InputError):
             bad[name] += 1
             continue
-        key = one.task, str(one.meta.get("dataset", ""))
+        key = record.task, str(record.meta.get("dataset", ""))
         counts[key] += 1
-        found.setdefault(key, []).append(one)
-        if len(found[key]) > 2 * keep + 1000:  # a million records of LVIS need not stay
-            found[key] = sorted(found[key], key=lambda example: rank(example, seed))[:keep]
+        kept.setdefault(key, []).append(record)
+        if len(kept[key]) > 2 * keep + 1000:  # limits memory: LVIS has a million records
+            kept[key] = sorted(kept[key], key=lambda example: rank(example, seed))[:keep]
     chosen = [
         Group(*key, counts[key], sorted(some, key=lambda example: rank(example, seed))[:keep])
-        for key, some in found.items()
+        for key, some in kept.items()
     ]
     return chosen, bad
 
 
-def _found(root: str | Path, names: Sequence[str], split: str, variant: str) -> Iterator[tuple[str, Found]]:
-    """(dataset, record or what is wrong with one) of everything that is asked for."""
+def _records(root: str | Path, names: Sequence[str], split: str, variant: str) -> Iterator[tuple[str, Found]]:
+    """Yield (dataset, record or its error) for all records of the chosen datasets."""
     if (Path(root) / f"{split}.jsonl").is_file():
         yield from (("", example) for example in datasets.read_jsonl(root, split))
         return
     for name in datasets.choose(root, names, split) if names else datasets.DATASETS:
         if split in datasets.DATASETS[name].sizes and (names or datasets.is_there(root, name)):
             try:
-                yield from ((name, one) for one in datasets.records(root, name, split, variant))
+                yield from ((name, record) for record in datasets.records(root, name, split, variant))
             except InputError as error:  # of an annotation file as a whole
                 if names:
                     raise
@@ -136,7 +136,7 @@ def _found(root: str | Path, names: Sequence[str], split: str, variant: str) -> 
 
 
 def article(example: Example, root: str | Path, tokenizer: Tokenizer, config: DataConfig) -> Html:
-    """One record: what its row of a batch holds."""
+    """Show one record: the content of its row of a batch."""
     head = Html('<h3>{}</h3><div class="small">{}{}</div>').format(
         example.id, example.meta.get("row", ""), _media(example)
     )
@@ -172,12 +172,12 @@ def _size(bucket: Bucket, row: Mapping[str, np.ndarray], config: DataConfig) -> 
         if bucket.length > longest
         else NONE
     )
-    said = (
+    summary = (
         f"Bucket: {text} of {bucket.length} positions, {frames} of {bucket.frames} frames, "
         f"{sound} of {bucket.windows} audio windows of {bucket.fbank_frames} filter-bank frames, {bucket.masks} "
         f"masks."
     )
-    return Html('<p class="small">{}{}</p>').format(said, note)
+    return Html('<p class="small">{}{}</p>').format(summary, note)
 
 
 def _pictures(row: Mapping[str, np.ndarray]) -> Html:
@@ -190,7 +190,7 @@ def _pictures(row: Mapping[str, np.ndarray]) -> Html:
 
 
 def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
-    """The filter banks of the windows, and below them what happens when, where windows are tenths of the clip."""
+    """Draw the filter banks of the windows, and below them the events, where windows are tenths of the clip."""
     windows = row["fbank"][row["audio_mask"]]
     if not len(windows):
         return NONE
@@ -232,18 +232,18 @@ def _sound(example: Example, row: Mapping[str, np.ndarray]) -> Html:
 
 
 def _answer(example: Example, row: Mapping[str, np.ndarray]) -> Html:
-    """The picture beside the same with its mask, or its box, drawn over it."""
+    """Show the picture beside a copy with its mask drawn over it; or the picture with its box."""
     shown = []
     for picture, mask, kind in zip(row["seg_frame"], row["seg_target"], row["seg_kind"], strict=True):
         binary = kind == SEG_KINDS["binary"]
         over = overlay_mask(picture, mask.astype(bool) if binary else mask, TRUTH)
         names = [f"{CLASSES[number]} {np.mean(mask == number):.1%}" for number in np.unique(mask) if number]
-        said = f"{np.mean(mask > 0):.1%} of the picture is in the mask" if binary else ", ".join(names) or "empty"
+        content = f"{np.mean(mask > 0):.1%} of the picture is in the mask" if binary else ", ".join(names) or "empty"
         pictures = side_by_side([(picture, "picture to segment"), (over, "mask")], 224)
         shown.append(
             jpeg(pictures, "mask")
             + Html('<p class="small">Mask ({}): {}.{}</p>').format(
-                example.mask_kind, said, NONE if binary else _classes(np.unique(mask))
+                example.mask_kind, content, NONE if binary else _classes(np.unique(mask))
             )
         )
     task = TASKS[example.task]
@@ -278,7 +278,7 @@ def _text(example: Example) -> Html:
 
 
 def kinds(row: Mapping[str, np.ndarray], bucket: Bucket, config: DataConfig) -> list[str]:
-    """What stands at each of the L positions: a key of _KINDS."""
+    """Return the kind of each of the L positions, a key of _KINDS."""
     visual = bucket.frames * config.visual_queries  # the first rows of the features
     slots = np.where(row["slots"] < 0, "text", np.where(row["slots"] < visual, "visual", "audio"))
     real = np.where(row["loss_mask"], "target", slots)
@@ -286,7 +286,7 @@ def kinds(row: Mapping[str, np.ndarray], bucket: Bucket, config: DataConfig) -> 
 
 
 def segments(kinds: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(kind, first position, how many) of every run."""
+    """Return (kind, first position, length) of every run of equal kinds."""
     runs, at = [], 0
     for kind, run in groupby(kinds):
         count = len([*run])
@@ -296,7 +296,7 @@ def segments(kinds: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer, config: DataConfig) -> Html:
-    """A strip of all positions, a table of its parts, and the tokens themselves."""
+    """Show a strip of all positions, a table of its parts, and the tokens."""
     runs = segments(kinds(row, bucket, config))
     masks = row["mask_positions"].ravel().tolist() if row["loss_mask"].any() else []
     queries = {"visual": (config.visual_queries, "frames"), "audio": (config.audio_queries, "windows")}
@@ -322,7 +322,7 @@ def _layout(row: Mapping[str, np.ndarray], bucket: Bucket, tokenizer: Tokenizer,
 
 
 def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: int) -> Html:
-    """An SVG of the sequence: parts in proportion, with their first position above and their length inside."""
+    """Draw the sequence as SVG: parts in proportion, with their first position above and their length inside."""
     width, top, height = 1080, 16, 26
     parts = []
     for kind, start, count in runs:
@@ -343,7 +343,7 @@ def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: i
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height + 7}" stroke="{_MASK}" '
             f'stroke-width="1.1"><title>{position} predicts a mask token</title></line>'
         )
-    return Html(  # of numbers and our own words alone
+    return Html(  # needs no escaping: it holds only numbers and constants
         f'<svg viewBox="0 0 {width} {top + height + 9}" width="100%" font-family="system-ui,sans-serif" '
         f'font-size="11" fill="#222" role="img" aria-label="token layout">{"".join(parts)}</svg>'
     )
@@ -352,7 +352,7 @@ def _strip(runs: Sequence[tuple[str, int, int]], masks: Sequence[int], length: i
 def _pieces(
     row: Mapping[str, np.ndarray], runs: Sequence[tuple[str, int, int]], masks: Sequence[int], tokenizer: Tokenizer
 ) -> Html:
-    """The text tokens one by one, runs of slots and padding as a whole; those that predict a mask token are framed."""
+    """Show text tokens one by one, runs of slots and padding as blocks; tokens that predict a mask token are framed."""
     ids, out = row["tokens"].tolist(), list[Html]()
     block = Html('<span class="piece" style="background:{};border:1px solid #777">{} {}</span>')
     piece = Html('<span class="piece" title="{}: id {}" style="{}">{}</span>')
@@ -384,7 +384,7 @@ def page(
     config: DataConfig,
     progress: Callable[[str], None] | None = None,
 ) -> int:
-    """Write the page; how many records it shows."""
+    """Write the page, and return the number of records that it shows."""
     longer = dataclasses.replace(config, lengths=(*config.lengths, *(x for x in LONGER if x > config.lengths[-1])))
     sections, total = [], sum(len(group.examples[:n]) for group in chosen)
     drawn = Progress("records drawn", total, progress)
@@ -422,36 +422,36 @@ def page(
 
 
 def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: Tokenizer, config: DataConfig) -> Html:
-    """The table of padding, in which each task of a dataset counts with all of its records."""
+    """Show the table of padding, in which each task of a dataset has the weight of all of its records."""
     try:
         groups = group_by_bucket(measured, tokenizer, dataclasses.replace(config, on_error="skip"))
-    except InputError as error:  # none of them can be read, which is shown above
+    except InputError as error:  # no record can be read; their errors are shown above
         return Html('<p class="bad">{}</p>').format(error)
     weight = [group.records / len(group.examples) for group in chosen for _ in group.examples]
     rates = {index: weight[index] for fills in groups.values() for index in fills}
     rows = bucket_fill.padding(groups, rates)
-    said = (
+    summary = (
         f"From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
         f"{', '.join(map(str, config.lengths))} positions."
     )
-    return Html("<p>{}</p>{}").format(said, table(bucket_fill.HEAD, bucket_fill.cells(rows)))
+    return Html("<p>{}</p>{}").format(summary, table(bucket_fill.HEAD, bucket_fill.cells(rows)))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of the verb."""
+    """Parse the command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m data_pipelines sample")
     parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
     parser.add_argument(
         "--datasets",
         default="",
-        help=f"comma-separated, of {','.join(datasets.DATASETS)} (default: all that are there)",
+        help=f"comma-separated, of {','.join(datasets.DATASETS)} (default: all that exist below --root)",
     )
-    parser.add_argument("--split", type=Name(), default="train", help="(default: train)")
+    parser.add_argument("--split", type=Name(), default="train", help="split to read (default: train)")
     parser.add_argument(
-        "--variant", default="train", help=f"of the prompts: {', '.join(datasets.VARIANTS)} (default: train)"
+        "--variant", default="train", help=f"variant of the prompts: {', '.join(datasets.VARIANTS)} (default: train)"
     )
     parser.add_argument("--n", type=Whole(1), default=2, help="records of each task of each dataset (default: 2)")
-    parser.add_argument("--seed", type=Whole(), default=0, help="another seed shows other records (default: 0)")
+    parser.add_argument("--seed", type=Whole(), default=0, help="seed of the choice of records (default: 0)")
     parser.add_argument(
         "--tokenizer",
         type=PATH,
@@ -459,14 +459,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="tokenizer.json or a LLaMA directory (default: the "
         "small one of the tiny configs, whose sequences are longer than LLaMA's)",
     )
-    parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder of index.html")
+    parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder to write index.html to")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Write the page of the command line."""
+    """Write the page that the command line asks for."""
     arguments = parse_arguments(argv)
     use_tasks([arguments.task_modules])
     file = out_folder(arguments.out) / "index.html"

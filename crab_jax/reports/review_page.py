@@ -1,7 +1,7 @@
-"""One HTML file on which a person looks at targets: those in quarantine with the reasons, and a sample of the good.
+"""One HTML file for the review of targets: those in quarantine with the reasons, and a sample of the good ones.
 
-The file holds its pictures and needs no network. Ticking a card writes its id into the box at the end of the page;
-saved as a file, that is what `verify --accept` and `verify --reject` read.
+The file contains its pictures and needs no network. Ticking a card writes its id into a box at the end of the page.
+`verify --accept` and `verify --reject` read the content of these boxes, saved as files.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ for (const kind of ['accept', 'reject']) {
 
 
 def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
-    """`per_task` Examples of each task, the same ones in every run: those whose ids have the smallest hashes."""
+    """Return `per_task` Examples of each task, always the same ones: those whose ids have the smallest hashes."""
     by_task: dict[str, list[Example]] = {}
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
-    return [example for found in by_task.values() for example in sorted(found, key=_rank)[:per_task]]
+    return [example for listed in by_task.values() for example in sorted(listed, key=_rank)[:per_task]]
 
 
 def _rank(example: Example) -> bytes:
@@ -58,9 +58,13 @@ def page(
     per_task: int = 5,
     most: int = 300,
 ) -> str:
-    """The page. `most` quarantined Examples are shown, evenly from all of them, and it says how many there are."""
+    """Return the page as HTML.
+
+    good: Examples whose targets agree with their labels; `per_task` of each task are shown. bad: quarantined Examples
+    with their reasons; at most `most`, evenly spaced, are shown, and all are counted.
+    """
     shown = [bad[i * len(bad) // min(len(bad), most)] for i in range(min(len(bad), most))]
-    reasons = Counter(_kind(reason) for _, found in bad for reason in found)
+    reasons = Counter(_kind(reason) for _, listed in bad for reason in listed)
     rows = [(str(n), reason) for reason, n in reasons.most_common(30)] or [("", "nothing is in quarantine")]
     picked = sample(good, per_task)
     return document(
@@ -82,7 +86,7 @@ def page(
             shown=len(shown),
             picked=len(picked),
             reasons=table((), rows),
-            quarantined=NONE.join(_article(example, root, found) for example, found in shown),
+            quarantined=NONE.join(_article(example, root, listed) for example, listed in shown),
             sample=NONE.join(_article(example, root, []) for example in picked),
         ),
         _STYLE,
@@ -91,7 +95,7 @@ def page(
 
 
 def _kind(reason: str) -> str:
-    """A reason without what it quotes, so that equal ones can be counted."""
+    """Return a reason without quoted values and numbers, so that equal reasons can be counted."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\d+(?:\.\d+)?", "…", reason)
 
 
@@ -126,12 +130,12 @@ def _article(example: Example, root: str | Path | None, reasons: Sequence[str]) 
 
 
 def _marked(text: str) -> Html:
-    """A text with its tags set apart."""
+    """Return a text as HTML with its tags highlighted."""
     return Html(re.sub(r"&lt;/?[\w ]{0,40}&gt;", lambda tag: f'<span class="tag">{tag[0]}</span>', escape(text)))
 
 
 def _picture(example: Example, root: str | Path | None) -> Html:
-    """An <img> of the frame with the labelled mask or box; NONE where there is none or it cannot be read."""
+    """Return an <img> of the frame with the labelled mask or box; NONE without one or where it cannot be read."""
     path = example.seg_image or example.image or (example.frames[example.second or 0] if example.frames else None)
     task = TASKS[example.task]
     if root is None or path is None or not (example.mask or task.answer == "box"):
@@ -143,12 +147,6 @@ def _picture(example: Example, root: str | Path | None) -> Html:
             picture = overlay_mask(picture, mask.astype(bool) if example.mask_kind == "binary" else mask, TRUTH)
         elif box := task.box(example.meta):
             picture = overlay_boxes(picture, [(box, TRUTH, "")])
-    except (
-        InputError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ):  # shown without: bad labels and files are what is reviewed
+    except (InputError, IndexError, KeyError, TypeError, ValueError):  # bad labels and files are expected here
         return NONE
     return jpeg(picture, "")

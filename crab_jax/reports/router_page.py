@@ -1,4 +1,4 @@
-"""Pictures of the LoRA router: weights of its heads, and what a model loses without one."""
+"""Pictures of the LoRA router: the weights of its heads, and how much the loss grows without a head."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from crab_jax.visualize import charts, page
 
 
 def routing_pictures(routing: Mapping[str, Routing]) -> dict[str, page.Picture]:
-    """The plots of `router_weights`, by the name of their file."""
-    overall = {task: found.overall() for task, found in routing.items()}
-    weights = {task: found[0] for task, found in overall.items()}
+    """Return the plots of `router_weights`, by the names of their files."""
+    overall = {task: measured.overall() for task, measured in routing.items()}
+    weights = {task: means[0] for task, means in overall.items()}
     heads = next(iter(weights.values())).shape[-1]
     by_segment = {
-        task: {name: found.weights[number].mean((0, 1)) for number, name in enumerate(SEGMENTS) if found.tokens[number]}
-        for task, found in routing.items()
+        task: {
+            name: measured.weights[number].mean((0, 1))
+            for number, name in enumerate(SEGMENTS)
+            if measured.tokens[number]
+        }
+        for task, measured in routing.items()
     }
     return {
         "router_layers": page.Picture(
@@ -35,7 +39,7 @@ def routing_pictures(routing: Mapping[str, Routing]) -> dict[str, page.Picture]:
             "the prompt or of the answer: the head of a modality has one bright column.",
         ),
         "router_entropy": page.Picture(
-            charts.entropy_heatmap({task: found[1] for task, found in overall.items()}, heads),
+            charts.entropy_heatmap({task: means[1] for task, means in overall.items()}, heads),
             f"Entropy of a token's head weights: {np.log2(heads):.2f} bits is an even mix of the heads, 0 is one head "
             "alone.",
         ),
@@ -43,7 +47,7 @@ def routing_pictures(routing: Mapping[str, Routing]) -> dict[str, page.Picture]:
 
 
 def increases(effects: Mapping[str, Mapping[str, Mapping[str, float]]], loss: str) -> dict[str, dict[str, float]]:
-    """{task: {variant: increase of `loss` over the intact model}} of the tasks that have it."""
+    """Return {task: {variant: increase of `loss` over the intact model}} for the tasks that have this loss."""
     return {
         task: {name: values[loss] - variants[INTACT][loss] for name, values in variants.items() if name != INTACT}
         for task, variants in effects.items()
@@ -59,8 +63,8 @@ LOSSES = {
 
 
 def ablation_pictures(effects: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, page.Picture]:
-    """The plots of `ablation`, by the name of their file."""
-    found = {loss: increases(effects, loss) for loss in LOSSES}
+    """Return the plots of `ablation`, by the names of their files."""
+    by_loss = {loss: increases(effects, loss) for loss in LOSSES}
     return {
         f"ablation_{loss}": page.Picture(
             charts.table_heatmap(rows, f"increase of loss: {LOSSES[loss]}"),
@@ -68,6 +72,6 @@ def ablation_pictures(effects: Mapping[str, Mapping[str, Mapping[str, float]]]) 
             "whose columns stand out; near zero, the others make up for it; below zero, it does better "
             "without.",
         )
-        for loss, rows in found.items()
+        for loss, rows in by_loss.items()
         if rows
     }

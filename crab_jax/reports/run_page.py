@@ -25,16 +25,16 @@ SECTIONS = {
     "routing": "Routing of the LoRA heads",
 }
 PARTS = ("loss", "text", "bce", "dice", "ce")
-HELD_OUT = "eval/loss"  # the key that a record of an evaluation has
+HELD_OUT = "eval/loss"  # a key that only records of an evaluation during training have
 CONFIG_KEYS = ("model", "compat", "init_from", "seed", "steps", "optim.lr", "data.batch_size", "data.root")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """All that a report shows; empty parts are said to be missing.
+    """The content of a report; the page says of empty parts that they are missing.
 
-    config: flat {'optim.lr': 1e-4}. metrics: records of metrics.jsonl. results: see scoring.summarise, with baselines.
-    pictures: section key ("masks", "boxes", "times") -> examples. answers: (task, question, truth, answer).
+    config: flat, such as {'optim.lr': 1e-4}. metrics: records of metrics.jsonl. results: see scoring.summarise, with
+    baselines. pictures: section key ("masks", "boxes", "times") -> examples. answers: (task, question, truth, answer).
     """
 
     title: str
@@ -75,7 +75,7 @@ def _loss_section(data: ReportData) -> Html:
 
 
 def _held_out(records: Sequence[Mapping[str, float]]) -> Html:
-    """Return curves and a table of the evaluations during training (eval_every); nothing of a run without them."""
+    """Return curves and a table of the evaluations during training (eval_every); NONE for a run without them."""
     evaluated = [record for record in records if HELD_OUT in record]
     if not evaluated:
         return NONE

@@ -1,11 +1,11 @@
-"""Every task that this process knows: the nine benchmark tasks, and those that a user brings.
+"""The tasks that this process knows: the nine benchmark tasks, and the tasks that a user defines.
 
-`TASKS` holds the nine in a fixed order, which `Batch.task` indexes; a user's tasks come after them in the order in
-which they are given. They join it once, at the edge of a program, by `use_tasks`: `train` takes them from the config
-key `tasks`, the other commands from `--task-modules`, the library from `ask(task=...)` and `load(tasks=...)`. Below the
-edge everything reads `TASKS` by the names that Examples carry, so that no function has to pass on tasks that it does
-not look at; processes that decode get the names that they need in their DataConfig. There is no other way in: nothing
-that is read from disk (a checkpoint's config.json, a list of Examples) ever imports a module.
+`TASKS` holds the nine in a fixed order, which `Batch.task` indexes. A user's tasks follow in the order in which they
+are given. `use_tasks` adds them once, when a program starts: `train` takes them from the config key `tasks`, the other
+commands from `--task-modules`, and the library from `ask(task=...)` and `load(tasks=...)`. All other code looks a task
+up in `TASKS` by the name in an Example, so that functions do not have to pass tasks along; processes that decode get
+the names that they need in their DataConfig. There is no other way to add a task: nothing that is read from disk (a
+checkpoint's config.json, a list of Examples) ever imports a module.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from crab_jax.tasks.task import Task
 
 BENCHMARKS = (AVQA, AVE, AVVP, ARIG, S4, MS3, AVSS, REF_AVS, AVCAP)
 TASKS: dict[str, Task] = {task.name: task for task in BENCHMARKS}
-TASK_NAMES = tuple(TASKS)  # of the nine
+TASK_NAMES = tuple(TASKS)  # of the nine benchmark tasks
 FLAG = "--task-modules"
 
 
 def use_tasks(tasks: Iterable[Task | str], where: str = FLAG) -> None:
-    """Let this process know the tasks of a user: Tasks, or the modules that hold them as `from_modules` reads them.
+    """Add the tasks of a user to `TASKS`: Tasks, or names of modules as `from_modules` reads them.
 
-    A task that is known already changes nothing, and one that its own module defines anew takes the place of the former
-    (a cell of a notebook that is run again). Raises InputError for a name that another task has, and as `from_modules`.
+    Adding a task again changes nothing. A task that its module defines anew replaces the former one, as when a cell of
+    a notebook is run again. Raises InputError for a name that another task has, and for the same reasons as
+    `from_modules`.
     """
     for given in tasks:
         for task in from_modules(given, where) if isinstance(given, str) else [given]:
@@ -49,14 +50,15 @@ def use_tasks(tasks: Iterable[Task | str], where: str = FLAG) -> None:
 
 
 def _home(task: Task) -> tuple[str, str]:
-    """The module and the name of what a task counts, by which it is known again."""
+    """Return the module and the name of the function `stats` of a task, which identify a task that is defined again."""
     return task.stats.__module__, getattr(task.stats, "__qualname__", "")
 
 
 def from_modules(text: str, where: str = FLAG) -> list[Task]:
-    """Return the tasks of "package.module:NAME,package.other": the one of a name, or every Task of a module, imported.
+    """Import the modules of a text such as "package.module:NAME,package.other", and return their tasks.
 
-    Raises InputError for a module that cannot be imported, and for a name that is not there or no Task.
+    A part with a NAME gives that one task, a part without one every Task of the module. Raises InputError for a module
+    that cannot be imported, and for a NAME that the module does not hold or that is no Task.
     """
     found: list[Task] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -78,11 +80,11 @@ def from_modules(text: str, where: str = FLAG) -> list[Task]:
 
 
 def add_flag(parser: ArgumentParser) -> None:
-    """Give a command the option --task-modules, whose text `use_tasks` takes."""
+    """Add the option --task-modules to a command; `use_tasks` reads its value."""
     parser.add_argument(
         FLAG,
         type=Modules(),
         default="",
         metavar="A.B:NAME,C.D",
-        help="modules with tasks of your own, which are imported (docs/your_data.md)",
+        help="modules that define tasks of your own; they are imported (docs/your_data.md)",
     )

@@ -57,14 +57,14 @@ LABEL = {
         ),
     ),
 }
-_NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers are no pixels
+_NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"  # longer numbers cannot be pixels
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
 _BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*\d[^()\[\]{}]*[)\]}]")
 _NO_CORNERS = re.compile(
     r"\b(?:width|height|size|cent(?:er|re)|radius|(?:bottom|lower)[\s-]*left|"
     r"(?:top|upper)[\s-]*right)\b",
     re.IGNORECASE,
-)  # nor are they those two
+)  # words that show that two points are not the two corners
 _SOUNDING = re.compile(r"The sounding object is (.+?)\. Its coordinate")
 _QUESTIONS = {
     "train": "Please recognize the category of object that makes the sound and then output its location coordinates.",
@@ -74,12 +74,12 @@ _QUESTIONS = {
 
 
 def instruction(variant: str = "train") -> str:
-    """The prompt; it has no fields."""
+    """Return the prompt, which has no fields."""
     return f"{IMAGE}{AUDIO}{_QUESTIONS[variant]}"
 
 
 def target(object: str, box: Sequence[float], reasoning: str = "") -> str:
-    """The answer: optional reasoning, the object and its corners, rounded to whole pixels."""
+    """Return the answer: optional reasoning, the object, and its corners rounded to whole pixels."""
     x1, y1, x2, y2 = (round(value) for value in box)
     answer = (
         f"The sounding object is {object}. Its coordinate of top left corner is ({x1},{y1}) and coordinate of "
@@ -89,10 +89,11 @@ def target(object: str, box: Sequence[float], reasoning: str = "") -> str:
 
 
 def parse(text: str) -> Box | None:
-    """The box (x1, y1, x2, y2) in pixels: the first two points after the last "top left", or of a text without it.
+    """Return the box (x1, y1, x2, y2) in pixels: the first two points after the last "top left", or of the whole text.
 
-    None without two points, when other brackets with numbers come before the second, when the corners are not in order,
-    when the text speaks of a width or a centre, and for fractions of the picture (decimals, none above 1).
+    Returns None when there are fewer than two points, when other brackets with numbers come before the second, when
+    the corners are not in order, when the text mentions a width or a centre, and for fractions of the picture
+    (decimals, none above 1).
     """
     said = text[max(text.rfind("top left"), 0) :]
     found = list(itertools.islice(_BRACKETS.finditer(said), 2))
@@ -106,7 +107,7 @@ def parse(text: str) -> Box | None:
 
 
 def stats(parsed: Box | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
-    """IoU and Complete-IoU of one sample, the prediction cut to the picture. No box scores 0 and -1."""
+    """Return IoU and Complete-IoU of one sample, the prediction cut to the picture; 0 and -1 without a box."""
     if parsed is None:
         return {"parsed": False, "iou": 0.0, "complete": -1.0}
     x1, y1, x2, y2 = (min(float(value), SIZE) for value in parsed)
@@ -115,7 +116,7 @@ def stats(parsed: Box | None, mask: np.ndarray | None, meta: Mapping[str, Any], 
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """The metrics of METRICS over all samples."""
+    """Return the metrics of METRICS over all samples."""
     if not samples:
         return {}
     ious = [s["iou"] for s in samples]
@@ -131,7 +132,7 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
 def constants(
     metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
 ) -> list[tuple[str, np.ndarray | None]]:
-    """The most frequent object with the mean, the median, the full and the central box."""
+    """Return the most frequent object with the mean, the median, the full and the central box."""
     name = Counter(meta["object"] for meta in metas).most_common(1)[0][0]
     boxes = np.array([meta["box"] for meta in metas], float)
     quarter = SIZE // 4
@@ -145,22 +146,22 @@ def constants(
 
 
 def box(said: Mapping[str, Any] | Box) -> Box:
-    """The box of a label, or of what `parse` returns."""
+    """Return the box of a label, or of a parsed answer."""
     return said["box"] if isinstance(said, Mapping) else said
 
 
 def names(meta: Meta) -> tuple[str, ...]:
-    """The name of the sounding object."""
+    """Return the name of the sounding object."""
     return (meta["object"].strip(),) if meta["object"].strip() else ()
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label."""
+    """Return the arguments of `target` from a label."""
     return {"object": meta["object"].strip(), "box": [*meta["box"]]}
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says: a corner by more than a pixel, or the object."""
+    """Return how a target differs from its label: a corner by more than a pixel, or the object."""
     corners, found = parse(text), []
     if corners is None:
         found.append("no two corners in order can be read")
@@ -179,7 +180,7 @@ def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int)
 
 
 def oddities(meta: Meta) -> Iterator[Oddity]:
-    """Boxes in shares of the picture, of all of it, or of nothing."""
+    """Yield what looks wrong with a box: fractions of the picture, the whole picture, or no area."""
     x1, y1, x2, y2 = meta["box"]
     if max(x2, y2) <= 1:
         problem = f"is {meta['box']}, which seem to be shares of the picture"
@@ -191,7 +192,7 @@ def oddities(meta: Meta) -> Iterator[Oddity]:
 
 
 def from_row(row: Row) -> Made:
-    """A row of a user's table: a picture, the object and its box."""
+    """Read a row of a user's table: a picture, the object and its box."""
     only(row, "image")
     label = {"object": " and ".join(names_of(row)), "box": box_of(row)}
     return Made(instruction(), label, label, {"windows": windows_for(ARIG, row.seconds), "second": row.second()})

@@ -2,10 +2,10 @@
 
 meta: `{"captions": [str, ...]}`, the reference captions of the clip. Prompt: dataset/unified_dataset.py. The released
 code has no caption metric; BLEU-4, ROUGE-L and CIDEr-D are written here from their definitions. The package that holds
-all three, pycocoevalcap, is a download of 104 MB with Java programs in it and was last released in 2020; on the same
-words its scorers give the same CIDEr-D and ROUGE-L, and the same BLEU-4 but for its smoothing of empty matches. Its
-Penn Treebank tokeniser is Java: words here are runs of letters, digits and apostrophes in lower case, so scores are
-comparable among runs of this code and close to, but not equal to, tables made with that tokeniser.
+all three, pycocoevalcap, is a download of 104 MB with Java programs in it and was last released in 2020. On the same
+words its scorers give the same CIDEr-D and ROUGE-L, and the same BLEU-4 except that it smooths empty matches. Its Penn
+Treebank tokeniser is written in Java. Words here are runs of letters, digits and apostrophes in lower case, so scores
+are comparable among runs of this code, and close but not equal to tables made with that tokeniser.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROUGE_BETA = 1.2
 _CIDER_SIGMA = 6.0  # width of CIDEr-D's length penalty, in words
 _CIDER_SCALE = 10.0
 _CIDER_COLUMNS = ("key", "order", "pair", "candidate", "reference", "first")
-SOUND_PROMPT = f"{AUDIO}Please describe this audio."  # about a sound alone: dataset/pretrain_dataset.py
+SOUND_PROMPT = f"{AUDIO}Please describe this audio."  # for a sound without pictures: dataset/pretrain_dataset.py
 _INSTRUCTIONS = {
     "train": f"{VIDEO}{AUDIO}Please describe this video and audio.",
     "test": f"{VIDEO}{AUDIO}Please describe this video.",
@@ -43,35 +43,35 @@ _INSTRUCTIONS = {
 
 
 def instruction(variant: str = "train") -> str:
-    """The prompt; the test variant of the release does not mention the audio ("quick" is the same text)."""
+    """Return the prompt; "test" and "quick" of the release are one text, which does not mention the audio."""
     return _INSTRUCTIONS[variant]
 
 
 def target(caption: str, reasoning: str = "") -> str:
-    """The caption itself."""
+    """Return the caption, after the reasoning if there is any."""
     return f"{reasoning} {caption}" if reasoning else caption
 
 
 def parse(text: str) -> str | None:
-    """The text without control tokens, or None when it holds no word."""
+    """Return the text without control tokens, or None when it holds no word."""
     caption = plain(text)
     return caption if words(caption) else None
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters, digits and apostrophes."""
+    """Return the runs of letters, digits and apostrophes in lower case."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
 def ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """How often each run of `order` words occurs."""
+    """Count how often each run of `order` words occurs."""
     return Counter(tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1))
 
 
 def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """float[2*ORDERS+2]: clipped matches and totals per order, candidate length, closest reference length.
+    """Return the counts of BLEU for one clip, whose sums over a corpus give corpus BLEU (Papineni et al. 2002).
 
-    Sums of these over a corpus make corpus BLEU (Papineni et al. 2002).
+    Returns float[2*ORDERS+2]: clipped matches and totals per order, candidate length, closest reference length.
     """
     matches, totals = [], []
     for order in range(1, ORDERS + 1):
@@ -86,7 +86,7 @@ def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -
 
 
 def bleu(counts: np.ndarray) -> float:
-    """BLEU-4 in [0, 1] from summed `bleu_counts`: geometric mean of the precisions times the brevity penalty."""
+    """Return BLEU-4 in [0, 1] from summed `bleu_counts`: geometric mean of precisions times brevity penalty."""
     matches, totals, (length, reference_length) = counts[:ORDERS], counts[ORDERS : 2 * ORDERS], counts[2 * ORDERS :]
     if not np.all(matches > 0):
         return 0.0
@@ -94,7 +94,7 @@ def bleu(counts: np.ndarray) -> float:
 
 
 def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L F with beta 1.2: the best precision and the best recall of a common subsequence over the references."""
+    """Return ROUGE-L F (beta 1.2) of the best precision and the best recall of a common subsequence over references."""
     common = [_common_subsequence(candidate, reference) for reference in references]
     precision = max(c / max(1, len(candidate)) for c in common)
     recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
@@ -103,7 +103,7 @@ def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     lengths = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
@@ -113,7 +113,7 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def cider_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """n-gram counts of each (candidate, reference) pair, as rows over the n-grams of either text.
+    """Return n-gram counts of each (candidate, reference) pair, as rows over the n-grams of either text.
 
     key: int64 hash of the n-gram. order: 0..3. pair: index of the reference. candidate, reference: counts. first: 1
     where the row is the only one of this clip that counts for document frequency. penalty: float[R] length penalty.
@@ -134,10 +134,10 @@ def cider_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def cider_d(samples: Sequence[Mapping[str, np.ndarray]]) -> float:
-    """CIDEr-D of a corpus (Vedantam et al. 2015), 10 for a perfect match of all orders.
+    """Return CIDEr-D of a corpus (Vedantam et al. 2015), which is 10 for a perfect match of all orders.
 
-    tf-idf vectors per order, idf = log(N / clips whose references hold the n-gram); clipped cosine per pair times the
-    length penalty; mean over orders, references and clips.
+    Each order has a tf-idf vector with idf = log(N / clips whose references hold the n-gram). The score is the clipped
+    cosine of a pair times its length penalty, averaged over orders, references and clips.
     """
     joined = {name: np.concatenate([s[name] for s in samples]) for name in _CIDER_COLUMNS}
     pairs = np.array([len(s["penalty"]) for s in samples])
@@ -159,7 +159,7 @@ def cider_d(samples: Sequence[Mapping[str, np.ndarray]]) -> float:
 
 
 def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
-    """Counts of one clip; an unreadable caption is an empty one."""
+    """Return the counts of one clip; an unreadable caption counts as an empty one."""
     if isinstance(meta["captions"], str):
         raise TypeError("captions must be a list of texts")
     candidate, references = words(parsed or ""), [words(caption) for caption in meta["captions"]]
@@ -171,7 +171,7 @@ def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], 
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """bleu4 and rouge_l in [0, 1], cider_d in [0, 10]. BLEU and CIDEr-D are corpus scores, not means over clips."""
+    """Return bleu4 and rouge_l in [0, 1] and cider_d in [0, 10]; BLEU and CIDEr-D are of the corpus, no means."""
     if not samples:
         return {}
     return {
@@ -182,7 +182,7 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
-    """The most frequent caption and the three whose words are the most common ones."""
+    """Return the most frequent caption and the three captions with the most common words."""
     captions = Counter(caption for meta in metas for caption in meta["captions"])
     holding = Counter(word for caption, times in captions.items() for word in set(words(caption)) for _ in range(times))
     typical = sorted(captions, key=lambda c: (-np.mean([holding[w] for w in words(c)] or [0]), c))[:3]
@@ -190,7 +190,10 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label: its first caption. Raises InputError for one that no target can say."""
+    """Return the arguments of `target` from a label: its first caption.
+
+    Raises InputError for a caption that has angle brackets or line breaks.
+    """
     caption = meta["captions"][0]
     if not is_text(caption):
         raise InputError("label", "captions", f"is {caption!r:.60}", "must be one line, without angle brackets")
@@ -198,19 +201,19 @@ def arguments(meta: Meta, second: int) -> dict[str, Any]:
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says."""
+    """Return how a target differs from its label: it is none of the captions."""
     return [] if text in [caption.strip() for caption in meta["captions"]] else ["is none of the captions"]
 
 
 def oddities(meta: Meta) -> Iterator[Oddity]:
-    """Words for no value and names of files among the captions."""
+    """Yield the captions that are words for a missing value or names of files."""
     for caption in meta["captions"]:
         if says_nothing(caption) or re.fullmatch(r"\S+\.\w{2,4}", caption.strip()):
             yield Oddity(True, "captions", f"holds {caption!r:.60}, which is no caption", "write one")
 
 
 def from_row(row: Row) -> Made:
-    """A row of a user's table: a clip or a sound alone, and one caption or a list of them."""
+    """Read a row of a user's table: a clip or only a sound, and one caption or a list of them."""
     captions = row.given("answer")
     texts = [row.text_of("answer", text) for text in (captions if isinstance(captions, list) else [captions])]
     if row.media == {"audio"}:

@@ -86,12 +86,12 @@ _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
 
 
 def instruction(variant: str = "train") -> str:
-    """The prompt; the three variants are the same text."""
+    """Return the prompt; the three variants are the same text."""
     return _INSTRUCTIONS[variant]
 
 
 def target(event: str, start: int, end: int, reasoning: str = "") -> str:
-    """`{reasoning} So the audible and visible event in the video is <event> X </event>, and the time range is ...`."""
+    """Return `{reasoning} So the audible and visible event in the video is <event> X </event>, and the time ...`."""
     answer = (
         f"So the audible and visible event in the video is <event> {event} </event>, "
         f"and the time range is <range> {start},{end} </range>."
@@ -100,11 +100,11 @@ def target(event: str, start: int, end: int, reasoning: str = "") -> str:
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """`{"event": str, "ranges": [[start, end], ...]}`, or None when the event or every range is missing.
+    """Return `{"event": str, "ranges": [[start, end], ...]}`, or None when the event or every range is missing.
 
-    The last event is the answer and all ranges after it are its ranges; `<event> name,(0 8) </event>` and ranges that
-    come before the event are read too. Ranges are in seconds, with decimals as they were written; a number that cannot
-    be read as a part of one (crab_jax/tasks/times.py) leaves the answer unread.
+    The last event is the answer, with all ranges after it. `<event> name,(0 8) </event>` and ranges before the event
+    are read too. Ranges are in seconds, with decimals as they were written. When a number cannot be read as part of a
+    range (crab_jax/tasks/times.py), the whole answer counts as unread.
     """
     tags = find_tags(text, ("event", "range"))
     last = max((i for i, (name, content) in enumerate(tags) if name == "event" and normalise(content)), default=None)
@@ -122,8 +122,10 @@ def parse(text: str) -> dict[str, Any] | None:
 
 
 def active_seconds(ranges: Sequence[Sequence[float]], inclusive: bool = False) -> np.ndarray:
-    """bool[10]: the seconds t with start <= t < end of any range (t <= end with `inclusive`); where a range has
-    decimals, those whose middle lies in it."""
+    """Return bool[10]: the seconds t with start <= t < end of any range (t <= end with `inclusive`).
+
+    Where a range has decimals, a second is active when its middle lies in the range.
+    """
     seconds = np.arange(SECONDS) + 0.5
     return np.any([(start <= seconds) & (seconds < end + inclusive) for start, end in ranges], axis=0)
 
@@ -131,9 +133,10 @@ def active_seconds(ranges: Sequence[Sequence[float]], inclusive: bool = False) -
 def segment_accuracy(
     parsed: Mapping[str, Any] | None, event: str, start: int, end: int, inclusive: bool = False
 ) -> float:
-    """Share of the ten seconds whose label (the event or background) is right; nothing parsed = all background.
+    """Return the share of the ten seconds whose label (the event or background) is right.
 
-    `inclusive` lets both the label and the answer include their end second, as some released scorers do.
+    An answer that was not parsed counts as background throughout. With `inclusive`, the label and the answer both
+    include their end second, as in some released scorers.
     """
     truth = active_seconds([(start, end)], inclusive)
     if parsed is None:
@@ -146,7 +149,7 @@ def segment_accuracy(
 def stats(
     parsed: Mapping[str, Any] | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None
 ) -> Stats:
-    """Accuracies of one clip."""
+    """Return the accuracies of one clip."""
     label = (meta["event"], meta["start"], meta["end"])
     return {
         "accuracy": segment_accuracy(parsed, *label),
@@ -156,35 +159,35 @@ def stats(
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """Means over all clips."""
+    """Return the means over all clips."""
     return {name: float(np.mean([s[name] for s in samples])) for name in METRICS} if samples else {}
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
-    """The three most frequent events over every range of seconds, the empty one included."""
+    """Return the three most frequent events over every range of seconds, including the empty range."""
     events = [event for event, _ in Counter(m["event"] for m in metas).most_common(3)]
     ranges = [(0, 0), *itertools.combinations(range(SECONDS + 1), 2)]
     return [(target(event, *span), None) for event, span in itertools.product(events, ranges)]
 
 
 def events(said: Mapping[str, Any]) -> list[Event]:
-    """The event of a label, or those of what `parse` returns."""
+    """Return the event of a label, or the events of a parsed answer."""
     ranges = said["ranges"] if "ranges" in said else [(said["start"], said["end"])]
     return [Event(said["event"], start, end, HEARD_AND_SEEN) for start, end in ranges]
 
 
 def names(meta: Meta) -> tuple[str, ...]:
-    """The name of the event."""
+    """Return the name of the event."""
     return (meta["event"].strip(),)
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label."""
+    """Return the arguments of `target` from a label."""
     return {"event": meta["event"].strip(), "start": meta["start"], "end": meta["end"]}
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says: its event, its range, or what the parser reads."""
+    """Return how a target differs from its label: its event, its range, or the range that the parser reads."""
     event, found = one_tag(text, "event")
     span, more = one_tag(text, "range")
     found += more
@@ -202,13 +205,13 @@ def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int)
 
 
 def oddities(meta: Meta) -> Iterator[Oddity]:
-    """A range that is no time; 0,0 says that nothing happens."""
+    """Yield a range without duration; 0,0 is allowed, since it says that nothing happens."""
     if (meta["start"], meta["end"]) != (0, 0):
         yield from no_time(events(meta))
 
 
 def from_row(row: Row) -> Made:
-    """A row of a user's table: a clip and its one event."""
+    """Read a row of a user's table: a clip and its one event."""
     only(row, *CLIP)
     found = events_of(row, row.given("events"))
     if len(found) != 1:

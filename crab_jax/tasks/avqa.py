@@ -57,7 +57,7 @@ METRICS = {
 
 
 def kind_of(meta: Meta) -> str:
-    """The question type in the words of SUBTYPES, "" for none."""
+    """Return the question type as SUBTYPES spells it, "" for none."""
     return "_".join(normalise(" ".join(meta.get("type", ()))).split())
 
 
@@ -80,24 +80,24 @@ _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _PROMPT}
 
 
 def instruction(variant: str = "train", *, question: str) -> str:
-    """The prompt; the three variants are the same text."""
+    """Return the prompt; the three variants are the same text."""
     return _INSTRUCTIONS[variant] + question
 
 
 def target(answer: str, reasoning: str = "") -> str:
-    """`{reasoning} So the answer is <answer> x </answer>.`"""
+    """Return `{reasoning} So the answer is <answer> x </answer>.`, the answer in its tag."""
     text = f"So the answer is <answer> {answer} </answer>."
     return f"{reasoning} {text}" if reasoning else text
 
 
 def parse(text: str) -> str | None:
-    """The last tagged answer, or None when no tag holds a word."""
+    """Return the last tagged answer, or None when no tag holds a word."""
     answers = [content for _, content in find_tags(text, ("answer",)) if normalise(content)]
     return answers[-1] if answers else None
 
 
 def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None) -> Stats:
-    """Whether one answer is right, exactly and by the substring rule of some scorers, and its question type."""
+    """Return whether one answer is right, exactly and by the substring rule of some scorers, and the question type."""
     answer, truth = normalise(parsed or ""), normalise(str(meta["answer"]))
     if not truth:  # then every unread answer would be right
         raise ValueError(f"the answer {meta['answer']!r} holds no word")
@@ -108,9 +108,9 @@ def stats(parsed: str | None, mask: np.ndarray | None, meta: Mapping[str, Any], 
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """Accuracies over all questions, per modality (pooled over its questions) and per type; absent types are left out.
+    """Return accuracies over all questions, per modality (pooled over its questions) and per type.
 
-    `accuracy_substring` accepts an answer that contains the label.
+    Types without questions are left out. `accuracy_substring` accepts an answer that contains the label.
     """
     groups = {"accuracy": [s["correct"] for s in samples], "accuracy_substring": [s["substring"] for s in samples]}
     for modality in MODALITIES:
@@ -121,17 +121,17 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
-    """The three most frequent answers."""
+    """Return the three most frequent answers."""
     return [(target(answer), None) for answer, _ in Counter(str(m["answer"]) for m in metas).most_common(3)]
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label."""
+    """Return the arguments of `target` from a label."""
     return {"answer": meta["answer"].strip()}
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says: the answer, as it is tagged and as the parser reads it."""
+    """Return how a target differs from its label: the answer, as tagged or as the parser reads it."""
     said, found = one_tag(text, "answer")
     truth = values["answer"]
     if normalise(said) != normalise(truth) or normalise(parse(text) or "") != normalise(truth):
@@ -140,7 +140,7 @@ def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int)
 
 
 def oddities(meta: Meta) -> Iterator[Oddity]:
-    """Answers that no answer of MUSIC-AVQA looks like; they are compared word for word."""
+    """Yield an answer that is unlike those of MUSIC-AVQA; answers are compared word for word."""
     answer = meta["answer"]
     if says_nothing(answer):
         yield Oddity(False, "answer", f"is {answer!r}, which stands for no value", "give the name")
@@ -152,7 +152,7 @@ def oddities(meta: Meta) -> Iterator[Oddity]:
 
 
 def from_row(row: Row) -> Made:
-    """A row of a user's table: a clip, a question, its answer, and perhaps its type, as in Audio-Visual/Counting."""
+    """Read a row of a user's table: a clip, a question, its answer, and optionally its type (Audio-Visual/Counting)."""
     only(row, *CLIP)
     question, label = row.text("question"), {"answer": row.text("answer")}
     kind = row.given("type")

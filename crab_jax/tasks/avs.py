@@ -66,7 +66,7 @@ _MASK_FOLLOWS = re.compile(r"\.\s*The mask\b")
 
 
 def ordinal(second: int) -> str:
-    """0 -> "first". Raises InputError outside 0..9."""
+    """Return the ordinal of a second, such as "first" for 0. Raises InputError outside 0..9."""
     if not 0 <= second < len(ORDINALS):
         raise InputError("segmentation prompt", "second", f"is {second}", "use 0 to 9")
     return ORDINALS[second]
@@ -81,7 +81,7 @@ def _video_prompt(second: int) -> str:
 
 def _instruction(test: Callable[[int], str]) -> Callable[..., str]:
     def instruction(variant: str = "train", second: int = 0) -> str:
-        """Prompt about the frame of `second` (0-based); "quick" and the AVSS "test" prompt ask about an image."""
+        """Return the prompt about `second` (0-based); "quick", and "test" of AVSS, ask about an image."""
         if variant == "quick":
             return f"{IMAGE}{AUDIO}Please segment out the object that makes the sound in the image."
         return test(second) if variant == "test" else _video_prompt(second)
@@ -90,7 +90,7 @@ def _instruction(test: Callable[[int], str]) -> Callable[..., str]:
 
 
 def target(objects: Sequence[str] | str, second: int = 0, reasoning: str = "") -> str:
-    """The answer: optional reasoning, the sounding objects, and the mask tokens."""
+    """Return the answer: optional reasoning, the sounding objects, and the mask tokens."""
     names = objects if isinstance(objects, str) else " and ".join(objects)
     answer = (
         f"The object making the sound in the video is {names}. "
@@ -100,7 +100,7 @@ def target(objects: Sequence[str] | str, second: int = 0, reasoning: str = "") -
 
 
 def parse(text: str) -> dict[str, list[str]] | None:
-    """{"objects": names} of the last such statement in the text, or None. The mask itself is not in the text."""
+    """Return {"objects": names} of the last statement about what sounds, or None; masks are not in the text."""
     *before, rest = _ANSWER.split(" ".join(text.split()))
     stated, *follows = _MASK_FOLLOWS.split(rest, maxsplit=1)
     names = [name.strip() for name in stated.split(" and ")]
@@ -108,38 +108,38 @@ def parse(text: str) -> dict[str, list[str]] | None:
 
 
 def names_match(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> bool:
-    """Whether the parsed objects are the labelled ones, whatever their order and spelling (`object_words`)."""
+    """Whether the parsed objects are the labelled ones, ignoring order and spelling (`object_words`)."""
     return parsed is not None and object_words(parsed["objects"]) == object_words(names)
 
 
 def named(parsed: Mapping[str, Any] | None, names: Sequence[str]) -> float:
-    """`names_match` as a number, NaN for a label that does not say what sounds (MS3 of AVSBench's object release)."""
+    """Return `names_match` as a number; NaN where the label does not name what sounds (MS3 of the object release)."""
     return float(names_match(parsed, names)) if names else math.nan
 
 
 def moment_problems(said: Sequence[str], second: int) -> list[str]:
-    """What is wrong where a target says these ordinals, the last of which is that of its second."""
+    """Return the problem where the last ordinal in a target is not that of `second`; [] where it is."""
     truth = ordinal(second)
     return [] if said and said[-1] == truth else [f"the {said[-1] if said else 'missing'} second, not the {truth}"]
 
 
 def weak(meta: Meta) -> str:
-    """Why a label is weak: a clip of MS3's object release does not say what sounds."""
+    """Return why a label is weak, "" if it is not: MS3 of AVSBench's object release does not name what sounds."""
     return "does not say what sounds" if meta.get("objects") == [] else ""
 
 
 def names(meta: Meta) -> tuple[str, ...]:
-    """The names of the sounding objects."""
+    """Return the names of the sounding objects."""
     return () if weak(meta) else tuple(name.strip() for name in meta["objects"])
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label."""
+    """Return the arguments of `target` from a label."""
     return {"objects": [name.strip() for name in meta["objects"]], "second": second}
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says: the objects, where the label says them, and the second."""
+    """Return how a target differs from its label: the objects, where the label names them, and the second."""
     found: list[str] = []
     if not weak(meta):
         parsed, objects = parse(text), values["objects"]
@@ -149,14 +149,14 @@ def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int)
 
 
 def oddities(meta: Meta) -> Iterator[Oddity]:
-    """An object that is named twice."""
+    """Yield the names where an object is named twice."""
     if len(set(found := names(meta))) < len(found):
         yield Oddity(False, "objects", f"names one twice: {list(found)}", "name each once")
 
 
 def _from_row(name: str, instruction: Callable[..., str], picture_variant: str) -> Callable[[Row], Made]:
     def from_row(row: Row) -> Made:
-        """A row of a user's table: a clip or a picture with its sound, what sounds, and its mask."""
+        """Read a row of a user's table: a clip or a picture with its sound, what sounds, and its mask."""
         second, fields = row.moment()
         objects = names_of(row)
         variant = "train" if row.media & set(CLIP) else picture_variant
@@ -171,13 +171,13 @@ def _from_row(name: str, instruction: Callable[..., str], picture_variant: str) 
 
 
 def mean_scores(samples: Sequence[Stats], names: Mapping[str, str]) -> dict[str, float]:
-    """Means of the statistics `names` (metric -> key) over the samples that have them, NaN where none has."""
+    """Average the statistics `names` (metric -> key) over the samples where they are not NaN; NaN if there is none."""
     values = {metric: [s[key] for s in samples if not math.isnan(s[key])] for metric, key in names.items()}
     return {metric: float(np.mean(found)) if found else math.nan for metric, found in values.items() if samples}
 
 
 def binary_stats(mask: np.ndarray | None, gt: np.ndarray) -> Stats:
-    """Statistics of one frame. A missing mask counts as an empty one, with an F-measure of 0."""
+    """Return the statistics of one frame. A missing mask counts as an empty one, with an F-measure of 0."""
     missing = mask is None
     scores = np.zeros(np.shape(gt)) if missing else np.asarray(mask)
     curve = np.zeros(len(segmentation.THRESHOLDS)) if missing else segmentation.f_curve(scores, gt)
@@ -195,9 +195,10 @@ def _binary_task_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, 
 
 
 def video_f(samples: Sequence[Stats]) -> float:
-    """Mean over videos of the official F-measure: the maximum of a video's mean curve, frames without object apart.
+    """Return the mean over videos of the official F-measure: the maximum of a video's mean curve.
 
-    Samples of one video have the same "video"; one with None there stands alone.
+    Frames without an object are left out of the curve. Samples of one video have the same "video"; a sample whose
+    "video" is None counts as a video of its own.
     """
     videos = defaultdict(list)
     for place, sample in enumerate(samples):
@@ -208,7 +209,7 @@ def video_f(samples: Sequence[Stats]) -> float:
 
 
 def _binary_reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """The metrics of BINARY_METRICS."""
+    """Return the metrics of BINARY_METRICS."""
     if not samples:
         return {}
     keys = {"miou": "iou", "f_score": "f", "object_accuracy": "named", "mask_rate": "has_mask"}
@@ -225,7 +226,7 @@ def _semantic_stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any
 
 
 def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """The metrics of SEMANTIC_METRICS."""
+    """Return the metrics of SEMANTIC_METRICS."""
     if not samples:
         return {}
     metrics = mean_scores(samples, {"object_accuracy": "named", "mask_rate": "has_mask"})
@@ -241,7 +242,7 @@ def _semantic_reduce(samples: Sequence[Stats]) -> dict[str, float]:
 
 
 def _class_breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
-    """Mean IoU of each class that an answer or a label shows, and on how many frames."""
+    """Return, for each class that occurs in an answer or a label, its mean IoU and its number of frames."""
     totals = segmentation.class_totals(samples)
     return {
         name: (float(iou / seen), int(seen))
@@ -260,7 +261,7 @@ def _binary_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
 
 
 def _semantic_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
-    """Class maps: each pixel's most frequent class, and each binary candidate filled with the most frequent class."""
+    """Return class maps: each pixel's most frequent class, and binary candidates filled with the commonest class."""
     text = _most_frequent_answer(metas)
     gts = [np.asarray(gt) for gt in gt_masks if gt is not None]
     if not gts:
@@ -306,7 +307,7 @@ def _task(
         "oddities": oddities,
         "answer_start": "The object making the sound in the video is",
         "columns": ("object", "mask", "second"),
-        # What each is asked about one picture.
+        # The prompt variant for a single picture differs.
         "from_row": _from_row(name, instruction, "test" if semantic else "quick"),
     }
     clip = CLIP_NAME._replace(needed="") if semantic else CLIP_NAME

@@ -19,7 +19,7 @@ CLASSES = tuple(
 
 @functools.cache
 def avss_palette() -> np.ndarray:
-    """uint8[71, 3]: RGB colour of each AVSBench-semantic class (the bits of the class id, spread over the channels)."""
+    """Return uint8[71, 3], the RGB colour of each class: the bits of the class id, spread over the channels."""
     palette = np.zeros((len(CLASSES), 3), np.uint8)
     for label in range(len(CLASSES)):
         for bit in range(3):

@@ -100,15 +100,15 @@ _INSTRUCTIONS = {"train": _PROMPT, "test": _PROMPT, "quick": _QUICK}
 
 
 def instruction(variant: str = "train") -> str:
-    """The prompt; "quick" leaves out "in the video" and says "end time"."""
+    """Return the prompt; "quick" leaves out "in the video" and says "end time"."""
     return _INSTRUCTIONS[variant]
 
 
 def target(audio: Sequence[Sequence[Any]], visual: Sequence[Sequence[Any]], reasoning: str = "") -> str:
-    """`Therefore, visual and audio events are: <visual_event> name,(s e),(s e) </visual_event> and <audio_event> ...`.
+    """Return `Therefore, visual and audio events are: <visual_event> name,(s e),(s e) </visual_event> and ...`.
 
-    One tag per event name; a modality without events says `none`, so that "nothing happens" can be told from silence
-    of the model.
+    There is one tag per event name. A modality without events says `none`, so that "nothing happens" differs from no
+    answer.
     """
     tags = _tags("visual_event", visual) + _tags("audio_event", audio)
     answer = f"Therefore, visual and audio events are: {' and '.join(tags)}."
@@ -124,7 +124,7 @@ def _tags(tag: str, events: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def merge_spans(spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """The union of `(start, end)` spans inside the clip, in order; empty and reversed spans add nothing."""
+    """Merge `(start, end)` spans, cut to the clip, in order; empty and reversed spans are dropped."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted((max(0, s), min(SECONDS, e)) for s, e in spans):
         if start < end and merged and start <= merged[-1][1]:
@@ -135,10 +135,10 @@ def merge_spans(spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 def parse(text: str) -> dict[str, Events] | None:
-    """`{"audio": events, "visual": events}`, or None when no tag holds a word.
+    """Return `{"audio": events, "visual": events}`, or None when no tag holds a word.
 
-    Reads `<audio>`/`<visual>` for the tag names, several spans per name and several names per tag; an event without a
-    span (or `none`) adds nothing, nor does a span that cannot be read (crab_jax/tasks/times.py).
+    Tags may also be called `<audio>` and `<visual>`, and may hold several names, each with several spans. An event
+    without a span, `none`, and a span that cannot be read (crab_jax/tasks/times.py) are left out.
     """
     tags = [
         (name, content)
@@ -166,8 +166,10 @@ def _read_events(content: str) -> Events:
 
 
 def occurrence(events: Sequence[Sequence[Any]], classes: Sequence[str]) -> np.ndarray:
-    """bool[C,10]: the seconds start <= t < end at which each class occurs (names compared after `normalise`); where a
-    span has decimals, those whose middle lies in it."""
+    """Return bool[C,10]: the seconds start <= t < end at which each class occurs (names compared by `normalise`).
+
+    Where a span has decimals, a second is active when its middle lies in the span.
+    """
     seconds = np.zeros((len(classes), SECONDS), bool)
     for name, start, end in events:
         first, last = (max(0, math.ceil(time - 0.5)) for time in (start, end))
@@ -176,18 +178,18 @@ def occurrence(events: Sequence[Sequence[Any]], classes: Sequence[str]) -> np.nd
 
 
 def _mean_f(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> float:
-    """Mean F1 over the classes that occur in the answer or the label; 1 when none does. Counts are [C]."""
+    """Return the mean F1 over the classes that occur in the answer or the label; 1 when none does. Counts are [C]."""
     total = 2 * tp + fp + fn
     return float(np.mean(2 * tp[total > 0] / total[total > 0])) if np.any(total) else 1.0
 
 
 def _segment_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """int[3,C]: TP, FP and FN seconds per class, of two bool[C,T]."""
+    """Return int[3,C]: the TP, FP and FN seconds per class, from two bool[C,T]."""
     return np.stack([(answer & truth).sum(1), (answer & ~truth).sum(1), (~answer & truth).sum(1)])
 
 
 def _runs(row: np.ndarray) -> list[tuple[int, int]]:
-    """`(start, end)` of the runs of True in bool[T], end exclusive."""
+    """Return `(start, end)` of each run of True in bool[T], end exclusive."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
@@ -202,7 +204,7 @@ def _overlaps(run: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
 
 
 def _event_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """int[3,C]: TP, FP and FN events per class; one labelled event may confirm several answered ones."""
+    """Return int[3,C]: the TP, FP and FN events per class; one labelled event may match several answered ones."""
     counts = []
     for row, true_row in zip(answer, truth, strict=True):
         runs, true_runs = _runs(row), _runs(true_row)
@@ -215,10 +217,11 @@ def _event_counts(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def f_scores(
     level: str, answer_a: np.ndarray, answer_v: np.ndarray, truth_a: np.ndarray, truth_v: np.ndarray
 ) -> dict[str, float]:
-    """F-scores of one clip at `level` ("segment" or "event") from bool[C,10] arrays (utils/avvp_eval_metrics.py).
+    """Return the F-scores of one clip at `level` from bool[C,10] arrays (utils/avvp_eval_metrics.py).
 
-    audio, visual: one modality. audio_visual: what is both audible and visible. event_av: audio and visual counts
-    pooled per class before the F-score. Each is a mean over the classes that occur.
+    level: "segment" or "event". The scores are "audio" and "visual" for one modality, "audio_visual" for events that
+    are both audible and visible, and "event_av" for audio and visual counts pooled per class before the F-score. Each
+    is a mean over the classes that occur.
     """
     counts = {"segment": _segment_counts, "event": _event_counts}[level]
     audio, visual = counts(answer_a, truth_a), counts(answer_v, truth_v)
@@ -234,9 +237,9 @@ def f_scores(
 def stats(
     parsed: Mapping[str, Events] | None, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray | None
 ) -> Stats:
-    """The eight F-scores of one clip; an unreadable answer is an empty one.
+    """Return the eight F-scores of one clip; an unreadable answer counts as an empty one.
 
-    A name that the label set does not know is one more class, so inventing events costs precision.
+    A name that the label does not have is a further class, so invented events cost precision.
     """
     answer = parsed or {"audio": [], "visual": []}
     classes = sorted(
@@ -247,7 +250,7 @@ def stats(
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """Means over clips; `type_av` is the mean of audio, visual and audio_visual at its level."""
+    """Return means over clips; `type_av` is the mean of audio, visual and audio_visual at its level."""
     if not samples:
         return {}
     metrics = {name: float(np.mean([s[name] for s in samples])) for name in samples[0]}
@@ -257,7 +260,11 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
 
 
 def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]) -> list[tuple[str, None]]:
-    """Per modality: nothing, or the one to three most frequent events, over the whole clip or over median spans."""
+    """Return all pairs of candidates for audio and visual events.
+
+    The candidates of a modality are no event, and the one to three most frequent events over the whole clip or over
+    their median spans.
+    """
 
     def candidates(modality: str) -> list[Events]:
         spans: dict[str, list[tuple[int, int]]] = {}
@@ -273,14 +280,14 @@ def constants(metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray 
 
 
 def events(said: Mapping[str, Any]) -> list[Event]:
-    """The events of a label with times, or of what `parse` returns: those that are heard, then those that are seen."""
+    """Return the events of a label with times, or of a parsed answer: first those heard, then those seen."""
     return [
         Event(name, start, end, sense) for kind, sense in _SENSES.items() for name, start, end in said.get(kind, ())
     ]
 
 
 def spans_of(events: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]]:
-    """name -> merged spans of `[[name, start, end], ...]`, by first second; names without a real span are left out."""
+    """Return {name: merged spans} of `[[name, start, end], ...]`, by first second, without names that have no span."""
     spans: dict[str, list[Sequence[int]]] = {}
     for name, *span in events:
         spans.setdefault(name, []).append(span)
@@ -289,12 +296,12 @@ def spans_of(events: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]
 
 
 def weak(meta: Meta) -> str:
-    """Why a label is weak: a training clip of LLP names its events, but not their times or senses."""
+    """Return why a label is weak, "" if it is not: training clips of LLP name events without times and senses."""
     return "names events without their times" if "labels" in meta and "audio" not in meta else ""
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label."""
+    """Return the arguments of `target` from a label."""
     return {
         sense: [[name.strip(), *span] for name, spans in spans_of(meta[sense]).items() for span in spans]
         for sense in ("audio", "visual")
@@ -302,7 +309,7 @@ def arguments(meta: Meta, second: int) -> dict[str, Any]:
 
 
 def names(meta: Meta) -> tuple[str, ...]:
-    """The names of the events."""
+    """Return the names of the events."""
     if weak(meta):
         return tuple(meta["labels"])
     values = arguments(meta, 0)
@@ -310,7 +317,7 @@ def names(meta: Meta) -> tuple[str, ...]:
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says: events that are not in it, or at other times."""
+    """Return how a target differs from its label: other events, missing events, or other times."""
     by_sense: dict[str, Events] = {"audio": [], "visual": []}
     tags, found = find_tags(text, TAGS), []
     for tag, content in tags:
@@ -354,7 +361,7 @@ def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int)
 
 
 def oddities(meta: Meta) -> Iterator[Oddity]:
-    """Spans that are no time, and those of one event that overlap."""
+    """Yield the spans without duration, and the spans of one event that overlap."""
     if weak(meta):
         return
     yield from no_time(events(meta))
@@ -365,7 +372,7 @@ def oddities(meta: Meta) -> Iterator[Oddity]:
 
 
 def from_row(row: Row) -> Made:
-    """A row of a user's table: a clip, and what is heard and seen in it."""
+    """Read a row of a user's table: a clip, and what is heard and seen in it."""
     only(row, *CLIP)
     given = row.given("events")
     form = "write audio: Speech 0-10; Dog 2-5; visual: Dog 0-10, with `none` for a sense that has no event"
@@ -419,7 +426,7 @@ AVVP = Task(
     breakdown=by_group(
         lambda meta: {str(name) for name, *_ in (*meta["audio"], *meta["visual"])}, reduce, "segment_type_av"
     ),
-    published=[  # which average is meant, Type@AV or Event@AV, the sources do not say
+    published=[  # the sources do not say whether they mean Type@AV or Event@AV
         Published("Crab", {"segment_type_av": 0.5900, "event_type_av": 0.5444}, AV_REASONER),
         Published("MEERKAT", {"segment_type_av": 0.5496}, AV_REASONER),
         Published("AV-Reasoner", {"segment_type_av": 0.6240, "event_type_av": 0.5940}, AV_REASONER),

@@ -1,4 +1,4 @@
-"""The pieces every prompt and target is made of: one block per modality and the run of mask tokens.
+"""The parts of prompts and targets that tasks share: one block per modality, and the run of mask tokens.
 
 Source: dataset/unified_dataset.py. The words inside angle brackets are tokens of their own (data_pipelines/tokens.py);
 `<video>`, `<audio>` and `<image>` are replaced by feature slots.

@@ -1,8 +1,8 @@
 """Ref-AVS: segment the object an expression refers to, at one second of a clip; some expressions refer to nothing.
 
 Prompts and targets: dataset/unified_dataset.py and dataset/quick_start_dataset.py; metrics: utils/avss_utils.py.
-meta: {"expression": text, "object": name ("" when null), "split": "seen" | "unseen" | "null"}, and where several frames
-are asked about with one expression "one_of", which they share.
+meta: {"expression": text, "object": name ("" when null), "split": "seen" | "unseen" | "null"}. Where one expression is
+asked about several frames, their Examples also share the value of "one_of".
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ LABEL = {
         "score",
     ),
 }
-EXPRESSION = "the object that is making the sound"  # what --all-tasks asks where none is given
+EXPRESSION = "the object that is making the sound"  # asked by --all-tasks where the user gives no expression
 _MOMENT = re.compile(r"At the (\w+) second in the video, ")
 _ANSWER, _NULL, _MASK_FOLLOWS = "second in the video, ", "does not appear", re.compile(r"\.\s*Its mask\b")
 
 
 def instruction(variant: str = "train", expression: str = "", second: int = 0) -> str:
-    """Prompt for an expression at `second` (0-based); "quick" shows one image, "test" the clip and the image."""
+    """Return the prompt about `second` (0-based); "quick" shows an image, "test" the clip and the image."""
     if variant == "quick":
         return f"{IMAGE}{AUDIO}Please segment out {expression.lower()} in the image."
     if variant == "test":
@@ -72,29 +72,31 @@ def instruction(variant: str = "train", expression: str = "", second: int = 0) -
 
 
 def target(expression: str, object: str, second: int = 0, reasoning: str = "") -> str:
-    """The answer: optional reasoning, the object ("" when the expression refers to nothing), and the mask tokens."""
+    """Return the answer: optional reasoning, the object ("" for a null expression), and the mask tokens."""
     found = f"is {object}" if object else _NULL
     answer = f"At the {ordinal(second)} second in the video, {expression} {found}. Its mask is {MASK}"
     return f"{reasoning} {answer}".lstrip()
 
 
 def parse(text: str) -> dict[str, list[str]] | None:
-    """{"objects": [name]}, {"objects": []} for an expression that refers to nothing ("does not appear", or "is null" as
-    the release writes it), or None."""
+    """Return {"objects": [name]}, or None when the text cannot be read.
+
+    Returns {"objects": []} where the expression refers to nothing ("does not appear", or "is null" as in the release).
+    """
     _, answer, rest = " ".join(text.split()).rpartition(_ANSWER)
     sentence, *follows = _MASK_FOLLOWS.split(rest, maxsplit=1)
     if not answer or not follows:
         return None
     if sentence.endswith(_NULL):
         return {"objects": []}
-    _, found, name = sentence.rpartition(" is ")  # the last one, because an expression may hold one itself
+    _, found, name = sentence.rpartition(" is ")  # the last " is ", because the expression may contain one
     if not found or not name.strip():
         return None
     return {"objects": [name.strip()] if object_words([name]) else []}
 
 
 def stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask: np.ndarray) -> Stats:
-    """Statistics of one sample; a missing mask counts as an empty one."""
+    """Return the statistics of one sample; a missing mask counts as an empty one."""
     sample = binary_stats(mask, gt_mask)
     empty = np.zeros(np.shape(gt_mask))
     scores = empty if mask is None else mask
@@ -113,7 +115,7 @@ def stats(parsed: Any, mask: np.ndarray | None, meta: Mapping[str, Any], gt_mask
 
 
 def reduce(samples: Sequence[Stats]) -> dict[str, float]:
-    """The metrics of METRICS, of the splits that there are; those of all are NaN when every sample is null."""
+    """Return the metrics of METRICS for the splits that occur; those of all samples are NaN when every one is null."""
     groups = {"": [s for s in samples if s["split"] != "null"]}
     groups |= {f"_{split}": [s for s in samples if s["split"] == split] for split in ("seen", "unseen")}
     metrics = dict.fromkeys(("j", "j_04", "f", "f_video"), float("nan")) if samples else {}
@@ -127,29 +129,29 @@ def reduce(samples: Sequence[Stats]) -> dict[str, float]:
 def constants(
     metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
 ) -> list[tuple[str, np.ndarray | None]]:
-    """The most frequent expression and object with each constant mask."""
+    """Return the most frequent expression and object with each constant mask."""
     expression, name = Counter((meta["expression"], meta["object"]) for meta in metas).most_common(1)[0][0]
     text = target(expression, name)
     return [(text, mask) for mask in segmentation.constant_masks(gt_masks)] or [(text, None)]
 
 
 def rank(metrics: Mapping[str, float]) -> float:
-    """The place of one sample: J, or for a null expression one minus the share score of its mask."""
+    """Return the score that ranks one sample: J, or for a null expression 1 - `s_null`."""
     return 1 - metrics["s_null"] if "s_null" in metrics else metrics["j"]
 
 
 def names(meta: Meta) -> tuple[str, ...]:
-    """The name of the object, if there is one."""
+    """Return the name of the object, if there is one."""
     return (meta["object"].strip(),) if meta["object"].strip() else ()
 
 
 def arguments(meta: Meta, second: int) -> dict[str, Any]:
-    """The arguments of `target` from a label."""
+    """Return the arguments of `target` from a label."""
     return {"expression": meta["expression"].strip(), "object": meta["object"].strip(), "second": second}
 
 
 def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """What in a target is not as its label says: the object, the expression, or the second."""
+    """Return how a target differs from its label: the object, the expression, or the second."""
     parsed, found = parse(text), []
     if not names_match(parsed, [values["object"]] if values["object"] else []):
         said = "unreadable" if parsed is None else ", ".join(parsed["objects"]) or "nothing"
@@ -160,7 +162,7 @@ def disagreements(text: str, values: Mapping[str, Any], meta: Meta, second: int)
 
 
 def from_row(row: Row) -> Made:
-    """A row of a user's table: a clip or a picture with its sound, an expression, its object and its mask."""
+    """Read a row of a user's table: a clip or a picture with its sound, an expression, its object and its mask."""
     expression, name = row.text("expression"), row.text("object", "give the name, or `nothing` where nothing fits")
     name = "" if name.lower() in NOTHING else name
     kind = str(row.given("type") or "seen").lower() if name else "null"

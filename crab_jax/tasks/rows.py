@@ -1,4 +1,4 @@
-"""Reading the columns of a user's table that several tasks have: names, events, boxes, and what needs no more."""
+"""Reading of the columns of a user's table that tasks share: names, events, boxes, and fields of any label."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from crab_jax.tasks.segmentation import SIZE
 from crab_jax.tasks.task import Field, Made, Row, Task, arguments_of, windows_for
 from crab_jax.tasks.times import SECONDS, is_event
 
-NOTHING = ("nothing", "none", "null")  # what an expression refers to, or a mask shows
+NOTHING = ("nothing", "none", "null")  # words for no object, or for an empty mask
 CLIP = ("video", "frames")  # media of a question about a clip
 _SPAN = r"\(?\s*(\d+)(?:\.0+)?\s*s?\s*(?:-|\u2013|\u2014|\bto\b)\s*(\d+)(?:\.0+)?\s*s?\s*\)?"
-_BETWEEN = r"(?:[\s,:]|\s[-\u2013\u2014=@]+\s)+(?:(?:from|at|during)\s+)?"  # a name and its spans
+_BETWEEN = r"(?:[\s,:]|\s[-\u2013\u2014=@]+\s)+(?:(?:from|at|during)\s+)?"  # between a name and its spans
 _EVENT = re.compile(rf"(?P<name>.*?\S){_BETWEEN}(?P<spans>{_SPAN}(?:\s*,\s*{_SPAN})*)", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def only(row: Row, *wanted: str) -> None:
-    """Raise InputError for visual sources other than one of `wanted`."""
+    """Raise InputError unless the row has exactly one visual source, and that is one of `wanted`."""
     what = {"video": "a video", "frames": "pictures of a clip", "image": "one picture"}
     shown = [field for field in what if field in row.media]
     if len(shown) != 1 or shown[0] not in wanted:
@@ -35,16 +35,16 @@ def only(row: Row, *wanted: str) -> None:
 
 
 def names_of(row: Row, field: str = "object") -> list[str]:
-    """Return the names in a column: a list, or text with "and" or ";" between them. Raises InputError."""
+    """Return the names in a column: a list, or text with "and" or ";" between them. Raises InputError without any."""
     given = row.given(field)
     names = given if isinstance(given, list) else re.split(r"\s*[;|]\s*|\s+and\s+", row.text(field))
     return [row.text_of(field, name) for name in names]
 
 
 def events_of(row: Row, given: Any) -> list[list[Any]]:
-    """Return [[name, start, end], ...] of text such as `Dog 2-5, 7-9; Speech 0-10`, or of such a list.
+    """Return [[name, start, end], ...] from text such as `Dog 2-5, 7-9; Speech 0-10`, or from a list of such events.
 
-    Raises InputError for what cannot be read as that, and for times outside the clip.
+    Raises InputError for events that cannot be read, and for times outside the clip.
     """
     form = f"write name start-end in whole seconds from 0 to {SECONDS}, the end exclusive, as in `Dog 2-5; Speech 0-10`"
     if given is None:
@@ -69,9 +69,10 @@ def events_of(row: Row, given: Any) -> list[list[Any]]:
 
 
 def box_of(row: Row) -> list[int]:
-    """Return the box of a row in the 224 x 224 picture, from pixels of its picture (`box`) or of that one (`box_224`).
+    """Return the box of a row in pixels of the 224 x 224 picture.
 
-    Raises InputError where there is none or two of them, and for corners that are not in order or outside.
+    The column `box` is in pixels of the row's picture, `box_224` in pixels of the 224 x 224 one. Raises InputError
+    unless exactly one of the two is given, and for corners that are not in order or outside of the picture.
     """
     pixels, scaled = row.given("box"), row.given("box_224")
     if (pixels is None) == (scaled is None):
@@ -99,7 +100,7 @@ def box_of(row: Row) -> list[int]:
 
 
 def columns_of(task: Task) -> tuple[str, ...]:
-    """Return the columns that a row of a task has beside its media."""
+    """Return the columns that a row of a task has besides its media."""
     if task.columns is not None:
         return task.columns
     shown = {"box": ("box", "box_224", "second"), "mask": ("mask", "second")}.get(task.answer, ())
@@ -107,12 +108,12 @@ def columns_of(task: Task) -> tuple[str, ...]:
 
 
 def made_of(task: Task, row: Row) -> Made:
-    """Return what a row means: by the task's own `from_row`, or column by column. Raises InputError."""
+    """Read a row by the task's own `from_row`, or column by column. Raises InputError for a wrong cell."""
     return task.from_row(row) if task.from_row else _usual(task, row)
 
 
 def _usual(task: Task, row: Row) -> Made:
-    """Take each field of the label from the column of its name; boxes as `box_of`, masks as `Row.moment`."""
+    """Read each field of the label from the column of its name, boxes by `box_of` and masks by `Row.moment`."""
     asked: dict[str, Any] = {name: row.text(name) for name in task.fields if name != "second"}
     second = row.second()
     fields: dict[str, Any]
@@ -144,7 +145,7 @@ def _usual(task: Task, row: Row) -> Made:
 
 
 def _value(row: Row, name: str, field: Field, label: dict[str, Any]) -> Any:
-    """Return the value of a column that a field of a label takes: its text, or what the text says as JSON."""
+    """Return the value of a column for a field of a label: its text, or the text decoded as JSON, whichever fits."""
     given = row.given(name)
     if given is None:
         raise row.error(name, f"is empty, and {row.values['task']} needs it", f"give {field.must_be}")

@@ -1,7 +1,7 @@
-"""Metrics of masks and boxes: arrays in, floats out. Shared by the segmentation and grounding tasks.
+"""Metrics of masks and boxes: arrays in, floats out. The segmentation and grounding tasks share them.
 
-Source: utils/avss_utils.py and utils/ciou.py of the released code, which follow AVSBench; where the two disagree with
-the definition of a metric, the definition is the default and the difference is named.
+Source: utils/avss_utils.py and utils/ciou.py of the released code, which follow AVSBench. Where they differ from the
+definition of a metric, the definition is the default and a docstring names the difference.
 A mask prediction is float[H,W] scores in [0, 1], or bool[H,W]; a ground truth is [H,W], foreground where > 0.
 """
 
@@ -17,14 +17,14 @@ from crab_jax.tasks.task import Box
 BETA2 = 0.3
 THRESHOLDS = np.linspace(0, 1 - 1e-10, 255, dtype=np.float32)
 AUC_THRESHOLDS = np.linspace(0, 1, 21)
-SIZE = 224  # pixels of a side of the picture that boxes are in
+SIZE = 224  # width and height, in pixels, of the picture that boxes refer to
 
 
 def mask_iou(scores: np.ndarray, gt: np.ndarray, threshold: float = 0.5) -> float:
-    """Intersection over union of `scores > threshold` with the ground truth.
+    """Return the intersection over union of `scores > threshold` with the ground truth.
 
-    An empty ground truth scores the share of pixels left empty (released and AVSBench convention). Crab uses the
-    threshold 0.5, the Ref-AVS release 0.4.
+    For an empty ground truth it returns the share of pixels left empty (convention of the release and of AVSBench).
+    Crab uses the threshold 0.5, the Ref-AVS release 0.4.
     """
     predicted, truth = np.asarray(scores) > threshold, np.asarray(gt) > 0
     if not truth.any():
@@ -33,9 +33,10 @@ def mask_iou(scores: np.ndarray, gt: np.ndarray, threshold: float = 0.5) -> floa
 
 
 def f_curve(scores: np.ndarray, gt: np.ndarray) -> np.ndarray:
-    """F-measure (beta^2 = 0.3) of `scores >= t` for each of 255 thresholds t in [0, 1]: float64[255].
+    """Return float64[255]: the F-measure (beta^2 = 0.3) of `scores >= t` for each of 255 thresholds t in [0, 1].
 
-    Zeros for an empty ground truth. The first threshold is 0, so a curve is never below that of the full mask.
+    The curve is zero for an empty ground truth. It begins with the F-measure of the full mask, since the first
+    threshold is 0.
     """
     truth = np.asarray(gt) > 0
     positives = truth.sum()
@@ -51,18 +52,21 @@ def f_curve(scores: np.ndarray, gt: np.ndarray) -> np.ndarray:
 
 
 def f_measure(curves: Sequence[np.ndarray]) -> float:
-    """Maximum over thresholds of the mean of F curves: one curve for the per-frame score of the released evaluation,
-    the curves of a video's frames with an object for the official AVSBench score. No curve scores 0."""
+    """Return the maximum over thresholds of the mean of F curves; 0 without a curve.
+
+    One curve gives the per-frame score of the released evaluation; the curves of a video's frames with an object give
+    the official AVSBench score.
+    """
     return float(np.mean(curves, axis=0).max()) if len(curves) else 0.0
 
 
 def null_s(scores: np.ndarray, threshold: float = 0.5) -> float:
-    """Square root of the share of predicted pixels, for expressions that refer to nothing. Lower is better."""
+    """Return the square root of the share of predicted pixels, for null expressions; lower is better."""
     return float(np.sqrt((np.asarray(scores) > threshold).mean()))
 
 
 def class_scores(predicted: np.ndarray, gt: np.ndarray, classes: int = len(CLASSES)) -> dict[str, np.ndarray]:
-    """Per-class scores of one frame of class ids [H,W]: {"iou", "f", "seen"}, each float64[classes].
+    """Return the per-class scores of one frame of class ids [H,W]: {"iou", "f", "seen"}, each float64[classes].
 
     seen is 1 where the class is in the prediction or the ground truth; the scores of other classes are 0.
     """
@@ -79,18 +83,18 @@ def class_scores(predicted: np.ndarray, gt: np.ndarray, classes: int = len(CLASS
 
 
 def class_totals(frames: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The sums of `class_scores` over frames, which `class_means` takes like one frame: {"iou", "f", "seen"}."""
+    """Sum `class_scores` over frames; `class_means` accepts the sums {"iou", "f", "seen"} in place of frames."""
     return {name: np.sum([frame[name] for frame in frames], axis=0) for name in ("iou", "f", "seen")}
 
 
 def class_means(
     frames: Sequence[dict[str, np.ndarray]], background: bool = True, absent: bool = True, official_slip: bool = False
 ) -> tuple[float, float]:
-    """Mean IoU and F over classes of the per-class means over frames (`class_scores`) that show the class.
+    """Return the mean IoU and F over classes; the score of a class is its mean over the frames that show the class.
 
-    background: whether class 0 takes part. official_slip: without background, drop the last class instead of class 0,
-    as AVSBench and the released code do. absent: classes that no frame shows count as 0 (official); otherwise they are
-    left out.
+    background: whether class 0 is included. official_slip: without background, drop the last class instead of class 0,
+    as AVSBench and the released code do. absent: whether classes that no frame shows count as 0 (official) or are left
+    out.
     """
     iou, f, seen = class_totals(frames).values()
     keep = np.ones(len(seen), bool)
@@ -105,7 +109,7 @@ def class_means(
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes with area (x2 - x1) * (y2 - y1); 0 where a union has no area."""
+    """Return the intersection over union of two boxes with area (x2 - x1) * (y2 - y1); 0 where the union is empty."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     overlap = max(width, 0.0) * max(height, 0.0)
     union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - overlap
@@ -113,7 +117,7 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def complete_iou(a: Box, b: Box) -> float:
-    """Complete IoU of two boxes: IoU less a distance and an aspect penalty, in (-2, 1].
+    """Return the Complete IoU of two boxes: IoU minus a distance and an aspect penalty, in (-2, 1].
 
     The released utils/ciou.py adds the y corners of the enclosing diagonal where the definition subtracts them.
     """
@@ -127,18 +131,20 @@ def complete_iou(a: Box, b: Box) -> float:
 
 
 def success_rate(ious: Sequence[float], threshold: float = 0.5) -> float:
-    """Share of IoUs at or above the threshold ("cIoU" of the sound localisation protocol)."""
+    """Return the share of IoUs at or above the threshold ("cIoU" of the sound localisation protocol)."""
     return float((np.asarray(ious) >= threshold).mean())
 
 
 def success_auc(ious: Sequence[float]) -> float:
-    """Area under the success rate over the thresholds 0, 0.05, ..., 1 (trapezoids)."""
+    """Return the area under the success rate over the thresholds 0, 0.05, ..., 1 (trapezoids)."""
     return float(np.trapezoid([success_rate(ious, t) for t in AUC_THRESHOLDS], AUC_THRESHOLDS))
 
 
 def constant_masks(gts: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-    """Candidate constant answers for binary masks, from ground truths of one size: the mean map, the mean map cut at
-    several levels, nothing, everything, and the middle of the picture. No ground truth gives no candidate."""
+    """Return candidate constant answers for binary masks, from ground truths of one size; none without ground truths.
+
+    They are the mean map, the mean map cut at several levels, nothing, everything, and the middle of the picture.
+    """
     maps = [np.asarray(gt) > 0 for gt in gts if gt is not None]
     if not maps:
         return []

@@ -1,8 +1,8 @@
-"""Task: all that the code knows about one task, gathered from the one file that defines it.
+"""Task: everything that the code knows about one task, which is defined in one file.
 
-A task of your own needs its name, prompt, target, parser, statistics, metrics and label, and says which kind of answer
-it has; everything else has a default (docs/your_data.md, "A task of your own"). The rest of the code never asks which
-task it has before it: it looks at the fields of the Task.
+A task of your own needs a name, prompt, target, parser, statistics, metrics, label and kind of answer; everything else
+has a default (docs/your_data.md, "A task of your own"). The rest of the code never compares the name of a task: it
+reads the fields of the Task.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FIELDS = ("question", "expression", "second")
 WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
 MASK_KINDS = ("none", "binary", "semantic")
 HEARD_AND_SEEN = "heard and seen"  # the sense of an event
-FREE = "question"  # the task of a question that is put to the model as it stands
-RESERVED = (FREE, "text", "bce", "dice", "ce", "loss", "samples")  # beside the names of tasks in logs of a run
+FREE = "question"  # stands for a task where a question is put to the model without any task's prompt
+RESERVED = (FREE, "text", "bce", "dice", "ce", "loss", "samples")  # other names in the logs of a run
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")  # names are config keys and parts of file names
 _EMPTY_WORDS = ("", "null", "none", "nan", "n a", "na", "undefined", "unknown")
 
@@ -36,8 +36,10 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 
 
 class Event(NamedTuple):
-    """Something that happens from `start` to `end`, in tenths of the clip (seconds of a clip of ten). sense: "heard",
-    "seen", "heard and seen", or "" where that is not told."""
+    """Something that happens from `start` to `end`, in tenths of the clip (seconds of a clip of ten seconds).
+
+    sense: "heard", "seen", "heard and seen", or "" where the label does not say.
+    """
 
     name: str
     start: float
@@ -46,8 +48,11 @@ class Event(NamedTuple):
 
 
 class Oddity(NamedTuple):
-    """What looks wrong in a label. wrong: whether it would train or score something wrong, or only looks odd. field: of
-    `meta`; fix: what to do."""
+    """Something in a label that looks wrong.
+
+    wrong: True where it would be trained on or scored wrongly, False where it only looks odd. field: the field of
+    `meta`. problem: what looks wrong. fix: what to do about it.
+    """
 
     wrong: bool
     field: str
@@ -56,8 +61,11 @@ class Oddity(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a row of a user's table means: the prompt, the arguments of the target, the label that becomes `meta`, and
-    the other fields of the Example (windows, second, mask, seg_image)."""
+    """What a task makes of a row of a user's table.
+
+    instruction: the prompt. arguments: those of the task's `target`. meta: the label. fields: the other fields of the
+    Example (windows, second, mask, seg_image).
+    """
 
     instruction: str
     arguments: dict[str, Any]
@@ -66,50 +74,50 @@ class Made(NamedTuple):
 
 
 class Row(Protocol):
-    """One row of a user's table, as `Task.from_row` sees it; crab_jax/tasks/rows.py reads common columns of it.
-
-    media: what the row shows and plays, of "video", "frames", "image" and "audio". seconds: how long its sound is.
-    """
+    """One row of a user's table, as `Task.from_row` gets it; crab_jax/tasks/rows.py reads columns that tasks share."""
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """The cells by the names of their columns; "task" is the task's name."""
+        """The cells by the names of their columns; "task" holds the task's name."""
 
     @property
-    def media(self) -> frozenset[str]: ...
+    def media(self) -> frozenset[str]:
+        """The kinds of media that the row names, of "video", "frames", "image" and "audio"."""
 
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """The length of the row's sound in seconds."""
 
     def given(self, field: str) -> Any:
-        """Return what a column says, None where it is empty: text, or from JSON any value."""
+        """Return the value of a column: text, or any value where the row is JSON; None where it is empty."""
 
     def text(self, field: str, fix: str = "") -> str:
-        """Return the text of a column. Raises InputError, with `fix`, where it is empty or no text."""
+        """Return the text of a column. Raises InputError, with `fix`, where it is empty or not text."""
 
     def text_of(self, field: str, value: Any) -> str:
-        """Return `value`, a part of a column, as `text` does."""
+        """Return `value`, which is a part of a column, checked as `text` checks a whole one."""
 
     def second(self) -> int | None:
         """Return the column `second`, None where it is empty."""
 
     def moment(self, empty: bool = False) -> tuple[int, dict[str, Any]]:
-        """Return the second, and the fields `second`, `windows`, `mask`, `seg_image` of a question about pixels.
+        """Return the second, and the fields `second`, `windows`, `mask` and `seg_image` of a question about pixels.
 
-        empty: whether an empty column `mask` means that nothing is to be seen.
+        empty: whether an empty column `mask` means that the mask is empty.
         """
 
     def picture_size(self) -> tuple[int, int]:
-        """Return width and height of the row's picture."""
+        """Return the width and height of the row's picture in pixels."""
 
     def error(self, field: str, problem: str, fix: str) -> InputError:
         """Return the error that names the row's file and line."""
 
 
 class Field(NamedTuple):
-    """What one field of a task's `meta` must be: in words, and as a test of its value beside the whole label.
+    """What one field of a task's `meta` must be: in words, and as a test of its value given the whole label.
 
-    needed: "answer" without it no target can be written; "score" only scoring needs it; "" it may be left out.
+    needed: "answer" where the target depends on the field, "score" where only scoring does, "" where the field may be
+    left out.
     """
 
     must_be: str
@@ -118,7 +126,7 @@ class Field(NamedTuple):
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that says something, and nothing that a tag or a line of a target could hide."""
+    """Whether a value is text that is not blank and has no angle bracket or line break, which would break a target."""
     return isinstance(value, str) and bool(value.strip()) and not any(mark in value for mark in "<>\n")
 
 
@@ -138,7 +146,7 @@ def is_number(value: Any, low: float, high: float) -> bool:
 
 
 def is_list(value: Any, holds: Callable[[Any], bool], least: int = 0) -> bool:
-    """Whether a value is a list of at least so many items that all hold."""
+    """Whether a value is a list or tuple of at least `least` items, for all of which `holds` is true."""
     return isinstance(value, list | tuple) and len(value) >= least and all(map(holds, value))
 
 
@@ -151,88 +159,91 @@ CLIP_NAME = Field("the name of the clip, or null", lambda value, meta: value is 
 
 
 class Published(NamedTuple):
-    """A row of a published table: the model, its scores by our metric names (fractions), and where they were read."""
+    """A row of a published table: the model, its scores under our metric names (as fractions), and the source."""
 
     model: str
     scores: Mapping[str, float]
     source: str
 
 
-# Where the numbers of `published` were read. The body of the paper was not; what no source states is left out.
+# The sources of the numbers in `published`. The paper itself was not read; what no source states is left out.
 NOTES = "public notes on arXiv 2503.13068"
 AV_REASONER = "result tables of AV-Reasoner, which cite the models"
 
 
 def no_breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
-    """The `breakdown` of a task without classes or types."""
+    """Return an empty `breakdown`, for a task without classes or types."""
     return {}
 
 
 def no_constants(metas: Sequence[Meta], gt_masks: Sequence[np.ndarray | None]) -> Sequence[Constant]:
-    """Return the `constants` of a task without better ones: an answer that says nothing."""
+    """Return one empty answer, the `constants` of a task that defines none."""
     return [("", None)]
 
 
 def no_oddities(meta: Meta) -> Iterable[Oddity]:
-    """Return the `oddities` of a task whose label can hold none beyond wrong fields."""
+    """Return no `oddities`, for a task whose labels are checked field by field only."""
     return ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """One task; every field is a pure function or a constant. Those without a default are what every task needs.
+    """One task. Every field is a pure function or a constant; the fields without a default are required.
 
     name: lower-case letters, digits, "-" and "_".
     instruction: `(variant="train", **fields) -> str`, the prompt with placeholders; variants "train", "test", "quick".
     target: `(**arguments, reasoning="") -> str`, the answer a model is trained to write.
-    parse: `text -> what it says`, tolerant; None when the answer cannot be read.
+    parse: `text -> parsed answer`, tolerant of badly written text; None when the answer cannot be read.
     stats: `(parsed, mask, meta, gt_mask) -> Stats` of one sample; `parsed` and `mask` are None when absent, `gt_mask`
         when the task has no masks. A mask is float[H,W] scores in [0, 1] or bool[H,W] (binary), or int[H,W] class ids
         (semantic).
     reduce: `Sequence[Stats] -> {metric: float}` of any multiset of samples, in [0, 1] unless documented.
     headline: the main metric.
     metrics: what each metric of `reduce` is, in one line, with whose convention it follows.
-    label: the fields of `meta` that the target and the score rest on; others may stand beside them.
+    label: the fields of `meta` that the target and the score depend on; `meta` may have others.
 
-    What an answer is, and what is drawn of it:
-    answer: its kind. "text"; "events" on the time line of the clip; a "box" in a picture; a "mask" of a picture.
-    mask_kind: "binary" or "semantic" (the 71 classes of AVSBench), for masks.
-    events: `what parse returns, or meta -> [Event]`, for events. Seconds of the label are tenths of the clip.
-    box: `what parse returns, or meta -> (x1, y1, x2, y2)` in the 224 x 224 picture, or None, for boxes.
+    The kind of answer, and how it is drawn:
+    answer: "text"; "events" on the time line of the clip; a "box" in a picture; a "mask" of a picture.
+    mask_kind: for masks, "binary" or "semantic" (the 71 classes of AVSBench).
+    events: for events, `parsed answer or meta -> [Event]`. Seconds of the label are tenths of the clip.
+    box: for boxes, `parsed answer or meta -> (x1, y1, x2, y2)` in the 224 x 224 picture, or None.
     drawn: what the picture of an answer shows, in a few words.
     shown: `meta -> str`, the label in a few words; by default its fields.
 
-    How it is asked:
-    fields: what a prompt needs of "question", "expression" and "second".
-    unasked: field -> what `predict --all-tasks` asks where none is given; without an entry it asks nothing.
+    The question:
+    fields: the arguments of `instruction`, of "question", "expression" and "second".
+    unasked: field -> the texts that `predict --all-tasks` asks when the user gives none; a task whose field has no
+        entry is then left out.
     windows: the audio windows (docs/architecture.md) that suit the task, the usual ones first; `windows_for` chooses.
-    own_words: whether people ask it in words of their own.
+    own_words: whether people ask the task in words of their own.
     test_second: the second that the prompts of "test" ask about, whatever `second` is.
 
-    How answers are judged:
+    Scoring:
     constants: `(metas, gt_masks) -> [(text, mask or None)]`, candidate constant answers built from a set of labels;
         the best-scoring one is the "constant" baseline.
     ranked_by: the metric that ranks single samples; "" is the headline.
-    rank: `metrics of one sample -> float`, where `ranked_by` alone does not rank it; the higher the better.
-    breakdown: `(stats, metas) -> {class or question type: (score, samples)}`, for plots; breakdown_of: what the score
-        is, by default the headline.
+    rank: `metrics of one sample -> float`, where one metric cannot rank every sample; higher is better.
+    breakdown: `(stats, metas) -> {class or question type: (score, samples)}`, for plots.
+    breakdown_of: the metric of the breakdown, by default the headline.
     published: rows of the paper's table and of tables that cite it, as far as they are known.
 
-    How a label is checked:
-    arguments: `(meta, second) -> arguments of target`, less `reasoning`, of a sound label; by default the fields of
-        `label` that an answer needs, text stripped. Raises InputError for what no target can say.
-    weak: `meta -> str`, why a label says too little for a target, "" where it says enough.
-    names: `meta -> names` of the things and events in a sound or weak label; name_field: the field that holds them, by
-        default the first; known: the names that the benchmark has.
-    tags: the tags of a target, None for a task whose targets are not looked at for others.
-    disagreements: `(target, arguments, meta, second) -> [problem]`, what in a target is not as its label says; the
-        arguments are empty for a weak label. By default the parser must read what it reads in the label's own target.
-    oddities: `meta -> [Oddity]`, what people get wrong in a label whose fields are sound.
+    Checks of a label and its target:
+    arguments: `(meta, second) -> arguments of target`, without `reasoning`, of a valid label; by default the fields of
+        `label` that an answer needs, text stripped. Raises InputError for a label that cannot be put into a target.
+    weak: `meta -> str`, why a label is too incomplete for a target, "" where it is complete.
+    names: `meta -> names` of the things and events in a valid or weak label.
+    name_field: the field that holds the names, by default the first.
+    known: the names that the benchmark has.
+    tags: the tags of a target; None for a task whose targets are not checked for unknown tags.
+    disagreements: `(target, arguments, meta, second) -> [problem]`, how a target differs from its label; `arguments`
+        is empty for a weak label. By default the parser must read the same from the target as from the target that the
+        label gives.
+    oddities: `meta -> [Oddity]`, usual mistakes in a label whose fields are valid.
     several: whether a question about a clip may have several right answers.
-    answer_start: how the answer begins; what stands before it in a target is the reasoning.
+    answer_start: how the answer begins; the text before it in a target is the reasoning.
 
     A user's table (docs/your_data.md):
-    columns: those of a row, beside the media; by default `fields`, and the fields of `label`.
+    columns: the columns of a row, besides the media; by default `fields` and the fields of `label`.
     from_row: `Row -> Made`; by default each field of the label is a column, as text or as JSON.
     sound_alone: whether a row may have a sound and no picture.
     """
@@ -306,16 +317,18 @@ class Task:
 
     @property
     def about_picture(self) -> bool:
-        """Whether the task is asked about one picture, of a clip or alone, and answered by a place in it."""
+        """Whether the question is about one picture, of a clip or alone, and the answer is a place in that picture."""
         return self.answer in ("box", "mask")
 
 
-SHORT, LONG = 7.5, 30.0  # seconds: clips of AVSBench's first parts have 5, those of MUSIC-AVQA 60, all others 10
+SHORT, LONG = 7.5, 30.0  # seconds; clips of S4 and MS3 last 5, those of MUSIC-AVQA 60, all others 10
 
 
 def windows_for(task: Task, seconds: float, one_window: bool = False) -> str:
-    """The audio windows, of those that suit a task, for a clip of so many seconds: all of them, or the one of the
-    moment that is asked about, where the task knows that."""
+    """Return the kind of audio windows that suits a task, for a clip of `seconds`.
+
+    one_window: choose the kind that has only the window of the second asked about, where the task has such a kind.
+    """
     whole = "ten"
     if "music_avqa" in task.windows and seconds > LONG:
         whole = "music_avqa"
@@ -326,7 +339,7 @@ def windows_for(task: Task, seconds: float, one_window: bool = False) -> str:
 
 
 def wrong_fields(task: Task, meta: Meta, needed: Sequence[str] = ("answer", "score")) -> Iterator[tuple[str, str, str]]:
-    """(field, problem, what it must be) of every field of a label that is wrong, or missing where it is needed."""
+    """Yield (field, problem, what it must be) of every field of a label that is wrong, or missing though needed."""
     for name, field in task.label.items():
         if name not in meta:
             if field.needed in needed:
@@ -336,9 +349,9 @@ def wrong_fields(task: Task, meta: Meta, needed: Sequence[str] = ("answer", "sco
 
 
 def arguments_of(task: Task, meta: Meta, second: int = 0) -> dict[str, Any]:
-    """Return the arguments of a task's target, less `reasoning`, from a sound label (see `wrong_fields`).
+    """Return the arguments of a task's target, without `reasoning`, from a valid label (see `wrong_fields`).
 
-    Raises InputError, naming the field, for a label that no target can say.
+    Raises InputError, naming the field, for a label that cannot be put into a target.
     """
     if task.arguments:
         return task.arguments(meta, second)
@@ -347,12 +360,12 @@ def arguments_of(task: Task, meta: Meta, second: int = 0) -> dict[str, Any]:
 
 
 def shown_label(task: Task, meta: Meta) -> str:
-    """Return what a label says in a few words, for pages."""
+    """Return a label in a few words, for pages."""
     return task.shown(meta) if task.shown else ", ".join(str(meta[name]) for name in task.label if name in meta)
 
 
 def disagreements_of(task: Task, target: str, arguments: Mapping[str, Any], meta: Meta, second: int) -> list[str]:
-    """Return what in a target is not as its label says; `arguments` are empty for a weak label."""
+    """Return how a target differs from its label, in words; `arguments` is empty for a weak label."""
     if task.disagreements:
         return task.disagreements(target, arguments, meta, second)
     said, truth = task.parse(target), task.parse(task.target(**arguments)) if arguments else None
@@ -362,7 +375,7 @@ def disagreements_of(task: Task, target: str, arguments: Mapping[str, Any], meta
 
 
 def odd_names(names: Iterable[str], field: str) -> Iterator[Oddity]:
-    """Yield what is wrong with names of things or events: words for "no value", and numbers."""
+    """Yield the names of things or events that are words for "no value" or numbers."""
     for name in names:
         if says_nothing(name):
             yield Oddity(True, field, f"is {name!r}, which stands for no value", "give the name")
@@ -371,17 +384,17 @@ def odd_names(names: Iterable[str], field: str) -> Iterator[Oddity]:
 
 
 def says_nothing(text: str) -> bool:
-    """Whether a text is one of the words that programs write for no value."""
+    """Whether a text is one of the words that programs write where a value is missing, such as "nan"."""
     return normalise(text) in _EMPTY_WORDS
 
 
 def sample_metric(task: Task) -> str:
-    """Return what ranks the samples of a task: its headline, where that says something about one sample alone."""
+    """Return the name of the metric that ranks the samples of a task: `ranked_by`, or the headline."""
     return task.ranked_by or task.headline
 
 
 def sample_score(task: Task, stats: Stats) -> float:
-    """Return the place of one sample among others of its task; the higher the better."""
+    """Return the score that ranks one sample among others of its task; higher is better."""
     metrics = task.reduce([stats])
     return task.rank(metrics) if task.rank else metrics[sample_metric(task)]
 
@@ -389,7 +402,10 @@ def sample_score(task: Task, stats: Stats) -> float:
 def by_group(
     groups: Callable[[Meta], Iterable[str]], reduce: Callable[[Sequence[Stats]], dict[str, float]], metric: str
 ) -> Callable[[Sequence[Stats], Sequence[Meta]], Breakdown]:
-    """A `breakdown`: `metric` over the samples of each of `groups(meta)`, in alphabetical order."""
+    """Return a function `breakdown` that gives `metric` over the samples of each group, in alphabetical order.
+
+    groups: `meta -> names of the groups` that a sample belongs to.
+    """
 
     def breakdown(samples: Sequence[Stats], metas: Sequence[Meta]) -> Breakdown:
         found: dict[str, list[Stats]] = {}

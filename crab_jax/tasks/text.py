@@ -1,4 +1,4 @@
-"""Reading tagged answers: tags and names in text that a model wrote, possibly badly."""
+"""Reading of tags and names in text that a model wrote, possibly badly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _CLOSING = r"(?P<closed><\s*/\s*(?!s\s*>))?"  # any closing tag but the end-of-text token </s>
 _CONTROL = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]", re.IGNORECASE)
-_TEMPLATE_TAIL = re.compile(r",?\s+and\s+the\s+|\.(?:\s|$)|\n")  # where the sentence around an unclosed tag goes on
+_TEMPLATE_TAIL = re.compile(r",?\s+and\s+the\s+|\.(?:\s|$)|\n")  # where the template goes on after an unclosed tag
 
 _SMALL_WORDS = frozenset(("a", "an", "the", "and"))
 _NOTHING = frozenset(("null", "none", "nothing"))
@@ -15,29 +15,29 @@ _PLURALS = {"men": "man", "women": "woman", "geese": "goose", "wolves": "wolf", 
 
 
 def normalise(name: str) -> str:
-    """Lower-case words of a name; underscores, punctuation and runs of spaces become one space."""
+    """Return a name in lower case, with underscores, punctuation and runs of spaces as one space."""
     return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
 def object_words(names: Sequence[str]) -> frozenset[str]:
-    """What object names say, however they are written: their words in lower case and singular, without articles.
+    """Return the words of object names in lower case and singular, without articles, for comparison.
 
-    "guitar_man", as the release joins two objects, says the same as "guitar" and "man", and "emergency-car" the same as
-    "an emergency car". Names that say that there is nothing ("null", "none") say nothing.
+    "guitar_man", as the release joins two objects, equals "guitar" and "man", and "emergency-car" equals "an emergency
+    car". Names that stand for no object ("null", "none") give no words.
     """
     words = {_singular(word) for name in names for word in normalise(name).split()} - _SMALL_WORDS
     return frozenset() if words <= _NOTHING else frozenset(words)
 
 
 def _singular(word: str) -> str:
-    """A word without the ending of a plural; the same word always gives the same."""
+    """Return a word without its plural ending."""
     if word in _PLURALS or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return _PLURALS.get(word, word)
     return word[:-2] if word.endswith(("ches", "shes", "sses")) else word[:-1]
 
 
 def one_tag(text: str, tag: str) -> tuple[str, list[str]]:
-    """The content of the one `tag` that there should be in a target, and what is wrong."""
+    """Return the content of the last `tag` of a target, and a problem unless there is exactly one."""
     contents = [content for _, content in find_tags(text, (tag,))]
     return (
         contents[-1] if contents else "",
@@ -46,16 +46,16 @@ def one_tag(text: str, tag: str) -> tuple[str, list[str]]:
 
 
 def plain(text: str) -> str:
-    """`text` without the control tokens of the tokenizer and the chat template, on one line."""
+    """Return `text` on one line, without the control tokens of the tokenizer and the chat template."""
     return " ".join(_CONTROL.sub(" ", text).split())
 
 
 def find_tags(text: str, names: Sequence[str]) -> list[tuple[str, str]]:
-    """`(name, content)` of every tag, in order; `name` is the entry of `names` (lower case, words joined by "_").
+    """Return `(name, content)` of every tag, in order; `name` is the entry of `names` (lower case, joined by "_").
 
     Case, spaces inside the angle brackets and "_", "-" or " " between words do not matter. A tag that is never closed
-    ends at the next "<" or where the sentence around it goes on; unclosed tags are returned only when no tag of that
-    name is closed, because a text cut off in the middle of a repetition ends in half an answer.
+    ends at the next "<" or where the sentence of the template goes on. Unclosed tags are returned only when no tag of
+    that name is closed, because a text that is cut off while it repeats itself ends in half an answer.
     """
     words = "|".join(sorted((re.escape(n).replace("_", r"[\s_-]*") for n in names), key=len, reverse=True))
     closed: list[tuple[int, str, str]] = []

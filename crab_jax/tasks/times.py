@@ -1,4 +1,4 @@
-"""Seconds in text that a model wrote: read, or left unread, never read as something else."""
+"""Reading of times in text that a model wrote. An ambiguous time is left unread rather than guessed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from crab_jax.tasks.task import Event, Oddity, is_list, is_text, is_whole
 
-SECONDS = 10  # that labels of events count: tenths of the clip
+SECONDS = 10  # the end of a clip in labels of events, which count tenths of the clip
 
 _SECONDS = {
     "s": 1.0,
@@ -37,7 +37,7 @@ _TOKEN = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_LONGEST = 999  # of a bare number, in seconds; a longer one is a year, or counts something else
+_LONGEST = 999  # the largest number without a unit that is read as seconds; a larger one may be a year or a count
 _OPENING, _CLOSING = ("(", "["), (")", "]")
 _TO = ("to", "until", "till")
 _FILLER = frozenset(
@@ -57,7 +57,7 @@ def is_event(event: Any) -> bool:
 
 
 def no_time(events: Sequence[Event]) -> Iterator[Oddity]:
-    """Yield the events of a label that end before they start, or at once."""
+    """Yield the events of a label that end before or when they start."""
     for event in events:
         if event.start >= event.end:
             yield Oddity(
@@ -69,7 +69,10 @@ def no_time(events: Sequence[Event]) -> Iterator[Oddity]:
 
 
 class Span(NamedTuple):
-    """A time range in seconds; where it stands in the text; False for what holds numbers but is no range."""
+    """A time range in seconds, and its first and last position in the text.
+
+    read: False where brackets hold numbers that are no time range.
+    """
 
     start: float
     end: float
@@ -83,8 +86,8 @@ class _Token(NamedTuple):
     text: str
     first: int
     last: int
-    seconds: float = 0.0  # of a time; of a bare number or one with a unit, its number
-    unit: str = ""  # of a time: "" for a bare number, "clock", or a key of _SECONDS
+    seconds: float = 0.0  # of a time on a clock; else the number before its unit
+    unit: str = ""  # of a time: "" without a unit, "clock", or a key of _SECONDS
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -96,7 +99,7 @@ def _tokens(text: str) -> list[_Token]:
         if kind != "time":
             found.append(_Token(match[kind] if kind == "mark" else kind, match[kind].lower(), *at))
             continue
-        if at[0] and re.match(r"[\w.:$#]", text[at[0] - 1]):  # a part of something else
+        if at[0] and re.match(r"[\w.:$#]", text[at[0] - 1]):  # a part of another word or number
             found.append(_Token("other", match["time"], *at))
         elif match["clock"]:
             *minutes, rest = match["clock"].split(":")
@@ -121,7 +124,7 @@ def _tokens(text: str) -> list[_Token]:
 
 
 def _seconds(first: _Token, second: _Token) -> tuple[float, float] | None:
-    """The two times of a range; a unit that is said once counts for both. None when that does not make a range."""
+    """Return the two times of a range in seconds, or None; a unit that is given once holds for both."""
     units = first.unit, second.unit
     if "clock" in units:
         if units != ("clock", "clock"):
@@ -138,12 +141,12 @@ def _seconds(first: _Token, second: _Token) -> tuple[float, float] | None:
 
 
 def _whole(seconds: float) -> float:
-    """The same number, as an int where it is whole."""
+    """Return the number, as an int where it is whole."""
     return int(seconds) if seconds == int(seconds) else seconds
 
 
 class _Pair(NamedTuple):
-    """How two times are joined, their values or None, the index past them."""
+    """Two times: the word or mark between them, their values or None, and the index after them."""
 
     join: str
     times: tuple[float, float] | None
@@ -151,7 +154,7 @@ class _Pair(NamedTuple):
 
 
 def _pair(tokens: Sequence[_Token], at: int, between: bool) -> _Pair | None:
-    """The pair of times that starts at `at`, if any."""
+    """Return the pair of times that starts at `at`, if any."""
 
     def time(at: int) -> int | None:
         at += at < len(tokens) and tokens[at].text in ("second", "sec")  # "second 3"
@@ -170,8 +173,11 @@ def _pair(tokens: Sequence[_Token], at: int, between: bool) -> _Pair | None:
 
 
 def read_ranges(text: str) -> list[tuple[float, float]] | None:
-    """The time ranges that are all that a text says, such as "0,8" or "from 0:03 to 0:05 and 7-9 s"; [] for a text
-    without numbers, None for one with a number that is no part of a range, or that may mean something else."""
+    """Return the time ranges of a text that holds nothing else, such as "0,8" or "from 0:03 to 0:05 and 7-9 s".
+
+    Returns [] for a text without numbers, and None for a text with a number that is no part of a range or that may
+    mean something else.
+    """
     tokens = _tokens(text)
     if not any(re.search(r"\d", token.text) for token in tokens):
         return []
@@ -186,7 +192,7 @@ def read_ranges(text: str) -> list[tuple[float, float]] | None:
                 not in_brackets and joined and joined == (glue or joined)
             ):  # "0,2,5,7" may list four seconds, and "1,5 2,5" hold decimal commas
                 return None
-            if pair.past < len(tokens) and tokens[pair.past].text == "of":  # "0.3-0.5 of the clip" are shares
+            if pair.past < len(tokens) and tokens[pair.past].text == "of":  # "0.3-0.5 of the clip" is a fraction
                 return None
             ranges.append(pair.times)
             at, glue, joined = pair.past, "", pair.join
@@ -198,10 +204,10 @@ def read_ranges(text: str) -> list[tuple[float, float]] | None:
 
 
 def find_spans(text: str) -> list[Span]:
-    """The time ranges behind names, as in "Dog,(0 1),(3 6)" or "Dog from 0:03 to 0:05", in order.
+    """Return the time ranges after names, as in "Dog,(0 1),(3 6)" or "Dog from 0:03 to 0:05", in order.
 
-    A bare pair counts in brackets, behind "from" or "between", and with units. Brackets with numbers that are no range
-    are told as not read.
+    Two numbers are a range in brackets, after "from" or "between", or with units. Brackets with numbers that are no
+    range are returned as a Span that is not `read`.
     """
     tokens, spans = _tokens(text), []
     at = 0
@@ -212,9 +218,9 @@ def find_spans(text: str) -> list[Span]:
 
 
 def _bracketed(text: str, tokens: Sequence[_Token], at: int) -> tuple[list[Span], int]:
-    """The span in the brackets that open at `at`, none without numbers, and the index to go on from."""
+    """Return the span in the brackets that open at `at`, none without numbers, and the index to go on from."""
     close = next((i for i in range(at + 1, len(tokens)) if tokens[i].kind in (*_OPENING, *_CLOSING)), len(tokens))
-    if close == len(tokens) or tokens[close].kind in _OPENING:  # cut off, or others inside
+    if close == len(tokens) or tokens[close].kind in _OPENING:  # never closed, or nested
         return [], at + 1
     inside = text[tokens[at].last : tokens[close].first]
     if not re.search(r"\d", inside):
@@ -225,10 +231,10 @@ def _bracketed(text: str, tokens: Sequence[_Token], at: int) -> tuple[list[Span]
 
 
 def _bare(tokens: Sequence[_Token], at: int) -> tuple[list[Span], int]:
-    """The spans without brackets that start at `at`, and the index to go on from.
+    """Return the spans without brackets that start at `at`, and the index to go on from.
 
-    Times that follow each other, as in "from 0 to 3 and 5 to 8", are read together or not at all: what may list
-    seconds ("3 s, 5 s, 7 s") or hold decimal commas ("1,5 s - 2,5 s") is passed over whole.
+    Times that follow each other, as in "from 0 to 3 and 5 to 8", are read together or not at all: text that may list
+    seconds ("3 s, 5 s, 7 s") or have decimal commas ("1,5 s - 2,5 s") is skipped as a whole.
     """
     first, past, sound = at, at, True
     spans: list[Span] = []
