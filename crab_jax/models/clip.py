@@ -39,7 +39,7 @@ class ClipConfig:
             raise InputError(
                 "ClipConfig",
                 "image_size",
-                f"{self.image_size} is no multiple of {self.patch_size}",
+                f"{self.image_size} is not a multiple of {self.patch_size}",
                 "choose a multiple of patch_size",
             )
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:

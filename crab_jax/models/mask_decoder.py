@@ -63,7 +63,7 @@ class SegConfig:
             raise InputError(
                 "SegConfig",
                 "dim",
-                f"{self.dim} is no multiple of 2 * heads = {2 * self.heads}",
+                f"{self.dim} is not a multiple of 2 * heads = {2 * self.heads}",
                 "choose dim and heads so that attention at half width splits evenly",
             )
 
