@@ -196,7 +196,7 @@ def baseline_results(
             return [judge(e, Answer(e.id, text, mask), gt) for e, gt in zip(ours, masks, strict=True)]
 
         candidates = [judged(*candidate) for candidate in task.constants([e.meta for e in ours], masks)]
-        best = max(candidates, key=lambda c, task=task: task.reduce([one.stats for one in c])[task.headline])
+        best = max(candidates, key=lambda c: task.reduce([one.stats for one in c])[task.headline])  # noqa: B023
         results |= summarise(best, resamples, seed)["tasks"]
     return {"tasks": results}
 
