@@ -49,6 +49,7 @@ class _Admitted:
     """A function that a pickle may name. It has no attribute that the pickle's BUILD opcode could replace."""
 
     __slots__ = ("_call",)
+    _call: Callable[..., Any]
 
     def __init__(self, call: Callable[..., Any]):
         object.__setattr__(self, "_call", call)

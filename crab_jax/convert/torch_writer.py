@@ -5,6 +5,7 @@ Tensors are given as functions and written one by one, so the whole model is nev
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -44,7 +45,7 @@ def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") ->
         _record(archive, f"{name}/data.pkl", lambda: pickled, len(pickled))
         _record(archive, f"{name}/byteorder", lambda: b"little", len(b"little"))
         for key, tensor in enumerate(tensors):
-            _record(archive, f"{name}/data/{key}", lambda tensor=tensor: _bytes(tensor), _size(tensor))
+            _record(archive, f"{name}/data/{key}", functools.partial(_bytes, tensor), _size(tensor))
             written.add(_size(tensor))
         _record(archive, f"{name}/version", lambda: b"3\n", len(b"3\n"))
 

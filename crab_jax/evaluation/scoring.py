@@ -198,7 +198,7 @@ def baseline_results(
             return [judge(e, Answer(e.id, text, mask), gt) for e, gt in zip(of_task, masks, strict=True)]
 
         candidates = [judged(*candidate) for candidate in task.constants([e.meta for e in of_task], masks)]
-        best = max(candidates, key=lambda c, task=task: task.reduce([answer.stats for answer in c])[task.headline])
+        best = max(candidates, key=lambda c: task.reduce([answer.stats for answer in c])[task.headline])  # noqa: B023
         results |= summarise(best, resamples, seed)["tasks"]
     return {"tasks": results}
 

@@ -145,10 +145,10 @@ def _audio_visual_order(scene: Scene, heard: Sequence[Thing]) -> Iterator[tuple[
     """Yield questions about which of several sounding things is first, last, loudest or lowest, and where."""
     by_level = sorted(heard, key=lambda t: t.loudness)
     for word, thing in (("loudest", by_level[-1]), ("lowest", by_level[0])):
-        if thing.visible:
+        if thing.visible and thing.slot:
             yield "Location", f"Where is the {word} instrument?", thing.slot
     for word, alone in zip(("first", "last"), _first_last(heard), strict=True):
-        if alone and alone.visible:
+        if alone and alone.visible and alone.slot:
             yield "Temporal", f"Where is the {word} sounding instrument?", alone.slot
             for other in scene.visible:
                 yield (
