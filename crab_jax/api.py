@@ -38,10 +38,15 @@ from crab_jax.tasks import TASKS, use_tasks
 from crab_jax.tasks.task import Event, Task
 from crab_jax.visualize.overlay import scale_box
 from data_pipelines import batching
+from data_pipelines.decoded import Root
+from data_pipelines.examples import Example
 from data_pipelines.given import Given
 from data_pipelines.tokens import Tokenizer
 
 _numbers = itertools.count()
+# How media that a person asks about are read, whatever the model was trained with: short sounds are padded with
+# silence, and seconds are those that a player shows.
+ASKED: Mapping[str, Any] = {"pad_short_audio": True, "clock": "shown"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +212,7 @@ class Crab:
                 "give the model's tokenizer",
             )
         self.params = run_params.initial_params(config, self.module) if params is None else params
-        self._mesh: jax.sharding.Mesh | None = None
+        self.mesh: jax.sharding.Mesh | None = None  # the one that the model is laid out for generation on
 
     @overload
     def answer(self, asked: Ask, **options: Any) -> Answer: ...
@@ -240,26 +245,54 @@ class Crab:
         decoding = {"temperature": temperature, "top_p": top_p, "force_masks": force_masks, "mask_groups": mask_groups}
         answered: dict[str, Answer] = {}
         given = Given.together([question.given for question in questions])
-        for prediction in predict_examples(
-            self.module,
-            self.params,
-            self.config,
-            self.tokenizer,
+        for prediction in self.predict(
             [question.request.example for question in by_id.values()],
             given,
-            batch_size,
-            max_new_tokens,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
             seed=seed,
             decoding=decoding,
             on_text=tell,
-            mesh=self._mesh,
-            on_error="raise",
-            pad_short_audio=True,
-            clock="shown",
+            **ASKED,
         ):
             answered[prediction.example.id] = _answer(by_id[prediction.example.id], prediction)
         answers = [answered[question.request.example.id] for question in questions]
         return answers[0] if isinstance(asked, Ask) else answers
+
+    def predict(
+        self,
+        examples: Sequence[Example],
+        root: Root,
+        *,
+        batch_size: int = 1,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        decoding: Mapping[str, Any] | None = None,
+        on_text: Callable[[Example, str], None] | None = None,
+        **data_changes: Any,
+    ) -> Iterator[Prediction]:
+        """Yield the predictions of Examples of a data root, in the order of their batches.
+
+        root: a folder, raw or prepared, or a `Given`. decoding: fields of GenerateOptions. data_changes: fields of the
+        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded: leaving an
+        Example out would change what a score means.
+        """
+        return predict_examples(
+            self.module,
+            self.params,
+            self.config,
+            self.tokenizer,
+            examples,
+            root,
+            batch_size,
+            max_new_tokens,
+            seed=seed,
+            decoding=decoding,
+            on_text=on_text,
+            mesh=self.mesh,
+            on_error="raise",
+            **data_changes,
+        )
 
     def stream(self, asked: Ask, **options: Any) -> Iterator[str]:
         """Yield the text of an answer piece by piece while it is written; `options` are those of `answer`."""
@@ -292,12 +325,7 @@ class Crab:
         # The mask decoder runs after the language model, so the trace does not depend on it.
         example = dataclasses.replace(example, mask_kind="none", mask=None)
         data = dataclasses.replace(
-            self.config.data,
-            prompt_only=answer is None,
-            pad_short_audio=True,
-            clock="shown",
-            cache_dir="",
-            tasks=tuple(TASKS),
+            self.config.data, prompt_only=answer is None, cache_dir="", **ASKED, tasks=tuple(TASKS)
         )
         row = batching.load(example, asked.given, self.tokenizer, data)
         hidden, router = _look(self.module, self.params, jax.tree.map(jnp.asarray, batching.collate([row], 1)))
@@ -311,21 +339,26 @@ class Crab:
         return Trace(tokens, slots, np.asarray(hidden[0, :length], np.float32), weights, pieces)
 
 
-def load(checkpoint: str | Path, weights: str = "", tasks: Sequence[Task | str] = ()) -> Crab:
+def load(
+    checkpoint: str | Path, weights: str = "", tasks: Sequence[Task | str] = (), batch_size: int = 1, tensor: int = 0
+) -> Crab:
     """Load the model of a run, a packed or an imported model; "warm_start" is the tiny one of this package.
 
     weights: "" keeps the training layout; "float", "int8" and "int4" choose the layout for generation, which is faster
     but cannot be traced. tasks: tasks of your own that the model was trained with, or the modules that hold them
-    ("package.module:NAME"); modules that the checkpoint names are never imported. Raises InputError for a folder of
-    another kind, for damaged files, and for a task whose name another task has.
+    ("package.module:NAME"); modules that the checkpoint names are never imported. batch_size, tensor: with `weights`,
+    the model is copied to as many of this process's devices as divide the batch, and each copy is split over `tensor`
+    of them (0 = as few as it fits on).
+
+    Raises InputError for a folder of another kind, for damaged files, and for a task whose name another task has.
     """
     run_folder.use_tasks_of(tasks, checkpoint)
     if weights not in ("", *KINDS):
         raise InputError("load", "weights", f"is {weights!r}", f"use one of {', '.join(map(repr, ('', *KINDS)))}")
-    mesh = run_mesh.serving_mesh(run_folder.load_config(checkpoint), weights or "float", 1) if weights else None
+    mesh = run_mesh.serving_mesh(run_folder.load_config(checkpoint), weights, batch_size, tensor) if weights else None
     module, params, config, tokenizer = run_params.load_model(checkpoint, weights, mesh)
     crab = Crab(config, params, tokenizer)
-    crab.module, crab._mesh = module, mesh
+    crab.module, crab.mesh = module, mesh
     return crab
 
 

@@ -448,17 +448,17 @@ def described(run: RunConfig, config: ConfigDict, fresh: ConfigDict, file: str) 
 
 
 def _use_tasks(argv: list[str]) -> None:
-    """Let this process know the tasks of the command line, or of its config file, before its other keys are read.
+    """Register the user's tasks of the command line, or of its config file, before the other keys are read.
 
-    Every task has a weight among the keys, so that the config file must be read anew once they are known.
+    Every task has keys of its own (such as its weight), so the config file must be read again once the tasks are known.
     """
     key = "--config.tasks"
-    said = [arg.partition("=")[2] for arg in argv if arg.startswith(f"{key}=")]
-    said += [after for arg, after in itertools.pairwise(argv) if arg == key]
-    if not said and _config_file(argv):
-        with contextlib.suppress(Exception):  # which reading the whole command line reports
-            said = [_fresh(argv).get("tasks", "")]
-    modules = said[-1].strip("'\"") if said and isinstance(said[-1], str) else ""
+    values = [arg.partition("=")[2] for arg in argv if arg.startswith(f"{key}=")]
+    values += [after for arg, after in itertools.pairwise(argv) if arg == key]
+    if not values and _config_file(argv):
+        with contextlib.suppress(Exception):  # reported when the whole command line is read
+            values = [_fresh(argv).get("tasks", "")]
+    modules = values[-1].strip("'\"") if values and isinstance(values[-1], str) else ""
     if problem := Modules().problem(modules):
         raise InputError("--config", "tasks", f"is {modules!r:.80}", problem)
     tasks.use_tasks([modules], "--config.tasks")

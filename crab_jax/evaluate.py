@@ -3,11 +3,11 @@
     python -m crab_jax.evaluate --checkpoint runs/x --tasks ave,s4 --split test --out runs/x/test
     python -m crab_jax.evaluate --predictions infer_results.jsonl --tasks avqa --data DIR --out scored
 
-Writes predictions.jsonl and masks/*.png as answers come, then results.json, results.md and results.html into --out. A
-run that was stopped goes on where it was. Decoding is greedy, so two runs agree. With --predictions no model is needed:
-the file is ours or the released code's; docs/evaluation.md has its schema. Several processes share the work with
---process I/N each, or started as one JAX run (see crab_jax/parallel/distributed.py); process 0 waits for the others
-and scores.
+Writes predictions.jsonl and masks/*.png into --out as answers are generated, then results.json, results.md and
+results.html. The same command resumes a run that was stopped. Decoding is greedy, so that two runs agree. With
+--predictions no model is needed: the file was written by this program or by the released code, and docs/evaluation.md
+has its schema. Several processes share the work with --process I/N each, or when they are started as one JAX run (see
+crab_jax/parallel/distributed.py); process 0 waits for the others and scores their answers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import jax
 import numpy as np
 
 from crab_jax.aot import compile_cache
+from crab_jax.api import load
 from crab_jax.checkpoints.stored import identity
 from crab_jax.config import RunConfig
 from crab_jax.evaluation import predictions, scoring
 from crab_jax.evaluation.judging import DESCRIPTION, check_labels, judge_folder, read_predictions
 from crab_jax.evaluation.scoring import Judged
-from crab_jax.inference import Prediction, predict_examples, read_answer
+from crab_jax.inference import Prediction, read_answer
 from crab_jax.io import locks
 from crab_jax.io.bounds import ANY_PATH, PATH, Anything, Name, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
@@ -44,7 +45,7 @@ from crab_jax.io.structured import read_json
 from crab_jax.models.generating import KINDS
 from crab_jax.parallel import distributed
 from crab_jax.reports import evaluation_page
-from crab_jax.runs import run_data, run_folder, run_mesh, run_params
+from crab_jax.runs import run_data, run_folder
 from crab_jax.tasks import TASKS, add_flag
 from crab_jax.tasks.task import sample_score
 from crab_jax.visualize.page import NONE, Html
@@ -56,11 +57,11 @@ from data_pipelines.tokens import Tokenizer
 PATIENCE = 1800  # seconds without a new answer after which process 0 no longer waits for the others
 
 
-# What an evaluation folder is an evaluation of.
+# The identity of an evaluation folder.
 
 
 def fingerprint(params: Any) -> str:
-    """Digest of parameters: names, shapes and up to 4096 evenly spaced values of every leaf."""
+    """Return a digest of parameters: names, shapes, dtypes and up to 8191 evenly spaced values of every leaf."""
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in sorted(
         (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -70,19 +71,17 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-# Of the settings of a run's data, those that no answer depends on: `lengths` only pad, the others are about training.
+# Fields of a run's DataConfig that no answer depends on: `lengths` affect padding, the others concern training.
 NO_ANSWER = ("lengths", "prompt_only", "on_error", "cache_dir", "tasks")
-
-
-FIRST = {"examples"}  # noted since there are evaluation folders
+FIRST = {"examples"}  # names in the identity of every evaluation folder, whatever version wrote it
 
 
 def settings(arguments: argparse.Namespace, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that answers depend on beside the parameters and the questions, by name: what the sizes of arrays do not show
-    of the model (heads, scales, compat, dtypes), how media become arrays (the clock), tokens, and how text is written.
+    """Return by name the settings that answers depend on, besides the parameters and the questions.
 
-    Not among them: batch size, mesh and device, which change the last bits of numbers, and what the media files hold,
-    which nobody hashes.
+    They are the config of the model (its heads, scales and dtypes do not show in the shapes of parameters), how media
+    become arrays (such as the clock), the tokenizer, and the decoding options. Batch size, mesh and device are left
+    out, because they change only the last bits of numbers. So are the contents of media files, which are not hashed.
     """
     data = dataclasses.asdict(
         dataclasses.replace(config.data, mute_audio=arguments.mute_audio, blank_video=arguments.blank_video)
@@ -105,17 +104,19 @@ def describe(
     origin: Mapping[str, str],
     content: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `evaluation.json` holds: the source of the answers, and `content`, all that they depend on, as identity."""
+    """Return the contents of `evaluation.json`: the source of the answers, the data, and the identity.
+
+    The identity is `content`, all that the answers depend on, with a digest of the split.
+    """
     return {**origin, "data": str(root), "split": arguments.split, "identity": {**content, "examples": digest(split)}}
 
 
 def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
-    """Make --out the folder of this evaluation; answers of another one are moved to `previous/`.
+    """Make `out` the folder of this evaluation, and move the answers of a different evaluation to `previous/`.
 
-    Only the `first` process does so; the others wait for it.
+    Only the `first` process does so, and the others wait for it.
     """
     file = out / DESCRIPTION
-
     identity = description["identity"]
 
     def noted() -> dict[str, Any]:
@@ -133,12 +134,12 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
     if not changed and FIRST.issubset(before):
         if unknown:
             print(
-                f"{file} is of an older version, which did not note {', '.join(unknown)}: taken to be the same",
+                f"{file} is of an older version, which did not note {', '.join(unknown)}: assumed to be the same",
                 flush=True,
             )
     else:
         old = [path for path in (*predictions.parts(out), out / "masks", file) if path.exists()]
-        moved = out / ".previous"  # until all are there: a process that is killed here leaves them to the next
+        moved = out / ".previous"  # renamed when complete; if the process is killed before, the next one finishes it
         if old or moved.exists():
             print(
                 f"answers of another model, split or setting are moved to {out / 'previous'}; what differs: "
@@ -154,7 +155,10 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
 
 
 def _wait_for(look: Callable[[], Any], enough: Callable[[Any], bool], what: str) -> None:
-    """Look each second until what other processes left is enough; give up when it is unchanged for PATIENCE seconds."""
+    """Call `look` every second until its result is `enough`.
+
+    Raises InputError, which names `what` was awaited, when the result has not changed for PATIENCE seconds.
+    """
     last, since = look(), time.monotonic()
     while not enough(last):
         time.sleep(1)
@@ -166,7 +170,7 @@ def _wait_for(look: Callable[[], Any], enough: Callable[[Any], bool], what: str)
                 "--process",
                 "",
                 f"waited {PATIENCE} s for {what}",
-                "start the missing processes again, then this one: all go on where they were",
+                "start the missing processes again, then this one: each continues where it stopped",
             )
 
 
@@ -174,13 +178,16 @@ def _wait_for(look: Callable[[], Any], enough: Callable[[Any], bool], what: str)
 
 
 def share(examples: Sequence[Example], index: int, count: int) -> list[Example]:
-    """The examples that process `index` of `count` answers: every count-th."""
+    """Return the examples that process `index` of `count` answers: every count-th."""
     return list(examples[index::count])
 
 
 class Source(NamedTuple):
-    """Where answers come from: the data they are about, the examples to score, a description for `evaluation.json`, the
-    ids that will be answered, and a function that answers Examples."""
+    """A source of answers: a model or a file.
+
+    root: data root. split: all Examples of the split. examples: those to score. description: contents of
+    `evaluation.json`. answerable: ids of the Examples that it can answer. answers: yields the answers to Examples.
+    """
 
     root: Path
     split: list[Example]
@@ -191,7 +198,10 @@ class Source(NamedTuple):
 
 
 def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], list[Example]]:
-    """(data root, every Example of the split, the ones to score)."""
+    """Return the data root, all Examples of the split, and those to score.
+
+    Raises InputError for data that cannot be read or scored.
+    """
     if arguments.predictions and not arguments.data:
         raise InputError("--data", "", "is not given", "--predictions are scored against the labels of --data=DIR")
     root = (
@@ -213,48 +223,42 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
 
 
 def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
-    """Answers of --checkpoint."""
-    config = run_folder.load_config(arguments.checkpoint)
-    mesh = run_mesh.serving_mesh(config, arguments.weights, arguments.batch_size, arguments.tensor)
-    if mesh.size > 1:
-        print(f"{mesh.shape['data']} copies of the model on {mesh.size} devices", flush=True)
-    model, params, config, tokenizer = run_params.load_model(arguments.checkpoint, arguments.weights, mesh)
+    """Return the source that answers with the model of --checkpoint."""
+    crab = load(arguments.checkpoint, arguments.weights, batch_size=arguments.batch_size, tensor=arguments.tensor)
+    if crab.mesh is not None and crab.mesh.size > 1:
+        print(f"{crab.mesh.shape['data']} copies of the model on {crab.mesh.size} devices", flush=True)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
-        # A bad file stops the run: leaving examples out would change what the scores mean.
-        return predict_examples(
-            model,
-            params,
-            config,
-            tokenizer,
+        return crab.predict(
             todo,
             root,
-            arguments.batch_size,
-            arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
             decoding={"force_masks": arguments.force_masks},
-            mesh=mesh,
-            on_error="raise",
             cache_dir=arguments.cache_dir,
             mute_audio=arguments.mute_audio,
             blank_video=arguments.blank_video,
         )
 
-    content = {"parameters": fingerprint(params), **settings(arguments, config, tokenizer)}
+    content = {"parameters": fingerprint(crab.params), **settings(arguments, crab.config, crab.tokenizer)}
     description = describe(arguments, root, split, {"checkpoint": arguments.checkpoint}, content)
     return Source(root, split, examples, description, {example.id for example in examples}, answers)
 
 
 def from_file(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
-    """Answers of --predictions."""
+    """Return the source that takes answers from the file --predictions.
+
+    Raises InputError for a file without answers to these examples.
+    """
     file = Path(arguments.predictions)
     tasks, wanted = {example.task for example in examples}, {example.id for example in examples}
-    ours = [example for example in split if example.task in tasks]
+    of_tasks = [example for example in split if example.task in tasks]
     others = {example.id for example in split if example.task not in tasks}
     lines = predictions.read_rows(file)
-    found = predictions.assign(lines, ours, str(file), others)
-    if not found:
+    assigned = predictions.assign(lines, of_tasks, str(file), others)
+    if not assigned:
         raise InputError(str(file), "predictions", "has no line about these examples", "give the file of their answers")
-    rows = {name: row for name, row in found.items() if name in wanted}  # --limit may want less than the file has
+    rows = {name: row for name, row in assigned.items() if name in wanted}  # --limit may leave out some of the file
     print(
         f"{len(rows)} of {len(examples)} examples have a prediction"
         + ("" if len(rows) == len(examples) else "; the others count as answered with nothing"),
@@ -262,20 +266,20 @@ def from_file(arguments: argparse.Namespace, root: Path, split: list[Example], e
     )
 
     levels = predictions.MaskLevels(
-        found, {example.id for example in ours if example.mask_kind == "binary"}, file.parent
+        assigned, {example.id for example in of_tasks if example.mask_kind == "binary"}, file.parent
     )
-    for line in levels.told:
-        print(f"{file}: {line}", flush=True)
+    for note in levels.notes:
+        print(f"{file}: {note}", flush=True)
 
     def answers(todo: list[Example]) -> Iterator[Prediction]:
         for example in todo:
-            row, where = rows[example.id], f"{file}, {example.id}"
+            row, line = rows[example.id], f"{file}, {example.id}"
             answer = predictions.answer_of(
                 row,
                 example,
                 file.parent,
-                where,
-                levels.of(example.id, row, where),
+                line,
+                levels.of(example.id, row, line),
                 functools.partial(mask_size, root, example),
             )
             yield read_answer(example, answer.text, answer.mask)
@@ -289,19 +293,19 @@ def from_file(arguments: argparse.Namespace, root: Path, split: list[Example], e
 
 
 def collect(source: Source, out: Path, index: int, count: int) -> None:
-    """Write the answers of this process's share that are not there yet; process 0 then merges those of all."""
-    ours = [example for example in share(source.examples, index, count) if example.id in source.answerable]
+    """Write the missing answers of this process's share; process 0 then waits for the others and merges all answers."""
+    assigned = [example for example in share(source.examples, index, count) if example.id in source.answerable]
     known = predictions.read_all(out)
-    todo = [example for example in ours if example.id not in known]
-    if len(todo) < len(ours):
-        print(f"{len(ours) - len(todo)} of {len(ours)} examples are answered already", flush=True)
+    todo = [example for example in assigned if example.id not in known]
+    if len(todo) < len(assigned):
+        print(f"{len(assigned) - len(todo)} of {len(assigned)} examples are answered already", flush=True)
     if todo:
         file = out / (predictions.FILE if count == 1 else f"predictions.{index}.jsonl")
-        progress = Progress("examples", len(ours), done=len(ours) - len(todo))
+        progress = Progress("examples", len(assigned), done=len(assigned) - len(todo))
         for _ in progress.over(predictions.append(file, source.answers(todo))):
             pass
     if index:
-        print(f"process {index} has answered its {len(ours)} examples; process 0 scores them")
+        print(f"process {index} has answered its {len(assigned)} examples; process 0 scores them")
         return
     _wait_for(
         lambda: predictions.read_all(out).keys(), source.answerable.issubset, "the answers of the other processes"
@@ -312,29 +316,32 @@ def collect(source: Source, out: Path, index: int, count: int) -> None:
 def shown_examples(
     judged: Sequence[Judged], folder: Path, examples: Sequence[Example], root: Path, count: int, clock: str
 ) -> Iterator[tuple[str, Html]]:
-    """(heading, HTML) of the worst and the best `count` samples of each task, drawn by the model's `clock`."""
+    """Yield (heading, HTML) of the worst and the best `count` samples of each task.
+
+    Frames are chosen by `clock`, that of the model (data_pipelines/media/clock.py).
+    """
     by_id, rows = {example.id: example for example in examples}, predictions.read_all(folder)
-    for name, ours in scoring.by_task(judged).items():
-        values = {one.id: sample_score(TASKS[name], one.stats) for one in ours}
+    for task, of_task in scoring.by_task(judged).items():
+        values = {answer.id: sample_score(TASKS[task], answer.stats) for answer in of_task}
         for heading, ids in zip(("worst", "best"), evaluation_page.extremes(values, count), strict=True):
-            found = read_predictions(folder, rows, [by_id[one] for one in ids])
-            drawn = (evaluation_page.drawn(one, values[one.example.id], root, clock) for one in found)
-            yield f"{name}, {heading}", NONE.join(drawn)
+            answers = read_predictions(folder, rows, [by_id[name] for name in ids])
+            drawn = (evaluation_page.drawn(answer, values[answer.example.id], root, clock) for answer in answers)
+            yield f"{task}, {heading}", NONE.join(drawn)
 
 
 def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples: Sequence[Example]) -> None:
-    """Score the folder and write results.json, results.md and results.html."""
+    """Score the answers in `out`, write results.json, results.md and results.html there, and print the headlines."""
     judged = judge_folder(out, examples, root)
     results: dict[str, Any] = scoring.summarise(judged)
     metas = {example.id: example.meta for example in examples}
     breakdowns = {
-        name: TASKS[name].breakdown([one.stats for one in ours], [metas[one.id] for one in ours])
-        for name, ours in scoring.by_task(judged).items()
+        name: TASKS[name].breakdown([answer.stats for answer in of_task], [metas[answer.id] for answer in of_task])
+        for name, of_task in scoring.by_task(judged).items()
     }
     results["breakdown"] = {
-        name: {key: {"value": value, "n": n} for key, (value, n) in found.items()}
-        for name, found in breakdowns.items()
-        if found
+        name: {key: {"value": value, "n": n} for key, (value, n) in parts.items()}
+        for name, parts in breakdowns.items()
+        if parts
     }
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     write_whole(out / "results.md", scoring.markdown(results))
@@ -348,7 +355,7 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
 
 
 def use_of(arguments: argparse.Namespace, count: int, root: Path, split: Sequence[Example]) -> dict[str, Any]:
-    """What the processes of one evaluation have in common; nothing of one that runs alone."""
+    """Return by name what the processes of one evaluation must have in common, nothing for a single process."""
     if count == 1:
         return {}
     own = ("out", "data", "process", "examples", "batch_size", "tensor", "cache_dir", "debug", "checkpoint")
@@ -370,7 +377,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     alone = arguments.predictions or arguments.process
     with contextlib.nullcontext() if alone else distributed.together(arguments.debug):
         index, count = arguments.process or (jax.process_index(), jax.process_count())
-        read = _read_split(arguments)  # a wrong --data is told before a model is loaded
+        read = _read_split(arguments)  # so that a wrong --data is reported before a model is loaded
         use = use_of(arguments, count, *read[:2])
         with locks.locked(arguments.out, use=json.dumps(use) if use else "", share=index) as out:
             if not alone:
@@ -383,38 +390,45 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; raises InputError when it is wrong."""
+    """Parse the command line; raise InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.evaluate")
     parser.add_argument("--checkpoint", type=ANY_PATH, help="workdir of a training run, or a packed model")
     parser.add_argument("--predictions", type=ANY_PATH, metavar="FILE", help="score these answers instead of a model's")
     parser.add_argument("--out", type=PATH, required=True, help="folder for results, predictions and masks")
-    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one of training)")
+    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: that of training)")
     parser.add_argument(
-        "--split", type=Name(), default="test", help="of <data>/<split>.jsonl, or of the datasets of a raw root"
+        "--split",
+        type=Name(),
+        default="test",
+        help="name of <data>/<split>.jsonl, or of a split of the datasets of a raw root (default test)",
     )
-    parser.add_argument("--datasets", default="", metavar="A,B", help="of a raw root (default: the joint stage's)")
+    parser.add_argument(
+        "--datasets", default="", metavar="A,B", help="datasets of a raw root (default: those of the joint stage)"
+    )
     parser.add_argument("--variant", default="train", choices=VARIANTS, help="prompts of a raw root (default train)")
     parser.add_argument(
         "--missing",
         default="raise",
         choices=("raise", "skip"),
-        help="what to do about files that a raw root lacks: stop, or leave out what needs them",
+        help="files that a raw root lacks: stop, or leave out the examples that need them (default raise)",
     )
     parser.add_argument(
         "--malformed",
         default="raise",
         choices=("raise", "skip"),
-        help="what to do about rows that cannot be read: stop, or leave them out",
+        help="annotations that cannot be read: stop, or leave them out (default raise)",
     )
-    parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help=f"tasks, some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=Whole(1), help="at most this many examples of each task")
-    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=16)
-    parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
+    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=16, help="examples per batch (default 16)")
+    parser.add_argument(
+        "--max-new-tokens", type=Whole(1, 2**16), default=256, help="longest answer in tokens (default 256)"
+    )
     parser.add_argument(
         "--weights",
         default="float",
         choices=KINDS,
-        help="of the language model's matrices: as trained, or integers, smaller and less exact (docs/generation.md)",
+        help="dtype of the language model's matrices: as trained, or smaller, less exact integers (docs/generation.md)",
     )
     parser.add_argument(
         "--tensor",
@@ -442,7 +456,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=ANY_PATH,
         default="",
         metavar="DIR",
-        help="keep decoded media there for the next evaluation (default: decode every time)",
+        help="folder that keeps decoded media for the next evaluation (default: decode every time)",
     )
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -465,7 +479,7 @@ def _process(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m crab_jax.evaluate`."""
+    """Run the command `python -m crab_jax.evaluate`."""
     argv = sys.argv[1:] if argv is None else argv
 
     def verb() -> None:

@@ -1,10 +1,10 @@
-"""Generation on device: prefill, one `lax.while_loop` of decode steps, and the states behind the mask tokens.
+"""Generation on device: prefill, one `lax.while_loop` of decode steps, and the states that predict the mask tokens.
 
-Rows are independent: a row's tokens depend on its own prompt (and, when sampling, on its `index`), never on its
-neighbours, their order, or the padding. The released scripts attend to left pads instead (models/unified_llama.py:
-`generate`, `generate_avs`), so their text depends on the batch.
+Rows are independent: the tokens of a row depend on its own prompt (and, when sampling, on its `index`), never on other
+rows, their order, or the padding. The released scripts attend to left padding instead (models/unified_llama.py:
+`generate`, `generate_avs`), so that their text depends on the batch.
 
-`generate` is one program. `stream` runs the same steps a few tokens at a time and tells a callback what came.
+`generate` is a single program. `stream` runs the same steps a few tokens at a time and passes them to a callback.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from crab_jax.models.protocol import Cache, Model
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """How to decode. `mask_ids` are the ids of `<mask_0>` ... `<mask_5>`, and `mask_groups` is how many groups of them
-    are kept of an answer; `force_masks` appends what lacks of one to an answer without any. Temperature 0 is greedy;
-    `top_p` keeps the fewest tokens whose probability reaches it. Raises InputError on values outside their range."""
+    """How to decode.
+
+    mask_ids: ids of `<mask_0>` to `<mask_5>`. temperature: 0 decodes greedily. top_p: sample among the fewest most
+    probable tokens whose probabilities add up to this. mask_groups: how many groups of mask tokens to keep of an
+    answer. force_masks: append the missing mask tokens to an answer that has no complete group. Raises InputError for
+    a value outside its range.
+    """
 
     eos_id: int
     pad_id: int
@@ -52,14 +56,15 @@ class GenerateOptions:
 
 @flax.struct.dataclass
 class Generation:
-    """What was generated for B rows, N = max_new_tokens, G = mask_groups.
+    """The answers to B prompts, with N = max_new_tokens and G = mask_groups.
 
-    tokens int32[B,N]: new tokens, `pad_id` after the end. lengths int32[B]: how many, `</s>` included.
-    mask_states [B,G,6,D]: hidden states that PREDICTED the mask tokens of the last G groups, in the order of
-    generation. A group ends with its `<mask_5>` and takes the last six mask tokens; if none ended, six mask tokens in
-    whatever order are one. has_mask bool[B,G]: whether there is such a group; the first ones are filled.
-    forced bool[B]: whether the mask tokens were appended by `force_masks`. finite bool[B]: whether all logits were; a
-    row where they were not says nothing.
+    tokens: int32[B,N], new tokens, `pad_id` after the end. lengths: int32[B], number of new tokens, `</s>` included.
+    mask_states: [B,G,6,D], hidden states that predicted the mask tokens (those of the position before each) of the last
+        G groups, in the order of generation. A group ends at `<mask_5>` and consists of the last six mask tokens. If no
+        group ended, the last six mask tokens in any order are one.
+    has_mask: bool[B,G], which groups exist; they come first.
+    forced: bool[B], whether `force_masks` appended mask tokens.
+    finite: bool[B], whether all logits were finite; otherwise the answer of the row is meaningless.
     """
 
     tokens: jax.Array
@@ -72,13 +77,13 @@ class Generation:
 
 @flax.struct.dataclass
 class _Masks:
-    """Mask-token states so far."""
+    """States of the mask tokens so far."""
 
     window: jax.Array  # [B,6,D] states of the last six mask tokens
     since: jax.Array  # int32[B] mask tokens since the last group ended
     states: jax.Array  # [B,G,6,D] the last G groups, the latest last
     groups: jax.Array  # int32[B] groups that ended
-    forced: jax.Array  # int32[B] which mask token was appended last, from 1; 7 is the end token, 0 none
+    forced: jax.Array  # int32[B] the token appended last: mask token 1 to 6, 7 for the end token, 0 for none
 
 
 @flax.struct.dataclass
@@ -93,14 +98,16 @@ class State:
     done: jax.Array
     finite: jax.Array
     prompt_lengths: jax.Array
-    first_position: jax.Array  # int32[B] of the first token that is generated
+    first_position: jax.Array  # int32[B] position of the first generated token
     row_keys: jax.Array | None
     dictated: jax.Array | None
 
 
 def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p: float) -> jax.Array:
-    """One token per row: logits float32[B,V], one key per row [B] -> int32[B]. Temperature 0 is the argmax,
-    which needs no keys."""
+    """Choose one token per row, int32[B], from logits float32[B,V] and one random key per row [B].
+
+    Temperature 0 takes the argmax and needs no keys.
+    """
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert keys is not None
@@ -115,7 +122,7 @@ def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p:
 
 
 def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array, options: GenerateOptions) -> _Masks:
-    """`masks` after the tokens [B] that the states `hidden` [B,D] predicted."""
+    """Return `masks` after the tokens [B] that the states `hidden` [B,D] predicted; rows that are `done` stay."""
     six = len(options.mask_ids)
     is_mask = (token[:, None] == jnp.asarray(options.mask_ids)).any(axis=-1) & ~done
     shifted = jnp.concatenate([masks.window[:, 1:], hidden[:, None]], axis=1)
@@ -132,7 +139,7 @@ def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array
 
 
 def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptions) -> tuple[jax.Array, jax.Array]:
-    """(tokens [B], `masks.forced`) when rows that end without a mask must have one."""
+    """Return the tokens [B], mask tokens in rows that would end without a group, and the new `masks.forced`."""
     six = len(options.mask_ids)
     lacks = (masks.groups == 0) & (masks.since < six) & (masks.forced == 0) & ~state.done
     last_chance = state.step >= options.max_new_tokens - 1 - (six - masks.since)
@@ -143,7 +150,7 @@ def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptio
 
 
 def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options: GenerateOptions) -> State:
-    """Take the next token of every row from the hidden states [B,D] that predict it."""
+    """Choose the next token of every row from the hidden states [B,D] that predict it."""
     keys = None if state.row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(state.row_keys, state.step)
     logits = apply(hidden, method="logits")
     token = sample(logits, keys, options.temperature, options.top_p)
@@ -166,7 +173,7 @@ def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options:
 
 
 def _first_position(positions: jax.Array, text_mask: jax.Array) -> jax.Array:
-    """int32[B]: one past the largest position, on any axis, of the real tokens of each prompt."""
+    """Return int32[B]: one more than the largest position, on any axis, of the tokens of each prompt."""
     largest = positions if positions.ndim == 2 else positions.max(axis=-1)
     return jnp.where(text_mask, largest, -1).max(axis=-1).astype(jnp.int32) + 1
 
@@ -180,7 +187,7 @@ def start(
     dictated: jax.Array | None = None,
     features: jax.Array | None = None,
 ) -> State:
-    """Prefill, and the first token; arguments as of `generate`."""
+    """Read the prompts and choose the first token of each; the arguments are those of `generate`."""
     if options.temperature > 0 and rng is None:
         raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
@@ -215,7 +222,7 @@ def advance(
     limit = options.max_new_tokens if until is None else jnp.minimum(until, options.max_new_tokens)
 
     def step(state: State) -> State:
-        # The last token stands right after the prompt and the tokens before it.
+        # The token to read was chosen last: it follows the prompt and the `before` tokens chosen earlier.
         before = state.step - 1
         positions, slots = (state.first_position + before)[:, None], (state.prompt_lengths + before)[:, None]
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
@@ -226,9 +233,9 @@ def advance(
 
 
 def finish(state: State, options: GenerateOptions) -> Generation:
-    """What a state has come to."""
+    """Return what was generated up to `state`, for prompts that are finished or not."""
     masks, kept = state.masks, options.mask_groups
-    loose = (masks.groups == 0) & (masks.since >= len(options.mask_ids))  # six mask tokens, but not in their order
+    loose = (masks.groups == 0) & (masks.since >= len(options.mask_ids))  # six mask tokens out of order
     states = jnp.where(loose[:, None, None, None], masks.states.at[:, -1].set(masks.window), masks.states)
     count = jnp.minimum(masks.groups + loose, kept)
     states = jax.vmap(lambda rows, shift: jnp.roll(rows, shift, axis=0))(states, count - kept)
@@ -245,13 +252,14 @@ def generate(
     dictated: jax.Array | None = None,
     features: jax.Array | None = None,
 ) -> Generation:
-    """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stops when all rows have ended.
+    """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stop when all rows have ended.
 
-    A `model` needs its caches, `positions`, `prefill`, `decode` and `logits`. `batch` holds right-padded prompts:
-    `text_mask` bool[B,L] and `index` int32[B] (rows of index -1 are filler and generate nothing). `rng` is needed when
-    sampling: a row's draws come from (rng, its index, step).
-    `dictated` int32[B,N] are tokens to take where it is >= 0. `features` [B,R,D] are what the prefill would make of
-    the batch's media. To compile, jit with `model` and `options` static.
+    model: only its caches, `positions`, `prefill`, `decode` and `logits` are used. batch: right-padded prompts with
+    `text_mask` bool[B,L] and `index` int32[B]; rows of index -1 are filler, for which nothing is generated. rng:
+    required when sampling; the draws of a row depend on (rng, its index, step). dictated: int32[B,N], tokens to take
+    instead of the model's where they are >= 0. features: [B,R,D], the encoded media, which the prefill otherwise
+    computes from the batch. To compile, jit with `model` and `options` static. Raises InputError for sampling without
+    an rng.
     """
     state = start(model, params, batch, options, rng, dictated, features)
     return finish(advance(model, params, state, options), options)
@@ -272,9 +280,10 @@ def stream(
     dictated: jax.Array | None = None,
     features: jax.Array | None = None,
 ) -> Generation:
-    """`generate`, telling `on_tokens` (tokens int32[B,N], lengths int32[B]) so far after every `every` tokens.
+    """Generate like `generate`, and call `on_tokens` after the first token and then after every `every` tokens.
 
-    Compiled once per shape, whatever the callback; the cache is donated from call to call.
+    `on_tokens` receives the tokens so far, int32[B,N], and their lengths, int32[B]. The programs are compiled once per
+    shape, whatever the callback, and the cache is donated from call to call.
     """
     state, step = _start(model, params, batch, options, rng, dictated, features), 1
     while True:

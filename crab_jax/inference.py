@@ -1,7 +1,7 @@
-"""From Examples to predictions.
+"""Inference: predictions from Examples.
 
-Encoding clips, answering prompts and drawing masks are three compiled programs, so that what is not needed is neither
-run nor compiled again: a clip that was asked about before, a batch without masks.
+Encoding clips, answering prompts and drawing masks are three compiled programs. A clip that was encoded recently is not
+encoded again, and a batch without masks neither compiles nor runs the mask decoder.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from data_pipelines.decoded import Root
 from data_pipelines.examples import Example
 from data_pipelines.tokens import Tokenizer
 
-PROMPT_FIELDS = ("tokens", "slots", "text_mask", "index")  # of a Batch, all that answering needs beside feature rows
+PROMPT_FIELDS = ("tokens", "slots", "text_mask", "index")  # of a Batch, what answering needs besides feature rows
 BATCH_FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
-ENCODED_TOGETHER = 4  # clips
-KEPT_BYTES = 2**30  # of feature rows of clips
+ENCODED_TOGETHER = 4  # clips per call, for each copy of the model
+KEPT_BYTES = 2**30  # bound of the feature rows that are kept of earlier clips
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model answered to one Example.
+    """The model's answer to one Example.
 
-    text: decoded up to `</s>`, without special tokens. parsed: what the task's parser read in it, or None.
-    mask: at the model's picture size, None when the task has none or too few mask tokens were written: float32[H,W]
-    probabilities (binary tasks) or int32[H,W] class ids (semantic). warnings: why a part is missing or forced.
-    further_masks: those of the mask groups after the first, where several were asked for.
+    text: decoded up to `</s>`, without special tokens. parsed: the result of the task's parser, None for text that it
+        cannot read.
+    mask: float32[H,W] probabilities (binary tasks) or int32[H,W] class ids (semantic tasks) at the model's picture
+        size; None when the task has no masks or too few mask tokens were generated.
+    warnings: why a part is missing or was forced. further_masks: masks of the groups after the first, when several
+        were requested.
     """
 
     example: Example
@@ -82,8 +84,11 @@ def _draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array, mes
 
 
 def draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array) -> dict[str, jax.Array]:
-    """Return the masks of `pictures` uint8[B,H,W,3] from the states [B,6,D] of their mask tokens: {"binary": float32
-    probabilities [B,H,W], "semantic": int32 class ids [B,H,W], "finite": bool[B], whether all logits were}."""
+    """Return the masks of `pictures` uint8[B,H,W,3] from the states [B,6,D] that predict their mask tokens.
+
+    "binary" holds probabilities float32[B,H,W], "semantic" class ids int32[B,H,W], and "finite" bool[B] whether all
+    mask logits were finite.
+    """
     masks: Any = model.apply({"params": params}, states, pictures, method="masks")
     binary, semantic = masks
     return {
@@ -94,19 +99,19 @@ def draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array) -> d
 
 
 def _spread(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays [B,...] with their rows over the copies of the model."""
+    """Return the arrays [B,...] of `tree` with their rows spread over the copies of the model."""
     return tree if mesh is None else jax.device_put(tree, sharding.batch_sharding(mesh))
 
 
 class Encoder:
-    """Feature rows of clips; a clip seen lately is not encoded again, since many questions are about one clip."""
+    """Encoder of clips that keeps recent feature rows, because many questions are often about one clip."""
 
     def __init__(self, model: Model, params: Any, mesh: Mesh | None = None):
         self.model, self.params, self.mesh = model, params, mesh
-        self.kept: dict[bytes, jax.Array] = {}  # rows [R,D] by what was encoded, the latest last
+        self.kept: dict[bytes, jax.Array] = {}  # rows [R,D] by the digest of their media, latest last
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Feature rows [B,R,D] of a batch on the host."""
+        """Return the feature rows [B,R,D] of a batch on the host."""
         names = [_digest(frames, fbank) for frames, fbank in zip(batch.frames, batch.fbank, strict=True)]
         first = {name: row for row, name in enumerate(names) if name not in self.kept}
         copies = 1 if self.mesh is None else self.mesh.shape["data"]
@@ -118,12 +123,12 @@ class Encoder:
             clips = _spread((batch.frames[taken], batch.fbank[taken]), self.mesh)
             rows = _encode(self.model, self.params, *clips, self.mesh)
             self.kept |= dict(zip(new, rows, strict=False))
-        found = {name: self.kept.pop(name) for name in dict.fromkeys(names)}
-        self.kept |= found
-        size = next(iter(found.values())).nbytes
-        while len(self.kept) > max(len(found), KEPT_BYTES // max(1, size)):
+        needed = {name: self.kept.pop(name) for name in dict.fromkeys(names)}
+        self.kept |= needed
+        size = next(iter(needed.values())).nbytes
+        while len(self.kept) > max(len(needed), KEPT_BYTES // max(1, size)):
             del self.kept[next(iter(self.kept))]
-        return jnp.stack([found[name] for name in names])
+        return jnp.stack([needed[name] for name in names])
 
 
 def _digest(*arrays: np.ndarray) -> bytes:
@@ -148,13 +153,13 @@ def predict_examples(
     mesh: Mesh | None = None,
     **data_changes: Any,
 ) -> Iterator[Prediction]:
-    """Predictions, one per Example, in the order of the batches: bucket by bucket, and task by task within one, because
-    the answers of a task are about equally long.
+    """Yield one Prediction per Example, bucket by bucket and, within a bucket, task by task.
 
-    Decoding is greedy unless `decoding` (fields of GenerateOptions) says otherwise; draws depend on `seed` and the
-    example's id. `on_text` hears of every piece of text as it comes. `mesh` is the one that the model was loaded on,
-    over whose copies the rows of a batch are spread. `data_changes` replace fields of the DataConfig that the model was
-    trained with. Raises InputError on bad media.
+    This order keeps the answers of a batch about equally long. Decoding is greedy unless
+    `decoding` (fields of GenerateOptions) says otherwise; samples depend on `seed` and the id of the Example. `on_text`
+    is called with each Example and every new piece of its text. `mesh` is the mesh that the model was loaded on; the
+    rows of a batch are spread over the copies of the model. `data_changes` replace fields of the DataConfig that the
+    model was trained with. Raises InputError for bad media and for logits that are not finite.
     """
     options = GenerateOptions(
         tokenizer.eos_id, tokenizer.pad_id, tuple(tokenizer.mask_ids), max_new_tokens, **(decoding or {})
@@ -214,7 +219,7 @@ def predict_examples(
 
 
 def check_finite(example: Example, logits: bool, masks: bool = True) -> None:
-    """Raise InputError for an answer that a model made of what is no number: it would be scored as saying nothing."""
+    """Raise InputError when logits or masks were not finite: the answer would be scored as an empty one."""
     if not (logits and masks):
         raise InputError(
             f"example {example.id!r}",
@@ -227,16 +232,18 @@ def check_finite(example: Example, logits: bool, masks: bool = True) -> None:
 def _teller(
     tokenizer: Tokenizer, examples: Sequence[Example | None], on_text: Callable[[Example, str], None]
 ) -> Callable[[np.ndarray, np.ndarray], None]:
-    """A callback for `stream` that passes on what each row's text has grown by. A character whose bytes have not all
-    come is held back."""
-    told = [""] * len(examples)
+    """Return a callback for `stream` that passes the new text of each row to `on_text`.
+
+    A character is held back until all of its bytes are generated. Rows whose example is None are filler.
+    """
+    passed_on = [""] * len(examples)
 
     def tell(tokens: np.ndarray, lengths: np.ndarray) -> None:
         for row, example in enumerate(examples):
             text = tokenizer.decode(tokens[row, : lengths[row]]).removesuffix("\ufffd")
-            if example is not None and len(text) > len(told[row]):
-                on_text(example, text[len(told[row]) :])
-                told[row] = text
+            if example is not None and len(text) > len(passed_on[row]):
+                on_text(example, text[len(passed_on[row]) :])
+                passed_on[row] = text
 
     return tell
 
@@ -244,8 +251,11 @@ def _teller(
 def read_answer(
     example: Example, text: str, mask: np.ndarray | None, ended: bool = True, forced: bool = False
 ) -> Prediction:
-    """Parse one answer and say what is wrong with it; `ended` is whether the model closed it with `</s>`, `forced`
-    whether mask tokens were appended to it."""
+    """Parse one answer and return it as a Prediction, with a warning for each problem.
+
+    mask: None, float32[H,W] or int32[H,W] as in Prediction. ended: whether the model ended its answer with `</s>`.
+    forced: whether mask tokens were appended to it.
+    """
     task = TASKS[example.task]
     parsed = task.parse(text)
     problems = {
@@ -254,4 +264,4 @@ def read_answer(
         "fewer than six mask tokens were written, so there is no mask": example.mask_kind != "none" and mask is None,
         "the model wrote no mask tokens; they were appended to its answer": forced,
     }
-    return Prediction(example, text, parsed, mask, tuple(problem for problem, found in problems.items() if found))
+    return Prediction(example, text, parsed, mask, tuple(problem for problem, applies in problems.items() if applies))

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crab_jax.aot import compile_cache
-from crab_jax.inference import Prediction, predict_examples
+from crab_jax.api import ASKED, load
+from crab_jax.inference import Prediction
 from crab_jax.io.bounds import ANY_PATH, PATH, Real, Whole
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import append_line, write_whole
@@ -31,9 +32,7 @@ from crab_jax.io.locks import locked
 from crab_jax.models.generating import KINDS
 from crab_jax.questions import KEYS, VARIANTS, Request, every_task, read_samples, request
 from crab_jax.reports import clip_page
-from crab_jax.runs import run_mesh
-from crab_jax.runs.run_folder import load_config, use_tasks_of
-from crab_jax.runs.run_params import load_model
+from crab_jax.runs.run_folder import use_tasks_of
 from crab_jax.tasks import TASKS, add_flag
 from crab_jax.tasks.task import FREE
 from crab_jax.visualize import overlay
@@ -99,10 +98,7 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         name = f"{number:03d}_{record.get('task', FREE)}"
         asked[name] = request(record, where, name, Given(out))
 
-    mesh = run_mesh.serving_mesh(
-        load_config(arguments.checkpoint), arguments.weights, arguments.batch_size, arguments.tensor
-    )
-    model, params, config, tokenizer = load_model(arguments.checkpoint, arguments.weights, mesh)
+    crab = load(arguments.checkpoint, arguments.weights, batch_size=arguments.batch_size, tensor=arguments.tensor)
     examples = [question.example for question in asked.values()]
     decoding = {
         "temperature": arguments.temperature,
@@ -115,22 +111,15 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         several = arguments.batch_size > 1  # then pieces of different answers alternate, one line each
         print(f"  {printable(example.id)} ... {text}" if several else text, end="\n" if several else "", flush=True)
 
-    answers = predict_examples(
-        model,
-        params,
-        config,
-        tokenizer,
+    answers = crab.predict(
         examples,
         "/",
-        arguments.batch_size,
-        arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
         decoding=decoding,
         on_text=tell if arguments.stream else None,
-        mesh=mesh,
-        on_error="raise",
-        pad_short_audio=True,
-        clock="shown",
+        **ASKED,
     )
     answered: dict[str, clip_page.Answered] = {}
     file = out / "predictions.jsonl"

@@ -2,11 +2,11 @@
 
     python -m crab_jax.train --config=configs/tiny.py --config.optim.lr=3e-4 --workdir=runs/x
 
-Any config key can be overridden with --config.key=value; an unknown key stops before anything starts. A workdir that
-already holds checkpoints of the same config is resumed: bit for bit on the same mesh, to rounding on another. On
-several processes or hosts start the same command on each, with a workdir that all can see
-(crab_jax/parallel/distributed.py says how they find each other). SIGTERM, or Ctrl-C once, ends the run after the
-current step with a checkpoint and exit code 0.
+Any config key can be overridden with --config.key=value; an unknown key is an error before anything starts. A workdir
+that already holds checkpoints of the same config is resumed: with the same bits on the same mesh, and up to rounding on
+another mesh. To train on several processes or hosts, start the same command on each, with a workdir that all of them
+can see (crab_jax/parallel/distributed.py explains how they find each other). SIGTERM, or Ctrl-C once, ends the run
+after the current step with a checkpoint and exit code 0.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def start_or_resume(
     checkpoints: RunCheckpoints,
     manifest: dict[str, Any] | None = None,
 ) -> tuple[TrainState, Any]:
-    """(train state, frozen parameters), each leaf read or drawn straight into its shards; `manifest`: what to note of a
-    run that starts."""
+    """Return the train state and the frozen parameters of a run that starts, or that resumes its latest checkpoint.
+
+    Each leaf is read or initialised directly in its shards. `manifest` is stored with the frozen parameters of a run
+    that starts.
+    """
     wanted = run_params.wanted_params(config, model, mesh)
     trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
     state = abstract_state(config, trainable, mesh)
@@ -69,14 +72,17 @@ def start_or_resume(
     def begin(trainable: Any) -> tuple[jax.Array, Any]:
         return jnp.int32(0), tx.init(trainable)
 
-    where = jax.tree.map(lambda x: x.sharding, (state.step, state.opt))
-    step, opt = jax.jit(begin, out_shardings=where)(trainable)
+    placement = jax.tree.map(lambda x: x.sharding, (state.step, state.opt))
+    step, opt = jax.jit(begin, out_shardings=placement)(trainable)
     checkpoints.save_frozen(frozen, {"lora_heads": model.cfg.lora_heads, **(manifest or {})})
     return TrainState(step, trainable, opt), frozen
 
 
 def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, workers: int) -> str:
-    """What a process waits for that waits for the batch of `step`: who decodes it, and which examples."""
+    """Return the description of waiting for the batch of `step`: who decodes it, and which examples.
+
+    The watchdog reports it. `start` is the step at which the run began, `rows` are those of this process.
+    """
     worker = f"worker {(step - 1 - start) % workers} of {workers}" if workers else "the decoding threads"
     ids = [order.examples[index].id for index in order.batches[step - 1][rows]]
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
@@ -86,7 +92,7 @@ def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, worke
 def evaluate(
     step: int, evaluation: Evaluation, state: TrainState, frozen: Any, watchdog: Watchdog, logger: Logger | None
 ) -> None:
-    """Evaluate the parameters after `step`, which is finished, and log it; all processes take part."""
+    """Evaluate the parameters after the finished `step` and log the result; all processes take part."""
     began = time.monotonic()
     record = evaluation.run(step, state.trainable, frozen, watchdog)
     if logger:
@@ -94,14 +100,14 @@ def evaluate(
 
 
 def train(config: RunConfig, workdir: Path) -> None:
-    """Run (or resume) the stage that `config` describes in `workdir`."""
+    """Run or resume the stage that `config` describes in `workdir`."""
     if distributed.primary():
         run_folder.claim_workdir(workdir, config)
     distributed.agree(
         "start", lambda: distributed.program() | run_folder.shared(config) | {"--workdir": locks.mark(workdir)}
     )
     mesh = run_mesh.mesh_of(config)
-    run_mesh.micro_batches(config, mesh)  # refuses a batch that does not divide, before anything is loaded
+    run_mesh.micro_batches(config, mesh)  # raises for an indivisible batch size before anything is loaded
     tokenizer = run_folder.tokenizer_of(config)
     model = config.model.build()
     skipped, batch_at = run_data.skipped_file(workdir), sharding.batch_sharding(mesh)
@@ -158,7 +164,7 @@ def train(config: RunConfig, workdir: Path) -> None:
             distributed.say(chosen.described())
             with watchdog.waiting("the examples of the evaluation"):
                 evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable)
-            # A run that was stopped between a checkpoint and the evaluation that was due makes up for it.
+            # The run may have been stopped after this step's checkpoint and before its evaluation.
             if chosen.due(start) and not distributed.told(logger is not None and logger.evaluated(start)):
                 evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
@@ -176,7 +182,7 @@ def train(config: RunConfig, workdir: Path) -> None:
             checkpoints.raise_failed()
             stopped = stop.should_stop(step)
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-                guard.settle()  # what is saved has been looked at
+                guard.settle()  # so that no step is saved before it was checked
                 with watchdog.waiting(f"the checkpoint of step {step}"):
                     checkpoints.save(step, dataclasses.asdict(state))
             if stopped:
@@ -196,17 +202,19 @@ def train(config: RunConfig, workdir: Path) -> None:
             f"stopped on request after step {int(state.step)} of {config.steps}, which is saved: "
             "start the same command again to resume"
         )
-    if found := run_data.skipped_examples(workdir):
-        distributed.say(f"{len(found)} examples were skipped, see {workdir}/skipped.*.jsonl")
+    if skipped_records := run_data.skipped_examples(workdir):
+        distributed.say(f"{len(skipped_records)} examples were skipped, see {workdir}/skipped.*.jsonl")
 
 
 def main() -> None:
-    """Entry point of `python -m crab_jax.train`."""
+    """Run the command `python -m crab_jax.train`."""
     config, workdir = parse_flags(sys.argv, __doc__)
     compile_cache.enable()
-    with distributed.together("--debug" in sys.argv):
-        with locks.locked(workdir, "--workdir") if distributed.primary() else contextlib.nullcontext():
-            train(config, workdir)
+    with (
+        distributed.together("--debug" in sys.argv),
+        locks.locked(workdir, "--workdir") if distributed.primary() else contextlib.nullcontext(),
+    ):
+        train(config, workdir)
 
 
 if __name__ == "__main__":

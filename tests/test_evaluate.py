@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from crab_jax import defaults, inference
+from crab_jax import api, defaults, inference
 from crab_jax import evaluate as verb
 from crab_jax.config import resolve
 from crab_jax.evaluate import parse_arguments, select
@@ -241,7 +241,7 @@ def answering(tmp_path, monkeypatch, tokenizer):
         monkeypatch.setattr(
             run_params, "load_model", lambda *asked: (None, {"w": np.full(3, params)}, config, tokenizer)
         )
-        monkeypatch.setattr(verb, "predict_examples", predict_examples)
+        monkeypatch.setattr(api, "predict_examples", predict_examples)
         arguments = ["--out", str(tmp_path / out), "--examples", "0", *flags]
         if "--predictions" not in flags:
             arguments += ["--checkpoint", "x"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 from fractions import Fraction
 
 import av
@@ -427,10 +428,8 @@ def scripted(examples):
     ],
 )
 def test_all_tasks_make_one_page(media, tmp_path, monkeypatch, capsys, flags, asked):
-    monkeypatch.setattr(verb, "load_config", lambda path: None)
-    monkeypatch.setattr(verb.run_mesh, "serving_mesh", lambda *arguments: None)
-    monkeypatch.setattr(verb, "load_model", lambda *arguments: (None, None, None, None))
-    monkeypatch.setattr(verb, "predict_examples", lambda *arguments, **changes: scripted(arguments[4][::-1]))
+    crab = types.SimpleNamespace(predict=lambda examples, root, **options: scripted(examples[::-1]))
+    monkeypatch.setattr(verb, "load", lambda *arguments, **options: crab)
     flags = [str(media / flag) if "." in flag else flag for flag in flags]
     verb.predict(verb.parse_arguments(["--checkpoint", "x", "--out", str(tmp_path), "--all-tasks", *flags]))
     lines = {line["id"]: line for line in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())}

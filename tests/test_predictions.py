@@ -55,10 +55,10 @@ def test_masks_of_which_nothing_is_above_one_half_are_told(tmp_path):
     for name, high in (("a", 90), ("b", 60)):
         Image.fromarray(np.array([[10, high], [0, 20]], np.uint8)).save(tmp_path / f"{name}.png")
     rows = {name: {"id": name, "mask": f"{name}.png"} for name in "ab"}
-    (said,) = files.MaskLevels(rows, {"a", "b"}, tmp_path).told
+    (said,) = files.MaskLevels(rows, {"a", "b"}, tmp_path).notes
     assert "no grey level above 90 of 255" in said and "mask_levels" in said
     Image.fromarray(np.array([[10, 200], [0, 20]], np.uint8)).save(tmp_path / "b.png")
-    assert not files.MaskLevels(rows, {"a", "b"}, tmp_path).told
+    assert not files.MaskLevels(rows, {"a", "b"}, tmp_path).notes
 
 
 def test_class_ids_and_masks_of_others_are_read(tmp_path):
@@ -301,7 +301,7 @@ def levels_of(folder, rows):
     return {
         name: files.answer_of(row | {"text": ""}, examples[name], folder, name, found.of(name, row, name)).mask
         for name, row in rows.items()
-    }, found.told
+    }, found.notes
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,1 +1,1 @@
-"""Evaluation: predictions on disk, judged against labels, scored with intervals, kept as results."""
+"""Evaluation: predictions on disk, their comparison with labels, scores with intervals, and results."""

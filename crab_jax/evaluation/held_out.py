@@ -1,7 +1,7 @@
 """Evaluation during training: losses of held-out Examples, and answers to them, on the mesh of the run.
 
-It reads the parameters between two steps and writes nothing but its own records, so that training is the same with it
-and without: it draws no random numbers, has data of its own, and donates no buffer.
+It reads the parameters between two steps and writes only its own records. Training is the same with it and without,
+because it draws no random numbers, has its own data, and donates no buffer.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from data_pipelines.batching import Batch, Bucket, Fill
 from data_pipelines.examples import Example, spread
 from data_pipelines.tokens import EOS, Tokenizer
 
-SAMPLES = "samples"  # beside the loss terms: how many Examples were counted
-TOKENS = 32  # the room for an answer is a multiple of so many tokens
+SAMPLES = "samples"  # key beside the loss terms: the number of Examples that were counted
+TOKENS = 32  # the largest number of tokens of an answer is a multiple of this
 TERMS = ("text", "bce", "dice", "ce")
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The Examples that a run is evaluated on while it trains, and when that is done.
+    """The Examples that a run is evaluated on during training, and at which steps.
 
-    groups: bucket -> positions of its Examples. every, steps: of the run. split: where they come from. tasks: what the
-    run trains on.
+    groups: {bucket: {position in `examples`: its Fill}}. every: steps between evaluations. steps: length of the run.
+    split: the split that the Examples come from. tasks: the tasks that the run trains on.
     """
 
     examples: Sequence[Example]
@@ -58,11 +58,11 @@ class HeldOut:
     tasks: Sequence[str]
 
     def due(self, step: int) -> bool:
-        """Return whether the run is evaluated after `step`: before its first step, every so many, and at its end."""
+        """Return whether the run is evaluated after `step`: at step 0, after every `every` steps, and at the end."""
         return step % self.every == 0 or step == self.steps
 
     def described(self) -> str:
-        """Return one line on what is evaluated, and when."""
+        """Return a line that says what is evaluated, and when."""
         counts = Counter(self.examples[index].task for group in self.groups.values() for index in group)
         shown = ", ".join(f"{counts[task]} of {task}" for task in self.tasks if counts[task])
         lacking = ", ".join(task for task in self.tasks if not counts[task])
@@ -71,18 +71,18 @@ class HeldOut:
 
 
 def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
-    """Return what a run is evaluated on: up to `eval_samples` Examples of each of its tasks, evenly spread over the
-    split, the same in every process and for every seed. None where it is not evaluated.
+    """Return the Examples that a run is evaluated on, or None when it is not evaluated.
 
-    Only annotations are read. Examples without an answer to measure a loss of are not taken. Raises InputError where
-    the split is not there or has no such Example, and where one cannot be batched, or scored, unless data.on_error is
-    skip.
+    They are up to `eval_samples` Examples of each of its tasks, evenly spread over the split, the same in every process
+    and for every seed. Examples without an answer have no loss and are left out. Only annotations are read. Raises
+    InputError when the split does not exist or has no such Example, and, unless data.on_error is "skip", for an Example
+    that cannot be batched or scored.
     """
     if not config.eval_every:
         return None
     drawn, fix = config.mixture, "name a split of the data with --config.eval_split, or give --config.eval_every=0"
     try:
-        found = run_data.read_examples(
+        annotated = run_data.read_examples(
             drawn.root,
             config.eval_split,
             datasets=drawn.datasets,
@@ -94,7 +94,7 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
     except InputError as error:
         problem = f"is {config.eval_split!r}, which cannot be read: {error}"
         raise InputError("--config", "eval_split", problem, fix) from None
-    usable = [e for e in found if drawn.weights[e.task] > 0 and e.target and (e.mask or e.mask_kind == "none")]
+    usable = [e for e in annotated if drawn.weights[e.task] > 0 and e.target and (e.mask or e.mask_kind == "none")]
     if not usable:
         problem = f"is {config.eval_split!r}, which has no example with an answer of any task that the run trains on"
         raise InputError("--config", "eval_split", problem, fix)
@@ -107,14 +107,17 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
 
 
 def held_out_sums(model: Model, trainable: Any, frozen: Any, batch: Batch) -> dict[str, Term]:
-    """Return sums and counts float32[tasks] of each loss term of training ("text"; "bce", "dice" and "ce" in a bucket
-    with masks), without dropout; as SAMPLES the number of Examples, twice."""
+    """Return the sums and counts, float32[tasks] each, of every loss term of training, without dropout.
+
+    The terms are "text" and, in a bucket with masks, "bce", "dice" and "ce". Under SAMPLES both the sum and the count
+    are the number of Examples.
+    """
     output: Any = model.apply({"params": optim.merge(trainable, frozen)}, batch)
     counted = (batch.index >= 0).astype(jnp.float32)
     rows = loss_rows(output, batch) | {SAMPLES: Term(counted, counted)}
 
     def by_task(term: Term) -> Term:
-        groups = len(term.sum) // len(batch.task)  # of masks in a row
+        groups = len(term.sum) // len(batch.task)  # mask groups per row
         return losses.by_task(term, jnp.repeat(batch.task, groups), len(TASKS))
 
     return {name: by_task(term) for name, term in rows.items()}
@@ -123,11 +126,13 @@ def held_out_sums(model: Model, trainable: Any, frozen: Any, batch: Batch) -> di
 def held_out_answers(
     model: Model, trainable: Any, frozen: Any, batch: Batch, options: GenerateOptions
 ) -> dict[str, jax.Array]:
-    """Return the greedy answers to the prompts of a batch with answers, which are taken away: "tokens" int32[B,N],
-    "index" int32[B], and in a bucket with masks "binary" and "semantic" (see `inference.draw`), "has_mask" bool[B] and
-    the "truth" int32[B,H,W]."""
+    """Return greedy answers to the prompts of a batch whose rows also hold the true answers, which are removed.
+
+    The result has "tokens" int32[B,N] and "index" int32[B]. In a bucket with masks it also has "binary", "semantic" and
+    "finite" (see `inference.draw`), "has_mask" bool[B], and the true masks "truth" int32[B,H,W].
+    """
     params = optim.merge(trainable, frozen)
-    answer = jnp.argmax(batch.loss_mask, axis=1)[:, None]  # the first position of it
+    answer = jnp.argmax(batch.loss_mask, axis=1)[:, None]  # first position of the answer
     prompt = batch.text_mask & (jnp.arange(batch.tokens.shape[1]) < answer)
     asked = batch.replace(
         tokens=jnp.where(prompt, batch.tokens, options.pad_id),
@@ -143,8 +148,11 @@ def held_out_answers(
 
 
 def loss_record(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: LossConfig) -> dict[str, float]:
-    """Return `eval/loss`, as if all Examples were one batch, `eval/loss/<term>`, `eval/loss/<term>/<task>` and
-    `eval/samples` from sums and counts float64[tasks]; what nothing was counted of is left out."""
+    """Return the losses of an evaluation by name, from sums and counts float64[tasks] of each term.
+
+    `eval/loss` is the loss of all Examples as one batch. The others are `eval/loss/<term>`, `eval/loss/<term>/<task>`
+    and `eval/samples`; those whose count is 0 are left out.
+    """
     pooled = {name: Term(jnp.float32(total.sum()), jnp.float32(number.sum())) for name, (total, number) in sums.items()}
     terms = {name: pooled[name] for name in TERMS if name in pooled}
     record = {"eval/loss": float(losses.total(terms, cfg)), "eval/samples": float(pooled[SAMPLES].sum)}
@@ -163,7 +171,7 @@ def loss_record(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: LossConf
 def answer_record(
     answers: Sequence[Mapping[str, np.ndarray]], examples: Sequence[Example], tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Return `eval/<metric>/<task>`, the metric that ranks samples of each task, from answers to `examples`."""
+    """Return `eval/<metric>/<task>` for the metric that ranks samples of each task, from answers to `examples`."""
     judged = []
     for batch in answers:
         for row in np.flatnonzero(batch["index"] >= 0):
@@ -175,23 +183,25 @@ def answer_record(
             truth = batch["truth"][row] if example.mask_kind != "none" else None
             judged.append(scoring.judge(example, answer, truth))
     record = {}
-    for name, ours in scoring.by_task(judged).items():
+    for name, of_task in scoring.by_task(judged).items():
         metric = sample_metric(TASKS[name])
-        value = TASKS[name].reduce([one.stats for one in ours]).get(metric, np.nan)
+        value = TASKS[name].reduce([answer.stats for answer in of_task]).get(metric, np.nan)
         if np.isfinite(value):
             record[f"eval/{metric}/{name}"] = float(value)
     return record
 
 
 class Evaluation:
-    """The held-out Examples, decoded once and kept on the host (about 3 MB each), and the programs that judge them,
-    each compiled once for each bucket."""
+    """Evaluation of a run: the decoded held-out Examples, and programs for their losses and answers.
+
+    Examples are decoded once and kept on the host, about 3 MB each. Each program is compiled once per bucket.
+    """
 
     def __init__(
         self, config: RunConfig, model: Model, mesh: Mesh, tokenizer: Tokenizer, chosen: HeldOut, trainable: Any
     ):
         self.config, self.tokenizer, self.chosen, self.examples = config, tokenizer, chosen, chosen.examples
-        self.where, self.rows = sharding.batch_sharding(mesh), _batch_rows(config, mesh, chosen)
+        self.batch_at, self.rows = sharding.batch_sharding(mesh), _batch_rows(config, mesh, chosen)
         self.batches = mixture.answered_batches(
             chosen.examples,
             chosen.groups,
@@ -199,7 +209,7 @@ class Evaluation:
             tokenizer,
             config.data,
             self.rows,
-            distributed.own_rows(self.where, self.rows),
+            distributed.own_rows(self.batch_at, self.rows),
         )
         longest = max(len(tokenizer.ids(example.target + EOS)) for example in chosen.examples)
         options = GenerateOptions(
@@ -211,25 +221,25 @@ class Evaluation:
                 with sharding.constrained(mesh):
                     return program(model, trainable, frozen, batch)
 
-            places = (jax.tree.map(lambda x: x.sharding, trainable), None, self.where)
-            return jax.jit(run, in_shardings=places, out_shardings=sharding.replicated(mesh))
+            shardings = (jax.tree.map(lambda x: x.sharding, trainable), None, self.batch_at)
+            return jax.jit(run, in_shardings=shardings, out_shardings=sharding.replicated(mesh))
 
         self.sums_of = compiled(held_out_sums)
         self.answers_of = compiled(partial(held_out_answers, options=options)) if config.eval_answers else None
 
     @property
     def compilations(self) -> int:
-        """How many programs were compiled so far."""
+        """Number of programs that were compiled so far."""
         return self.sums_of._cache_size() + (self.answers_of._cache_size() if self.answers_of else 0)
 
     def run(self, step: int, trainable: Any, frozen: Any, watchdog: Watchdog) -> dict[str, float]:
-        """Return the record of the parameters after `step`; every process takes part and returns the same losses."""
+        """Return the record of the parameters after `step`; all processes take part and return the same losses."""
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         answers = []
         for number, own in enumerate(self.batches, 1):
             what = f"batch {number} of {len(self.batches)} of the evaluation at step {step}"
             with watchdog.waiting(f"{what} (the first evaluation is compiled)"):
-                batch = distributed.global_batch(own, self.where, self.rows)
+                batch = distributed.global_batch(own, self.batch_at, self.rows)
                 for name, term in jax.device_get(self.sums_of(trainable, frozen, batch)).items():
                     total, count = sums.get(name, (np.zeros(len(TASKS)), np.zeros(len(TASKS))))
                     sums[name] = total + term.sum, count + term.number
@@ -240,8 +250,11 @@ class Evaluation:
 
 
 def _batch_rows(config: RunConfig, mesh: Mesh, chosen: HeldOut) -> int:
-    """Rows of an evaluation batch: enough for the fullest bucket, a multiple of the devices that share a batch, and at
-    most a micro-batch of training, which fits."""
+    """Return the number of rows of an evaluation batch.
+
+    It is enough for the fullest bucket, a multiple of the devices that share a batch, and at most a micro-batch of
+    training, which is known to fit in memory.
+    """
     shared = mesh.shape["data"] * mesh.shape["fsdp"]
     most = config.mixture.batch_size // run_mesh.micro_batches(config, mesh)
     fullest = max(len(group) for group in chosen.groups.values())

@@ -1,4 +1,4 @@
-"""An evaluation's folder, judged: its predictions and masks compared with the labels."""
+"""Judging of an evaluation folder: its predictions and masks compared with the labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DESCRIPTION = "evaluation.json"
 
 
 def check_labels(examples: Iterable[Example]) -> None:
-    """Raise InputError for an example that cannot be scored, before hours of decoding rather than after."""
+    """Raise InputError for an example that cannot be scored, so that an error comes before hours of decoding."""
     for example in examples:
         scoring.check_label(example)
         kind = TASKS[example.task].mask_kind
@@ -26,25 +26,25 @@ def check_labels(examples: Iterable[Example]) -> None:
             raise InputError(f"example {example.id!r}", "mask", problem, "give the mask file and its kind")
 
 
-# Scores.
-
-
 def read_predictions(
     folder: Path, rows: Mapping[str, predictions.Row], examples: Sequence[Example]
 ) -> Iterator[Prediction]:
-    """The answer to each Example from the lines of a folder (`predictions.read_all`) and its masks; nothing at all
-    where there is no line."""
+    """Yield the answer to each Example from the lines of a folder (see `predictions.read_all`) and its masks.
+
+    An Example without a line gets an empty answer. Raises InputError for a mask that cannot be read.
+    """
     for example in examples:
-        found = predictions.answer_of(
+        answer = predictions.answer_of(
             rows.get(example.id), example, folder, f"prediction {example.id}", predictions.OURS
         )
-        yield read_answer(example, found.text, found.mask)
+        yield read_answer(example, answer.text, answer.mask)
 
 
 def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[Judged]:
-    """Score what a folder holds against the labels; an example without a line counts as answered with nothing.
+    """Score the answers in a folder against the labels; an example without a line counts as an empty answer.
 
-    Masks are compared at their own size, answers without one at that of the first mask.
+    Masks are compared at their own size, and answers without a mask at the size of the first mask. Raises InputError
+    for a label that cannot be scored against, and for a mask that cannot be read.
     """
     check_labels(examples)
     rows = predictions.read_all(folder)
@@ -52,8 +52,8 @@ def judge_folder(folder: Path, examples: Sequence[Example], root: Path) -> list[
         (len(p.mask) for p in read_predictions(folder, rows, examples) if p.mask is not None), predictions.DEFAULT_SIZE
     )
     judged = []
-    for found in read_predictions(folder, rows, examples):
-        example, side = found.example, usual if found.mask is None else len(found.mask)
+    for answer in read_predictions(folder, rows, examples):
+        example, side = answer.example, usual if answer.mask is None else len(answer.mask)
         truth = read_mask(root, example, side) if example.mask else None
-        judged.append(scoring.judge(example, scoring.Answer(example.id, found.text, found.mask), truth))
+        judged.append(scoring.judge(example, scoring.Answer(example.id, answer.text, answer.mask), truth))
     return judged

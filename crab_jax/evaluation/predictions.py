@@ -1,8 +1,8 @@
-"""Predictions on disk: one JSON object per line, appended as answers come, and one PNG per mask.
+"""Predictions on disk: one JSON object per line, appended as answers are generated, and one PNG per mask.
 
-A line holds id, task, prompt, text, parsed, mask and label; docs/evaluation.md has the schema. What is scored is what
-is on disk, so a resumed, merged or foreign set of predictions is scored like a fresh one. Lines of other programs, the
-released code among them, are matched to Examples by `assign`.
+A line holds id, task, prompt, text, parsed, mask and label; docs/evaluation.md has the schema. Scores are computed from
+the files alone, so that resumed or merged predictions, and those of other programs, are scored like new ones. `assign`
+matches the lines of other programs, such as the released code, to Examples.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from data_pipelines.media import decode_runs, image_size, read_mask
 from data_pipelines.media.masks import BETWEEN, LOSSY
 from data_pipelines.media.pictures import DEEP, open_picture
 
-Row = dict[str, Any]  # one line
+Row = dict[str, Any]  # one line of a predictions file
 FILE = "predictions.jsonl"
-LEVELS = 255  # grey levels that a binary mask keeps of its probabilities
-MARK = "mask_levels"  # text in a PNG, and key of a line: the grey level that stands for 1
-OURS = {8: LEVELS}  # `full` of `load_mask` for masks that we wrote
+LEVELS = 255  # the grey level that stands for probability 1 in the masks that are written here
+MARK = "mask_levels"  # key of a PNG's text and of a line, for the grey level that stands for 1
+OURS = {8: LEVELS}  # argument `full` of `load_mask` for masks that are written here
 DEFAULT_SIZE = 224  # side at which an answer without a mask is scored, in pixels
 
 
@@ -54,11 +54,11 @@ DEFAULT_SIZE = 224  # side at which an answer without a mask is scored, in pixel
 
 
 def mask_picture(mask: np.ndarray) -> Image.Image:
-    """A mask as a picture: class ids in the AVSBench-semantic palette, or probabilities as 256 grey levels.
+    """Return a mask as a picture: class ids in the AVSBench-semantic palette, or probabilities as 256 grey levels.
 
-    Probabilities are rounded to a level so that above one half stays above one half, and one half does not. The PNG
-    says that its levels are of 255 (MARK), so that level 1 is never taken for a certain object. Raises InputError for
-    what is no probability.
+    mask: integer class ids [H,W], or probabilities float[H,W]. Rounding keeps probabilities above one half above it,
+    and one half and less below it. The PNG has the text MARK, which says that level 255 stands for 1, so that level 1
+    is never read as probability 1. Raises InputError for a value that is not a probability.
     """
     if np.issubdtype(mask.dtype, np.integer):
         picture = Image.fromarray(mask.astype(np.uint8))
@@ -80,26 +80,28 @@ def load_mask(
     folder: Path,
     full: Mapping[int, int] | None = None,
     truth: Callable[[], tuple[int, int] | None] = lambda: None,
-    where: str = "",
+    line: str = "",
 ) -> np.ndarray:
-    """The mask of a line: a path relative to `folder`, or a COCO run-length encoding {"size": [h, w], "counts": text}.
+    """Return the square mask of a line: float64[H,W] in [0, 1] (kind "binary"), int32[H,W] class ids ("semantic").
 
-    Returns float64[H,W] in [0, 1] (kind "binary") or int32[H,W] class ids ("semantic"), square: a mask of another shape
-    must have that of the true mask, whose (width, height) `truth` gives where it is known, and is resized to
-    DEFAULT_SIZE. `where` names the line. `full` is what `full_levels` found in all files of the run; without it the
-    file is a run of its own. Raises InputError for a missing or damaged file, for another shape, and for what cannot be
-    told to be a mask.
+    mask: a path relative to `folder`, or a COCO run-length encoding {"size": [h, w], "counts": text}.
+    full: result of `full_levels` for all files of the run; without it the file is taken alone.
+    truth: returns the (width, height) of the true mask, or None if it is unknown. A mask that is not square must have
+        the shape of the true mask, and is resized to DEFAULT_SIZE.
+    line: name of the line in errors.
+
+    Raises InputError for a missing or damaged file, for another shape, and for a picture that cannot be read as a mask.
     """
     if isinstance(mask, Mapping):
         if kind != "binary":
             raise InputError(str(folder), "mask", "is a run-length encoding, but class ids are needed", "give a PNG")
-        runs = decode_runs(mask.get("size"), mask.get("counts"), where or str(folder))
-        _check_shape(runs.shape[::-1], truth, where or str(folder))
+        runs = decode_runs(mask.get("size"), mask.get("counts"), line or str(folder))
+        _check_shape(runs.shape[::-1], truth, line or str(folder))
         return _square(runs.astype(np.float64))
     path = find_mask(folder, mask)
     if kind == "semantic":
         width, height = image_size(path, "mask")
-        _check_shape((width, height), truth, str(path), where)
+        _check_shape((width, height), truth, str(path), line)
         ids = read_mask(path, width if width == height else DEFAULT_SIZE, kind, unknown=-1)
         if (ids < 0).any():
             raise InputError(
@@ -118,15 +120,16 @@ def load_mask(
             f"has grey level {levels.max():g}, above {most}, which stands for 1",
             f"give the right {MARK} in the line, or none",
         )
-    _check_shape(levels.shape[::-1], truth, str(path), where)
+    _check_shape(levels.shape[::-1], truth, str(path), line)
     return _square(levels.astype(np.float64) / most)
 
 
 def grey_levels(path: Path) -> tuple[np.ndarray, int]:
-    """(levels [H,W], bits) of a binary mask of any program; bits 0: the file itself says that 1 is the highest level.
+    """Return the levels [H,W] of a binary mask of any program and its bits, 0 if level 1 is known to be the highest.
 
-    So do one bit, floating point, colours (black is background, and nothing else is) and our own MARK; of grey files of
-    8 and 16 bits only all of a run together can tell (`full_levels`). Raises InputError.
+    It is known for files of one bit, of floating point, in colour (where only black is background), and with MARK. For
+    grey files of 8 or 16 bits the highest level follows from all files of a run together (`full_levels`). Raises
+    InputError for a picture that cannot be read as a mask.
     """
 
     def refuse(problem: str) -> InputError:
@@ -149,7 +152,7 @@ def grey_levels(path: Path) -> tuple[np.ndarray, int]:
                 raise refuse(f"has values outside 0 to {highest}")
             return levels, 0 if picture.mode == "F" else 16
         marked = picture.info.get(MARK) == str(LEVELS)
-        if opened.kind in LOSSY:  # which give grey a tinge
+        if opened.kind in LOSSY:  # lossy formats add a little colour to grey
             return _grey_of_lossy(np.array(picture.convert("RGB")), opened.kind, refuse), 8
         colours = np.array(picture.convert("RGB" if picture.mode not in ("L", "LA") else "L"))
         if colours.ndim == 3 and (colours != colours[..., :1]).any():
@@ -162,8 +165,7 @@ def grey_levels(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _grey_of_lossy(colours: np.ndarray, kind: str, refuse: Callable[[str], InputError]) -> np.ndarray:
-    """uint8[H,W]: the greys of a mask [H,W,3] in a format that does not keep values exactly. Raises InputError where it
-    has colours."""
+    """Return the grey levels uint8[H,W] of a mask uint8[H,W,3] in a lossy format; raise InputError for colours."""
     tinge = colours.max(axis=2).astype(int) - colours.min(axis=2)
     if (tinge > 64).mean() > BETWEEN:
         raise refuse(f"is a {kind} with colours, which that does not keep exactly")
@@ -171,8 +173,10 @@ def _grey_of_lossy(colours: np.ndarray, kind: str, refuse: Callable[[str], Input
 
 
 class Shown(NamedTuple):
-    """What the files of a run hold that do not say which grey level stands for 1: the highest, up to two above 0, and
-    the last of the files."""
+    """Grey levels in the files of a run that do not say which level stands for 1.
+
+    highest: the highest level. levels: one level above 0 if there is only one, otherwise some. path: the last file.
+    """
 
     highest: int
     levels: frozenset[int]
@@ -180,35 +184,38 @@ class Shown(NamedTuple):
 
     @property
     def full(self) -> int:
-        """The lowest of 1, 255 and 65535 that no file exceeds: 1 where all of them hold 0 and 1 alone."""
+        """The lowest of 1, 255 and 65535 that no file exceeds: 1 if all files hold only 0 and 1."""
         return next(most for most in (1, LEVELS, 0xFFFF) if self.highest <= most)
 
 
 def shown_levels(paths: Iterable[Path]) -> dict[int, Shown]:
-    """{8: ..., 16: ...}: what the files of each depth show."""
-    found: dict[int, Shown] = {}
+    """Return the grey levels of files that do not say which level stands for 1, by depth: {8: ..., 16: ...}."""
+    shown: dict[int, Shown] = {}
     for path in paths:
         levels, bits = grey_levels(path)
         if bits:
-            before = found.get(bits, Shown(0, frozenset(), path))
+            before = shown.get(bits, Shown(0, frozenset(), path))
             few = (
                 before.levels
                 if len(before.levels) > 1
                 else before.levels | {int(level) for level in np.unique(levels)[:3] if level}
             )
-            found[bits] = Shown(max(before.highest, int(levels.max(initial=0))), few, path)
-    return found
+            shown[bits] = Shown(max(before.highest, int(levels.max(initial=0))), few, path)
+    return shown
 
 
 def full_levels(paths: Iterable[Path]) -> dict[int, int]:
-    """{8: level, 16: level}: the grey level that stands for 1 in the files of a run, by their depth; see `Shown`."""
+    """Return the grey level that stands for 1 in the files of a run, by their depth: {8: level, 16: level}.
+
+    Raises InputError for files whose only level above 0 would be read as almost nothing.
+    """
     return _full(shown_levels(paths))
 
 
 def _full(shown: Mapping[int, Shown]) -> dict[int, int]:
     for bits, (highest, levels, path) in shown.items():
         full = shown[bits].full
-        if len(levels) == 1 and highest <= full // 2:  # a class, or a mask of its own kind
+        if len(levels) == 1 and highest <= full // 2:  # such as a class id
             raise InputError(
                 str(path),
                 "mask",
@@ -216,11 +223,14 @@ def _full(shown: Mapping[int, Shown]) -> dict[int, int]:
                 f"it would be read as {highest} of {full}, that is as nothing",
                 "write 0 and 1, or 0 and 255",
             )
-    return {bits: one.full for bits, one in shown.items()}
+    return {bits: levels_of_depth.full for bits, levels_of_depth in shown.items()}
 
 
 def find_mask(folder: Path, name: Any) -> Path:
-    """The file of a mask: as written, or by the last parts of its path when the folder has moved since."""
+    """Return the file of a mask: at its path, or at the last parts of the path if the folder has moved since.
+
+    Raises InputError for a name that is not text, and for a missing file.
+    """
     if not isinstance(name, str):
         raise InputError(str(folder), "mask", f"is {name!r:.60}", "give the path of a PNG, or COCO run lengths")
     parts_ = PurePosixPath(name.replace("\\", "/")).parts
@@ -232,21 +242,24 @@ def find_mask(folder: Path, name: Any) -> Path:
 
 
 def mask_name(name: str) -> str:
-    """Where the mask of the Example of this id lies, relative to the predictions that we write."""
+    """Return the path of the mask of the Example with this id, relative to the predictions that are written here."""
     digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
     return f"masks/{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[:80]}_{digest}.png"
 
 
 class MaskLevels:
-    """Which grey level stands for 1 in the masks of each line of a predictions file, decided once for all of them.
+    """The grey level that stands for 1 in the mask of each line of a predictions file, decided once for the whole file.
 
-    Our own masks are marked, and those that we wrote before there was a mark have names of ours; a line may say it as
-    MARK; the others are told by all of them together.
+    Masks that are written here have MARK, or, in older folders, a name by `mask_name`. A line can give the level under
+    the key MARK. For the other masks the level follows from all of them together. `notes` are the messages about it for
+    the user.
     """
 
     def __init__(self, rows: Mapping[str, Row], binary: Collection[str], folder: Path):
-        """`rows` by the id of their Example, `binary` the ids whose masks are binary. Raises InputError for a missing
-        mask, and for two paths that lead to one file."""
+        """Read the masks of `rows`, {id of the Example: line}, whose ids are in `binary`.
+
+        Raises InputError for a missing mask, and for two different paths that lead to one file.
+        """
         written: dict[Path, str] = {}
         shared: set[Path] = set()
         others: dict[Path, None] = {}
@@ -268,32 +281,34 @@ class MaskLevels:
                 others[path] = None
         shown = shown_levels(others)
         self.full, wrong = _full(shown), f'(if that is wrong, give "{MARK}" in the lines)'
-        self.told = [
+        self.notes = [
             f"the {bits}-bit masks hold no grey level above {most}: it is read as 1 {wrong}"
             for bits, most in self.full.items()
             if most < 2**bits - 1
         ]
-        self.told += [
-            f"warning: the {bits}-bit masks hold no grey level above {one.highest} of {one.full}: nothing in "
+        self.notes += [
+            f"warning: the {bits}-bit masks hold no grey level above {depth.highest} of {depth.full}: nothing in "
             f"them is above one half, so all are read as empty {wrong}"
-            for bits, one in shown.items()
-            if 0 < one.highest <= one.full // 2
+            for bits, depth in shown.items()
+            if 0 < depth.highest <= depth.full // 2
         ]
-        self.told += [f"{len(shared)} masks belong to several lines, such as {min(shared)}"] if shared else []
+        self.notes += [f"{len(shared)} masks belong to several lines, such as {min(shared)}"] if shared else []
 
-    def of(self, name: str, row: Row, where: str) -> Mapping[int, int]:
-        """`full` of `load_mask` for one line."""
+    def of(self, name: str, row: Row, line: str) -> Mapping[int, int]:
+        """Return the argument `full` of `load_mask` for one line; raise InputError for a MARK that is not a level."""
         stated = row.get(MARK)
         if stated is None:
             return OURS if mask_of(row) == mask_name(name) else self.full
         if isinstance(stated, bool) or stated not in (1, LEVELS, 0xFFFF):
-            raise InputError(where, MARK, f"is {stated!r:.40}", "give 1, 255 or 65535")
+            raise InputError(line, MARK, f"is {stated!r:.40}", "give 1, 255 or 65535")
         return {8: stated, 16: stated}
 
 
 def _check_shape(size: tuple[int, ...], truth: Callable[[], tuple[int, int] | None], file: str, line: str = "") -> None:
-    """Raise InputError for a mask of (width, height) `size` that is neither square, as the model sees every picture,
-    nor of the shape of its true mask: stretched to a square it would be another picture."""
+    """Raise InputError for a mask of (width, height) `size` that is neither square nor of the shape of its true mask.
+
+    The model sees every picture as a square; a mask of another shape would not match it after resizing.
+    """
     width, height = size
     wanted = truth() if width != height else None
     if wanted is not None and not _same_shape((width, height), wanted):
@@ -308,7 +323,7 @@ def _check_shape(size: tuple[int, ...], truth: Callable[[], tuple[int, int] | No
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one size is the other, but for its scale and a pixel of rounding."""
+    """Return whether two sizes have the same shape, up to scale and a pixel of rounding."""
     (width, height), (wide, high) = one, other
     return abs(width * high / wide - height) < 1 or abs(height * wide / high - width) < 1
 
@@ -323,15 +338,16 @@ def _square(scores: np.ndarray) -> np.ndarray:
 # Lines.
 
 _ONE = Null(Either((Text(), Number())))
-# What tells which example a line of whatever program answers; what it answers is looked at when it is scored.
+# Schema of the fields that identify the example of a line; its answer is checked when it is scored.
 LINE = {"id?": Text(1), "question_id?": _ONE, "qid?": _ONE, "image_path?": Null(Text()), "video_path?": Null(Text())}
 
 
 def read_rows(path: Path, own: bool = False) -> list[Row]:
-    """The lines of a file. A last line that breaks off, which a killed program leaves, does not count; in a file of our
-    `own` nothing does that follows the last whole line.
+    """Return the lines of a predictions file.
 
-    Raises InputError for a missing file, one that is no UTF-8, or a line that is no JSON object.
+    An incomplete last line, which a killed program leaves, is ignored. With `own`, for a file that is written here, so
+    is everything after the last newline. Raises InputError for a missing file, one that is not UTF-8, and a line that
+    is not a JSON object.
     """
     if not path.is_file():
         raise InputError(str(path), "predictions", "no such file", "give a JSONL file of predictions")
@@ -356,18 +372,18 @@ def read_rows(path: Path, own: bool = False) -> list[Row]:
 
 
 def parts(folder: Path) -> list[Path]:
-    """The prediction files of an evaluation: that of one process, or of each of several (predictions.2.jsonl)."""
+    """Return the prediction files in a folder: predictions.jsonl, and predictions.<i>.jsonl of several processes."""
     return sorted(path for path in folder.glob("predictions*.jsonl"))
 
 
 def read_all(folder: Path) -> dict[str, Row]:
-    """Every complete line of an evaluation by id; each sample once, whichever process wrote it."""
+    """Return every complete line of an evaluation by id, each id once whichever process wrote it."""
     rows = (row for path in reversed(parts(folder)) for row in read_rows(path, own=True))
     return {row["id"]: row for row in rows if isinstance(row.get("id"), str)}
 
 
 def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-    """Write each prediction as it passes: its mask first, then its line, so that a line's mask is always there."""
+    """Write each prediction and yield it; its mask is written before its line, so that every line has its mask."""
     cut_tail(path)
     (path.parent / "masks").mkdir(exist_ok=True)
     for prediction in predictions:
@@ -391,7 +407,7 @@ def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction
 
 
 def merge(folder: Path, order: Sequence[str]) -> None:
-    """Make one file of all parts, its lines in the `order` of ids (those of other ids last)."""
+    """Merge all prediction files of a folder into one, with lines in the `order` of ids and other ids last."""
     rows, place = read_all(folder), {name: number for number, name in enumerate(order)}
     names = sorted(rows, key=lambda name: (place.get(name, len(place)), name))
     old = parts(folder)
@@ -404,17 +420,20 @@ def merge(folder: Path, order: Sequence[str]) -> None:
 # Lines of other programs.
 
 
-def text_of(row: Row, where: str) -> str:
-    """The answer in a line: text, or what the released code calls predict, pred, or (with a pred_path) output."""
+def text_of(row: Row, line: str) -> str:
+    """Return the answer in a line; the released code calls it predict, pred or, beside a pred_path, output.
+
+    Raises InputError naming `line` if there is none.
+    """
     names = ("text", "predict", "pred", *(["output"] if "pred_path" in row else []))
-    found = next((row[name] for name in names if isinstance(row.get(name), str)), None)
-    if found is None:
-        raise InputError(where, "text", "is missing", "give the answer as text (or predict)")
-    return found
+    text = next((row[name] for name in names if isinstance(row.get(name), str)), None)
+    if text is None:
+        raise InputError(line, "text", "is missing", "give the answer as text (or predict)")
+    return text
 
 
 def _media_keys(paths: Iterable[str | None]) -> set[tuple[str, ...]]:
-    """What paths of one file have in common under every root: a picture's last three parts, a clip's name."""
+    """Return keys of media that are the same under every root: a picture's last three parts, a clip's stem."""
     keys = set()
     for path in filter(None, paths):
         parts_ = PurePosixPath(path.replace("\\", "/")).parts
@@ -429,20 +448,20 @@ def _keys(example: Example) -> set[tuple[str, ...]]:
     return _media_keys([picture] if picture else [example.video])
 
 
-def _line(text: str) -> str:
-    """What a line says, whether in our wording or in that of the release ("guitar_man", "is null")."""
+def _wording(text: str) -> str:
+    """Return text in a form common to our wording and that of the released code ("guitar_man", "is null")."""
     words = re.split(r"[\s_]+", text.lower().replace("does not appear", "is null"))
     return " ".join(word for word in words if word not in ("", "and"))
 
 
 def assign(
-    rows: Sequence[Row], examples: Sequence[Example], where: str, ignored: Collection[str] = ()
+    rows: Sequence[Row], examples: Sequence[Example], file: str, ignored: Collection[str] = ()
 ) -> dict[str, Row]:
-    """Lines by the id of the Example that each answers; lines of `ignored` ids are left out.
+    """Return the lines by the id of the Example that each answers, without those of `ignored` ids.
 
-    A line with an id names it. Otherwise it is the one example with its question_id (or qid), its media (video_path or
-    image_path), its instruction and its gold answer (label, or output beside predict), as far as the line has them.
-    Raises InputError for a line that fits no example or several, and for two lines of one example.
+    A line without an id is matched by its question_id (or qid), its media (video_path or image_path), its instruction
+    and its gold answer (label, or output beside predict), as far as it has them. `file` names the file in errors.
+    Raises InputError for a line that matches no example or several, and for two lines of one example.
     """
     by_id = {example.id: example for example in examples}
     by_media: dict[tuple[str, ...], list[Example]] = defaultdict(list)
@@ -452,9 +471,9 @@ def assign(
             by_media[key].append(example)
         if "question_id" in example.meta:
             by_question[str(example.meta["question_id"])].append(example)
-    found: dict[str, Row] = {}
+    assigned: dict[str, Row] = {}
     for number, row in enumerate(rows, 1):
-        line = f"{where}:{number}"
+        line = f"{file}:{number}"
         for name in ("id", "image_path", "video_path"):
             if not isinstance(row.get(name), str | int | None) or (name != "id" and isinstance(row.get(name), int)):
                 raise InputError(line, name, f"is {row[name]!r:.60}", "must be text")
@@ -478,10 +497,10 @@ def assign(
                 f"is missing, and what the line holds fits {len(chosen)} examples",
                 "add the id of the example",
             )
-        if chosen[0].id in found:
+        if chosen[0].id in assigned:
             raise InputError(line, "id", f"a second answer to example {chosen[0].id!r}", "keep one of them")
-        found[chosen[0].id] = row
-    return found
+        assigned[chosen[0].id] = row
+    return assigned
 
 
 def _narrow(
@@ -490,7 +509,7 @@ def _narrow(
     by_media: Mapping[tuple[str, ...], list[Example]],
     by_question: Mapping[str, list[Example]],
 ) -> list[Example]:
-    """The examples that a line without an id may be about."""
+    """Return the examples that a line without an id may be about."""
     chosen = list(examples)
     question = row.get("question_id", row.get("qid"))
     keys = _media_keys([row.get("image_path") or row.get("video_path")])
@@ -499,41 +518,44 @@ def _narrow(
     elif keys:
         chosen = by_media.get(next(iter(keys)), [])
     gold = row.get("label") if isinstance(row.get("label"), str) else row.get("output") if "predict" in row else None
-    for wanted, of in ((row.get("instruction"), lambda e: e.instruction), (gold, lambda e: e.target)):
+    for wanted, text_in in ((row.get("instruction"), lambda e: e.instruction), (gold, lambda e: e.target)):
         if isinstance(wanted, str) and len(chosen) > 1:
-            same = [e for e in chosen if _line(wanted).removesuffix("</s>").strip() == _line(of(e))]
+            same = [e for e in chosen if _wording(wanted).removesuffix("</s>").strip() == _wording(text_in(e))]
             chosen = same or chosen
     return chosen
 
 
 def mask_of(row: Row) -> Any:
-    """What a line says of its mask, None for nothing; the released code calls it pred_path."""
+    """Return the mask entry of a line, None if it has none; the released code calls it pred_path."""
     mask = row.get("mask", row.get("pred_path"))
     return None if mask == "" else mask
 
 
 def masks_digest(rows: Iterable[Row], folder: Path) -> str:
-    """A hash of the mask files of lines, as far as they are there."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return a hash of the mask files of `rows`, without those that are missing."""
+    digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         mask = mask_of(row)
         if isinstance(mask, str):
             with contextlib.suppress(InputError):
-                found.update(hashlib.blake2b(find_mask(folder, mask).read_bytes()).digest())
-    return found.hexdigest()
+                digest.update(hashlib.blake2b(find_mask(folder, mask).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def answer_of(
     row: Row | None,
     example: Example,
     folder: Path,
-    where: str,
+    line: str,
     full: Mapping[int, int] | None = None,
     truth: Callable[[], tuple[int, int] | None] = lambda: None,
 ) -> Answer:
-    """The answer in a line; nothing at all without one. `full`, `truth`: as of `load_mask`."""
+    """Return the answer of `row` to an Example, an empty one if `row` is None.
+
+    `line` names the line in errors; see `load_mask` for `full` and `truth`, and for the errors of its mask.
+    """
     if row is None:
         return Answer(example.id, "")
     mask, kind = mask_of(row), example.mask_kind
-    drawn = load_mask(mask, kind, folder, full, truth, where) if mask is not None and kind != "none" else None
-    return Answer(example.id, text_of(row, where), drawn)
+    drawn = load_mask(mask, kind, folder, full, truth, line) if mask is not None and kind != "none" else None
+    return Answer(example.id, text_of(row, line), drawn)

@@ -10,9 +10,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.io.structured import Each, check, read_json
 from crab_jax.tasks import TASKS
 
-# The verb.
-
-METRICS = Each(Text(1, 200), Number())  # a line of metrics.jsonl
+METRICS = Each(Text(1, 200), Number())  # schema of a line of metrics.jsonl
 SCORES = {
     "n": Whole(),
     "n_unparsed?": Whole(),
@@ -22,7 +20,10 @@ SCORES = {
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What evaluate wrote. Raises InputError, also for a metric that is no number."""
+    """Return the results.json that evaluate wrote.
+
+    Raises InputError for a file that is missing or malformed, and for a metric that is not a number.
+    """
     fix = "give the results.json of evaluate"
     if not path.is_file():
         raise InputError(str(path), "--results", "no such file", fix)

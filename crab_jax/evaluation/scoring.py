@@ -1,7 +1,7 @@
-"""From answers to results: parse, score, summarise with bootstrap intervals, and the baselines that need no model.
+"""Scoring: from answers to results with bootstrap intervals, and baselines that need no model.
 
-Everything here is a pure function; a sample's score depends on nothing but its own answer and label, and results do
-not depend on the order of the samples.
+All functions here are pure. The score of a sample depends only on its own answer and label, and results do not depend
+on the order of the samples.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from data_pipelines.examples import Example
 
 RESAMPLES = 1000
 PARSED = "_parsed"  # suffix of a metric over the answered samples only
-COUNTS = ("n", "n_unparsed", "n_no_mask", "intervals")  # what stands beside the metrics of a task
+COUNTS = ("n", "n_unparsed", "n_no_mask", "intervals")  # keys beside the metrics in the results of a task
 ReadMask = Callable[[Example], np.ndarray | None]
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The answer to the Example of the same id: its text, and its mask when one was produced.
+    """An answer to the Example with the same id: its text, and its mask if there is one.
 
     mask: float[H,W] probabilities or bool[H,W] (binary tasks), int[H,W] class ids (semantic), at the size of the label.
     """
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """One scored answer. `parsed` is None when the text could not be read."""
+    """One scored answer; `parsed` is None for text that the task cannot read."""
 
     id: str
     task: str
@@ -48,9 +48,9 @@ class Judged:
 
 
 def check_label(example: Example) -> None:
-    """Raise InputError when `meta` does not hold what the example's task is scored against.
+    """Raise InputError when `meta` lacks a field that the example's task is scored against.
 
-    So a bad label stops a run before hours of decoding rather than after.
+    A bad label then stops a run before hours of decoding, not after.
     """
     task = TASKS[example.task]
     for name, problem, must_be in wrong_fields(task, example.meta):
@@ -59,7 +59,7 @@ def check_label(example: Example) -> None:
 
 
 def judge(example: Example, prediction: Answer, gt_mask: np.ndarray | None) -> Judged:
-    """Parse and score one answer. Raises InputError when a mask is needed to score it and there is none."""
+    """Parse and score one answer; raise InputError when its task is scored against a mask and there is none."""
     task = TASKS[example.task]
     if task.mask_kind != "none" and gt_mask is None:
         raise InputError(
@@ -73,36 +73,38 @@ def judge(example: Example, prediction: Answer, gt_mask: np.ndarray | None) -> J
     return Judged(example.id, example.task, parsed, prediction.mask is not None, stats)
 
 
-def answered(one: Judged) -> bool:
-    """Whether an answer holds what its task is scored on: a mask, or text that can be read.
+def answered(answer: Judged) -> bool:
+    """Return whether an answer has what its task is scored on: a mask, or text that can be read.
 
-    The released evaluation drops the others; here they count as empty answers, and in no metric that ends in `_parsed`.
+    The released evaluation leaves out the other answers. Here they count as empty answers, and are left out of the
+    metrics that end in `_parsed`.
     """
-    return one.has_mask if TASKS[one.task].mask_kind != "none" else one.parsed is not None
+    return answer.has_mask if TASKS[answer.task].mask_kind != "none" else answer.parsed is not None
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float]:
-    """Every defined metric of one task's answers, over all of them and, as `_parsed`, over the answered ones.
+    """Return every defined metric of one task over all answers and, with the suffix `_parsed`, over the answered ones.
 
-    Shares of readable answers (`_rate`) exist for all samples only.
+    Shares of readable answers (`_rate`) have no `_parsed` variant.
     """
     reduce = TASKS[judged[0].task].reduce
-    kept = [one.stats for one in judged if answered(one)]
-    everything = reduce([one.stats for one in judged])
+    kept = [answer.stats for answer in judged if answered(answer)]
+    everything = reduce([answer.stats for answer in judged])
     parsed = everything if len(kept) == len(judged) else reduce(kept) if kept else {}
     metrics = everything | {name + PARSED: value for name, value in parsed.items() if not name.endswith("_rate")}
     return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """`[low, high]`: the middle 95 % of bootstrap values."""
+    """Return `[low, high]`, the bounds of the middle 95 % of bootstrap values."""
     return [float(x) for x in np.percentile(values, (2.5, 97.5))]
 
 
 def intervals(judged: Sequence[Judged], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, list[float]]:
-    """95 % percentile bootstrap `[low, high]` of every metric of one task over resamples of the samples, seeded.
+    """Return the 95 % percentile bootstrap interval `[low, high]` of every metric of one task.
 
-    A metric that a resample leaves undefined (a question type that was not drawn) is taken over the other resamples.
+    Samples are resampled with replacement, by a generator with the given seed. A metric that is undefined in a resample
+    (a question type that was not drawn) is taken over the other resamples.
     """
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {}
@@ -113,32 +115,32 @@ def intervals(judged: Sequence[Judged], resamples: int = RESAMPLES, seed: int = 
 
 
 def by_task(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
-    """The answers of each task, tasks in their order, answers by id."""
-    ordered = sorted(judged, key=lambda one: one.id)
-    groups = {name: [one for one in ordered if one.task == name] for name in TASKS}
-    return {name: ours for name, ours in groups.items() if ours}
+    """Return the answers of each task that has any: tasks in the order of TASKS, answers sorted by id."""
+    ordered = sorted(judged, key=lambda answer: answer.id)
+    groups = {name: [answer for answer in ordered if answer.task == name] for name in TASKS}
+    return {name: answers for name, answers in groups.items() if answers}
 
 
 def summarise(judged: Iterable[Judged], resamples: int = RESAMPLES, seed: int = 0) -> Results:
-    """`{"tasks": {task: {metric: x, "n": N, "n_unparsed": k, "n_no_mask": k, "intervals": {metric: [lo, hi]}}}}`.
+    """Return the results of scored answers, with the metrics of `measure` and their bootstrap intervals.
 
-    See `measure` for the metrics; those that are undefined on these samples are left out.
+    They are `{"tasks": {task: {metric: x, "n": N, "n_unparsed": k, "n_no_mask": k, "intervals": {metric: [lo, hi]}}}}`.
+    Metrics that are undefined on these samples are left out.
     """
     results: dict[str, dict[str, Any]] = {}
-    for name, ours in by_task(judged).items():
-        metrics, found = measure(ours), intervals(ours, resamples, seed)
+    for name, answers in by_task(judged).items():
+        metrics, bounds = measure(answers), intervals(answers, resamples, seed)
         results[name] = metrics | {
-            "n": len(ours),
-            "n_unparsed": sum(one.parsed is None for one in ours),
-            "n_no_mask": sum(not one.has_mask for one in ours) if TASKS[name].mask_kind != "none" else 0,
-            "intervals": {key: found[key] for key in metrics if key in found},
+            "n": len(answers),
+            "n_unparsed": sum(answer.parsed is None for answer in answers),
+            "n_no_mask": sum(not answer.has_mask for answer in answers) if TASKS[name].mask_kind != "none" else 0,
+            "intervals": {key: bounds[key] for key in metrics if key in bounds},
         }
     return {"tasks": results}
 
 
 def no_masks(example: Example) -> None:
-    """The `read_mask` of examples without masks."""
-    return None
+    """Return no mask: the default of `read_mask`, for examples without masks."""
 
 
 def score(
@@ -148,7 +150,7 @@ def score(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Results:
-    """Results of `predictions` on `examples`; an example without a prediction counts as answered with nothing.
+    """Return the results of `predictions` on `examples`; an example without a prediction counts as an empty answer.
 
     Raises InputError for a prediction of an unknown example, and for two of one example.
     """
@@ -174,10 +176,10 @@ def score(
 def baseline_results(
     examples: Sequence[Example], kind: str, read_mask: ReadMask = no_masks, resamples: int = RESAMPLES, seed: int = 0
 ) -> Results:
-    """Results of answering every question of a task alike, without looking or listening.
+    """Return the results of giving the same answer to every question of a task, whatever the media.
 
-    "empty": nothing is said and no mask is drawn. "constant": the best (by the task's headline metric, on these very
-    examples, so it is an upper bound) of the task's candidate constant answers.
+    kind: "empty" gives no text and no mask. "constant" gives the best of the task's candidate constant answers by its
+    headline metric on these same examples, so it is an upper bound. Raises InputError for another kind.
     """
     if kind == "empty":
         return score([], examples, read_mask, resamples, seed)
@@ -187,22 +189,22 @@ def baseline_results(
         check_label(example)
     results: dict[str, dict[str, Any]] = {}
     for name, task in TASKS.items():
-        ours = [example for example in examples if example.task == name]
-        if not ours:
+        of_task = [example for example in examples if example.task == name]
+        if not of_task:
             continue
-        masks = [read_mask(example) for example in ours]
+        masks = [read_mask(example) for example in of_task]
 
-        def judged(text: str, mask: np.ndarray | None, ours=ours, masks=masks) -> list[Judged]:
-            return [judge(e, Answer(e.id, text, mask), gt) for e, gt in zip(ours, masks, strict=True)]
+        def judged(text: str, mask: np.ndarray | None, of_task=of_task, masks=masks) -> list[Judged]:
+            return [judge(e, Answer(e.id, text, mask), gt) for e, gt in zip(of_task, masks, strict=True)]
 
-        candidates = [judged(*candidate) for candidate in task.constants([e.meta for e in ours], masks)]
-        best = max(candidates, key=lambda c, task=task: task.reduce([one.stats for one in c])[task.headline])
+        candidates = [judged(*candidate) for candidate in task.constants([e.meta for e in of_task], masks)]
+        best = max(candidates, key=lambda c, task=task: task.reduce([answer.stats for answer in c])[task.headline])
         results |= summarise(best, resamples, seed)["tasks"]
     return {"tasks": results}
 
 
 def _shown(row: dict[str, Any], metric: str) -> str:
-    """Two cells of a table: a metric and its interval."""
+    """Return two cells of a Markdown table, a metric and its interval."""
     if metric not in row:
         return "- | -"
     low, high = row["intervals"].get(metric, (float("nan"),) * 2)
@@ -210,7 +212,7 @@ def _shown(row: dict[str, Any], metric: str) -> str:
 
 
 def headlines(results: Results) -> str:
-    """A Markdown table of the headline metric of each task, with its 95 % interval."""
+    """Return a Markdown table of the headline metric of each task with its 95 % interval."""
     lines = ["| task | n | metric | value | 95 % interval | unreadable | no mask |", "|---|---|---|---|---|---|---|"]
     lines += [
         f"| {name} | {row['n']} | {TASKS[name].headline} | {_shown(row, TASKS[name].headline)} "
@@ -221,7 +223,7 @@ def headlines(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The headlines, and a table of every metric over all samples and over the answered ones."""
+    """Return the headlines in Markdown, and a table of every metric over all samples and over the answered ones."""
     lines = ["| task | metric | all | 95 % interval | answered | 95 % interval |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {name} | {metric} | {_shown(row, metric)} | {_shown(row, metric + PARSED)} |"

@@ -164,7 +164,7 @@ class Words(Bound):
 
 
 class Modules(Bound):
-    """Comma-separated modules as Python imports them, each with or without `:NAME`; "" is none."""
+    """Comma-separated modules as in Python imports, each optionally with `:NAME`; "" for none."""
 
     wanted = "modules as Python imports them, as in package.module:NAME,package.other"
     _one = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*)?")

@@ -1,0 +1,1 @@
+"""Crab and its modules, the model protocol, sizes by name, and the layout for generation."""

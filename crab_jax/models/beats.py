@@ -19,7 +19,11 @@ MEL_BINS = 128
 
 @dataclasses.dataclass(frozen=True)
 class BeatsConfig:
-    """Sizes of the encoder; the defaults are BEATs_iter3+ (AS2M). `conv_pos` is the kernel of the position conv."""
+    """Sizes of the encoder; the defaults are those of BEATs_iter3+ (AS2M).
+
+    conv_pos: kernel size of the convolution that encodes positions; conv_pos_groups: its groups. num_buckets,
+    max_distance: of the relative position bias. dtype: compute dtype.
+    """
 
     layers: int = 12
     width: int = 768
@@ -35,10 +39,11 @@ class BeatsConfig:
 
 
 def relative_bucket(distance: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket int32 of each relative position (key minus query).
+    """Return the bucket, int32, of each relative position (key minus query).
 
-    Half of the buckets are for each sign; within a half, small distances have their own bucket and larger ones share
-    logarithmically. Distances on a bucket's edge follow the float32 arithmetic of the released code.
+    Half of the buckets are for each sign. Within a half each small distance has a bucket of its own, and larger
+    distances share buckets of logarithmic width. Distances on the edge of a bucket follow the float32 arithmetic of
+    the released code.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -50,17 +55,17 @@ def relative_bucket(distance: np.ndarray, num_buckets: int, max_distance: int) -
 
 
 class PositionConv(nn.Module):
-    """Weight-normed grouped convolution over the tokens: x [B,N,C] -> GELU(conv(x)) [B,N,C].
+    """Grouped convolution over the tokens with weight normalisation, then GELU: x [B,N,C] -> [B,N,C].
 
-    The norm runs over channels, one gain per kernel tap (`weight_norm(dim=2)`). Magnitude and direction are kept apart
-    as in the released file: weight_g [k,1,1], weight_v [k,C/groups,C].
+    The norm is taken over channels, with one gain per kernel tap (PyTorch's `weight_norm(dim=2)`). Magnitude and
+    direction are separate parameters as in the released file: weight_g [k,1,1], weight_v [k,C/groups,C].
     """
 
     cfg: BeatsConfig
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        """x [B,N,C] -> [B,N,C]."""
+        """Map x [B,N,C] to [B,N,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         std = math.sqrt(4 / (cfg.conv_pos * cfg.width))
         shape = (cfg.conv_pos, cfg.width // cfg.conv_pos_groups, cfg.width)
@@ -69,7 +74,7 @@ class PositionConv(nn.Module):
         g = self.param("weight_g", gain, (cfg.conv_pos, 1, 1)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (cfg.width,)).astype(dtype)
         kernel = v * (g / jnp.linalg.norm(v, axis=(1, 2), keepdims=True))
-        # An even kernel padded by k/2 on both sides gives one output too many; the last one is never made.
+        # PyTorch pads an even kernel by k/2 on both sides and drops the last output; padding less never computes it.
         pad = (cfg.conv_pos // 2, (cfg.conv_pos - 1) // 2)
         y = jax.lax.conv_general_dilated(
             x,
@@ -83,13 +88,13 @@ class PositionConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention whose relative position bias is gated by the query. x [B,N,C], bias float32[H,N,N] -> [B,N,C]."""
+    """Self-attention whose relative position bias is gated by the query."""
 
     cfg: BeatsConfig
 
     @nn.compact
     def __call__(self, x: Tokens, bias: jax.Array) -> Tokens:
-        """x [B,N,C], bias float32[H,N,N] -> [B,N,C]."""
+        """Map x [B,N,C] and the position bias float32[H,N,N] to [B,N,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         q, k, v = (
             nn.Dense(cfg.width, dtype=dtype, name=f"{name}_proj")(x).reshape(*x.shape[:-1], cfg.heads, -1)
@@ -102,20 +107,20 @@ class Attention(nn.Module):
         return nn.Dense(cfg.width, dtype=dtype, name="out_proj")(y)
 
     def _gates(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Two gates float32[B,H,N,1] from the unscaled query [B,N,H,d]."""
+        """Return the two gates, float32[B,H,N,1] each, of the unscaled queries [B,N,H,d]."""
         y = nn.Dense(8, dtype=jnp.dtype(self.cfg.dtype), name="grep_linear")(q).astype(jnp.float32)
         gates = nn.sigmoid(y.reshape(*y.shape[:-1], 2, 4).sum(-1)).swapaxes(1, 2)
         return gates[..., :1], gates[..., 1:]
 
 
 class Layer(nn.Module):
-    """Post-norm transformer layer with the residual scaled by deep norm's alpha = (2 layers)^(1/4)."""
+    """Post-norm transformer layer with the residual scaled by DeepNorm's alpha = (2 layers)^(1/4)."""
 
     cfg: BeatsConfig
 
     @nn.compact
     def __call__(self, x: Tokens, bias: jax.Array) -> tuple[Tokens, None]:
-        """x [B,N,C], bias float32[H,N,N] -> ([B,N,C], None), as `nn.scan` wants it."""
+        """Map x [B,N,C] and the position bias float32[H,N,N] to ([B,N,C], None), the form that `nn.scan` expects."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         alpha = (2 * cfg.layers) ** 0.25
         x = layer_norm("self_attn_layer_norm", dtype)(alpha * x + Attention(cfg, name="self_attn")(x, bias))
@@ -125,15 +130,16 @@ class Layer(nn.Module):
 
 
 class Beats(nn.Module):
-    """Audio tokens of a filter bank. The padding mask is always empty, as in the reference."""
+    """The encoder: audio tokens from a log-mel filter bank. No token is masked as padding, as in the released code."""
 
     cfg: BeatsConfig
 
     @nn.compact
     def __call__(self, fbank: Fbank) -> Tokens:
-        """fbank float[B,F,128], normalised log-mel -> [B, F//patch * 128//patch, C] in `cfg.dtype`, time-major.
+        """Encode normalised log-mel frames float[B,F,128] to tokens [B, F//patch * 128//patch, C] in `cfg.dtype`.
 
-        Frames after the last whole patch are dropped (98 -> 6 rows, 198 -> 12).
+        Tokens are in time-major order. Frames after the last whole patch are dropped: 98 frames make 6 rows of
+        patches, 198 make 12. Raises InputError for another number of mel bins, or fewer frames than one patch.
         """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if fbank.ndim != 3 or fbank.shape[1] < cfg.patch_size or fbank.shape[2] != MEL_BINS:
@@ -152,7 +158,7 @@ class Beats(nn.Module):
             x = nn.Dense(cfg.width, dtype=dtype, name="post_extract_proj")(x)
         x = layer_norm("encoder_layer_norm", dtype)(x + PositionConv(cfg, name="pos_conv")(x))
 
-        # One table, that of layer 0, serves every layer.
+        # All layers share one table; the released file stores it with layer 0.
         table = nn.Embed(cfg.num_buckets, cfg.heads, dtype=jnp.float32, name="relative_attention_bias")
         steps = np.arange(x.shape[1])
         bias = table(relative_bucket(steps - steps[:, None], cfg.num_buckets, cfg.max_distance)).transpose(2, 0, 1)

@@ -20,8 +20,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipConfig:
     """Sizes of the tower; the defaults are ViT-L/14.
 
-    taps: hidden states to return; 0 is the embedding after `pre_layrnorm`, i the output of layer i. Layers above the
-    last tap do no useful work, so `layers` may be as small as max(taps).
+    taps: hidden states to return; 0 is the embedding after `pre_layrnorm`, i is the output of layer i. Layers above
+    the last tap have no effect, so `layers` may be as small as max(taps). Raises InputError when the patches do not
+    divide the picture, or a tap names a layer that does not exist.
     """
 
     image_size: int = 224
@@ -38,7 +39,7 @@ class ClipConfig:
             raise InputError(
                 "ClipConfig",
                 "image_size",
-                f"{self.image_size} is no multiple of {self.patch_size}",
+                f"{self.image_size} is not a multiple of {self.patch_size}",
                 "choose a multiple of patch_size",
             )
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:
@@ -48,24 +49,24 @@ class ClipConfig:
 
     @property
     def patches(self) -> int:
-        """Tokens per picture, class token excluded."""
+        """Number of tokens per picture, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
 def normalize(frames: jax.Array) -> jax.Array:
-    """uint8[..., 3] RGB -> float32[..., 3] with CLIP's mean and standard deviation (CLIPImageProcessor)."""
+    """Normalise RGB uint8[..., 3] to float32[..., 3] by CLIP's mean and standard deviation (CLIPImageProcessor)."""
     return (frames.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biased projections; softmax in float32. x [B,N,C] -> [B,N,C]."""
+    """Multi-head self-attention whose projections have a bias; the softmax is in float32."""
 
     heads: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        """x [B,N,C] -> [B,N,C]."""
+        """Map x [B,N,C] to [B,N,C]."""
         width = x.shape[-1]
         q, k, v = (
             nn.Dense(width, dtype=self.dtype, name=f"{name}_proj")(x).reshape(*x.shape[:-1], self.heads, -1)
@@ -76,26 +77,29 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, quick GELU, linear. x [B,N,C] -> [B,N,C]."""
+    """Feed-forward network: linear layer, quick GELU, linear layer."""
 
     hidden: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        """x [B,N,C] -> [B,N,C]."""
+        """Map x [B,N,C] to [B,N,C]."""
         y = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y * nn.sigmoid(1.702 * y))
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer, which also stores its output at `slot` of the tap buffer."""
+    """Pre-norm transformer layer that also writes its output into one slot of the buffer of taps."""
 
     cfg: ClipConfig
 
     @nn.compact
     def __call__(self, carry: tuple[Tokens, jax.Array], slot: jax.Array) -> tuple[tuple[Tokens, jax.Array], None]:
-        """carry (x [B,1+N,C], buffer [taps+1,B,N,C]), slot int32[] -> (carry, None), as `nn.scan` wants it."""
+        """Map (x [B,1+N,C], buffer [taps+1,B,N,C]) to the same of the next layer, in the form that `nn.scan` expects.
+
+        slot: int32[], where in the buffer the output is written, without the class token.
+        """
         x, buffer = carry
         dtype = jnp.dtype(self.cfg.dtype)
         x = x + Attention(self.cfg.heads, dtype, name="self_attn")(layer_norm("layer_norm1", dtype)(x))
@@ -104,13 +108,16 @@ class Layer(nn.Module):
 
 
 class Clip(nn.Module):
-    """Tapped hidden states of the vision tower; the tower's post_layernorm is on none of them."""
+    """The vision tower, which returns the hidden states of `taps`, without the tower's final post_layernorm."""
 
     cfg: ClipConfig
 
     @nn.compact
     def __call__(self, pixels: Pixels) -> tuple[Tokens, ...]:
-        """pixels float[B,H,W,3] from `normalize` -> one [B,N,C] in `cfg.dtype` per tap, class token dropped."""
+        """Encode pixels float[B,H,W,3] from `normalize` to one [B,N,C] in `cfg.dtype` per tap, without the class token.
+
+        Raises InputError when H and W are not `cfg.image_size`.
+        """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if pixels.shape[1:] != (cfg.image_size, cfg.image_size, 3):
             raise InputError(
@@ -129,8 +136,8 @@ class Clip(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, cfg.width)), x], axis=1) + positions
         x = layer_norm("pre_layrnorm", dtype)(x)
 
-        # One slot per tap and a last one that takes every other layer; only the taps outlive the scan.
-        # Slots start as hidden state 0, so a tap at 0 needs no writing.
+        # The buffer has one slot per tap, and a spare one that all other layers overwrite: the scan keeps no more.
+        # Slots start as hidden state 0, so a tap of 0 needs no writing.
         spare = len(cfg.taps)
         slots = [cfg.taps.index(i) if i in cfg.taps else spare for i in range(1, cfg.layers + 1)]
         buffer = jnp.broadcast_to(x[:, 1:], (spare + 1, len(x), cfg.patches, cfg.width))

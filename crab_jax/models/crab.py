@@ -1,6 +1,6 @@
-"""Crab: encoders -> Q-Formers -> spliced sequence -> LLaMA with multi-head LoRA -> text logits and masks.
+"""Crab: encoders, Q-Formers, the spliced sequence, LLaMA with multi-head LoRA, text logits and masks.
 
-Paper section 3 (architecture); released files models/unified_arch.py, models/unified_llama.py.
+Sources: section 3 of the paper (architecture); released files models/unified_arch.py, models/unified_llama.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crab_jax.models.mask_decoder import SegConfig, SegModule
 from crab_jax.models.qformer import QFormer, QFormerConfig
 from crab_jax.models.shapes import CacheSlots, FeatureRows, Frames, Hidden, Ids, Logits, MaskStates, Positions, Windows
 
-# Parameters that stages train or freeze together: paths ('/'-joined, full match).
+# Parameters that stages train or freeze together: regular expressions that match whole paths, joined by '/'.
 PARAMETER_GROUPS = {
     "encoders": ("clip/.*", "beats/.*"),
     "qformers": ("vl_projector/.*", "al_projector/.*"),
@@ -37,7 +37,10 @@ PARAMETER_GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class CrabConfig:
-    """Sizes of every module. `seg_taps` picks the two CLIP taps of the mask decoder; the last tap feeds the LLM."""
+    """Sizes of every module.
+
+    seg_taps: which two of the CLIP taps the mask decoder reads; the last tap feeds the language model.
+    """
 
     clip: ClipConfig = ClipConfig()
     beats: BeatsConfig = BeatsConfig()
@@ -55,22 +58,22 @@ class CrabConfig:
 
     @property
     def visual_queries(self) -> int:
-        """Feature rows of each frame."""
+        """Number of feature rows per frame."""
         return self.visual.queries
 
     @property
     def audio_queries(self) -> int:
-        """Feature rows of each audio window."""
+        """Number of feature rows per audio window."""
         return self.audio.queries
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, those of the tasks included."""
+        """Number of tokens of the vocabulary, including those that the tasks add."""
         return self.llama.vocab_size
 
     @property
     def lora_heads(self) -> int:
-        """Heads of the routed LoRA."""
+        """Number of heads of the multi-head LoRA."""
         return self.lora.heads
 
     @property
@@ -79,13 +82,17 @@ class CrabConfig:
         return self.llama.dtype
 
     def build(self) -> Crab:
-        """Return the module, in the layout of training."""
+        """Return the module in the layout for training."""
         return Crab(self)
 
 
 @flax.struct.dataclass
 class CrabOutput:
-    """logits f32[B,L,V], hidden [B,L,D]; mask logits f32[B,M,H,W] and f32[B,M,classes,H,W], None when M = 0."""
+    """Result of a teacher-forced pass over B rows of L tokens with M mask groups each.
+
+    logits: float32[B,L,V]. hidden: [B,L,D]. binary: mask logits float32[B,M,H,W]. semantic: class logits
+    float32[B,M,classes,H,W]. Both kinds of mask logits are None when M = 0.
+    """
 
     logits: jax.Array
     hidden: jax.Array
@@ -94,20 +101,23 @@ class CrabOutput:
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """`x` with its first axis spread like the rows of the batch (within `sharding.constrained`)."""
+    """Return `x` [B,...] sharded over its first axis like the rows of the batch (within `sharding.constrained`)."""
     return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
 class Crab(nn.Module):
-    """The whole model, a `protocol.Model`. A `batch` is a data_pipelines.batching.Batch (or anything with its fields).
+    """The whole model, an implementation of `protocol.Model`.
 
-    With `weights` (one of `generating.KINDS`) it can only generate, on the parameters that `for_generation` makes.
+    A `batch` is a `data_pipelines.batching.Batch`, or anything with its fields. With `weights` (one of
+    `generating.KINDS`) the module has the layout for generation: it cannot be trained, and takes the parameters that
+    `for_generation` returns.
     """
 
     cfg: CrabConfig
     weights: str = ""
 
     def setup(self) -> None:
+        """Create the modules; linen calls this."""
         cfg = self.cfg
         self.clip = Clip(cfg.clip)
         self.beats = Beats(cfg.beats)
@@ -117,25 +127,28 @@ class Crab(nn.Module):
         self.seg_module = SegModule(cfg.seg)
 
     def encode_images(self, images: jax.Array) -> tuple[jax.Array, ...]:
-        """uint8[B,T,H,W,3] -> one [B,T,N,C] per CLIP tap."""
+        """Encode pictures uint8[B,T,H,W,3] to one [B,T,N,C] per CLIP tap."""
         batch = images.shape[0]
         taps = self.clip(_rows(normalize(rearrange(images, "b t h w c -> (b t) h w c"))))
         return tuple(rearrange(tap, "(b t) n c -> b t n c", b=batch) for tap in taps)
 
     def visual_rows(self, patches: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Patches [B,T,N,C] of the last tap -> LLM rows [B,T*Q,D], frame by frame."""
+        """Map patches [B,T,N,C] of the last tap to feature rows [B,T*Q,D], frame by frame."""
         batch = patches.shape[0]
         rows = self.vl_projector(_rows(rearrange(patches, "b t n c -> (b t) n c")), deterministic)
         return _rows(rearrange(rows, "(b t) q d -> b (t q) d", b=batch))
 
     def audio_rows(self, fbank: jax.Array, deterministic: bool = True) -> jax.Array:
-        """fbank [B,S,F,128] -> LLM rows [B,S*Q,D], window by window."""
+        """Encode log-mel windows float32[B,S,F,128] to feature rows [B,S*Q,D], window by window."""
         batch = fbank.shape[0]
         encoded = _rows(self.beats(_rows(rearrange(fbank, "b s f m -> (b s) f m"))))
         return _rows(rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch))
 
     def features(self, frames: Frames, fbank: Windows) -> FeatureRows:
-        """Frames uint8[B,T,H,W,3] and fbank [B,S,F,128] -> the rows [B,R,D] that slots point at, R = T*Qv + S*Qa."""
+        """Encode frames uint8[B,T,H,W,3] and windows float32[B,S,F,128] to the feature rows [B,R,D] that slots index.
+
+        R = T * visual_queries + S * audio_queries, visual rows first.
+        """
         rows = [jnp.zeros((len(frames), 0, self.cfg.llama.hidden), self.cfg.llama.dtype)]
         if frames.shape[1]:
             rows.append(self.visual_rows(self.encode_images(frames)[-1]))
@@ -144,7 +157,10 @@ class Crab(nn.Module):
         return jnp.concatenate(rows, axis=1)
 
     def splice(self, batch: Any, rows: list[jax.Array]) -> jax.Array:
-        """Text embeddings with feature rows gathered into their slots: [B,L,D]. One gather, no loop over samples."""
+        """Return the token embeddings [B,L,D] with feature rows in their slots, by one gather for the whole batch.
+
+        rows: arrays [B,...,D] whose concatenation over axis 1 `batch.slots` indexes; a slot of -1 is a text token.
+        """
         text = _rows(self.llama.embed(batch.tokens))
         if not rows:
             return text
@@ -153,7 +169,7 @@ class Crab(nn.Module):
         return jnp.where((batch.slots >= 0)[..., None], taken, text)
 
     def inputs(self, batch: Any, deterministic: bool = True) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Batch -> (spliced embeddings [B,L,D], mask-decoder features: two [B,M,N,C], empty when M = 0)."""
+        """Return the spliced embeddings [B,L,D] and the mask decoder's features: two [B,M,N,C], none when M = 0."""
         frames, masks = batch.frames.shape[1], batch.seg_frame.shape[1]
         rows: list[jax.Array] = []
         seg_features: tuple[jax.Array, ...] = ()
@@ -168,7 +184,10 @@ class Crab(nn.Module):
         return self.splice(batch, rows), seg_features
 
     def __call__(self, batch: Any, deterministic: bool = True) -> CrabOutput:
-        """Teacher-forced pass over prompts with targets."""
+        """Run a teacher-forced pass over prompts with their answers, tokens int32[B,L].
+
+        Needs the `dropout` rng unless `deterministic`.
+        """
         x, seg_features = self.inputs(batch, deterministic)
         hidden, _ = self.llama(x, self.positions(batch), deterministic=deterministic)
         binary = semantic = None
@@ -183,21 +202,21 @@ class Crab(nn.Module):
 
     @nn.nowrap
     def positions(self, batch: Any) -> Positions:
-        """int32[B,L]: every token, text or feature, is one further than the one before."""
+        """Return the positions int32[B,L]: every token, text or feature, is one further than the token before it."""
         return jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
 
     @nn.nowrap
     def empty_cache(self, rows: int, slots: int) -> KVCache:
-        """Return a cache for so many rows and slots."""
+        """Return an empty cache for `rows` rows of `slots` slots each."""
         return init_cache(self.cfg.llama, rows, slots)
 
     @nn.nowrap
     def grown_cache(self, cache: KVCache, slots: int) -> KVCache:
-        """Return the cache with so many more slots, all empty."""
+        """Return the cache with `slots` more slots, all empty."""
         return grow_cache(cache, slots)
 
     def prefill(self, batch: Any, cache: KVCache, features: FeatureRows | None = None) -> tuple[Hidden, KVCache]:
-        """Read the prompt, fill the cache: (hidden [B,L,D], cache). With `features` [B,R,D] no media is needed."""
+        """Read prompts into the cache: (hidden [B,L,D], cache). With `features` [B,R,D] the batch needs no media."""
         if features is None:
             features = self.features(batch.frames, batch.fbank)
         x = self.splice(batch, [features] if features.shape[1] else [])
@@ -205,22 +224,28 @@ class Crab(nn.Module):
         return self.llama(x, self.positions(batch), cache=cache, slots=slots)
 
     def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: KVCache) -> tuple[Hidden, KVCache]:
-        """Read one more token a row: tokens, positions and slots int32[B,1] -> (hidden [B,1,D], cache)."""
+        """Read one more token per row, tokens, positions and slots int32[B,1]: (hidden [B,1,D], cache)."""
         return self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Hidden) -> Logits:
-        """hidden [...,D] -> float32 [...,V]."""
+        """Map hidden [...,D] to logits float32[...,V]."""
         return self.llama.logits(hidden)
 
     def masks(self, states: MaskStates, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mask-token states [B,6,D], pictures uint8[B,H,W,3] -> logits (binary [B,H,W], semantic [B,classes,H,W])."""
+        """Return the mask logits of pictures uint8[B,H,W,3] from the states [B,6,D] that predict their mask tokens.
+
+        They are float32: binary [B,H,W] and semantic [B,classes,H,W].
+        """
         taps = self.encode_images(seg_frame[:, None])
         logits: Any = self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))  # both kinds
         return logits
 
     @nn.nowrap
-    def for_generation(self, params: Any, weights: str = "float", where: Any = None) -> tuple[Crab, Any]:
-        """Return the same model laid out for generation (models/generating.py) and its parameters, made once; those of
-        its language model with the sharding `where`."""
-        llama = fuse(params["llama"], self.cfg.llama, self.cfg.lora, weights, where)
+    def for_generation(self, params: Any, weights: str = "float", placement: Any = None) -> tuple[Crab, Any]:
+        """Return this model in the layout for generation (models/generating.py), and its parameters.
+
+        params: parameters of the layout for training. weights: one of `generating.KINDS`. placement: sharding of
+        the language model's parameters.
+        """
+        llama = fuse(params["llama"], self.cfg.llama, self.cfg.lora, weights, placement)
         return Crab(self.cfg, weights), {**params, "llama": llama}

@@ -1,10 +1,10 @@
-"""LLaMA laid out for generation: the function of `llama.Llama`, in the fewest and largest products.
+"""LLaMA in the layout for generation: the same function as `llama.Llama`, with fewer and larger matrix products.
 
-Projections that share an input (q, k, v; gate, up) are one matrix, which also holds their LoRA A and router columns:
-decoding one token reads every weight once and launches a few products per layer, where the layout of training has
-four per projection. Layers are apart, so that no step copies a layer out of a stack. The base matrices may be integers
-(crab_jax/models/quantize.py); A, R and B keep the compute dtype, because the LoRA update depends on the token and
-cannot be merged. The other half of the contract is `fuse`, which makes the parameters once per loaded model.
+Projections that share an input (q, k, v; gate, up) are one matrix, which also holds the columns of their LoRA A and
+router matrices. Decoding a token reads every weight once and launches a few products per layer; the layout for
+training has four per projection. Each layer has its own parameters, so that no step copies a layer out of a stack. The
+base matrices may be integers (crab_jax/models/quantize.py). LoRA and router matrices keep the compute dtype, because
+the LoRA update depends on the token and cannot be merged. `fuse` makes the parameters, once per loaded model.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from crab_jax.models.llama import KVCache, LlamaConfig, attend_cache, mask_pads,
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.shapes import AttentionMask, CacheSlots, Hidden, Ids, Logits, Positions, Rotation
 
-KINDS = ("float", *quantize.BITS)  # of base matrices: the compute dtype, or integers
+KINDS = ("float", *quantize.BITS)  # dtypes of base matrices: the compute dtype, or integers
 LANES = 64  # columns of a fused matrix are a multiple of this
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _zeros = nn.initializers.zeros
 
 
 class JointDense(nn.Module):
-    """Linear layers of one input, with their multi-head LoRA: x [..., in] -> one [..., width] for each of `widths`.
+    """Linear layers that share an input, with their multi-head LoRA, as one matrix product.
 
-    Parameters: `kernel` [in, sum(widths) + A and R columns] and, where it is of integers, `scale`; `low` [in, A and R
-    columns] apart from an integer kernel; `lora_B_<i>` [heads * rank, width]; `bias` [sum(widths)] if `use_bias`.
+    Parameters: `kernel` [in, sum(widths) + columns of LoRA A and router]; for an integer kernel [in, sum(widths)],
+    beside it `scale`, and `low` [in, columns of LoRA A and router]; `lora_B_<i>` [heads * rank, width]; `bias`
+    [sum(widths)] if `use_bias`.
     """
 
     widths: tuple[int, ...]
@@ -42,7 +43,7 @@ class JointDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """x [..., in] -> one [..., width] in `dtype` for each of `widths`."""
+        """Map x [..., in] to one [..., width] in `dtype` for each of `widths`."""
         x, inputs, out = x.astype(self.dtype), x.shape[-1], sum(self.widths)
         each = 0 if self.lora is None else self.lora.rank + self.lora.heads
         extra = _padded(len(self.widths) * each)
@@ -53,20 +54,20 @@ class JointDense(nn.Module):
             low = x @ self.param("low", _zeros, (inputs, extra), self.dtype)
         if self.use_bias:
             y = y + self.param("bias", _zeros, (out,), self.dtype)
-        found = jnp.split(y, [sum(self.widths[:i]) for i in range(1, len(self.widths))], axis=-1)
+        outputs = jnp.split(y, [sum(self.widths[:i]) for i in range(1, len(self.widths))], axis=-1)
         if self.lora is None:
-            return found
+            return outputs
         rank, heads = self.lora.rank, self.lora.heads
         parts = low[..., : len(self.widths) * each].reshape(*low.shape[:-1], len(self.widths), each)
         low = mix_heads(parts[..., None, :rank], head_weights(parts[..., rank:]), self.lora.scale)
         return [
             y + low[..., i, :] @ self.param(f"lora_B_{i}", _zeros, (heads * rank, width), self.dtype)
-            for i, (y, width) in enumerate(zip(found, self.widths, strict=True))
+            for i, (y, width) in enumerate(zip(outputs, self.widths, strict=True))
         ]
 
 
 def integer_product(module: nn.Module, x: jax.Array, out: int, kind: str) -> jax.Array:
-    """float32 [..., out]: x times the parameters `kernel` (of integers) and `scale` of a module."""
+    """Return x [..., in] times the integer parameters `kernel` and `scale` of `module`: float32 [..., out]."""
     width = x.shape[-1]
     scales = width // quantize.group_of(kind, width)
     return quantize.product(
@@ -79,7 +80,7 @@ def _padded(columns: int) -> int:
 
 
 class FusedBlock(nn.Module):
-    """One layer: x [B,L,D] and its own cache -> (x, cache)."""
+    """One pre-norm layer with its own cache."""
 
     cfg: LlamaConfig
     lora: LoraConfig | None
@@ -89,7 +90,7 @@ class FusedBlock(nn.Module):
     def __call__(
         self, x: Hidden, cache: KVCache, slots: CacheSlots, rotation: Rotation, mask: AttentionMask
     ) -> tuple[Hidden, KVCache]:
-        """x [B,L,D] and the cache of this layer -> the same after it."""
+        """Map x [B,L,D] and the cache of this layer to (x [B,L,D], cache) after the layer."""
         cfg = self.cfg
 
         def dense(name: str, *widths: int, use_bias: bool = False) -> JointDense:
@@ -114,14 +115,14 @@ class FusedBlock(nn.Module):
 
 
 class Output(nn.Module):
-    """The output matrix: hidden [..., D] -> float32 [..., padded_vocab]; of integers, `quantize.OUTPUT`."""
+    """The output matrix; unless `kind` is "float" its integers are those of `quantize.OUTPUT`."""
 
     cfg: LlamaConfig
     kind: str
 
     @nn.compact
     def __call__(self, hidden: Hidden) -> Logits:
-        """hidden [..., D] -> float32[..., padded_vocab]."""
+        """Map hidden [..., D] to float32[..., padded_vocab]."""
         hidden, out = hidden.astype(self.cfg.dtype), self.cfg.padded_vocab
         if self.kind == "float":
             kernel = self.param("kernel", _zeros, (hidden.shape[-1], out), self.cfg.dtype)
@@ -130,13 +131,17 @@ class Output(nn.Module):
 
 
 class FusedLlama(nn.Module):
-    """`llama.Llama` with a cache, on the parameters that `fuse` makes. Its cache holds a tuple of layers' arrays."""
+    """`llama.Llama` with a cache, on the parameters that `fuse` makes.
+
+    Its cache holds tuples with one array per layer.
+    """
 
     cfg: LlamaConfig
     lora: LoraConfig | None = None
     kind: str = "float"
 
     def setup(self) -> None:
+        """Create the modules; linen calls this."""
         cfg = self.cfg
         self.embed_tokens = nn.Embed(cfg.padded_vocab, cfg.hidden, dtype=cfg.dtype, param_dtype=cfg.dtype)
         self.layers = [FusedBlock(cfg, self.lora, self.kind) for _ in range(cfg.layers)]
@@ -144,12 +149,14 @@ class FusedLlama(nn.Module):
         self.lm_head = Output(cfg, self.kind)
 
     def embed(self, tokens: Ids) -> Hidden:
-        """int32[...] -> [..., D]."""
+        """Look up the embeddings [..., D] of token ids int32[...]."""
         return self.embed_tokens(tokens)
 
     def __call__(self, x: Hidden, positions: Positions, cache: KVCache, slots: CacheSlots) -> tuple[Hidden, KVCache]:
-        """Embeddings [B,L,D] at `positions` int32[B,L] -> (hidden [B,L,D] after the final norm, cache); see
-        `Llama.__call__`. Takes the cache of `init_cache` or one that it returned."""
+        """Map embeddings [B,L,D] at `positions` int32[B,L] to (hidden [B,L,D] after the final norm, cache).
+
+        See `Llama.__call__` for the arguments. The cache comes from `init_cache` or from an earlier call.
+        """
         mask = jnp.arange(cache.v[0].shape[-2]) <= slots[..., None]
         rotation = rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, filled = x.astype(self.cfg.dtype), []
@@ -159,14 +166,14 @@ class FusedLlama(nn.Module):
         return self.norm(x), KVCache(tuple(kept.k for kept in filled), tuple(kept.v for kept in filled))
 
     def logits(self, hidden: Hidden) -> Logits:
-        """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
+        """Map hidden [...,D] to logits float32[...,padded_vocab]; those past `vocab_size` are -1e30."""
         return mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
 
 
-def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, where: Any = None) -> Any:
-    """Parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, with the sharding `where`.
+def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, placement: Any = None) -> Any:
+    """Return parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, sharded as `placement`.
 
-    One layer at a time: when `params` are NumPy arrays, a device holds no more than the result and one layer.
+    Layers are fused one at a time: when `params` are NumPy arrays, a device holds only the result and one layer.
     """
 
     def outer(embed_tokens: Any, norm: Any, lm_head: Any) -> Any:
@@ -174,8 +181,8 @@ def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, wher
         cast = jax.tree.map(lambda leaf: leaf.astype(cfg.dtype), plain)
         return cast | ({} if kind == "float" else {"lm_head": _base(lm_head["kernel"], quantize.OUTPUT)})
 
-    fused = jax.jit(outer, out_shardings=where)(params["embed_tokens"], params["norm"], params["lm_head"])
-    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind), out_shardings=where)
+    fused = jax.jit(outer, out_shardings=placement)(params["embed_tokens"], params["norm"], params["lm_head"])
+    block = jax.jit(lambda layer: _fuse_block(layer, cfg, lora, kind), out_shardings=placement)
     for number in range(cfg.layers):
         fused[f"layers_{number}"] = block(jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"]))
     return fused
@@ -196,7 +203,7 @@ def _fuse_block(layer: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str
 
 
 def _fuse_dense(dense: list[Any], dtype: str, lora: LoraConfig | None, kind: str) -> dict[str, jax.Array]:
-    """Parameters of a JointDense from those of the LoraDenses that it joins."""
+    """Return the parameters of a JointDense from those of the LoraDense layers that it joins."""
     kernel = jnp.concatenate([p["kernel"] for p in dense], axis=1)
     columns = (
         [jnp.zeros((len(kernel), 0))]
@@ -205,18 +212,18 @@ def _fuse_dense(dense: list[Any], dtype: str, lora: LoraConfig | None, kind: str
     )
     low = jnp.concatenate(columns, axis=1)
     low = jnp.pad(low, [(0, 0), (0, _padded(low.shape[1]) - low.shape[1])]).astype(dtype)
-    found: dict[str, jax.Array] = {}
+    fused: dict[str, jax.Array] = {}
     if kind == "float":
-        found["kernel"] = jnp.concatenate([kernel.astype(dtype), low], axis=1)
+        fused["kernel"] = jnp.concatenate([kernel.astype(dtype), low], axis=1)
     else:
-        found |= {**_base(kernel, kind), "low": low}
+        fused |= {**_base(kernel, kind), "low": low}
     if lora is not None:
-        found |= {
+        fused |= {
             f"lora_B_{i}": p["lora_B"].reshape(-1, p["lora_B"].shape[-1]).astype(dtype) for i, p in enumerate(dense)
         }
     if "bias" in dense[0]:
-        found["bias"] = jnp.concatenate([p["bias"] for p in dense]).astype(dtype)
-    return found
+        fused["bias"] = jnp.concatenate([p["bias"] for p in dense]).astype(dtype)
+    return fused
 
 
 def _base(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:

@@ -19,18 +19,18 @@ def layer_norm(name: str, dtype: Any, epsilon: float = 1e-5) -> nn.LayerNorm:
 
 
 def dense(features: int, name: str, dtype: Any, init: Any = torch_uniform) -> nn.Dense:
-    """Return a linear layer [..., in] -> [..., features], initialised like PyTorch's unless `init` says otherwise."""
+    """Return a linear layer from [..., in] to [..., features], initialised as in PyTorch unless `init` is given."""
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, the statistic in float32."""
+    """Root-mean-square norm over the last axis with a learned scale; the statistic is in float32."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D] in its dtype."""
+        """Map x [..., D] to [..., D] in the dtype of x."""
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
@@ -43,10 +43,10 @@ def head_weights(scores: jax.Array) -> jax.Array:
 
 
 def mix_heads(low: jax.Array, weights: jax.Array, scale: float) -> jax.Array:
-    """Return the rank space weighted for every head, [..., heads * rank] in the dtype of `low`.
+    """Return the low-rank projection weighted for every head, [..., heads * rank] in the dtype of `low`.
 
-    low: [..., heads or 1, rank]. weights: float32[..., heads]. scale: alpha / rank. Weighting here makes the sum over
-    heads one product with the stacked matrices B, (heads * rank) x out.
+    low: [..., heads or 1, rank]. weights: float32[..., heads]. scale: alpha / rank. Weighting before the product with B
+    makes the sum over heads a single product with the stacked matrices B [heads * rank, out].
     """
     mixed = (weights * scale).astype(low.dtype)[..., None] * low
     return mixed.reshape(*mixed.shape[:-2], mixed.shape[-2] * mixed.shape[-1])

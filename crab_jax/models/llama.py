@@ -1,8 +1,9 @@
-"""LLaMA with multi-head LoRA on every projection: one scanned, rematerialised block.
+"""LLaMA with multi-head LoRA on every projection: one block, scanned over the layers and rematerialised.
 
-Weights keep the Hugging Face layout (half-rotation RoPE, not permuted), so LLaMA-2/3 and Qwen2 sizes are configs.
-Norms, rotations and softmaxes run in float32. Released file models/unified_llama.py on transformers' LlamaModel.
-Activations carry logical axes; they bind to a mesh inside `sharding.constrained` only.
+Weights keep the Hugging Face layout (half-rotation RoPE, not permuted), so that LLaMA-2/3 and Qwen2 differ in their
+LlamaConfig only. Norms, rotations and softmaxes are computed in float32. Source: the released file
+models/unified_llama.py, which builds on LlamaModel of transformers. Activations have logical axes, which are bound to
+a mesh inside `sharding.constrained` only.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes; the default is LLaMA-2-7B with Crab's 17 extra tokens.
+    """Sizes of the decoder; the defaults are LLaMA-2-7B with Crab's 17 extra tokens.
 
-    `remat`: "none", "full" (recompute the block), or "dots" (keep the results of weight products).
+    remat: what the backward pass recomputes: "none", "full" (the whole block), or "dots" (all but the results of
+    products with weights, which are kept). dtype: compute dtype.
     """
 
     vocab_size: int = 32017
@@ -57,8 +59,8 @@ class LlamaConfig:
 class KVCache:
     """Rotated keys [layers, B, kv_heads, head_dim, slots] and values [layers, B, kv_heads, slots, head_dim].
 
-    Both are laid out as the products with them want their operands, so that a decode step reads them as they are.
-    `generating.FusedLlama` keeps tuples of layers, so that none is copied out.
+    Both have the axis order that attention's products read, so that a decode step transposes nothing.
+    `generating.FusedLlama` keeps tuples with one array per layer, so that no layer is copied out of a stack.
     """
 
     k: Any
@@ -66,7 +68,7 @@ class KVCache:
 
 
 def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
-    """Empty cache for `batch` rows of up to `length` positions, in `dtype` (the compute dtype by default)."""
+    """Return an empty cache for `batch` rows of `length` slots, in `dtype` (the compute dtype by default)."""
     rows = (cfg.layers, batch, cfg.kv_heads)
     return KVCache(
         jnp.zeros((*rows, cfg.head_dim, length), dtype or cfg.dtype),
@@ -75,7 +77,7 @@ def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: str | None = No
 
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
-    """The same cache with `length` more slots, all empty."""
+    """Return the same cache with `length` more slots, all empty."""
 
     def padded(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, length if number == x.ndim + axis else 0) for number in range(x.ndim)])
@@ -84,22 +86,22 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
 
 
 def rope(positions: Positions, head_dim: int, theta: float) -> Rotation:
-    """positions int[B,L] -> (cos, sin) float32 [B,L,1,head_dim/2]."""
+    """Return the rotation (cos, sin), float32[B,L,1,head_dim/2] each, of positions int[B,L]."""
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Half-rotation RoPE in float32: x [B,L,H,hd], feature i pairs with i + hd/2."""
+    """Rotate x [B,L,H,hd] by half-rotation RoPE, in float32: feature i pairs with feature i + hd/2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention, q [B,L,H,hd], k and v [B,N,KH,hd], mask bool [B,L,N] -> [B,L,H*hd].
+    """Return grouped-query attention [B,L,H*hd] of q [B,L,H,hd] to k and v [B,N,KH,hd] under mask bool[B,L,N].
 
-    Query head h reads key head h // (H/KH); grouping the queries avoids repeating the keys.
+    Query head h reads key head h // (H/KH). Grouping the queries avoids repeating the keys.
     """
     b, length, heads, width = q.shape
     # Heads before positions: on CPU the products then take two thirds of the time, backward too.
@@ -112,7 +114,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` to one layer of a cache: q [B,L,H,hd], k [B,KH,hd,N], v [B,KH,N,hd], mask bool [B,L,N] -> [B,L,H*hd]."""
+    """Return `attend` [B,L,H*hd] to one layer of a cache.
+
+    q: [B,L,H,hd]. k: [B,KH,hd,N]. v: [B,KH,N,hd]. mask: bool[B,L,N].
+    """
     b, length, heads, width = q.shape
     grouped = q.reshape(b, length, k.shape[1], -1, width)
     product = functools.partial(jnp.einsum, "blkgd,bkdn->bkgln", preferred_element_type=jnp.float32)
@@ -126,12 +131,15 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> j
 
 
 def mask_pads(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits [..., padded_vocab] with those past `vocab_size` at -1e30."""
+    """Return the logits [..., padded_vocab] with those past `vocab_size` set to -1e30."""
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, _MASKED)
 
 
 class Attention(nn.Module):
-    """Self-attention; with a cache it writes new keys and values into `slots` of layer `layer`, then reads them all."""
+    """Self-attention, with a cache or without.
+
+    With a cache it writes the new keys and values into `slots` of layer `layer`, then attends to the whole cache.
+    """
 
     cfg: LlamaConfig
     lora: LoraConfig | None
@@ -147,7 +155,7 @@ class Attention(nn.Module):
         mask: AttentionMask,
         deterministic: bool,
     ) -> tuple[Hidden, KVCache | None]:
-        """x [B,L,D], layer int32[] -> ([B,L,D], cache)."""
+        """Map x [B,L,D] and the cache, if any, to ([B,L,D], cache); `layer` int32[] is the index of this layer."""
         cfg = self.cfg
         dense = functools.partial(LoraDense, lora=self.lora, dtype=cfg.dtype)
 
@@ -173,14 +181,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward network."""
 
     cfg: LlamaConfig
     lora: LoraConfig | None
 
     @nn.compact
     def __call__(self, x: Hidden, deterministic: bool) -> Hidden:
-        """x [B,L,D] -> [B,L,D]."""
+        """Map x [B,L,D] to [B,L,D]."""
         dense = functools.partial(LoraDense, lora=self.lora, dtype=self.cfg.dtype)
         gate = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="up_proj")(x, deterministic)
@@ -189,9 +197,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer in the form `nn.scan` wants: ((x, cache), layer, ...) -> ((x, cache), None).
+    """One pre-norm layer in the form that `nn.scan` expects.
 
-    The cache is carried whole, not scanned over, so that a decode step updates it in place.
+    The whole cache is part of the carry, instead of being scanned over, so that a decode step updates it in place.
     """
 
     cfg: LlamaConfig
@@ -207,7 +215,7 @@ class Block(nn.Module):
         mask: AttentionMask,
         deterministic: bool,
     ) -> tuple[tuple[Hidden, KVCache | None], None]:
-        """carry (x [B,L,D], cache), layer int32[] -> the same of the next layer."""
+        """Map (x [B,L,D], cache) to ((x, cache), None) after this layer, whose index is `layer` int32[]."""
         x, cache = carry
         y = RMSNorm(self.cfg.rms_eps, name="input_layernorm")(x)
         y, cache = Attention(self.cfg, self.lora, name="self_attn")(
@@ -239,17 +247,19 @@ def _layers(cfg: LlamaConfig, lora: LoraConfig | None) -> nn.Module:
 
 
 class Llama(nn.Module):
-    """Decoder over embeddings. Parameters follow the released names: `embed_tokens/embedding`,
-    `layers/self_attn/q_proj/kernel` (leading layer axis), `norm/scale`, `lm_head/kernel`.
+    """Decoder that takes embeddings.
 
-    Making the collection `intermediates` mutable returns every layer's output in `layers/hidden` as [layers,B,L,D]
-    (before the final norm); making `router` mutable returns every projection's routing.
+    Parameters have the released names: `embed_tokens/embedding`, `layers/self_attn/q_proj/kernel` (with a leading axis
+    over layers), `norm/scale`, `lm_head/kernel`. When the collection `intermediates` is mutable, its `layers/hidden` is
+    the output of every layer as [layers,B,L,D], before the final norm. When `router` is mutable, it holds the router
+    weights of every projection.
     """
 
     cfg: LlamaConfig
     lora: LoraConfig | None = None
 
     def setup(self) -> None:
+        """Create the modules; linen calls this."""
         cfg = self.cfg
         self.embed_tokens = nn.Embed(
             cfg.padded_vocab,
@@ -268,13 +278,15 @@ class Llama(nn.Module):
         )
 
     def embed(self, tokens: Ids) -> Hidden:
-        """int32[B,...] -> [B,...,D]. A device looks up its features for the rows of its whole fsdp group, then features
-        are exchanged for rows: tokens and results travel, the table does not.
+        """Look up the embeddings [B,...,D] of token ids int32[B,...].
+
+        The table is sharded over its features. Each device looks up its features for the rows of its whole fsdp group,
+        then the devices exchange features for rows: tokens and embeddings are communicated, the table is not.
         """
         inner = (None,) * (tokens.ndim - 1)
-        found = self.embed_tokens(nn.with_logical_constraint(tokens, ("group", *inner)))
-        found = nn.with_logical_constraint(found, ("group", *inner, "embed"))
-        return nn.with_logical_constraint(found, ("batch", *inner, None))
+        embeddings = self.embed_tokens(nn.with_logical_constraint(tokens, ("group", *inner)))
+        embeddings = nn.with_logical_constraint(embeddings, ("group", *inner, "embed"))
+        return nn.with_logical_constraint(embeddings, ("batch", *inner, None))
 
     def __call__(
         self,
@@ -285,12 +297,13 @@ class Llama(nn.Module):
         deterministic: bool = True,
         slots: CacheSlots | None = None,
     ) -> tuple[Hidden, Any]:
-        """Embeddings [B,L,D] and their positions int32[B,L] -> (hidden [B,L,D] after the final norm, cache).
+        """Map embeddings [B,L,D] at `positions` int32[B,L] to (hidden [B,L,D] after the final norm, cache).
 
-        `positions` turn queries and keys; `slots` int32[B,L], needed with a cache, say where keys and values are kept.
-        Without a cache attention is causal over the L inputs; `key_mask` bool[B,L] also hides inputs (left padding).
-        With a cache an input attends to the slots up to its own, so a right-padded prompt needs no mask: its pads lie
-        in later slots, which decoding overwrites before reading.
+        `positions` rotate queries and keys; `slots` int32[B,L], required with a cache, are where the cache stores keys
+        and values. Without a cache, attention is causal over the L inputs, and `key_mask` bool[B,L] also hides inputs
+        that are False (left padding). With a cache, an input attends to the slots up to its own. A right-padded prompt
+        therefore needs no mask: its padding lies in later slots, which decoding overwrites before it reads them.
+        Raises ValueError for a cache without slots or with a key mask.
         """
         cfg = self.cfg
         if cache is None:
@@ -308,6 +321,6 @@ class Llama(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Hidden) -> Logits:
-        """hidden [...,D] -> float32 [...,padded_vocab]; rows past `vocab_size` are -1e30."""
+        """Map hidden [...,D] to logits float32[...,padded_vocab]; those past `vocab_size` are -1e30."""
         logits = mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
         return nn.with_logical_constraint(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))

@@ -1,9 +1,9 @@
-"""Multi-head ("interaction-aware") LoRA: a linear layer whose low-rank update is routed per token over heads.
+"""Multi-head ("interaction-aware") LoRA: a linear layer whose low-rank update a router weights over heads per token.
 
     y = x W + (alpha / rank) * sum_h softmax(x R)_h * (dropout(x) A) B_h
 
-One A is shared by all heads, the router sees x without dropout, and its softmax is float32. The update depends on the
-token, so it cannot be merged into W. Paper section 3.3; released file peft_hyper/tuners/lora.py.
+All heads share one A. The router sees x without dropout, and its softmax is in float32. The update depends on the
+token, so it cannot be merged into W. Sources: section 3.3 of the paper; released file peft_hyper/tuners/lora.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from crab_jax.models.layers import head_weights, mix_heads, normal, torch_unifor
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """`heads` must match the weights (3 in the release). `dropout_per_head` redraws the mask for every head, as the
-    released trainer does; by default it is drawn once."""
+    """Sizes of the LoRA update.
+
+    heads: must match the weights (3 in the released ones). dropout_per_head: draw a dropout mask for every head, as
+    the released trainer does, instead of one for all.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -31,7 +34,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Factor of the low-rank update."""
+        """Factor of the low-rank update, alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -39,8 +42,8 @@ class LoraDense(nn.Module):
     """Linear layer with an optional multi-head LoRA update.
 
     Parameters: `kernel` (in, out), `bias` (out,) if `use_bias`, and unless `lora` is None `lora_A` (in, rank),
-    `lora_B` (heads, rank, out), `lora_route` (in, heads). `axes` are the logical names of (in, out).
-    Router weights, float32 [..., heads], are sown into the collection `router` when a caller makes it mutable.
+    `lora_B` (heads, rank, out), `lora_route` (in, heads). `axes` are the logical axes of (in, out).
+    When the collection `router` is mutable, router weights float32[..., heads] are sown into it.
     """
 
     features: int
@@ -51,7 +54,7 @@ class LoraDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        """x [..., in] -> [..., out] in `dtype`; needs a `dropout` rng when not deterministic."""
+        """Map x [..., in] to [..., out] in `dtype`. Needs the `dropout` rng unless `deterministic`."""
         x = x.astype(self.dtype)
         width, (in_axis, out_axis) = x.shape[-1], self.axes
         kernel = self._weight("kernel", normal, (width, self.features), (in_axis, out_axis))
@@ -77,7 +80,7 @@ class LoraDense(nn.Module):
     def _project(
         self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """(dropout(x) A as [..., 1 or heads, rank], router scores [..., heads])."""
+        """Return dropout(x) A as [..., 1 or heads, rank], and the router scores [..., heads]."""
         if deterministic or lora.dropout == 0.0:
             low, scores = jnp.split(x @ jnp.concatenate([a, route], axis=1), [lora.rank], axis=-1)
             return low[..., None, :], scores

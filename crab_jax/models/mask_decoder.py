@@ -1,7 +1,8 @@
-"""The mask branch: six mask-token states and two CLIP feature maps to a binary mask and 71 class maps.
+"""The mask branch: a binary mask and 71 class maps from six mask-token states and two CLIP feature maps.
 
-Source: Crab (CVPR 2025) section 3 and models/multimodal_encoder.py (`SegModule`, `MaskDecoderMultiScale`,
-`TwoWayTransformer`, `QueryGenerator`). Module names follow the released checkpoints; feature maps are channels-last.
+Sources: section 3 of the paper (Crab, CVPR 2025); released file models/multimodal_encoder.py (`SegModule`,
+`MaskDecoderMultiScale`, `TwoWayTransformer`, `QueryGenerator`). Modules are named as in the released checkpoints;
+feature maps are channels-last.
 Notation: B samples, D language width, C image width, E decoder width, Q queries, g grid side, N = g * g.
 """
 
@@ -19,7 +20,6 @@ from crab_jax.models.layers import dense, layer_norm, torch_uniform
 from crab_jax.models.shapes import BinaryLogits, MaskStates, SemanticLogits, Tokens
 
 KINDS = ("binary", "semantic")
-# PyTorch's default for Linear and Conv kernels: uniform with variance 1 / (3 fan_in).
 _EMBED_INIT = nn.initializers.normal(1.0)
 
 
@@ -29,11 +29,13 @@ class SegConfig:
 
     llm_dim: D. image_dim: C. grid: g, side of the CLIP patch grid. image_size: side of the output, pixels.
     dim: E. queries: Q. mlp_dim, query_mlp_dim: hidden sizes of the two-way blocks and of the query generator.
-    depth: two-way blocks per level. scales, tokens_per_scale: the mask tokens are scales x tokens_per_scale, row-major.
+    depth: two-way blocks per level. scales, tokens_per_scale: levels, and mask tokens of each, in row-major order.
     low_res: side, in pixels, at which the two levels are averaged. classes: semantic classes, background included.
-    chain_queries: feed each query-generator layer with the one before it (the paper). False gives every layer the
-        learned queries, so that only the last one counts (the released code and its weights).
+    chain_queries: each layer of the query generator reads the output of the layer before it (the paper). If False,
+        every layer reads the learned queries, so that only the last one counts (the released code and its weights).
     dtype: compute dtype; parameters, position encodings and the returned logits are float32.
+
+    Raises InputError unless `scales` is 2 and `dim` is a multiple of 2 * heads.
     """
 
     llm_dim: int = 4096
@@ -61,7 +63,7 @@ class SegConfig:
             raise InputError(
                 "SegConfig",
                 "dim",
-                f"{self.dim} is no multiple of 2 * heads = {2 * self.heads}",
+                f"{self.dim} is not a multiple of 2 * heads = {2 * self.heads}",
                 "choose dim and heads so that attention at half width splits evenly",
             )
 
@@ -73,7 +75,7 @@ def _conv(features: int, size: int, dtype: Any, name: str | None, use_bias: bool
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Multi-head softmax attention, q [B,Q,E], k and v [B,K,E] -> [B,Q,E]; the softmax is in float32."""
+    """Return multi-head attention [B,Q,E] of q [B,Q,E] to k and v [B,K,E]; the softmax is in float32."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
     out = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores).astype(v.dtype), v)
@@ -81,20 +83,21 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
 
 
 def resize(x: jax.Array, size: int) -> jax.Array:
-    """Bilinear [B,h,w,C] -> [B,size,size,C], half-pixel centres, no antialiasing (`F.interpolate`)."""
+    """Resize [B,h,w,C] to [B,size,size,C] as `F.interpolate` does: bilinear, half-pixel centres, no antialiasing."""
     return jax.image.resize(x, (x.shape[0], size, size, x.shape[-1]), "bilinear", antialias=False)
 
 
 def _fold(parts: list[jax.Array]) -> jax.Array:
-    """k arrays [B,...] -> [B*k,...], the parts of a sample side by side. Unlike a concatenation this keeps rows that
-    are spread over devices where they are (within `sharding.constrained`).
+    """Fold k arrays [B,...] into one [B*k,...], the parts of a sample side by side.
+
+    Unlike a concatenation this leaves sharded rows on their devices (within `sharding.constrained`).
     """
     x = jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
     return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
 class Mlp(nn.Module):
-    """Linear layers with ReLU between them: [..., in] -> [..., sizes[-1]]. `pointwise` stores 1x1 convolutions."""
+    """Linear layers with ReLU between them; with `pointwise` their parameters are those of 1x1 convolutions."""
 
     sizes: tuple[int, ...]
     dtype: Any
@@ -102,7 +105,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] -> [..., sizes[-1]]."""
+        """Map x [..., in] to [..., sizes[-1]]."""
         for i, size in enumerate(self.sizes):
             name = f"layers_{i}"
             x = (_conv(size, 1, self.dtype, name, use_bias=True) if self.pointwise else dense(size, name, self.dtype))(
@@ -113,14 +116,14 @@ class Mlp(nn.Module):
 
 
 class Upscale2x(nn.Module):
-    """Transposed 2x2 convolution, channel LayerNorm, GELU: [B,h,w,C] -> [B,2h,2w,features]."""
+    """Transposed 2x2 convolution, LayerNorm over channels, GELU."""
 
     features: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B,h,w,C] -> [B,2h,2w,features]."""
+        """Map x [B,h,w,C] to [B,2h,2w,features]."""
         x = nn.ConvTranspose(
             self.features,
             (2, 2),
@@ -135,35 +138,35 @@ class Upscale2x(nn.Module):
 
 
 class FourierPosition(nn.Module):
-    """Random Fourier features of the pixel centres of an n x n grid: [n*n, E], sines then cosines, float32.
+    """Random Fourier features of the pixel centres of a square grid: sines, then cosines.
 
-    The matrix is drawn once and never trained. The released code keeps it as a buffer that no file holds; here it is a
-    parameter behind `stop_gradient`, so that checkpoints hold it.
+    The matrix is drawn once and never trained. The released code registers it as a buffer that no file stores; here it
+    is a parameter behind `stop_gradient`, so that checkpoints store it.
     """
 
     dim: int
 
     @nn.compact
     def __call__(self, n: int) -> jax.Array:
-        """n -> float32[n*n,E]."""
+        """Return the features float32[n*n,E] of an n x n grid."""
         matrix = self.param("positional_encoding_gaussian_matrix", _EMBED_INIT, (2, self.dim // 2))
         centres = 2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1
         xy = jnp.stack(jnp.meshgrid(centres, centres), -1).reshape(n * n, 2)
-        # Spelled out: a matrix product of two terms would lose bits to reduced precision on accelerators.
+        # Written as a sum: accelerators compute a matrix product in reduced precision, which would lose bits here.
         fixed = jax.lax.stop_gradient(matrix)
         angles = 2 * jnp.pi * (xy[:, :1] * fixed[0] + xy[:, 1:] * fixed[1])
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 class PackedAttention(nn.Module):
-    """`nn.MultiheadAttention`: one packed projection. x [B,Q,E], source [B,K,E] -> [B,Q,E]."""
+    """Attention with one projection for queries, keys and values, as PyTorch's `nn.MultiheadAttention`."""
 
     heads: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array) -> jax.Array:
-        """x [B,Q,E], source [B,K,E] -> [B,Q,E]."""
+        """Attend from x [B,Q,E] to source [B,K,E]: [B,Q,E]."""
         dim = x.shape[-1]
         in_proj = dense(3 * dim, "in_proj", self.dtype)
         q = in_proj(x)[..., :dim]
@@ -172,13 +175,13 @@ class PackedAttention(nn.Module):
 
 
 class QueryLayer(nn.Module):
-    """One post-norm layer of the query generator: queries [B,Q,E] attend to themselves, then to prompt [B,1,E]."""
+    """One post-norm layer of the query generator: queries attend to themselves, then to the prompt."""
 
     cfg: SegConfig
 
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
-        """queries [B,Q,E], prompt [B,1,E] -> [B,Q,E]."""
+        """Map queries [B,Q,E] and prompt [B,1,E] to queries [B,Q,E]."""
         cfg, dtype = self.cfg, self.cfg.dtype
         x = layer_norm("norm1", dtype)(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
         x = layer_norm("norm2", dtype)(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
@@ -187,13 +190,13 @@ class QueryLayer(nn.Module):
 
 
 class QueryGenerator(nn.Module):
-    """Learned queries [B,Q,E] conditioned on one prompt [B,1,E] -> [B,Q,E]; see `SegConfig.chain_queries`."""
+    """Learned queries conditioned on one prompt; see `SegConfig.chain_queries`."""
 
     cfg: SegConfig
 
     @nn.compact
     def __call__(self, queries: jax.Array, prompt: jax.Array) -> jax.Array:
-        """queries [B,Q,E], prompt [B,1,E] -> [B,Q,E]."""
+        """Map queries [B,Q,E] and prompt [B,1,E] to queries [B,Q,E]."""
         out = queries
         for i in range(self.cfg.query_layers):
             out = QueryLayer(self.cfg, name=f"layers_{i}")(out if self.cfg.chain_queries else queries, prompt)
@@ -201,7 +204,7 @@ class QueryGenerator(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with separate projections to an inner width: q [B,Q,E], k and v [B,K,E] -> [B,Q,E]."""
+    """Attention with separate projections to the width `inner`."""
 
     inner: int
     heads: int
@@ -209,7 +212,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """q [B,Q,E], k and v [B,K,E] -> [B,Q,E]."""
+        """Attend from q [B,Q,E] to k and v [B,K,E]: [B,Q,E]."""
         q_in, k_in, v_in = (
             dense(self.inner, f"{name}_proj", self.dtype)(x) for name, x in zip("qkv", (q, k, v), strict=True)
         )
@@ -218,9 +221,9 @@ class Attention(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """One block of the two-way transformer: tokens and image update each other.
+    """One block of the two-way transformer, in which tokens and image update each other.
 
-    `first`: the block whose self-attention has neither position encoding nor residual.
+    first: whether this is the first block, whose self-attention has neither position encoding nor residual.
     """
 
     cfg: SegConfig
@@ -230,7 +233,7 @@ class TwoWayBlock(nn.Module):
     def __call__(
         self, tokens: jax.Array, image: jax.Array, token_pe: jax.Array, image_pe: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """tokens and token_pe [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image)."""
+        """Update tokens [B,Q,E] and image [B,n*n,E] by their encodings token_pe [B,Q,E] and image_pe [n*n,E]."""
         cfg, dtype = self.cfg, self.cfg.dtype
         self_attn = Attention(cfg.dim, cfg.heads, dtype, name="self_attn")
         if self.first:
@@ -249,13 +252,13 @@ class TwoWayBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """tokens [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image); tokens are their own encoding."""
+    """The two-way blocks and a final attention; the initial tokens serve as their own position encoding."""
 
     cfg: SegConfig
 
     @nn.compact
     def __call__(self, tokens: jax.Array, image: jax.Array, image_pe: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """tokens [B,Q,E], image [B,n*n,E], image_pe [n*n,E] -> updated (tokens, image)."""
+        """Update tokens [B,Q,E] and image [B,n*n,E], whose position encoding is image_pe [n*n,E]."""
         cfg, token_pe = self.cfg, tokens
         for i in range(cfg.depth):
             tokens, image = TwoWayBlock(cfg, first=i == 0, name=f"layers_{i}")(tokens, image, token_pe, image_pe)
@@ -265,11 +268,12 @@ class TwoWayTransformer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Prompts [B,2,E], neck features [B,2,g,g,E] and the level-0 position encoding -> per-level logits of each kind."""
+    """Mask logits of both levels from prompts and neck features, for each kind of mask."""
 
     cfg: SegConfig
 
     def setup(self) -> None:
+        """Create the parameters and modules; linen calls this."""
         cfg = self.cfg
         self.avs_query_tokens = self.param("avs_query_tokens", _EMBED_INIT, (cfg.queries, cfg.dim))
         self.level_embed = self.param("level_embed", _EMBED_INIT, (cfg.scales, cfg.dim))
@@ -284,7 +288,7 @@ class MaskDecoder(nn.Module):
         self.avss_classifier = _conv(cfg.classes, 1, cfg.dtype, None)
 
     def _embed_pixels(self, level: int, prompt: jax.Array, image: jax.Array, image_pe: jax.Array) -> jax.Array:
-        """prompt [B,E], image [B,n,n,E], image_pe [n*n,E] -> what both classifiers read: [B,2n,2n,E/8]."""
+        """Map prompt [B,E], image [B,n,n,E] and image_pe [n*n,E] to the classifiers' input [B,2n,2n,E/8]."""
         batch, n = image.shape[:2]
         queries = jnp.broadcast_to(self.avs_query_tokens.astype(image.dtype), (batch, *self.avs_query_tokens.shape))
         tokens = self.query_generator(queries, prompt[:, None]) + self.level_embed[level].astype(image.dtype)
@@ -295,13 +299,16 @@ class MaskDecoder(nn.Module):
     def __call__(
         self, prompts: jax.Array, neck: jax.Array, image_pe: jax.Array, no_mask: jax.Array, kinds: tuple[str, ...]
     ) -> dict[str, list[jax.Array]]:
-        """prompts [B,2,E], neck [B,2,g,g,E], image_pe [g*g,E], no_mask [E] -> logits per kind, coarse to fine:
-        {kind: [[B,2g,2g,K], [B,4g,4g,K]]} with K 1 or the number of classes."""
+        """Return the logits of each kind, coarse to fine: {kind: [[B,2g,2g,K], [B,4g,4g,K]]}.
+
+        K is 1 (binary) or the number of classes (semantic). prompts: [B,2,E], one per level. neck: [B,2,g,g,E].
+        image_pe: position encoding of the coarse level, [g*g,E]. no_mask: [E], stands for the absent input mask.
+        """
         classifiers = {"binary": self.ms3_s4_classifier, "semantic": self.avss_classifier}
         pixels = self._embed_pixels(0, prompts[:, 0], neck[:, 0] + no_mask, image_pe)
         coarse = [classifiers[kind](pixels) for kind in kinds]
-        # The fine level looks where the coarse level of the same kind found something: the kinds part here and run as
-        # one batch, the kinds of a sample side by side, so that a batch spread over devices stays where it is.
+        # The coarse logits of a kind weight the pixels of its fine level, so that the kinds differ from here on. They
+        # run as one batch, the kinds of a sample side by side, so that sharded rows stay on their devices.
         attention = _fold([nn.sigmoid(x.astype(jnp.float32).mean(-1, keepdims=True)) + 1 for x in coarse])
         repeat = lambda x: _fold([x] * len(kinds))  # noqa: E731
         image = attention.astype(neck.dtype) * repeat(self.upsample_2x(neck[:, 1])) + no_mask
@@ -312,26 +319,20 @@ class MaskDecoder(nn.Module):
 
 
 class Neck(nn.Module):
-    """1x1 then 3x3 convolution, each with a channel LayerNorm: [B,g,g,C] -> [B,g,g,E]."""
+    """A 1x1 and a 3x3 convolution, each followed by a LayerNorm over channels."""
 
     cfg: SegConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B,g,g,C] -> [B,g,g,E]."""
+        """Map x [B,g,g,C] to [B,g,g,E]."""
         dim, dtype = self.cfg.dim, self.cfg.dtype
         x = layer_norm("norm_1", dtype, 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
         return layer_norm("norm_3", dtype, 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
 
 
 class SegModule(nn.Module):
-    """Mask logits of one object per sample.
-
-    states [B,6,D]: language states that predict `<mask_0>`..`<mask_5>`; the first three prompt the coarse level.
-    features: two [B,N,C] CLIP feature maps without class token, coarse level first (layers 14 and 22 as released).
-    kinds: static; which of "binary" and "semantic" to compute (they part at the fine level, which each runs).
-    Returns (binary [B,H,W], semantic [B,classes,H,W]) float32 logits, None for a kind not asked for.
-    """
+    """The mask branch: mask logits of one object per sample."""
 
     cfg: SegConfig
 
@@ -339,7 +340,12 @@ class SegModule(nn.Module):
     def __call__(
         self, states: MaskStates, features: tuple[Tokens, ...], kinds: tuple[str, ...] = KINDS
     ) -> tuple[BinaryLogits | None, SemanticLogits | None]:
-        """states [B,6,D], features two [B,N,C] -> (float32[B,P,P], float32[B,classes,P,P]); see the class."""
+        """Return float32 logits (binary [B,P,P], semantic [B,classes,P,P]), None for a kind that is not in `kinds`.
+
+        states: [B,6,D], states of the language model that predict `<mask_0>` to `<mask_5>`; the first three prompt the
+        coarse level. features: two CLIP feature maps [B,N,C] without class token, coarse level first (in the released
+        model of layers 14 and 22). kinds: static; which of `KINDS` to compute, each with its own fine level.
+        """
         cfg = self.cfg
         batch = states.shape[0]
         prompts = Mlp((cfg.llm_dim, cfg.dim), cfg.dtype, name="text_hidden_fcs")(states)

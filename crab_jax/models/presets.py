@@ -1,4 +1,4 @@
-"""Model sizes by name: the paper's, and a tiny model that learns the generated scenes."""
+"""Model sizes by name: those of the paper, and a tiny model that learns the generated scenes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def crab_7b(**sizes: Mapping[str, Any]) -> CrabConfig:
     """Return the paper's sizes: CLIP ViT-L/14, BEATs iter3+, two Q-Formers, LLaMA-2-7B-chat, LoRA r=8 with 3 heads.
 
     `sizes` override fields of its modules, as in `crab_7b(lora={"heads": 5})`. Raises InputError for a size that does
-    not exist or does not go with the others.
+    not exist or is inconsistent with the others.
     """
     return with_sizes(CrabConfig(), sizes)
 
@@ -37,7 +37,15 @@ def tiny(**sizes: Mapping[str, Any]) -> CrabConfig:
     llama = LlamaConfig(
         vocab_size=657, hidden=128, layers=4, heads=4, kv_heads=4, mlp_dim=384, remat="none", dtype="float32"
     )
-    qformer: dict[str, Any] = dict(out_dim=128, width=96, heads=4, mlp_dim=256, layers=2, dropout=0.0, dtype="float32")
+    qformer: dict[str, Any] = {
+        "out_dim": 128,
+        "width": 96,
+        "heads": 4,
+        "mlp_dim": 256,
+        "layers": 2,
+        "dropout": 0.0,
+        "dtype": "float32",
+    }
     cfg = CrabConfig(
         clip=clip,
         beats=beats,
@@ -65,7 +73,7 @@ def tiny(**sizes: Mapping[str, Any]) -> CrabConfig:
 MODELS = {"tiny": tiny, "crab_7b": crab_7b}
 DTYPE = Choice(("float32", "bfloat16", "float16"))
 _SIZE, _LAYERS, _SHARE = Whole(1, 2**20), Whole(1, 1024), Real(0, 0.99)
-# What a size may be, by the name of the field; <module>.<field> where modules differ. Others are true or false.
+# Bounds of sizes by the name of the field, or by <module>.<field> where modules differ; other fields are flags.
 BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(
         (
@@ -113,14 +121,14 @@ BOUNDS: dict[str, Bound] = {
 
 
 def bound_of(module: str, field: str) -> Bound:
-    """Return what the size `module.field` may be."""
+    """Return the bound of the size `module.field`."""
     return BOUNDS.get(f"{module}.{field}") or BOUNDS.get(field, Flag())
 
 
 def with_sizes(cfg: CrabConfig, sizes: Mapping[str, Any]) -> CrabConfig:
-    """Return `cfg` with the fields that `sizes` names, {module: {field: value}}; a value of None is left as it is.
+    """Return `cfg` with the fields of `sizes`, {module: {field: value}}, replaced; None keeps the value of a field.
 
-    Raises InputError naming a field that does not exist, or the first size that does not go with another one.
+    Raises InputError naming a field that does not exist, or the first size that is inconsistent with another one.
     """
     cfg = _replaced(cfg, sizes)
     check_sizes(cfg)
@@ -147,7 +155,7 @@ def _replaced(cfg: Any, sizes: Mapping[str, Any], module: str = "") -> Any:
 
 
 def check_sizes(cfg: CrabConfig) -> None:
-    """Raise InputError naming the first size that does not go with another one."""
+    """Raise InputError naming the first size that is inconsistent with another one."""
     clip, beats, llama, seg, visual, audio = cfg.clip, cfg.beats, cfg.llama, cfg.seg, cfg.visual, cfg.audio
     grid = clip.image_size // clip.patch_size
     divided = (

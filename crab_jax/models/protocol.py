@@ -1,8 +1,9 @@
-"""What training, generation, inference and compilation need of a model: one small protocol, and its first is Crab.
+"""The protocol of a model: all that training, generation, inference and compilation need of it.
 
-A second model moves in by a config dataclass that is a `ModelConfig` and a linen module that is a `Model`. Nothing
-above `crab_jax/models` may use more of a model than this, except where it is about Crab itself: its released weights
-(`convert`), the estimate of a row's memory (`runs/run_mesh.py`), its presets and its defaults.
+Crab is its first implementation. A further model is a config dataclass that implements `ModelConfig` and a linen module
+that implements `Model`. Code outside `crab_jax/models` uses no more of a model than this, except where it is about Crab
+itself: its released weights (`convert`), the estimate of a row's memory (`runs/run_mesh.py`), its presets and its
+defaults.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from crab_jax.models.shapes import (
     SemanticLogits,
 )
 
-# Paths ('/'-joined, full match) of parameters that stages train or freeze together.
+# Parameters that stages train or freeze together: regular expressions that match whole paths, joined by '/'.
 ParameterGroups = Mapping[str, Sequence[str]]
 Params = Any  # nested dict of arrays
 Cache = Any  # a pytree whose leaves hold B rows
 
 
 class ModelOutput(Protocol):
-    """What a teacher-forced pass gives; masks are None for a batch without mask groups."""
+    """Result of a teacher-forced pass; the mask logits are None for a batch without mask groups."""
 
     logits: Logits  # float32[B,L,V]
     hidden: Hidden  # [B,L,D]
@@ -43,8 +44,10 @@ class ModelOutput(Protocol):
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """Sizes of a model. `image_size`, `visual_queries` and `audio_queries` say how its processor of media and text
-    (data_pipelines/batching.py, by `config.derived_data`) makes the pictures, windows and feature slots of a batch.
+    """Sizes of a model.
+
+    `image_size`, `visual_queries` and `audio_queries` determine how data_pipelines/batching.py makes the pictures,
+    audio windows and feature slots of a batch; `config.derived_data` passes them on.
     """
 
     @property
@@ -53,73 +56,80 @@ class ModelConfig(Protocol):
 
     @property
     def visual_queries(self) -> int:
-        """Feature rows of each frame."""
+        """Number of feature rows per frame."""
 
     @property
     def audio_queries(self) -> int:
-        """Feature rows of each audio window."""
+        """Number of feature rows per audio window."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, those of the tasks included."""
+        """Number of tokens of the vocabulary, including those that the tasks add."""
 
     @property
     def lora_heads(self) -> int:
-        """Heads of the routed LoRA."""
+        """Number of heads of the multi-head LoRA."""
 
     @property
     def dtype(self) -> str:
         """Compute dtype of the language model."""
 
     def build(self) -> Model:
-        """Return the module, in the layout of training."""
+        """Return the module in the layout for training."""
 
 
 @runtime_checkable
 class Model(Protocol):
-    """A linen module; all that takes arrays is called through `apply`, by the names given here.
+    """A linen module with these methods; those that take arrays are called through `apply`, by name.
 
-    The position of a token says how it is turned, its cache slot where its keys and values are kept. Both count from 0
-    for a prompt of text; a model whose pictures share positions, or whose positions have several axes, gives others.
+    The position of a token determines the rotation of its query and key; its cache slot is where the cache stores its
+    key and value. Both count from 0 for a prompt of text. They differ in a model whose pictures share positions, or
+    whose positions have several axes.
     """
 
     cfg: Any
 
     def __hash__(self) -> int:
-        """Hash by sizes: a model is a static argument of compiled programs."""
+        """Return a hash of the sizes: a model is a static argument of compiled programs."""
 
     def init(self, rngs: Any, batch: Any) -> Mapping[str, Any]:
-        """Return {"params": all parameters}, boxed with their logical axes."""
+        """Return {"params": all parameters}, each boxed with its logical axes."""
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a method with parameters, as linen does."""
+        """Call a method on the given variables, as linen does."""
 
     def __call__(self, batch: Any, deterministic: bool = True) -> ModelOutput:
         """Run a teacher-forced pass over prompts with their answers."""
 
     def features(self, frames: Frames, fbank: Fbank) -> FeatureRows:
-        """Encode the media of prompts, once for all that is asked about them."""
+        """Encode the media of prompts to the feature rows [B,R,D] that several prompts about them can share."""
 
     def positions(self, batch: Any) -> Positions:
-        """Return the position of every token of right-padded prompts."""
+        """Return the positions of the tokens of right-padded prompts, int32[B,L] or int32[B,L,axes]."""
 
     def prefill(self, batch: Any, cache: Cache, features: FeatureRows | None = None) -> tuple[Hidden, Cache]:
-        """Read prompts [B,L] into the first L slots of an empty cache; `features` stand for the batch's media."""
+        """Read prompts [B,L] into the first L slots of an empty cache; `features` replace the media of the batch."""
 
     def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: Cache) -> tuple[Hidden, Cache]:
-        """Read one more token a row, int32[B,1]; a generated token has the same position, int32[B,1], on every axis."""
+        """Read one more token per row, int32[B,1], at `positions` and `slots` int32[B,1].
+
+        A model whose positions have several axes uses the position on all of them.
+        """
 
     def logits(self, hidden: Hidden) -> Logits:
-        """Return float32[...,V] of states [...,D]; tokens that do not exist have -1e30."""
+        """Map states [...,D] to logits float32[...,V]; ids past the vocabulary have -1e30."""
 
     def masks(self, states: MaskStates, pictures: jax.Array) -> tuple[BinaryLogits, SemanticLogits]:
-        """Draw the masks of mask-token states over pictures uint8[B,P,P,3]."""
+        """Return the mask logits of pictures uint8[B,P,P,3] from the states [B,6,D] that predict their mask tokens."""
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
-        """Return a cache for so many rows and slots."""
+        """Return an empty cache for `rows` rows of `slots` slots each."""
 
     def grown_cache(self, cache: Cache, slots: int) -> Cache:
-        """Return the cache with so many more slots, all empty."""
+        """Return the cache with `slots` more slots, all empty."""
 
-    def for_generation(self, params: Params, weights: str = "float", where: Any = None) -> tuple[Model, Params]:
-        """Return the model laid out for generation with its parameters, in the sharding `where`."""
+    def for_generation(self, params: Params, weights: str = "float", placement: Any = None) -> tuple[Model, Params]:
+        """Return the model in the layout for generation, and its parameters in the sharding `placement`.
+
+        weights: one of `generating.KINDS`, the dtype of the language model's matrices.
+        """

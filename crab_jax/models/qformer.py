@@ -1,5 +1,7 @@
-"""Q-Former projector: learned queries read an encoder's tokens (released files: models/Qformer.py,
-models/multimodal_encoder.py `VLProjector`, `ALProjector`)."""
+"""Q-Former projector: learned queries that attend to the tokens of an encoder.
+
+Sources: released files models/Qformer.py and models/multimodal_encoder.py (`VLProjector`, `ALProjector`).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from crab_jax.io.errors import InputError
 from crab_jax.models.layers import dense, layer_norm, normal
 from crab_jax.models.shapes import Tokens
 
-_EPSILON = 1e-12  # of BERT's norms
+_EPSILON = 1e-12  # of the norms in BERT
 
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-    """in_dim: encoder width; out_dim: language model width; the rest are the BERT sizes."""
+    """Sizes of the projector.
+
+    in_dim: width of the encoder. out_dim: width of the language model. The others are the sizes of BERT.
+    """
 
     in_dim: int
     out_dim: int
@@ -32,16 +37,13 @@ class QFormerConfig:
 
 
 class Attention(nn.Module):
-    """BERT attention block: LN(x + dropout(dense(attend(x, keys)))). Softmax in float32.
-
-    x [B,Q,C] queries, keys [B,N,K] attended tokens -> [B,Q,C].
-    """
+    """BERT attention block: LN(x + dropout(dense(attend(x, keys)))); the softmax is in float32."""
 
     cfg: QFormerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: Tokens, deterministic: bool) -> jax.Array:
-        """x [B,Q,C], keys [B,N,K] -> [B,Q,C]."""
+        """Attend from the queries x [B,Q,C] to the tokens keys [B,N,K]: [B,Q,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
         q, k, v = (
@@ -55,13 +57,13 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention among the queries, cross-attention to the tokens, then the queries' own feed-forward."""
+    """Self-attention among the queries, cross-attention to the tokens, then the feed-forward network of the queries."""
 
     cfg: QFormerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, tokens: Tokens, deterministic: bool) -> tuple[jax.Array, None]:
-        """x [B,Q,C], tokens [B,N,in_dim] -> ([B,Q,C], None), as `nn.scan` wants it."""
+        """Map queries x [B,Q,C] and tokens [B,N,in_dim] to ([B,Q,C], None), the form that `nn.scan` expects."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         x = Attention(cfg, name="attention")(x, x, deterministic)
         x = Attention(cfg, name="crossattention")(x, tokens, deterministic)
@@ -71,21 +73,24 @@ class Layer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Fixed number of language-model tokens from any number of encoder tokens.
+    """The projector: a fixed number of feature rows for the language model from any number of encoder tokens.
 
-    One frame or one audio window per row: fold those axes into the batch before the call.
+    A row holds one frame or one audio window: fold those axes into the batch before the call.
     """
 
     cfg: QFormerConfig
 
     @nn.compact
     def __call__(self, x: Tokens, deterministic: bool = True) -> jax.Array:
-        """x [B,N,in_dim] -> [B,queries,out_dim] in `cfg.dtype`. Needs the `dropout` rng unless deterministic."""
+        """Map x [B,N,in_dim] to [B,queries,out_dim] in `cfg.dtype`.
+
+        Needs the `dropout` rng unless `deterministic`. Raises InputError for another shape.
+        """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if x.ndim != 3 or x.shape[-1] != cfg.in_dim:
             raise InputError("QFormer", "x", f"shape {x.shape} is not [B,N,{cfg.in_dim}]", "fold frames into the batch")
         tokens = layer_norm("ln", dtype)(x)
-        # Queries carry no position and no type embedding.
+        # The queries have neither position nor type embeddings.
         queries = self.param("query_tokens", normal, (1, cfg.queries, cfg.width))
         y = layer_norm("embeddings_norm", dtype, _EPSILON)(jnp.broadcast_to(queries, (len(x), cfg.queries, cfg.width)))
         y = nn.Dropout(cfg.dropout, deterministic=deterministic)(y)

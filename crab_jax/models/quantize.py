@@ -1,7 +1,7 @@
-"""Weight-only integers: a frozen matrix as int8 or int4 and float32 scales; activations keep their dtype.
+"""Weight-only quantisation: a frozen matrix as int8 or int4 with float32 scales; activations keep their dtype.
 
-int8 has one scale per output; int4 one per output and group of `GROUP` inputs. Rounding is to the nearest, symmetric
-around zero, and a scale is the largest magnitude of what it covers over 127 or 7.
+int8 has one scale per output, int4 one per output and group of `GROUP` inputs. Quantisation is symmetric around zero
+and rounds to the nearest integer. A scale is the largest magnitude among its values, divided by 127 or 7.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64
-OUTPUT = "int8"  # of the output matrix, whose errors no later layer evens out
+OUTPUT = "int8"  # kind of the output matrix, whose errors no later layer evens out
 
 
 def group_of(kind: str, width: int) -> int:
-    """How many inputs of a matrix with `width` inputs share a scale."""
+    """Return how many inputs share a scale in a matrix with `width` inputs."""
     return width if kind == "int8" else math.gcd(GROUP, width)
 
 
 def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
-    """kernel [in, out] -> `kernel` of `kind` [in, out] and `scale` float32 [in / group, out]."""
+    """Quantise kernel [in, out] to `kernel` [in, out] of dtype `kind`, and `scale` float32[in / group, out]."""
     width, out = kernel.shape
     grouped = kernel.astype(jnp.float32).reshape(-1, group_of(kind, width), out)
     most = 2 ** (BITS[kind] - 1) - 1
@@ -33,15 +33,15 @@ def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
 
 
 def dequantize(kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """The float32 [in, out] that `quantize` stands for."""
+    """Return the float32[in, out] that a quantised matrix represents."""
     width, out = kernel.shape
     return (kernel.astype(jnp.float32).reshape(len(scale), -1, out) * scale[:, None]).reshape(width, out)
 
 
 def rounded(llama: Any, kind: str) -> Any:
-    """Parameters of `models.llama.Llama` whose matrices are what integers of `kind` stand for ("float": unchanged).
+    """Return parameters of `models.llama.Llama` with their matrices rounded as `kind` does ("float": unchanged).
 
-    The output matrix takes int8 at least; embeddings, norms, biases and LoRA are left alone.
+    The output matrix is rounded as `OUTPUT`; embeddings, norms, biases and LoRA are unchanged.
     """
 
     def of(path: Any, leaf: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def rounded(llama: Any, kind: str) -> Any:
 
 
 def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [..., in] times a quantized matrix -> float32 [..., out]. Integers are widened where they are read."""
+    """Return x [..., in] times a quantised matrix, float32[..., out]; integers are converted as they are read."""
     if len(scale) == 1:
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale[0]
     return jnp.matmul(x, dequantize(kernel, scale).astype(x.dtype), preferred_element_type=jnp.float32)

@@ -1,6 +1,6 @@
-"""Compat: behaviours of the released code that its weights depend on, under names, in two presets.
+"""Behaviours of the released code that its weights depend on, by name, in two presets.
 
-`paper` is the default for training here; `released` matches the published weights (spec of each field below).
+"paper" is the default for training; "released" matches the published weights.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Compat:
-    """chain_queries: the query generator feeds each layer the previous one's output. The released code feeds every
-        layer the raw queries, so only its last layer counts (models/multimodal_encoder.py:1441).
-    seg_taps: which two of the tapped CLIP layers feed the mask decoder: paper 14 and 23, released 14 and 22.
-    dropout_per_head: LoRA dropout drawn once per head (released) instead of once for A's input.
-    mask_loss_reduction: "mean" over mask samples, or "released": summed over samples, scaled by the share of the kind.
-    clock: "shown": frames of a clip by the time at which they are shown, and its sound in step with them; "counted"
-        (released): frames by number, sound from its first sample (data_pipelines/media/clock.py). At a constant frame
-        rate, with sound that starts and ends with the pictures, both are the same.
+    """One choice for each behaviour in which the paper and the released code differ.
+
+    chain_queries: each layer of the query generator reads the output of the layer before it. In the released code every
+        layer reads the learned queries, so only its last layer counts (models/multimodal_encoder.py:1441).
+    seg_taps: which two of the tapped CLIP layers the mask decoder reads: 14 and 23 (paper), or 14 and 22 (released).
+    dropout_per_head: draw LoRA dropout once per head (released) instead of once for all heads.
+    mask_loss_reduction: "mean" over mask samples, or "released": the sum over samples, scaled by the share of the kind.
+    clock: how frames and sound of a clip are aligned (data_pipelines/media/clock.py). "shown": frames by the time at
+        which they are shown, and sound in step with them. "counted" (released): frames by number, and sound from its
+        first sample. The two agree at a constant frame rate when sound starts and ends with the pictures.
     """
 
     chain_queries: bool

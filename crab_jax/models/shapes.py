@@ -2,7 +2,7 @@
 
 B rows of a batch, L text positions, T frames, S audio windows, N encoder tokens, Q queries, R feature rows, D width of
 the language model, V its padded vocabulary, H heads, K slots of a cache, M mask groups, P side of a picture. A leading
-`...` stands for any axes. Types are all `jax.Array`: the names document, they are not checked.
+`...` stands for any axes. All of these types are `jax.Array`: the names document shapes, and nothing checks them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import jax
 
 Ids: TypeAlias = jax.Array  # int32[B,L] token ids
 Positions: TypeAlias = jax.Array  # int32[B,L], or int32[B,L,axes] for a rotation over several axes
-CacheSlots: TypeAlias = jax.Array  # int32[B,L] where in a cache the keys and values of each input are written
+CacheSlots: TypeAlias = jax.Array  # int32[B,L] slots of a cache that store the keys and values of each input
 KeyMask: TypeAlias = jax.Array  # bool[B,L] inputs that may be attended to
-AttentionMask: TypeAlias = jax.Array  # bool[B,L,N] which keys each query may attend to
+AttentionMask: TypeAlias = jax.Array  # bool[B,L,N] keys that each query may attend to
 Rotation: TypeAlias = tuple[jax.Array, jax.Array]  # cos and sin, float32[B,L,1,head_dim/2]
 Hidden: TypeAlias = jax.Array  # [B,L,D] states of the language model
 Logits: TypeAlias = jax.Array  # float32[...,V]

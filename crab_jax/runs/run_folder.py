@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -129,24 +130,29 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def use_tasks_of(tasks: str | Sequence[Task | str], checkpoint: str | Path | None = None) -> None:
-    """Let this process know tasks of a user, and say which tasks of a checkpoint it does not know.
+    """Register a user's tasks in this process, and warn of tasks of a checkpoint that are unknown here.
 
-    tasks: modules as --task-modules takes them, or Tasks. What a checkpoint's config.json names is never imported.
+    tasks: modules as in --task-modules, or Tasks. Modules named in a checkpoint's config.json are never imported.
     Raises InputError as `crab_jax.tasks.use_tasks`.
     """
     use_tasks([tasks] if isinstance(tasks, str) else tasks)
     file = Path(packaged.located(Path(checkpoint))) / "config.json" if checkpoint else None
     if file is None or not file.is_file():
-        return  # which loading the model reports
+        return  # loading the model reports the error
     stored = read_json(file, RUN_CONFIG)
     modules, weights = stored.get("tasks", ""), stored.get("data", {}).get("weights", {})
     unknown = sorted(weights.keys() - TASKS.keys()) if isinstance(weights, dict) else []
     if modules and unknown and Modules().fits(modules):
-        print(
-            f"warning: {file}: trained with tasks that are not known here ({', '.join(unknown):.200}); give {FLAG} "
-            f"{modules} to use them, where you trust those modules",
-            file=sys.stderr,
+        _tell_unknown(
+            f"{file}: trained with tasks that are not known here ({', '.join(unknown):.200}); give {FLAG} "
+            f"{modules} to use them, where you trust those modules"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_unknown(warning: str) -> None:
+    """Print a warning, once in a process."""
+    print(f"warning: {warning}", file=sys.stderr)
 
 
 def _stored_config(path: Path) -> tuple[RunConfig, dict[str, str]]:

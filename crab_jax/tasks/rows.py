@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from typing import Any
 
 from crab_jax.io.errors import InputError
+from crab_jax.io.structured import strict_json
 from crab_jax.tasks.segmentation import SIZE
 from crab_jax.tasks.task import Field, Made, Row, Task, arguments_of, windows_for
 from crab_jax.tasks.times import SECONDS, is_event
@@ -153,7 +153,7 @@ def _value(row: Row, name: str, field: Field, label: dict[str, Any]) -> Any:
     if isinstance(given, str):
         found = [" ".join(given.split())]
         with contextlib.suppress(ValueError):
-            found.append(json.loads(given))
+            found.append(strict_json(given))
     for value in found:
         if field.holds(value, {**label, name: value}):
             return value

@@ -24,6 +24,7 @@ WINDOWS = ("ten", "five", "music_avqa", "one", "one_of_five", "none")
 MASK_KINDS = ("none", "binary", "semantic")
 HEARD_AND_SEEN = "heard and seen"  # the sense of an event
 FREE = "question"  # stands for a task where a question is put to the model without any task's prompt
+RESERVED = (FREE, "text", "bce", "dice", "ce", "loss", "samples")  # other names in the logs of a run
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")  # names are config keys and parts of file names
 _EMPTY_WORDS = ("", "null", "none", "nan", "n a", "na", "undefined", "unknown")
 
@@ -299,8 +300,8 @@ class Task:
             if not holds:
                 raise InputError(where, field, f"is {getattr(self, field)!r:.80}", fix)
 
-        named = isinstance(self.name, str) and bool(_NAME.fullmatch(self.name)) and self.name != FREE
-        check("name", named, f"use lower-case letters, digits, '-' and '_', and not {FREE!r}")
+        named = isinstance(self.name, str) and bool(_NAME.fullmatch(self.name)) and self.name not in RESERVED
+        check("name", named, f"use lower-case letters, digits, '-' and '_', and none of {', '.join(RESERVED)}")
         check("answer", self.answer in ANSWERS, f"use one of {', '.join(ANSWERS)}")
         kinds = MASK_KINDS[1:] if self.answer == "mask" else MASK_KINDS[:1]
         check("mask_kind", self.mask_kind in kinds, f"use {' or '.join(map(repr, kinds))} for answers of this kind")

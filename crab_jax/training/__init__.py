@@ -1,1 +1,1 @@
-"""Training: the step, its metrics, and steps that are not taken."""
+"""Training: the step, the log of its metrics, and the guard against skipped steps."""

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl and TensorBoard, written without waiting for the device in each step."""
+"""Metrics of a run in metrics.jsonl and TensorBoard, written without waiting for the device after every step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from crab_jax.tasks import TASKS
 
 
 class Board:
-    """Scalars for TensorBoard, on disk when `add` returns. tensorboardX's own SummaryWriter writes in a thread, which a
-    full disk ends, and then waits for it for ever."""
+    """Scalars for TensorBoard, which are on disk when `add` returns.
+
+    The SummaryWriter of tensorboardX writes in a thread; a full disk ends the thread, and the writer then waits for it
+    for ever. Raises OSError with the name of the folder.
+    """
 
     def __init__(self, folder: Path, start: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -29,7 +32,7 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._event, self._scalar = folder, Event, scalar
         self._file = EventsWriter(str(folder / "events"))
-        # Records of later steps are of a run that was stopped: they are not to be shown.
+        # Records of later steps are those of an interrupted run; this event makes TensorBoard discard them.
         self._write([Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
@@ -47,7 +50,7 @@ class Board:
                 self._file.write_event(event)
             self._file.flush()
         except OSError as error:
-            error.filename = str(self._folder)  # a write has none
+            error.filename = str(self._folder)  # the error of a write names no file
             raise
 
     def close(self) -> None:
@@ -56,10 +59,11 @@ class Board:
 
 
 class Logger:
-    """metrics.jsonl, TensorBoard and a progress line from windows of device metrics, fetched only when shown.
+    """Log of a run: metrics.jsonl, TensorBoard, and a progress line.
 
-    Means leave out skipped steps; `skipped` counts those of the window, `skipped_examples` (when examples may be
-    skipped) all that the run has listed in skipped.*.jsonl so far.
+    Metrics stay on the device until a window of `every` steps is complete. Means leave out skipped steps. `skipped`
+    counts the skipped steps of the window, and `skipped_examples` (when examples may be skipped) all that the run has
+    listed in skipped.*.jsonl so far.
     """
 
     def __init__(
@@ -74,7 +78,10 @@ class Logger:
         self.mark = self.began
 
     def add(self, step: int, metrics: dict[str, Any], rows: int, waited: float) -> None:
-        """Record one step; every `every` steps write the mean of the window."""
+        """Record one step of `rows` rows; after every `every` steps write the means of the window.
+
+        waited: seconds for which the step waited for its input.
+        """
         self.window.append((step, metrics, waited))
         if step % self.every and step != self.steps:
             return
@@ -118,8 +125,10 @@ class Logger:
         return any(record.get("step") == step and "eval/loss" in record for record in records)
 
     def add_evaluation(self, step: int, record: Mapping[str, float], seconds: float) -> None:
-        """Write the record of an evaluation, a line of its own. It took `seconds`, which are no part of the speed of
-        training."""
+        """Write the record of an evaluation as a line of its own.
+
+        The `seconds` that it took do not count in the speed of training.
+        """
         append_line(self.path, {"step": step, **record})
         self.board.add(step, record)
         self.mark += seconds
@@ -131,24 +140,27 @@ class Logger:
         )
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Close the TensorBoard file."""
         self.board.close()
 
 
 def part_means(values: list[dict[str, Any]]) -> dict[str, float]:
-    """loss/<part> and (text) loss/<task> of a window: sums over counts, left out where nothing was counted."""
+    """Return the means loss/<term> and, of the text loss, loss/<task> of a window.
+
+    A mean is a sum divided by a count; those whose count is 0 are left out.
+    """
     parts: dict[str, list[float]] = {}
     for value in values:
         named = {**value["terms"], **dict(zip(TASKS, zip(*value["by_task"], strict=True), strict=True))}
         for name, (total, count) in named.items():
-            seen = parts.setdefault(f"loss/{name}", [0.0, 0.0])
-            seen[0] += float(total)
-            seen[1] += float(count)
+            pooled = parts.setdefault(f"loss/{name}", [0.0, 0.0])
+            pooled[0] += float(total)
+            pooled[1] += float(count)
     return {name: total / count for name, (total, count) in parts.items() if count}
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the records after `step`, which a resumed run will write again."""
+    """Delete the records after `step`, which a resumed run writes again, and warn of lines that cannot be read."""
     cut_tail(path)
     if path.exists():
         lines = [line for line in path.read_bytes().split(b"\n") if line]

@@ -1,4 +1,4 @@
-"""Steps that are not taken: how many in a row are allowed, and the batch that caused the last one."""
+"""Guard against skipped steps: a run ends after too many in a row, with the last batch saved."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from crab_jax.parallel.watchdog import Watchdog
 from data_pipelines.batching import Batch
 from data_pipelines.examples import Example, write_jsonl
 
-RUN_AHEAD = 2  # steps that are dispatched before the result of the first is looked at
+RUN_AHEAD = 2  # steps that may be dispatched before the metrics of an earlier one are read
 
 
 class SkipGuard:
-    """Looks at each step's `skipped` a few steps later, so the device never waits for the host, and ends the run after
-    `limit` skipped steps in a row: an InputError, with the last batch saved.
+    """Counter of skipped steps, which ends the run after `limit` of them in a row.
+
+    It reads the metrics of a step a few steps later, so that the device never waits for the host. At the limit it saves
+    the last batch and raises InputError naming its file.
     """
 
     def __init__(self, limit: int, workdir: Path, watchdog: Watchdog, examples: Sequence[Example]):
@@ -33,12 +35,15 @@ class SkipGuard:
         self.in_a_row = 0
 
     def add(self, step: int, metrics: dict[str, Any], batch: Batch) -> None:
-        """Take note of a dispatched step, with this process's rows of its batch."""
+        """Add a dispatched step, with its metrics on the device and this process's rows of its batch."""
         self.pending.append((step, metrics, batch))
         self.settle(RUN_AHEAD)
 
     def settle(self, ahead: int = 0) -> None:
-        """Wait until at most `ahead` dispatched steps are unfinished."""
+        """Wait until at most `ahead` dispatched steps are unfinished, and report those that were skipped.
+
+        Raises InputError after `limit` skipped steps in a row.
+        """
         while len(self.pending) > ahead:
             step, metrics, batch = self.pending.popleft()
             with self.watchdog.waiting(device_wait(step)):
@@ -62,7 +67,7 @@ class SkipGuard:
                 )
 
     def cause(self, metrics: dict[str, Any]) -> str:
-        """What is known of why a step was skipped, to be added to its line."""
+        """Return why a step was skipped, as far as its metrics tell, for the end of its message."""
         rows = int(metrics["bad_rows"])
         if rows == 1:
             return f"; of example {self.examples[int(metrics['bad_index'])].id!r} alone"
@@ -74,15 +79,16 @@ class SkipGuard:
 
 
 def device_wait(step: int) -> str:
-    """What a process waits for that waits for its devices."""
+    """Return the description of waiting for the devices to finish `step`, which the watchdog reports."""
     processes = jax.process_count()
     others = f", which all {processes} processes must reach" if processes > 1 else ""
     return f"device step {step}{others}"
 
 
 def save_batch(workdir: Path, step: int, batch: Batch, examples: Sequence[Example]) -> Path:
-    """One process's rows of a batch as not_finite/step<step>.process<i>.safetensors, and its Examples as .jsonl beside
-    it; returns the first.
+    """Save this process's rows of a batch, and return the file.
+
+    The arrays are in <workdir>/not_finite/step<step>.process<i>.safetensors, the Examples beside it in a .jsonl file.
     """
     file = workdir / "not_finite" / f"step{step}.process{jax.process_index()}.safetensors"
     arrays = {field.name: np.ascontiguousarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}

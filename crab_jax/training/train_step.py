@@ -23,7 +23,7 @@ from data_pipelines.batching import Batch
 
 @flax.struct.dataclass
 class TrainState:
-    """step int32[], trainable parameters float32, optimizer state of the trainable tree only."""
+    """Step int32[], trainable parameters float32, and the optimizer state of the trainable parameters."""
 
     step: jax.Array
     trainable: Any
@@ -41,14 +41,17 @@ def train_step(
     seed: int,
     accumulate: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step. Randomness comes from (seed, step) alone; gradients exist for trainables only.
+    """Take one optimizer step, and return the new state with the metrics of the step.
 
-    Losses are sums divided once by counts of the whole batch, so `accumulate` micro-batches give the same gradient.
-    Micro-batch i takes the rows i, i + accumulate, ..., so that every device splits its own rows.
+    Randomness depends on (seed, step) alone; gradients are computed for trainable parameters only.
 
-    A loss, gradient or new parameter that is not finite changes no parameter and no moment and sets the metric
-    `skipped` to 1; the step and the schedule's count go on. `bad_rows` is how many rows have a loss that is not finite,
-    and `bad_index` the sum of their `index`. What a filler row holds reaches neither loss nor gradient.
+    Losses are sums divided by counts of the whole batch, so that the gradient does not depend on the number of
+    micro-batches, `accumulate`. Micro-batch i takes rows i, i + accumulate, ..., so that every device splits its own
+    rows.
+
+    If the loss, the gradient or a new parameter is not finite, parameters and moments stay unchanged and the metric
+    `skipped` is 1; the step and the count of the schedule still increase. `bad_rows` is the number of rows whose loss
+    is not finite, and `bad_index` the sum of their `index`. Filler rows affect neither loss nor gradient.
     """
     batch = batch.replace(fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -106,7 +109,7 @@ def train_step(
 
 
 def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
-    """Loss terms of every row ("text") and every mask group ("bce", "dice", "ce", when the bucket has masks)."""
+    """Return the loss terms of every row ("text") and of every mask group ("bce", "dice", "ce"; with masks only)."""
     valid = batch.index >= 0
     rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
     if out.binary is not None and out.semantic is not None:
@@ -122,12 +125,15 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
 
 
 def finite_rows(rows: dict[str, losses.Term], count: int) -> jax.Array:
-    """bool[count]: whether every loss of a row, and of its mask groups, is finite."""
+    """Return bool[count]: whether all losses of each row and of its mask groups are finite."""
     return jnp.stack([jnp.isfinite(term.sum).reshape(count, -1).all(1) for term in rows.values()]).all(0)
 
 
 def compile_step(config: RunConfig, model: Model, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
-    """The jitted step: donated state, batch rows over the mesh."""
+    """Return the jitted step (state, frozen, batch) -> (state, metrics), which donates the state.
+
+    Batch rows are sharded over the mesh; metrics are replicated.
+    """
     accumulate = run_mesh.micro_batches(config, mesh)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -153,18 +159,20 @@ def compile_step(config: RunConfig, model: Model, mesh: jax.sharding.Mesh, state
 
 
 def learns_nothing(schedule: optax.Schedule, start: int, steps: int) -> bool:
-    """Whether no step after `start` has a learning rate above 0. Every schedule begins with 0, as those of
-    DeepSpeed and Hugging Face do, so a run of a single step learns nothing."""
+    """Return whether steps remain after `start`, and none of them has a learning rate above 0.
+
+    Every schedule begins at 0, as those of DeepSpeed and Hugging Face do, so a run of a single step learns nothing.
+    """
     return start < steps and not any(float(schedule(step)) for step in range(start, min(steps, start + 2)))
 
 
 def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
+    """Return the shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
     tx = optim.optimizer(config.optim, config.steps)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
         state,
         sharding.state_shardings(state, trainable, mesh),
     )

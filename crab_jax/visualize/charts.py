@@ -29,7 +29,9 @@ def loss_curves(records: Sequence[Mapping[str, float]], names: Sequence[str], to
         key = total if name == "loss" else f"{total}/{name}"
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
-            axes.plot(*zip(*points, strict=True), color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.4)
+            again, colour = divmod(number, len(COLOURS))  # the tasks of users have other lines in the same colours
+            style = ("-", "--", ":", "-.")[again % 4]
+            axes.plot(*zip(*points, strict=True), style, color=COLOURS[colour], label=name, linewidth=1.4)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -256,3 +256,68 @@ def test_input_errors_are_found_behind_other_errors():
         raise RuntimeError from InputError("a", "b", "c", "d")
     except RuntimeError as error:
         assert find_input_error(error).where == "a"
+
+
+def test_an_epoch_takes_one_of_the_examples_that_share_a_mark_and_another_one_later(tokenizer, config):
+    """Three pictures of a clip beside two other examples: an epoch of three, in which the clip comes once."""
+    examples = pictures(2) + pictures(3, start=2, meta={"one_of": "clip"})
+    drawn = sum(orders(examples, tokenizer, config, 60), [])
+    epochs = [drawn[i : i + 3] for i in range(0, 120, 3)]
+    assert all(len([index for index in epoch if index >= 2]) == 1 for epoch in epochs)
+    assert all({0, 1} < set(epoch) for epoch in epochs)
+    clip = [index for index in drawn if index >= 2]
+    assert set(clip) == {2, 3, 4} and set(collections.Counter(clip[:3]).values()) != {3}
+    assert clip != [index for index in sum(orders(examples, tokenizer, config, 60, seed=1), []) if index >= 2]
+
+
+def test_an_example_that_must_not_be_trained_on_is_refused_or_left_out(tokenizer, config, tmp_path):
+    def check(example):
+        if example.id == "s4-1":
+            raise InputError("example s4-1", "meta", "is wrong", "mend it")
+
+    options = {"batch_size": 1, "check": check}
+    with pytest.raises(InputError, match="is wrong"):
+        mixture.train_order(pictures(3), tokenizer, config, **options)
+    config, skipped = dataclasses.replace(config, on_error="skip"), tmp_path / "skipped.jsonl"
+    order = mixture.train_order(pictures(3), tokenizer, config, skipped=skipped, **options)
+    assert [list(group) for group in order.groups.values()] == [[0, 2]]
+    (line,) = map(json.loads, skipped.read_text().splitlines())
+    assert (line["index"], line["id"], line["task"]) == (1, "s4-1", "s4") and "is wrong" in line["error"]
+    with pytest.raises(InputError, match="there is none"):
+        mixture.train_order(pictures(3)[1:2], tokenizer, config, **options)
+
+
+def test_weights_must_be_above_zero_for_tasks_that_have_examples(mixed, tokenizer, config):
+    weights = {"s4": 1.0, "avss": 1.0, "avqa": 1.0, "ave": 0.0}
+    assert orders(mixed, tokenizer, config, 1, weights=weights)
+    for value in (0.0, -1.0):
+        with pytest.raises(InputError, match=f"is {value} for 'avss', which has 5 examples"):
+            orders(mixed, tokenizer, config, 1, weights={**weights, "avss": value})
+
+
+def test_small_shares_are_kept_to_a_hundredth_of_the_smallest(tokenizer, config):
+    """Shares of 1 to 1.5: 200 and 300 of 500, where whole numbers would give 200 and 200 or 400."""
+    examples = pictures(4) + pictures(4, "avss")
+    drawn = sum(orders(examples, tokenizer, config, 250, weights={"s4": 1.0, "avss": 1.5}), [])
+    counts = collections.Counter(examples[i].task for i in drawn)
+    assert counts == pytest.approx({"s4": 200, "avss": 300}, abs=2)
+
+
+def test_a_task_may_join_at_any_batch_and_the_mixture_has_no_end(mixed, tokenizer, config):
+    batches = mixture.train_order(mixed, tokenizer, config, 2, curriculum={"avss": 3}).batches
+    assert len(batches) > 10**9
+    assert {mixed[i].task for step in range(3) for i in batches[step].tolist()} <= {"s4", "avqa"}
+
+
+def test_eval_batches_may_hold_the_answers_and_the_last_one_is_filled_up(mixed, root, tokenizer, config):
+    asked = [batch for _, batch in eval_batches(mixed, root, tokenizer, config, 5)]
+    taught = [batch for _, batch in eval_batches(mixed, root, tokenizer, config, 5, prompt_only=False)]
+    assert not any(batch.loss_mask.any() for batch in asked) and all(batch.loss_mask.any() for batch in taught)
+    for batches in (asked, taught):
+        assert all(len(batch.index) == 5 for batch in batches)
+        drawn = sum(indices(batches), [])
+        assert sorted(index for index in drawn if index >= 0) == list(range(len(mixed)))
+        for batch in batches:
+            for row in np.flatnonzero(batch.index < 0):
+                np.testing.assert_array_equal(batch.tokens[row], batch.tokens[0])
+                np.testing.assert_array_equal(batch.frames[row], batch.frames[0])

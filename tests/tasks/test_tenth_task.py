@@ -101,6 +101,7 @@ SMALL = tuple(
         "data.batch_size": 2,
         "steps": 2,
         "log_every": 1,
+        "eval_every": 0,
     }.items()
 )
 
@@ -118,7 +119,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
         (home / folder).mkdir()
     (home / "my_tasks/counting.py").write_text(block("python"))
     (home / "my_tasks/places.py").write_text(OTHERS)
-    (home / "clips.csv").write_text(block("csv"))
+    (home / "clips.csv").write_text(block("text"))
     (home / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for number, name in enumerate(("dog", "street", "band")):
         clips.write_clip(home / f"clips/{name}.mp4", clips.steady(10), clips.beep(10, 1 + number, 3 + number))
@@ -169,9 +170,9 @@ def root(home) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(home, root) -> Path:
-    """A run on them, whose batches a worker decodes."""
+    """A run on those about clips, which are of one bucket; a worker decodes its batches."""
     compile_cache.enable()
-    options = ("--config.data.workers=1", "--config.data.weights.counting=2.5", "--config.data.weights.ave=0")
+    options = ("--config.data.workers=1", "--config.data.weights.counting=2.5", "--config.data.weights.finding=0")
     words = ("train", f"--config={REPOSITORY / 'configs/tiny.py'}", f"--config.data.root={root}", *SMALL, *options)
     config, workdir = parse_flags([*words, f"--workdir={home / 'run'}", f"--config.tasks={ALL}"], "")
     train.train(config, workdir)
@@ -324,6 +325,7 @@ def test_a_task_that_is_run_again_takes_the_place_of_the_former(home):
     [
         ({"name": "Counting it"}, "name"),
         ({"name": "question"}, "name"),
+        ({"name": "text"}, "name"),
         ({"answer": "number"}, "answer"),
         ({"answer": "mask"}, "mask_kind"),
         ({"mask_kind": "binary"}, "mask_kind"),
