@@ -51,11 +51,11 @@ ASKED: Mapping[str, Any] = {"pad_short_audio": True, "clock": "shown"}
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A question about media, checked: made by `ask`.
+    """A checked question about media, made by `ask`.
 
-    task: its name, "question" for one that is put as it stands. prompt: what the model reads. picture: uint8[H,W,3],
-    the picture that is asked about, as the model sees it before it is resized; None for a question about a clip.
-    warnings: what is odd about the media.
+    task: name of the task, "question" for a question without a task's prompt. prompt: the text that the model reads.
+    picture: uint8[H,W,3], the picture that the question is about, before it is resized for the model; None for a
+    question about a clip. warnings: notes on unusual media, such as a silent sound track.
     """
 
     request: Request
@@ -63,7 +63,7 @@ class Ask:
 
     @property
     def task(self) -> str:
-        """Name of the task."""
+        """Name of the task, "question" for a question without a task's prompt."""
         return self.request.task
 
     @property
@@ -73,12 +73,12 @@ class Ask:
 
     @property
     def picture(self) -> np.ndarray | None:
-        """The picture that is asked about, uint8[H,W,3]."""
+        """The picture that the question is about, uint8[H,W,3]; None for a question about a clip."""
         return None if self.request.picture is None else self.given.picture(self.request.picture)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is odd about the media."""
+        """Notes on unusual media, such as a silent sound track."""
         return self.request.warnings
 
 
@@ -98,18 +98,20 @@ def ask(
     """Return a question about a clip, or about a picture with its sound.
 
     video: a file, or frames uint8[T,H,W,3] in RGB, evenly spaced over `seconds`. image: a file, or uint8[H,W,3].
-    audio: a file, or (samples float32[N] or float32[N, channels] between -1 and 1, their number a second); by default
-    the video's own track. task: one of the nine, or a Task of your own; "" puts the `question` as it stands.
-    expression: for ref-avs, what to segment, in words. second: which tenth of the clip (fifth of a short one) is asked
-    about, by default the loudest. windows, prompt_variant: as in `python -m crab_jax.predict --help`.
+    audio: a file, or (samples, rate): float32[N] or float32[N, channels] between -1 and 1, and samples per second; by
+    default the video's own track. task: one of the nine, or a Task of your own; "" puts the `question` to the model
+    without a task's prompt. expression: for ref-avs, the object to segment, in words. second: the tenth of the clip
+    (fifth of a short one) that the question is about, by default the loudest. windows, prompt_variant: as in
+    `python -m crab_jax.predict --help`.
 
-    Raises InputError for what cannot be asked, and for media that are missing, damaged or of another form.
+    Raises InputError for an unknown task, a missing or superfluous argument, and for media that are missing, damaged or
+    of another shape.
     """
     if isinstance(task, Task):
         use_tasks([task], "ask")
         task = task.name
     record: dict[str, Any] = {}
-    given, number = Given(), next(_numbers)  # numbered: several questions may be answered together
+    given, number = Given(), next(_numbers)  # names differ, because several questions may be answered in one batch
     if isinstance(video, np.ndarray):
         if seconds is None:
             raise InputError("ask", "seconds", "is missing", "give the length of the clip that the frames are of")
@@ -126,14 +128,14 @@ def ask(
         raise InputError("ask", "audio", "is samples without a rate", "give (samples, rate)")
     elif audio is not None:
         record["audio_path"] = str(audio)
-    named = {
+    texts = {
         "task": task,
         "question": question,
         "expression": expression,
         "windows": windows,
         "prompt_variant": prompt_variant,
     }
-    record |= {name: value for name, value in named.items() if value}
+    record |= {name: value for name, value in texts.items() if value}
     if second is not None:
         record["second"] = second
     return Ask(request(record, "ask", f"{number}_{task or 'question'}", given), given)
@@ -150,11 +152,11 @@ class Box(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """The answer of a model.
 
-    text: as written, without special tokens. parsed: what the task's parser reads in it, or None. masks: at the
-    model's picture size, float32[H,W] probabilities, or int32[H,W] class ids for avss. events: of ave and avvp. boxes:
-    of arig. warnings: what is odd about the media or missing in the answer.
+    text: as written, without special tokens. parsed: the result of the task's parser, or None. masks: at the model's
+    picture size, float32[H,W] probabilities, or int32[H,W] class ids for avss. events: for ave and avvp. boxes: for
+    arig. warnings: notes on unusual media and on parts that the answer lacks.
     """
 
     text: str
@@ -167,10 +169,10 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What goes on inside the model while it reads a prompt, and the answer where one was given; L positions.
+    """Internal values of the model at the L positions of a prompt, and of the answer where one was given.
 
-    tokens: int32[L] ids, placeholders expanded. slots: int32[L], the row of the features (visual ones first) that a
-    position holds, -1 for text. hidden: float32[L,D] after the last layer and norm. router: {projection:
+    tokens: int32[L] ids, placeholders expanded. slots: int32[L], the row of the features (visual ones first) that is
+    placed at each position, -1 for text. hidden: float32[L,D] after the last layer and norm. router: {projection:
     float32[layers,L,heads]}, the weights with which each token mixes the LoRA heads. pieces: the text of each token,
     "" for a feature.
     """
@@ -183,10 +185,11 @@ class Trace:
 
 
 class Crab:
-    """A model with all that it needs to answer: `module` (Flax), `params`, `config` (RunConfig), `tokenizer`.
+    """A model that answers questions: `module` (Flax), `params`, `config` (RunConfig) and `tokenizer`.
 
-    Made by `load`, or from sizes alone (`Crab(tiny())`) with random weights drawn from `seed`. In the layout that
-    training uses, it can be asked and traced; laid out for generation (`load(..., weights="float")`), only asked.
+    `load` makes one from a checkpoint, and `Crab(tiny())` makes one from sizes, with random weights drawn from `seed`.
+    In the training layout it can answer and trace; in the layout for generation (`load(..., weights="float")`) it can
+    only answer.
     """
 
     def __init__(
@@ -233,17 +236,17 @@ class Crab:
         """Return the answer to one question, or those to several, in their order.
 
         temperature: 0 is greedy. force_masks: append the mask tokens where the model wrote none. mask_groups: draw a
-        mask for each of the last groups of mask tokens. on_text: hears of every piece of text as it is written.
-        Raises InputError for media that cannot be decoded, and for weights that give no numbers.
+        mask for each of the last `mask_groups` groups of mask tokens. on_text: called with each piece of text as it is
+        written. Raises InputError for media that cannot be decoded, and for logits or masks that are not finite.
         """
-        several = [asked] if isinstance(asked, Ask) else list(asked)
-        by_id = {one.request.example.id: one for one in several}
+        questions = [asked] if isinstance(asked, Ask) else list(asked)
+        by_id = {question.request.example.id: question for question in questions}
         tell = None if on_text is None else (lambda example, text: on_text(by_id[example.id], text))
         decoding = {"temperature": temperature, "top_p": top_p, "force_masks": force_masks, "mask_groups": mask_groups}
-        found: dict[str, Answer] = {}
-        given = Given.together([one.given for one in several])
+        answered: dict[str, Answer] = {}
+        given = Given.together([question.given for question in questions])
         for prediction in self.predict(
-            [one.request.example for one in by_id.values()],
+            [question.request.example for question in by_id.values()],
             given,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
@@ -252,8 +255,8 @@ class Crab:
             on_text=tell,
             **ASKED,
         ):
-            found[prediction.example.id] = _answer(by_id[prediction.example.id], prediction)
-        answers = [found[one.request.example.id] for one in several]
+            answered[prediction.example.id] = _answer(by_id[prediction.example.id], prediction)
+        answers = [answered[question.request.example.id] for question in questions]
         return answers[0] if isinstance(asked, Ask) else answers
 
     def predict(
@@ -292,7 +295,7 @@ class Crab:
         )
 
     def stream(self, asked: Ask, **options: Any) -> Iterator[str]:
-        """Yield the text of an answer piece by piece, as it is written; `options` are those of `answer`."""
+        """Yield the text of an answer piece by piece while it is written; `options` are those of `answer`."""
         pieces: queue.Queue[str | BaseException | None] = queue.Queue()
 
         def work() -> None:
@@ -309,9 +312,9 @@ class Crab:
             yield piece
 
     def trace(self, asked: Ask, answer: str | None = None) -> Trace:
-        """Return what goes on inside the model while it reads the prompt, and `answer` behind it where it is given.
+        """Return the internal values of the model for the prompt, followed by `answer` where it is given.
 
-        Raises InputError for a model that is laid out for generation, which does not tell router weights.
+        Raises InputError for a model in the layout for generation, which does not return router weights.
         """
         if self.module.weights:
             problem = f"are laid out for generation ({self.module.weights!r}), which does not tell router weights"
@@ -319,7 +322,7 @@ class Crab:
         example = asked.request.example
         if answer is not None:
             example = dataclasses.replace(example, target=answer)
-        # Masks are drawn after the language model; what it reads does not depend on them.
+        # The mask decoder runs after the language model, so the trace does not depend on it.
         example = dataclasses.replace(example, mask_kind="none", mask=None)
         data = dataclasses.replace(
             self.config.data, prompt_only=answer is None, cache_dir="", **ASKED, tasks=tuple(TASKS)
@@ -339,14 +342,15 @@ class Crab:
 def load(
     checkpoint: str | Path, weights: str = "", tasks: Sequence[Task | str] = (), batch_size: int = 1, tensor: int = 0
 ) -> Crab:
-    """Return the model of a run, a packed or an imported model; "warm_start" is the tiny one of this package.
+    """Load the model of a run, a packed or an imported model; "warm_start" is the tiny one of this package.
 
-    weights: "" keeps the layout of training; "float", "int8" and "int4" lay it out for generation, which is faster and
-    cannot be traced. tasks: your own that it was trained with, or the modules that hold them ("package.module:NAME");
-    those that the checkpoint names are never imported. batch_size, tensor: with `weights`, copy the model to as many of
-    this process's devices as divide the batch, each copy on `tensor` of them (0 = as few as hold it).
+    weights: "" keeps the training layout; "float", "int8" and "int4" choose the layout for generation, which is faster
+    but cannot be traced. tasks: tasks of your own that the model was trained with, or the modules that hold them
+    ("package.module:NAME"); modules that the checkpoint names are never imported. batch_size, tensor: with `weights`,
+    the model is copied to as many of this process's devices as divide the batch, and each copy is split over `tensor`
+    of them (0 = as few as it fits on).
 
-    Raises InputError for a folder that is none of them, for damaged files, and for a task whose name another one has.
+    Raises InputError for a folder of another kind, for damaged files, and for a task whose name another task has.
     """
     run_folder.use_tasks_of(tasks, checkpoint)
     if weights not in ("", *KINDS):
@@ -360,15 +364,15 @@ def load(
 
 @partial(jax.jit, static_argnames="module")
 def _look(module: Model, params: Any, batch: batching.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(hidden states [1,L,D], {projection: router weights [layers,1,L,heads]}) of a batch of one row."""
+    """Return (hidden states [1,L,D], {projection: router weights [layers,1,L,heads]}) of a batch of one row."""
     output: Any
     output, sown = module.apply({"params": params}, batch, mutable=["router"])
-    found = traverse_util.flatten_dict(sown["router"])
-    return output.hidden, {path[-2]: value[0] for path, value in found.items()}
+    weights = traverse_util.flatten_dict(sown["router"])
+    return output.hidden, {path[-2]: value[0] for path, value in weights.items()}
 
 
 def _lengths(cfg: CrabConfig) -> tuple[int, ...]:
-    """Bucket lengths that hold ten frames and windows of a model of these sizes, with text around them."""
+    """Return bucket lengths that hold ten frames and windows of a model of these sizes, and text around them."""
     features = 10 * (cfg.visual.queries + cfg.audio.queries)
     return tuple(features + text for text in (96, 160, 256, 512))
 

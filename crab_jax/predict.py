@@ -5,14 +5,14 @@
     python -m crab_jax.predict --checkpoint runs/x --task s4 --image dog.jpg --audio dog.wav --out out
     python -m crab_jax.predict --checkpoint runs/x --samples samples.json --out out
 
-The sound is the video's own track unless --audio is given; what is missing of it is filled with silence, and a warning
-says so. --question without --task is put to the model as it stands; with --task avqa it gets the prompt of MUSIC-AVQA.
---all-tasks asks everything that can be asked about a clip, or a picture with its sound, and writes page.html, one file
-with all answers. --samples is a JSON list of objects with the keys task, video_path | image_path, audio_path, question,
+The sound is the video's own track unless --audio is given; missing sound is filled with silence, with a warning. A
+--question without --task is put to the model as it stands; with --task avqa it gets the prompt of MUSIC-AVQA.
+--all-tasks asks every question that suits the clip, or the picture with its sound, and writes page.html, one file with
+all answers. --samples is a JSON list of objects with the keys task, video_path | image_path, audio_path, question,
 expression, second (or idx), mask_path (a true mask, drawn as an outline for comparison), windows and prompt_variant;
-paths are relative to the file. Writes predictions.jsonl and pictures into --out: ID_picture.png, the picture
-that was asked about as the model saw it (upright, RGB), masks and overlays at its size (avss: with the names of the
-colours beside it), boxes for arig, time lines for ave and avvp. --task-modules brings tasks of your own.
+paths are relative to the file. The command writes predictions.jsonl and pictures into --out: ID_picture.png, the
+picture that the question is about as the model saw it (upright, RGB), masks and overlays at its size (for avss with a
+legend of the colours), boxes for arig, and time lines for ave and avvp. --task-modules adds tasks of your own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from data_pipelines.given import Given
 
 
 def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
-    """Write the pictures of one answer; {"mask": name, "mask_2": name, ..., "overlay": name}, where there are any."""
+    """Write the pictures of one answer; return their names, {"mask": name, "mask_2": name, ..., "overlay": name}."""
     example, parsed = asked.example, prediction.parsed
     files: dict[str, bytes] = {}
     task = TASKS[example.task]
@@ -74,7 +74,7 @@ def draw(asked: Request, prediction: Prediction, out: Path) -> dict[str, str]:
 
 
 def time_line(example: Example, tracks: Sequence[overlay.Track]) -> bytes:
-    """PNG of events under the pictures and the sound of a clip."""
+    """Return a PNG of events under the pictures and the sound of a clip."""
     frames = media.read_video(str(example.video), overlay.PARTS, 96)
     sound = media.clip_sound(str(example.audio), example.video)
     seconds = media.timing(str(example.video)).seconds or len(sound) / media.SAMPLE_RATE
@@ -99,7 +99,7 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         asked[name] = request(record, where, name, Given(out))
 
     crab = load(arguments.checkpoint, arguments.weights, batch_size=arguments.batch_size, tensor=arguments.tensor)
-    examples = [one.example for one in asked.values()]
+    examples = [question.example for question in asked.values()]
     decoding = {
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
@@ -108,7 +108,7 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
     }
 
     def tell(example: Example, text: str) -> None:
-        several = arguments.batch_size > 1  # then pieces of different answers take turns, a line each
+        several = arguments.batch_size > 1  # then pieces of different answers alternate, one line each
         print(f"  {printable(example.id)} ... {text}" if several else text, end="\n" if several else "", flush=True)
 
     answers = crab.predict(
@@ -125,14 +125,14 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
     file = out / "predictions.jsonl"
     write_whole(file, "")
     for prediction in answers:
-        one = asked[prediction.example.id]
-        example, files = one.example, draw(one, prediction, out)
-        warnings = [*one.warnings, *prediction.warnings]
+        question = asked[prediction.example.id]
+        example, files = question.example, draw(question, prediction, out)
+        warnings = [*question.warnings, *prediction.warnings]
         append_line(
             file,
             {
                 "id": example.id,
-                "task": one.task,
+                "task": question.task,
                 "prompt": example.instruction,
                 "text": prediction.text,
                 "parsed": prediction.parsed,
@@ -153,32 +153,34 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
         answered[example.id] = clip_page.Answered(prediction, shown, tuple(warnings))
     print(f"answers: {file}")
     if arguments.all_tasks:
-        found = [answered[name] for name in asked]
+        answers_in_order = [answered[name] for name in asked]
         clip = next((example for example in examples if example.video), None)
-        times = time_line(clip, clip_page.tracks(found)) if clip else None
+        times = time_line(clip, clip_page.tracks(answers_in_order)) if clip else None
         media_files = [given[key] for key in ("video_path", "image_path", "audio_path") if key in given]
-        clip_page.write(out / "page.html", media_files, found, times)
+        clip_page.write(out / "page.html", media_files, answers_in_order, times)
         print(f"page: {out / 'page.html'}")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; raises InputError when it is wrong."""
+    """Parse the command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.predict")
     parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
     parser.add_argument("--out", type=PATH, required=True, help="folder for predictions.jsonl and pictures")
     parser.add_argument("--samples", type=ANY_PATH, metavar="JSON", help="list of samples, instead of the flags below")
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: a --question as it stands)")
-    parser.add_argument("--all-tasks", action="store_true", help="ask everything about the media; writes page.html")
+    parser.add_argument(
+        "--all-tasks", action="store_true", help="ask every question that suits the media; writes page.html"
+    )
     parser.add_argument("--video", type=ANY_PATH, dest="video_path", metavar="FILE")
     parser.add_argument(
-        "--image", type=ANY_PATH, dest="image_path", metavar="FILE", help="with --audio, for boxes, masks, questions"
+        "--image", type=ANY_PATH, dest="image_path", metavar="FILE", help="a picture, with its sound in --audio"
     )
     parser.add_argument(
         "--audio", type=ANY_PATH, dest="audio_path", metavar="FILE", help="default: the video's own track"
     )
     parser.add_argument("--mask", type=ANY_PATH, dest="mask_path", metavar="FILE", help="a true mask to compare with")
-    parser.add_argument("--question", help="what to ask; with --task avqa in the prompt of MUSIC-AVQA")
-    parser.add_argument("--expression", help="for ref-avs: what to segment, in words")
+    parser.add_argument("--question", help="the question; with --task avqa it gets the prompt of MUSIC-AVQA")
+    parser.add_argument("--expression", help="for ref-avs: the object to segment, in words")
     parser.add_argument(
         "--second",
         type=Whole(),
@@ -191,27 +193,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"{', '.join(VARIANTS)} (default: train, or quick for a "
         "picture where the training prompt is about a video)",
     )
-    parser.add_argument("--windows", help=f"cuts of the sound: {', '.join(WINDOWS[:-1])} (default: by task and length)")
+    parser.add_argument(
+        "--windows", help=f"how the sound is cut: {', '.join(WINDOWS[:-1])} (default: by task and length)"
+    )
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=1)
     parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)
     parser.add_argument(
         "--weights",
         default="float",
         choices=KINDS,
-        help="of the language model's matrices: as trained, or integers, smaller and less exact (docs/generation.md)",
+        help="matrices of the language model: as trained, or as integers, smaller and less exact (docs/generation.md)",
     )
     parser.add_argument(
         "--tensor",
         type=Whole(0, 2**16),
         default=0,
         metavar="N",
-        help="split the model over N devices (default: as few as hold it)",
+        help="split the model over N devices (default: as few as it fits on)",
     )
     parser.add_argument("--temperature", type=Real(1e-3, 1e3, zero=True), default=0.0, help="0 (the default) is greedy")
     parser.add_argument(
         "--top-p", type=Real(1e-6, 1), default=1.0, help="sample among the likeliest tokens of this share"
     )
-    parser.add_argument("--seed", type=Whole(), default=0, help="of sampling")
+    parser.add_argument("--seed", type=Whole(), default=0, help="seed of sampling")
     parser.add_argument("--stream", action="store_true", help="show the text as it is written")
     parser.add_argument(
         "--force-masks",

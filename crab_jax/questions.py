@@ -1,7 +1,7 @@
-"""From a user's own media to a question that the model can be asked: prompt, sound windows, and the picture.
+"""Questions about a user's own media: the prompt, the sound windows and the picture.
 
-What does not fit is mended where that is harmless, and said in the request's warnings; everything else is an InputError
-before any model is loaded.
+Unusual media are adapted where that is harmless, with a note in the warnings of the request; everything else is an
+InputError before any model is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data_pipelines import fbank, media
 from data_pipelines.examples import Example
 from data_pipelines.given import Given
 
-READER = AVCAP.name  # reads the answer to a question that is put as it stands: any text is one
+READER = AVCAP.name  # the task whose parser reads answers to a question without a task: it accepts any text
 KEYS = (
     "task",
     "video_path",
@@ -40,13 +40,16 @@ KEYS = (
     "prompt_variant",
 )
 VARIANTS = ("train", "test", "quick")
-SILENCE = 1e-4  # root mean square of a full scale of 1: -80 dB
+SILENCE = 1e-4  # root mean square below which sound counts as silent; -80 dB of full scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """An Example to answer under the name of its task, the picture it is about, as the model sees it (None for a
-    question about a clip), and what is odd about its media."""
+    """An Example to answer.
+
+    task: name of the task, or "question". picture: name of the picture that the question is about, None for a question
+    about a clip. warnings: notes on unusual media.
+    """
 
     task: str
     example: Example
@@ -55,13 +58,13 @@ class Request:
 
 
 def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The records of a --samples file with absolute paths, and where each one stands. Raises InputError."""
+    """Return the records of a --samples file with absolute paths, each with its place. Raises InputError."""
     if not path.is_file():
         raise InputError(str(path), "--samples", "no such file", "give a JSON list of samples")
     records = read_json(path, Anything(), "--samples", "write a list of objects")
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
         raise InputError(str(path), "--samples", "is not a list of objects", 'write [{"task": "ave", ...}, ...]')
-    found = []
+    placed = []
     for number, record in enumerate(records):
         record = {"second" if key == "idx" else key: value for key, value in record.items()}
         for key in record.keys() - {"second"}:
@@ -69,42 +72,43 @@ def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
                 raise InputError(f"{path}[{number}]", key, f"is {record[key]!r:.60}, not text", "write it in quotes")
             if key.endswith("_path"):
                 record[key] = str(path.parent / record[key])
-        found.append((record, f"{path}[{number}]"))
-    return found
+        placed.append((record, f"{path}[{number}]"))
+    return placed
 
 
 def fields_of(task: str) -> tuple[str, ...]:
-    """What to ask a task with, besides the media."""
+    """Return the fields that the prompt of a task needs, besides the media."""
     return ("question",) if task == FREE else TASKS[task].fields
 
 
 def about_picture(task: str) -> bool:
-    """Whether a task is asked about one picture, of a clip or alone."""
+    """Whether the questions of a task are about one picture, of a clip or alone."""
     return task in TASKS and TASKS[task].about_picture
 
 
 def every_task(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of all that can be asked about the media of `given`.
+    """Return a record for every question that suits the media of `given`.
 
-    Where it has no question and no expression, those that the tasks name (`Task.unasked`) are asked.
+    Where it has no question or expression, the usual ones of each task (`Task.unasked`) are asked.
     """
     about = {key: value for key, value in given.items() if key not in ("question", "expression")}
     records = []
     for name, task in TASKS.items():
         if "video_path" not in given and not task.about_picture:
             continue
-        said = [field for field in task.fields if field != "second"]
+        text_fields = [field for field in task.fields if field != "second"]
         for texts in itertools.product(
-            *([given[field]] if field in given else task.unasked.get(field, ()) for field in said)
+            *([given[field]] if field in given else task.unasked.get(field, ()) for field in text_fields)
         ):
-            records.append(about | {"task": name} | dict(zip(said, texts, strict=True)))
+            records.append(about | {"task": name} | dict(zip(text_fields, texts, strict=True)))
     return records
 
 
 def request(record: dict[str, Any], where: str, name: str, given: Given) -> Request:
-    """Check one record and make it a question about `given`, which keeps a picture or sound that has to be made for it.
+    """Check one record and make it a question; pictures and sounds that are made for it are kept in `given`.
 
-    Raises InputError for an unknown task or key, media that are missing or cannot be decoded, and a missing question.
+    where: the place of the record, for errors. name: id of the Example. Raises InputError for an unknown task or key,
+    for media that are missing or cannot be decoded, and for a missing question.
     """
     task = record.get("task", FREE if record.get("question") else None)
     if task not in (*TASKS, FREE):
@@ -128,7 +132,9 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
             raise InputError(where, field, f"is missing, and {task} needs it", f"give the {field}")
 
     ask, one_picture = _prompt(record, task, where, image is not None)
-    picture, odd = show(given, image, name) if image else (None, ())  # damage is named before a model is loaded
+    picture, odd = (
+        show(given, image, name) if image else (None, ())
+    )  # damaged files are reported before a model is loaded
     if video:
         given.check_video(video)
     if mask := record.get("mask_path"):
@@ -175,9 +181,10 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
 
 
 def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tuple[Callable[[int], str], bool]:
-    """(second -> prompt, whether it is about one picture): of the wanted variant, else of the first that fits.
+    """Return (function from second to prompt, whether the prompt is about one picture).
 
-    A prompt for a picture also serves a video, whose frame is taken; a prompt for a video needs one.
+    The variant is the wanted one, else the first that suits the media. A prompt for a picture also suits a video, of
+    which one frame is taken; a prompt for a video needs a video.
     """
     if task == FREE:
         return lambda second: f"{IMAGE if is_image else VIDEO}{AUDIO}{record['question']}", is_image
@@ -208,7 +215,7 @@ def _prompt(record: dict[str, Any], task: str, where: str, is_image: bool) -> tu
 
 
 def show(given: Given, image: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """Keep a picture of the user as the model sees it before it is resized; its name, and what is odd about it."""
+    """Keep a user's picture as decoded, before it is resized for the model; return its name and warnings."""
     (width, height), pixels = given.picture_size(image), given.picture(image)
     kept = given.keep_picture(name, pixels)
     if pixels.shape[:2] == (height, width):
@@ -219,14 +226,14 @@ def show(given: Given, image: str, name: str) -> tuple[str, tuple[str, ...]]:
     )
 
 
-# The sound.
+# Sound.
 
 
 def listen(given: Given, video: str | None, audio: str | None, name: str) -> tuple[str, np.ndarray, tuple[str, ...]]:
-    """(name, samples float32[N] at 16 kHz, warnings): the sound of a clip, on the clock of its pictures.
+    """Return (name, samples float32[N] at 16 kHz, warnings): the sound of a clip, aligned with its pictures.
 
-    Where it is another one than was given from its first sample on, it is kept under `name`. A video without a sound
-    track gets silence. Raises InputError for a file that cannot be decoded.
+    A sound that had to be changed is kept under `name`. A video without a sound track gets silence. Raises InputError
+    for a file that cannot be decoded.
     """
     clip = given.timing(video) if video else None
     warnings = [*(clip._replace(sound=None) if audio else clip).remarks()] if clip else []
@@ -257,12 +264,12 @@ def listen(given: Given, video: str | None, audio: str | None, name: str) -> tup
 
 
 def loudest(sound: np.ndarray, parts: int) -> int:
-    """Which of the equal `parts` of a sound has the most energy; the first one of silence."""
+    """Return which of `parts` equal parts of a sound has the most energy; 0 for silence."""
     return int(np.argmax([np.square(part, dtype=np.float64).sum() for part in np.array_split(sound, parts)]))
 
 
 def _placed(sound: np.ndarray, second: int, parts: int) -> np.ndarray:
-    """A sound of less than two seconds as second `second` of a clip of `parts` seconds."""
+    """Place a short sound at second `second` of a silent clip of `parts` seconds."""
     start, total = second * media.SAMPLE_RATE, parts * media.SAMPLE_RATE
     clip = np.zeros(max(total, start + len(sound)), np.float32)
     clip[start : start + len(sound)] = sound

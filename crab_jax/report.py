@@ -1,9 +1,10 @@
-"""One HTML file about a run: what was trained, how well it answers, and what it looks at.
+"""Write one HTML file about a run: its config, losses, scores, example answers and router weights.
 
     python -m crab_jax.report --run runs/x --results runs/x/test/results.json --data runs/scenes --out report.html
 
-The file holds its pictures, needs no network, and reads well on a phone and on paper. --results is what evaluate
-writes, optionally with "baselines": {name: {task: ...}} in it. Examples are answered anew with the run's checkpoint.
+The file contains its pictures, needs no network, and can be read on a phone and on paper. --results is a file that
+evaluate wrote, optionally with "baselines": {name: {task: ...}}. The examples are answered again with the run's
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from data_pipelines.examples import spread
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Answer a few examples, look at the router, and write the report."""
+    """Answer a few examples, average their router weights, and write the report."""
     run, root = Path(arguments.run), Path(arguments.data)
     out_file(arguments.out)
     results = read_results(Path(arguments.results))
@@ -39,7 +40,7 @@ def report(arguments: argparse.Namespace) -> None:
     metrics = list(read_lines(log, METRICS, constants=True)) if log.is_file() else []
 
     shown = spread(examples, arguments.samples)
-    # As `evaluate` answers; the layout of generation does not tell router weights.
+    # The layout for generation answers as `evaluate` does; router weights need the training layout below.
     answered = collect(
         predict_examples(
             *model.for_generation(params),
@@ -71,18 +72,18 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.report")
     parser.add_argument("--run", type=PATH, required=True, help="workdir of a training run, or a packed model")
     parser.add_argument(
         "--results", type=PATH, required=True, help="results.json of evaluate, optionally with baselines"
     )
-    parser.add_argument("--data", type=PATH, required=True, help="data root that the examples come from")
+    parser.add_argument("--data", type=PATH, required=True, help="data root of the examples")
     parser.add_argument("--out", type=PATH, required=True, help="HTML file to write")
     parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
-    parser.add_argument("--samples", type=Whole(1), default=3, help="examples shown of each task")
+    parser.add_argument("--samples", type=Whole(1), default=3, help="number of examples of each task to show")
     parser.add_argument(
-        "--routing-samples", type=Whole(1), default=16, help="examples of each task for the router weights"
+        "--routing-samples", type=Whole(1), default=16, help="number of examples of each task for the router weights"
     )
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)
     parser.add_argument("--max-new-tokens", type=Whole(1, 2**16), default=256)

@@ -1,4 +1,4 @@
-"""Example: the one record type between a dataset's files and a batch, and its JSONL form."""
+"""Example: the record type between a dataset's files and a batch, and its JSONL form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crab_jax.io.structured import json_line, read_text
 from crab_jax.tasks import FLAG, TASK_NAMES, TASKS
 from crab_jax.tasks.task import MASK_KINDS, WINDOWS
 
-__all__ = ["MASK_KINDS", "TASK_NAMES", "WINDOWS", "Example"]  # the names of others that are found here, too
+__all__ = ["MASK_KINDS", "TASK_NAMES", "WINDOWS", "Example"]  # some names are defined elsewhere and offered here too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def seg_source(example: Example) -> tuple[str, str] | None:
-    """(field, path) of the picture to segment, or of the video whose frame `second` it is; None when not known."""
+    """Return (field, path) of the picture to segment, or of the video that holds it at `second`; None if not known."""
     for field in ("seg_image", "image"):
         if path := getattr(example, field):
             return field, path
@@ -70,7 +70,10 @@ def seg_source(example: Example) -> tuple[str, str] | None:
 
 
 def from_json(record: Any, where: str) -> Example:
-    """Validated Example from one decoded JSON object. Raises InputError naming `where`, the field and the fix."""
+    """Validate one decoded JSON object as an Example.
+
+    where: file and line, for errors. Raises InputError naming `where`, the field and the fix.
+    """
     if not isinstance(record, dict):
         raise InputError(where, "", f"expected a JSON object, got {type(record).__name__}", "write one object per line")
     for name in ("id", "task", "instruction"):
@@ -94,7 +97,7 @@ def from_json(record: Any, where: str) -> Example:
 
 
 def to_json(example: Example) -> dict[str, Any]:
-    """JSON object of an Example with its default fields left out."""
+    """Return the JSON object of an Example, without fields that have their default values."""
     defaults = Example(id="", task="", instruction="")
     record = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
     return {
@@ -105,7 +108,7 @@ def to_json(example: Example) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """All Examples of a JSONL file, validated; duplicate ids are an error."""
+    """Read and validate all Examples of a JSONL file. Raises InputError, also for duplicate ids."""
     path = Path(path)
     if not path.is_file():
         raise InputError(str(path), "", "no such file", "check --data and the split name")
@@ -123,7 +126,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
 
 
 def select(examples: Iterable[Example], tasks: Sequence[str] = (), limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of each of `tasks` (all when empty), in order. Raises InputError when none is left."""
+    """Return the first `limit` Examples of each of `tasks` (of all when empty), in order. Raises InputError if none."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise InputError("--tasks", "", f"unknown task {unknown[0]!r}", f"use some of {','.join(TASKS)}")
@@ -147,23 +150,26 @@ def spread(examples: Iterable[Example], count: int) -> list[Example]:
     """Return up to `count` Examples of each task, evenly spread over the list, tasks in their order."""
     chosen, listed = [], list(examples)
     for task in TASKS:
-        ours = [example for example in listed if example.task == task]
-        chosen += [ours[i * len(ours) // count] for i in range(count)] if len(ours) > count else ours
+        of_task = [example for example in listed if example.task == task]
+        few = len(of_task) <= count
+        chosen += of_task if few else [of_task[i * len(of_task) // count] for i in range(count)]
     return chosen
 
 
 def digest(examples: Iterable[Example]) -> str:
-    """A hash of what a list of Examples says; the media files are not looked at."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return a hash of a list of Examples, without the content of their media files."""
+    state = hashlib.blake2b(digest_size=16)
     for example in examples:
-        found.update(json.dumps(to_json(example), sort_keys=True).encode() + b"\n")
-    return found.hexdigest()
+        state.update(json.dumps(to_json(example), sort_keys=True).encode() + b"\n")
+    return state.hexdigest()
 
 
 def learned(examples: Iterable[Example]) -> str:
-    """A hash of all that batches depend on in a list of Examples, in its order: not their ids and labels, nor the root
-    that their paths are relative to."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return a hash of everything in a list of Examples that batches depend on, in order.
+
+    Ids, labels and the root that paths are relative to are left out.
+    """
+    state = hashlib.blake2b(digest_size=16)
     for e in examples:
         fields = (
             e.task,
@@ -180,12 +186,12 @@ def learned(examples: Iterable[Example]) -> str:
             e.mask_kind,
             str(e.meta.get("one_of", "")),
         )
-        found.update("\0".join(fields).encode("utf-8", "surrogatepass") + b"\n")
-    return found.hexdigest()
+        state.update("\0".join(fields).encode("utf-8", "surrogatepass") + b"\n")
+    return state.hexdigest()
 
 
 def choice(mark: str, count: int, seed: int, epoch: int) -> int:
-    """Which of the `count` Examples whose meta has this `one_of` is taken in an epoch: the same in every process."""
+    """Return which of the `count` Examples that share a value of `one_of` an epoch uses; equal in every process."""
     key = repr((seed, epoch, mark)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % count
 

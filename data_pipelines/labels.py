@@ -1,8 +1,8 @@
-"""What the label of an Example says, and whether its target says the same.
+"""Labels of Examples, and checks of targets against them.
 
-The label is `meta`, with the fields that crab_jax/tasks/<task>.py lists. Some are weak: a training clip of LLP names
-its events but not their times (`{"labels": [name, ...]}`), a clip of MS3's object release does not say what sounds
-(`{"objects": []}`). No target can be built from a weak label, but one can be checked against what it does say.
+The label is `meta`, with the fields that crab_jax/tasks/<task>.py lists. Some labels are weak: a training clip of LLP
+names its events but not their times (`{"labels": [name, ...]}`), and a clip of MS3's object release does not name what
+sounds (`{"objects": []}`). No target can be built from a weak label, but a target can be checked against its content.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from data_pipelines.examples import Example
 
 
 def weak(example: Example) -> bool:
-    """Whether the label says too little for a target: events without times, or a mask without what sounds."""
+    """Whether the label is too incomplete for a target: events without times, or a mask without its object."""
     return bool(TASKS[example.task].weak(example.meta))
 
 
 def sound(example: Example) -> bool:
-    """Whether the label has every field that an answer needs, as it must be."""
+    """Whether the label has every field that an answer needs, each with a valid value."""
     return not any(wrong_fields(TASKS[example.task], example.meta, ("answer",)))
 
 
 def label(example: Example) -> dict[str, Any]:
-    """The arguments of `TASKS[example.task].target`, less `reasoning`, from the label.
+    """Return the arguments of `TASKS[example.task].target`, without `reasoning`, from the label.
 
-    Raises InputError naming the example and the field when the label lacks it, or holds what no answer can say (times
-    outside the clip, names with angle brackets), and for a weak label.
+    Raises InputError naming the Example and the field when a field is missing or invalid (times outside the clip, names
+    with angle brackets), and for a weak label.
     """
     task, where = TASKS[example.task], f"example {example.id!r}"
     if problem := task.weak(example.meta):
@@ -45,22 +45,23 @@ def label(example: Example) -> dict[str, Any]:
 
 
 def answer(example: Example) -> str:
-    """The answer alone, as the task writes it."""
+    """Return the answer without reasoning, as the task writes it. Raises InputError as `label` does."""
     return TASKS[example.task].target(**label(example))
 
 
 def names(example: Example) -> tuple[str, ...]:
-    """The names of things and events in the label. Raises InputError as `label`, but for a weak one."""
+    """Return the names of things and events in the label. Raises InputError as `label` does, but not for a weak one."""
     if not weak(example):
         label(example)
     return TASKS[example.task].names(example.meta)
 
 
 def disagreements(example: Example) -> list[str]:
-    """What in a target is not as its label says, in words; [] when all agrees, and for an empty target.
+    """Return how a target differs from its label, in words; [] when they agree, and for an empty target.
 
-    Its tags parse, its events are in the label, its ranges, answer, objects and expression are equal, its coordinates
-    are within a pixel, and what the task's parser reads is the label. Raises InputError as `label`.
+    They agree when the tags are well formed, all events are in the label, ranges, answer, objects and expression are
+    equal, coordinates are within a pixel, and the task's parser reads the label from the target. Raises InputError as
+    `label` does.
     """
     if not example.target.strip():
         return []
@@ -70,8 +71,8 @@ def disagreements(example: Example) -> list[str]:
 
 
 def _tag_problems(example: Example) -> list[str]:
-    """Tags that the task does not have, that are not closed, or that are inside each other."""
-    task, text, found = TASKS[example.task], example.target, []
+    """Return the problems of a target's tags: tags of other tasks, tags that are not closed, and nested tags."""
+    task, text, problems = TASKS[example.task], example.target, []
     if task.answer == "mask":
         if text.count(MASK) != 1 or not text.rstrip(" .").endswith(MASK):
             return ["does not end in one run of the six mask tokens"]
@@ -83,9 +84,9 @@ def _tag_problems(example: Example) -> list[str]:
         whole = re.fullmatch(r"<(/?)(\w*)>", mark)
         slash, name = whole.groups() if whole else ("", "")
         if name not in task.tags:
-            found.append(f"holds {mark!r}, which is no tag of {example.task}")
+            problems.append(f"holds {mark!r}, which is no tag of {example.task}")
         elif (name if slash else "") != open_tag:
-            found.append(f"the tags do not match at {mark!r}")
+            problems.append(f"the tags do not match at {mark!r}")
         else:
             open_tag = "" if slash else name
-    return found + ([f"<{open_tag}> is never closed"] if open_tag else [])
+    return problems + ([f"<{open_tag}> is never closed"] if open_tag else [])

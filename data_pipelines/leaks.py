@@ -1,14 +1,15 @@
-"""Clips of one dataset's train that another dataset has in val or test.
+"""Leaks: clips in the training split of one dataset that another dataset has in val or test.
 
 AVE, LLP, VALOR, AudioCaps, AVSBench and Ref-AVS are all cut from YouTube, some of them from the same videos.
 
-    python -m data_pipelines validate --root R               lists them
+    python -m data_pipelines validate --root R               lists the leaks
     --config.data.exclude_leaks=true                         leaves them out of training
 
-A clip is a video and, where the release tells them, the seconds of it; two clips are one when they are of one video and
-their seconds overlap or are not known. AVE, S4 and MS3 do not tell them. Only annotations are read, and what is kept is
-names and numbers. MUSIC-AVQA names its videos itself. The users' own Examples take part by `meta.video`, or by the name
-of their first file, and with their own val and test by that name as it stands.
+A clip is a video and, where the release states it, a range of seconds. Two clips are the same when they are of one
+video and their seconds overlap or are not known; AVE, S4 and MS3 do not state seconds. Only annotations are read, and
+only names and numbers are kept. MUSIC-AVQA is left out, because it has its own names for videos. The users' own
+Examples are compared by `meta.video`, or by the name of their first file; among the users' own lists these names must
+be equal.
 """
 
 from __future__ import annotations
@@ -24,29 +25,32 @@ from data_pipelines.datasets import DATASETS, PREPARED, annotated, is_there, med
 from data_pipelines.examples import Example
 from data_pipelines.status import WARNING, Problem
 
-NO_CLIPS = ("lvis", "video_llava")  # pictures and videos of other places
+NO_CLIPS = ("lvis", "video_llava")  # pictures and videos of other origin
 SAME = {"arig": "s4", "arig_object": "s4_object", "avqa_original": "avqa"}  # the same clips in the same splits
-PICTURES = ("s4", "ms3", "avss", "ref_avs")  # many Examples of a clip, side by side
+PICTURES = ("s4", "ms3", "avss", "ref_avs")  # these have many Examples of a clip in sequence
 OWN = ("own", PREPARED)
 _YOUTUBE = re.compile(r"[A-Za-z0-9_-]{11}")
 _SPAN = re.compile(r"(.+)_([0-9]+(?:\.[0-9]+)?)_([0-9]+(?:\.[0-9]+)?)")
 _NUMBERED = re.compile(r"(.{11})_[0-9]+")  # the second clip of a video
-_VGGSOUND = re.compile(r"(.{11})_([0-9]{6})")  # its first second, of ten
-_BRACKETS = re.compile(r".*\[([A-Za-z0-9_-]{11})\]")  # as yt-dlp names what it fetches
-_ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,3}$")  # of a file
+_VGGSOUND = re.compile(r"(.{11})_([0-9]{6})")  # the number is the first of ten seconds
+_BRACKETS = re.compile(r".*\[([A-Za-z0-9_-]{11})\]")  # names of files that yt-dlp downloads
+_ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,3}$")  # file extension
 Span = tuple[float, float]
 
 
 class Clip(NamedTuple):
-    """A stretch of a video. span: (start, end) in seconds of the video, None where that is not told."""
+    """A part of a video. span: (start, end) in seconds of the video, None where the release does not state it."""
 
     video: str
     span: Span | None = None
 
 
 class Held(NamedTuple):
-    """The clips of val and test. clips: video -> dataset -> spans. own: names of the users' own clips. unread: why
-    annotations could not be read."""
+    """The clips of val and test.
+
+    clips: video -> dataset -> spans. own: names of the users' own clips. unread: errors of annotation files that could
+    not be read.
+    """
 
     clips: dict[str, dict[str, set[Span | None]]]
     own: set[str]
@@ -54,7 +58,7 @@ class Held(NamedTuple):
 
 
 class Leak(NamedTuple):
-    """A clip of train that is (`same`) in val or test of the dataset `other`, or only of a video that is there."""
+    """A training clip whose video is in val or test of the dataset `other`; same: whether the clip itself is there."""
 
     clip: Clip
     other: str
@@ -62,13 +66,13 @@ class Leak(NamedTuple):
 
 
 def dataset_of(example: Example, name: str = PREPARED) -> str:
-    """The dataset that an Example says it is from, or `name` where that is none that is known."""
-    said = example.meta.get("dataset")
-    return said if isinstance(said, str) and said in DATASETS else name
+    """Return the dataset that `meta` of an Example names, or `name` where it names no known dataset."""
+    stated = example.meta.get("dataset")
+    return stated if isinstance(stated, str) and stated in DATASETS else name
 
 
 def clip_of(example: Example, dataset: str) -> Clip | None:
-    """The clip that an Example is about, by the names of its dataset; None where they tell no clip."""
+    """Return the clip of an Example, read from the names that its dataset uses; None where they identify no clip."""
     if dataset in NO_CLIPS:
         return None
     if dataset in OWN:
@@ -79,31 +83,31 @@ def clip_of(example: Example, dataset: str) -> Clip | None:
     video = example.meta.get("filename" if dataset == "avvp" else "video")
     if not isinstance(video, str):
         return None
-    if dataset in ("s4", "arig"):  # its milliseconds are of the ten seconds that VGGSound took
-        found = _SPAN.fullmatch(video)
-        return Clip(found[1] if found else video)
+    if dataset in ("s4", "arig"):  # the milliseconds in its names count within the ten seconds of VGGSound
+        match = _SPAN.fullmatch(video)
+        return Clip(match[1] if match else video)
     if dataset in ("ms3", "ms3_object"):
-        found = _NUMBERED.fullmatch(video)
-        return Clip(found[1] if found else video)
+        match = _NUMBERED.fullmatch(video)
+        return Clip(match[1] if match else video)
     return _stretch(video)
 
 
 def _stretch(name: str) -> Clip:
-    """The clip that a name tells, in the ways of AudioSet, AVSBench (milliseconds), VGGSound and yt-dlp."""
+    """Return the clip of a name as AudioSet, AVSBench (in milliseconds), VGGSound and yt-dlp write names."""
     if _YOUTUBE.fullmatch(name):
         return Clip(name)
-    if found := _SPAN.fullmatch(name):
-        start, end = float(found[2]), float(found[3])
+    if match := _SPAN.fullmatch(name):
+        start, end = float(match[2]), float(match[3])
         unit = 1000 if end - start >= 1000 else 1
-        return Clip(found[1], (start / unit, end / unit) if end > start else None)
-    if found := _VGGSOUND.fullmatch(name):
-        return Clip(found[1], (float(found[2]), float(found[2]) + 10))
-    found = _NUMBERED.fullmatch(name) or _BRACKETS.fullmatch(name)
-    return Clip(found[1] if found else name)
+        return Clip(match[1], (start / unit, end / unit) if end > start else None)
+    if match := _VGGSOUND.fullmatch(name):
+        return Clip(match[1], (float(match[2]), float(match[2]) + 10))
+    match = _NUMBERED.fullmatch(name) or _BRACKETS.fullmatch(name)
+    return Clip(match[1] if match else name)
 
 
 def own_name(example: Example) -> str:
-    """What names a clip of the users' own: `meta.video`, or its first file without the ending."""
+    """Return the name of a user's own clip: `meta.video`, or its first file without the extension."""
     if isinstance(named := example.meta.get("video"), str):
         return named
     path = next((path for _, path in media_of(example)), "")
@@ -111,12 +115,15 @@ def own_name(example: Example) -> str:
 
 
 def held_out(root: str | Path, split: str = "train", names: Sequence[str] = ()) -> Held:
-    """The clips of every val and test of a data root (of the datasets `names`), but for the splits of `split`."""
+    """Collect the clips of every val and test split of a data root, without the splits that `split` names.
+
+    names: datasets to read; all when empty.
+    """
     held = Held(defaultdict(lambda: defaultdict(set)), set(), [])
     lists = list(_lists(root, names))
     own = any(name in OWN for name, _ in lists)
     for name, part in lists:
-        if part == "train" or part in split.split("+") or name == "avqa" and not own:  # MUSIC-AVQA's names are its own
+        if part == "train" or part in split.split("+") or name == "avqa" and not own:  # MUSIC-AVQA has its own names
             continue
         for example in _read(root, name, part, held.unread):
             dataset = dataset_of(example, name)
@@ -134,38 +141,38 @@ def _lists(root: str | Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read(root: str | Path, name: str, split: str, unread: list[InputError]) -> Iterator[Example]:
-    """The Examples of a list, without what is wrong with its rows; an error of the whole goes into `unread`."""
+    """Yield the Examples of a list, without its bad rows; an error of the whole list is added to `unread`."""
     try:
-        yield from (found for found in annotated(root, name, split)[1] if isinstance(found, Example))
+        yield from (record for record in annotated(root, name, split)[1] if isinstance(record, Example))
     except InputError as error:
         if not error.problem.startswith("no such annotation file"):
             unread.append(error)
 
 
 def leaks_of(example: Example, held: Held, name: str = PREPARED) -> list[Leak]:
-    """Where else the clip of an Example of train is."""
+    """Return the leaks of a training Example: the val and test splits that have its clip or its video."""
     dataset = dataset_of(example, name)
-    found = []
+    leaks = []
     if dataset in OWN and (own := own_name(example)) in held.own:
-        found.append(Leak(Clip(own), dataset, True))
+        leaks.append(Leak(Clip(own), dataset, True))
     if (clip := clip_of(example, dataset)) is None:
-        return found
+        return leaks
     for other, spans in held.clips.get(clip.video, {}).items():
         if other not in (dataset, SAME.get(dataset)):
-            found.append(Leak(clip, other, any(_overlap(clip.span, span) for span in spans)))
-    return found
+            leaks.append(Leak(clip, other, any(_overlap(clip.span, span) for span in spans)))
+    return leaks
 
 
-def _overlap(one: Span | None, other: Span | None) -> bool:
-    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
+def _overlap(a: Span | None, b: Span | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
 
 def counted(leaks: Mapping[str, Iterable[Leak]]) -> list[tuple[str, str, int, int]]:
-    """(dataset, other, clips in both, videos in both) of the leaks of each dataset's train."""
+    """Return (dataset, other, clips in both, videos in both) of the leaks of each dataset."""
     clips: dict[tuple[str, str], set[Clip]] = defaultdict(set)
     videos: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for dataset, found in leaks.items():
-        for leak in found:
+    for dataset, of_dataset in leaks.items():
+        for leak in of_dataset:
             videos[dataset, leak.other].add(leak.clip.video)
             if leak.same:
                 clips[dataset, leak.other].add(leak.clip)
@@ -173,7 +180,7 @@ def counted(leaks: Mapping[str, Iterable[Leak]]) -> list[tuple[str, str, int, in
 
 
 def sentence(counts: Iterable[tuple[str, str, int, int]]) -> str:
-    """`ave in avvp 45, valor in s4 20 (23 by video)`."""
+    """Return counts in words, such as `ave in avvp 45, valor in s4 20 (23 by video)`."""
     return ", ".join(
         f"{dataset} in {other} {clips}" + (f" ({videos} by video)" if videos != clips else "")
         for dataset, other, clips, videos in counts
@@ -182,18 +189,21 @@ def sentence(counts: Iterable[tuple[str, str, int, int]]) -> str:
 
 
 def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
-    """A warning for each pair of datasets (of `names`, or all) of which one has in train what the other has in val or
-    test, and one for each such clip. What the users' own train and test share is a problem of `validate` already."""
+    """Return a warning for each pair of datasets with leaks from one to the other, and one for each leaked clip.
+
+    names: datasets to compare; all when empty. Clips in both train and test of the users' own lists are left out,
+    because `validate` reports them already.
+    """
     held = held_out(root, "train", names)
-    found: dict[str, set[Leak]] = defaultdict(set)
+    leaks: dict[str, set[Leak]] = defaultdict(set)
     clips: list[Problem] = []
     for name in (name for name, part in _lists(root, names) if part == "train"):
         for example in _read(root, name, "train", []):
             dataset = dataset_of(example, name)
             for leak in leaks_of(example, held, name):
-                if leak in found[dataset] or leak.other == dataset:
+                if leak in leaks[dataset] or leak.other == dataset:
                     continue
-                found[dataset].add(leak)
+                leaks[dataset].add(leak)
                 if leak.same:
                     path = next((path for _, path in media_of(example)), "")
                     named = "dataset" in example.meta or name in OWN
@@ -217,18 +227,18 @@ def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
             f"{WARNING}: {shared} clips are in val or test of {other} too ({videos} by video); "
             "data.exclude_leaks=true leaves them out of training",
         )
-        for dataset, other, shared, videos in counted(found)
+        for dataset, other, shared, videos in counted(leaks)
     ]
     return pairs + clips
 
 
 def without(examples: Sequence[Example], root: str | Path, split: str, exclude: bool) -> tuple[list[Example], str]:
-    """(the Examples to train on, one line about the leaks among them, "" for none).
+    """Return (the Examples to train on, one line about the leaks among them or "").
 
-    exclude: leave those out whose clip is in val or test of another dataset of the root.
+    exclude: whether to leave out Examples whose clip is in val or test of another dataset of the root.
     """
     held = held_out(root, split)
-    found: dict[str, set[Leak]] = defaultdict(set)
+    by_dataset: dict[str, set[Leak]] = defaultdict(set)
     kept: list[Example] = []
     last: Any = None
     leaks: list[Leak] = []
@@ -236,19 +246,19 @@ def without(examples: Sequence[Example], root: str | Path, split: str, exclude: 
         dataset, video = dataset_of(example), example.meta.get("video")
         if (dataset, video) != last or dataset not in PICTURES:
             last, leaks = (dataset, video), leaks_of(example, held)
-        found[dataset].update(leaks)
+        by_dataset[dataset].update(leaks)
         if not any(leak.same for leak in leaks):
             kept.append(example)
-    said = sentence(counted(found))
+    pairs = sentence(counted(by_dataset))
     unread = (
         f"; {len(held.unread)} annotation files could not be read for this, the first: {held.unread[0]}"
         if held.unread
         else ""
     )
-    if not said:
+    if not pairs:
         return list(examples), f"clips of train were not all looked for in val and test{unread}" if unread else ""
-    number = len({leak.clip for leaks in found.values() for leak in leaks if leak.same})
-    what = f"{number} clips ({len(examples) - len(kept)} examples) of {split} are in val or test elsewhere: {said}"
+    number = len({leak.clip for leaks in by_dataset.values() for leak in leaks if leak.same})
+    what = f"{number} clips ({len(examples) - len(kept)} examples) of {split} are in val or test elsewhere: {pairs}"
     if not exclude:
         return list(examples), f"{what}; --config.data.exclude_leaks=true leaves them out{unread}"
     return kept, f"{what}; they are left out (data.exclude_leaks){unread}"

@@ -1,7 +1,7 @@
-"""What people get wrong in their own lists of Examples, found without opening a file.
+"""Checks for usual mistakes in users' own lists of Examples, without opening media files.
 
-A mistake that would train or score something wrong is malformed: `validate` exits 3 over it, and training refuses the
-example (or leaves it out, with data.on_error=skip). What only looks odd is a warning. docs/your_data.md lists them.
+A mistake that would be trained on or scored wrongly is malformed: `validate` exits 3, and training refuses the Example
+(or leaves it out, with data.on_error=skip). Something that only looks odd is a warning. docs/your_data.md lists them.
 """
 
 from __future__ import annotations
@@ -32,25 +32,30 @@ from data_pipelines.status import MALFORMED, WARNING
 
 _log = logging.getLogger(__name__)
 PRETRAINING = tuple(name for name, dataset in DATASETS.items() if dataset.stage == "pretrain")
-MANY = 10  # examples after which something that never changes looks odd
-ABOUT_TEN = 8.0, 12.0  # seconds of a clip whose tenths are as good as seconds
-LONGEST = {"ten": 30.0, "one": 30.0, "five": 15.0, "one_of_five": 15.0}  # seconds of a clip; longer ones are half heard
+MANY = 10  # number of Examples after which a value that never changes gets a warning
+ABOUT_TEN = 8.0, 12.0  # lengths of clips, in seconds, whose tenths are taken as seconds
+LONGEST = {
+    "ten": 30.0,
+    "one": 30.0,
+    "five": 15.0,
+    "one_of_five": 15.0,
+}  # windows -> longest clip in seconds; of longer ones much is not heard
 _WRAP = re.compile(
     r"</?s>|<unk>|<pad>|\[/?INST\]|<</?SYS>>|<\|\w+\|>|^\s*(?:USER|ASSISTANT|Human|GPT)\s*:", re.IGNORECASE
 )
-NOTHING = "nothing"  # what the generated scenes call the object of a frame in which nothing sounds
-# What programs leave in text that they wrote wrongly: entities, other encodings, escapes, control characters.
+NOTHING = "nothing"  # name of the object in generated scenes where nothing sounds
+# Traces of text that a program wrote wrongly: entities, other encodings, escapes, control characters.
 _SPOILT = re.compile(
     r"&(?:amp|lt|gt|quot|apos|nbsp|#\w{1,6});|\u00e2\u20ac|\u00c3[\u0080-\u00bf]|\ufffd|\\[nrt\"]|"
     r"[\x00-\x08\x0b-\x1f\x7f\u0080-\u009f\u2028\u2029]",
     re.IGNORECASE,
 )
-_GAP = re.compile(r"<[A-Za-z]+>|\{\w*\}")  # of a template
-_SAID = ("question", "expression")  # fields of a prompt that are text of the user
+_GAP = re.compile(r"<[A-Za-z]+>|\{\w*\}")  # an unfilled gap of a template
+_TEXT_FIELDS = ("question", "expression")  # fields of a prompt that hold text of the user
 
 
 class Finding(NamedTuple):
-    """kind: MALFORMED or WARNING. field: of the Example; fix: what to do."""
+    """One mistake in an Example. kind: MALFORMED or WARNING. field: of the Example. fix: what to do about it."""
 
     kind: str
     field: str
@@ -59,13 +64,13 @@ class Finding(NamedTuple):
 
 
 def findings(example: Example, train: bool, seconds: float | None = None) -> Iterator[Finding]:
-    """What is wrong with one Example, whatever else is in its list.
+    """Yield the mistakes in one Example by itself.
 
-    train: whether it is to be learnt from. seconds: of its clip, 0 where not known; None when nothing has been decoded,
-    and then what decoding would show is looked at as well, as far as possible.
+    train: whether the Example is for training. seconds: length of the clip, 0 where not known; None when nothing has
+    been decoded, and then mistakes that decoding would find are looked for as well, as far as possible.
     """
     if example.meta.get("dataset") in PRETRAINING:
-        return  # other tasks under the name of one of the nine
+        return  # these are other tasks that use the name of one of the nine
     yield from _text(example, train)
     yield from _prompt(example)
     yield from _meta(example, train)
@@ -79,7 +84,7 @@ def findings(example: Example, train: bool, seconds: float | None = None) -> Ite
 
 
 def has_label(example: Example) -> bool:
-    """Whether `meta` has anything of a label. A row without one is looked at only for what would be read wrongly."""
+    """Whether `meta` has any field of a label. Without one, only mistakes that would be read wrongly are reported."""
     return any(name in example.meta for name in (*TASKS[example.task].label, "labels"))
 
 
@@ -112,7 +117,7 @@ def _flat(text: str) -> str:
 
 
 class _Prompt(NamedTuple):
-    """What an instruction asks: the tasks whose prompt it is, about which second, and what fills its gap."""
+    """The content of an instruction: the tasks whose prompt it is, the second, and the text in the prompt's gap."""
 
     tasks: frozenset[str]
     second: int | None = None
@@ -121,48 +126,51 @@ class _Prompt(NamedTuple):
 
 @functools.cache
 def _fixed_prompts(known: tuple[str, ...]) -> dict[str, _Prompt]:
-    """Every prompt without a gap, of the tasks that are `known`."""
-    found: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+    """Return {text: prompt} of every prompt without a gap, of the tasks `known`."""
+    tasks_of: dict[tuple[str, int | None], set[str]] = defaultdict(set)
     for name, variant in itertools.product(known, VARIANTS):
         task = TASKS[name]
-        if "second" in task.fields and not set(_SAID) & set(task.fields):
+        if "second" in task.fields and not set(_TEXT_FIELDS) & set(task.fields):
             for second in range(len(ORDINALS)):
                 text = _flat(task.instruction(variant=variant, second=second))
                 asked = [number for number, word in enumerate(ORDINALS) if f" {word} second" in text]
-                found[text, asked[0] if asked else None].add(name)
+                tasks_of[text, asked[0] if asked else None].add(name)
         elif not task.fields:
-            found[_flat(task.instruction(variant=variant)), None].add(name)
-    return {text: _Prompt(frozenset(tasks), second) for (text, second), tasks in found.items()}
+            tasks_of[_flat(task.instruction(variant=variant)), None].add(name)
+    return {text: _Prompt(frozenset(tasks), second) for (text, second), tasks in tasks_of.items()}
 
 
 @functools.cache
 def _open_prompts(known: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
-    """(task, pattern) of every prompt with a gap, of the tasks that are `known`; the gap of a question may be empty."""
-    found = []
+    """Return (task, pattern) of every prompt with a gap, of the tasks `known`; the gap of a question may be empty."""
+    patterns = []
     for name in known:
         task = TASKS[name]
-        said = {field: f"0{field}0" for field in task.fields if field in _SAID}
-        for variant in VARIANTS if said else ():
-            fields = said | ({"second": 0} if "second" in task.fields else {})
+        texts = {field: f"0{field}0" for field in task.fields if field in _TEXT_FIELDS}
+        for variant in VARIANTS if texts else ():
+            fields = texts | ({"second": 0} if "second" in task.fields else {})
             pattern = re.escape(_flat(task.instruction(variant=variant, **fields)))
             pattern = pattern.replace(r"\ 0question0", r"\s*(?P<question>.*)")
             pattern = pattern.replace("0expression0", "(?P<expression>.+)")
             if "second" in task.fields:
                 pattern = pattern.replace(r"\ first\ ", r"\ (?P<second>\w+)\ ")
-            found.append((name, re.compile(pattern)))
-    return found
+            patterns.append((name, re.compile(pattern)))
+    return patterns
 
 
 def read_prompt(instruction: str, own: str = "") -> _Prompt | None:
-    """What an instruction asks, None when it is no prompt of any task; of several tasks, as the task `own` reads it."""
+    """Return the content of an instruction, None when it is no prompt of any task.
+
+    own: the task whose reading is preferred when the instruction is a prompt of several tasks.
+    """
     text, known = _flat(instruction), tuple(TASKS)
-    if found := _fixed_prompts(known).get(text):
-        return found
+    if fixed := _fixed_prompts(known).get(text):
+        return fixed
     matches = [(name, match) for name, pattern in _open_prompts(known) if (match := pattern.fullmatch(text))]
     if not matches:
         return None
     groups = next((match for name, match in matches if name == own), matches[0][1]).groupdict()
-    word, filling = groups.get("second"), next(groups[field] for field in _SAID if field in groups)
+    word, filling = groups.get("second"), next(groups[field] for field in _TEXT_FIELDS if field in groups)
     second = ORDINALS.index(word) if word in ORDINALS else None
     return _Prompt(frozenset(name for name, _ in matches), second, filling.strip())
 
@@ -205,17 +213,17 @@ def _prompt(example: Example) -> Iterator[Finding]:
             f"second, which is {prompt.second}",
             "count seconds from 0 in `second`",
         )
-    what = next((field for field in _SAID if field in task.fields), "")
+    what = next((field for field in _TEXT_FIELDS if field in task.fields), "")
     if what and not prompt.filling:
         yield Finding(MALFORMED, "instruction", f"asks no {what}", "write it behind the prompt")
     if gap := _GAP.search(prompt.filling):
         yield Finding(WARNING, "instruction", f"asks about {gap[0]!r}, the gap of a template", "fill it in")
-    said = example.meta.get(what)
-    if isinstance(said, str) and normalise(said) != normalise(prompt.filling):
+    stated = example.meta.get(what)
+    if isinstance(stated, str) and normalise(stated) != normalise(prompt.filling):
         yield Finding(
             MALFORMED if what == "expression" else WARNING,
             "instruction",
-            f"asks {prompt.filling!r:.60}, but meta.{what} is {said!r:.60}",
+            f"asks {prompt.filling!r:.60}, but meta.{what} is {stated!r:.60}",
             "correct one of them",
         )
 
@@ -227,7 +235,7 @@ def _meta(example: Example, train: bool) -> Iterator[Finding]:
     task = TASKS[example.task]
     if not example.meta.keys() - {"row", "dataset", "one_of"}:
         if task.own_words or (task.mask_kind != "none" and not train):
-            return  # only to be answered or decoded; `evaluate` refuses it
+            return  # it may only be answered or decoded; `evaluate` refuses to score it
         yield Finding(
             WARNING,
             "meta",
@@ -238,7 +246,7 @@ def _meta(example: Example, train: bool) -> Iterator[Finding]:
         for name, problem, must_be in wrong_fields(task, example.meta):
             lacking = problem == "missing"
             if lacking and not train and not example.target:
-                continue  # one of those
+                continue  # it may only be answered or decoded
             others = [key for key in example.meta if key not in task.label]
             close = difflib.get_close_matches(name, others, 1) if lacking else []
             only_score = lacking and task.label[name].needed == "score"
@@ -252,11 +260,11 @@ def _meta(example: Example, train: bool) -> Iterator[Finding]:
 
 def _target(example: Example) -> Iterator[Finding]:
     try:
-        found = labels.disagreements(example)
-    except InputError as error:  # a label that no target can be written from
+        problems = labels.disagreements(example)
+    except InputError as error:  # the label cannot be put into a target
         yield Finding(MALFORMED, error.field, error.problem, error.fix)
         return
-    for problem in found:
+    for problem in problems:
         yield Finding(
             MALFORMED,
             "target",
@@ -270,7 +278,7 @@ def _name_field(task: Task) -> str:
 
 
 def _oddities(example: Example) -> Iterator[Finding]:
-    """What people get wrong in labels whose fields are sound."""
+    """Yield usual mistakes in a label whose fields are valid."""
     task = TASKS[example.task]
     odd = odd_names(labels.names(example), _name_field(task))
     for wrong, field, problem, fix in itertools.chain(odd, task.oddities(example.meta)):
@@ -298,7 +306,7 @@ def _times(example: Example, seconds: float | None) -> Iterator[Finding]:
 
 
 def _events(example: Example) -> list[tuple[str, float, float]]:
-    """(name, start, end) of every event of a timed label."""
+    """Return (name, start, end) of every event of a label with times."""
     return [event[:3] for event in TASKS[example.task].events(example.meta)] if TASKS[example.task].timed else []
 
 
@@ -307,10 +315,10 @@ def _events(example: Example) -> list[tuple[str, float, float]]:
 
 def _mask(example: Example, train: bool, seconds: float | None) -> Iterator[Finding]:
     wanted = TASKS[example.task].mask_kind
-    # Without mask and tokens the text alone is asked for.
+    # An Example without mask and mask tokens trains the text alone, which is only odd.
     kind = MALFORMED if example.mask or "<mask_" in example.target else WARNING
     if not train and not example.target and not example.mask and example.mask_kind == "none":
-        return  # only to be answered
+        return  # it may only be answered
     if example.mask_kind != wanted:
         yield Finding(
             kind,
@@ -391,41 +399,46 @@ def _windows(example: Example, seconds: float | None) -> Iterator[Finding]:
             )
 
 
-# What only a whole list shows.
+# Mistakes that only a whole list shows.
 
 
 class Mistakes:
-    """Looks at the Examples of one list, one after the other; keeps what it compares them by, a few numbers each."""
+    """Finds the mistakes in the Examples of one list, given one after the other, in a few numbers of memory each.
+
+    train: whether the list is for training.
+    """
 
     def __init__(self, train: bool):
         self.train = train
         self.answers: dict[int, tuple[int, str]] = {}  # question about a clip -> (answer, id)
-        self.told: set[tuple[str, str]] = set()  # names that were called unknown
+        self.reported: set[tuple[str, str]] = set()  # (task, unknown name) that have been reported
         self.first: dict[str, str] = {}  # task -> its first answer
         self.other: set[str] = set()  # tasks with more than one answer
         self.count: Counter[str] = Counter()
-        self.times: dict[str, list[tuple[float, float]]] = defaultdict(list)  # the first MANY events of a task
+        self.times: dict[str, list[tuple[float, float]]] = defaultdict(
+            list
+        )  # task -> (start, end) of its first MANY events
         self.pictures: dict[str, Any] = {}  # mask -> its picture
         self.videos: dict[str, str] = {}  # sound -> its video
         self.stems: dict[str, str] = {}  # name of a clip -> its path
 
     def of(self, example: Example, seconds: float | None = None) -> list[Finding]:
-        """What is wrong with an Example, by itself and beside those before it."""
-        found = [*findings(example, self.train, seconds)]
+        """Return the mistakes in an Example, by itself and compared with those before it."""
+        mistakes = [*findings(example, self.train, seconds)]
         if not has_label(example):
-            return found
-        if not any(one.kind == MALFORMED for one in found):
-            found += [*self._again(example), *self._alike(example), *self._counted_from(example)]
-        return found + list(self._sound_and_mask(example))
+            return mistakes
+        if not any(finding.kind == MALFORMED for finding in mistakes):
+            mistakes += [*self._again(example), *self._alike(example), *self._counted_from(example)]
+        return mistakes + list(self._sound_and_mask(example))
 
     def unknown_names(self, example: Example) -> Iterator[Finding]:
-        """Each name that the benchmark does not know, once; people bring names of their own, and misspell others."""
+        """Yield each name that the benchmark does not have, once per list: it may be misspelt, or the user's own."""
         known = TASKS[example.task].known
         if not known or not (labels.weak(example) or labels.sound(example)):
             return
         for name in labels.names(example):
-            if name not in known and name != NOTHING and (example.task, name) not in self.told:
-                self.told.add((example.task, name))
+            if name not in known and name != NOTHING and (example.task, name) not in self.reported:
+                self.reported.add((example.task, name))
                 same = [other for other in known if normalise(other) == normalise(name)]
                 close = same or difflib.get_close_matches(name, known, 1, 0.75)
                 yield Finding(
@@ -446,7 +459,7 @@ class Mistakes:
         if before == hash(answer):
             yield Finding(WARNING, "id", f"asks and answers the same as {id!r}", "leave one of them out")
         elif not TASKS[example.task].own_words:
-            released = example.meta.get("dataset", "own") != "own"  # some ask twice
+            released = example.meta.get("dataset", "own") != "own"  # some releases repeat a question
             yield Finding(
                 WARNING if released or TASKS[example.task].several else MALFORMED,
                 "target",
@@ -455,7 +468,7 @@ class Mistakes:
             )
 
     def _alike(self, example: Example) -> Iterator[Finding]:
-        """One answer for everything."""
+        """Yield a warning when the first MANY Examples of a task have the same answer."""
         task = example.task
         if TASKS[task].answer == "mask" or not example.target:
             return
@@ -471,7 +484,7 @@ class Mistakes:
             )
 
     def _counted_from(self, example: Example) -> Iterator[Finding]:
-        """Seconds that seem to count from 1, or ends that seem to be inside."""
+        """Yield a warning for seconds that seem to count from 1, and for ends that seem to be inclusive."""
         times = self.times[example.task]
         if len(times) >= MANY or not example.meta or not labels.sound(example):
             return
@@ -493,7 +506,7 @@ class Mistakes:
                 )
 
     def _sound_and_mask(self, example: Example) -> Iterator[Finding]:
-        """A file that stands in a row of another clip."""
+        """Yield a warning for a mask or sound that belongs to another clip."""
         nothing = example.meta.get("object") == "" or example.meta.get("objects") == [NOTHING]
         if example.mask and not example.mask.startswith(INLINE_MASK) and not nothing:
             source = (seg_source(example), example.second)
@@ -516,13 +529,13 @@ class Mistakes:
 
 
 class Lists:
-    """The mistakes of the users' own lists of a data root, for `validate`; every list is looked at by itself."""
+    """Finds mistakes in the users' own lists of a data root, for `validate`; every list is checked by itself."""
 
     def __init__(self) -> None:
         self.lists: dict[tuple[str, str], Mistakes] = {}
 
     def look(self, dataset: str, split: str, example: Example, seconds: float) -> Iterator[tuple[str, str, str]]:
-        """(field, path, text) as of `status.Look`; nothing for a release, whose labels its reader makes."""
+        """Yield (field, path, text) as `status.Look` does; nothing for a release, whose labels its reader makes."""
         if dataset in ("own", PREPARED):
             mistakes = self.lists.setdefault((dataset, split), Mistakes(split == "train"))
             for kind, field, problem, fix in (*mistakes.of(example, seconds), *mistakes.unknown_names(example)):
@@ -530,7 +543,7 @@ class Lists:
 
 
 class TrainingLabels:
-    """Refuses Examples of a run's own list whose label or target is wrong, naming the line; counts what looks odd."""
+    """Refuses Examples of a user's own list that have a wrong label or target, and counts those that look odd."""
 
     def __init__(self, root: str | Path, split: str):
         self.file = Path(root) / f"{split}.jsonl"
@@ -539,23 +552,23 @@ class TrainingLabels:
         self.first_odd = ""
 
     def check(self, example: Example) -> None:
-        """Raise InputError naming file and line for an Example that would train something wrong."""
+        """Raise InputError, naming file and line, for an Example that would be trained on wrongly."""
         if not self.is_list and example.meta.get("dataset") != "own":
             return
-        found = self.mistakes.of(example)
-        for kind, field, problem, fix in found:
+        mistakes = self.mistakes.of(example)
+        for kind, field, problem, fix in mistakes:
             if kind == MALFORMED:
                 raise InputError(self.where(example), field, problem, fix)
         try:
             check_sources(example)
         except InputError as error:
             raise InputError(self.where(example), error.field, error.problem, error.fix) from None
-        if found:
+        if mistakes:
             self.odd += 1
-            self.first_odd = self.first_odd or f"{self.where(example)} [{found[0].field}]: {found[0].problem}"
+            self.first_odd = self.first_odd or f"{self.where(example)} [{mistakes[0].field}]: {mistakes[0].problem}"
 
     def warn(self) -> None:
-        """Say how many looked odd, once."""
+        """Log how many Examples looked odd, and the first of them."""
         if self.odd:
             _log.warning(
                 "%d examples look odd, the first: %s; `python -m data_pipelines validate` lists them",
@@ -564,7 +577,7 @@ class TrainingLabels:
             )
 
     def where(self, example: Example) -> str:
-        """File and line of an Example."""
+        """Return file and line of an Example."""
         if "row" in example.meta:
             return str(self.file.parent / "own" / example.meta["row"])
         for number, line in enumerate(self.file.read_text(encoding="utf-8-sig").split("\n"), 1):

@@ -1,4 +1,4 @@
-"""What a label says (data_pipelines/labels.py), where its mask or box is, and the reasoning before its answer."""
+"""Labels for AV-UIE targets: the place of a mask or box in its picture, and the reasoning before an answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "with_reasoning",
 ]
 
-BOX_SPACE = SIZE  # coordinates are pixels of a 224 x 224 picture, as in AV-UIE
+BOX_SPACE = SIZE  # width and height of the picture that coordinates refer to, as in AV-UIE
 _WHERE = (
     ("in the upper left", "at the top", "in the upper right"),
     ("on the left", "in the middle", "on the right"),
@@ -42,8 +42,11 @@ _WHERE = (
 
 
 class Place(NamedTuple):
-    """Where something is in the 224 x 224 picture: the box (x1, y1, x2, y2) of its first and last pixels, the centre
-    (x, y) of its pixels, the share of the picture that they fill, and its name where a mask tells several apart."""
+    """The place of an object in the 224 x 224 picture.
+
+    box: (x1, y1, x2, y2) of its first and last pixels. centre: mean (x, y) of its pixels. share: of the picture that it
+    fills, in [0, 1]. name: of the object, where a mask distinguishes several.
+    """
 
     box: tuple[int, int, int, int]
     centre: tuple[float, float]
@@ -52,25 +55,25 @@ class Place(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The ninth of the picture that holds the centre, as `in the upper left`."""
+        """The ninth of the picture that holds the centre, in words such as `in the upper left`."""
         column, row = (min(2, max(0, int(3 * value / BOX_SPACE))) for value in self.centre)
         return _WHERE[row][column]
 
 
 def with_reasoning(example: Example, reasoning: str, by: str) -> Example:
-    """The Example whose target is `reasoning` and then the answer of its label."""
+    """Return the Example with `reasoning` and then the answer of its label as target; `by` names the author."""
     target = TASKS[example.task].target(**label(example), reasoning=reasoning)
     return dataclasses.replace(example, target=target, meta={**example.meta, "reasoning": by})
 
 
 def reasoning_of(example: Example) -> str:
-    """What a target says before its answer, "" when it is the answer alone or empty."""
+    """Return the text before the answer in a target, "" where there is none."""
     start = TASKS[example.task].answer_start
     return example.target.rpartition(start)[0].strip() if start else ""
 
 
 def mask_place(mask: np.ndarray, name: str = "") -> Place | None:
-    """Where the foreground of `mask` [224,224] is; None when there is none."""
+    """Return the place of the foreground of `mask` [224,224]; None for an empty mask."""
     box = box_of(mask)
     if box is None:
         return None
@@ -79,16 +82,16 @@ def mask_place(mask: np.ndarray, name: str = "") -> Place | None:
 
 
 def box_place(box: Sequence[float]) -> Place:
-    """The place of everything inside a box."""
+    """Return the place of a box (x1, y1, x2, y2) in pixels of the 224 x 224 picture."""
     x1, y1, x2, y2 = (round(value) for value in box)
     return Place((x1, y1, x2, y2), ((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1) * (y2 - y1) / BOX_SPACE**2)
 
 
 def places(example: Example, root: str | Path | None) -> tuple[Place, ...] | None:
-    """Where the labelled objects of a spatial task are: one Place of all, or for AVSS one of each class that the label
-    names; () for an empty mask; None when it is not known.
+    """Return the places of the labelled objects: one Place, or for AVSS one per class that the label names.
 
-    ARIG has its box in the label. The others need the mask file below `root`; None without a root or for other tasks.
+    Returns () for an empty mask, and None for a task without places, or without the mask file below `root` where the
+    label has no box.
     """
     task = TASKS[example.task]
     if task.answer == "box" and (box := task.box(label(example))):

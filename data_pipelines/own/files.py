@@ -1,4 +1,4 @@
-"""The media that a table names: found below the data root, copied there, and what they are."""
+"""Media that a table names: finding them below the data root, copying them there, and their length."""
 
 from __future__ import annotations
 
@@ -25,35 +25,39 @@ PHOTOS = (*PICTURES, ".gif", ".tif", ".tiff", ".heic")
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """Finds the files that a table names, below the data root."""
+    """Finds the files that a table names.
+
+    root: the data root. folder: of the table. copy: whether to copy files from outside of the root. overwrite: whether
+    a copy may replace another file. moments: path -> (video, second, parts) of pictures that `write_moments` writes.
+    """
 
     root: Path
-    folder: Path  # of the table
+    folder: Path
     copy: bool = False
     overwrite: bool = False
-    moments: dict[str, tuple[str, int, int]] = dataclasses.field(default_factory=dict)  # pictures to be written
+    moments: dict[str, tuple[str, int, int]] = dataclasses.field(default_factory=dict)
 
     def moment(self, video: str, second: int, parts: int) -> str:
-        """The path of the picture at a second of a video, which `write_moments` writes."""
+        """Return the path of the picture at a second of a video, which `write_moments` will write."""
         path = f"media/{video.replace('/', '_')}_{second}.png"
         self.moments[path] = video, second, parts
         return path
 
     def write_moments(self) -> None:
-        """Write the pictures that rows are about and that only their videos hold."""
+        """Write the frames of videos that rows ask about."""
         for path, (video, second, parts) in self.moments.items():
             png = io.BytesIO()
             media.moment_picture(self.root / video, second, parts).save(png, "PNG")
             write_whole(self.root / path, png.getvalue())
 
     def find(self, row: Row, field: str, given: Any) -> str:
-        """The path of a file relative to the root, copied there where that is wanted. Raises InputError."""
+        """Return the path of a file relative to the root, copied there if `copy` is set. Raises InputError."""
         if not isinstance(given, str):
             raise row.error(field, f"is {given!r:.60}, not a path", "write it in quotes")
         if "://" in given:
             raise row.error(field, f"is the address {given!r:.80}", "download the file, and give its path")
         kinds = [given.strip(), given.strip().replace("\\", "/")]
-        found = next(
+        source = next(
             (
                 path
                 for text in kinds
@@ -62,20 +66,20 @@ class Media:
             ),
             None,
         )
-        if found is None:
+        if source is None:
             raise row.error(
                 field,
                 f"no such file {given!r:.120}",
                 f"give its path from the folder of the table ({self.folder}) or from --root",
             )
-        if field != "frames" and not os.path.isfile(found):
+        if field != "frames" and not os.path.isfile(source):
             raise row.error(
                 field,
                 f"{given!r:.120} is a folder",
                 "give a file" + (", or the folder in the column `frames`" if field in ("media", "video") else ""),
             )
-        real, root = os.path.realpath(found), os.path.realpath(self.root)
-        for path, base in ((os.path.abspath(found), os.path.abspath(self.root)), (real, root)):
+        real, root = os.path.realpath(source), os.path.realpath(self.root)
+        for path, base in ((os.path.abspath(source), os.path.abspath(self.root)), (real, root)):
             if real.startswith(root + os.sep) and path.startswith(base + os.sep):
                 return os.path.relpath(path, base).replace(os.sep, "/")
         if not self.copy:
@@ -84,26 +88,26 @@ class Media:
                 f"{given!r:.120} lies outside of --root {self.root}",
                 "put it there, or give --copy to have it copied",
             )
-        return self._copied(row, field, found, kinds[1])
+        return self._copied(row, field, source, kinds[1])
 
-    def _copied(self, row: Row, field: str, found: str, given: str) -> str:
+    def _copied(self, row: Row, field: str, source: str, given: str) -> str:
         parts = [part for part in re.split(r"[/\\]|^[A-Za-z]:", given) if part not in ("", ".", "..", "~")]
         inside = "/".join(("media", *parts))
         target = self.root / inside
-        if os.path.isdir(found):
-            for name in sorted(os.listdir(found)):
+        if os.path.isdir(source):
+            for name in sorted(os.listdir(source)):
                 if name.lower().endswith(PICTURES):
-                    self._copied(row, field, os.path.join(found, name), f"{given.rstrip('/')}/{name}")
+                    self._copied(row, field, os.path.join(source, name), f"{given.rstrip('/')}/{name}")
             return inside
-        if target.is_file() and not filecmp.cmp(found, target, shallow=False) and not self.overwrite:
+        if target.is_file() and not filecmp.cmp(source, target, shallow=False) and not self.overwrite:
             raise row.error(field, f"{target} is another file", "give --overwrite to replace it")
-        if not target.is_file() or not filecmp.cmp(found, target, shallow=False):
+        if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
             with whole(target) as partial:
-                shutil.copyfile(found, partial)
+                shutil.copyfile(source, partial)
         return inside
 
     def sources(self, row: Row) -> dict[str, str]:
-        """video, frames, image and audio of a row: those of its columns, and those in `media` by their kinds."""
+        """Return the video, frames, image and audio of a row: from their own columns, and from `media` by file type."""
         named = [(field, row.given(field)) for field in ("video", "frames", "image", "audio") if row.given(field)]
         several = row.given("media")
         for path in (
@@ -117,19 +121,19 @@ class Media:
         ):
             suffix = os.path.splitext(path)[1].lower() if isinstance(path, str) else ""
             named.append(("image" if suffix in PHOTOS else "audio" if suffix in SOUNDS else "video", path))
-        found: dict[str, str] = {}
+        sources: dict[str, str] = {}
         for field, path in named:
-            if field in found:
-                raise row.error(field, f"is given twice, {found[field]!r:.60} and {path!r:.60}", "keep one")
-            found[field] = self.find(row, field, path)
-        if "video" in found and "frames" in found:
+            if field in sources:
+                raise row.error(field, f"is given twice, {sources[field]!r:.60} and {path!r:.60}", "keep one")
+            sources[field] = self.find(row, field, path)
+        if "video" in sources and "frames" in sources:
             raise row.error("frames", "are given beside a video", "give one clip")
-        return found
+        return sources
 
 
 @functools.lru_cache(1 << 16)
 def facts(path: str, field: str) -> tuple[float, bool]:
-    """(seconds, whether there is sound) of a film or a sound. Raises InputError."""
+    """Return (seconds, whether there is sound) of a video or a sound file. Raises InputError."""
     if field == "video":
         clip = media.timing(path)
         return clip.seconds, clip.sound is not None

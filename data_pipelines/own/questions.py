@@ -1,4 +1,4 @@
-"""One row of a table as the Example that it means: prompt, target, windows and label of its task's datasets."""
+"""Rows of a table as Examples, with the prompt, target, windows and label of their tasks."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ from data_pipelines.sources.release import Row as Line
 
 @dataclasses.dataclass(frozen=True)
 class Asked(Row):
-    """A row with its task and its media: what `Task.from_row` is given."""
+    """A row with its task and its media, which `Task.from_row` reads.
+
+    sources: paths of "video", "frames", "image" and "audio", as far as the row has them. seconds: length of its sound.
+    """
 
     task: Task
     files: Media
-    sources: Mapping[str, str]  # video, frames, image and audio, as far as there are any
+    sources: Mapping[str, str]
     seconds: float
 
     @property
     def media(self) -> frozenset[str]:
-        """Which of video, frames, image and audio the row has."""
+        """The kinds of media that the row has, of "video", "frames", "image" and "audio"."""
         return frozenset(self.sources)
 
     def picture_size(self) -> tuple[int, int]:
-        """Width and height of the row's picture. Raises InputError."""
+        """Return the width and height of the row's picture in pixels. Raises InputError."""
         picture = self.files.root / self.sources["image"]
         try:
             return media.image_size(picture)
@@ -44,9 +47,9 @@ class Asked(Row):
             raise self.error("image", f"{picture}: {error.problem}", error.fix) from None
 
     def moment(self, empty: bool = False) -> tuple[int, dict[str, Any]]:
-        """(second, windows, mask and picture) of a question about the pixels of one picture.
+        """Return (second, fields of the Example) of a question about the pixels of one picture.
 
-        empty: whether nothing is to be seen where the column `mask` is empty. Raises InputError.
+        empty: whether an empty column `mask` means that the mask is empty. Raises InputError.
         """
         second, fields = self._place()
         if empty and self.given("mask") is None:
@@ -54,11 +57,11 @@ class Asked(Row):
         given = self.text("mask", "give the file of the mask, or `nothing` where nothing is to be seen")
         if given.lower() in (*NOTHING, EMPTY_MASK):
             return second, fields | {"mask": EMPTY_MASK}
-        found = given if given.startswith(INLINE_MASK) else self.files.find(self, "mask", given)
-        return second, fields | {"mask": found}
+        mask = given if given.startswith(INLINE_MASK) else self.files.find(self, "mask", given)
+        return second, fields | {"mask": mask}
 
     def _place(self) -> tuple[int, dict[str, Any]]:
-        """The second of a moment, with its windows and its picture."""
+        """Return the second asked about, and the fields of the Example for its windows and its picture."""
         one_picture = not self.sources.keys() & {"video", "frames"}
         if (second := self.second()) is None:
             raise self.error(
@@ -89,18 +92,20 @@ class Asked(Row):
                 "means",
                 f"give the picture that the mask was drawn on, or a clip of {parts} seconds",
             )
-        if "video" in self.sources and parts != SECONDS:  # ten frames are taken of a clip, so none is its second's
+        if (
+            "video" in self.sources and parts != SECONDS
+        ):  # the model gets ten frames of a clip, none of them at this second
             fields |= {"seg_image": self.files.moment(self.sources["video"], second, parts)}
         return second, fields
 
     def frames(self) -> tuple[str, ...]:
-        """The pictures of the row's clip, in order."""
+        """Return the paths of the pictures of the row's clip, in order."""
         line = Line(self.files.root, self.where, {})
         return tuple(pictures(Release(self.files.root), self.sources["frames"], line))
 
 
 def example_of(row: Row, files: Media) -> Example:
-    """The Example that a row means, with the prompt, target, windows and label that its task's datasets have."""
+    """Return the Example of a row, with the prompt, target, windows and label of its task. Raises InputError."""
     asked = _asked(row, files)
     made, task, sources = made_of(asked.task, asked), asked.task, asked.sources
     reasoning = row.text("reasoning") if row.given("reasoning") else ""
@@ -124,7 +129,7 @@ def example_of(row: Row, files: Media) -> Example:
 
 
 def _asked(row: Row, files: Media) -> Asked:
-    """A row with its task and its media, after checking that they go together. Raises InputError."""
+    """Return a row with its task and its media, after checking that they fit together. Raises InputError."""
     given = str(row.given("task") or "").lower()
     name = given if given in TASKS else given.replace("_", "-")
     if name not in TASKS:
@@ -146,7 +151,7 @@ def _asked(row: Row, files: Media) -> Asked:
 
 
 def _seconds(row: Row, files: Media, sources: Mapping[str, str]) -> float:
-    """How long the sound of a row is, after checking that it has one."""
+    """Return the length of a row's sound in seconds. Raises InputError for a row without sound."""
     field = "audio" if "audio" in sources else "video"
     if field not in sources:
         raise row.error("audio", "is empty, and pictures have no sound", "give the file of their sound")

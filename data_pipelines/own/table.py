@@ -1,4 +1,4 @@
-"""A table of a user: its columns, and its rows as text files of all sorts have them."""
+"""Tables of users: their columns, and reading their rows from CSV and JSONL files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPLIT_NAMES = {
     "dev": "val",
     "testing": "test",
 }
-# What pandas, R and spreadsheets write into cells that hold nothing, or a formula that failed.
+# Texts that pandas, R and spreadsheets write into empty cells, and into cells whose formula failed.
 EMPTY = frozenset(
     (
         "nan",
@@ -59,17 +59,21 @@ def columns() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table: what its columns say, as text or, from JSON, as it is. where: file and line."""
+    """One row of a table.
+
+    where: file and line. number: of the line. values: column -> text, or any value from JSON.
+    """
 
     where: str
     number: int
     values: Mapping[str, Any]
 
     def error(self, field: str, problem: str, fix: str) -> InputError:
+        """Return the error that names the row's file and line."""
         return InputError(self.where, field, problem, fix)
 
     def given(self, field: str) -> Any:
-        """What a column says, None where it is empty."""
+        """Return the value of a column, None where it is empty. Raises InputError for words such as NaN."""
         value = self.values.get(field)
         value = value.strip() if isinstance(value, str) else value
         if isinstance(value, str) and value in EMPTY:
@@ -81,7 +85,7 @@ class Row:
         return None if value in ("", []) else value
 
     def text(self, field: str, fix: str = "") -> str:
-        """Text that must be there."""
+        """Return the text of a column. Raises InputError, with `fix`, where it is empty or not text."""
         value = self.given(field)
         if value is None:
             raise self.error(field, f"is empty, and {self.values['task']} needs it", fix or f"give the {field}")
@@ -90,11 +94,11 @@ class Row:
         return " ".join(value.split())
 
     def text_of(self, field: str, value: Any) -> str:
-        """A part of a column as text that must be there."""
+        """Return `value`, which is a part of a column, checked as `text` checks a whole one."""
         return dataclasses.replace(self, values={**self.values, field: value}).text(field)
 
     def second(self) -> int | None:
-        """The second, None where it is empty."""
+        """Return the column `second`, None where it is empty. Raises InputError unless it is a whole number."""
         value = self.given("second")
         if isinstance(value, bool) or value is not None and not re.fullmatch(r"\d{1,4}(?:\.0+)?", str(value)):
             raise self.error("second", f"is {value!r:.60}", "give a whole number, counted from 0")
@@ -105,7 +109,7 @@ class Row:
 
 
 def read_text(path: Path, flag: str, say: Say) -> str:
-    """The text of a file, as programs for tables save it: UTF-8, UTF-16 with its mark, or Western Windows (said)."""
+    """Return the text of a table file: UTF-8, UTF-16 with a byte order mark, or Western Windows text, with a note."""
     data = read_bytes(path, flag, LIST, "give a file")
     if data.startswith(b"PK\x03\x04"):
         raise InputError(str(path), flag, "is a workbook, not text", "save it as CSV UTF-8")
@@ -127,13 +131,13 @@ def read_text(path: Path, flag: str, say: Say) -> str:
 
 
 def _name(header: str) -> str:
-    """The column that a header means."""
+    """Return the column that a header names, in any case and with spaces or hyphens for underscores."""
     name = re.sub(r"[\s-]+", "_", header.strip().lower())
     return OTHER_NAMES.get(name, name)
 
 
 def _check_columns(names: Sequence[str], where: str, say: Say) -> None:
-    """Raise InputError for columns that come twice or seem misspelt; say which others are not read."""
+    """Raise InputError for columns that come twice or seem misspelt; report others that are not read."""
     for name, times in Counter(name for name in names if name).items():
         if times > 1:
             raise InputError(where, name, "comes twice in the header", "keep one column")
@@ -154,15 +158,15 @@ def _check_columns(names: Sequence[str], where: str, say: Say) -> None:
 
 
 def csv_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
-    """The rows of a table with commas, semicolons or tabs between its cells; empty ones are passed over."""
+    """Yield the rows of a table with commas, semicolons, tabs or bars between cells; empty rows are skipped."""
     text = read_text(path, "--csv", say)
     skipped = 0
-    if found := re.match(r"sep=(.)\r?\n", text):
-        text, skipped = text[found.end() :], 1
+    if separator := re.match(r"sep=(.)\r?\n", text):
+        text, skipped = text[separator.end() :], 1
     first, known = text.lstrip("\r\n").split("\n", 1)[0], columns()
     delimiter = (
-        found[1]
-        if found
+        separator[1]
+        if separator
         else max(",;\t|", key=lambda mark: sum(_name(cell) in known for cell in first.replace('"', "").split(mark)))
     )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -200,7 +204,7 @@ def csv_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
 
 
 def jsonl_rows(path: Path, say: Say = on_stderr) -> Iterator[Row]:
-    """The objects of a file with one on each line."""
+    """Yield the objects of a file with one JSON object on each line as rows."""
     for number, line in enumerate(read_text(path, "--jsonl", say).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"

@@ -1,4 +1,4 @@
-"""A table of your own, as the lists of Examples that training and evaluation read.
+"""Write the rows of your own table as lists of Examples, which training and evaluation read.
 
     python -m data_pipelines own --csv clips.csv --root R
     python -m data_pipelines own --jsonl clips.jsonl --root R --copy
@@ -12,8 +12,9 @@ with a line for each question, for example
     avcap,clips/dog.mp4,,A dog barks at a man.,
 
 writes R/train.jsonl (and R/val.jsonl, R/test.jsonl where the column `split` says so) with the prompt, target, windows
-and label of each task, and ends by validating them: exit code 3 when anything is bad. docs/your_data.md has every
-column. Media are found from the table's folder, or from R, and must lie below R; --copy copies those that do not.
+and label of each task. It then validates them; the exit code is 3 when anything is bad. docs/your_data.md describes
+every column. Paths of media are relative to the table's folder, or to R. Media must lie below R; --copy copies the
+others.
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ from data_pipelines.own.table import SPLIT_NAMES, Row, csv_rows, jsonl_rows
 
 
 def split_of(row: Row, default: str) -> str:
-    """The split of a row."""
-    said = row.given("split")
-    name = default if said is None else SPLIT_NAMES.get(str(said).lower())
+    """Return the split of a row, `default` where the row names none. Raises InputError for an unknown one."""
+    stated = row.given("split")
+    name = default if stated is None else SPLIT_NAMES.get(str(stated).lower())
     if name is None:
-        raise row.error("split", f"unknown split {said!r}", f"use one of {', '.join(SPLITS)}")
+        raise row.error("split", f"unknown split {stated!r}", f"use one of {', '.join(SPLITS)}")
     return name
 
 
 def build(
     rows: Sequence[Row], files: Media, split: str, progress: Callable[[str], None] | None = None
 ) -> dict[str, list[Example]]:
-    """split -> the Examples of its rows, in order. Raises the first InputError, with how many more rows are wrong."""
+    """Return {split: Examples of its rows, in order}.
+
+    Raises the InputError of the first wrong row, with the number of further wrong rows.
+    """
     examples: dict[str, list[Example]] = {}
     seen: dict[tuple[str, str], int] = {}
     wrong: list[InputError] = []
@@ -85,17 +89,17 @@ def _check_root(root: Path) -> None:
 
 
 def run(argv: Sequence[str]) -> bool:
-    """Write the lists and validate them; whether anything is bad."""
+    """Write the lists and validate them; return whether anything is bad."""
     parser = CommandLine(__doc__, "python -m data_pipelines own")
     tables = parser.add_mutually_exclusive_group(required=True)
     tables.add_argument("--csv", type=PATH, help="table with the columns named in its first line")
-    tables.add_argument("--jsonl", type=PATH, help="the same fields as one JSON object a line")
+    tables.add_argument("--jsonl", type=PATH, help="table with one JSON object per line, whose keys are the columns")
     parser.add_argument("--root", type=PATH, required=True, help="data root to write to")
-    parser.add_argument("--split", default="train", choices=SPLITS, help="of rows that do not say theirs (%(default)s)")
+    parser.add_argument("--split", default="train", choices=SPLITS, help="split of rows that name none (%(default)s)")
     parser.add_argument("--copy", action="store_true", help="copy media that lie elsewhere to R/media")
-    parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that exist")
     parser.add_argument(
-        "--workers", type=Whole(0, 1024), default=0, help="processes that validate (default: one per core)"
+        "--workers", type=Whole(0, 1024), default=0, help="number of processes that validate (default: one per core)"
     )
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -103,7 +107,7 @@ def run(argv: Sequence[str]) -> bool:
     use_tasks([arguments.task_modules])
     table, root = Path(arguments.csv or arguments.jsonl), Path(arguments.root)
     _check_root(root)
-    notes: dict[str, None] = {}  # what is odd about a table, said when it can be used
+    notes: dict[str, None] = {}  # notes on the table, printed only when all rows can be used
     rows = list((csv_rows if arguments.csv else jsonl_rows)(table, notes.setdefault))
     if not rows:
         raise InputError(str(table), "", "holds no row", "write a line for each question")
@@ -111,7 +115,7 @@ def run(argv: Sequence[str]) -> bool:
     for path in lists.values():
         if path.exists() and not arguments.overwrite:
             raise InputError(str(path), "", "is there already", "give --overwrite to replace it, or another --root")
-    if arguments.copy or root.exists():  # a table that is wrong makes no folder
+    if arguments.copy or root.exists():  # a wrong table must not create the folder
         out_folder(root, "--root")
     files = Media(root, table.parent, arguments.copy, arguments.overwrite)
     examples = build(rows, files, arguments.split, on_stderr)
