@@ -151,7 +151,7 @@ class _PartByPart(ocp_v0.type_handlers.NumpyHandler):
         whole: list[slice | int] = [*index, *(slice(None) for _ in part.shape)]
         self.sums[id(value)] = self.sums.get(id(value), 0) + shard_checksum(whole, value.shape, part)
 
-    async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:  # type: ignore[override]
+    async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         async with self._turn:
             if value.nbytes > CHUNK:

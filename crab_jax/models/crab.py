@@ -225,7 +225,7 @@ class Crab(nn.Module):
 
     def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: KVCache) -> tuple[Hidden, KVCache]:
         """Read one more token per row, tokens, positions and slots int32[B,1]: (hidden [B,1,D], cache)."""
-        return self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)  # type: ignore[no-any-return]
+        return self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)
 
     def logits(self, hidden: Hidden) -> Logits:
         """Map hidden [...,D] to logits float32[...,V]."""

@@ -73,7 +73,7 @@ def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
             raise ValueError(f"the runs hold {filled:,} of the {area:,} pixels of {height}x{width}")
     except ValueError as error:
         raise refuse(str(error)) from None
-    return coco.decode({"size": [height, width], "counts": text.encode()})  # type: ignore[no-any-return]
+    return coco.decode({"size": [height, width], "counts": text.encode()})
 
 
 def _runs(counts: str) -> Iterator[int]:

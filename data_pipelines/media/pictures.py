@@ -172,7 +172,7 @@ def _check_header(picture: Image.Image, where: str, field: str) -> None:
     """Raise InputError for pictures that are too large, or that Pillow does not read as a viewer shows them."""
     check(where, field, megapixels=picture.width * picture.height / 1e6)
     if picture.format == "TIFF":
-        tags = picture.tag_v2  # type: ignore[attr-defined]
+        tags = picture.tag_v2
         if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail
             raise InputError(
                 where, field, "is a camera's raw file, or its first page is a preview only", "export it as JPEG or PNG"
@@ -230,10 +230,10 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     if picture.mode == "P" and picture.palette is None:
         raise ValueError("no palette")
     made = picture
-    if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+    if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:
         made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow does not convert for 16 bits
     if picture.format == "TIFF" and picture.mode == "P":
-        colours = np.array(picture.tag_v2.get(320, ()))  # type: ignore[attr-defined]
+        colours = np.array(picture.tag_v2.get(320, ()))
         if (
             colours.max(initial=0) < 256
         ):  # some programs write 8-bit values into the 16-bit palette, which Pillow shows as black
