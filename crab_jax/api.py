@@ -44,8 +44,8 @@ from data_pipelines.given import Given
 from data_pipelines.tokens import Tokenizer
 
 _numbers = itertools.count()
-# How media that a person asks about are read, whatever the model was trained with: short sounds are padded with
-# silence, and seconds are those that a player shows.
+# Settings for reading a user's media, which do not depend on the training of the model: short sounds are padded with
+# silence, and seconds count as in a media player.
 ASKED: Mapping[str, Any] = {"pad_short_audio": True, "clock": "shown"}
 
 
@@ -274,8 +274,8 @@ class Crab:
         """Yield the predictions of Examples of a data root, in the order of their batches.
 
         root: a folder, raw or prepared, or a `Given`. decoding: fields of GenerateOptions. data_changes: fields of the
-        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded: leaving an
-        Example out would change what a score means.
+        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded, since a score
+        without that Example would have another meaning.
         """
         return predict_examples(
             self.module,
