@@ -274,8 +274,8 @@ class Crab:
         """Yield the predictions of Examples of a data root, in the order of their batches.
 
         root: a folder, raw or prepared, or a `Given`. decoding: fields of GenerateOptions. data_changes: fields of the
-        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded, since a score
-        without that Example would have another meaning.
+        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded, because a
+        score without that Example would have another meaning.
         """
         return predict_examples(
             self.module,
