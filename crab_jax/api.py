@@ -44,8 +44,8 @@ from data_pipelines.given import Given
 from data_pipelines.tokens import Tokenizer
 
 _numbers = itertools.count()
-# How media that a person asks about are read, whatever the model was trained with: short sounds are padded with
-# silence, and seconds are those that a player shows.
+# Settings for reading a user's media, which do not depend on the training of the model: short sounds are padded with
+# silence, and seconds count as in a media player.
 ASKED: Mapping[str, Any] = {"pad_short_audio": True, "clock": "shown"}
 
 
@@ -114,7 +114,7 @@ def ask(
     given, number = Given(), next(_numbers)  # names differ, because several questions may be answered in one batch
     if isinstance(video, np.ndarray):
         if seconds is None:
-            raise InputError("ask", "seconds", "is missing", "give the length of the clip that the frames are of")
+            raise InputError("ask", "seconds", "is missing", "give the length of the clip in seconds")
         record["video_path"] = given.add_clip(f"video {number}", video, seconds)
     elif video is not None:
         record["video_path"] = str(video)
@@ -212,7 +212,7 @@ class Crab:
                 "give the model's tokenizer",
             )
         self.params = run_params.initial_params(config, self.module) if params is None else params
-        self.mesh: jax.sharding.Mesh | None = None  # the one that the model is laid out for generation on
+        self.mesh: jax.sharding.Mesh | None = None  # the devices of a model in the layout for generation
 
     @overload
     def answer(self, asked: Ask, **options: Any) -> Answer: ...
@@ -274,8 +274,8 @@ class Crab:
         """Yield the predictions of Examples of a data root, in the order of their batches.
 
         root: a folder, raw or prepared, or a `Given`. decoding: fields of GenerateOptions. data_changes: fields of the
-        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded: leaving an
-        Example out would change what a score means.
+        DataConfig that differ from those of training. Raises InputError for a file that cannot be decoded, because a
+        score without that Example would have another meaning.
         """
         return predict_examples(
             self.module,
@@ -317,7 +317,7 @@ class Crab:
         Raises InputError for a model in the layout for generation, which does not return router weights.
         """
         if self.module.weights:
-            problem = f"are laid out for generation ({self.module.weights!r}), which does not tell router weights"
+            problem = f"are in the layout for generation ({self.module.weights!r}), which returns no router weights"
             raise InputError("trace", "weights", problem, 'load the model with weights=""')
         example = asked.request.example
         if answer is not None:

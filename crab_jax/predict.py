@@ -167,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
     parser.add_argument("--out", type=PATH, required=True, help="folder for predictions.jsonl and pictures")
     parser.add_argument("--samples", type=ANY_PATH, metavar="JSON", help="list of samples, instead of the flags below")
-    parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: a --question as it stands)")
+    parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: --question without a prompt of a task)")
     parser.add_argument(
         "--all-tasks", action="store_true", help="ask every question that suits the media; writes page.html"
     )

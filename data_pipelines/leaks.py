@@ -256,7 +256,7 @@ def without(examples: Sequence[Example], root: str | Path, split: str, exclude: 
         else ""
     )
     if not pairs:
-        return list(examples), f"clips of train were not all looked for in val and test{unread}" if unread else ""
+        return list(examples), f"not all clips of train could be compared with val and test{unread}" if unread else ""
     number = len({leak.clip for leaks in by_dataset.values() for leak in leaks if leak.same})
     what = f"{number} clips ({len(examples) - len(kept)} examples) of {split} are in val or test elsewhere: {pairs}"
     if not exclude:

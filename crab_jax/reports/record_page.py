@@ -268,7 +268,7 @@ def _classes(numbers: np.ndarray) -> Html:
 
 
 def _text(example: Example) -> Html:
-    target = example.target or "none: the annotations say too little, so training leaves this record out"
+    target = example.target or "none: the annotations are incomplete, so training leaves this record out"
     return Html('<div class="said"><b>prompt</b>{}</div><div class="said"><b>target</b>{}</div>').format(
         example.instruction, target
     )

@@ -31,7 +31,7 @@ CONFIG_KEYS = ("model", "compat", "init_from", "seed", "steps", "optim.lr", "dat
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """The content of a report; the page says of empty parts that they are missing.
+    """The content of a report; on the page, empty parts are marked as missing.
 
     config: flat, such as {'optim.lr': 1e-4}. metrics: records of metrics.jsonl. results: see scoring.summarise, with
     baselines. pictures: section key ("masks", "boxes", "times") -> examples. answers: (task, question, truth, answer).

@@ -83,7 +83,7 @@ def _check_root(root: Path) -> None:
         raise InputError(
             str(root),
             "--root",
-            f"holds {releases[0]}/, which a list of examples beside it would hide",
+            f"holds {releases[0]}/, which is not read where a list of examples is beside it",
             f"give --root {root / 'own'}, which is read as the dataset `own`",
         )
 
