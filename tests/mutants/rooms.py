@@ -14,7 +14,7 @@ def _own(folder: str, tests: str, names: str, *others: str) -> dict[str, tuple[s
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "losses": _own("crab_jax", "tests", "losses"),
     "optim": _own("crab_jax", "tests", "optim"),
-    "scoring": _own("crab_jax", "tests", "scoring", "tests/test_evaluate.py"),
+    "scoring": _own("crab_jax/evaluation", "tests", "scoring", "tests/test_evaluate.py"),
     "tasks": _own(
         "crab_jax/tasks", "tests/tasks", "arig avcap ave avqa avs avvp ref_avs segmentation times", "tests/tasks"
     )
@@ -24,9 +24,18 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixture": _own("data_pipelines", "tests/data_pipelines", "mixture"),
     "inference": _own("crab_jax", "tests", "inference", "tests/test_generate.py", "tests/test_evaluate.py"),
     "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
-    "quantize": {"crab_jax/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
-    "checkpoints": _own("crab_jax", "tests", "checkpoints", "tests/test_resume.py"),
-    "models": _own("crab_jax/models", "tests/models", "beats clip crab fused llama lora mask_decoder qformer", PARITY)
+    "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
+    "checkpoints": {
+        f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py", "tests/test_resume.py")
+        for name in ("digests", "finite", "models", "orbax", "run_steps", "stored")
+    },
+    "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", PARITY)
+    | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
+    | {"crab_jax/models/layers.py": ("tests/models", PARITY)}
     | {"crab_jax/models/presets.py": ("tests/test_bounds.py", "tests/test_config.py")},
-    "train": _own("crab_jax", "tests", "train", "tests/test_resume.py"),
+    "train": _own("crab_jax", "tests", "train", "tests/test_resume.py")
+    | {
+        f"crab_jax/training/{name}.py": ("tests/test_train.py", "tests/test_numbers.py", "tests/test_resume.py")
+        for name in ("train_step", "metrics_log", "skip_guard")
+    },
 }
