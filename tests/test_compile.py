@@ -291,7 +291,7 @@ def test_the_budget_decides_the_exit_code_and_the_last_line(tmp_path):
     assert large.returncode == 3, large.stderr[-2000:]
     assert large.stdout.splitlines()[-1].startswith("v5e: need ") and "have 15.75 GiB" in large.stdout
     written = json.loads((tmp_path / "out.json").read_text())
-    assert tuple(written) == verb.KEYS and not written["fits"]
+    assert tuple(written) == verb.REPORT_KEYS and not written["fits"]
 
 
 def test_a_wrong_flag_exits_with_2_and_one_line():

@@ -172,10 +172,10 @@ def test_strangers_at_the_port_of_the_first_process_are_no_peers(monkeypatch):
         hellos = (b"GET / HTTP/1.1\r\n\r\n", b'["wrong", 1, "a"]\n', b'["secret", 7, "a"]\n', b'["secret", 1, "b"]\n')
         open_ones = [call(hello) for hello in hellos]
         with pytest.raises(InputError, match="process 2 did not connect within 1 s"):
-            peers._all(listener, 3, "secret")
+            peers._accept_all(listener, 3, "secret")
         assert open_ones[-1].recv(100) == b"here \n"
         open_ones += [call(b'["secret", 2, "c"]\n'), call(b'["secret", 1, "b"]\n')]
-        assert peers._all(listener, 3, "secret")[2].name == "process 2 on c"
+        assert peers._accept_all(listener, 3, "secret")[2].name == "process 2 on c"
         for connection in open_ones:
             connection.close()
 
