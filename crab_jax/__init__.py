@@ -11,11 +11,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from crab_jax import former_names
+
 if TYPE_CHECKING:
     from crab_jax.api import Answer, Ask, Box, Crab, Trace, ask, load
     from crab_jax.io.errors import InputError
     from crab_jax.models.presets import crab_7b, tiny
     from crab_jax.tasks.task import Event, Task
+
+former_names.install()
 
 __version__ = "0.2.0"
 __all__ = [

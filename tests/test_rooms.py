@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("crab_jax", "data_pipelines")
 # Each line may import those above it and nothing below. Files of one line that are no room of their own stand alone.
 LAYERS = """
-    io
+    io  former_names
     tasks
     visualize  data_pipelines  models
     losses  optim  generate  parallel  questions
