@@ -31,6 +31,7 @@ def test_every_weight_file_is_there_or_named_as_left_out(data):
         assert (data.folder / name).exists() != (name in data.omitted["files"]), name
 
 
+@pytest.mark.skipif("CRAB_GOLDEN_DIR" in os.environ, reason="the README is about the arrays that are committed")
 def test_the_readme_tells_what_every_file_is(data):
     text = (Path(__file__).parents[1] / "golden" / "README.md").read_text()
     for name in (*data.manifest["arrays"], "samples.json", "tokenizer.json", "manifest.json", "omitted.json"):
