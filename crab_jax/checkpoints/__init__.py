@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from crab_jax.former_names import members
 
 # What `crab_jax.checkpoints` had while it was one module -> the module that has it.
 _FORMER = {
@@ -14,8 +13,4 @@ _FORMER = {
     **dict.fromkeys("Streamed save_streamed".split(), "orbax"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _FORMER:
-        raise AttributeError(f"module 'crab_jax.checkpoints' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"crab_jax.checkpoints.{_FORMER[name]}"), name)
+__getattr__ = members("crab_jax.checkpoints", _FORMER)
