@@ -123,9 +123,12 @@ def ours(gpu: str, rows: int, steps: int, text_only: bool) -> dict[str, Any]:
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
     state = train_step.TrainState(jnp.int32(0), trainable, jax.jit(tx.init)(trainable))
-    where_at = train_step.abstract_state(config, trainable, mesh)
+    where_at = train_step.abstract_state(tx, trainable, mesh)
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, where_at))
-    step_fn, cfg = train_step.compile_step(config, model, mesh, state), model.cfg
+    step_fn, cfg = (
+        train_step.compile_step(config, model, mesh, state, tx, run_mesh.micro_batches(config, mesh)),
+        model.cfg,
+    )
     batches = []
     for bucket, tokens, real in bucket_rows(config):
         if text_only:

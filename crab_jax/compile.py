@@ -147,7 +147,7 @@ def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
 def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train_step.TrainState, Any]:
     """Return (train state, frozen parameters) at the start of a run, as shapes with shardings."""
     trainable, frozen = abstract_params(config, mesh)
-    return train_step.abstract_state(config, trainable, mesh), frozen
+    return train_step.abstract_state(optim.optimizer(config.optim, config.steps), trainable, mesh), frozen
 
 
 def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, rows_sharding: NamedSharding) -> Batch:
@@ -174,7 +174,7 @@ class Program:
 def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
     """Return the train step that crab_jax/train.py runs."""
     state, frozen = abstract_state(config, mesh)
-    accumulate = run_mesh.micro_batches(config, mesh)
+    accumulate, tx = run_mesh.micro_batches(config, mesh), optim.optimizer(config.optim, config.steps)
     batch = abstract_batch(config, bucket, config.mixture.batch_size, sharding.batch_sharding(mesh))
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -183,10 +183,10 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
             alone = _remat(alone, "none")
         single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.mixture.batch_size // _groups(mesh)
         state, frozen = abstract_state(alone, single)
-        step = train_step.compile_step(alone, alone.model.build(), single, state)
+        step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
-    jitted = train_step.compile_step(config, config.model.build(), mesh, state)
+    jitted = train_step.compile_step(config, config.model.build(), mesh, state, tx, accumulate)
     return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
 
 

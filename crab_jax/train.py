@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from crab_jax import optim
 from crab_jax.aot import compile_cache
@@ -51,6 +52,7 @@ def start_or_resume(
     config: RunConfig,
     model: Model,
     mesh: jax.sharding.Mesh,
+    tx: optax.GradientTransformation,
     checkpoints: RunCheckpoints,
     manifest: dict[str, Any] | None = None,
 ) -> tuple[TrainState, Any]:
@@ -61,13 +63,12 @@ def start_or_resume(
     """
     wanted = run_params.wanted_params(config, model, mesh)
     trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
-    state = abstract_state(config, trainable, mesh)
+    state = abstract_state(tx, trainable, mesh)
     if checkpoints.latest is not None:
         checkpoints.need_room(dataclasses.asdict(state))
         return TrainState(**checkpoints.restore(dataclasses.asdict(state))), checkpoints.load_frozen(frozen)
     checkpoints.need_room(dataclasses.asdict(state), frozen)
     trainable, frozen = optim.split(run_params.initial_params(config, model, wanted), config.trainable, config.frozen)
-    tx = optim.optimizer(config.optim, config.steps)
 
     def begin(trainable: Any) -> tuple[jax.Array, Any]:
         return jnp.int32(0), tx.init(trainable)
@@ -107,9 +108,12 @@ def train(config: RunConfig, workdir: Path) -> None:
         "start", lambda: distributed.program() | run_folder.shared(config) | {"--workdir": locks.mark(workdir)}
     )
     mesh = run_mesh.mesh_of(config)
-    run_mesh.micro_batches(config, mesh)  # raises for an indivisible batch size before anything is loaded
+    micro_batches = run_mesh.micro_batches(
+        config, mesh
+    )  # raises for an indivisible batch size before anything is loaded
     tokenizer = run_folder.tokenizer_of(config)
     model = config.model.build()
+    schedule, tx = optim.learning_rate(config.optim, config.steps), optim.optimizer(config.optim, config.steps)
     skipped, batch_at = run_data.skipped_file(workdir), sharding.batch_sharding(mesh)
     cut_tail(skipped)
     if distributed.primary():
@@ -134,9 +138,8 @@ def train(config: RunConfig, workdir: Path) -> None:
     name = f"process {jax.process_index()}" if jax.process_count() > 1 else ""
     watchdog = Watchdog(config.watchdog_seconds, name, silent=distributed.silent)
     with watchdog, StopRequest() as stop:
-        state, frozen = start_or_resume(config, model, mesh, checkpoints, {"data": trained_on})
+        state, frozen = start_or_resume(config, model, mesh, tx, checkpoints, {"data": trained_on})
         start = int(state.step)
-        schedule = optim.learning_rate(config.optim, config.steps)
         if distributed.primary():
             run_folder.save_description(workdir, config, tokenizer)
             checkpoints.note_description()
@@ -152,7 +155,7 @@ def train(config: RunConfig, workdir: Path) -> None:
 
         rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(run_data.train_dataset(config, tokenizer, order, rows, start, skipped))
-        step_fn = compile_step(config, model, mesh, state)
+        step_fn = compile_step(config, model, mesh, state, tx, micro_batches)
         logger = (
             Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip")
             if distributed.primary()
@@ -163,7 +166,7 @@ def train(config: RunConfig, workdir: Path) -> None:
         if chosen:
             distributed.say(chosen.described())
             with watchdog.waiting("the examples of the evaluation"):
-                evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable)
+                evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable, micro_batches)
             # The run may have been stopped after this step's checkpoint and before its evaluation.
             if chosen.due(start) and not distributed.told(logger is not None and logger.evaluated(start)):
                 evaluate(start, evaluation, state, frozen, watchdog, logger)

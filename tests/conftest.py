@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs():
+    """Free the programs of a file after its tests: those of all files together take gigabytes of a worker."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Directory of golden arrays and weights; `CRAB_GOLDEN_DIR` points at another one of the same layout."""

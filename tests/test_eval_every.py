@@ -142,7 +142,7 @@ def whole(scenes_root):
     params = run_params.initial_params(config, model, run_params.wanted_params(config, model, mesh))
     trainable, frozen = optim.split(params, config.trainable, config.frozen)
     tokenizer = run_folder.tokenizer_of(config)
-    evaluation = held_out.Evaluation(config, model, mesh, tokenizer, held_out.held_out(config, tokenizer), trainable)
+    evaluation = held_out.Evaluation(config, model, mesh, tokenizer, held_out.held_out(config, tokenizer), trainable, 1)
     waited = []
 
     class Noting(Watchdog):

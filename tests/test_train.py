@@ -123,7 +123,12 @@ def small_run(root: Path) -> tuple:
     state = jax.device_put(state, sharding.state_shardings(state, trainable, mesh))
     tokenizer = run_folder.tokenizer_of(config)
     data = iter(run_data.train_dataset(config, tokenizer, run_data.train_order(config, tokenizer)))
-    return train_step.compile_step(config, model, mesh, state), state, frozen, [next(data) for _ in range(8)]
+    return (
+        train_step.compile_step(config, model, mesh, state, tx, max(1, config.optim.accumulate)),
+        state,
+        frozen,
+        [next(data) for _ in range(8)],
+    )
 
 
 def test_no_recompilation_after_the_first_pass_over_the_buckets_and_the_loss_falls(scenes_root):

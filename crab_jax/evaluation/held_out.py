@@ -28,7 +28,7 @@ from crab_jax.losses import LossConfig, Term
 from crab_jax.models.protocol import Model
 from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.watchdog import Watchdog
-from crab_jax.runs import run_data, run_mesh
+from crab_jax.runs import run_data
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import sample_metric
 from crab_jax.training.train_step import loss_rows
@@ -198,10 +198,18 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: RunConfig, model: Model, mesh: Mesh, tokenizer: Tokenizer, chosen: HeldOut, trainable: Any
+        self,
+        config: RunConfig,
+        model: Model,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        chosen: HeldOut,
+        trainable: Any,
+        micro_batches: int,
     ):
         self.config, self.tokenizer, self.chosen, self.examples = config, tokenizer, chosen, chosen.examples
-        self.batch_at, self.rows = sharding.batch_sharding(mesh), _batch_rows(config, mesh, chosen)
+        self.batch_at = sharding.batch_sharding(mesh)
+        self.rows = _batch_rows(config.mixture.batch_size // micro_batches, mesh, chosen)
         self.batches = mixture.answered_batches(
             chosen.examples,
             chosen.groups,
@@ -249,13 +257,12 @@ class Evaluation:
         return record | answer_record(answers, self.examples, self.tokenizer)
 
 
-def _batch_rows(config: RunConfig, mesh: Mesh, chosen: HeldOut) -> int:
+def _batch_rows(most: int, mesh: Mesh, chosen: HeldOut) -> int:
     """Return the number of rows of an evaluation batch.
 
-    It is enough for the fullest bucket, a multiple of the devices that share a batch, and at most a micro-batch of
-    training, which is known to fit in memory.
+    It is enough for the fullest bucket, a multiple of the devices that share a batch, and at most `most`: a micro-batch
+    of training, which is known to fit in memory.
     """
     shared = mesh.shape["data"] * mesh.shape["fsdp"]
-    most = config.mixture.batch_size // run_mesh.micro_batches(config, mesh)
     fullest = max(len(group) for group in chosen.groups.values())
     return min(most, -(-fullest // shared) * shared)

@@ -16,7 +16,6 @@ from crab_jax.config import RunConfig
 from crab_jax.models.crab import CrabOutput
 from crab_jax.models.protocol import Model
 from crab_jax.parallel import sharding
-from crab_jax.runs import run_mesh
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Batch
 
@@ -129,12 +128,18 @@ def finite_rows(rows: dict[str, losses.Term], count: int) -> jax.Array:
     return jnp.stack([jnp.isfinite(term.sum).reshape(count, -1).all(1) for term in rows.values()]).all(0)
 
 
-def compile_step(config: RunConfig, model: Model, mesh: jax.sharding.Mesh, state: TrainState) -> Callable[..., Any]:
+def compile_step(
+    config: RunConfig,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    micro_batches: int,
+) -> Callable[..., Any]:
     """Return the jitted step (state, frozen, batch) -> (state, metrics), which donates the state.
 
-    Batch rows are sharded over the mesh; metrics are replicated.
+    Batch rows are sharded over the mesh and taken in `micro_batches` parts one after the other; metrics are replicated.
     """
-    accumulate = run_mesh.micro_batches(config, mesh)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         with sharding.constrained(mesh):
@@ -143,10 +148,10 @@ def compile_step(config: RunConfig, model: Model, mesh: jax.sharding.Mesh, state
                 frozen,
                 batch,
                 model=model,
-                tx=optim.optimizer(config.optim, config.steps),
+                tx=tx,
                 loss_cfg=config.loss,
                 seed=config.seed,
-                accumulate=accumulate,
+                accumulate=micro_batches,
             )
 
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -166,9 +171,8 @@ def learns_nothing(schedule: optax.Schedule, start: int, steps: int) -> bool:
     return start < steps and not any(float(schedule(step)) for step in range(start, min(steps, start + 2)))
 
 
-def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(tx: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> TrainState:
     """Return the shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
-    tx = optim.optimizer(config.optim, config.steps)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
     return jax.tree.map(

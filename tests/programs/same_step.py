@@ -113,12 +113,12 @@ def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, rema
     )
     trainable, frozen = optim.split(placed, config.trainable, config.frozen)
     tx = optim.optimizer(config.optim, config.steps)
-    where = train_step.abstract_state(config, trainable, mesh)
+    where = train_step.abstract_state(tx, trainable, mesh)
     state = jax.jit(
         lambda params: train_step.TrainState(jnp.int32(0), params, tx.init(params)),
         out_shardings=jax.tree.map(lambda x: x.sharding, where),
     )(trainable)
-    step = train_step.compile_step(config, model, mesh, state)
+    step = train_step.compile_step(config, model, mesh, state, tx, accumulate)
     batch, batch_at = batch_of(model.cfg.clip.image_size, masks), sharding.batch_sharding(mesh)
     batch.loss_mask[0, LENGTH - 1 :] &= not less
     rows = distributed.own_rows(batch_at, ROWS)
