@@ -71,7 +71,7 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
     def decay(step: Any) -> Any:
         rising = jnp.log(step + 1.0) / math.log(warmup)
         falling = (steps - step) / max(1, steps - warmup)
-        return cfg.lr * jnp.where(step < warmup, jnp.minimum(rising, 1.0), jnp.clip(falling, 0.0, 1.0))
+        return cfg.lr * jnp.where(step < warmup, jnp.minimum(rising, 1.0), jnp.maximum(falling, 0.0))
 
     return decay
 

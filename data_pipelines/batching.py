@@ -193,7 +193,7 @@ def _load_fbank(example: Example, source: Source) -> np.ndarray:
     """Return float32[S, F, 128]: the filter banks of the audio windows."""
     if example.windows == "none":
         return np.zeros((0, fbank.WINDOW_FRAMES["none"], fbank.MEL_BINS), np.float32)
-    return source.sound(example.audio or example.video or "", example.windows, example.second, example.video)
+    return source.sound(str(example.audio or example.video), example.windows, example.second, example.video)
 
 
 def _seg_picture(example: Example, source: Source, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

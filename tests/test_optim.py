@@ -60,6 +60,19 @@ def test_a_run_shorter_than_its_warmup_has_rates(schedule, steps):
     assert rates[0] == 0 and all(0 <= value <= 2 for value in rates) and max(rates) > 0
 
 
+def test_a_cosine_that_is_all_warmup_ends_one_step_after_its_peak():
+    rate = optim.learning_rate(optim.OptimConfig(lr=2.0, schedule="cosine", warmup_share=1.0), 3)
+    assert [round(float(rate(t)), 5) for t in (2, 3, 4)] == [1.33333, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "said"), [(("a/.*",), "matched by neither of trainable"), (("a/.*", "b/.*"), "matched by both")]
+)
+def test_what_is_wrong_with_the_patterns_is_said(trainable, said):
+    with pytest.raises(InputError, match=f"parameter is {said}"):
+        optim.split(PARAMS, trainable, ("b/.*",) if "both" in said else ("b/x",))
+
+
 def test_the_decay_ends_at_zero_and_stays_there():
     rate = optim.learning_rate(optim.OptimConfig(lr=2.0, schedule="warmup_decay", warmup_share=0.5), 4)
     assert [float(rate(t)) for t in (2, 3, 4, 5)] == [2.0, 1.0, 0.0, 0.0]

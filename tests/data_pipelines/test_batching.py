@@ -195,3 +195,65 @@ def test_a_mask_of_another_size_than_its_picture_is_an_error(root, tokenizer, co
 def test_bad_settings(config, field, value):
     with pytest.raises(InputError, match=field):
         change(config, **{field: value})
+
+
+def test_defaults_are_the_released_settings():
+    assert dataclasses.asdict(batching.DataConfig()) == {
+        "image_size": 224,
+        "video_frames": 10,
+        "visual_queries": 32,
+        "audio_queries": 32,
+        "lengths": (256, 384, 512, 640, 768, 896, 1024),
+        "prompt_only": False,
+        "mute_audio": False,
+        "blank_video": False,
+        "pad_short_audio": False,
+        "clock": "shown",
+        "on_error": "raise",
+        "cache_dir": "",
+        "tasks": tuple(TASK_NAMES),
+    }
+
+
+def test_the_text_ends_with_the_answer_and_padding_follows(root, tokenizer, config):
+    row = load(CLIP, root, tokenizer, config)
+    length = batching.place(CLIP, tokenizer, config)[1].positions
+    assert row["text_mask"].tolist() == [True] * length + [False] * (128 - length)
+    assert row["tokens"][length - 1] == tokenizer.eos_id
+    assert (row["tokens"][length:] == tokenizer.pad_id).all() and (row["slots"][length:] == -1).all()
+
+
+def test_what_needs_no_padding_is_not_copied():
+    values = np.arange(3)
+    assert batching._pad(values, 3) is values
+    assert batching._pad(values, 4, -1).tolist() == [0, 1, 2, -1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"video": None, "audio": "clip.wav"}, "frames"),
+        ({"video": None, "audio": "clip.wav", "instruction": f"{IMAGE} {AUDIO}"}, "image"),
+    ],
+)
+def test_a_damaged_picture_is_reported_by_its_field(root, tokenizer, config, fields, field, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    fields[field] = ("0.png", str(damaged)) if field == "frames" else str(damaged)
+    with pytest.raises(InputError) as caught:
+        load(change(CLIP, **fields), root, tokenizer, config)
+    assert caught.value.field == field
+
+
+def test_a_second_without_a_frame_is_no_picture_to_segment(root, tokenizer, config):
+    beyond = change(PICTURE, image=None, instruction=f"{VIDEO} {AUDIO}", video="clip.mp4", windows="ten", second=7)
+    with pytest.raises(InputError, match=r"\[second\]: is 7, which is no frame of the example"):
+        load(beyond, root, tokenizer, config)
+
+
+def test_an_empty_batch_has_the_shapes_of_its_bucket_and_nothing_in_it():
+    bucket = Bucket(7, 3, 2, 98, 1)
+    batch = batching.empty_batch(bucket, 2, 8)
+    assert batching.bucket_of(batch) == bucket and batch.frames.shape == (2, 3, 8, 8, 3)
+    for field in dataclasses.fields(batch):
+        assert (getattr(batch, field.name) == (-1 if field.name in ("slots", "index") else 0)).all(), field.name
