@@ -199,13 +199,18 @@ def annotated(root: str | Path, name: str, split: str, variant: str = "") -> tup
 
 
 def records(
-    root: str | Path, name: str, split: str, variant: str = "train", notes: list[InputError] | None = None
+    root: str | Path,
+    name: str,
+    split: str,
+    variant: str = "train",
+    notes: list[InputError] | None = None,
+    files: set[str] | None = None,
 ) -> Iterator[Found]:
     """Yield the content of a split's annotations: Examples whose media files exist, and errors for the others.
 
     Ids start with the dataset's name and are unique in the split. meta gets `dataset`, and `row` names the line of the
-    annotation file. notes: collects remarks on the annotations of a raw root. Raises InputError when the annotations as
-    a whole cannot be read.
+    annotation file. Of a raw root, notes collects remarks on the annotations, and files the annotation files that are
+    read, relative to the root. Raises InputError when the annotations as a whole cannot be read.
     """
     dataset = dataset_of(name)
     if variant not in VARIANTS:
@@ -219,6 +224,7 @@ def records(
         yield from every
         return
     release.notes = release.notes if notes is None else notes
+    release.files = release.files if files is None else files
     seen, count = set(), 0
     for found in every:
         count += 1

@@ -4,9 +4,19 @@
 
 PREPARED then replaces DATA (`--data`, `data.root`) and gives the same batches, many times faster, for any tokenizer and
 prompt variant, with muted and blanked inputs too. A medium that several Examples use is stored once. An interrupted run
-continues when it is started again; more --datasets and --splits may be added later. Media that cannot be decoded are
-listed at the end, and give the same error when they are read. The shards are TFDS datasets as well; see
-docs/datasets.md.
+continues when it is started again; more --datasets and --splits may be added later, also from a root that has moved.
+Media that cannot be decoded are listed at the end, and give the same error when they are read. The shards are TFDS
+datasets as well; see docs/datasets.md.
+
+On many machines, with --out on a disk that all of them see:
+
+    python -m data_pipelines prepare --root DATA --out PREPARED --part 0/8      and so on to 7/8, in any order, at once
+    python -m data_pipelines prepare --out PREPARED --merge                     when all are done
+
+Parts are counted from 0: --part $SLURM_ARRAY_TASK_ID/8 with sbatch --array=0-7, --part $JOB_COMPLETION_INDEX/8 in an
+indexed Job or JobSet, --part auto in the processes of one srun or jax.distributed job. A part that was killed goes on
+where it stopped when it is started again. Parts may also write folders of their own, which are copied into one (rsync
+-a) before --merge.
 """
 
 from __future__ import annotations
@@ -23,26 +33,28 @@ import json
 import mmap
 import multiprocessing
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.io.bounds import PATH, Text, Whole, Words
+from crab_jax.io.bounds import PATH, Choice, Flag, Text, Whole, Words
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import need_room, write_whole
-from crab_jax.io.locks import LOCK, locked
+from crab_jax.io.locks import locked, locked_file
 from crab_jax.io.progress import Progress, on_stderr
-from crab_jax.io.structured import read_json, strict_json
+from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
 from crab_jax.tasks import add_flag, use_tasks
-from data_pipelines import datasets, fbank, media, shards
+from data_pipelines import datasets, fbank, media, parts, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.isolated import end_with_parent
+from data_pipelines.parts import Part
 from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
 from data_pipelines.sources.release import Found
 
@@ -54,7 +66,7 @@ _HEAD = 64  # bytes of a record by which it is located in its shard
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a prepared root. An existing root cannot be given others."""
+    """The settings of a prepared root. An existing root cannot be given others, except that its source may move."""
 
     root: str
     decoding: Decoding
@@ -71,9 +83,8 @@ class Settings:
         return COMPRESSED if kind == "masks" or kind == "frames" and self.compress else UNCOMPRESSED
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings as written in plan.json."""
+        """Return the settings as written in plan.json: without the place of the source, which may move."""
         return {
-            "root": self.root,
             **self.decoding._asdict(),
             "variants": list(self.variants),
             "shard_bytes": self.shard_bytes,
@@ -96,6 +107,28 @@ class Shard:
         """Return a hash of everything that determines the shard's content."""
         text = json.dumps([shards.FORMAT, settings.decoding, self.media, self.stamps])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that a prepared root will hold: a pure function of settings, annotations and media files.
+
+    counts: {dataset: {split: Examples}}. shards: in the order of the index. texts: {list of Examples: hash}. sources:
+    {annotation file, relative to the source: (size, time in ns)}, which is no part of the digest.
+    """
+
+    counts: Mapping[str, Mapping[str, int]]
+    shards: tuple[Shard, ...]
+    texts: Mapping[str, str]
+    sources: Mapping[str, tuple[int, int]]
+
+    def digest(self, settings: Settings) -> str:
+        """Return a hash of everything that determines the content of the prepared root."""
+        content = hashlib.blake2b(digest_size=16)
+        content.update(json.dumps([shards.FORMAT, settings.as_json(), self.counts, self.texts]).encode())
+        for shard in self.shards:
+            content.update(json.dumps([shard.file, shard.media, shard.stamps]).encode())
+        return content.hexdigest()
 
 
 # The lists and shards to write
@@ -129,31 +162,57 @@ def lists_of(root: Path, names: Sequence[str], splits: Sequence[str]) -> list[tu
     return lists
 
 
-def read_list(settings: Settings, out: Path, name: str, split: str) -> tuple[int, dict[Medium, None]]:
-    """Write one list of Examples into `out`; return their number and the media that they need."""
+class Listed(NamedTuple):
+    """One list of Examples.
+
+    examples: their number. needed: media. texts: {file: hash of the text}. files: the annotation files that were read.
+    """
+
+    examples: int
+    needed: dict[Medium, None]
+    texts: dict[str, str]
+    files: set[str]
+
+
+def read_list(settings: Settings, out: Path, name: str, split: str) -> Listed:
+    """Write one list of Examples into `out`, and return what it holds."""
     needed: dict[Medium, None] = {}
+    texts: dict[str, str] = {}
     if not name:
         examples = datasets.read_jsonl(settings.root, split)
         write_jsonl(out / f"{split}.jsonl", examples)
         for example in examples:
             needed.update(dict.fromkeys(shards.media_of(example, settings.decoding)))
-        return len(examples), needed
-    count = 0
+        texts[f"{split}.jsonl"] = _hash_of(map(shards.found_json, examples))
+        return Listed(len(examples), needed, texts, {datasets.list_of(settings.root, split) or ""})
+    count, files = 0, set[str]()
     for variant in settings.variants:
-        lines = []
-        for found, whole in _found(settings.root, name, split, variant):
+        lines, without_places = [], []
+        for found, whole in _found(settings.root, name, split, variant, files):
             lines.append(shards.found_json(found, whole))
             if isinstance(found, Example):
                 count += variant == settings.variants[0]
                 needed.update(dict.fromkeys(shards.media_of(found, settings.decoding)))
-        write_whole(out / shards.examples_file(name, split, variant), "".join(lines))
-    return count, needed
+                without_places.append(lines[-1])
+            else:
+                without_places.append(json.dumps([type(found).__name__, found.field]))
+        file = shards.examples_file(name, split, variant)
+        write_whole(out / file, "".join(lines))
+        texts[file] = _hash_of(without_places)
+    return Listed(count, needed, texts, files)
 
 
-def _found(root: str, name: str, split: str, variant: str) -> Iterator[tuple[Found, bool]]:
+def _hash_of(lines: Iterable[str]) -> str:
+    content = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        content.update(line.encode("utf-8", "backslashreplace"))
+    return content.hexdigest()
+
+
+def _found(root: str, name: str, split: str, variant: str, files: set[str]) -> Iterator[tuple[Found, bool]]:
     """Yield the result of `datasets.records`, and last the error of the annotations as a whole, if any."""
     try:
-        for found in datasets.records(root, name, split, variant):
+        for found in datasets.records(root, name, split, variant, files=files):
             yield found, False
     except InputError as error:
         yield error, True
@@ -341,15 +400,34 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def finished(settings: Settings, out: Path, shard: Shard) -> dict[str, Any] | None:
-    """Return the note of an existing shard that is complete and up to date; None for any other."""
+def finished(settings: Settings, out: Path, shard: Shard, verify: bool = False) -> dict[str, Any] | None:
+    """Return the note of an existing shard that is complete and up to date; None for any other.
+
+    A shard is written before its note. One that is newer was changed or copied since, and its checksum is compared;
+    with `verify` that of every shard is.
+    """
     path = out / shard.file
     try:
         note = read_json(_note(path), NOTE)
-        whole = note["of"] == shard.digest(settings) and path.stat().st_size == note["bytes"]
-        return note if whole and _sha256(path) == note["sha256"] else None
+        if note["of"] != shard.digest(settings) or path.stat().st_size != note["bytes"]:
+            return None
+        if verify or path.stat().st_mtime_ns > _note(path).stat().st_mtime_ns:
+            if _sha256(path) != note["sha256"]:
+                return None
+            with contextlib.suppress(OSError):  # so that it is not read again the next time
+                os.utime(_note(path))
+        return note
     except (OSError, ValueError):  # includes InputError
         return None
+
+
+def _all_finished(
+    settings: Settings, out: Path, todo: Sequence[Shard], workers: int, verify: bool
+) -> dict[str, dict[str, Any]]:
+    """Return {file: note} of the shards that are `finished`; several are looked at at once."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        notes = pool.map(lambda shard: finished(settings, out, shard, verify), todo)
+        return {shard.file: note for shard, note in zip(todo, notes, strict=True) if note}
 
 
 # The whole root
@@ -363,9 +441,10 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
     plan = out / PLAN
     known: list[tuple[str, str]] = []
     if plan.is_file():
-        old = read_json(plan, {"lists": [(Text(), Text(1))]}, fix="give an empty --out")
+        old = read_json(plan, _LISTS, fix="give an empty --out")
         known = [(name, split) for name, split in old.pop("lists")]
         current = settings.as_json()
+        old.pop("root", None)  # older versions wrote it
         for field, value in old.items():
             if current.get(field) != value:
                 raise InputError(
@@ -374,11 +453,75 @@ def claim(out: Path, settings: Settings, wanted: Sequence[tuple[str, str]]) -> l
                     f"was prepared with {value!r:.60}, not {current.get(field)!r:.60}",
                     "use the same options, or another --out",
                 )
-    elif any(not path.name.startswith(LOCK) for path in out.iterdir()):
+        _check_source(settings, out, known)
+    elif any(not path.name.startswith(".") for path in out.iterdir()):  # locks, and probes of other parts
         raise InputError(str(out), "--out", "holds something that prepare did not write", "give an empty folder")
     lists = [*known, *(pair for pair in wanted if pair not in known)]
     write_whole(plan, json.dumps({**settings.as_json(), "lists": lists}, indent=1))
     return lists
+
+
+_LISTS = {"lists": [(Text(), Text(1))]}
+
+
+def _check_source(settings: Settings, out: Path, known: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError for a source that cannot be the one, perhaps moved, of which `out` was prepared.
+
+    It must have every known list, and where its place is new, one of a few prepared media at least must be the same
+    file by size and time: otherwise everything would be decoded again, and replaced.
+    """
+    try:
+        prepared = shards.Shards(out)
+        held = {("", split): count for split, count in prepared.manifest["lists"].items()}
+        for name, splits in prepared.manifest["datasets"].items():
+            held |= {(name, split): count for split, count in splits.items()}
+        moved = prepared.manifest["root"] != settings.root
+        sample = range(0, len(prepared.shards), max(1, len(prepared.shards) // 16)) if moved else ()
+        records = [prepared.first(number) for number in sample]
+    except (InputError, KeyError, ValueError, OSError):  # unfinished or damaged: nothing to compare with
+        return
+    for name, split in known:
+        there = datasets.is_there(settings.root, name) if name else datasets.list_of(settings.root, split)
+        if held.get((name, split)) and not there:
+            raise InputError(
+                settings.root,
+                "--root",
+                f"lacks {name or f'{split}.jsonl'}, with which {out} was prepared",
+                "give the root that has it, or another --out",
+            )
+    same = (
+        _stamp(Path(settings.root) / str(record["path"], "utf-8")) == (record["bytes"], record["mtime_ns"])
+        for record in records
+    )
+    if records and not any(same):
+        raise InputError(
+            settings.root,
+            "--root",
+            f"is not what {out} was prepared from: of {len(records)} of its media none has the same size and time here",
+            "copy a root that moves with its times (rsync -a, cp -p), or give another --out",
+        )
+
+
+def plan_of(settings: Settings, out: Path, lists: Sequence[tuple[str, str]], progress: Callable[[str], None]) -> Plan:
+    """Read the annotations, write their lists of Examples into `out`, and return what is to be prepared."""
+    counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
+    seen: dict[Medium, None] = {}
+    todo: list[Shard] = []
+    texts: dict[str, str] = {}
+    files: set[str] = set()
+    for name, split in lists:
+        listed = read_list(settings, out, name, split)
+        counts[name][split] = listed.examples
+        new = [medium for medium in listed.needed if medium not in seen]
+        seen.update(listed.needed)
+        texts |= listed.texts
+        files |= listed.files
+        title = f"{name}_{split}" if name else split
+        for kind in KINDS:
+            todo += cut(kind, title, [medium for medium in new if medium.kind == kind], settings)
+        progress(f"{title}: {listed.examples} examples, {len(new)} new media")
+    sources = {file: _stamp(Path(settings.root) / file) for file in sorted(files)}
+    return Plan(dict(counts), tuple(todo), texts, sources)
 
 
 def prepare(
@@ -387,6 +530,7 @@ def prepare(
     wanted: Sequence[tuple[str, str]],
     workers: int,
     progress: Callable[[str], None] = lambda line: None,
+    verify: bool = False,
 ) -> list[str]:
     """Write or complete the prepared root `out`; return a line for every medium that could not be decoded.
 
@@ -395,18 +539,162 @@ def prepare(
     lists = claim(out, settings, wanted)
     _leave_older_format(out)
     _remove_partial(out)
-    counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
-    seen: dict[Medium, None] = {}
-    todo: list[Shard] = []
-    for name, split in lists:
-        counts[name][split], needed = read_list(settings, out, name, split)
-        new = [medium for medium in needed if medium not in seen]
-        seen.update(needed)
-        title = f"{name}_{split}" if name else split
-        for kind in KINDS:
-            todo += cut(kind, title, [medium for medium in new if medium.kind == kind], settings)
-        progress(f"{title}: {counts[name][split]} examples, {len(new)} new media")
-    notes = {shard.file: note for shard in todo if (note := finished(settings, out, shard))}
+    plan = plan_of(settings, out, lists, progress)
+    notes = _complete(settings, out, plan.shards, workers, progress, verify)
+    _finish(settings, out, plan.counts, plan.shards, notes)
+    return [line for note in notes for line in note["failed"]]
+
+
+def prepare_part(
+    settings: Settings,
+    out: Path,
+    wanted: Sequence[tuple[str, str]],
+    workers: int,
+    part: Part,
+    progress: Callable[[str], None] = lambda line: None,
+    verify: bool = False,
+) -> list[dict[str, Any]]:
+    """Write or complete the shards of one part, and return their notes; `merge` makes a prepared root of all parts."""
+    with locked_file(out / PLAN, wait=True):
+        lists = claim(out, settings, wanted)
+        _leave_older_format(out)
+        plan = kept_plan(out, settings)
+        if plan and _is_current(plan, settings, lists, part):
+            progress(f"the plan of {sum(len(shard.media) for shard in plan.shards)} media is there")
+        else:
+            plan = plan_of(settings, out, lists, progress)
+            keep_plan(out, settings, plan)
+        parts.write_note(out, part, plan.digest(settings), settings.root, settings.as_json(), versions())
+    own = part.share(plan.shards)
+    _remove_partial(out, {shard.file for shard in own})
+    return _complete(settings, out, own, workers, progress, verify)
+
+
+def merge(
+    out: Path, workers: int, progress: Callable[[str], None] = lambda line: None, verify: bool = False
+) -> list[str]:
+    """Make a prepared root of finished parts; return a line for every medium that could not be decoded.
+
+    Raises InputError naming the part that is missing, unfinished, damaged or different from the others.
+    """
+    if not (out / parts.FOLDER).is_dir() and shards.opened(out):
+        progress(f"{out} is merged already")
+        return []
+    settings = _settings_in(out)
+    plan = kept_plan(out, settings)
+    if plan is None:
+        there = (out / parts.FOLDER / _PLAN).is_file()
+        problem = "its plan is damaged, or of other settings" if there else "holds no parts"
+        raise InputError(str(out), "--merge", problem, "run prepare with --part 0/N to N-1/N")
+    count, root = parts.agreed(out, plan.digest(settings), settings.as_json())
+    notes = _all_finished(settings, out, plan.shards, workers, verify)
+    files = [shard.file for shard in plan.shards]
+    parts.complete(out, files, {file: file in notes for file in files if (out / file).is_file()}, count)
+    _remove_partial(out)
+    settings = dataclasses.replace(settings, root=root)
+    _finish(settings, out, plan.counts, plan.shards, [notes[file] for file in files])
+    return [line for file in files for line in notes[file]["failed"]]
+
+
+# The plan on disk, for parts: one line of what it is, then one for each medium.
+
+_PLAN = "plan.jsonl"
+_STAMP = (Whole(0, 2**63), Whole(0, 2**63))
+_HEADER = {
+    "digest": Text(1, 200),
+    "counts": Each(Text(0, 100), Each(Text(1, 100), Whole())),
+    "texts": Each(Text(1, 1000), Text(1, 200)),
+    "sources": Each(Text(1, 1000), _STAMP),
+    "files": [Text(1, 1000)],
+}
+_MEDIUM = {"shard": Whole(0, 2**32), "medium": (Choice(KINDS), Text(1), Text(1), Text()), "stamps": [Whole(0, 2**63)]}
+_SETTINGS = {
+    **shards.DECODING,
+    "clock": Choice(media.CLOCKS),
+    "variants": [Choice(datasets.VARIANTS)],
+    "shard_bytes": Whole(1, 10**12),
+    "compress": Flag(),
+    **_LISTS,
+}
+
+
+def keep_plan(out: Path, settings: Settings, plan: Plan) -> None:
+    """Write the plan that the other parts follow."""
+    header = {
+        "digest": plan.digest(settings),
+        "counts": plan.counts,
+        "texts": plan.texts,
+        "sources": plan.sources,
+        "files": [shard.file for shard in plan.shards],
+    }
+    lines = [json.dumps(header)]
+    lines += [
+        json.dumps({"shard": number, "medium": medium, "stamps": stamps})
+        for number, shard in enumerate(plan.shards)
+        for medium, stamps in zip(shard.media, shard.stamps, strict=True)
+    ]
+    write_whole(out / parts.FOLDER / _PLAN, "\n".join([*lines, ""]))
+
+
+def kept_plan(out: Path, settings: Settings) -> Plan | None:
+    """Return the plan that a part wrote; None if there is none of these settings, or it is damaged."""
+    file = out / parts.FOLDER / _PLAN
+    try:
+        lines = stream_lines(file)
+        where, line = next(lines)
+        header = json_line(line, where)
+        check(header, _HEADER, where)
+        groups: list[tuple[list[Medium], list[tuple[int, ...]]]] = [([], []) for _ in header["files"]]
+        for where, line in lines:
+            row = json_line(line, where)
+            check(row, _MEDIUM, where)
+            chosen, stamps = groups[row["shard"]]
+            chosen.append(Medium(*row["medium"]))
+            stamps.append(tuple(row["stamps"]))
+        found = [
+            Shard(name, tuple(chosen), tuple(stamps))
+            for name, (chosen, stamps) in zip(header["files"], groups, strict=True)
+        ]
+        sources = {name: (size, time) for name, (size, time) in header["sources"].items()}
+        plan = Plan(header["counts"], tuple(found), header["texts"], sources)
+        return plan if plan.digest(settings) == header["digest"] else None
+    except (OSError, ValueError, IndexError, StopIteration):  # includes InputError
+        return None
+
+
+def _is_current(plan: Plan, settings: Settings, lists: Sequence[tuple[str, str]], part: Part) -> bool:
+    """Return whether a plan is of these lists, and of the annotations and the media of a part as they are."""
+    root = Path(settings.root)
+    return (
+        [(name, split) for name, splits in plan.counts.items() for split in splits] == _by_dataset(lists)
+        and all(_stamp(root / file) == stamp for file, stamp in plan.sources.items())
+        and all(
+            _stamps(root, medium) == stamps
+            for shard in part.share(plan.shards)
+            for medium, stamps in zip(shard.media, shard.stamps, strict=True)
+        )
+    )
+
+
+def _by_dataset(lists: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    names = list(dict.fromkeys(name for name, _ in lists))
+    return sorted(lists, key=lambda pair: names.index(pair[0]))
+
+
+def _settings_in(out: Path) -> Settings:
+    """Return the settings of a prepared root, finished or not, without its source. Raises InputError."""
+    if not (out / PLAN).is_file():
+        raise InputError(str(out), "--merge", "holds no parts", "run prepare with --part 0/N to N-1/N before")
+    kept = read_json(out / PLAN, _SETTINGS)
+    decoding = Decoding(*(kept[field] for field in Decoding._fields))
+    return Settings("", decoding, tuple(kept["variants"]), kept["shard_bytes"], kept["compress"])
+
+
+def _complete(
+    settings: Settings, out: Path, todo: Sequence[Shard], workers: int, progress: Callable[[str], None], verify: bool
+) -> list[dict[str, Any]]:
+    """Write the shards of `todo` that are not finished, and return the notes of all."""
+    notes = _all_finished(settings, out, todo, workers, verify)
     if notes:
         progress(f"{len(notes)} of {len(todo)} shards exist already")
     left = [shard for shard in todo if shard.file not in notes]
@@ -419,8 +707,7 @@ def prepare(
     need_room(out, int(DECODABLE * sum(sizes)), f"the media of {len(left)} shards")
     for note in _write_all(settings, out, left, workers, progress):
         notes[note["file"]] = note
-    _finish(settings, out, counts, todo, [notes[shard.file] for shard in todo])
-    return [line for note in notes.values() for line in note["failed"]]
+    return [notes[shard.file] for shard in todo]
 
 
 def _leave_older_format(out: Path) -> None:
@@ -464,11 +751,11 @@ def _write_all(
 def _finish(
     settings: Settings,
     out: Path,
-    counts: dict[str, dict[str, int]],
+    counts: Mapping[str, Mapping[str, int]],
     todo: Sequence[Shard],
     notes: Sequence[dict[str, Any]],
 ) -> None:
-    """Write the index, the TFDS metadata and last the manifest; then remove shards of an older plan."""
+    """Write the index, the TFDS metadata and last the manifest; then remove shards of an older plan, and the parts."""
     places = np.array(
         [
             (medium.key(), number, row, *place)
@@ -492,8 +779,7 @@ def _finish(
         "records": len(places),
         "lists": dict(counts.get("", {})),
         "datasets": {name: splits for name, splits in counts.items() if name},
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
-        | {"python": sys.version.split()[0], **{k: ".".join(map(str, v)) for k, v in av.library_versions.items()}},
+        "versions": versions(),
         "shards": [{key: note[key] for key in kept} for note in notes],
         shards.SUMS: {name: shards.file_sum(out / name) for name in (shards.INDEX, *_lists(settings, counts))},
     }
@@ -504,15 +790,26 @@ def _finish(
         if str(path.relative_to(out)) not in current:
             _note(path).unlink(missing_ok=True)
             path.unlink()
+    shutil.rmtree(out / parts.FOLDER, ignore_errors=True)
 
 
-def _remove_partial(out: Path) -> None:
-    """Remove partial shards of an interrupted run."""
+def versions() -> dict[str, str]:
+    """Return the versions of what decodes and writes."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES} | {
+        "python": sys.version.split()[0],
+        **{name: ".".join(map(str, version)) for name, version in av.library_versions.items()},
+    }
+
+
+def _remove_partial(out: Path, files: set[str] | None = None) -> None:
+    """Remove the partial shards of an interrupted run; files: of these shards only, as others may be being written."""
     for path in (path for kind in KINDS for path in (out / kind).glob(".*.partial")):
-        path.unlink(missing_ok=True)
+        shard = f"{path.parent.name}/{path.name[1:].rsplit('.', 2)[0]}"
+        if files is None or shard in files:
+            path.unlink(missing_ok=True)
 
 
-def _lists(settings: Settings, counts: dict[str, dict[str, int]]) -> list[str]:
+def _lists(settings: Settings, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Return the lists of Examples that `read_list` wrote, relative to the root."""
     return [
         shards.examples_file(name, split, variant) if name else f"{split}.jsonl"
@@ -565,7 +862,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines prepare")
     parser.add_argument(
-        "--root", type=PATH, required=True, help="data root: releases in folders of their names, or <split>.jsonl"
+        "--root", type=PATH, help="data root: releases in folders of their names, or <split>.jsonl; not for --merge"
     )
     parser.add_argument(
         "--out", type=PATH, required=True, help="the prepared root: an empty folder, or one to complete"
@@ -605,9 +902,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=Whole(0, 1024), default=os.cpu_count() or 1, help="processes; 0 = this one only"
     )
+    parser.add_argument(
+        "--part",
+        type=lambda text: parts.read_part(text, os.environ),
+        metavar="I/N",
+        help="write the shards of part I of N only, counted from 0/N (--array=0-7 and --part $SLURM_ARRAY_TASK_ID/8, "
+        "or $JOB_COMPLETION_INDEX/8); auto: of this process of a jax.distributed or srun job",
+    )
+    parser.add_argument("--merge", action="store_true", help="make a prepared root of the finished parts in --out")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the checksums of all existing shards; by default of those that were changed or copied since "
+        "they were written",
+    )
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
+    if arguments.merge and arguments.part:
+        raise InputError("command line", "--merge", "does not go with --part", "merge when all parts are done")
+    if not arguments.merge and arguments.root is None:
+        raise InputError("command line", "--root", "is missing", "give --root, the folder that holds the datasets")
     if unknown := [v for v in arguments.variants.split(",") if v not in datasets.VARIANTS]:
         raise InputError(
             "command line",
@@ -619,14 +934,32 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Prepare the requested data, and list media that could not be decoded."""
+    """Prepare the requested data or a part of them, or merge parts; list media that could not be decoded."""
     arguments = parse_arguments(argv)
     use_tasks([arguments.task_modules])
-    with locked(arguments.out) as out:
-        _run(arguments, out)
+    if arguments.merge:
+        with locked(arguments.out) as out:
+            _tell(out, merge(out, arguments.workers, on_stderr, arguments.verify))
+        return
+    settings, wanted = _requested(arguments)
+    part: Part | None = arguments.part
+    if part is None:
+        with locked(arguments.out) as out:
+            _tell(out, prepare(settings, out, wanted, arguments.workers, on_stderr, arguments.verify))
+        return
+    use = json.dumps({"number of parts": part.of, **settings.as_json(), "lists": wanted})
+    with locked(arguments.out, use=use, share=part.number) as out:
+        notes = prepare_part(settings, out, wanted, arguments.workers, part, on_stderr, arguments.verify)
+        _tell_failed([line for note in notes for line in note["failed"]])
+        size = sum(note["bytes"] for note in notes)
+        print(
+            f"{out}: part {part} has {sum(note['records'] for note in notes)} media, {size / 1e9:.2f} GB in "
+            f"{len(notes)} shards; when all {part.of} are done: prepare --out {out} --merge"
+        )
 
 
-def _run(arguments: argparse.Namespace, out: Path) -> None:
+def _requested(arguments: argparse.Namespace) -> tuple[Settings, list[tuple[str, str]]]:
+    """Return (settings, lists) of a command line. Raises InputError."""
     root = Path(arguments.root)
     if not root.is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
@@ -640,15 +973,23 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
         arguments.shard_mb * 1_000_000,
         arguments.compress,
     )
-    wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
-    failed = prepare(settings, out, wanted, arguments.workers, on_stderr)
+    names = [name for name in arguments.datasets.split(",") if name]
+    return settings, lists_of(root, names, arguments.splits.split(","))
+
+
+def _tell(out: Path, failed: Sequence[str]) -> None:
+    """Print what a prepared root holds, and which media could not be decoded."""
+    _tell_failed(failed)
+    manifest = read_json(out / MANIFEST)
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    print(f"{out}: {manifest['records']} media, {size / 1e9:.2f} GB in {len(manifest['shards'])} shards")
+
+
+def _tell_failed(failed: Sequence[str]) -> None:
     for line in failed[:10]:
         print(f"cannot be decoded: {printable(line)}")
     if failed[10:]:
         print(f"and {len(failed) - 10} more")
-    manifest = read_json(out / MANIFEST)
-    size = sum(shard["bytes"] for shard in manifest["shards"])
-    print(f"{out}: {manifest['records']} media, {size / 1e9:.2f} GB in {len(manifest['shards'])} shards")
 
 
 def main(argv: Sequence[str]) -> None:

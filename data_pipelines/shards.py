@@ -71,17 +71,18 @@ class Decoding(NamedTuple):
 
 _COUNT = Whole(0, 2**48)
 SHARD = {"file": Inside(), "records": _COUNT, "bytes": _COUNT, "sha256": Text(64, 64)}
+DECODING = {
+    "image_size": Whole(1, 2**15),
+    "video_frames": Whole(1, 1024),
+    "pad_short_audio": Flag(),
+    "clock?": Choice(("shown", "counted")),
+}
 MANIFEST_SCHEMA = {
     "format": Whole(),
     "records": _COUNT,
     "shards": [SHARD],
     "variants": [Choice(("train", "test", "quick"))],
-    "decoding": {
-        "image_size": Whole(1, 2**15),
-        "video_frames": Whole(1, 1024),
-        "pad_short_audio": Flag(),
-        "clock?": Choice(("shown", "counted")),
-    },
+    "decoding": DECODING,
     "datasets": Each(Text(1, 100), Each(Text(1, 100), Whole())),
 }
 ERROR = {"where": Text(), "field": Text(), "problem": Text(), "fix": Text(), "missing": Flag()}  # see `error_json`
@@ -435,6 +436,10 @@ class Shards:
         if len(record["error"]):
             raise error_of(strict_json(bytes(record["error"]).decode()), field)
         return record
+
+    def first(self, number: int) -> dict[str, Any]:
+        """Return the first record of a shard, as it is stored."""
+        return decode(self._reader(number).read([0])[0])
 
     def _reader(self, number: int) -> Any:
         with self._lock:

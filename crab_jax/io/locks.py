@@ -26,6 +26,7 @@ BEAT_SECONDS = 20.0  # how often a lock is refreshed
 # A lock of another machine that was not refreshed for so long is stale. Network shares may show changes a minute late.
 STALE_SECONDS = 120.0
 SEEN_SECONDS = 30.0  # by which time all hosts see a new lock
+WAIT_SECONDS = 0.5  # between two looks at a lock that is waited for
 _held: dict[Path, _Holder] = {}  # the locks of this process
 
 
@@ -275,22 +276,32 @@ def mark(folder: Path) -> str:
 
 
 @contextmanager
-def locked_file(file: str | Path, flag: str = "--out") -> Iterator[Path]:
-    """Lock one file, in a folder that others may use, and yield its path; see `locked`."""
+def locked_file(file: str | Path, flag: str = "--out", wait: bool = False) -> Iterator[Path]:
+    """Lock one file, in a folder that others may use, and yield its path; see `locked`.
+
+    wait: wait for another process that holds it, instead of raising InputError.
+    """
     path = out_file(file, flag)
-    with _lock(path.absolute().with_name(f".{path.name}{LOCK}"), _me("", 0), path, flag):
+    with _lock(path.absolute().with_name(f".{path.name}{LOCK}"), _me("", 0), path, flag, wait):
         yield path
 
 
 @contextmanager
-def _lock(lock: Path, owner: Owner, what: Path, flag: str) -> Iterator[None]:
+def _lock(lock: Path, owner: Owner, what: Path, flag: str, wait: bool = False) -> Iterator[None]:
     try:
+        announced = False
         while not _take(lock, owner):
             if (other := _owner_of(lock)) is None:
                 continue
-            if not _gone(lock, other, what):
+            if _gone(lock, other, what):
+                _drop(lock, other, what)
+            elif not wait:
                 raise _refused(what, lock, flag, _owner_of(lock) or other)
-            _drop(lock, other, what)
+            else:
+                if not announced:
+                    print(f"waiting for {other}, which holds {what}", file=sys.stderr, flush=True)
+                announced = True
+                time.sleep(WAIT_SECONDS)
     except OSError as error:
         raise InputError(str(what), flag, f"cannot be locked ({error.strerror})", "give another one") from error
     holder = _held[lock] = _Holder(owner, threading.Event())

@@ -158,6 +158,7 @@ class Release:
         self._listed: dict[str, dict[str, str] | None] = {}
         self._unended: set[str] = set()  # files whose last line has no line end
         self.notes: list[InputError] = []
+        self.files: set[str] = set()  # the annotation files that were read, relative to the data root
         self.unended: list[str] = []  # rows that may be cut off: file:line
 
     def note(self, where: str, field: str, problem: str, fix: str = "") -> None:
@@ -193,6 +194,7 @@ class Release:
                 "is a link out of the data root",
                 "put the file there, or link the dataset's whole folder",
             )
+        self.files.add(f"{self.folder}/{name}" if self.folder else name)
         data = read_bytes(path, "", LIST, _AGAIN)
         if not data.strip():
             raise InputError(str(path), "", "is empty", _AGAIN)

@@ -34,7 +34,7 @@ from crab_jax.io import packaged, stored_tensors, structured
 from crab_jax.io.errors import InputError
 from crab_jax.questions import read_samples
 from crab_jax.runs import run_folder
-from data_pipelines import prepare, shards
+from data_pipelines import parts, prepare, shards
 from data_pipelines.av_uie import annotate, released
 from data_pipelines.datasets import records
 from data_pipelines.examples import read_jsonl
@@ -89,6 +89,10 @@ def _all(found: Iterator[Any]) -> list[Any]:
 def _plan(path: Path) -> Any:
     settings = prepare.Settings("/r", shards.Decoding(64, 10, False), ("train",), 1000)
     return prepare.claim(path.parent, settings, [])
+
+
+def _part(path: Path) -> Any:
+    return parts.agreed(path.parents[1], "0" * 32, {"compress": False})
 
 
 def _journal(path: Path) -> Any:
@@ -235,6 +239,11 @@ KINDS = (
             "lists": [["ave", "train"]],
         },
         _plan,
+    ),
+    Kind(
+        "parts/0-of-1.json",
+        {"part": 0, "of": 1, "plan": "0" * 32, "root": "/r", "settings": {"compress": False}, "versions": {"av": "1"}},
+        _part,
     ),
     Kind(
         "examples/ave-train-train.jsonl",
