@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from data_pipelines.batching import Bucket, Fill
+from data_pipelines.shared import Shared
 
 
 class Padding(NamedTuple):
@@ -23,19 +26,31 @@ class Padding(NamedTuple):
     windows: float
 
 
-def padding(groups: Mapping[Bucket, Mapping[int, Fill]], rate_of: Mapping[int, float] | None = None) -> list[Padding]:
+class Group:
+    """The examples of one bucket: their positions (ascending) and, int32[N,3], their Fills. Iterates over positions."""
+
+    def __init__(self, positions: np.ndarray, fills: np.ndarray):
+        self.positions, self.fills = Shared(positions), fills
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.positions.array.tolist())
+
+
+def padding(groups: Mapping[Bucket, Group], rates: np.ndarray | None = None) -> list[Padding]:
     """Return the padding of each bucket.
 
-    rate_of: {position of an example: how often it is drawn}; None: equally often.
+    rates: float[N], how often the example at each position is drawn, 0 for never; None: all equally often.
     """
-    rates = {index: 1.0 for group in groups.values() for index in group} if rate_of is None else rate_of
-    drawn_in_all, rows = sum(rates.values()), []
-    for bucket, group in groups.items():
-        drawn = [(rates[index], fill) for index, fill in group.items() if index in rates]
-        share = sum(rate for rate, _ in drawn)
-        filled = (sum(rate * fill[axis] for rate, fill in drawn) for axis in range(3))
+    drawn = [np.ones(len(group)) if rates is None else rates[group.positions.array] for group in groups.values()]
+    drawn_in_all, rows = sum(rate.sum() for rate in drawn), []
+    for (bucket, group), rate in zip(groups.items(), drawn, strict=True):
+        share = float(rate.sum())
+        filled = (rate @ group.fills).tolist()
         empty = (max(0.0, 1 - full / (share * of)) for full, of in zip(filled, _size(bucket), strict=True))
-        rows.append(Padding(bucket, len(drawn), share / drawn_in_all, *empty))
+        rows.append(Padding(bucket, int((rate > 0).sum()), share / float(drawn_in_all), *empty))
     return rows
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from data_pipelines.sources.release import Found, MissingFile, Release
 
 _log = logging.getLogger(__name__)
 Reader = Callable[[Release, str, str], Iterator[Found]]  # (release, split, prompt variant)
+Used = dict[str, tuple[int, int] | None]  # `Release.used`: relative to the dataset's folder
 VARIANTS = ("train", "test", "quick")
 SPLITS = ("train", "val", "test")
 SHOWN = 3  # number of malformed rows that a warning lists
@@ -186,13 +187,16 @@ def media_of(example: Example) -> Iterator[tuple[str, str]]:
     yield from (("frames", path) for path in example.frames)
 
 
-def annotated(root: str | Path, name: str, split: str, variant: str = "") -> tuple[Release, Iterator[Found]]:
+def annotated(
+    root: str | Path, name: str, split: str, variant: str = "", used: Used | None = None
+) -> tuple[Release, Iterator[Found]]:
     """Return (release, Examples and errors of a split's annotations), without checks of media or ids.
 
-    The notes of the release fill while it is read. variant "": any that exists. Raises InputError, as does reading.
+    The notes of the release fill while it is read. variant "": any that exists. used: see `records`. Raises InputError,
+    as does reading.
     """
     prepared = shards.opened(root)
-    release = Release(root, folder_of(root, name))
+    release = Release(root, folder_of(root, name), used)
     if prepared and name != PREPARED:
         return release, prepared.records(name, split, variant or prepared.manifest["variants"][0])
     return release, dataset_of(name).read(release, split, variant or VARIANTS[0])
@@ -204,13 +208,13 @@ def records(
     split: str,
     variant: str = "train",
     notes: list[InputError] | None = None,
-    files: set[str] | None = None,
+    used: Used | None = None,
 ) -> Iterator[Found]:
     """Yield the content of a split's annotations: Examples whose media files exist, and errors for the others.
 
     Ids start with the dataset's name and are unique in the split. meta gets `dataset`, and `row` names the line of the
-    annotation file. Of a raw root, notes collects remarks on the annotations, and files the annotation files that are
-    read, relative to the root. Raises InputError when the annotations as a whole cannot be read.
+    annotation file. notes: collects remarks on the annotations of a raw root. used: collects the files and folders of a
+    raw root on which the Examples depend. Raises InputError when the annotations as a whole cannot be read.
     """
     dataset = dataset_of(name)
     if variant not in VARIANTS:
@@ -219,12 +223,11 @@ def records(
         fix = f"use one of {', '.join(dataset.sizes)}"
         raise InputError(f"dataset {name}", "split", f"has no split {split!r}", fix)
     prepared = shards.opened(root)
-    release, every = annotated(root, name, split, variant)
+    release, every = annotated(root, name, split, variant, used)
     if prepared and name != PREPARED:
         yield from every
         return
     release.notes = release.notes if notes is None else notes
-    release.files = release.files if files is None else files
     seen, count = set(), 0
     for found in every:
         count += 1
@@ -283,18 +286,42 @@ def read(
         if value not in ("raise", "skip"):
             raise InputError("datasets", field, f"unknown value {value!r}", "use raise or skip")
     examples: list[Example] = []
-    absent: list[MissingFile] = []
-    wrong: list[InputError] = []
     notes: list[InputError] = []
-    for found in records(root, name, split, variant, notes):
+    errors = allowed(_kept(records(root, name, split, variant, notes), examples), missing, malformed)
+    report_left_out(name, split, len(examples), errors, notes, left)
+    return examples
+
+
+def _kept(every: Iterable[Found], examples: list[Example]) -> Iterator[InputError]:
+    """Append the Examples of `every` to `examples`, and yield the errors."""
+    for found in every:
         if isinstance(found, Example):
             examples.append(found)
-        elif isinstance(found, MissingFile) and missing == "skip":
-            absent.append(found)
-        elif not isinstance(found, MissingFile) and malformed == "skip":
-            wrong.append(found)
         else:
-            raise found
+            yield found
+
+
+def allowed(errors: Iterable[InputError], missing: str, malformed: str) -> list[InputError]:
+    """Return the errors of rows that are left out. Raises the first that may not be (see `read`)."""
+    kept = []
+    for error in errors:
+        if (missing if isinstance(error, MissingFile) else malformed) != "skip":
+            raise error
+        kept.append(error)
+    return kept
+
+
+def report_left_out(
+    name: str,
+    split: str,
+    count: int,
+    errors: Sequence[InputError],
+    notes: Sequence[InputError],
+    left: list[LeftOut] | None,
+) -> None:
+    """Log what `read` leaves out of a split beside `count` Examples. Raises the first error when there are none."""
+    absent = [error for error in errors if isinstance(error, MissingFile) and name != PREPARED]
+    wrong = [error for error in errors if not isinstance(error, MissingFile) or name == PREPARED]
     if notes:
         _log.warning(
             "%s %s: %d notes on the annotations, which `status` lists; the first: %s %s",
@@ -310,15 +337,14 @@ def read(
             name,
             split,
             len(absent),
-            len(absent) + len(wrong) + len(examples),
+            len(errors) + count,
             absent[0],
         )
-    _say_malformed(name, split, wrong)
+    _say_malformed(name if name != PREPARED else split, split if name != PREPARED else "list", wrong)
     if left is not None:
         left += [LeftOut(name, split, error) for error in (*absent, *wrong)]
-    if not examples and (absent or wrong):
+    if not count and errors:
         raise (absent or wrong)[0]
-    return examples
 
 
 def _say_malformed(name: str, split: str, wrong: Sequence[InputError]) -> None:
@@ -373,15 +399,7 @@ def read_examples(
         )
     if list_of(root, split):
         listed = read_jsonl(root, split, malformed, left)
-        if any(example.meta.get("dataset") not in datasets for example in listed):
-            for name, value in (("datasets", ",".join(datasets)), ("variant", variant if variant != "train" else "")):
-                if value:
-                    _log.warning(
-                        "%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
-                        Path(root) / f"{split}.jsonl",
-                        name,
-                        value,
-                    )
+        warn_of_list(root, split, datasets, variant, {example.meta.get("dataset") for example in listed})
         return listed if frames is None else _of_epoch(listed, frames, seed, epoch)
     frames = frames or ("one" if split == "train" else "all")
     if not any(is_there(root, name) for name in DATASETS):
@@ -398,13 +416,41 @@ def read_examples(
         except MissingFile as error:
             if datasets or missing == "raise":
                 raise
-            _log.warning("%s %s is left out: %s", name, split, error)
+            warn_absent(name, split, error)
     if split == "train" and (without := Counter(e.meta["dataset"] for e in examples if not e.target)):
-        _log.warning("left out of train, because their annotations give no answer to learn: %s", dict(without))
+        warn_without_answer(without)
         examples = [example for example in examples if example.target]
     if not examples:
-        raise InputError(str(root), "datasets", f"no example of {split!r} is left", "see the warnings above")
+        raise nothing_left(root, split)
     return _of_epoch(examples, frames, seed, epoch)
+
+
+def warn_of_list(root: str | Path, split: str, names: Sequence[str], variant: str, held: Set[str | None]) -> None:
+    """Warn of options without effect on the list of a split, whose Examples are of the datasets `held`."""
+    options = ("datasets", ",".join(names)), ("variant", variant if variant != "train" else "")
+    for name, value in options if held - set(names) else ():
+        if value:
+            _log.warning(
+                "%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
+                Path(root) / f"{split}.jsonl",
+                name,
+                value,
+            )
+
+
+def warn_without_answer(counts: Mapping[str, int]) -> None:
+    """Warn of Examples of train that have no target, by dataset."""
+    _log.warning("left out of train, because their annotations give no answer to learn: %s", dict(counts))
+
+
+def nothing_left(root: str | Path, split: str) -> InputError:
+    """Return the error of a split of which no Example is left."""
+    return InputError(str(root), "datasets", f"no example of {split!r} is left", "see the warnings above")
+
+
+def warn_absent(name: str, split: str, error: MissingFile) -> None:
+    """Warn of a dataset that is not read because its annotations are not there."""
+    _log.warning("%s %s is left out: %s", name, split, error)
 
 
 def joined(splits: Sequence[str], parts: Sequence[list[Example]]) -> list[Example]:
@@ -438,10 +484,17 @@ def read_jsonl(
 
     malformed: "raise", or "skip" to leave out lines that cannot be read, with a warning; `left` collects them.
     """
+    examples: list[Example] = []
+    errors = allowed(_kept(listed(root, split), examples), malformed, malformed)
+    report_left_out(PREPARED, split, len(examples), errors, (), left)
+    return examples
+
+
+def listed(root: str | Path, split: str, used: Used | None = None) -> Iterator[Found]:
+    """Yield the Examples of the list of a split, and errors for its other lines; `used` as in `records`."""
     if prepared := shards.opened(root):
         prepared.check_file(f"{split}.jsonl")
-    release, examples, seen = Release(root), [], set()
-    wrong: list[InputError] = []
+    release, seen = Release(root, used=used), set()
     for found in own.read(release, split, "train"):
         if isinstance(found, Example) and found.id in seen:
             found = InputError(
@@ -452,17 +505,8 @@ def read_jsonl(
             )
         if isinstance(found, Example):
             seen.add(found.id)
-            examples.append(dataclasses.replace(found, meta={k: v for k, v in found.meta.items() if k != "row"}))
-        elif malformed == "skip":
-            wrong.append(found)
-        else:
-            raise found
-    _say_malformed(split, "list", wrong)
-    if left is not None:
-        left += [LeftOut(PREPARED, split, error) for error in wrong]
-    if wrong and not examples:
-        raise wrong[0]
-    return examples
+            found = dataclasses.replace(found, meta={k: v for k, v in found.meta.items() if k != "row"})
+        yield found
 
 
 def one_frame_each(examples: Iterable[Example], seed: int, epoch: int) -> list[Example]:

@@ -237,18 +237,30 @@ def without(examples: Sequence[Example], root: str | Path, split: str, exclude: 
 
     exclude: whether to leave out Examples whose clip is in val or test of another dataset of the root.
     """
-    held = held_out(root, split)
+    gone, line = leaking(examples, range(len(examples)), held_out(root, split), split, exclude)
+    left_out = set(gone)
+    return [example for at, example in enumerate(examples) if at not in left_out], line
+
+
+def leaking(
+    examples: Sequence[Example], positions: Iterable[int], held: Held, split: str, exclude: bool
+) -> tuple[list[int], str]:
+    """Return (positions of the Examples to leave out, the line of `without`).
+
+    positions: of the Examples to look at (ascending); the others must have no leaks.
+    """
     by_dataset: dict[str, set[Leak]] = defaultdict(set)
-    kept: list[Example] = []
+    gone: list[int] = []
     last: Any = None
     leaks: list[Leak] = []
-    for example in examples:
+    for at in positions:
+        example = examples[at]
         dataset, video = dataset_of(example), example.meta.get("video")
         if (dataset, video) != last or dataset not in PICTURES:
             last, leaks = (dataset, video), leaks_of(example, held)
         by_dataset[dataset].update(leaks)
-        if not any(leak.same for leak in leaks):
-            kept.append(example)
+        if any(leak.same for leak in leaks):
+            gone.append(at)
     pairs = sentence(counted(by_dataset))
     unread = (
         f"; {len(held.unread)} annotation files could not be read for this, the first: {held.unread[0]}"
@@ -256,9 +268,9 @@ def without(examples: Sequence[Example], root: str | Path, split: str, exclude: 
         else ""
     )
     if not pairs:
-        return list(examples), f"not all clips of train could be compared with val and test{unread}" if unread else ""
+        return [], f"not all clips of train could be compared with val and test{unread}" if unread else ""
     number = len({leak.clip for leaks in by_dataset.values() for leak in leaks if leak.same})
-    what = f"{number} clips ({len(examples) - len(kept)} examples) of {split} are in val or test elsewhere: {pairs}"
+    what = f"{number} clips ({len(gone)} examples) of {split} are in val or test elsewhere: {pairs}"
     if not exclude:
-        return list(examples), f"{what}; --config.data.exclude_leaks=true leaves them out{unread}"
-    return kept, f"{what}; they are left out (data.exclude_leaks){unread}"
+        return [], f"{what}; --config.data.exclude_leaks=true leaves them out{unread}"
+    return gone, f"{what}; they are left out (data.exclude_leaks){unread}"

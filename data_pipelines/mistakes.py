@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from crab_jax.io.errors import InputError, printable
+from crab_jax.io.files import json_object
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.avs import ORDINALS
 from crab_jax.tasks.task import Task, odd_names, wrong_fields
@@ -549,7 +550,7 @@ class TrainingLabels:
         self.file = Path(root) / f"{split}.jsonl"
         self.is_list, self.mistakes = self.file.is_file(), Mistakes(train=True)
         self.odd = 0
-        self.first_odd = ""
+        self.first_odd = self.last_odd = ""
 
     def check(self, example: Example) -> None:
         """Raise InputError, naming file and line, for an Example that would be trained on wrongly."""
@@ -565,7 +566,8 @@ class TrainingLabels:
             raise InputError(self.where(example), error.field, error.problem, error.fix) from None
         if mistakes:
             self.odd += 1
-            self.first_odd = self.first_odd or f"{self.where(example)} [{mistakes[0].field}]: {mistakes[0].problem}"
+            self.last_odd = f"{self.where(example)} [{mistakes[0].field}]: {mistakes[0].problem}"
+            self.first_odd = self.first_odd or self.last_odd
 
     def warn(self) -> None:
         """Log how many Examples looked odd, and the first of them."""
@@ -580,7 +582,14 @@ class TrainingLabels:
         """Return file and line of an Example."""
         if "row" in example.meta:
             return str(self.file.parent / "own" / example.meta["row"])
+        line = self._lines.get(example.id)
+        return f"{self.file}:{line}" if line else str(self.file)
+
+    @functools.cached_property
+    def _lines(self) -> dict[str, int]:
+        """The line of every Example of the list, by its id; the first where an id comes twice."""
+        lines: dict[str, int] = {}
         for number, line in enumerate(self.file.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line.strip() and json.loads(line)["id"] == example.id:
-                return f"{self.file}:{number}"
-        return str(self.file)
+            if isinstance(id := (json_object(line) or {}).get("id"), str):
+                lines.setdefault(id, number)
+        return lines

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from crab_jax.io.errors import InputError, printable
 from crab_jax.io.files import append_line
 from crab_jax.tasks import TASKS
 from data_pipelines import decoded
-from data_pipelines.batching import Batch, Bucket, DataConfig, Fill, collate, empty_batch, load, place
-from data_pipelines.bucket_fill import Padding, padding
+from data_pipelines.batching import Batch, Bucket, DataConfig, collate, empty_batch, load, place
+from data_pipelines.bucket_fill import Group, Padding, padding
 from data_pipelines.examples import Example, choice
+from data_pipelines.index import Indexed
 from data_pipelines.isolated import end_with_parent
+from data_pipelines.shared import Shared
 from data_pipelines.tokens import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -42,26 +44,65 @@ def group_by_bucket(
     config: DataConfig,
     skipped: Path | None = None,
     check: Callable[[Example], None] = lambda example: None,
-) -> dict[Bucket, dict[int, Fill]]:
-    """Return {bucket: {position of an example: its Fill}}, buckets in increasing order.
+) -> dict[Bucket, Group]:
+    """Return the examples of each bucket, buckets in increasing order.
 
     With `on_error="skip"` an example that fits no bucket, or that `check` refuses, is left out with a warning and a
-    line in the file `skipped`. Raises InputError otherwise, and when nothing is left.
+    line in the file `skipped`. Raises InputError otherwise, and when nothing is left. Examples of an index are not
+    built for this, and are not passed to `check`: the index holds which of them are refused.
     """
-    groups: dict[Bucket, dict[int, Fill]] = collections.defaultdict(dict)
+    leave_out = functools.partial(_left_out, config, skipped)
+    if isinstance(examples, Indexed):
+        buckets, of, fills = _placed_in_index(examples, tokenizer, config, leave_out)
+    else:
+        buckets, of, fills = _placed(examples, tokenizer, config, check, leave_out)
+    if not buckets:
+        raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
+    order = np.argsort(of, kind="stable")
+    edges = np.searchsorted(of[order], np.arange(len(buckets) + 1))
+    groups = {
+        bucket: Group(order[first:last], fills[order[first:last]])
+        for bucket, first, last in zip(buckets, edges, edges[1:], strict=False)
+    }
+    return dict(sorted(groups.items()))
+
+
+Placed = tuple[list[Bucket], np.ndarray, np.ndarray]  # buckets, int[N] of each example or -1, int[N,3] its Fill
+LeaveOut = Callable[[int, Example, InputError], None]
+
+
+def _left_out(config: DataConfig, skipped: Path | None, index: int, example: Example, error: InputError) -> None:
+    """Note an example that is left out. Raises its error unless bad examples are skipped."""
+    if config.on_error == "raise":
+        raise error
+    _log.warning("left out example %s: %s", printable(example.id), error)
+    note_skipped(skipped, index, example, error)
+
+
+def _placed(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    check: Callable[[Example], None],
+    leave_out: LeaveOut,
+) -> Placed:
+    numbers: dict[Bucket, int] = {}
+    of, fills = np.full(len(examples), -1, np.int64), np.zeros((len(examples), 3), np.int32)
     for index, example in enumerate(examples):
         try:
             check(example)
-            bucket, fill = place(example, tokenizer, config)
-            groups[bucket][index] = fill
+            bucket, fills[index] = place(example, tokenizer, config)
+            of[index] = numbers.setdefault(bucket, len(numbers))
         except InputError as error:
-            if config.on_error == "raise":
-                raise
-            _log.warning("left out example %s: %s", printable(example.id), error)
-            note_skipped(skipped, index, example, error)
-    if not groups:
-        raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
-    return dict(sorted(groups.items()))
+            leave_out(index, example, error)
+    return list(numbers), of, fills
+
+
+def _placed_in_index(examples: Indexed, tokenizer: Tokenizer, config: DataConfig, leave_out: LeaveOut) -> Placed:
+    buckets, of, fills = examples.placed(tokenizer, config)
+    for index in np.flatnonzero(of < 0).tolist():
+        leave_out(index, examples[index], examples.fault(index, tokenizer, config))
+    return buckets, of, fills
 
 
 class BatchLoader:
@@ -75,7 +116,7 @@ class BatchLoader:
     def __init__(
         self,
         examples: Sequence[Example],
-        groups: Mapping[Bucket, Iterable[int]],
+        groups: Mapping[Bucket, Group],
         root: decoded.Root,
         tokenizer: Tokenizer,
         config: DataConfig,
@@ -87,8 +128,7 @@ class BatchLoader:
         self.bad: dict[int, str] = {}
         # Settings that prepared shards lack must raise at once: they are no fault of an example.
         decoded.source(root, config.decoding)
-        rings = [(group, [*group[1:], group[0]]) for group in map(list, groups.values())]
-        self.following = {index: after for group, shifted in rings for index, after in zip(group, shifted, strict=True)}
+        self.rings = [group.positions for group in groups.values()]
 
     def __call__(self, indices: np.ndarray) -> Batch:
         """Return the Batch of this process's share of the examples at `indices`."""
@@ -99,11 +139,19 @@ class BatchLoader:
         """Return the loaded example `index`, or its replacement. Raises InputError if its whole bucket is bad."""
         chosen = index
         while (arrays := self.try_row(chosen)) is None:
-            chosen = self.following[chosen]
+            chosen = self.following(chosen)
             if chosen == index:
                 problem = f"no example of its bucket can be loaded, nor it: {self.bad[index]}"
                 raise InputError(f"example {self.examples[index].id}", "", problem, "check the media files")
         return arrays
+
+    def following(self, index: int) -> int:
+        """Return the next example of the bucket of example `index`, the first after the last."""
+        for ring in self.rings:
+            at = int(np.searchsorted(ring.array, index))
+            if at < len(ring) and ring[at] == index:
+                return int(ring[(at + 1) % len(ring)])
+        raise KeyError(index)
 
     def try_row(self, index: int) -> dict[str, np.ndarray] | None:
         """Return the loaded example `index`; None, with one warning, if it is bad and bad examples are skipped."""
@@ -129,34 +177,88 @@ class OneOf:
     def __init__(self, examples: Sequence[Example], groups: int, seed: int):
         self.examples, self.groups, self.seed = examples, groups, seed
 
-    def __call__(self, position: int, group: Sequence[int]) -> int:
+    def __call__(self, position: int, group: np.ndarray) -> int:
         """Return the position of the example that the epoch of `position` takes from `group`."""
         if len(group) == 1:
-            return group[0]
-        mark = self.examples[group[0]].meta["one_of"]
-        return group[choice(mark, len(group), self.seed, position // self.groups)]
+            return int(group[0])
+        mark = self.examples[int(group[0])].meta["one_of"]
+        return int(group[choice(mark, len(group), self.seed, position // self.groups)])
 
 
-def _one_of_groups(examples: Sequence[Example], indices: Iterable[int]) -> list[tuple[int, ...]]:
-    """Split `indices` into groups of which an epoch takes one."""
-    groups: dict[str | int, list[int]] = collections.defaultdict(list)
-    for index in indices:
-        groups[examples[index].meta.get("one_of", index)].append(index)
-    return list(map(tuple, groups.values()))
+class OneOfGroups:
+    """Groups of positions of examples, of which an epoch takes one each: a random-access source for Grain.
+
+    members: the positions, group by group. ends: where each group ends; None when every group holds one.
+    """
+
+    def __init__(self, members: np.ndarray, ends: np.ndarray | None):
+        self.members, self.ends = Shared(members), None if ends is None else Shared(ends)
+
+    def __len__(self) -> int:
+        return len(self.members if self.ends is None else self.ends)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if self.ends is None:
+            return self.members[number : number + 1]
+        return self.members[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+    def firsts(self) -> np.ndarray:
+        """Return the first position of each group."""
+        return self.members.array if self.ends is None else self.members[np.append(0, self.ends[:-1])]
+
+    def where(self, chosen: np.ndarray) -> OneOfGroups:
+        """Return the groups at which a mask is True."""
+        if self.ends is None:
+            return OneOfGroups(self.members[chosen], None)
+        sizes = np.diff(self.ends.array, prepend=0)
+        return OneOfGroups(self.members[np.repeat(chosen, sizes)], np.cumsum(sizes[chosen]))
 
 
-def _rates(examples: Sequence[Example], kept: Sequence[int], weights: Mapping[str, float] | None) -> list[float]:
-    """Return how often each kept example is drawn, relative to the others. Raises InputError for a missing weight."""
+def _one_of_groups(positions: np.ndarray, marks: np.ndarray | None) -> OneOfGroups:
+    """Split positions (ascending) into groups of equal marks, in the order of their first members; see `_marks`."""
+    own = None if marks is None else marks[positions]
+    if own is None or (own < 0).all():
+        return OneOfGroups(positions, None)
+    key = np.where(own < 0, own.max() + 1 + np.arange(len(own)), own)
+    _, first, of, sizes = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return OneOfGroups(positions[np.argsort(rank[of], kind="stable")], np.cumsum(sizes[order]))
+
+
+def _marks(examples: Sequence[Example]) -> np.ndarray | None:
+    """Return int[N]: a number for each value of `one_of`, -1 for examples without; None when no example has one."""
+    if isinstance(examples, Indexed):
+        return examples.marks_of()
+    numbers: dict[str, int] = {}
+    given = (example.meta.get("one_of") for example in examples)
+    marks = np.fromiter((-1 if m is None else numbers.setdefault(m, len(numbers)) for m in given), int, len(examples))
+    return marks if numbers else None
+
+
+def _tasks(examples: Sequence[Example]) -> tuple[np.ndarray, list[str]]:
+    """Return (int[N], names): the task of each example as a position in the names."""
+    if isinstance(examples, Indexed):
+        return examples.tasks()
+    names = list(TASKS)
+    number = {name: at for at, name in enumerate(names)}
+    return np.fromiter((number[example.task] for example in examples), int, len(examples)), names
+
+
+def _rates(counts: Mapping[str, int], weights: Mapping[str, float] | None) -> dict[str, float]:
+    """Return how often an example of each task is drawn, relative to the others, given the number of examples.
+
+    Raises InputError for a missing weight.
+    """
     if weights is None:
-        return [1.0] * len(kept)
-    counts = collections.Counter(examples[index].task for index in kept)
+        return dict.fromkeys(counts, 1.0)
     for task in counts:
         if not weights.get(task, 0) > 0:
             problem = f"is {weights.get(task)} for {task!r}, which has {counts[task]} examples"
             raise InputError("config", "weights", problem, "give a positive weight, or leave the examples out")
     # Rounded, so that equal rates are equal floats and their examples share one stream.
-    rates = {task: float(f"{weights[task] / count:.9g}") for task, count in counts.items()}
-    return [rates[examples[index].task] for index in kept]
+    return {task: float(f"{weights[task] / count:.9g}") for task, count in counts.items()}
 
 
 def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
@@ -189,7 +291,7 @@ class TrainOrder:
     """The examples of each global batch, independent of which process loads it."""
 
     examples: Sequence[Example]
-    groups: Mapping[Bucket, Mapping[int, Fill]]
+    groups: Mapping[Bucket, Group]
     batches: grain.MapDataset  # number of a batch -> positions of its examples, int[batch_size]; endless
     padding: Sequence[Padding]  # of each bucket, once all tasks are in the mixture
 
@@ -215,11 +317,13 @@ def train_order(
     again. check: raises InputError for an example that must not be trained on.
     """
     groups = group_by_bucket(examples, tokenizer, config, skipped, check)
-    choices = {bucket: _one_of_groups(examples, group) for bucket, group in groups.items()}
-    kept = [indices[0] for group in choices.values() for indices in group]
-    rate_of = dict(zip(kept, _rates(examples, kept, weights), strict=True))
-    joins = {index: (curriculum or {}).get(examples[index].task, 0) for index in kept}
-    starts = sorted(set(joins.values()))
+    marks, (task_of, tasks) = _marks(examples), _tasks(examples)
+    choices = [_one_of_groups(group.positions.array, marks) for group in groups.values()]
+    drawn = np.bincount(np.concatenate([task_of[chosen.firsts()] for chosen in choices]), minlength=len(tasks))
+    rate_of = _rates({task: int(count) for task, count in zip(tasks, drawn, strict=True) if count}, weights)
+    rates = np.array([rate_of.get(task, 0.0) for task in tasks])
+    joins = np.array([(curriculum or {}).get(task, 0) for task in tasks])
+    starts = sorted(set(joins[drawn > 0].tolist()))
     if starts[0] > 0:
         problem = f"leaves nothing for the first {starts[0]} steps"
         raise InputError("config", "data.curriculum", problem, "let a task that has examples join at step 0")
@@ -227,13 +331,12 @@ def train_order(
     parts, streams = [], 0
     for start in starts:
         buckets = []
-        for group in choices.values():
-            by_rate: dict[float, list[tuple[int, ...]]] = collections.defaultdict(list)
-            for indices in group:
-                if joins[indices[0]] <= start:
-                    by_rate[rate_of[indices[0]]].append(indices)
+        for chosen in choices:
+            task_of_group = task_of[chosen.firsts()]
+            rate_of_group = np.where(joins[task_of_group] <= start, rates[task_of_group], 0.0)
             mixed = []
-            for rate, members in sorted(by_rate.items()):
+            for rate in filter(None, np.unique(rate_of_group).tolist()):
+                members = chosen.where(rate_of_group == rate)
                 shuffled = grain.MapDataset.source(members).seed(seed + streams).shuffle().repeat()
                 stream = shuffled.map_with_index(OneOf(examples, len(members), seed))
                 mixed.append((stream, rate * len(members)))
@@ -243,7 +346,10 @@ def train_order(
                 buckets.append((_mix(mixed).batch(batch_size, drop_remainder=True), share))
         parts.append((start, _mix(buckets)))
     batches = parts[0][1] if len(parts) == 1 else grain.MapDataset.source(Phases(parts))
-    return TrainOrder(examples, groups, batches, padding(groups, rate_of))
+    rate_of_example = np.zeros(len(examples))
+    for chosen in choices:
+        rate_of_example[chosen.firsts()] = rates[task_of[chosen.firsts()]]
+    return TrainOrder(examples, groups, batches, padding(groups, rate_of_example))
 
 
 def train_dataset(
@@ -301,7 +407,7 @@ def eval_batches(
     loader = BatchLoader(examples, groups, root, tokenizer, config)
     chunks = [
         (bucket, group[start : start + batch_size])
-        for bucket, group in ((bucket, list(fills)) for bucket, fills in groups.items())
+        for bucket, group in ((bucket, list(group)) for bucket, group in groups.items())
         for start in range(0, len(group), batch_size)
     ]
     pool = concurrent.futures.ThreadPoolExecutor(threads)
@@ -324,7 +430,7 @@ def eval_batches(
 
 def answered_batches(
     examples: Sequence[Example],
-    groups: Mapping[Bucket, Iterable[int]],
+    groups: Mapping[Bucket, Group],
     root: decoded.Root,
     tokenizer: Tokenizer,
     config: DataConfig,

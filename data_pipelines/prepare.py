@@ -185,10 +185,10 @@ def read_list(settings: Settings, out: Path, name: str, split: str) -> Listed:
             needed.update(dict.fromkeys(shards.media_of(example, settings.decoding)))
         texts[f"{split}.jsonl"] = _hash_of(map(shards.found_json, examples))
         return Listed(len(examples), needed, texts, {datasets.list_of(settings.root, split) or ""})
-    count, files = 0, set[str]()
+    count, used = 0, datasets.Used()
     for variant in settings.variants:
         lines, without_places = [], []
-        for found, whole in _found(settings.root, name, split, variant, files):
+        for found, whole in _found(settings.root, name, split, variant, used):
             lines.append(shards.found_json(found, whole))
             if isinstance(found, Example):
                 count += variant == settings.variants[0]
@@ -199,7 +199,9 @@ def read_list(settings: Settings, out: Path, name: str, split: str) -> Listed:
         file = shards.examples_file(name, split, variant)
         write_whole(out / file, "".join(lines))
         texts[file] = _hash_of(without_places)
-    return Listed(count, needed, texts, files)
+    folder, root = datasets.folder_of(settings.root, name), Path(settings.root)
+    read = {os.path.join(folder, file) for file in used}
+    return Listed(count, needed, texts, {file for file in read if (root / file).is_file()})
 
 
 def _hash_of(lines: Iterable[str]) -> str:
@@ -209,10 +211,10 @@ def _hash_of(lines: Iterable[str]) -> str:
     return content.hexdigest()
 
 
-def _found(root: str, name: str, split: str, variant: str, files: set[str]) -> Iterator[tuple[Found, bool]]:
+def _found(root: str, name: str, split: str, variant: str, used: datasets.Used) -> Iterator[tuple[Found, bool]]:
     """Yield the result of `datasets.records`, and last the error of the annotations as a whole, if any."""
     try:
-        for found in datasets.records(root, name, split, variant, files=files):
+        for found in datasets.records(root, name, split, variant, used=used):
             yield found, False
     except InputError as error:
         yield error, True

@@ -171,6 +171,29 @@ class Tokenizer:
         answer = [] if target is None else self.ids(target + EOS)
         return np.array(prompt + answer, np.int32), np.arange(len(prompt) + len(answer)) >= len(prompt)
 
+    def counts(self, texts: Sequence[str], prompts: bool) -> np.ndarray:
+        """Return int32[N,4]: the number of ids that `encode` gives each text, and of <video>, <image>, <audio> in them.
+
+        prompts: the texts are instructions; otherwise targets. A row of -1 stands for a text that is refused.
+        """
+        whole = [chat_prompt(text) if prompts else text + EOS for text in texts]
+        if self._legacy is False:
+            whole = [text if text.startswith(self._added) else "▁" + text for text in whole]
+        try:
+            with _refusing(self.where):
+                encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
+        except (InputError, TypeError, UnicodeEncodeError):  # in one of them
+            if len(texts) == 1:
+                return np.full((1, 4), -1, np.int32)
+            half = len(texts) // 2
+            return np.concatenate([self.counts(texts[:half], prompts), self.counts(texts[half:], prompts)])
+        asked = [self.id(name) for name in (*VISUAL_PLACEHOLDERS, AUDIO_PLACEHOLDER)]
+        found = np.empty((len(texts), 4), np.int32)
+        for row, encoding in zip(found, encodings, strict=True):
+            ids = encoding.ids
+            row[:] = len(ids), *map(ids.count, asked)
+        return found
+
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a process has one tokenizer, and most tasks one prompt
     def _prompt(self, instruction: str) -> list[int]:
         """Return the ids of the wrapped instruction; the caller must not change the list."""

@@ -33,7 +33,8 @@ from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import sample_metric
 from crab_jax.training.train_step import loss_rows
 from data_pipelines import mixture
-from data_pipelines.batching import Batch, Bucket, Fill
+from data_pipelines.batching import Batch, Bucket
+from data_pipelines.bucket_fill import Group
 from data_pipelines.examples import Example, spread
 from data_pipelines.tokens import EOS, Tokenizer
 
@@ -46,12 +47,12 @@ TERMS = ("text", "bce", "dice", "ce")
 class HeldOut:
     """The Examples that a run is evaluated on during training, and at which steps.
 
-    groups: {bucket: {position in `examples`: its Fill}}. every: steps between evaluations. steps: length of the run.
+    groups: the examples of each bucket. every: steps between evaluations. steps: length of the run.
     split: the split that the Examples come from. tasks: the tasks that the run trains on.
     """
 
     examples: Sequence[Example]
-    groups: Mapping[Bucket, Mapping[int, Fill]]
+    groups: Mapping[Bucket, Group]
     every: int
     steps: int
     split: str

@@ -428,10 +428,9 @@ def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: To
     except InputError as error:  # no record can be read; their errors are shown above
         return Html('<p class="bad">{}</p>').format(error)
     weight = [group.records / len(group.examples) for group in chosen for _ in group.examples]
-    rates = {index: weight[index] for fills in groups.values() for index in fills}
-    rows = bucket_fill.padding(groups, rates)
+    rows = bucket_fill.padding(groups, np.array(weight))
     summary = (
-        f"From {len(rates):,} of {sum(group.records for group in chosen):,} records, in buckets of "
+        f"From {sum(map(len, groups.values())):,} of {sum(group.records for group in chosen):,} records, in buckets of "
         f"{', '.join(map(str, config.lengths))} positions."
     )
     return Html("<p>{}</p>{}").format(summary, table(bucket_fill.HEAD, bucket_fill.cells(rows)))

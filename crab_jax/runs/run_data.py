@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from crab_jax.checkpoints.run_steps import RunCheckpoints
 from crab_jax.config import RunConfig
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import json_object, write_whole
+from crab_jax.parallel import distributed
 from crab_jax.runs.run_folder import log
-from data_pipelines import datasets, decoded, fbank, leaks, mixture, shards
+from data_pipelines import datasets, decoded, fbank, index, leaks, mixture, shards
 from data_pipelines.batching import Batch, Bucket
 from data_pipelines.examples import Example, learned, seg_source
+from data_pipelines.index import TENTH, Indexed
 from data_pipelines.mistakes import TrainingLabels
 from data_pipelines.tokens import Tokenizer
 
 TENTHS = fbank.WINDOW_COUNT["ten"]  # number of values of `second` in a video
+LONG = 30.0  # seconds of reading annotations after which a run names the index
 LEFT_OUT = "left_out.jsonl"  # file of a workdir: rows and Examples that data.on_error=skip leaves out before the start
 
 
@@ -34,35 +39,39 @@ def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]
     return datasets.read_examples(root, split, **options)
 
 
-def train_examples(config: RunConfig, skipped: Path | None = None) -> list[Example]:
-    """Return the Examples that a run may draw.
+def train_examples(config: RunConfig, skipped: Path | None = None) -> Sequence[Example]:
+    """Return the Examples that a run may draw; of the index of the data root, where it has one.
 
     skipped: Examples left out by data.on_error=skip are listed in LEFT_OUT beside this file.
     """
     chosen = config.mixture
     left_out: list[datasets.LeftOut] = []
-    examples = read_examples(
-        chosen.root,
-        chosen.split,
-        datasets=chosen.datasets,
-        variant=chosen.variant,
-        frames=chosen.frames,
-        missing=config.data.on_error,
-        malformed=config.data.on_error,
-        left=left_out,
-        epoch=None,
-    )
+    if not chosen.root:
+        raise InputError("--config", "data.root", "is not set", "give --config.data.root=DIR")
+    wanted = index.Wanted(chosen.split, chosen.datasets, chosen.variant, chosen.frames, config.data.on_error)
+    began = time.monotonic()
+    examples = index.read(chosen.root, wanted, left_out)
+    if (seconds := time.monotonic() - began) > LONG and not isinstance(examples, Indexed):
+        distributed.say(
+            f"reading the annotations took {seconds:.0f} s, which `python -m data_pipelines index --root "
+            f"{chosen.root}` saves at every later start"
+        )
     if skipped and left_out and not jax.process_index():
         list_left_out(skipped.with_name(LEFT_OUT), left_out)
-    examples, leaking = leaks.without(examples, chosen.root, chosen.split, chosen.exclude_leaks)
+    without: Any = index.without_leaks if isinstance(examples, Indexed) else leaks.without
+    examples, leaking = without(examples, chosen.root, chosen.split, chosen.exclude_leaks)
     if leaking:
         log.warning("%s", leaking)
-    examples = [example for example in examples if chosen.weights[example.task] > 0]
+    if isinstance(examples, Indexed):
+        task_of, tasks = examples.tasks()
+        examples = examples.take(np.array([chosen.weights[task] > 0 for task in tasks])[task_of])
+    else:
+        examples = [example for example in examples if chosen.weights[example.task] > 0]
     return examples[: chosen.limit] if chosen.limit else examples
 
 
 def train_order(
-    config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = None, examples: list[Example] | None = None
+    config: RunConfig, tokenizer: Tokenizer, skipped: Path | None = None, examples: Sequence[Example] | None = None
 ) -> mixture.TrainOrder:
     """Return the order of the run's Examples in batches, with the share of each task as configured.
 
@@ -73,7 +82,10 @@ def train_order(
     check_tenths(config.data.video_frames, examples)
     if drawn.batch_size > len(examples):
         log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
-    counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
+    if isinstance(examples, Indexed):
+        counts = examples.counts(config.seed)
+    else:
+        counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
     # A cap limits a task's share, not its examples: those left over in one epoch come in the next.
     weights = {task: min(n, drawn.caps[task] or n) * drawn.weights[task] for task, n in counts.items()}
     labels = TrainingLabels(drawn.root, drawn.split)
@@ -88,13 +100,19 @@ def train_order(
         drawn.curriculum,
         labels.check,
     )
+    if isinstance(examples, Indexed):
+        labels.odd, labels.first_odd = examples.odd()
     labels.warn()
     return order
 
 
 def check_tenths(frames: int, examples: Sequence[Example]) -> None:
     """Raise InputError where a mask belongs to a tenth of a video and a run reads another number of `frames`."""
-    for example in examples if frames != TENTHS else ():
+    if frames == TENTHS:
+        return
+    if isinstance(examples, Indexed):
+        examples = examples.take(examples.has(TENTH))[:1]
+    for example in examples:
         if example.mask_kind != "none" and seg_source(example) == ("video", example.video):
             raise InputError(
                 "--config",
@@ -104,21 +122,24 @@ def check_tenths(frames: int, examples: Sequence[Example]) -> None:
             )
 
 
-def data_identity(config: RunConfig, examples: list[Example]) -> dict[str, Any]:
+def data_identity(config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
     """Return the identity of a run's data, as kept in its checkpoints' manifest.json.
 
     It has the number of Examples, their hash, and the hash of the media of a prepared root.
     """
     media = media_identity(config.mixture.root, config.mixture.split, examples)
-    return {"count": len(examples), "examples": learned(examples), **({"prepared": media} if media else {})}
+    digest = examples.learned() if isinstance(examples, Indexed) else learned(examples)
+    return {"count": len(examples), "examples": digest, **({"prepared": media} if media else {})}
 
 
 def media_identity(root: str | Path, split: str, examples: Sequence[Example]) -> str:
     """Return a hash of the media that these Examples of a split have in a prepared root; "" for a raw root."""
     if not (prepared := shards.opened(root)):
         return ""
-    listed = split in prepared.manifest["lists"]
-    return prepared.digest({""} if listed else {e.meta["dataset"] for e in examples}, split)
+    if split in prepared.manifest["lists"]:
+        return prepared.digest({""}, split)
+    names = examples.datasets() if isinstance(examples, Indexed) else {e.meta["dataset"] for e in examples}
+    return prepared.digest(names, split)
 
 
 def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: RunConfig) -> None:

@@ -96,6 +96,8 @@ def _boxes(
             release.check(clip.masks[second], clip.row.where, "mask")
             picture = release.root / clip.frames[second]
             size = media.image_size(picture) if picture.is_file() else None
+            for path in (clip.masks[second], clip.frames[second]):
+                release.use(os.path.relpath(path, release.folder or "."))
             return box_of(media.read_mask(release.root / clip.masks[second], arig.SIZE, "binary", size))
         except InputError as error:
             return error

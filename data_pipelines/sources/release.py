@@ -40,6 +40,15 @@ class MissingFile(InputError):
     """A file named by an annotation, or an annotation file itself, does not exist: a partial copy, not a faulty one."""
 
 
+def stamp(path: str | Path) -> tuple[int, int] | None:
+    """Return (size, time in ns) of a file, or of a folder, whose time changes with its entries; None without one."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One record of an annotation file.
@@ -152,24 +161,31 @@ class Release:
     The folder itself may be a link to another disk; nothing inside it may lead out of it.
     """
 
-    def __init__(self, root: str | Path, folder: str = ""):
+    def __init__(self, root: str | Path, folder: str = "", used: dict[str, tuple[int, int] | None] | None = None):
+        """Open a folder of a data root; `used` collects what is read: file or folder -> its `stamp` at first use."""
         self.root, self.folder, self.base = Path(root), folder, Path(root) / folder
         self._real = os.path.realpath(self.base)
         self._listed: dict[str, dict[str, str] | None] = {}
         self._unended: set[str] = set()  # files whose last line has no line end
+        self.used = {} if used is None else used
         self.notes: list[InputError] = []
-        self.files: set[str] = set()  # the annotation files that were read, relative to the data root
         self.unended: list[str] = []  # rows that may be cut off: file:line
 
     def note(self, where: str, field: str, problem: str, fix: str = "") -> None:
         """Record a remark about the annotations that is no error of a row."""
         self.notes.append(InputError(where, field, problem, fix))
 
+    def use(self, name: str) -> str:
+        """Note that the Examples depend on a file or folder, which may not exist, and return its name."""
+        if name not in self.used:
+            self.used[name] = stamp(self.base / name)
+        return name
+
     # Annotation files
 
     def annotation(self, *names: str) -> str:
         """Return the first of `names` that exists. Raises MissingFile."""
-        existing = next((name for name in names if os.path.isfile(self.base / name)), None)
+        existing = next((name for name in names if os.path.isfile(self.base / self.use(name))), None)
         if existing is None:
             others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
             raise MissingFile(
@@ -186,7 +202,7 @@ class Release:
         whole: a byte that is not UTF-8 is an error of the file; otherwise a surrogate replaces it, so that only the
         rows with such bytes are malformed.
         """
-        path = self.base / name
+        path = self.base / self.use(name)
         if not self._contains(path):
             raise InputError(
                 str(path),
@@ -194,7 +210,6 @@ class Release:
                 "is a link out of the data root",
                 "put the file there, or link the dataset's whole folder",
             )
-        self.files.add(f"{self.folder}/{name}" if self.folder else name)
         data = read_bytes(path, "", LIST, _AGAIN)
         if not data.strip():
             raise InputError(str(path), "", "is empty", _AGAIN)
@@ -399,7 +414,7 @@ class Release:
     def _listing(self, folder: str) -> dict[str, str] | None:
         """Return {name: kind} of the entries of a folder; None for a folder outside the release."""
         if folder not in self._listed:
-            self._listed[folder] = self._list(folder)
+            self._listed[folder] = self._list(self.use(folder))
         return self._listed[folder]
 
     def _list(self, folder: str) -> dict[str, str] | None:

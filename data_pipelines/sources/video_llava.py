@@ -71,7 +71,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 def _files(release: Release) -> list[str]:
     """Return the annotation files to read, so that no record is read twice; a note names those left out."""
     existing = {
-        file: [name for name in (file, f"train_json/{file}") if (release.base / name).is_file()]
+        file: [name for name in (file, f"train_json/{file}") if (release.base / release.use(name)).is_file()]
         for file in (*FILES, CRAB)
     }
     complete = all(existing[file] or file == PARTS[1] and existing[CRAB] for file in PARTS)

@@ -15,7 +15,10 @@ from data_pipelines.mixture import group_by_bucket, train_order
 from data_pipelines.tokens import Tokenizer, chat_prompt, train_tiny_tokenizer
 
 SHORT, LONG = Bucket(100, 1, 10, 98, 0), Bucket(200, 10, 10, 98, 1)
-GROUPS = {SHORT: {0: Fill(80, 1, 5), 1: Fill(100, 1, 10)}, LONG: {2: Fill(150, 5, 5)}}
+GROUPS = {
+    SHORT: bucket_fill.Group(np.array([0, 1]), np.array([Fill(80, 1, 5), Fill(100, 1, 10)])),
+    LONG: bucket_fill.Group(np.array([2]), np.array([Fill(150, 5, 5)])),
+}
 
 
 def test_padding_of_a_bucket_and_of_all():
@@ -29,7 +32,7 @@ def test_padding_of_a_bucket_and_of_all():
 
 
 def test_padding_counts_an_example_as_often_as_it_is_drawn():
-    short, long = bucket_fill.padding(GROUPS, {0: 1.0, 2: 3.0})  # example 1 is never drawn
+    short, long = bucket_fill.padding(GROUPS, np.array([1.0, 0.0, 3.0]))  # example 1 is never drawn
     np.testing.assert_allclose(short[2:], (0.25, 0.2, 0, 0.5))
     assert (short.examples, long.share) == (1, 0.75)
 
