@@ -255,7 +255,7 @@ def _batch_rows(config: RunConfig, mesh: Mesh, chosen: HeldOut) -> int:
     It is enough for the fullest bucket, a multiple of the devices that share a batch, and at most a micro-batch of
     training, which is known to fit in memory.
     """
-    shared = mesh.shape["data"] * mesh.shape["fsdp"]
+    shared = sharding.row_groups(mesh)
     most = config.mixture.batch_size // run_mesh.micro_batches(config, mesh)
     fullest = max(len(group) for group in chosen.groups.values())
     return min(most, -(-fullest // shared) * shared)
