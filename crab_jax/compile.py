@@ -4,12 +4,14 @@
     python -m crab_jax.compile --config=configs/finetune.py --topology=v6e:4x4 --config.mesh.fsdp=16 --json out.json
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:8x8 --sweep
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5p:2x2x4 --stage decode
+    python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:16x16 --slices=2 --json out.json
 
 Needs libtpu (pip install -e '.[tpu]') and no weights. Any config key can be overridden with --config.key=value. The
 largest bucket of the config is compiled unless --bucket or --mix is given. With --budget the exit code is 3 when the
 step does not fit or leaves less than 15 % of the memory free. The compiler spends little time on the speed of single
 operations, because nothing will run: this takes a tenth of the time and changes neither shardings nor collectives. With
---thorough it optimises as it does for a run.
+--thorough it optimises as it does for a run. With --slices, the program runs on several slices of the topology, and
+collectives are reported by network: within a slice (ICI), and between slices over the data centre's network (DCN).
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ REPORT_KEYS = (
     "compile_s",
     "model_flops_per_chip",
     "collectives",
+    "slices",
+    "roofline_s",
 )  # of the report that --json writes
 SMALL = 2**16  # elements; copies of smaller matrices are harmless
 ROWS = 8  # rows per data-parallel group in prefill and decode
@@ -66,10 +70,11 @@ Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def topology_devices(name: str, thorough: bool = False) -> list[Any]:
+def topology_devices(name: str, thorough: bool = False, slices: int = 1) -> list[Any]:
     """Return the devices of a topology such as v5e:16x16, v5p:2x2x4 or v4:4x4x4, on any machine with libtpu.
 
-    thorough: as the command line option. Raises InputError for an unknown topology or without libtpu.
+    thorough: as the command line option. slices: how many slices of this topology. Raises InputError for an unknown
+    topology or without libtpu.
     """
     generation, _, shape = name.partition(":")
     sizes = shape.split("x")
@@ -100,6 +105,8 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
     if count == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         return get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except ModuleNotFoundError as error:
@@ -181,7 +188,8 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
         alone = _micro_batches(config, accumulate)
         if not remat:
             alone = _remat(alone, "none")
-        single, rows = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), config.mixture.batch_size // _groups(mesh)
+        single = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        rows = config.mixture.batch_size // sharding.row_groups(mesh)
         state, frozen = abstract_state(alone, single)
         step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
@@ -196,7 +204,8 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
     bucket = bucket._replace(masks=0)
 
     def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-        return sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, "tensor"))
+        kv = PartitionSpec(None, sharding.row_axes(mesh), "tensor")
+        return sharding.batch_sharding(mesh), NamedSharding(mesh, kv)
 
     def shapes(mesh: Mesh, rows: int) -> tuple[Any, ...]:
         rows_sharding, kv = shardings(mesh)
@@ -222,13 +231,9 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
         single = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         return partial(step, single), shapes(single, rows_each)
 
-    rows = rows_each * _groups(mesh)
+    rows = rows_each * sharding.row_groups(mesh)
     jitted = jax.jit(partial(step, mesh), donate_argnums=1, out_shardings=shardings(mesh))
     return Program(jitted, shapes(mesh, rows), own, rows)
-
-
-def _groups(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
@@ -248,7 +253,7 @@ def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
     split = mesh.shape["fsdp"]
     heads = config.model.llama.kv_heads
     tensor = max(n for n in range(1, split + 1) if split % n == 0 and heads % n == 0)
-    return sharding.make_mesh(0, split // tensor, tensor, devices)
+    return sharding.make_mesh(0, split // tensor, tensor, devices, slices=config.mesh.slices)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
@@ -268,6 +273,7 @@ def measure(
     report: dict[str, Any] = {
         "topology": topology,
         "chips": len(devices),
+        "slices": mesh.shape.get(sharding.SLICES, 1),
         "stage": stage,
         "mesh": dict(mesh.shape),
         "bucket": bucket._asdict(),
@@ -301,6 +307,7 @@ def measure(
             "temporary_bytes": max(0, need - logical),
             "peak_bytes": need,
             "collectives": {},
+            "networks": {"ici": {}, "dcn": {}},
             "largest": _largest(str(error)),
             "headroom": 1 - need / chip.hbm_bytes,
         }, None
@@ -315,9 +322,9 @@ def measure(
         + memory.generated_code_size_in_bytes
     )
     program_ops = hlo.ops(compiled.as_text())
-    moves = hlo.collectives(program_ops)
+    networks = hlo.by_network(program_ops, len(devices) // report["slices"])
     work = flops.Work(done.flops / tensor, done.bytes / tensor)
-    times = flops.roofline(chip, work, moves)
+    times = flops.roofline(chip, work, networks["ici"], networks["dcn"] if report["slices"] > 1 else None)
     llama = config.model.llama
     return report | {
         "fits": peak <= chip.hbm_bytes,
@@ -329,7 +336,8 @@ def measure(
         "xla_peak_bytes": memory.peak_memory_in_bytes,
         "peak_bytes": peak,
         "headroom": 1 - peak / chip.hbm_bytes,
-        "collectives": moves,
+        "collectives": hlo.collectives(program_ops),
+        "networks": networks,
         "roofline_s": times,
         "findings": findings(config, mesh, program_ops),
         "mfu_bound": useful.flops / tensor / chip.flops / times["step"],
@@ -401,8 +409,10 @@ def text(report: dict[str, Any]) -> str:
     """Format a report as text."""
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
     bucket = ", ".join(f"{name} {size}" for name, size in report["bucket"].items())
+    several = report["slices"] > 1
+    where = f"{report['slices']} slices of {report['topology']}" if several else report["topology"]
     rows = [
-        f"{report['topology']}: {report['chips']} chips, {report['stage']}, mesh {mesh}",
+        f"{where}: {report['chips']} chips, {report['stage']}, mesh {mesh}",
         f"batch {report['rows']} rows in {report['accumulate']} micro-batches, remat {report['remat']}; {bucket}",
         f"compiled in {report['compile_s']:.0f} s (lowered in {report['lower_s']:.0f} s)",
         f"arguments    {gib(report['argument_bytes'])}",
@@ -411,9 +421,11 @@ def text(report: dict[str, Any]) -> str:
     ]
     if "roofline_s" not in report:
         return "\n".join([*rows, "does not fit; the largest allocations:", *report["largest"]])
+    apart = report["networks"] if several else {"": report["collectives"]}
     rows += [
-        f"{kind:<21}{moves['count']:>7}, together {gib(moves['bytes'])}"
-        for kind, moves in report["collectives"].items()
+        f"{f'{network} {kind}'.strip():<21}{moves['count']:>7}, together {gib(moves['bytes'])}"
+        for network, kinds in apart.items()
+        for kind, moves in kinds.items()
     ]
     times = report["roofline_s"]
     return "\n".join(
@@ -439,11 +451,12 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
     """
     heads, batch = config.model.llama.kv_heads, config.mixture.batch_size
     least = run_mesh.mesh_of(config, devices).shape["fsdp"]
+    each = len(devices) // len(sharding.slices_of(devices, config.mesh.slices))
     splits = [
         (fsdp, tensor)
         for tensor in (1, 2, 4)
-        for fsdp in sorted({least, 4 * least, len(devices) // tensor})
-        if len(devices) % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0
+        for fsdp in sorted({least, 4 * least, each // tensor})
+        if each % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0
     ]
     say(f"{topology}: counting arithmetic")
     trials = _by_arithmetic(config, devices, bucket, list(itertools.product(splits, ("full", "dots"))))
@@ -474,7 +487,7 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
 
 def _on(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> RunConfig:
     """Return the config with this mesh over all devices and this remat policy."""
-    mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor)
+    mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor, config.mesh.slices)
     return _remat(dataclasses.replace(config, mesh=mesh), remat)
 
 
@@ -527,7 +540,7 @@ def table(reports: list[dict[str, Any]]) -> str:
 def table_row(report: dict[str, Any]) -> str:
     """Format one row of `table`."""
     mesh = report["mesh"]
-    each = report["rows"] / (mesh["data"] * mesh["fsdp"] * report["accumulate"])
+    each = report["rows"] / (report.get("slices", 1) * mesh["data"] * mesh["fsdp"] * report["accumulate"])
     moved = sum(kind["bytes"] for kind in report["collectives"].values()) / chips.GIB
     seconds = f"{report['roofline_s']['step']:.3f}" if "roofline_s" in report else "-"
     sizes = [report[name] / chips.GIB for name in ("argument_bytes", "temporary_bytes", "peak_bytes", "hbm_bytes")]
@@ -547,6 +560,7 @@ def command_line() -> CommandLine:
     parser = CommandLine(__doc__, "python -m crab_jax.compile")
     parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
+    parser.add_argument("--slices", type=Whole(1, 1024), metavar="N", help="so many slices of this topology")
     parser.add_argument("--stage", choices=("train", "prefill", "decode"), default="train")
     parser.add_argument(
         "--bucket",
@@ -580,15 +594,16 @@ def _bucket(value: str) -> Bucket:
 def main() -> None:
     """Run `python -m crab_jax.compile`.
 
-    The JSON has REPORT_KEYS: bytes and FLOPs per chip, collectives {kind: {count, bytes}} per chip and step. Of several
-    buckets it describes the one with the highest peak.
+    The JSON has REPORT_KEYS: bytes and FLOPs per chip, collectives {kind: {count, bytes}} per chip and step, with
+    --slices apart as {"ici": {kind: ...}, "dcn": {kind: ...}}, and the seconds of the roofline (not of a step that does
+    not fit). Of several buckets it describes the one with the highest peak.
     """
     args, rest = command_line().parse_known_args()
     config, _ = parse_flags([sys.argv[0], f"--config={args.config}", *rest], None, workdir=False)
     for file, flag in ((args.json, "--json"), (args.hlo, "--hlo")):
         if file:
             out_file(file, flag)
-    devices = topology_devices(args.topology, args.thorough)
+    devices = topology_devices(args.topology, args.thorough, args.slices or 1)
     if args.sweep:
         reports = sweep(config, args.topology, devices, largest_bucket(config))
         print(table(reports) if reports else "nothing fits", flush=True)
@@ -604,7 +619,8 @@ def main() -> None:
     chosen = min if args.sweep else max
     worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
     if args.json and worst is not None:
-        write_whole(args.json, json.dumps({key: worst[key] for key in REPORT_KEYS}, indent=1) + "\n")
+        shown = worst | ({"collectives": worst["networks"]} if args.slices else {})
+        write_whole(args.json, json.dumps({key: shown.get(key) for key in REPORT_KEYS}, indent=1) + "\n")
     if args.budget:
         chip = args.topology.partition(":")[0]
         if worst is None:

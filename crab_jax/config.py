@@ -74,7 +74,9 @@ DATA_BOUNDS: dict[str, Bound] = {
     "on_error": Choice(("raise", "skip")),
     "prompt_only": Fixed(False, "there would be nothing to learn"),
 }
-MESH_BOUNDS: dict[str, Bound] = {axis: Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor")}
+MESH_BOUNDS: dict[str, Bound] = {
+    axis: Whole(0, 2**20, note="0 = inferred") for axis in ("data", "fsdp", "tensor", "slices")
+}
 RUN_BOUNDS: dict[str, Bound] = {
     "model": Choice(tuple(MODELS)),
     "compat": Choice(tuple(PRESETS)),
@@ -148,11 +150,15 @@ class MixtureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; 0 is inferred from their number and memory (crab_jax/runs/run_mesh.py)."""
+    """Devices along each axis of the mesh; 0 is inferred from their number and memory (crab_jax/runs/run_mesh.py).
+
+    slices: the slices that `data` crosses; 0 and 1 are inferred from the devices.
+    """
 
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 0
 
     def __post_init__(self) -> None:
         bounds.check("mesh", vars(self), MESH_BOUNDS)

@@ -80,7 +80,8 @@ def base() -> ConfigDict:
             },
             "loss": loss,
             "optim": dataclasses.asdict(OptimConfig()),
-            "mesh": {"data": 0, "fsdp": 1, "tensor": 1},  # devices per axis; 0 is inferred
+            # Devices per axis, 0 is inferred; `slices` of them (0 and 1: those that the devices name) share `data`.
+            "mesh": {"data": 0, "fsdp": 1, "tensor": 1, "slices": 0},
             "seed": 0,
             "steps": 1000,
             "log_every": 10,

@@ -83,6 +83,53 @@ def test_a_mesh_that_is_not_the_devices_is_refused_with_its_numbers(sizes):
         sharding.make_mesh(*sizes, devices=devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU chip."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_chips_are_grouped_by_the_slice_that_they_name():
+    chips_ = [Chip(number, slice_index=number % 2) for number in range(8)]
+    groups = sharding.slices_of(chips_)
+    assert [[chip.slice_index for chip in group] for group in groups] == [[0] * 4, [1] * 4]
+    assert groups == sharding.slices_of(chips_, 1) == sharding.slices_of(chips_, 2)
+    with pytest.raises(InputError, match="mesh.slices.*is 4, with 2 slices of 4 and 4 devices"):
+        sharding.slices_of(chips_, 4)
+    with pytest.raises(InputError, match="mesh.slices.*2 slices of 4 and 3 devices"):
+        sharding.slices_of(chips_[:-1])
+
+
+def test_the_first_axis_of_a_mesh_over_slices_crosses_them_and_no_other():
+    devices = [Device(number) for number in range(8)]
+    mesh = sharding.make_mesh(0, 2, 1, devices, slices=2)
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert [device.id for device in mesh.devices[0].flat] == [0, 1, 2, 3]
+    assert sharding.row_groups(mesh) == 8
+    assert dict(sharding.make_mesh(0, 2, 1, devices, slices=1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (0, 8, 1), (1, 4, 2), (1, 0, 1)])
+def test_a_mesh_whose_parameters_would_cross_slices_is_refused(sizes):
+    with pytest.raises(InputError, match=r"1 x \d x \d does not divide over 2 slices of 4.*only mesh.data may cross"):
+        sharding.make_mesh(*sizes, devices=[Device(number) for number in range(8)], slices=2)
+
+
+def test_slices_that_the_devices_cannot_make_are_refused():
+    with pytest.raises(InputError, match="mesh.slices.*is 3, with 1 slices of 8 devices"):
+        sharding.make_mesh(devices=[Device(number) for number in range(8)], slices=3)
+
+
+def test_an_inferred_split_of_the_parameters_stays_within_a_slice():
+    chips_ = [Chip(number, number // 4) for number in range(16)]
+    mesh = sharding.make_mesh(0, 0, 1, [dataclasses.replace(chip, platform="cpu") for chip in chips_], 2**60, 4)
+    assert mesh.shape["fsdp"] == 4 and mesh.shape["slices"] == 4
+
+
 def fake_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), sharding.AXES)
 
@@ -93,6 +140,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_its_numbers():
         sharding.check_batch(512, fake_mesh(32, 8, 1), 3)
     with pytest.raises(InputError, match="100 rows do not divide over 8 devices"):
         sharding.check_batch(100, fake_mesh(8, 1, 2))
+
+
+def test_a_batch_is_divided_over_all_slices():
+    mesh = AbstractMesh((2, 16, 8, 1), (sharding.SLICES, *sharding.AXES))
+    sharding.check_batch(512, mesh, 2)
+    assert sharding.batch_sharding(mesh).spec == PartitionSpec(("slices", "data", "fsdp"))
+    with pytest.raises(InputError, match="384 rows do not divide over 256 devices"):
+        sharding.check_batch(384, mesh)
 
 
 def test_a_parameter_that_does_not_divide_is_refused_with_its_numbers():
@@ -165,6 +220,12 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
     assert out.step.spec == PartitionSpec()
 
 
+def test_every_slice_has_all_moments_so_that_no_updated_parameter_crosses_slices():
+    mesh = AbstractMesh((2, 4, 2, 1), (sharding.SLICES, *sharding.AXES))
+    whole = jax.ShapeDtypeStruct((768, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert sharding._spread(whole, mesh).spec == PartitionSpec(None, ("data", "fsdp"))
+
+
 def differences(*words: str, processes: int = 1) -> dict[str, dict[str, float]]:
     """What `python -m tests.programs.same_step WORDS` prints, with eight virtual devices over `processes` processes."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={8 // processes}"
@@ -219,8 +280,9 @@ def test_the_mask_decoder_of_a_device_sees_its_own_rows_only():
 
 @pytest.mark.slow
 def test_no_mesh_no_micro_batches_and_no_remat_change_a_step():
-    """One device against eight virtual ones, split in every way at once: loss, gradients and updated parameters."""
-    check_the_same(differences("mixed, 2 micro-batches, remat"))
+    """One device against eight virtual ones, split in every way at once, in one slice and in two: loss, gradients and
+    updated parameters."""
+    check_the_same(differences("mixed, 2 micro-batches, remat", "2 slices, 2 micro-batches, remat"))
 
 
 @pytest.mark.exhaustive

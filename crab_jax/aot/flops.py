@@ -17,6 +17,8 @@ from jax.extend import core
 
 from crab_jax.parallel.chips import Chip
 
+Moves = dict[str, dict[str, int]]  # {kind of collective: {"count", "bytes"}}, as `hlo.collectives` returns them
+
 
 class Work(NamedTuple):
     """FLOPs of all matrix products and convolutions, and the bytes that they read and write.
@@ -68,15 +70,22 @@ def _product_flops(eqn: Any) -> float:
     return 2.0 * out.size * right.size / right.shape[spec[0]]
 
 
-def roofline(chip: Chip, work: Work, collectives: dict[str, dict[str, int]]) -> dict[str, float]:
+def roofline(chip: Chip, work: Work, collectives: Moves, between_slices: Moves | None = None) -> dict[str, float]:
     """Return the least seconds that a chip needs: {"compute", "hbm", "interconnect", "step"}.
 
-    The step is the largest of the three, as if they overlapped perfectly. An all-reduce sends its bytes twice.
+    `collectives` are those within a slice, `between_slices` those that cross the data centre's network, whose
+    time is "dcn", unless its speed is unknown. The step is the largest, as if they overlapped perfectly.
     """
-    moved = sum((2 if kind == "all-reduce" else 1) * moves["bytes"] for kind, moves in collectives.items())
     times = {
         "compute": work.flops / chip.flops,
         "hbm": work.bytes / chip.hbm_bandwidth,
-        "interconnect": moved / chip.ici_bandwidth,
+        "interconnect": sent(collectives) / chip.ici_bandwidth,
     }
+    if between_slices is not None and chip.dcn_bandwidth:
+        times["dcn"] = sent(between_slices) / chip.dcn_bandwidth
     return {**times, "step": max(times.values())}
+
+
+def sent(collectives: Moves) -> float:
+    """Return the bytes that a chip sends at most; an all-reduce sends its bytes twice."""
+    return sum((2 if kind == "all-reduce" else 1) * moves["bytes"] for kind, moves in collectives.items())

@@ -9,7 +9,10 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+import numpy as np
 
 COLLECTIVES = (
     "all-gather",
@@ -48,6 +51,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# The chips of a collective: {{0,1},{2,3}}, or [2,2]<=[4], or [2,2]<=[2,2]T(1,0); or the pairs of a permutation.
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+_TILED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# The TPU compiler makes of a collective between slices its parts within the slices, and a transfer through the hosts.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _INDEX = re.compile(r"index=(\d+)")
 _NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
@@ -91,7 +99,8 @@ class Op(NamedTuple):
 
     times: runs per program run. fused: inside a fusion, so its result has no buffer. source: the program argument
     (JAX's name) that the result is a moved or converted copy of, or "". channel: identifies the steps of one
-    collective, or "".
+    collective, or "". groups: the chips that a collective joins, as they are numbered in the mesh. between_slices: the
+    kind of collective that a transfer between slices is part of, or "".
     """
 
     name: str
@@ -101,6 +110,8 @@ class Op(NamedTuple):
     fused: bool
     source: str = ""
     channel: str = ""
+    groups: tuple[tuple[int, ...], ...] = ()
+    between_slices: str = ""
 
 
 def _split(definition: str) -> tuple[str, str, str]:
@@ -171,7 +182,7 @@ def ops(text: str) -> list[Op]:
             ]
             last = _source(opcode, rest, operands, inner, given, computation == entry)
             sources[name] = last
-            channel = _CHANNEL.search(rest)
+            channel, transfer = _CHANNEL.search(rest), _BETWEEN_SLICES.search(rest)
             out.append(
                 Op(
                     name,
@@ -181,6 +192,8 @@ def ops(text: str) -> list[Op]:
                     fused,
                     last if isinstance(last, str) else "",
                     channel[1] if channel else "",
+                    _groups(rest) if opcode.removesuffix("-start") in COLLECTIVES else (),
+                    transfer[1].lower().replace("_", "-") if transfer else "",
                 )
             )
         return last
@@ -222,24 +235,63 @@ def _source(
     return first if opcode in _MOVES else ""
 
 
-def collectives(program: list[Op]) -> dict[str, dict[str, int]]:
+def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of chips in the text after a collective's opcode; none when all chips are one group."""
+    if listed := _GROUPS.search(rest):
+        groups = (group for group in re.findall(r"\{([\d,]*)\}", listed[1]) if group)
+        return tuple(tuple(int(chip) for chip in group.split(",")) for group in groups)
+    if tiled := _TILED.search(rest):
+        shape = [int(size) for size in tiled[3].split(",")]
+        order = [int(axis) for axis in tiled[4].split(",")] if tiled[4] else range(len(shape))
+        chips = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(tiled[1]), int(tiled[2]))
+        return tuple(map(tuple, chips.tolist()))
+    return ()
+
+
+def collectives(program: Iterable[Op]) -> dict[str, dict[str, int]]:
     """Return {kind: {"count", "bytes"}} per chip and program run.
 
     Bytes are those of the results (all-gather: gathered). The TPU compiler writes a collective that overlaps other work
-    into the fusions of that work, once into each, all with one channel; it counts once. A reduce-scatter written as an
-    all-reduce inside a fusion counts as an all-reduce.
+    into the fusions of that work, once into each, all with one channel and result; it counts once. A reduce-scatter
+    written as an all-reduce inside a fusion counts as an all-reduce. Of a transfer between slices, what is received
+    counts.
     """
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, tuple[Array, ...]]] = set()
     for op in program:
-        kind = op.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES or not op.results or (op.channel and (kind, op.channel) in seen):
+        kind, step = _kind(op), (op.opcode, op.channel, op.results)
+        if not kind or not op.results or (op.channel and step in seen):
             continue
-        seen.add((kind, op.channel))
+        seen.add(step)
         results = op.results
-        if op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): the results are the larger part
+        if op.between_slices:  # (received, context, token)
+            results = op.results[:1]
+        elif op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): results are the larger part
             results = (max(results, key=lambda array: array.bytes),)
         count[kind] += op.times
         size[kind] += op.times * sum(array.bytes for array in results)
     return {kind: {"count": count[kind], "bytes": size[kind]} for kind in COLLECTIVES if count[kind]}
+
+
+def _kind(op: Op) -> str:
+    """Return the kind of collective that an instruction is, or ""."""
+    if op.between_slices:
+        return op.between_slices if op.opcode == "recv" else ""
+    kind = op.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
+
+
+def by_network(program: list[Op], slice_chips: int) -> dict[str, dict[str, dict[str, int]]]:
+    """Return `collectives` apart: {"ici": those within slices of `slice_chips` chips, "dcn": those between slices}.
+
+    The chips of a slice are neighbours in the mesh. A collective crosses slices if one of its groups has chips of two.
+    """
+
+    def crosses(op: Op) -> bool:
+        return bool(op.between_slices) or any(len({chip // slice_chips for chip in group}) > 1 for group in op.groups)
+
+    return {
+        "ici": collectives(op for op in program if not crosses(op)),
+        "dcn": collectives(op for op in program if crosses(op)),
+    }

@@ -264,6 +264,6 @@ def _batch_rows(most: int, mesh: Mesh, chosen: HeldOut) -> int:
     It is enough for the fullest bucket, a multiple of the devices that share a batch, and at most `most`: a micro-batch
     of training, which is known to fit in memory.
     """
-    shared = mesh.shape["data"] * mesh.shape["fsdp"]
+    shared = sharding.row_groups(mesh)
     fullest = max(len(group) for group in chosen.groups.values())
     return min(most, -(-fullest // shared) * shared)

@@ -2,7 +2,9 @@
 
 Sources: the "key chip specifications" tables of cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (peak bf16 compute, HBM
 bandwidth, inter-chip interconnect summed over a chip's links, one way); `hbm_bytes` is what the TPU compiler leaves to
-a program according to its own out-of-memory errors, a little less than the nominal 32, 16, 95 and 32 GB.
+a program according to its own out-of-memory errors, a little less than the nominal 32, 16, 95 and 32 GB. The data
+centre's network: "data center network bandwidth per Pod" of v5e (6.4 Tbit/s) and v6e (25.6 Tbit/s) over the pod's 256
+chips, and "DCN bandwidth per chip" of v5p (50 Gbit/s); Google gives no figure for v4.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ GIB = 2**30
 class Chip:
     """Specification of a chip.
 
-    kind: JAX's `device_kind`. flops: peak bf16 FLOP/s. hbm_bytes: usable memory in bytes. Bandwidths are in bytes/s.
+    kind: JAX's `device_kind`. flops: peak bf16 FLOP/s. hbm_bytes: usable memory in bytes. Bandwidths are in bytes/s:
+    of the memory, of the interconnect within a slice (ICI), and of the network between slices (DCN; None: unknown).
     """
 
     name: str
@@ -26,13 +29,14 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float | None
 
 
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9),
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9),
-    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9),
-    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9),
+    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, None),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),
+    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9),
+    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 12.5e9),
 )
 
 

@@ -8,6 +8,7 @@ and activations never move to meet a sharded matrix.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,14 +22,15 @@ from crab_jax.io.errors import InputError
 from crab_jax.parallel import chips
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that batch rows are distributed over
+SLICES = "slices"  # the first axis of a mesh over several slices, and the only one that crosses between them
+ROWS = ("data", "fsdp")  # the axes that the batch rows of a slice are distributed over
 
-# logical axis -> mesh axis. "batch" and "group" (rows that an fsdp group shares) occur in activations only, "embed" in
+# logical axis -> mesh axes. "batch" and "group" (rows that an fsdp group shares) occur in activations only, "embed" in
 # parameters and looked-up embeddings, the others in both. LoRA's rank and heads have no logical axis, so they stay
 # replicated, like everything outside the language model.
 RULES = (
-    ("batch", ROWS),
-    ("group", "data"),
+    ("batch", (SLICES, *ROWS)),
+    ("group", (SLICES, "data")),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
@@ -44,33 +46,78 @@ SPREAD_FROM = 2**16
 
 
 def make_mesh(
-    data: int | None = None, fsdp: int | None = 1, tensor: int | None = 1, devices: Any = None, state_bytes: int = 0
+    data: int | None = None,
+    fsdp: int | None = 1,
+    tensor: int | None = 1,
+    devices: Any = None,
+    state_bytes: int = 0,
+    slices: int = 0,
 ) -> Mesh:
-    """Return a mesh over ("data", "fsdp", "tensor"); sizes that are None or 0 are inferred.
+    """Return a mesh over ("data", "fsdp", "tensor"), or over several slices ("slices", "data", "fsdp", "tensor").
 
-    `tensor` is inferred as 1, `fsdp` from the memory of a device and `state_bytes`, the bytes of parameters and
-    optimizer state together (see `infer_split`), and `data` fills what the others leave. Raises InputError when the
-    sizes do not multiply to the number of devices.
+    Sizes that are None or 0 are inferred: `tensor` as 1, `fsdp` from the memory of a device and `state_bytes`, the
+    bytes of parameters and optimizer state together (see `infer_split`), `data` as what the others leave, and `slices`
+    (also 1) as in `slices_of`. `data` counts the groups of all slices; on the mesh it is split into the axis "slices",
+    whose neighbours talk over the data centre's network, and the "data" of one slice. Raises InputError when the sizes
+    do not multiply to the number of devices, or when fsdp or tensor would cross slices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
+    groups = slices_of(list(np.asarray(jax.devices() if devices is None else devices, dtype=object).flat), slices)
+    slices, each = len(groups), len(groups[0])
+    total = slices * each
     tensor = tensor or 1
     if not fsdp:
-        free = max(1, devices.size // (tensor * (data or 1)))
-        fsdp = free if data else infer_split(free, state_bytes // tensor, chips.memory_of(devices.flat[0]))
-    data = data or max(1, devices.size // (fsdp * tensor))
-    if data * fsdp * tensor != devices.size:
+        free = max(1, total // (tensor * data) if data else each // tensor)
+        fsdp = free if data else infer_split(free, state_bytes // tensor, chips.memory_of(groups[0][0]))
+    data = data or max(1, total // (fsdp * tensor))
+    if data * fsdp * tensor != total:
         raise InputError(
             "--config",
             "mesh",
-            f"{data} x {fsdp} x {tensor} is not {devices.size} devices",
+            f"{data} x {fsdp} x {tensor} is not {total} devices",
             "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to the device count",
         )
-    shape = (data, fsdp, tensor)
-    if devices.flat[0].platform == "tpu":  # neighbours in the mesh are neighbours on the torus
-        arranged = mesh_utils.create_device_mesh(shape, list(devices.flat), allow_split_physical_axes=True)
+    if data % slices:
+        raise InputError(
+            "--config",
+            "mesh",
+            f"{data} x {fsdp} x {tensor} does not divide over {slices} slices of {each} devices",
+            f"only mesh.data may cross slices: make mesh.fsdp x mesh.tensor a divisor of {each}",
+        )
+    shape = (data // slices, fsdp, tensor)
+    if groups[0][0].platform != "tpu":
+        arranged = np.array(groups, dtype=object).reshape(slices, *shape)
+    elif slices == 1:  # neighbours in the mesh are neighbours on the torus
+        arranged = mesh_utils.create_device_mesh(shape, groups[0], allow_split_physical_axes=True)
     else:
-        arranged = devices.reshape(shape)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+        every = [device for group in groups for device in group]
+        arranged = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), every, allow_split_physical_axes=True)
+    axes = AXES if slices == 1 else (SLICES, *AXES)
+    return Mesh(arranged.reshape([slices, *shape][-len(axes) :]), axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def slices_of(devices: list[Any], wanted: int = 0) -> list[list[Any]]:
+    """Return the devices of each slice, slices in their order.
+
+    TPU devices know their slice, and `wanted` can only confirm their number. Other devices are one slice unless more
+    are `wanted`: then as many equal runs of them, in the order of their processes. Raises InputError for a number of
+    slices that the devices do not have.
+    """
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
+    groups = [found[index] for index in sorted(found)]
+    if wanted > 1 and devices[0].platform != "tpu" and len(devices) % wanted == 0:
+        each = len(devices) // wanted
+        groups = [devices[start : start + each] for start in range(0, len(devices), each)]
+    if wanted > 1 and len(groups) != wanted or len({len(group) for group in groups}) > 1:
+        sizes = " and ".join(str(len(group)) for group in groups)
+        raise InputError(
+            "--config",
+            "mesh.slices",
+            f"is {wanted}, with {len(groups)} slices of {sizes} devices",
+            "leave it 0 on TPU; elsewhere give a divisor of the number of devices",
+        )
+    return groups
 
 
 def infer_split(devices: int, needed: int, memory: int | None, share: float = STATE_SHARE) -> int:
@@ -90,13 +137,32 @@ def constrained(mesh: Mesh | None) -> Iterator[None]:
     if mesh is None:
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules(mesh)):
         yield
 
 
+def rules(mesh: Mesh) -> tuple[tuple[str, Any], ...]:
+    """Return RULES with the axes that the mesh has."""
+    return tuple((logical, _present(axes, mesh) if isinstance(axes, tuple) else axes) for logical, axes in RULES)
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Return the mesh axes that batch rows are distributed over."""
+    return _present((SLICES, *ROWS), mesh)
+
+
+def row_groups(mesh: Mesh) -> int:
+    """Return the number of groups of devices that batch rows are distributed over."""
+    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+
+
+def _present(axes: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis in mesh.shape)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of batch rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    """Return the sharding of batch rows over slices, data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -106,12 +172,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Return a NamedSharding per parameter, from the logical axes that `init` boxed it with."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules(mesh))
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raise InputError if the data axes and micro-batches do not divide the global batch."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_groups(mesh)
     if batch_size % (rows * accumulate):
         micro = f" in {accumulate} micro-batches" if accumulate > 1 else ""
         raise InputError(
@@ -143,8 +209,8 @@ def check_params(abstract: Any, mesh: Mesh) -> None:
 def state_shardings(state: Any, trainable: Any, mesh: Mesh) -> Any:
     """Return the shardings of a train state: moments like their parameters, scalars replicated.
 
-    Moments of replicated parameters are distributed over the devices all the same, each of which then updates its own
-    part (ZeRO stage 1).
+    Moments of replicated parameters are distributed over the devices of a slice all the same, each of which then
+    updates its own part (ZeRO stage 1). Every slice has all of them, so that no updated parameter crosses slices.
     """
     by_path = {tuple(map(str, path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]}
 

@@ -46,6 +46,7 @@ FREE_KEYS = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.slices",
 )
 # The processes of one run may differ in these keys, which say where a host has its files and how it reads them.
 OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")

@@ -64,7 +64,7 @@ def micro_batches(config: RunConfig, mesh: Mesh) -> int:
     memory = chips.memory_of(mesh.devices.flat[0])
     if accumulate or memory is None:
         return accumulate or 1
-    rows = config.mixture.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = config.mixture.batch_size // sharding.row_groups(mesh)
     each = row_bytes(config.model, max(config.data.lengths)) / mesh.shape["tensor"]
     fitting = ACTIVATION_SHARE * memory / each
     return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows / n <= fitting or n == rows))

@@ -34,12 +34,13 @@ from data_pipelines.batching import Batch
 ROWS, LENGTH, STEPS, EPS = 16, 24, 2, 1e-6
 ONE = ((1, 1, 1), 1, "none")
 WRONG = "one target less"  # what has to be seen
-CASES = {  # mesh, micro-batches, remat
+CASES = {  # mesh (data, fsdp, tensor, and slices if several), micro-batches, remat
     WRONG: ONE,
     "mixed, 2 micro-batches, remat": ((2, 2, 2), 2, "full"),
     "data": ((8, 1, 1), 1, "none"),
     "fsdp": ((1, 8, 1), 1, "none"),
     "tensor": ((2, 1, 4), 1, "none"),
+    "2 slices, 2 micro-batches, remat": ((2, 2, 2, 2), 2, "full"),
     "fsdp, 2 micro-batches": ((1, 8, 1), 2, "none"),
     "1 device, 4 micro-batches": ((1, 1, 1), 4, "none"),
     "1 device, remat dots": ((1, 1, 1), 1, "dots"),
@@ -100,12 +101,12 @@ def drawn(model: Crab):
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(run_params.abstract_params(model)))
 
 
-def steps(params, masks: int, shape: tuple[int, int, int], accumulate: int, remat: str, less: int = 0):
+def steps(params, masks: int, shape: tuple[int, ...], accumulate: int, remat: str, less: int = 0):
     """What is compared, by name, after STEPS steps from `params` on a mesh; `less` targets left out of the batch."""
     config = config_of(accumulate, remat)
     model = config.model.build()
-    devices = jax.devices() if np.prod(shape) > 1 else jax.local_devices()[:1]
-    mesh = sharding.make_mesh(*shape, devices=devices)
+    devices = jax.devices() if np.prod(shape[:3]) > 1 else jax.local_devices()[:1]
+    mesh = sharding.make_mesh(*shape[:3], devices=devices, slices=sum(shape[3:]))
     placed = jax.tree.map(
         lambda x, to: jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index]),
         params,
