@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 
 WORDS = "a dog barks while the small red car turns left and people talk near water at night".split()
@@ -56,8 +55,9 @@ def write_list(root: Path, count: int) -> None:
 def memory() -> dict[str, float]:
     """Return the peak and the anonymous memory of this process in MB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    anonymous = int(fields["RssAnon"].split()[0]) / 1e3
-    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "anonymous_mb": anonymous}
+    return {
+        name: int(fields[field].split()[0]) / 1e3 for name, field in (("peak_mb", "VmHWM"), ("anonymous_mb", "RssAnon"))
+    }
 
 
 def start(root: str, workers: bool) -> dict[str, float]:
@@ -92,9 +92,9 @@ def start(root: str, workers: bool) -> dict[str, float]:
 
 def worker(dataset: object) -> dict[str, float]:
     """Return the bytes that a worker of a dataset receives, and its memory after STEPS batches."""
-    received = pickle.dumps(dataset)
+    received = cloudpickle.dumps(dataset)  # as Grain does
     code = (
-        "import sys, pickle, json, itertools; sys.path[:0] = ['benchmarks']; import index;"
+        f"import sys, pickle, json; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import index;"
         "dataset = pickle.load(sys.stdin.buffer); batches = iter(dataset);"
         f"[next(batches) for _ in range({STEPS})]; print(json.dumps(index.memory()))"
     )

@@ -764,7 +764,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
     parser.add_argument("--variants", default="train", help="variants of prompts (data.variant); default %(default)s")
-    parser.add_argument("--tokenizer", type=PATH, default="", help="the config key `tokenizer` of the runs to come")
+    parser.add_argument("--tokenizer", type=PATH, help="the config key `tokenizer` of the runs to come")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)

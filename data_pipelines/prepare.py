@@ -39,7 +39,7 @@ from crab_jax.io.locks import LOCK, locked
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import read_json, strict_json
 from crab_jax.tasks import add_flag, use_tasks
-from data_pipelines import datasets, fbank, media, shards
+from data_pipelines import datasets, fbank, index, media, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.isolated import end_with_parent
@@ -642,6 +642,7 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
     )
     wanted = lists_of(root, [name for name in arguments.datasets.split(",") if name], arguments.splits.split(","))
     failed = prepare(settings, out, wanted, arguments.workers, on_stderr)
+    index.write_all(out, variants=settings.variants, progress=on_stderr)
     for line in failed[:10]:
         print(f"cannot be decoded: {printable(line)}")
     if failed[10:]:
