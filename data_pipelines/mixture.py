@@ -56,13 +56,14 @@ def group_by_bucket(
         buckets, of, fills = _placed_in_index(examples, tokenizer, config, leave_out)
     else:
         buckets, of, fills = _placed(examples, tokenizer, config, check, leave_out)
-    if not buckets:
+    if not (of >= 0).any():
         raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
     order = np.argsort(of, kind="stable")
     edges = np.searchsorted(of[order], np.arange(len(buckets) + 1))
     groups = {
         bucket: Group(order[first:last], fills[order[first:last]])
         for bucket, first, last in zip(buckets, edges, edges[1:], strict=False)
+        if first < last
     }
     return dict(sorted(groups.items()))
 
