@@ -69,7 +69,7 @@ def start(root: str, workers: bool) -> dict[str, float]:
     config = tiny.get_config()
     config.data.root, config.data.batch_size, config.data.lengths = root, 8, (128, 256, 512)
     run = resolve(config)
-    tokenizer, began = run_folder.tokenizer_of(run), time.monotonic()
+    tokenizer, began, used = run_folder.tokenizer_of(run), time.monotonic(), time.process_time()
     examples = run_data.train_examples(run)
     read = time.monotonic()
     run_data.data_identity(run, examples)
@@ -83,6 +83,7 @@ def start(root: str, workers: bool) -> dict[str, float]:
         "identity_s": known - read,
         "order_s": ordered - known,
         "first_batch_s": time.monotonic() - began,
+        "first_batch_cpu_s": time.process_time() - used,
         **memory(),
     }
     if workers:

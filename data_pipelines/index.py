@@ -49,7 +49,7 @@ from data_pipelines.tokens import Tokenizer
 _log = logging.getLogger(__name__)
 FORMAT = 1  # of the index; increased whenever its columns change
 FOLDER = "example_index"
-ROWS = 8192  # rows that are written, and decoded, together
+ROWS = 4096  # rows that are written, and decoded, together
 # What a row is, and traits of an Example that decide about buckets and checks without building it.
 EXAMPLE, MISSING, WRONG = range(3)
 VIDEO, FRAMES, IMAGE, SAYS_VIDEO, SAYS_IMAGE, AGREES, TENTH, ANSWERED, MARKED, REFUSED, ODD = (
