@@ -387,7 +387,12 @@ def _sum_of(columns: dict[str, np.ndarray]) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _table(file: str, total: str) -> Table:
-    return Table(file)
+    """Open an index whose hash is `total`. Raises InputError when another one is in its place now."""
+    table = Table(file)
+    if table.info["sum"] != total:
+        fix = "start the run again, or leave the index while runs use it"
+        raise InputError(file, "", "was made anew while this run used it", fix)
+    return table
 
 
 def opened(

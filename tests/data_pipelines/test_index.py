@@ -314,6 +314,16 @@ def test_a_wanted_dataset_without_an_index_is_read_with_the_others(copied, caplo
     assert isinstance(index.read(root, Wanted("train", ("ave",), "train", "one", "raise")), Indexed)
 
 
+def test_a_run_keeps_its_index_when_it_is_made_anew_and_a_later_worker_refuses_the_other(indexed):
+    before, listed = indexed(numbered(3)), numbered(4)
+    sent = cloudpickle.dumps(before)
+    assert len(indexed(listed)) == 4
+    assert list(before) == numbered(3)  # still mapped
+    index._table.cache_clear()  # as in another process
+    with pytest.raises(InputError, match="was made anew while this run used it"):
+        cloudpickle.loads(sent)
+
+
 # Small.
 
 
