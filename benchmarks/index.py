@@ -3,9 +3,10 @@
     python benchmarks/index.py --examples 200000 2000000 [--without-index] [--dir DIR] [--json FILE]
 
 Writes a data root with a list of synthetic Examples like those of Video-LLaVA (a picture, a question and an answer of
-about 40 words) and its index, and starts the input of a run in processes of its own: once to count the tokens, then as every later start.
-Memory is the peak of the process, less that of one that has loaded the same code, a tokenizer and a root of one
-Example; anonymous memory leaves out pages of the mapped files, which processes share and the system may take back.
+about 40 words) and its index, and starts the input of a run in processes of its own: once to count the tokens, then as
+every later start. Memory is the peak of the process, less that of one that has loaded the same code, a tokenizer and a
+root of one Example; anonymous memory leaves out pages of the mapped files, which processes share and the system may
+take back.
 --without-index measures a root that has none; it needs only what older versions of the code have too.
 """
 
