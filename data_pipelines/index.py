@@ -717,9 +717,13 @@ def _tables(root: str | Path, wanted: Wanted) -> dict[str, Table]:
     return there if len(there) == len(tables) else {}
 
 
-def without_leaks(examples: Indexed, root: str | Path, split: str, exclude: bool) -> tuple[Indexed, str]:
-    """Return what `leaks.without` returns, building only the Examples whose clips are held out."""
-    held = leaks.held_out(root, split)
+def without_leaks(
+    examples: Sequence[Example], roots: Sequence[str | Path], split: str, exclude: bool
+) -> tuple[Sequence[Example], str]:
+    """Return what `leaks.without` returns; of an index, only the Examples whose clips are held out are built."""
+    if not isinstance(examples, Indexed):
+        return leaks.without(examples, roots, split, exclude)
+    held = leaks.all_held_out(roots, split)
     gone, line = leaks.leaking(examples, examples.suspects(held.clips, held.own).tolist(), held, split, exclude)
     kept = np.ones(len(examples), bool)
     kept[gone] = False
