@@ -2,10 +2,11 @@
 
     python benchmarks/index.py --examples 200000 2000000 [--without-index] [--dir DIR] [--json FILE]
 
-Writes a data root with a list of synthetic Examples (a picture, a question and an answer of about 40 words) and its
-index, and starts the input of a run in processes of its own: once to count the tokens, then as every later start.
-Memory is the peak of the process, less that of one that has loaded the same code, a tokenizer and a root of one
-Example; anonymous memory leaves out pages of the mapped files, which processes share and the system may take back.
+Writes a data root with a list of synthetic Examples like those of Video-LLaVA (a picture, a question and an answer of
+about 40 words) and its index, and starts the input of a run in processes of its own: once to count the tokens, then as
+every later start. Memory is the peak of the process, less that of one that has loaded the same code, a tokenizer and a
+root of one Example; anonymous memory leaves out pages of the mapped files, which processes share and the system may
+take back.
 --without-index measures a root that has none; it needs only what older versions of the code have too.
 """
 
@@ -14,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 
 WORDS = "a dog barks while the small red car turns left and people talk near water at night".split()
@@ -49,6 +49,7 @@ def write_list(root: Path, count: int) -> None:
                     "target": f"{text}.",
                     "image": "0.png",
                     "windows": "none",
+                    "meta": {"dataset": "video_llava"},
                 }
                 file.write(json.dumps(record) + "\n")
 
@@ -56,8 +57,9 @@ def write_list(root: Path, count: int) -> None:
 def memory() -> dict[str, float]:
     """Return the peak and the anonymous memory of this process in MB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    anonymous = int(fields["RssAnon"].split()[0]) / 1e3
-    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "anonymous_mb": anonymous}
+    return {
+        name: int(fields[field].split()[0]) / 1e3 for name, field in (("peak_mb", "VmHWM"), ("anonymous_mb", "RssAnon"))
+    }
 
 
 def start(root: str, workers: bool) -> dict[str, float]:
@@ -69,7 +71,7 @@ def start(root: str, workers: bool) -> dict[str, float]:
     config = tiny.get_config()
     config.data.root, config.data.batch_size, config.data.lengths = root, 8, (128, 256, 512)
     run = resolve(config)
-    tokenizer, began = run_folder.tokenizer_of(run), time.monotonic()
+    tokenizer, began, used = run_folder.tokenizer_of(run), time.monotonic(), time.process_time()
     examples = run_data.train_examples(run)
     read = time.monotonic()
     run_data.data_identity(run, examples)
@@ -83,6 +85,7 @@ def start(root: str, workers: bool) -> dict[str, float]:
         "identity_s": known - read,
         "order_s": ordered - known,
         "first_batch_s": time.monotonic() - began,
+        "first_batch_cpu_s": time.process_time() - used,
         **memory(),
     }
     if workers:
@@ -92,9 +95,9 @@ def start(root: str, workers: bool) -> dict[str, float]:
 
 def worker(dataset: object) -> dict[str, float]:
     """Return the bytes that a worker of a dataset receives, and its memory after STEPS batches."""
-    received = pickle.dumps(dataset)
+    received = cloudpickle.dumps(dataset)  # as Grain does
     code = (
-        "import sys, pickle, json, itertools; sys.path[:0] = ['benchmarks']; import index;"
+        f"import sys, pickle, json; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import index;"
         "dataset = pickle.load(sys.stdin.buffer); batches = iter(dataset);"
         f"[next(batches) for _ in range({STEPS})]; print(json.dumps(index.memory()))"
     )

@@ -30,6 +30,7 @@ from crab_jax.io.bounds import (
     Name,
     Patterns,
     Place,
+    Places,
     Real,
     Whole,
     Wholes,
@@ -52,6 +53,7 @@ CONFIG_BYTES = 1 << 20  # largest size of a hand-written config file
 # Bounds of the values, by section. Keys that are not listed are booleans.
 MIXTURE_BOUNDS: dict[str, Bound] = {
     "root": Place(),
+    "roots": Places(),
     "split": Name(),
     "datasets": Words(tuple(DATASETS)),
     "variant": Choice(VARIANTS),
@@ -112,15 +114,16 @@ BOUNDS: dict[str, Bound] = {
 class MixtureConfig:
     """The choice of Examples from a data root: the keys of `data` that do not concern decoding.
 
-    root, split: the data root and its split. datasets: of a raw root, empty = those of the joint stage. variant: of the
-    prompts. frames: "one" frame per clip of AVSS and Ref-AVS and epoch, or "all". exclude_leaks: leave out clips that
-    another dataset of the root has in val or test. limit: number of Examples, 0 = all. batch_size: rows of a step over
-    all devices. workers: processes that decode. allow_other: continue a run on other Examples than it was trained on.
-    weights: {task: factor of its natural share of the mixture}, 0 leaves it out. caps: {task: how many Examples count},
-    0 = all. curriculum: {task: the step from which it is drawn}.
+    root, split: the data root and its split. roots: several data roots, in place of `root`. datasets: of a raw root,
+    empty = those of the joint stage. variant: of the prompts. frames: "one" frame per clip of AVSS and Ref-AVS and
+    epoch, or "all". exclude_leaks: leave out clips that another dataset has in val or test. limit: number of Examples,
+    0 = all. batch_size: rows of a step over all devices. workers: processes that decode. allow_other: continue a run on
+    other Examples than it was trained on. weights: {task: factor of its natural share of the mixture}, 0 leaves it out.
+    caps: {task: how many Examples count}, 0 = all. curriculum: {task: the step from which it is drawn}.
     """
 
     root: str = ""
+    roots: tuple[str, ...] = ()
     split: str = "train"
     datasets: tuple[str, ...] = ()
     variant: str = "train"
@@ -136,7 +139,8 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
-        bounds.check("data", values | {"datasets": ",".join(self.datasets)}, MIXTURE_BOUNDS)
+        texts = {name: ",".join(values[name]) for name in ("datasets", "roots")}
+        bounds.check("data", values | texts, MIXTURE_BOUNDS)
         for name, bound in TASK_BOUNDS.items():
             if unknown := values[name].keys() ^ TASKS.keys():
                 raise InputError(
@@ -146,6 +150,13 @@ class MixtureConfig:
                     f"give each of {', '.join(TASKS)}",
                 )
             bounds.check(f"data.{name}", values[name], dict.fromkeys(TASKS, bound))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Return all data roots. Raises InputError when there is none."""
+        if not self.roots and not self.root:
+            raise InputError("--config", "data.root", "is not set", "give --config.data.root=DIR")
+        return self.roots or (self.root,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +232,7 @@ class RunConfig:
             "model": self.model_name,
             "sizes": _without(sizes, COMPAT_SIZES),
             "data": {key: value for key, value in data.items() if key not in DERIVED_DATA}
-            | {"datasets": ",".join(self.mixture.datasets)},
+            | {"datasets": ",".join(self.mixture.datasets), "roots": ",".join(self.mixture.roots)},
             "loss": _without(dataclasses.asdict(self.loss), DERIVED_LOSS),
             "optim": dataclasses.asdict(self.optim),
             "mesh": dataclasses.asdict(self.mesh),
@@ -302,7 +313,9 @@ def built(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig(
             model_name=config.pop("model"),
             model=model,
-            mixture=MixtureConfig(**drawn | {"datasets": tuple(filter(None, data["datasets"].split(",")))}),
+            mixture=MixtureConfig(
+                **drawn | {name: tuple(filter(None, data[name].split(","))) for name in ("datasets", "roots")}
+            ),
             data=DataConfig(**decoded, **derived_data(model, compat)),
             loss=LossConfig(**config.pop("loss"), reduction=compat.mask_loss_reduction),
             optim=OptimConfig(**config.pop("optim")),

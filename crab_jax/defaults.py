@@ -58,12 +58,14 @@ def base() -> ConfigDict:
             "tokenizer": "",  # tokenizer.json or a Hugging Face LLaMA directory
             # For a raw root: `datasets` "a,b" ("" = those of the joint stage), the `variant` of prompts (train, test or
             # quick), and `frames`: "one" frame per clip of AVSS and Ref-AVS and epoch, or "all".
+            # `roots` "a,b" takes the place of `root` and reads several data roots together.
             # `exclude_leaks` leaves out clips that another dataset of the root has in val or test.
             # `weights` multiply a task's natural share of the mixture, 0 leaves it out. `caps` bounds how many examples
             # of a task count (0 = all). `curriculum` is the step from which a task is drawn. `allow_other` continues a
             # run on other Examples than those it was trained on.
             "data": {
                 "root": "",
+                "roots": "",
                 "split": "train",
                 "datasets": "",
                 "variant": "train",

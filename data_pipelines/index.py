@@ -49,7 +49,7 @@ from data_pipelines.tokens import Tokenizer
 _log = logging.getLogger(__name__)
 FORMAT = 1  # of the index; increased whenever its columns change
 FOLDER = "example_index"
-ROWS = 8192  # rows that are written, and decoded, together
+ROWS = 4096  # rows that are written, and decoded, together
 # What a row is, and traits of an Example that decide about buckets and checks without building it.
 EXAMPLE, MISSING, WRONG = range(3)
 VIDEO, FRAMES, IMAGE, SAYS_VIDEO, SAYS_IMAGE, AGREES, TENTH, ANSWERED, MARKED, REFUSED, ODD = (
@@ -387,7 +387,12 @@ def _sum_of(columns: dict[str, np.ndarray]) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _table(file: str, total: str) -> Table:
-    return Table(file)
+    """Open an index whose hash is `total`. Raises InputError when another one is in its place now."""
+    table = Table(file)
+    if table.info["sum"] != total:
+        fix = "start the run again, or leave the index while runs use it"
+        raise InputError(file, "", "was made anew while this run used it", fix)
+    return table
 
 
 def opened(
@@ -542,54 +547,25 @@ class Indexed(Sequence[Example]):
                 state.update(memoryview(lines.buffers()[2])[at[0] : at[-1]])
         return state.hexdigest()
 
-    def lengths(self, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """Return the columns of LENGTHS, int32[N] each."""
-        tables = [table.lengths(tokenizer) for table in self.tables]
-        return {name: np.concatenate([each[name] for each in tables])[self.rows.array] for name in LENGTHS.names}
-
     def placed(self, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Bucket], np.ndarray, np.ndarray]:
         """Return what `batching.place` returns for every Example, without building it.
 
-        The result is (buckets in increasing order, int[N] bucket of each Example, int32[N,3] its Fill); the bucket is
-        -1 for an Example that `fault` finds an error in.
+        The result is (buckets, int32[N] the bucket of each Example, int32[N,3] its Fill); the bucket is -1 for an
+        Example that `fault` finds an error in.
         """
-        traits, windows = self.numbers("traits"), self.numbers("windows")
-        shows_clip, image = (traits & (VIDEO | FRAMES)) > 0, (traits & IMAGE) > 0
-        pair = shows_clip & image
-        most = np.where(traits & VIDEO, config.video_frames, np.minimum(self.numbers("pictures"), config.video_frames))
-        frames = most + image
-        heard = np.array([fbank.WINDOW_COUNT[name] for name in WINDOWS])[windows]
-        runs = {
-            "v": np.where(pair, frames - 1, frames) * config.visual_queries,
-            "i": np.where(pair, 1, frames) * config.visual_queries,
-            "a": heard * config.audio_queries,
-        }
-        runs["v"], runs["i"] = np.where(traits & SAYS_VIDEO, runs["v"], 1), np.where(traits & SAYS_IMAGE, runs["i"], 1)
-        counts = self.lengths(tokenizer)
-        needed, known = np.zeros(len(self), int), np.ones(len(self), bool)
-        for text in ("prompt",) if config.prompt_only else ("prompt", "target"):
-            known &= counts[f"{text}_ids"] >= 0
-            needed += counts[f"{text}_ids"]
-            for name, run in runs.items():
-                needed += counts[f"{text}_{name}"] * (run - 1)
-        fitting = np.searchsorted(config.lengths, needed)
-        good = known & ((traits & AGREES) > 0) & ((traits & REFUSED) == 0) & (fitting < len(config.lengths))
-        one = np.array([name in (*fbank.SINGLE, "none") for name in WINDOWS])[windows]
-        sizes = np.stack(
-            [
-                np.append(config.lengths, -1)[fitting],
-                np.where(shows_clip, config.video_frames + pair, 1),
-                np.where(one, 1, 10),
-                np.array([fbank.WINDOW_FRAMES[name] for name in WINDOWS])[windows],
-                self.numbers("mask_kind") != MASK_KINDS.index("none"),
-            ]
-        )
-        # One number of each bucket, in the order of buckets.
-        key = functools.reduce(lambda high, low: high * 2**11 + low, sizes.astype(np.int64))
-        unique, first, of = np.unique(np.where(good, key, -1), return_index=True, return_inverse=True)
-        bad = int(len(unique) > 0 and unique[0] == -1)
-        buckets = [Bucket(*map(int, sizes[:, at])) for at in first[bad:]]
-        return buckets, of - bad, np.stack([needed, frames, heard], axis=1).astype(np.int32)
+        counts = {table.file: table.lengths(tokenizer) for table in self.tables}
+        numbers: dict[Bucket, int] = {}
+        of, fills, done = np.full(len(self), -1, np.int32), np.empty((len(self), 3), np.int32), 0
+        for table, number, rows in self._parts():
+            batch, start = table.batch(number), number * ROWS
+            columns = {name: batch.column(name).to_numpy()[rows] for name in _NUMBERS}
+            lengths = {name: column[start : start + ROWS][rows] for name, column in counts[table.file].items()}
+            here = slice(done, done := done + len(rows))
+            sizes, good, fills[here] = _sizes(columns, lengths, config)
+            unique, inverse = np.unique(sizes, axis=0, return_inverse=True)
+            names = [numbers.setdefault(Bucket(*map(int, size)), len(numbers)) for size in unique]
+            of[here] = np.where(good, np.array(names, np.int32)[inverse], -1)
+        return list(numbers), of, fills
 
     def fault(self, at: int, tokenizer: Tokenizer, config: DataConfig) -> InputError:
         """Return the error of an Example that `placed` gives no bucket."""
@@ -618,6 +594,39 @@ class Indexed(Sequence[Example]):
             parts = [pc.is_in(column, values).to_numpy(zero_copy_only=False) for column in self._column(name)]
             found.append(np.concatenate(parts) if parts else np.zeros(0, bool))
         return np.flatnonzero(found[0] | found[1])
+
+
+def _sizes(
+    columns: dict[str, np.ndarray], lengths: dict[str, np.ndarray], config: DataConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (int[N,5] the bucket, bool[N] whether the Example may be drawn and fits it, int32[N,3] the Fill).
+
+    columns, lengths: those of the index and LENGTHS. The rules are those of `batching.place`.
+    """
+    traits, windows = columns["traits"], columns["windows"]
+    shows_clip, image = (traits & (VIDEO | FRAMES)) > 0, (traits & IMAGE) > 0
+    pair = shows_clip & image
+    most = np.where(traits & VIDEO, config.video_frames, np.minimum(columns["pictures"], config.video_frames))
+    frames = most + image
+    heard = np.array([fbank.WINDOW_COUNT[name] for name in WINDOWS])[windows]
+    video = np.where(traits & SAYS_VIDEO, np.where(pair, frames - 1, frames) * config.visual_queries, 1)
+    picture = np.where(traits & SAYS_IMAGE, np.where(pair, 1, frames) * config.visual_queries, 1)
+    runs = {"v": video, "i": picture, "a": heard * config.audio_queries}
+    needed, good = np.zeros(len(traits), int), ((traits & AGREES) > 0) & ((traits & REFUSED) == 0)
+    for text in ("prompt",) if config.prompt_only else ("prompt", "target"):
+        good &= lengths[f"{text}_ids"] >= 0
+        needed += lengths[f"{text}_ids"] + sum(lengths[f"{text}_{name}"] * (run - 1) for name, run in runs.items())
+    fitting = np.searchsorted(config.lengths, needed)
+    single = np.array([name in (*fbank.SINGLE, "none") for name in WINDOWS])[windows]
+    bucket = (
+        np.append(config.lengths, -1)[fitting],
+        np.where(shows_clip, config.video_frames + pair, 1),
+        np.where(single, 1, 10),
+        np.array([fbank.WINDOW_FRAMES[name] for name in WINDOWS])[windows],
+        columns["mask_kind"] != MASK_KINDS.index("none"),
+    )
+    good &= fitting < len(config.lengths)
+    return np.stack(bucket, axis=1), good, np.stack([needed, frames, heard], axis=1).astype(np.int32)
 
 
 def _indexed(tables: Sequence[tuple[str, str]], rows: Shared, marks: bool) -> Indexed:
@@ -708,9 +717,13 @@ def _tables(root: str | Path, wanted: Wanted) -> dict[str, Table]:
     return there if len(there) == len(tables) else {}
 
 
-def without_leaks(examples: Indexed, root: str | Path, split: str, exclude: bool) -> tuple[Indexed, str]:
-    """Return what `leaks.without` returns, building only the Examples whose clips are held out."""
-    held = leaks.held_out(root, split)
+def without_leaks(
+    examples: Sequence[Example], roots: Sequence[str | Path], split: str, exclude: bool
+) -> tuple[Sequence[Example], str]:
+    """Return what `leaks.without` returns; of an index, only the Examples whose clips are held out are built."""
+    if not isinstance(examples, Indexed):
+        return leaks.without(examples, roots, split, exclude)
+    held = leaks.all_held_out(roots, split)
     gone, line = leaks.leaking(examples, examples.suspects(held.clips, held.own).tolist(), held, split, exclude)
     kept = np.ones(len(examples), bool)
     kept[gone] = False
@@ -764,7 +777,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
     parser.add_argument("--variants", default="train", help="variants of prompts (data.variant); default %(default)s")
-    parser.add_argument("--tokenizer", type=PATH, default="", help="the config key `tokenizer` of the runs to come")
+    parser.add_argument("--tokenizer", type=PATH, help="the config key `tokenizer` of the runs to come")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)

@@ -134,6 +134,18 @@ def held_out(root: str | Path, split: str = "train", names: Sequence[str] = ()) 
     return held
 
 
+def all_held_out(roots: Iterable[str | Path], split: str) -> Held:
+    """Return what `held_out` collects, of several roots together."""
+    held = Held(defaultdict(lambda: defaultdict(set)), set(), [])
+    for clips, own, unread in (held_out(root, split) for root in roots):
+        for video, by_dataset in clips.items():
+            for dataset, spans in by_dataset.items():
+                held.clips[video][dataset] |= spans
+        held.own.update(own)
+        held.unread.extend(unread)
+    return held
+
+
 def _lists(root: str | Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name, part in selection(root, names):
         if name not in (*NO_CLIPS, *SAME) and is_there(root, name):
@@ -232,12 +244,16 @@ def leak_problems(root: str | Path, names: Sequence[str] = ()) -> list[Problem]:
     return pairs + clips
 
 
-def without(examples: Sequence[Example], root: str | Path, split: str, exclude: bool) -> tuple[list[Example], str]:
+def without(
+    examples: Sequence[Example], roots: str | Path | Sequence[str | Path], split: str, exclude: bool
+) -> tuple[list[Example], str]:
     """Return (the Examples to train on, one line about the leaks among them or "").
 
-    exclude: whether to leave out Examples whose clip is in val or test of another dataset of the root.
+    roots: the data roots whose val and test count. exclude: whether to leave out Examples whose clip is in val or test
+    of another dataset.
     """
-    gone, line = leaking(examples, range(len(examples)), held_out(root, split), split, exclude)
+    held = all_held_out([roots] if isinstance(roots, str | Path) else roots, split)
+    gone, line = leaking(examples, range(len(examples)), held, split, exclude)
     left_out = set(gone)
     return [example for at, example in enumerate(examples) if at not in left_out], line
 

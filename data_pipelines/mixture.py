@@ -26,6 +26,7 @@ from data_pipelines.bucket_fill import Group, Padding, padding
 from data_pipelines.examples import Example, choice
 from data_pipelines.index import Indexed
 from data_pipelines.isolated import end_with_parent
+from data_pipelines.several import Several, parts_of
 from data_pipelines.shared import Shared
 from data_pipelines.tokens import Tokenizer
 
@@ -43,48 +44,56 @@ def group_by_bucket(
     tokenizer: Tokenizer,
     config: DataConfig,
     skipped: Path | None = None,
-    check: Callable[[Example], None] = lambda example: None,
+    check: Check | Sequence[Check] = lambda example: None,
 ) -> dict[Bucket, Group]:
     """Return the examples of each bucket, buckets in increasing order.
 
     With `on_error="skip"` an example that fits no bucket, or that `check` refuses, is left out with a warning and a
     line in the file `skipped`. Raises InputError otherwise, and when nothing is left. Examples of an index are not
-    built for this, and are not passed to `check`: the index holds which of them are refused.
+    built for this, and are not passed to `check`: the index holds which of them are refused. check: one for all, or one
+    for each root of Examples of several.
     """
-    leave_out = functools.partial(_left_out, config, skipped)
-    if isinstance(examples, Indexed):
-        buckets, of, fills = _placed_in_index(examples, tokenizer, config, leave_out)
-    else:
-        buckets, of, fills = _placed(examples, tokenizer, config, check, leave_out)
-    if not buckets:
+    numbers: dict[Bucket, int] = {}
+    of, fills, start = np.full(len(examples), -1, np.int32), np.zeros((len(examples), 3), np.int32), 0
+    parts = parts_of(examples)
+    for part, checked in zip(parts, [check] * len(parts) if callable(check) else check, strict=True):
+        here, settings = slice(start, start + len(part.examples)), part.config(config)
+        leave_out = functools.partial(_left_out, config, skipped, start)
+        if isinstance(part.examples, Indexed):
+            buckets, number_of, fills[here] = _placed_in_index(part.examples, tokenizer, settings, leave_out)
+        else:
+            buckets, number_of, fills[here] = _placed(part.examples, tokenizer, settings, checked, leave_out)
+        known = np.array([numbers.setdefault(bucket, len(numbers)) for bucket in buckets] + [-1], np.int32)
+        of[here], start = known[number_of], here.stop
+    if not (of >= 0).any():
         raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
     order = np.argsort(of, kind="stable")
-    edges = np.searchsorted(of[order], np.arange(len(buckets) + 1))
+    edges = np.searchsorted(of[order], np.arange(len(numbers) + 1))
     groups = {
         bucket: Group(order[first:last], fills[order[first:last]])
-        for bucket, first, last in zip(buckets, edges, edges[1:], strict=False)
+        for bucket, first, last in zip(numbers, edges, edges[1:], strict=False)
+        if first < last
     }
     return dict(sorted(groups.items()))
 
 
+Check = Callable[[Example], None]
 Placed = tuple[list[Bucket], np.ndarray, np.ndarray]  # buckets, int[N] of each example or -1, int[N,3] its Fill
 LeaveOut = Callable[[int, Example, InputError], None]
 
 
-def _left_out(config: DataConfig, skipped: Path | None, index: int, example: Example, error: InputError) -> None:
-    """Note an example that is left out. Raises its error unless bad examples are skipped."""
+def _left_out(
+    config: DataConfig, skipped: Path | None, start: int, at: int, example: Example, error: InputError
+) -> None:
+    """Note that example `start + at` is left out. Raises its error unless bad examples are skipped."""
     if config.on_error == "raise":
         raise error
     _log.warning("left out example %s: %s", printable(example.id), error)
-    note_skipped(skipped, index, example, error)
+    note_skipped(skipped, start + at, example, error)
 
 
 def _placed(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    check: Callable[[Example], None],
-    leave_out: LeaveOut,
+    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, check: Check, leave_out: LeaveOut
 ) -> Placed:
     numbers: dict[Bucket, int] = {}
     of, fills = np.full(len(examples), -1, np.int64), np.zeros((len(examples), 3), np.int32)
@@ -127,7 +136,8 @@ class BatchLoader:
         self.rows, self.skipped = rows, skipped
         self.bad: dict[int, str] = {}
         # Settings that prepared shards lack must raise at once: they are no fault of an example.
-        decoded.source(root, config.decoding)
+        for part in parts_of(examples):
+            decoded.source(part.root or root, part.config(config).decoding)
         self.rings = [group.positions for group in groups.values()]
 
     def __call__(self, indices: np.ndarray) -> Batch:
@@ -158,7 +168,11 @@ class BatchLoader:
         if index in self.bad:
             return None
         try:
-            return load(self.examples[index], self.root, self.tokenizer, self.config, index)
+            root, config = self.root, self.config
+            if isinstance(self.examples, Several):
+                part = self.examples.parts[self.examples.number_of(index)]
+                root, config = part.root, part.config(config)
+            return load(self.examples[index], root, self.tokenizer, config, index)
         except InputError as error:
             if self.config.on_error == "raise":
                 raise
@@ -228,9 +242,16 @@ def _one_of_groups(positions: np.ndarray, marks: np.ndarray | None) -> OneOfGrou
 
 
 def _marks(examples: Sequence[Example]) -> np.ndarray | None:
-    """Return int[N]: a number for each value of `one_of`, -1 for examples without; None when no example has one."""
-    if isinstance(examples, Indexed):
-        return examples.marks_of()
+    """Return int[N]: a number for each value of `one_of` in a root, -1 for examples without; None when none has one."""
+    marks, first = [], 0
+    for part in parts_of(examples):
+        own = part.examples.marks_of() if isinstance(part.examples, Indexed) else _marks_of(part.examples)
+        marks.append(np.full(len(part.examples), -1) if own is None else np.where(own < 0, -1, own + first))
+        first += 0 if own is None else int(own.max()) + 1
+    return np.concatenate(marks) if first else None
+
+
+def _marks_of(examples: Sequence[Example]) -> np.ndarray | None:
     numbers: dict[str, int] = {}
     given = (example.meta.get("one_of") for example in examples)
     marks = np.fromiter((-1 if m is None else numbers.setdefault(m, len(numbers)) for m in given), int, len(examples))
@@ -239,11 +260,15 @@ def _marks(examples: Sequence[Example]) -> np.ndarray | None:
 
 def _tasks(examples: Sequence[Example]) -> tuple[np.ndarray, list[str]]:
     """Return (int[N], names): the task of each example as a position in the names."""
-    if isinstance(examples, Indexed):
-        return examples.tasks()
     names = list(TASKS)
     number = {name: at for at, name in enumerate(names)}
-    return np.fromiter((number[example.task] for example in examples), int, len(examples)), names
+    parts = [
+        part.examples.tasks()[0]
+        if isinstance(part.examples, Indexed)
+        else np.fromiter((number[example.task] for example in part.examples), int, len(part.examples))
+        for part in parts_of(examples)
+    ]
+    return np.concatenate(parts), names
 
 
 def _rates(counts: Mapping[str, int], weights: Mapping[str, float] | None) -> dict[str, float]:
@@ -305,7 +330,7 @@ def train_order(
     weights: Mapping[str, float] | None = None,
     skipped: Path | None = None,
     curriculum: Mapping[str, int] | None = None,
-    check: Callable[[Example], None] = lambda example: None,
+    check: Check | Sequence[Check] = lambda example: None,
 ) -> TrainOrder:
     """Return the order of training: every batch from one bucket, the same for any number of processes and workers.
 
@@ -314,7 +339,7 @@ def train_order(
     in which each occurs once per epoch. Those with the same `one_of` in their meta count as one example: an epoch takes
     one of them, chosen again each time. skipped: file that lists examples left out (see `group_by_bucket`). curriculum:
     task -> number of the first batch that may hold it (default 0). Whenever a task joins, the others are shuffled
-    again. check: raises InputError for an example that must not be trained on.
+    again. check: raises InputError for an example that must not be trained on; see `group_by_bucket`.
     """
     groups = group_by_bucket(examples, tokenizer, config, skipped, check)
     marks, (task_of, tasks) = _marks(examples), _tasks(examples)

@@ -50,7 +50,7 @@ from crab_jax.io.locks import locked, locked_file
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
 from crab_jax.tasks import add_flag, use_tasks
-from data_pipelines import datasets, fbank, media, parts, shards
+from data_pipelines import datasets, fbank, index, media, parts, shards
 from data_pipelines.decoded import Files
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.isolated import end_with_parent
@@ -980,9 +980,10 @@ def _requested(arguments: argparse.Namespace) -> tuple[Settings, list[tuple[str,
 
 
 def _tell(out: Path, failed: Sequence[str]) -> None:
-    """Print what a prepared root holds, and which media could not be decoded."""
-    _tell_failed(failed)
+    """Write the index of a finished root, and print what the root holds and which media could not be decoded."""
     manifest = read_json(out / MANIFEST)
+    index.write_all(out, variants=manifest["variants"], progress=on_stderr)
+    _tell_failed(failed)
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(f"{out}: {manifest['records']} media, {size / 1e9:.2f} GB in {len(manifest['shards'])} shards")
 

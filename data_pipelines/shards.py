@@ -496,7 +496,7 @@ def opened(root: str | Path) -> Shards | None:
     return _opened(path, stamp)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _opened(root: str, stamp: int) -> Shards:
     return Shards(root)
 

@@ -28,7 +28,7 @@ from crab_jax.losses import LossConfig, Term
 from crab_jax.models.protocol import Model
 from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.watchdog import Watchdog
-from crab_jax.runs import run_data
+from crab_jax.runs import run_data, run_folder
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.task import sample_metric
 from crab_jax.training.train_step import loss_rows
@@ -36,6 +36,7 @@ from data_pipelines import mixture
 from data_pipelines.batching import Batch, Bucket
 from data_pipelines.bucket_fill import Group
 from data_pipelines.examples import Example, spread
+from data_pipelines.several import Part, Several, parts_of
 from data_pipelines.tokens import EOS, Tokenizer
 
 SAMPLES = "samples"  # key beside the loss terms: the number of Examples that were counted
@@ -82,25 +83,39 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
     if not config.eval_every:
         return None
     drawn, fix = config.mixture, "name a split of the data with --config.eval_split, or give --config.eval_every=0"
-    try:
-        annotated = run_data.read_examples(
-            drawn.root,
-            config.eval_split,
-            datasets=drawn.datasets,
-            variant=drawn.variant,
-            frames="all",
-            missing=config.data.on_error,
-            malformed=config.data.on_error,
-        )
-    except InputError as error:
-        problem = f"is {config.eval_split!r}, which cannot be read: {error}"
-        raise InputError("--config", "eval_split", problem, fix) from None
-    usable = [e for e in annotated if drawn.weights[e.task] > 0 and e.target and (e.mask or e.mask_kind == "none")]
+    usable: list[Example] = []
+    root_of: dict[int, str] = {}  # id of the object -> its data root
+    failed: list[InputError] = []
+    for root in drawn.places:
+        try:
+            annotated = run_data.read_examples(
+                root,
+                config.eval_split,
+                datasets=drawn.datasets,
+                variant=drawn.variant,
+                frames="all",
+                missing=config.data.on_error,
+                malformed=config.data.on_error,
+            )
+        except InputError as error:
+            failed.append(error)
+            continue
+        usable += [e for e in annotated if drawn.weights[e.task] > 0 and e.target and (e.mask or e.mask_kind == "none")]
+        root_of |= {id(example): root for example in annotated}
+    if len(failed) == len(drawn.places):
+        problem = f"is {config.eval_split!r}, which cannot be read: {failed[0]}"
+        raise InputError("--config", "eval_split", problem, fix)
+    for error in failed:
+        run_folder.log.warning("not among the held-out examples: %s", error)
     if not usable:
         problem = f"is {config.eval_split!r}, which has no example with an answer of any task that the run trains on"
         raise InputError("--config", "eval_split", problem, fix)
-    examples = spread(usable, config.eval_samples)
-    run_data.check_tenths(config.data.video_frames, examples)
+    examples: Sequence[Example] = spread(usable, config.eval_samples)
+    if drawn.places[1:]:
+        of_root = {root: [e for e in examples if root_of[id(e)] == root] for root in drawn.places}
+        examples = Several([Part(root, found, run_data.own_frames(root)) for root, found in of_root.items()])
+    for part in parts_of(examples):
+        run_data.check_tenths(part.frames or config.data.video_frames, part.examples)
     check = (lambda example: check_labels([example])) if config.eval_answers else lambda example: None
     groups = mixture.group_by_bucket(examples, tokenizer, config.data, check=check)
     tasks = [task for task in TASKS if drawn.weights[task] > 0]
@@ -214,7 +229,7 @@ class Evaluation:
         self.batches = mixture.answered_batches(
             chosen.examples,
             chosen.groups,
-            config.mixture.root,
+            config.mixture.places[0],
             tokenizer,
             config.data,
             self.rows,

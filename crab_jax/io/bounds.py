@@ -233,6 +233,18 @@ class Place(Bound):
         return f"is a {'path of Windows' if len(kind) == 1 else 'URL'}, which is no file or folder here: {fix}"
 
 
+class Places(Bound):
+    """Comma-separated paths as in `Place`, each at most once; "" for none."""
+
+    wanted = "paths with commas between them, each once"
+
+    def fits(self, value: Any) -> bool:
+        """Return whether `value` is a text of distinct paths."""
+        paths = value.split(",") if isinstance(value, str) and value else []
+        each_fits = all(path and Place().fits(path) for path in paths)
+        return isinstance(value, str) and len(paths) == len(set(paths)) and each_fits
+
+
 def _unexpanded(value: str) -> str:
     """Return what is wrong with a path that does not exist and that a shell would have expanded or stripped, or ""."""
     if re.match(r"~[\w.-]*(/|$)|\$\{?[a-z_]\w*", value, re.IGNORECASE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -20,11 +21,12 @@ from crab_jax.io.errors import InputError
 from crab_jax.io.files import json_object, write_whole
 from crab_jax.parallel import distributed
 from crab_jax.runs.run_folder import log
-from data_pipelines import datasets, decoded, fbank, index, leaks, mixture, shards
+from data_pipelines import datasets, decoded, fbank, index, mixture, shards
 from data_pipelines.batching import Batch, Bucket
 from data_pipelines.examples import Example, learned, seg_source
 from data_pipelines.index import TENTH, Indexed
 from data_pipelines.mistakes import TrainingLabels
+from data_pipelines.several import Part, Several, parts_of
 from data_pipelines.tokens import Tokenizer
 
 TENTHS = fbank.WINDOW_COUNT["ten"]  # number of values of `second` in a video
@@ -40,34 +42,47 @@ def read_examples(root: str | Path, split: str, **options: Any) -> list[Example]
 
 
 def train_examples(config: RunConfig, skipped: Path | None = None) -> Sequence[Example]:
-    """Return the Examples that a run may draw; of the index of the data root, where it has one.
+    """Return the Examples that a run may draw, `Several` for several data roots; of the index of a root that has one.
 
     skipped: Examples left out by data.on_error=skip are listed in LEFT_OUT beside this file.
     """
     chosen = config.mixture
     left_out: list[datasets.LeftOut] = []
-    if not chosen.root:
-        raise InputError("--config", "data.root", "is not set", "give --config.data.root=DIR")
-    wanted = index.Wanted(chosen.split, chosen.datasets, chosen.variant, chosen.frames, config.data.on_error)
-    began = time.monotonic()
-    examples = index.read(chosen.root, wanted, left_out)
-    if (seconds := time.monotonic() - began) > LONG and not isinstance(examples, Indexed):
-        distributed.say(
-            f"reading the annotations took {seconds:.0f} s, which `python -m data_pipelines index --root "
-            f"{chosen.root}` saves at every later start"
-        )
+    parts, room = [], chosen.limit or sys.maxsize
+    for root in chosen.places:
+        examples = examples_of_root(config, root, left_out)
+        examples = examples if len(examples) <= room else examples[:room]
+        parts.append(Part(root, examples, own_frames(root) if chosen.places[1:] else 0))
+        room -= len(examples)
     if skipped and left_out and not jax.process_index():
         list_left_out(skipped.with_name(LEFT_OUT), left_out)
-    without: Any = index.without_leaks if isinstance(examples, Indexed) else leaks.without
-    examples, leaking = without(examples, chosen.root, chosen.split, chosen.exclude_leaks)
+    return Several(parts) if parts[1:] else parts[0].examples
+
+
+def examples_of_root(config: RunConfig, root: str, left_out: list[datasets.LeftOut]) -> Sequence[Example]:
+    """Return the Examples of one data root that a run may draw; `left_out` collects the rows that are not read."""
+    chosen = config.mixture
+    wanted = index.Wanted(chosen.split, chosen.datasets, chosen.variant, chosen.frames, config.data.on_error)
+    began = time.monotonic()
+    examples = index.read(root, wanted, left_out)
+    if (seconds := time.monotonic() - began) > LONG and not isinstance(examples, Indexed):
+        distributed.say(
+            f"reading the annotations took {seconds:.0f} s, which `python -m data_pipelines index --root {root}` "
+            "saves at every later start"
+        )
+    examples, leaking = index.without_leaks(examples, chosen.places, chosen.split, chosen.exclude_leaks)
     if leaking:
         log.warning("%s", leaking)
     if isinstance(examples, Indexed):
         task_of, tasks = examples.tasks()
-        examples = examples.take(np.array([chosen.weights[task] > 0 for task in tasks])[task_of])
-    else:
-        examples = [example for example in examples if chosen.weights[example.task] > 0]
-    return examples[: chosen.limit] if chosen.limit else examples
+        return examples.take(np.array([chosen.weights[task] > 0 for task in tasks])[task_of])
+    return [example for example in examples if chosen.weights[example.task] > 0]
+
+
+def own_frames(root: str | Path) -> int:
+    """Return the number of frames of a video in a prepared root; 0 for a raw root, which is read with any number."""
+    prepared = shards.opened(root)
+    return prepared.decoding.video_frames if prepared else 0
 
 
 def train_order(
@@ -79,16 +94,15 @@ def train_order(
     """
     drawn = config.mixture
     examples = train_examples(config, skipped) if examples is None else examples
-    check_tenths(config.data.video_frames, examples)
     if drawn.batch_size > len(examples):
         log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
-    if isinstance(examples, Indexed):
-        counts = examples.counts(config.seed)
-    else:
-        counts = Counter(e.task for e in datasets.one_frame_each(examples, config.seed, epoch=0))
+    counts: Counter[str] = Counter()
+    for part in parts_of(examples):
+        check_tenths(part.frames or config.data.video_frames, part.examples)
+        counts += first_epoch(part.examples, config.seed)
     # A cap limits a task's share, not its examples: those left over in one epoch come in the next.
     weights = {task: min(n, drawn.caps[task] or n) * drawn.weights[task] for task, n in counts.items()}
-    labels = TrainingLabels(drawn.root, drawn.split)
+    labels = [TrainingLabels(root, drawn.split) for root in drawn.places]
     order = mixture.train_order(
         examples,
         tokenizer,
@@ -98,12 +112,20 @@ def train_order(
         weights,
         skipped,
         drawn.curriculum,
-        labels.check,
+        [of_root.check for of_root in labels],
     )
-    if isinstance(examples, Indexed):
-        labels.odd, labels.first_odd = examples.odd()
-    labels.warn()
+    for part, of_root in zip(parts_of(examples), labels, strict=True):
+        if isinstance(part.examples, Indexed):
+            of_root.odd, of_root.first_odd = part.examples.odd()
+        of_root.warn()
     return order
+
+
+def first_epoch(examples: Sequence[Example], seed: int) -> Counter[str]:
+    """Return the number of Examples of each task in the first epoch."""
+    if isinstance(examples, Indexed):
+        return examples.counts(seed)
+    return Counter(example.task for example in datasets.one_frame_each(examples, seed, epoch=0))
 
 
 def check_tenths(frames: int, examples: Sequence[Example]) -> None:
@@ -127,9 +149,18 @@ def data_identity(config: RunConfig, examples: Sequence[Example]) -> dict[str, A
 
     It has the number of Examples, their hash, and the hash of the media of a prepared root.
     """
-    media = media_identity(config.mixture.root, config.mixture.split, examples)
-    digest = examples.learned() if isinstance(examples, Indexed) else learned(examples)
-    return {"count": len(examples), "examples": digest, **({"prepared": media} if media else {})}
+    digests, media = [], []
+    for root, part in zip(config.mixture.places, parts_of(examples), strict=True):
+        found = part.examples
+        digests.append(found.learned() if isinstance(found, Indexed) else learned(found))
+        media.append(media_identity(root, config.mixture.split, part.examples))
+    prepared = {"prepared": _together(media)} if any(media) else {}
+    return {"count": len(examples), "examples": _together(digests), **prepared}
+
+
+def _together(digests: Sequence[str]) -> str:
+    """Return one hash for those of several data roots; that of a single root itself."""
+    return digests[0] if len(digests) == 1 else hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
 
 
 def media_identity(root: str | Path, split: str, examples: Sequence[Example]) -> str:
@@ -147,7 +178,7 @@ def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: Ru
 
     The manifest is updated, also for a run that is older than the record or that moved from a raw to a prepared root.
     """
-    manifest, root = checkpoints.manifest, str(config.mixture.root)
+    manifest, root = checkpoints.manifest, " and ".join(config.mixture.places)
     old = manifest.get("data", {})
     if not old:
         print(
@@ -196,7 +227,7 @@ def train_dataset(
     rows: which rows of each batch to load (see data_pipelines/mixture.py).
     """
     return mixture.train_dataset(
-        order, config.mixture.root, tokenizer, config.data, rows, start, config.mixture.workers, skipped
+        order, config.mixture.places[0], tokenizer, config.data, rows, start, config.mixture.workers, skipped
     )
 
 
@@ -235,7 +266,10 @@ def skipped_examples(workdir: Path) -> dict[int, dict[str, Any]]:
 
 def data_root(given: str, config: RunConfig) -> Path:
     """Return --data, or else the root that the checkpoint was trained on if it exists here. Raises InputError."""
-    root = given or config.mixture.root
+    if not given and len(config.mixture.roots) > 1:
+        roots = " and ".join(config.mixture.roots)
+        raise InputError("--data", "", f"is not given, and the checkpoint was trained on {roots}", "give one of them")
+    root = given or next(iter(config.mixture.roots), config.mixture.root)
     if not root or not (given or Path(root).is_dir()):
         trained_on = f"on {root}, which is no folder here" if root else "without one"
         raise InputError("--data", "", f"is not given, and the checkpoint was trained {trained_on}", "give --data=DIR")

@@ -41,6 +41,7 @@ FREE_KEYS = (
     "tasks",
     "data.workers",
     "data.root",
+    "data.roots",
     "data.cache_dir",
     "data.allow_other",
     "mesh.data",
@@ -49,7 +50,7 @@ FREE_KEYS = (
     "mesh.slices",
 )
 # The processes of one run may differ in these keys, which say where a host has its files and how it reads them.
-OWN_KEYS = ("data.root", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
+OWN_KEYS = ("data.root", "data.roots", "data.cache_dir", "data.workers", "watchdog_seconds", "init_from", "tokenizer")
 
 _SECTION = Each(Text(1, 100), Anything())
 RUN_CONFIG = {
@@ -61,7 +62,7 @@ RUN_CONFIG = {
 # Keys that determine the arrays of an existing run. Other keys of an old run may violate bounds that were added later.
 _DECIDING = re.compile(
     r"frozen_dtype|trainable|frozen|(sizes|mesh)\..*|"
-    r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|root|cache_dir|workers)"
+    r"data\.(video_frames|lengths|pad_short_audio|blank_video|mute_audio|roots?|cache_dir|workers)"
 )
 log = logging.getLogger(__name__)
 
