@@ -39,6 +39,7 @@ from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.preemption import StopRequest
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_folder, run_mesh, run_params
+from crab_jax.training.first_step import FirstStep
 from crab_jax.training.metrics_log import Logger
 from crab_jax.training.skip_guard import SkipGuard, device_wait
 from crab_jax.training.train_step import TrainState, abstract_state, compile_step, learns_nothing
@@ -137,6 +138,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     order = run_data.train_order(config, tokenizer, skipped, examples)
     name = f"process {jax.process_index()}" if jax.process_count() > 1 else ""
     watchdog = Watchdog(config.watchdog_seconds, name, silent=distributed.silent)
+    first = FirstStep()
     with watchdog, StopRequest() as stop:
         state, frozen = start_or_resume(config, model, mesh, tx, checkpoints, {"data": trained_on})
         start = int(state.step)
@@ -178,6 +180,11 @@ def train(config: RunConfig, workdir: Path) -> None:
             with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):
                 batch = distributed.global_batch(own, batch_at, config.mixture.batch_size)
                 state, metrics = step_fn(state, frozen, batch)
+            if step == start + 1:
+                with watchdog.waiting(device_wait(step)):
+                    noted = first.done(step, metrics)
+                if logger:
+                    logger.note(*noted)
             guard.add(step, metrics, own)
             with watchdog.waiting(device_wait(step)):
                 if logger:

@@ -246,9 +246,10 @@ def losses(workdir: Path) -> list[float]:
 
 @pytest.mark.exhaustive
 def test_two_processes_stop_on_sigterm_together_and_any_mesh_goes_on(questions, tmp_path):
-    """2 processes x 4 devices, stopped by a signal to one of them, resumed on one device: what one device gives."""
+    """2 processes x 4 devices, a slice each, stopped by a signal to one of them; resumed on 4 slices of one process,
+    then on one device: what one device gives."""
     steps = ("--config.steps=60", "--config.checkpoint_every=100", "--config.optim.schedule=constant")
-    both = Processes(2, questions, tmp_path / "run", *steps, "--config.mesh.fsdp=4")
+    both = Processes(2, questions, tmp_path / "run", *steps, "--config.mesh.fsdp=4", "--config.mesh.slices=2")
     deadline = time.monotonic() + 900
     while last_step(tmp_path / "run") < 2 and time.monotonic() < deadline and both.all[0].poll() is None:
         time.sleep(0.05)
@@ -260,13 +261,15 @@ def test_two_processes_stop_on_sigterm_together_and_any_mesh_goes_on(questions, 
     assert not re.search(r"^step |^stopped", ended[1][1], re.M), "only process 0 writes"
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
 
-    steps = (f"--config.steps={stopped + 2}", *steps[1:])
-    alone = Processes(1, questions, tmp_path / "alone", *steps, devices=1).end()
+    last = (f"--config.steps={stopped + 2}", *steps[1:])
+    alone = Processes(1, questions, tmp_path / "alone", *last, devices=1).end()
     assert alone[0][0] == 0, alone
     described = tmp_path / "run" / "config.json"  # of a run with fewer steps, to make the test short
-    described.write_text(json.dumps(json.loads(described.read_text()) | {"steps": stopped + 2}))
-    resumed = Processes(1, questions, tmp_path / "run", *steps, devices=1).end()
-    assert resumed[0][0] == 0 and f"resumed from step {stopped}" in resumed[0][1], resumed
+    for more, devices, mesh in ((1, 4, ("--config.mesh.slices=4",)), (2, 1, ())):
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"steps": stopped + more}))
+        words = (f"--config.steps={stopped + more}", *steps[1:], *mesh)
+        resumed = Processes(1, questions, tmp_path / "run", *words, devices=devices).end()
+        assert resumed[0][0] == 0 and f"resumed from step {stopped + more - 1}" in resumed[0][1], resumed
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5)
 
 

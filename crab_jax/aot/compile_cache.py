@@ -1,4 +1,4 @@
-"""The persistent compilation cache: programs are compiled once per machine, not once per process."""
+"""The persistent compilation cache: programs are compiled once per machine or bucket, not once per process."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
+from etils import epath
 from jax._src import lru_cache  # no public API replaces the writer of entries
 
+from crab_jax.io.errors import InputError
 from crab_jax.io.files import write_whole
+
+EXTRAS = {"gs": ("gcsfs", "-e '.[gcs]'"), "s3": ("s3fs", "-e '.[s3]'")}  # scheme of a bucket: its package, our extra
 
 
 def enable() -> None:
     """Keep compiled programs under ~/.cache/crab_jax (XDG_CACHE_HOME moves ~/.cache).
 
-    JAX_COMPILATION_CACHE_DIR names another folder. If the folder cannot be written, print a note and keep nothing.
+    JAX_COMPILATION_CACHE_DIR names another folder, also gs://bucket/folder or s3://bucket/folder, which all hosts of a
+    run and its restarts share; process 0 alone writes there. If the folder cannot be written, print a note and keep
+    nothing. Raises InputError if the package for the bucket is not installed.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if "://" in chosen:
+        if not _bucket_answers(chosen):
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # which XLA writes to local folders only
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "crab_jax" / "xla"
         try:
             if not folder.is_absolute():  # without a home folder
@@ -34,6 +48,25 @@ def enable() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     lru_cache.LRUCache.put = _put  # type: ignore[method-assign,assignment]
+
+
+def _bucket_answers(place: str) -> bool:
+    """Return whether a bucket answers; if not, print why. Raises InputError for a place that nothing here can open."""
+    scheme = place.partition("://")[0]
+    where = "environment", "JAX_COMPILATION_CACHE_DIR"
+    if scheme not in EXTRAS:
+        raise InputError(*where, f"is {place!r}", "give a folder, gs://bucket/folder or s3://bucket/folder")
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        package, extra = EXTRAS[scheme]
+        raise InputError(*where, f"is {place!r}, and {package} is not installed", f"pip install {extra}") from error
+    try:
+        epath.Path(place).exists()
+    except Exception as error:  # whatever the library of the bucket raises: no credentials, no bucket, no network
+        _not_kept(place, " ".join(str(error).split())[:200] or type(error).__name__)
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)

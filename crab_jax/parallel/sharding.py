@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -139,6 +139,51 @@ def constrained(mesh: Mesh | None) -> Iterator[None]:
         return
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules(mesh)):
         yield
+
+
+def by_slice(gradient: Callable[..., Any], mesh: Mesh, trainable: Any) -> Callable[..., Any]:
+    """Return `gradient(params, batch, rng) -> (grads, metrics)`, taken by each slice of its rows and added over slices.
+
+    Left to itself, the compiler adds gradients over slices once per layer and micro-batch, and several devices of a
+    slice send the same part. So each device sends its own part of the gradient once per step, and nothing else crosses
+    slices but the metrics. `trainable` gives the shardings of gradients. Slices draw from different keys. A mesh of one
+    slice leaves `gradient` as it is.
+    """
+    if SLICES not in mesh.shape:
+        return gradient
+
+    def of_slice(params: Any, batch: Any, rng: jax.Array) -> Any:
+        own = tuple((name, _without(axes)) for name, axes in rules(mesh))
+        with nn.logical_axis_rules(own):
+            grads, metrics = gradient(params, batch, jax.random.fold_in(rng, jax.lax.axis_index(SLICES)))
+        parts = jax.tree.map(
+            lambda grad, leaf: jax.lax.with_sharding_constraint(grad, _in_parts(leaf, mesh)), grads, trainable
+        )
+        return jax.lax.psum((parts, metrics), SLICES)
+
+    return jax.shard_map(
+        of_slice,
+        mesh=mesh.abstract_mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(SLICES), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names={SLICES},
+        check_vma=False,
+    )
+
+
+def _in_parts(leaf: Any, mesh: Mesh) -> PartitionSpec:
+    """Return the spec of a leaf whose largest fitting axis is also split over the row axes that do not split it yet."""
+    spec = [*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec))]
+    unused = tuple(axis for axis in ROWS if axis not in spec)
+    parts = math.prod(mesh.shape[axis] for axis in unused)
+    fitting = [(size, number) for number, size in enumerate(leaf.shape) if spec[number] is None and size % parts == 0]
+    if fitting:
+        spec[max(fitting)[1]] = unused
+    return PartitionSpec(*spec)
+
+
+def _without(axes: Any) -> Any:
+    return tuple(axis for axis in axes if axis != SLICES) if isinstance(axes, tuple) else axes
 
 
 def rules(mesh: Mesh) -> tuple[tuple[str, Any], ...]:

@@ -74,8 +74,14 @@ class Logger:
         self.board = Board(workdir / "tensorboard", start)
         keep_until(self.path, start)
         self.window: list[tuple[int, dict[str, Any], float]] = []
+        self.noted: dict[str, float] = {}
         self.began, self.first = time.monotonic(), start
         self.mark = self.began
+
+    def note(self, values: Mapping[str, float], line: str) -> None:
+        """Print a line, and add values to the record of the next window."""
+        self.noted |= values
+        print(line, flush=True)
 
     def add(self, step: int, metrics: dict[str, Any], rows: int, waited: float) -> None:
         """Record one step of `rows` rows; after every `every` steps write the means of the window.
@@ -100,7 +106,9 @@ class Logger:
             "padding_share": 1 - sum(int(v["tokens"]) for v in values) / sum(int(v["slots"]) for v in values),
             "input_wait_share": sum(w for _, _, w in self.window) / seconds,
             "skipped": len(values) - len(applied),
+            **self.noted,
         }
+        self.noted = {}
         if self.count_skipped:
             record["skipped_examples"] = len(run_data.skipped_examples(self.workdir))
         self.window = []

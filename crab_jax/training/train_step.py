@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -39,6 +40,7 @@ def train_step(
     loss_cfg: losses.LossConfig,
     seed: int,
     accumulate: int,
+    by_slice: Callable[..., Any] = lambda gradient: gradient,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Take one optimizer step, and return the new state with the metrics of the step.
 
@@ -46,7 +48,7 @@ def train_step(
 
     Losses are sums divided by counts of the whole batch, so that the gradient does not depend on the number of
     micro-batches, `accumulate`. Micro-batch i takes rows i, i + accumulate, ..., so that every device splits its own
-    rows.
+    rows. `by_slice` has every slice take the gradient of its rows before slices are added (see `sharding.by_slice`).
 
     If the loss, the gradient or a new parameter is not finite, parameters and moments stay unchanged and the metric
     `skipped` is 1; the step and the count of the schedule still increase. `bad_rows` is the number of rows whose loss
@@ -56,7 +58,9 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
-    def loss_of(trainable: Any, micro: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_of(
+        trainable: Any, frozen: Any, counts: Any, micro: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
         out: Any = model.apply(
             {"params": optim.merge(trainable, frozen)}, micro, deterministic=False, rngs={"dropout": rng}
         )
@@ -73,12 +77,11 @@ def train_step(
             "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32),
         }
 
-    def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
-        return jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
+    grad_of = jax.grad(loss_of, has_aux=True)
 
-    if accumulate == 1:
-        grads, metrics = grad_of(batch, rng)
-    else:
+    def gradient(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
+        if accumulate == 1:
+            return grad_of(*params, batch, rng)
         micros = jax.tree.map(
             lambda x: nn.with_logical_constraint(
                 x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
@@ -86,15 +89,15 @@ def train_step(
             ),
             batch,
         )
-        shapes = jax.eval_shape(grad_of, jax.tree.map(lambda x: x[0], micros), rng)
+        shapes = jax.eval_shape(grad_of, *params, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(carry, scanned):
-            micro, key = scanned
-            return jax.tree.map(jnp.add, carry, grad_of(micro, key)), None
+            return jax.tree.map(jnp.add, carry, grad_of(*params, *scanned)), None
 
-        (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))
+        return jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))[0]
 
+    grads, metrics = by_slice(gradient)((state.trainable, frozen, counts), batch, rng)
     norm = optax.global_norm(grads)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
@@ -140,6 +143,7 @@ def compile_step(
 
     Batch rows are sharded over the mesh and taken in `micro_batches` parts one after the other; metrics are replicated.
     """
+    by_slice = partial(sharding.by_slice, mesh=mesh, trainable=state.trainable)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         with sharding.constrained(mesh):
@@ -152,6 +156,7 @@ def compile_step(
                 loss_cfg=config.loss,
                 seed=config.seed,
                 accumulate=micro_batches,
+                by_slice=by_slice,
             )
 
     state_shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from configs import tiny
 from crab_jax import optim
+from crab_jax.aot import hlo
 from crab_jax.config import resolve
 from crab_jax.models.crab import Crab
 from crab_jax.parallel import distributed, sharding
@@ -120,10 +122,14 @@ def steps(params, masks: int, shape: tuple[int, ...], accumulate: int, remat: st
         out_shardings=jax.tree.map(lambda x: x.sharding, where),
     )(trainable)
     step = train_step.compile_step(config, model, mesh, state, tx, accumulate)
+    slices = mesh.shape.get(sharding.SLICES, 1)
     batch, batch_at = batch_of(model.cfg.clip.image_size, masks), sharding.batch_sharding(mesh)
     batch.loss_mask[0, LENGTH - 1 :] &= not less
     rows = distributed.own_rows(batch_at, ROWS)
     batch = distributed.global_batch(jax.tree.map(lambda x: x[rows], batch), batch_at, ROWS)
+    if slices > 1:
+        step = step.lower(state, frozen, batch).compile()
+        check_crossings(hlo.by_network(hlo.ops(step.as_text()), mesh.size // slices)["dcn"], trainable, mesh, masks)
     seen = []
     for _ in range(STEPS):
         state, metrics = step(state, frozen, batch)
@@ -134,6 +140,20 @@ def steps(params, masks: int, shape: tuple[int, ...], accumulate: int, remat: st
         "moments": whole(optax.tree.get(state.opt, "mu")),
         "parameters": whole(state.trainable),
     }
+
+
+def check_crossings(between_slices, trainable, mesh, masks: int) -> None:
+    """Nothing crosses slices but each device's part of the gradient, once, and metrics of less than a hundredth of it:
+    nothing frozen or updated is gathered, and layers and micro-batches do not add to it.
+    """
+    with_gradient = {name: tree for name, tree in trainable.items() if masks or name != "seg_module"}
+    parts = [
+        NamedSharding(mesh, sharding._in_parts(leaf, mesh)).shard_shape(leaf.shape)
+        for leaf in jax.tree.leaves(with_gradient)
+    ]
+    size = sum(4 * int(np.prod(shape)) for shape in parts)
+    assert set(between_slices) == {"all-reduce"}, between_slices
+    assert size <= between_slices["all-reduce"]["bytes"] <= 1.01 * size, (between_slices, size)
 
 
 def whole(tree):

@@ -1,0 +1,53 @@
+"""How long a run took from the start of its process to its first step, and what of it was compiled."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import monitoring
+
+# JAX's events for a program that was asked for, and for one that the persistent cache held.
+_ASKED, _FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
+
+
+class FirstStep:
+    """Counts programs from its creation to the first step of a run."""
+
+    def __init__(self) -> None:
+        self.asked = self.found = 0
+        monitoring.register_event_duration_secs_listener(self._ask)
+        monitoring.register_event_listener(self._find)
+
+    def _ask(self, event: str, seconds: float, **_: Any) -> None:
+        self.asked += event == _ASKED
+
+    def _find(self, event: str, **_: Any) -> None:
+        self.found += event == _FOUND
+
+    def done(self, step: int, metrics: Any) -> tuple[dict[str, float], str]:
+        """Wait for the first step and return (fields of metrics.jsonl, line of the log).
+
+        `first_step_s` is the number of seconds since the process started.
+        """
+        jax.block_until_ready(metrics)
+        monitoring.unregister_event_duration_listener(self._ask)
+        monitoring.unregister_event_listener(self._find)
+        seconds, compiled = process_seconds(), self.asked - self.found
+        line = (
+            f"step {step} was done {seconds:.1f} s after the process started ({'cold' if compiled else 'warm'}: "
+            f"{compiled} programs compiled, {self.found} from the cache)"
+        )
+        return {"first_step_s": seconds, "programs_compiled": compiled, "programs_from_cache": self.found}, line
+
+
+def process_seconds() -> float:
+    """Return the seconds since this process started, as Linux counts them; elsewhere the seconds of processor time."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return time.process_time()
