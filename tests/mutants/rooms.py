@@ -17,9 +17,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "losses": _own("crab_jax", "tests", "losses"),
     "optim": _own("crab_jax", "tests", "optim"),
     "scoring": _own("crab_jax/evaluation", "tests", "scoring", "tests/test_evaluate.py"),
-    "tasks": _own(
-        "crab_jax/tasks", "tests/tasks", "arig avcap ave avqa avs avvp ref_avs segmentation times", *TASKS
-    )
+    "tasks": _own("crab_jax/tasks", "tests/tasks", "arig avcap ave avqa avs avvp ref_avs segmentation times", *TASKS)
     | {f"crab_jax/tasks/{name}.py": (*TASKS, "tests/tasks/test_avqa.py") for name in ("task", "text", "placeholders")},
     "batching": _own("data_pipelines", "tests/data_pipelines", "batching"),
     "mixture": _own("data_pipelines", "tests/data_pipelines", "mixture"),
