@@ -18,7 +18,7 @@ from configs import tiny
 from crab_jax import optim
 from crab_jax.config import BOUNDS, bound_of, leaves, parse_flags, resolve
 from crab_jax.defaults import COMPAT_SIZES
-from crab_jax.io.bounds import Choice, Fixed, Flag, Modules, Name, Patterns, Place, Real, Whole, Wholes, Words
+from crab_jax.io.bounds import Choice, Fixed, Flag, Modules, Name, Patterns, Place, Places, Real, Whole, Wholes, Words
 from crab_jax.io.errors import InputError
 from crab_jax.losses import LossConfig
 from crab_jax.models import presets
@@ -158,7 +158,7 @@ def test_every_key_has_a_bound_of_its_own_type():
         int: (Whole,),
         float: (Real,),
         bool: (Flag, Fixed),
-        str: (Choice, Place, Name, Words, Modules),
+        str: (Choice, Place, Places, Name, Words, Modules),
         tuple: (Patterns, Wholes),
     }
     for key, value in leaves(tiny.get_config()):
