@@ -26,6 +26,7 @@ from crab_jax.io.bounds import (
     Choice,
     Fixed,
     Flag,
+    Module,
     Modules,
     Name,
     Patterns,
@@ -92,6 +93,7 @@ RUN_BOUNDS: dict[str, Bound] = {
     "seed": Whole(),
     "steps": Whole(1),
     "log_every": Whole(1),
+    "log_writer": Module(),
     "checkpoint_every": Whole(1),
     "keep": Whole(1),
     "max_skipped": Whole(1),
@@ -184,9 +186,10 @@ class RunConfig:
     random weights. fresh: parameter patterns that it may lack. trainable, frozen: patterns ('/'-joined paths, full
     match) that divide the parameters. frozen_dtype: of the frozen ones. tokenizer: a tokenizer.json or a Hugging Face
     folder. tasks: the modules of a user's tasks that the run was started with (crab_jax/tasks/__init__.py); they are
-    imported for a command line, never for a checkpoint. log_every, checkpoint_every: in steps. keep: number of
-    checkpoints. max_skipped: consecutive non-finite steps before the run ends. eval_every: steps between evaluations,
-    0 = never, on `eval_samples` Examples of each task of `eval_split`; eval_answers: generate answers too.
+    imported for a command line, never for a checkpoint. log_every, checkpoint_every: in steps. log_writer: a module
+    with the shape of wandb, "module" or "module:project", "" = none. keep: number of checkpoints. max_skipped:
+    consecutive non-finite steps before the run ends. eval_every: steps between evaluations, 0 = never, on
+    `eval_samples` Examples of each task of `eval_split`; eval_answers: generate answers too.
     watchdog_seconds: longer waits are reported, 0 = never.
     """
 
@@ -208,6 +211,7 @@ class RunConfig:
     seed: int
     steps: int
     log_every: int
+    log_writer: str
     checkpoint_every: int
     keep: int
     max_skipped: int

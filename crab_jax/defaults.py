@@ -87,6 +87,7 @@ def base() -> ConfigDict:
             "seed": 0,
             "steps": 1000,
             "log_every": 10,
+            "log_writer": "",  # also log to "module" or "module:project" with the shape of wandb: wandb, trackio
             "checkpoint_every": 500,
             "keep": 2,
             "max_skipped": 10,  # the run ends after so many non-finite, skipped steps in a row

@@ -26,6 +26,7 @@ from crab_jax.reports.run_page import ReportData, write
 from crab_jax.router import answered_batches, router_weights
 from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.tasks import add_flag
+from crab_jax.training import goodput
 from data_pipelines.examples import spread
 
 
@@ -66,6 +67,7 @@ def report(arguments: argparse.Namespace) -> None:
             results=results,
             **answered,
             routing=router_weights(model, params, batches),
+            windows=goodput.read_windows(run / goodput.LEDGER),
         ),
     )
     print(f"report: {arguments.out} ({Path(arguments.out).stat().st_size / 1e6:.1f} MB)")

@@ -39,7 +39,10 @@ from crab_jax.parallel import distributed, sharding
 from crab_jax.parallel.preemption import StopRequest
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_folder, run_mesh, run_params
+from crab_jax.training import goodput
 from crab_jax.training.first_step import FirstStep
+from crab_jax.training.goodput import Stopwatch
+from crab_jax.training.log_writer import module_of, open_writer
 from crab_jax.training.metrics_log import Logger
 from crab_jax.training.skip_guard import SkipGuard, device_wait
 from crab_jax.training.train_step import TrainState, abstract_state, compile_step, learns_nothing
@@ -101,10 +104,15 @@ def evaluate(
         logger.add_evaluation(step, record, time.monotonic() - began)
 
 
-def train(config: RunConfig, workdir: Path) -> None:
-    """Run or resume the stage that `config` describes in `workdir`."""
+def train(config: RunConfig, workdir: Path, started: float | None = None) -> None:
+    """Run or resume the stage that `config` describes in `workdir`.
+
+    started: when the process started, in seconds since the epoch, from which its start-up counts; by default now.
+    """
+    watch = Stopwatch(started)
     if distributed.primary():
         run_folder.claim_workdir(workdir, config)
+        module_of(config.log_writer)  # raises for a missing package before anything is loaded
     distributed.agree(
         "start", lambda: distributed.program() | run_folder.shared(config) | {"--workdir": locks.mark(workdir)}
     )
@@ -159,7 +167,16 @@ def train(config: RunConfig, workdir: Path) -> None:
         data: Iterator[Batch] = iter(run_data.train_dataset(config, tokenizer, order, rows, start, skipped))
         step_fn = compile_step(config, model, mesh, state, tx, micro_batches)
         logger = (
-            Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip")
+            Logger(
+                workdir,
+                config.steps,
+                start,
+                schedule,
+                config.log_every,
+                config.data.on_error == "skip",
+                watch,
+                open_writer(config.log_writer, workdir, config.flat()),
+            )
             if distributed.primary()
             else None
         )
@@ -167,17 +184,20 @@ def train(config: RunConfig, workdir: Path) -> None:
         evaluation = None
         if chosen:
             distributed.say(chosen.described())
-            with watchdog.waiting("the examples of the evaluation"):
+            with watch.on("evaluation"), watchdog.waiting("the examples of the evaluation"):
                 evaluation = held_out.Evaluation(config, model, mesh, tokenizer, chosen, state.trainable, micro_batches)
             # The run may have been stopped after this step's checkpoint and before its evaluation.
             if chosen.due(start) and not distributed.told(logger is not None and logger.evaluated(start)):
-                evaluate(start, evaluation, state, frozen, watchdog, logger)
+                with watch.on("evaluation"):
+                    evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
-            with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers)):
+            awaited = watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers))
+            with watch.on("input"), awaited:
                 own = next(data)
             waited = time.monotonic() - asked
-            with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):
+            dispatched = watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)")
+            with watch.compiling(step_fn._cache_size), dispatched:
                 batch = distributed.global_batch(own, batch_at, config.mixture.batch_size)
                 state, metrics = step_fn(state, frozen, batch)
             if step == start + 1:
@@ -193,14 +213,15 @@ def train(config: RunConfig, workdir: Path) -> None:
             stopped = stop.should_stop(step)
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 guard.settle()  # so that no step is saved before it was checked
-                with watchdog.waiting(f"the checkpoint of step {step}"):
+                with watch.on("checkpoint"), watchdog.waiting(f"the checkpoint of step {step}"):
                     checkpoints.save(step, dataclasses.asdict(state))
             if stopped:
                 break
             if evaluation and evaluation.chosen.due(step):
                 guard.settle()
-                evaluate(step, evaluation, state, frozen, watchdog, logger)
-        with watchdog.waiting("the last checkpoint"):
+                with watch.on("evaluation"):
+                    evaluate(step, evaluation, state, frozen, watchdog, logger)
+        with watch.on("checkpoint"), watchdog.waiting("the last checkpoint"):
             checkpoints.wait()
     if logger:
         logger.close()
@@ -224,7 +245,7 @@ def main() -> None:
         distributed.together("--debug" in sys.argv),
         locks.locked(workdir, "--workdir") if distributed.primary() else contextlib.nullcontext(),
     ):
-        train(config, workdir)
+        train(config, workdir, goodput.process_start())
 
 
 if __name__ == "__main__":

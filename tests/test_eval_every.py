@@ -59,7 +59,7 @@ def records(workdir: Path) -> tuple[list[dict], list[dict]]:
     """(records of training without speeds, records of evaluations) of a run."""
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     trained = [
-        {key: value for key, value in line.items() if not key.endswith(("_per_s", "wait_share"))}
+        {k: v for k, v in line.items() if not (k.endswith(("_per_s", "wait_share")) or k.startswith("goodput"))}
         for line in lines
         if "loss" in line
     ]

@@ -23,7 +23,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.parallel import sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_folder, run_params
-from crab_jax.training import skip_guard, train_step
+from crab_jax.training import goodput, skip_guard, train_step
 from data_pipelines import mixture
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example, read_jsonl
@@ -90,6 +90,14 @@ def test_sigterm_then_sigkill_and_restarts_give_the_losses_of_an_uninterrupted_r
     assert resumed == whole
     again, first = (load_params(tmp_path / name) for name in ("whole", "killed"))
     assert jax.tree.all(jax.tree.map(np.array_equal, again, first))
+    windows = goodput.read_windows(killed / goodput.LEDGER)
+    starts = {window.session: window.first for window in reversed(windows)}
+    seconds = goodput.accounts(windows)
+    assert list(starts.values())[::-1][:2] == [0, stopped] and len(starts) == 3
+    assert sum(seconds.values()) == pytest.approx(windows[-1].until - windows[0].session)
+    assert (seconds["repeated"] > 0) == (max(before) > starts[windows[-1].session])
+    assert all(seconds[cause] > 0 for cause in ("productive", "start", "compile", "input", "checkpoint", "restart"))
+    assert "in 3 process starts" in done.stdout and "goodput" in killed.joinpath("metrics.jsonl").read_text()
     recompiled = json.loads((tmp_path / "whole" / "compilations.json").read_text())["train_step"]
     config = tiny.get_config()
     config.data.root = str(scenes_root)

@@ -175,6 +175,17 @@ class Modules(Bound):
         return isinstance(value, str) and len(value) <= 1000 and all(self._one.fullmatch(part) for part in parts)
 
 
+class Module(Modules):
+    """A module as in Python imports, optionally with `:` and a name of the module's own; "" for none."""
+
+    wanted = "a module as Python imports it, as in package.module or module:project"
+    _one = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[\w.-]+)?")
+
+    def fits(self, value: Any) -> bool:
+        """Return whether `value` is a text of at most one such module, of at most 200 characters."""
+        return isinstance(value, str) and len(value) <= 200 and (not value or bool(self._one.fullmatch(value)))
+
+
 class Name(Bound):
     """The name of a file without its suffix, such as the name of a split."""
 

@@ -11,12 +11,14 @@ from crab_jax.reports.evaluation_page import every_metric
 from crab_jax.reports.router_page import routing_pictures
 from crab_jax.router import Routing
 from crab_jax.tasks import TASKS
+from crab_jax.training import goodput
 from crab_jax.visualize import charts, page
 from crab_jax.visualize.page import NONE, Html, Picture, Section, figure, score, table
 
 SECTIONS = {
     "run": "What was run",
     "loss": "Losses",
+    "goodput": "Goodput",
     "scores": "Scores",
     "masks": "Masks",
     "boxes": "Boxes",
@@ -35,6 +37,7 @@ class ReportData:
 
     config: flat, such as {'optim.lr': 1e-4}. metrics: records of metrics.jsonl. results: see scoring.summarise, with
     baselines. pictures: section key ("masks", "boxes", "times") -> examples. answers: (task, question, truth, answer).
+    windows: of goodput.jsonl.
     """
 
     title: str
@@ -44,6 +47,7 @@ class ReportData:
     pictures: Mapping[str, Sequence[Picture]] = dataclasses.field(default_factory=dict)
     answers: Sequence[tuple[str, str, str, str]] = ()
     routing: Mapping[str, Routing] = dataclasses.field(default_factory=dict)
+    windows: Sequence[goodput.Window] = ()
 
 
 # The HTML.
@@ -72,6 +76,18 @@ def _loss_section(data: ReportData) -> Html:
         figure(Picture(by_task, "Text loss of each task: look for a task that stays far above the others."))
         + _held_out(data.metrics)
     )
+
+
+def _goodput_section(data: ReportData) -> Html:
+    if not data.windows:
+        return NONE
+    seconds = goodput.accounts(data.windows)
+    total, rows = sum(seconds.values()) or 1.0, []
+    for cause, what in {goodput.PRODUCTIVE: "steps that trained the model", **goodput.CAUSES}.items():
+        rows.append((cause, f"{seconds[cause] / total:.1%}", f"{seconds[cause]:,.0f}", what))
+    starts = len({window.session for window in data.windows})
+    note = Html("<p>Wall time of {} process starts, on which it was spent.</p>").format(starts)
+    return note + table(("spent on", "share", "seconds", "meaning"), rows)
 
 
 def _held_out(records: Sequence[Mapping[str, float]]) -> Html:
@@ -152,6 +168,7 @@ def _pictures_section(key: str, data: ReportData) -> Html:
 _BODIES = {
     "run": _run_section,
     "loss": _loss_section,
+    "goodput": _goodput_section,
     "scores": _scores_section,
     "answers": _answers_section,
     "routing": _routing_section,

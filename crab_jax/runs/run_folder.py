@@ -30,6 +30,7 @@ from data_pipelines.tokens import Tokenizer
 # A resumed run may change these keys.
 FREE_KEYS = (
     "log_every",
+    "log_writer",
     "checkpoint_every",
     "keep",
     "watchdog_seconds",

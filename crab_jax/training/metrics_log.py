@@ -15,6 +15,8 @@ import optax
 from crab_jax.io.files import append_line, cut_tail, json_object, write_whole
 from crab_jax.runs import run_data
 from crab_jax.tasks import TASKS
+from crab_jax.training.goodput import Ledger, Stopwatch
+from crab_jax.training.log_writer import LogWriter
 
 
 class Board:
@@ -59,19 +61,29 @@ class Board:
 
 
 class Logger:
-    """Log of a run: metrics.jsonl, TensorBoard, and a progress line.
+    """Log of a run: metrics.jsonl, TensorBoard, the writer of `log_writer`, goodput.jsonl, and a progress line.
 
     Metrics stay on the device until a window of `every` steps is complete. Means leave out skipped steps. `skipped`
     counts the skipped steps of the window, and `skipped_examples` (when examples may be skipped) all that the run has
-    listed in skipped.*.jsonl so far.
+    listed in skipped.*.jsonl so far. watch: times what this process does.
     """
 
     def __init__(
-        self, workdir: Path, steps: int, start: int, schedule: optax.Schedule, every: int, count_skipped: bool = False
+        self,
+        workdir: Path,
+        steps: int,
+        start: int,
+        schedule: optax.Schedule,
+        every: int,
+        count_skipped: bool = False,
+        watch: Stopwatch | None = None,
+        writer: LogWriter | None = None,
     ):
         self.path, self.steps, self.schedule, self.every = workdir / "metrics.jsonl", steps, schedule, every
         self.workdir, self.count_skipped = workdir, count_skipped
         self.board = Board(workdir / "tensorboard", start)
+        self.writer = writer or LogWriter(None)
+        self.ledger = Ledger(workdir, watch or Stopwatch(), start)
         keep_until(self.path, start)
         self.window: list[tuple[int, dict[str, Any], float]] = []
         self.noted: dict[str, float] = {}
@@ -107,13 +119,13 @@ class Logger:
             "input_wait_share": sum(w for _, _, w in self.window) / seconds,
             "skipped": len(values) - len(applied),
             **self.noted,
+            **self.ledger.add(step, len(values) - len(applied)),
         }
         self.noted = {}
         if self.count_skipped:
             record["skipped_examples"] = len(run_data.skipped_examples(self.workdir))
         self.window = []
-        append_line(self.path, record)
-        self.board.add(step, {key: value for key, value in record.items() if key != "step"})
+        self._write(step, record)
         rate = (step - self.first) / (now - self.began)
         eta = (self.steps - step) / rate
         skips = "".join(
@@ -137,8 +149,7 @@ class Logger:
 
         The `seconds` that it took do not count in the speed of training.
         """
-        append_line(self.path, {"step": step, **record})
-        self.board.add(step, record)
+        self._write(step, {"step": step, **record})
         self.mark += seconds
         self.began += seconds
         print(
@@ -147,9 +158,18 @@ class Logger:
             flush=True,
         )
 
+    def _write(self, step: int, record: Mapping[str, float]) -> None:
+        append_line(self.path, record)
+        values = {key: value for key, value in record.items() if key != "step"}
+        self.board.add(step, values)
+        self.writer.add(step, values)
+
     def close(self) -> None:
-        """Close the TensorBoard file."""
+        """Close the files, and print how much of the time of the whole run was productive."""
+        self.ledger.add(self.window[-1][0] if self.window else self.ledger.step)
+        print(self.ledger.described(), flush=True)
         self.board.close()
+        self.writer.close()
 
 
 def part_means(values: list[dict[str, Any]]) -> dict[str, float]:

@@ -90,7 +90,7 @@ def trained(out: Path) -> Any:
     state = run._restore(step, orbax.tree_metadata(run.folder / str(step), "train"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [
-        {key: value for key, value in record.items() if not key.endswith(("_per_s", "wait_share"))}
+        {k: v for k, v in record.items() if not (k.endswith(("_per_s", "wait_share")) or k.startswith("goodput"))}
         for record in records
     ]
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
