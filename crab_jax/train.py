@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def train(config: RunConfig, workdir: Path) -> None:
 
         rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(run_data.train_dataset(config, tokenizer, order, rows, start, skipped))
-        step_fn = compile_step(config, model, mesh, state)
+        step_fn: Any = compile_step(config, model, mesh, state)
         logger = (
             Logger(workdir, config.steps, start, schedule, config.log_every, config.data.on_error == "skip")
             if distributed.primary()
@@ -169,7 +170,7 @@ def train(config: RunConfig, workdir: Path) -> None:
                 evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
-            with watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers)):
+            with watchdog.waiting(partial(input_wait, order, step, start, rows, config.mixture.workers)):
                 own = next(data)
             waited = time.monotonic() - asked
             with watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)"):

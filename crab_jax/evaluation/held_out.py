@@ -134,7 +134,8 @@ def held_out_answers(
     params = optim.merge(trainable, frozen)
     answer = jnp.argmax(batch.loss_mask, axis=1)[:, None]  # first position of the answer
     prompt = batch.text_mask & (jnp.arange(batch.tokens.shape[1]) < answer)
-    asked = batch.replace(
+    asked = dataclasses.replace(
+        batch,
         tokens=jnp.where(prompt, batch.tokens, options.pad_id),
         slots=jnp.where(prompt, batch.slots, -1),
         text_mask=prompt,
@@ -230,7 +231,8 @@ class Evaluation:
     @property
     def compilations(self) -> int:
         """Number of programs that were compiled so far."""
-        return self.sums_of._cache_size() + (self.answers_of._cache_size() if self.answers_of else 0)
+        programs: int = self.sums_of._cache_size() + (self.answers_of._cache_size() if self.answers_of else 0)
+        return programs
 
     def run(self, step: int, trainable: Any, frozen: Any, watchdog: Watchdog) -> dict[str, float]:
         """Return the record of the parameters after `step`; all processes take part and return the same losses."""
@@ -255,7 +257,7 @@ def _batch_rows(config: RunConfig, mesh: Mesh, chosen: HeldOut) -> int:
     It is enough for the fullest bucket, a multiple of the devices that share a batch, and at most a micro-batch of
     training, which is known to fit in memory.
     """
-    shared = mesh.shape["data"] * mesh.shape["fsdp"]
+    shared: int = mesh.shape["data"] * mesh.shape["fsdp"]
     most = config.mixture.batch_size // run_mesh.micro_batches(config, mesh)
     fullest = max(len(group) for group in chosen.groups.values())
     return min(most, -(-fullest // shared) * shared)

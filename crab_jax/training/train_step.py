@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def train_step(
     `skipped` is 1; the step and the count of the schedule still increase. `bad_rows` is the number of rows whose loss
     is not finite, and `bad_index` the sum of their `index`. Filler rows affect neither loss nor gradient.
     """
-    batch = batch.replace(fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
+    batch = dataclasses.replace(batch, fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
@@ -75,7 +76,8 @@ def train_step(
         }
 
     def grad_of(micro: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
-        return jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
+        grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable, micro, rng)
+        return grads, metrics
 
     if accumulate == 1:
         grads, metrics = grad_of(batch, rng)
@@ -90,7 +92,7 @@ def train_step(
         shapes = jax.eval_shape(grad_of, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        def add(carry, scanned):
+        def add(carry: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             micro, key = scanned
             return jax.tree.map(jnp.add, carry, grad_of(micro, key)), None
 
@@ -114,7 +116,7 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
     rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
     if out.binary is not None and out.semantic is not None:
 
-        def flat(x: Any) -> jax.Array:
+        def flat(x: jax.Array) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
         groups = jnp.broadcast_to(valid[:, None], batch.seg_kind.shape)
@@ -171,8 +173,9 @@ def abstract_state(config: RunConfig, trainable: Any, mesh: jax.sharding.Mesh) -
     tx = optim.optimizer(config.optim, config.steps)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
-    return jax.tree.map(
+    placed: TrainState = jax.tree.map(
         lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
         state,
         sharding.state_shardings(state, trainable, mesh),
     )
+    return placed

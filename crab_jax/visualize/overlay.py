@@ -102,7 +102,8 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
 
 
 def _line_width(picture: np.ndarray) -> int:
-    return max(1, max(picture.shape[:2]) // 240)
+    side: int = max(picture.shape[:2])
+    return max(1, side // 240)
 
 
 def overlay_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour = PREDICTION, alpha: float = 0.45) -> np.ndarray:
