@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,19 @@ class Trace:
     pieces: tuple[str, ...]
 
 
+class _AnswerOptions(TypedDict, total=False):
+    """The options of `Crab.answer`, which describes them."""
+
+    batch_size: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    force_masks: bool
+    mask_groups: int
+    on_text: Callable[[Ask, str], None] | None
+
+
 class Crab:
     """A model that answers questions: `module` (Flax), `params`, `config` (RunConfig) and `tokenizer`.
 
@@ -215,10 +228,10 @@ class Crab:
         self.mesh: jax.sharding.Mesh | None = None  # the devices of a model in the layout for generation
 
     @overload
-    def answer(self, asked: Ask, **options: Any) -> Answer: ...
+    def answer(self, asked: Ask, **options: Unpack[_AnswerOptions]) -> Answer: ...
 
     @overload
-    def answer(self, asked: Sequence[Ask], **options: Any) -> list[Answer]: ...
+    def answer(self, asked: Sequence[Ask], **options: Unpack[_AnswerOptions]) -> list[Answer]: ...
 
     def answer(
         self,
@@ -316,8 +329,8 @@ class Crab:
 
         Raises InputError for a model in the layout for generation, which does not return router weights.
         """
-        if self.module.weights:
-            problem = f"are in the layout for generation ({self.module.weights!r}), which returns no router weights"
+        if weights := getattr(self.module, "weights", ""):
+            problem = f"are in the layout for generation ({weights!r}), which returns no router weights"
             raise InputError("trace", "weights", problem, 'load the model with weights=""')
         example = asked.request.example
         if answer is not None:

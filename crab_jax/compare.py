@@ -14,6 +14,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def paired(
 def differs(row: dict[str, Any]) -> bool:
     """Return whether zero is outside the interval of a difference."""
     low, high = row["interval"]
-    return low > 0 or high < 0
+    return bool(low > 0 or high < 0)
 
 
 EVALUATION = {"data": PATH, "split": Text(1, 200)}  # the fields of evaluation.json that are read
@@ -91,7 +93,7 @@ def markdown(differences: dict[str, dict[str, Any]]) -> str:
     """Format one table row per metric, the headline of each task first."""
     lines = ["| task | n | metric | A | B | B - A | 95 % interval | |", "|---|---|---|---|---|---|---|---|"]
     for name, task in differences.items():
-        metrics = sorted(task["metrics"], key=lambda metric, name=name: metric != TASKS[name].headline)
+        metrics = sorted(task["metrics"], key=partial(ne, TASKS[name].headline))
         for metric in metrics:
             row = task["metrics"][metric]
             low, high = row["interval"]
@@ -119,7 +121,7 @@ def compare(arguments: argparse.Namespace) -> int:
     for folder, own in ((arguments.a, a), (arguments.b, b)):
         if len(own) > len(common):
             print(f"{len(own) - len(common)} samples are in {folder} only and are left out")
-    differences = {}
+    differences: dict[str, dict[str, Any]] = {}
     for name, answers in scoring.by_task(a[sample] for sample in common).items():
         rows = paired(answers, [b[answer.id] for answer in answers])
         differences[name] = {"n": len(answers), "metrics": rows}

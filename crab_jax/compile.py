@@ -160,7 +160,10 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train_step.TrainState
 def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, rows_sharding: NamedSharding) -> Batch:
     """Return the shapes of a batch of `rows` rows of a bucket, with one sharding."""
     row = empty_batch(bucket, 1, config.data.image_size)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding), row)
+    shapes: Batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding), row
+    )
+    return shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -241,11 +241,13 @@ class RunConfig:
             "optim": dataclasses.asdict(self.optim),
             "mesh": dataclasses.asdict(self.mesh),
         }
-        return json.loads(json.dumps(config))
+        plain: dict[str, Any] = json.loads(json.dumps(config))
+        return plain
 
     def flat(self) -> dict[str, Any]:
         """Return `to_dict` with dotted keys: {'optim.lr': 1e-4, ...}."""
-        return traverse_util.flatten_dict(self.to_dict(), sep=".")
+        flat: dict[str, Any] = traverse_util.flatten_dict(self.to_dict(), sep=".")
+        return flat
 
 
 def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -444,7 +446,8 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         )
     run = resolve(config)
     if shown:
-        print(described(run, config, fresh, values["config"].config_filename))
+        flag: Any = values["config"]
+        print(described(run, config, fresh, flag.config_filename))
         raise SystemExit(0)
     return run, Path(values.workdir or "")
 

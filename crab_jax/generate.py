@@ -130,7 +130,8 @@ def _collect(masks: _Masks, token: jax.Array, hidden: jax.Array, done: jax.Array
     since = masks.since + is_mask
     ended = is_mask & (token == options.mask_ids[-1]) & (since >= six)
     states = jnp.concatenate([masks.states[:, 1:], window[:, None]], axis=1)
-    return masks.replace(
+    return dataclasses.replace(
+        masks,
         window=window,
         since=jnp.where(ended, 0, since),
         groups=masks.groups + ended,
@@ -160,9 +161,10 @@ def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options:
     masks = state.masks
     if options.force_masks:
         token, forced = _force(masks, token, state, options)
-        masks = masks.replace(forced=forced)
+        masks = dataclasses.replace(masks, forced=forced)
     token = jnp.where(state.done, options.pad_id, token)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=state.step + 1,
         tokens=state.tokens.at[:, state.step].set(token),
         lengths=state.lengths + ~state.done,
@@ -227,7 +229,7 @@ def advance(
         positions, slots = (state.first_position + before)[:, None], (state.prompt_lengths + before)[:, None]
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         hidden, cache = apply(token, positions, slots, state.cache, method="decode")
-        return _choose(apply, state.replace(cache=cache), hidden[:, 0], options)
+        return _choose(apply, dataclasses.replace(state, cache=cache), hidden[:, 0], options)
 
     return jax.lax.while_loop(lambda state: (state.step < limit) & ~state.done.all(), step, state)
 

@@ -59,8 +59,10 @@ class Prediction:
 @partial(jax.jit, static_argnames=("model", "mesh"))
 def _encode(model: Model, params: Any, frames: jax.Array, fbank: jax.Array, mesh: Mesh | None) -> jax.Array:
     with sharding.constrained(mesh):
-        rows: Any = model.apply({"params": params}, frames, fbank, method="features")
-    return rows if mesh is None else jax.lax.with_sharding_constraint(rows, sharding.replicated(mesh))
+        rows: jax.Array = model.apply({"params": params}, frames, fbank, method="features")
+    if mesh is not None:
+        rows = jax.lax.with_sharding_constraint(rows, sharding.replicated(mesh))
+    return rows
 
 
 @partial(jax.jit, static_argnames=("model", "options", "mesh"))
@@ -172,10 +174,11 @@ def predict_examples(
         rows, features = np.asarray(batch.index), encode(batch)
         prompts = Batch(**{name: getattr(batch, name) if name in PROMPT_FIELDS else None for name in BATCH_FIELDS})
         if rng is not None:
-            prompts = prompts.replace(
+            prompts = dataclasses.replace(
+                prompts,
                 index=np.array(
                     [-1 if row < 0 else zlib.crc32(examples[row].id.encode()) >> 1 for row in rows], np.int32
-                )
+                ),
             )
         prompts, features = _spread((prompts, features), mesh)
         chosen = dataclasses.replace(options, force_masks=options.force_masks and batch.seg_frame.shape[1] > 0)

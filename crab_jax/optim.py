@@ -148,4 +148,5 @@ def merge(trainable: Params, frozen: Params) -> Params:
 
 def cast_floating(params: Params, dtype: Any) -> Params:
     """Return the tree with its floating leaves in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    cast: Params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    return cast

@@ -68,7 +68,7 @@ def _route(model: Model, params: Any, batch: Batch) -> tuple[jax.Array, jax.Arra
 
     weights [B,S,layers,P,heads], entropies (bits) [B,S,layers,P], positions [B,S].
     """
-    batch = batch.replace(seg_frame=batch.seg_frame[:, :0])  # masks are decoded after the LLM
+    batch = dataclasses.replace(batch, seg_frame=batch.seg_frame[:, :0])  # masks are decoded after the LLM
     _, sown = model.apply({"params": params}, batch, mutable=["router"])
     by_projection = {path[-2]: value[0] for path, value in traverse_util.flatten_dict(sown["router"]).items()}
     weights = jnp.stack([by_projection[name] for name in charts.PROJECTIONS], axis=1)

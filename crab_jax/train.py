@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
 
         rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(run_data.train_dataset(config, tokenizer, order, rows, start, skipped))
-        step_fn = compile_step(config, model, mesh, state, tx, micro_batches)
+        step_fn: Any = compile_step(config, model, mesh, state, tx, micro_batches)
         logger = (
             Logger(
                 workdir,
@@ -192,7 +193,7 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
                     evaluate(start, evaluation, state, frozen, watchdog, logger)
         for step in range(start + 1, config.steps + 1):
             asked = time.monotonic()
-            awaited = watchdog.waiting(lambda step=step: input_wait(order, step, start, rows, config.mixture.workers))
+            awaited = watchdog.waiting(partial(input_wait, order, step, start, rows, config.mixture.workers))
             with watch.on("input"), awaited:
                 own = next(data)
             waited = time.monotonic() - asked

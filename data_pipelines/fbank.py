@@ -89,7 +89,8 @@ def _mel_of_frames(frames: np.ndarray) -> np.ndarray:
     spectrum = scipy.fft.rfft(padded, overwrite_x=True)
     power = spectrum.real**2 + spectrum.imag**2
     # A sparse product stays on this thread: BLAS threads of several loaders fight for the cores, 30 times slower.
-    return (_mel_matrix() @ power.T).T
+    bands: np.ndarray = (_mel_matrix() @ power.T).T
+    return bands
 
 
 def fbank(waveform: np.ndarray) -> np.ndarray:

@@ -131,7 +131,8 @@ class Given:
         """Return uint8[H,W,3]: the frame shown at `part` / `parts` of a clip."""
         if name in self._clips:
             frames = self._clips[name].frames
-            return frames[part * len(frames) // parts]
+            frame: np.ndarray = frames[part * len(frames) // parts]
+            return frame
         return np.array(media.moment_picture(name, part, parts))
 
     def timing(self, name: str) -> Timing:

@@ -308,7 +308,8 @@ class Phases:
 
     def __getitem__(self, number: int) -> np.ndarray:
         phase = bisect.bisect_right(self.starts, number) - 1
-        return self.parts[phase][number - self.starts[phase]]
+        rows: np.ndarray = self.parts[phase][number - self.starts[phase]]
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -336,7 +336,8 @@ class Shards:
 
     def picture(self, path: str, field: str) -> np.ndarray:
         """Return a picture; see `decoded.Files`."""
-        return self._pixels(self._record(Medium("frames", path, "picture"), field))[0]
+        picture: np.ndarray = self._pixels(self._record(Medium("frames", path, "picture"), field))[0]
+        return picture
 
     def picture_size(self, path: str, field: str) -> tuple[int, int]:
         """Return the (width, height) of the picture itself."""
@@ -353,7 +354,8 @@ class Shards:
 
     def seconds(self, path: str, windows: str, video: str | None = None) -> float:
         """Return the length of a sound in seconds."""
-        return self._sound(path, windows, video)["samples"] / fbank.SAMPLE_RATE
+        seconds: float = self._sound(path, windows, video)["samples"] / fbank.SAMPLE_RATE
+        return seconds
 
     def _sound(self, path: str, windows: str, video: str | None) -> dict[str, Any]:
         medium = Medium("sounds", path, all_windows(windows), beside(path, video, self.decoding))

@@ -324,7 +324,7 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
 
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        backend = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        backend: tokenizers.Tokenizer = LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer
         backend.model = _merging_by_score(pieces)
     except Exception as error:  # transformers, sentencepiece and tiktoken raise errors of many kinds
         raise InputError(

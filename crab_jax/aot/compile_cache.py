@@ -47,7 +47,7 @@ def enable() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    lru_cache.LRUCache.put = _put  # type: ignore[method-assign,assignment]
+    lru_cache.LRUCache.put = _put  # type: ignore[method-assign,assignment]  # JAX has no setting for it
 
 
 def _bucket_answers(place: str) -> bool:

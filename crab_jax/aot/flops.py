@@ -50,7 +50,7 @@ def _count(jaxpr: core.Jaxpr) -> Work:
             if isinstance(j, (core.Jaxpr, core.ClosedJaxpr))
         ]
         if name in ("dot_general", "conv_general_dilated"):
-            arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            arrays: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
             total = total.plus(Work(_product_flops(eqn), sum(a.size * np.dtype(a.dtype).itemsize for a in arrays)))
         elif name == "cond":
             total = total.plus(max(map(_count, inner)))
@@ -65,9 +65,11 @@ def _product_flops(eqn: Any) -> float:
     out = eqn.outvars[0].aval
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2.0 * out.size * math.prod(left.shape[axis] for axis in contracted)
-    spec = eqn.params["dimension_numbers"].rhs_spec  # (out features, in features, space...)
-    return 2.0 * out.size * right.size / right.shape[spec[0]]
+        flops: float = 2.0 * out.size * math.prod(left.shape[axis] for axis in contracted)
+    else:
+        spec = eqn.params["dimension_numbers"].rhs_spec  # (out features, in features, space...)
+        flops = 2.0 * out.size * right.size / right.shape[spec[0]]
+    return flops
 
 
 def roofline(chip: Chip, work: Work, collectives: Moves, between_slices: Moves | None = None) -> dict[str, float]:

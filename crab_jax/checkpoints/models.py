@@ -32,7 +32,8 @@ def read_manifest(folder: epath.Path | Path, fix: str) -> dict[str, Any]:
     """Return the manifest.json of a folder. Raises InputError with the given fix."""
     file = str(folder / MANIFEST)
     try:
-        return read_json(file)
+        manifest: dict[str, Any] = read_json(file)
+        return manifest
     except InputError as error:
         raise InputError(file, "", f"cannot be read ({error.problem})", fix) from error
 

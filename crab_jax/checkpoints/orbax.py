@@ -138,7 +138,7 @@ class Streamed:
         return self.size * self.dtype.itemsize
 
 
-class _PartByPart(ocp_v0.type_handlers.NumpyHandler):
+class _PartByPart(ocp_v0.type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax ships no types
     """Writes `Streamed` leaves with one part in memory at a time. They can be restored like any other array."""
 
     def __init__(self) -> None:

@@ -172,11 +172,11 @@ class RunCheckpoints:
                 failed[step] = error
         else:
             raise next(iter(failed.values()))
-        for number, error in failed.items():
+        for number, damage in failed.items():
             aside = self._set_aside(str(number))
             if jax.process_index() == 0:
                 print(
-                    f"warning: {error.where}: {error.problem}; this step is set aside as {aside}, and the run goes "
+                    f"warning: {damage.where}: {damage.problem}; this step is set aside as {aside}, and the run goes "
                     f"on from step {step}",
                     file=sys.stderr,
                     flush=True,
@@ -220,7 +220,8 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             old.rename(aside)
         multihost_utils.sync_global_devices(f"{name} is set aside") if jax.process_count() > 1 else None
-        return aside.name
+        renamed: str = aside.name
+        return renamed
 
     def _set_foreign_aside(self) -> None:
         """Rename everything that has the name of a step but is none, which would block the saving of that step."""

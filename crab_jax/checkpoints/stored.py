@@ -71,7 +71,8 @@ class StoredParams:
         """Return the leaves of these '/'-joined paths, in the stored dtypes, in this host's memory."""
         flat = traverse_util.flatten_dict(self.shapes, sep="/")
         wanted = on_host(traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/"))
-        return traverse_util.flatten_dict(finite.check(self.read(wanted), self.where), sep="/")
+        leaves: dict[str, Any] = traverse_util.flatten_dict(finite.check(self.read(wanted), self.where), sep="/")
+        return leaves
 
 
 def _as_written(

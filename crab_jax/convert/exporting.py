@@ -9,6 +9,7 @@ The checkpoint is read a few leaves at a time and written tensor by tensor, all 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -103,7 +104,7 @@ def tensors_of(rules: Iterable[Rule], params: StoredParams, rows: int) -> dict[s
     out = {}
     for rule in rules:
         value = tensor(rule, reader.stand_in(split_target(rule.target)[0]))
-        out[rule.source] = Tensor(value.shape, value.dtype, lambda rule=rule: load(rule))
+        out[rule.source] = Tensor(value.shape, value.dtype, functools.partial(load, rule))
     return out
 
 

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,9 @@ class Files:
     state: str = ""
     fresh: tuple[str, ...] = ()
     seed: int = 0
+
+
+_Parts = Iterable[tuple[tuple[int, ...], np.ndarray]]  # see `Streamed`
 
 
 class Part(NamedTuple):
@@ -191,7 +194,7 @@ def _assign_tensors(
 
     Raises InputError for missing tensors and wrong shapes.
     """
-    wanted = [
+    wanted: list[tuple[Source | None, Rule]] = [
         (source, rule)
         for name, source in base.items()
         for rule in released.base_rules(cfg)[name]
@@ -401,7 +404,10 @@ def _vocabulary(
 def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
     """Return these leaves of freshly initialised modules; nothing else is computed."""
     drawn: dict[str, np.ndarray] = {}
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
     features = shape(1, cfg.seg.grid**2, cfg.seg.image_dim)
     modules: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
         "vl_projector": (QFormer(cfg.visual), (shape(1, 1, cfg.visual.in_dim),)),
@@ -449,31 +455,26 @@ def _leaves(
             broken[name] = fault
         return value
 
+    def parts_of(stack: Sequence[Part]) -> _Parts:
+        return ((part.at, checked(part.name, part.load())) for part in stack)
+
+    def drawn(path: str, value: np.ndarray) -> _Parts:
+        return [((), checked(path, value))]
+
+    def table(path: str, pieces: list[tuple[str, Any]]) -> _Parts:
+        return [((), checked(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))]
+
     stacks: dict[str, list[Part]] = {}
     for part in parts:
         stacks.setdefault(part.path, []).append(part)
     leaves = {
-        path: Streamed(
-            shapes[path],
-            stack[0].load().dtype,
-            len(stack[0].at),
-            lambda stack=stack: ((part.at, checked(part.name, part.load())) for part in stack),
-        )
+        path: Streamed(shapes[path], stack[0].load().dtype, len(stack[0].at), functools.partial(parts_of, stack))
         for path, stack in stacks.items()
     }
     for path, value in extra.items():
-        leaves[path] = Streamed(
-            shapes[path], value.dtype, 0, lambda path=path, value=value: [((), checked(path, value))]
-        )
+        leaves[path] = Streamed(shapes[path], value.dtype, 0, functools.partial(drawn, path, value))
     for path, pieces in vocab.items():
-        leaves[path] = Streamed(
-            shapes[path],
-            pieces[0][1].dtype,
-            0,
-            lambda path=path, pieces=pieces: [
-                ((), checked(f"{pieces[0][0]}: {path}", _table(path, pieces, cfg, seed)))
-            ],
-        )
+        leaves[path] = Streamed(shapes[path], pieces[0][1].dtype, 0, functools.partial(table, path, pieces))
     return leaves
 
 

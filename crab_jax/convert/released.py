@@ -8,6 +8,7 @@ has the PEFT name. If several files hold a key, the last file given wins, as in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def crab_source(path: Path) -> Source:
     renamed = (
         tensors
         if fine_tuned
-        else stored_tensors.LazyTensors({PEFT + name: (lambda name=name: tensors[name]) for name in tensors})
+        else stored_tensors.LazyTensors({PEFT + name: functools.partial(tensors.__getitem__, name) for name in tensors})
     )
     return Source(str(path), renamed, QFORMER_IGNORED | ({} if fine_tuned else _POPPED))
 
@@ -151,7 +152,8 @@ class _Shapes:
         shape = source.tensors[key].shape
         if axis >= len(shape):
             raise InputError(source.where, key, f"has shape {shape}, which has no axis {axis}", "fetch the file again")
-        return shape[axis]
+        size: int = shape[axis]
+        return size
 
     def count(self, pattern: str) -> int:
         """Return the number of distinct first groups with which keys match `pattern`."""

@@ -61,12 +61,19 @@ class _Admitted:
         return self._call(*args)
 
 
-def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> TensorView:
+def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> TensorView:
     return _checked(TensorView(storage, storage.dtype, offset, tuple(shape), tuple(strides)))
 
 
 def _tensor_v3(
-    storage: Storage, offset: int, shape: tuple, strides: tuple, _grad: bool, _hooks: Any, dtype: str, *_: Any
+    storage: Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _grad: bool,
+    _hooks: Any,
+    dtype: str,
+    *_: Any,
 ) -> TensorView:
     return _checked(TensorView(storage, dtype, offset, tuple(shape), tuple(strides)))
 
@@ -110,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
             f"do not load files you do not trust; otherwise {_CONTAINERS}",
         )
 
-    def persistent_load(self, reference: tuple) -> Storage:
+    def persistent_load(self, reference: tuple[Any, ...]) -> Storage:
         """Return the storage that the pickle refers to."""
         kind, dtype, key, _device, _count = reference
         if kind != "storage":

@@ -150,7 +150,8 @@ def held_out_answers(
     params = optim.merge(trainable, frozen)
     answer = jnp.argmax(batch.loss_mask, axis=1)[:, None]  # first position of the answer
     prompt = batch.text_mask & (jnp.arange(batch.tokens.shape[1]) < answer)
-    asked = batch.replace(
+    asked = dataclasses.replace(
+        batch,
         tokens=jnp.where(prompt, batch.tokens, options.pad_id),
         slots=jnp.where(prompt, batch.slots, -1),
         text_mask=prompt,
@@ -254,7 +255,8 @@ class Evaluation:
     @property
     def compilations(self) -> int:
         """Number of programs that were compiled so far."""
-        return self.sums_of._cache_size() + (self.answers_of._cache_size() if self.answers_of else 0)
+        programs: int = self.sums_of._cache_size() + (self.answers_of._cache_size() if self.answers_of else 0)
+        return programs
 
     def run(self, step: int, trainable: Any, frozen: Any, watchdog: Watchdog) -> dict[str, float]:
         """Return the record of the parameters after `step`; all processes take part and return the same losses."""

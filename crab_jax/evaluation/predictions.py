@@ -13,6 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def mask_picture(mask: np.ndarray) -> Image.Image:
     picture = Image.fromarray(np.ceil(scores * LEVELS - 0.5).clip(0, LEVELS).astype(np.uint8))
     text = PngImagePlugin.PngInfo()
     text.add_text(MARK, str(LEVELS))
-    picture.encoderinfo = {"pnginfo": text}  # type: ignore[attr-defined]
+    picture.encoderinfo = {"pnginfo": text}
     return picture
 
 
@@ -426,7 +427,7 @@ def text_of(row: Row, line: str) -> str:
     Raises InputError naming `line` if there is none.
     """
     names = ("text", "predict", "pred", *(["output"] if "pred_path" in row else []))
-    text = next((row[name] for name in names if isinstance(row.get(name), str)), None)
+    text: str | None = next((row[name] for name in names if isinstance(row.get(name), str)), None)
     if text is None:
         raise InputError(line, "text", "is missing", "give the answer as text (or predict)")
     return text
@@ -518,7 +519,7 @@ def _narrow(
     elif keys:
         chosen = by_media.get(next(iter(keys)), [])
     gold = row.get("label") if isinstance(row.get("label"), str) else row.get("output") if "predict" in row else None
-    for wanted, text_in in ((row.get("instruction"), lambda e: e.instruction), (gold, lambda e: e.target)):
+    for wanted, text_in in ((row.get("instruction"), attrgetter("instruction")), (gold, attrgetter("target"))):
         if isinstance(wanted, str) and len(chosen) > 1:
             same = [e for e in chosen if _wording(wanted).removesuffix("</s>").strip() == _wording(text_in(e))]
             chosen = same or chosen

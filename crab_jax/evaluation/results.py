@@ -28,7 +28,9 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(str(path), "--results", "no such file", fix)
     scores = Each(Choice(tuple(TASKS)), SCORES)
-    results = read_json(path, {"tasks": scores, "baselines?": Each(Text(1, 100), scores)}, "--results", fix)
+    results: dict[str, Any] = read_json(
+        path, {"tasks": scores, "baselines?": Each(Text(1, 100), scores)}, "--results", fix
+    )
     for at, tasks in (("tasks", results["tasks"]), *results.get("baselines", {}).items()):
         for name, row in tasks.items():
             check(

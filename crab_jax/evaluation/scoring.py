@@ -194,7 +194,9 @@ def baseline_results(
             continue
         masks = [read_mask(example) for example in of_task]
 
-        def judged(text: str, mask: np.ndarray | None, of_task=of_task, masks=masks) -> list[Judged]:
+        def judged(
+            text: str, mask: np.ndarray | None, of_task: list[Example] = of_task, masks: list[np.ndarray | None] = masks
+        ) -> list[Judged]:
             return [judge(e, Answer(e.id, text, mask), gt) for e, gt in zip(of_task, masks, strict=True)]
 
         candidates = [judged(*candidate) for candidate in task.constants([e.meta for e in of_task], masks)]

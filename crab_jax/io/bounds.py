@@ -23,7 +23,10 @@ _SCHEME = re.compile(r"(?P<kind>[a-z][a-z0-9+.-]*):[/\\]", re.IGNORECASE)  # gs:
 class Bound:
     """Base class of all bounds: a description of the allowed values (`wanted`) and a check (`fits`)."""
 
-    wanted = ""
+    @property
+    def wanted(self) -> str:
+        """Describe the allowed values; a subclass whose description is constant has an attribute instead."""
+        return ""
 
     def fits(self, value: Any) -> bool:
         """Return whether a value is allowed."""
@@ -57,7 +60,7 @@ class Whole(Bound):
     note: str = ""
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the allowed values."""
         return f"a whole number from {self.low} to {self.high}" + (f" ({self.note})" if self.note else "")
 
@@ -82,7 +85,7 @@ class Real(Bound):
     note: str = ""
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the allowed values."""
         return f"{'0, or ' if self.zero else ''}a number from {self.low:g} to {self.high:.6g}" + (
             f" ({self.note})" if self.note else ""
@@ -110,7 +113,7 @@ class Choice(Bound):
     words: Sequence[str]
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """List the allowed words."""
         return f"one of {', '.join(self.words)}"
 
@@ -137,7 +140,7 @@ class Fixed(Bound):
     why: str
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the only allowed value and the reason."""
         return f"{self.value!r}: {self.why}"
 
@@ -153,7 +156,7 @@ class Words(Bound):
     known: Sequence[str] = ()
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """List the allowed words."""
         return f"some of {','.join(self.known)}, each once"
 
@@ -212,7 +215,7 @@ class Place(Bound):
     empty: bool = True
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the allowed values."""
         return "a path"
 
@@ -288,7 +291,7 @@ class Patterns(Bound):
     least: int = 0
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the allowed values."""
         return f"{'at least one' if self.least else 'any number of'} regular expression in parentheses: ('clip/.*',)"
 
@@ -312,7 +315,7 @@ class Wholes(Bound):
     rising: bool = False
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the allowed values."""
         return (
             f"{self.least} or more {'increasing ' if self.rising else ''}whole numbers from {self.low} to {self.high}"
@@ -341,7 +344,7 @@ class Text(Bound):
     most: int = 2**16
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the allowed length."""
         return f"text of {self.least} to {self.most} characters"
 

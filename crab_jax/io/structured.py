@@ -243,7 +243,7 @@ class Either(Bound):
     bounds: tuple[Bound, ...]
 
     @property
-    def wanted(self) -> str:  # type: ignore[override]
+    def wanted(self) -> str:
         """Describe the alternatives."""
         return " or ".join(bound.wanted for bound in self.bounds)
 

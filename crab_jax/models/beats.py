@@ -51,7 +51,8 @@ def relative_bucket(distance: np.ndarray, num_buckets: int, max_distance: int) -
     # The logarithm is rounded from float64 because float32 logarithms differ between platforms in the last bit.
     log = np.log((np.maximum(size, 1).astype(np.float32) / np.float32(exact)).astype(np.float64)).astype(np.float32)
     far = exact + (log / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)
-    return (half * (distance > 0) + np.where(size < exact, size, np.minimum(far, half - 1))).astype(np.int32)
+    buckets: np.ndarray = half * (distance > 0) + np.where(size < exact, size, np.minimum(far, half - 1))
+    return buckets.astype(np.int32)
 
 
 class PositionConv(nn.Module):

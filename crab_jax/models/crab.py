@@ -102,7 +102,8 @@ class CrabOutput:
 
 def _rows(x: jax.Array) -> jax.Array:
     """Return `x` [B,...] sharded over its first axis like the rows of the batch (within `sharding.constrained`)."""
-    return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+    spread: jax.Array = nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+    return spread
 
 
 class Crab(nn.Module):
@@ -221,15 +222,18 @@ class Crab(nn.Module):
             features = self.features(batch.frames, batch.fbank)
         x = self.splice(batch, [features] if features.shape[1] else [])
         slots = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        return self.llama(x, self.positions(batch), cache=cache, slots=slots)
+        read: tuple[Hidden, KVCache] = self.llama(x, self.positions(batch), cache=cache, slots=slots)
+        return read
 
     def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: KVCache) -> tuple[Hidden, KVCache]:
         """Read one more token per row, tokens, positions and slots int32[B,1]: (hidden [B,1,D], cache)."""
-        return self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)
+        read: tuple[Hidden, KVCache] = self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)
+        return read
 
     def logits(self, hidden: Hidden) -> Logits:
         """Map hidden [...,D] to logits float32[...,V]."""
-        return self.llama.logits(hidden)
+        logits: Logits = self.llama.logits(hidden)
+        return logits
 
     def masks(self, states: MaskStates, seg_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the mask logits of pictures uint8[B,H,W,3] from the states [B,6,D] that predict their mask tokens.
@@ -238,7 +242,8 @@ class Crab(nn.Module):
         """
         taps = self.encode_images(seg_frame[:, None])
         logits: Any = self.seg_module(states, tuple(taps[tap][:, 0] for tap in self.cfg.seg_taps))  # both kinds
-        return logits
+        binary, semantic = logits
+        return binary, semantic
 
     @nn.nowrap
     def for_generation(self, params: Any, weights: str = "float", placement: Any = None) -> tuple[Crab, Any]:

@@ -162,7 +162,8 @@ class Attention(nn.Module):
         def heads(name: str, count: int, axis: str) -> jax.Array:
             layer = dense(count * cfg.head_dim, use_bias=cfg.qkv_bias, axes=("embed", axis), name=name)
             y = layer(x, deterministic).reshape(*x.shape[:2], count, cfg.head_dim)
-            return nn.with_logical_constraint(y, ("batch", None, axis, None))
+            split: jax.Array = nn.with_logical_constraint(y, ("batch", None, axis, None))
+            return split
 
         q = heads("q_proj", cfg.heads, "heads")
         k = heads("k_proj", cfg.kv_heads, "kv")
@@ -286,7 +287,8 @@ class Llama(nn.Module):
         inner = (None,) * (tokens.ndim - 1)
         embeddings = self.embed_tokens(nn.with_logical_constraint(tokens, ("group", *inner)))
         embeddings = nn.with_logical_constraint(embeddings, ("group", *inner, "embed"))
-        return nn.with_logical_constraint(embeddings, ("batch", *inner, None))
+        spread: jax.Array = nn.with_logical_constraint(embeddings, ("batch", *inner, None))
+        return spread
 
     def __call__(
         self,
@@ -323,4 +325,5 @@ class Llama(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """Map hidden [...,D] to logits float32[...,padded_vocab]; those past `vocab_size` are -1e30."""
         logits = mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
-        return nn.with_logical_constraint(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
+        spread: Logits = nn.with_logical_constraint(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
+        return spread

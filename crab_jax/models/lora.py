@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -74,8 +75,12 @@ class LoraDense(nn.Module):
             self.sow("router", "weights", weights)
         return y + mix_heads(low, weights, self.lora.scale) @ b.reshape(heads * rank, self.features)
 
-    def _weight(self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
+    def _weight(
+        self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple[str | None, ...]
+    ) -> jax.Array:
+        weight: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape)
+        cast: jax.Array = weight.astype(self.dtype)
+        return cast
 
     def _project(
         self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array, deterministic: bool

@@ -84,7 +84,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
 
 def resize(x: jax.Array, size: int) -> jax.Array:
     """Resize [B,h,w,C] to [B,size,size,C] as `F.interpolate` does: bilinear, half-pixel centres, no antialiasing."""
-    return jax.image.resize(x, (x.shape[0], size, size, x.shape[-1]), "bilinear", antialias=False)
+    resized: jax.Array = jax.image.resize(x, (x.shape[0], size, size, x.shape[-1]), "bilinear", antialias=False)
+    return resized
 
 
 def _fold(parts: list[jax.Array]) -> jax.Array:
@@ -93,7 +94,8 @@ def _fold(parts: list[jax.Array]) -> jax.Array:
     Unlike a concatenation this leaves sharded rows on their devices (within `sharding.constrained`).
     """
     x = jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-    return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+    folded: jax.Array = nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+    return folded
 
 
 class Mlp(nn.Module):
@@ -186,7 +188,8 @@ class QueryLayer(nn.Module):
         x = layer_norm("norm1", dtype)(queries + PackedAttention(cfg.heads, dtype, name="self_attn")(queries, queries))
         x = layer_norm("norm2", dtype)(x + PackedAttention(cfg.heads, dtype, name="cross_attn")(x, prompt))
         hidden = nn.gelu(dense(cfg.query_mlp_dim, "ffn_0", dtype)(x), approximate=False)
-        return layer_norm("norm3", dtype)(x + dense(cfg.dim, "ffn_2", dtype)(hidden))
+        out: jax.Array = layer_norm("norm3", dtype)(x + dense(cfg.dim, "ffn_2", dtype)(hidden))
+        return out
 
 
 class QueryGenerator(nn.Module):
@@ -310,7 +313,10 @@ class MaskDecoder(nn.Module):
         # The coarse logits of a kind weight the pixels of its fine level, so that the kinds differ from here on. They
         # run as one batch, the kinds of a sample side by side, so that sharded rows stay on their devices.
         attention = _fold([nn.sigmoid(x.astype(jnp.float32).mean(-1, keepdims=True)) + 1 for x in coarse])
-        repeat = lambda x: _fold([x] * len(kinds))  # noqa: E731
+
+        def repeat(x: jax.Array) -> jax.Array:
+            return _fold([x] * len(kinds))
+
         image = attention.astype(neck.dtype) * repeat(self.upsample_2x(neck[:, 1])) + no_mask
         pixels = self._embed_pixels(1, repeat(prompts[:, 1]), image, self.pe1(2 * self.cfg.grid))
         pixels = pixels.reshape(-1, len(kinds), *pixels.shape[1:])
@@ -328,7 +334,8 @@ class Neck(nn.Module):
         """Map x [B,g,g,C] to [B,g,g,E]."""
         dim, dtype = self.cfg.dim, self.cfg.dtype
         x = layer_norm("norm_1", dtype, 1e-6)(_conv(dim, 1, dtype, "conv_0")(x))
-        return layer_norm("norm_3", dtype, 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
+        out: jax.Array = layer_norm("norm_3", dtype, 1e-6)(_conv(dim, 3, dtype, "conv_2")(x))
+        return out
 
 
 class SegModule(nn.Module):

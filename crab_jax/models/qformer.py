@@ -53,7 +53,10 @@ class Attention(nn.Module):
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
         weights = dropout(nn.softmax(logits)).astype(dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        return layer_norm("LayerNorm", dtype, _EPSILON)(x + dropout(dense(cfg.width, "dense", dtype, normal)(y)))
+        out: jax.Array = layer_norm("LayerNorm", dtype, _EPSILON)(
+            x + dropout(dense(cfg.width, "dense", dtype, normal)(y))
+        )
+        return out
 
 
 class Layer(nn.Module):

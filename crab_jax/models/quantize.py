@@ -49,7 +49,8 @@ def rounded(llama: Any, kind: str) -> Any:
         if kind not in BITS or names[-1] != "kernel":
             return leaf
         if "layers" in names:
-            return jax.lax.map(lambda layer: dequantize(**quantize(layer, kind)), leaf)
+            layers: jax.Array = jax.lax.map(lambda layer: dequantize(**quantize(layer, kind)), leaf)
+            return layers
         return dequantize(**quantize(leaf, OUTPUT))
 
     return jax.tree_util.tree_map_with_path(of, llama)

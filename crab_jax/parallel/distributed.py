@@ -207,7 +207,7 @@ def own_rows(batch_sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarr
     Two processes share rows where a mesh axis that does not split the batch spans both.
     """
     slices = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in slices]))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices if rows is not None]))
 
 
 def global_batch(batch: Any, where: jax.sharding.Sharding, rows: int) -> Any:

@@ -272,9 +272,10 @@ def state_shardings(state: Any, trainable: Any, mesh: Mesh) -> Any:
 def _spread(leaf: Any, mesh: Mesh) -> NamedSharding:
     """Return the sharding of a leaf; if it is replicated, its largest divisible axis is split over data and fsdp."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    whole = all(axis is None or mesh.shape[axis] == 1 for axis in leaf.sharding.spec)
+    own: NamedSharding = leaf.sharding
+    whole = all(axis is None or mesh.shape[axis] == 1 for axis in own.spec)
     fitting = [(size, number) for number, size in enumerate(leaf.shape) if size % rows == 0]
     if rows == 1 or not whole or not fitting or leaf.size < SPREAD_FROM:
-        return leaf.sharding
+        return own
     axis = max(fitting)[1]
     return NamedSharding(mesh, PartitionSpec(*(ROWS if number == axis else None for number in range(len(leaf.shape)))))

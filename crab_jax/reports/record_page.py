@@ -282,7 +282,8 @@ def kinds(row: Mapping[str, np.ndarray], bucket: Bucket, config: DataConfig) -> 
     visual = bucket.frames * config.visual_queries  # the first rows of the features
     slots = np.where(row["slots"] < 0, "text", np.where(row["slots"] < visual, "visual", "audio"))
     real = np.where(row["loss_mask"], "target", slots)
-    return np.where(row["text_mask"], real, "padding").tolist()
+    names: list[str] = np.where(row["text_mask"], real, "padding").tolist()
+    return names
 
 
 def segments(kinds: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -127,7 +127,8 @@ def active_seconds(ranges: Sequence[Sequence[float]], inclusive: bool = False) -
     Where a range has decimals, a second is active when its middle lies in the range.
     """
     seconds = np.arange(SECONDS) + 0.5
-    return np.any([(start <= seconds) & (seconds < end + inclusive) for start, end in ranges], axis=0)
+    active: np.ndarray = np.any([(start <= seconds) & (seconds < end + inclusive) for start, end in ranges], axis=0)
+    return active
 
 
 def segment_accuracy(

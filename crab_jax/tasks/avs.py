@@ -255,12 +255,16 @@ def _most_frequent_answer(metas: Sequence[Mapping[str, Any]]) -> str:
     return target(list(Counter(tuple(meta["objects"]) for meta in metas).most_common(1)[0][0]))
 
 
-def _binary_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
+def _binary_constants(
+    metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
+) -> list[tuple[str, np.ndarray | None]]:
     text = _most_frequent_answer(metas)
     return [(text, mask) for mask in segmentation.constant_masks(gt_masks)] or [(text, None)]
 
 
-def _semantic_constants(metas, gt_masks) -> list[tuple[str, np.ndarray | None]]:
+def _semantic_constants(
+    metas: Sequence[Mapping[str, Any]], gt_masks: Sequence[np.ndarray | None]
+) -> list[tuple[str, np.ndarray | None]]:
     """Return class maps: each pixel's most frequent class, and binary candidates filled with the commonest class."""
     text = _most_frequent_answer(metas)
     gts = [np.asarray(gt) for gt in gt_masks if gt is not None]

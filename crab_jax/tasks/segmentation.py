@@ -42,13 +42,17 @@ def f_curve(scores: np.ndarray, gt: np.ndarray) -> np.ndarray:
     positives = truth.sum()
     if not positives:
         return np.zeros(len(THRESHOLDS))
+
+    def at_least(counts: np.ndarray) -> np.ndarray:
+        return counts[::-1].cumsum()[::-1][1:]
+
     # A score passes the first `passed` thresholds: one histogram gives the counts at every threshold.
     passed = np.searchsorted(THRESHOLDS, np.asarray(scores, np.float32), side="right")
-    at_least = lambda counts: counts[::-1].cumsum()[::-1][1:]  # noqa: E731
     predicted = at_least(np.bincount(passed.ravel(), minlength=len(THRESHOLDS) + 1))
     hits = at_least(np.bincount(passed[truth], minlength=len(THRESHOLDS) + 1))
     precision, recall = hits / np.maximum(predicted, 1), hits / positives
-    return (1 + BETA2) * precision * recall / np.maximum(BETA2 * precision + recall, 1e-20)
+    measure: np.ndarray = (1 + BETA2) * precision * recall / np.maximum(BETA2 * precision + recall, 1e-20)
+    return measure
 
 
 def f_measure(curves: Sequence[np.ndarray]) -> float:

@@ -50,7 +50,8 @@ def collect_results(out: Path, scenes: Path, image_size: int) -> None:
         return read_mask(scenes / example.mask, image_size, example.mask_kind) if example.mask else None
 
     def scores_of(name: str) -> dict[str, Any]:
-        return json.loads((out / name / "results.json").read_text())["tasks"]
+        scores: dict[str, Any] = json.loads((out / name / "results.json").read_text())["tasks"]
+        return scores
 
     baselines = {name: scores_of(name) for name in ("untrained", "audio_muted", "video_blanked")}
     for kind in ("empty", "constant"):

@@ -161,7 +161,7 @@ def load_clips(root: Path, folders: list[str], cfg: batching.DataConfig, tokeniz
         scene = scene_graph.load(root / folder / "scene.json")
         kinds = np.stack(
             [
-                np.asarray(Image.fromarray(k.astype(np.uint8)).resize((cfg.image_size,) * 2, Image.NEAREST))
+                np.asarray(Image.fromarray(k.astype(np.uint8)).resize((cfg.image_size,) * 2, Image.Resampling.NEAREST))
                 for k in scene_media.occupancy(root, scene)
             ]
         )
@@ -195,7 +195,8 @@ def warm_clip(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generato
         things = share[..., 1:]  # every thing in a patch contributes to the box loss by the share it covers
         distance = jnp.abs(predicted[..., None, KINDS + 1 :] - boxes[:, None]).sum(-1)
         box_loss = (distance * things).sum() / jnp.maximum(things.sum(), 1)
-        return box_loss + optax.softmax_cross_entropy(predicted[..., : KINDS + 1], share).mean()
+        total: jax.Array = box_loss + optax.softmax_cross_entropy(predicted[..., : KINDS + 1], share).mean()
+        return total
 
     keys = jax.random.split(jax.random.key(1))
     params = {
@@ -217,7 +218,8 @@ def warm_beats(cfg: CrabConfig, data: Arrays, steps: int, rng: np.random.Generat
         presence, level = jnp.split(scores, 2, -1)
         sounding = (batch[1] > 0).astype(jnp.float32)
         error = (sounding * (level - batch[1]) ** 2).sum() / jnp.maximum(sounding.sum(), 1)
-        return optax.sigmoid_binary_cross_entropy(presence, sounding).mean() + error
+        total: jax.Array = optax.sigmoid_binary_cross_entropy(presence, sounding).mean() + error
+        return total
 
     keys = jax.random.split(jax.random.key(2))
     params = {
@@ -333,7 +335,8 @@ def warm_llama(
         what, where = jnp.split(error, [KINDS], -1)
         masked = (batch["states"] >= 0).astype(jnp.float32)
         summary_loss = ((what.mean(-1) + where.mean(-1)) * masked).sum() / jnp.maximum(masked.sum(), 1)
-        return term.sum / term.number + summary_loss
+        total: jax.Array = term.sum / term.number + summary_loss
+        return total
 
     batches = reader_batches(groups, tables, 16, rng)
     first, keys = next(batches), jax.random.split(jax.random.key(3), 3)

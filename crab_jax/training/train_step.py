@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -54,7 +55,7 @@ def train_step(
     `skipped` is 1; the step and the count of the schedule still increase. `bad_rows` is the number of rows whose loss
     is not finite, and `bad_index` the sum of their `index`. Filler rows affect neither loss nor gradient.
     """
-    batch = batch.replace(fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
+    batch = dataclasses.replace(batch, fbank=jnp.where((batch.index >= 0)[:, None, None, None], batch.fbank, 0))
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
@@ -92,7 +93,7 @@ def train_step(
         shapes = jax.eval_shape(grad_of, *params, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        def add(carry, scanned):
+        def add(carry: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad_of(*params, *scanned)), None
 
         return jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))[0]
@@ -116,7 +117,7 @@ def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
     rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
     if out.binary is not None and out.semantic is not None:
 
-        def flat(x: Any) -> jax.Array:
+        def flat(x: jax.Array) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
         groups = jnp.broadcast_to(valid[:, None], batch.seg_kind.shape)
@@ -180,8 +181,9 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Any, mesh: jax.s
     """Return the shapes, dtypes and shardings of the train state, from those of the trainable parameters."""
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, jax.eval_shape(tx.init, trainable))
-    return jax.tree.map(
+    placed: TrainState = jax.tree.map(
         lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
         state,
         sharding.state_shardings(state, trainable, mesh),
     )
+    return placed

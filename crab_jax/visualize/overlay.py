@@ -102,7 +102,8 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
 
 
 def _line_width(picture: np.ndarray) -> int:
-    return max(1, max(picture.shape[:2]) // 240)
+    side: int = max(picture.shape[:2])
+    return max(1, side // 240)
 
 
 def overlay_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour = PREDICTION, alpha: float = 0.45) -> np.ndarray:
@@ -197,7 +198,8 @@ def legend(picture: np.ndarray, names: Mapping[str, Colour]) -> np.ndarray:
 def class_colours(*masks: np.ndarray) -> dict[str, Colour]:
     """Return {name: colour} of the classes in int[H,W] masks, without the background, in the order of their ids."""
     ids = sorted({int(i) for mask in masks for i in np.unique(mask)} - {0})
-    return {CLASSES[i]: tuple(map(int, avss_palette()[i])) for i in ids}  # type: ignore[misc]
+    palette = avss_palette().tolist()
+    return {CLASSES[i]: (palette[i][0], palette[i][1], palette[i][2]) for i in ids}
 
 
 def event_tracks(task: str, label: Any, colour: Colour = PREDICTION, both: bool = False) -> list[Track]:

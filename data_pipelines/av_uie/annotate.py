@@ -345,10 +345,12 @@ class Client:
             raise Failure("the reply is not that of a chat completion", passing=True, billed=True) from None
         if not isinstance(text, str):
             raise Failure("the reply has no text", passing=True, billed=True)
-        used = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+        counts = usage if isinstance(usage, dict) else {}
+        used: list[Any] = [counts.get(name) for name in ("prompt_tokens", "completion_tokens")]
         known = all(type(count) is int and count >= 0 for count in used)
         guess = [tokens_in(messages), len(text) // CHARACTERS_PER_TOKEN + 1]
-        return Reply(" ".join(text.split()), *(used if known else guess), estimated=not known)
+        read, written = used if known else guess
+        return Reply(" ".join(text.split()), read, written, estimated=not known)
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         """Return the exception for an HTTP error: InputError stops the run, a Failure fails or retries this request."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from crab_jax.tasks.placeholders import AUDIO, IMAGE, VIDEO
 from data_pipelines.av_uie import labels, templates
@@ -38,7 +38,12 @@ class Shown(NamedTuple):
 
 
 def _shown(
-    task: str, question: str, meta: dict, reasoning: str, places: templates.Places = None, second: int | None = None
+    task: str,
+    question: str,
+    meta: dict[str, Any],
+    reasoning: str,
+    places: templates.Places = None,
+    second: int | None = None,
 ) -> Shown:
     return Shown(
         Example(id=f"shown-{task}", task=task, instruction=question, meta=meta, second=second), places, reasoning

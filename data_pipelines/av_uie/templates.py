@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.avs import ordinal
+from crab_jax.tasks.times import SECONDS
 from data_pipelines.av_uie import questions
 from data_pipelines.av_uie.labels import Place, label, places, spans_of, with_reasoning
 from data_pipelines.av_uie.questions import spoken

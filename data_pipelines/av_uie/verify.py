@@ -14,8 +14,8 @@ from typing import Any
 
 from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.ave import SECONDS
 from crab_jax.tasks.text import normalise
+from crab_jax.tasks.times import SECONDS
 from data_pipelines.av_uie import labels, templates
 from data_pipelines.av_uie.questions import INSTRUMENTS
 from data_pipelines.examples import Example

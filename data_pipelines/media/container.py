@@ -154,7 +154,7 @@ def decode_alone(stream: Any) -> None:
     stream.codec_context.thread_count = 1
 
 
-def demuxed(container: av.container.InputContainer, *streams: Any) -> Iterator[av.Packet]:
+def demuxed(container: av.container.InputContainer, *streams: Any) -> Iterator[av.Packet[Any]]:
     """Yield the packets of streams, without repeated frames, and the empty packets at the end that flush a decoder.
 
     Raises EOFError where the last packet is truncated, in formats whose packets state their lengths, and for too many

@@ -73,7 +73,8 @@ def decode_runs(size: Any, counts: Any, where: str) -> np.ndarray:
             raise ValueError(f"the runs hold {filled:,} of the {area:,} pixels of {height}x{width}")
     except ValueError as error:
         raise refuse(str(error)) from None
-    return coco.decode({"size": [height, width], "counts": text.encode()})
+    mask: np.ndarray = coco.decode({"size": [height, width], "counts": text.encode()})
+    return mask
 
 
 def _runs(counts: str) -> Iterator[int]:
@@ -121,7 +122,8 @@ def _binary(grey: np.ndarray, size: int | None) -> np.ndarray:
     """Return int32[size, size], 1 where grey[H, W] is above 0; int32[H, W] without a size."""
     # cv2's nearest neighbour (floor(i * scale)); semantic masks use Pillow's, which is half a pixel off.
     rows, columns = (np.arange(size or n) * n // (size or n) for n in grey.shape)
-    return (grey[rows[:, None], columns] > 0).astype(np.int32)
+    labels: np.ndarray = (grey[rows[:, None], columns] > 0).astype(np.int32)
+    return labels
 
 
 def _grey(mask: Picture) -> tuple[np.ndarray, str]:
@@ -185,7 +187,8 @@ def _ids(mask: Picture, where: str) -> Image.Image:
     elif image.mode == "L" and mask.bits < 8:  # Pillow scales values of fewer bits to 0..255
         image = Image.fromarray(np.asarray(image) // (255 // (2**mask.bits - 1)))
     if image.mode in ("P", "L", "1", *DEEP):
-        low, high = (0, np.flatnonzero(image.histogram())[-1]) if image.mode == "P" else image.getextrema()
+        extrema: Any = (0, np.flatnonzero(image.histogram())[-1]) if image.mode == "P" else image.getextrema()
+        low, high = extrema
         if mask.kind in LOSSY:
             problem, fix = f"is a {mask.kind}, which does not keep class ids exactly", "export it as PNG"
         elif image.mode != "1" and not 0 <= low <= high < len(CLASSES):

@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from crab_jax.io.files import HEAD
 from data_pipelines.media.boxes import MP4_BOXES, matroska, mp4
 from data_pipelines.media.chunks import aiff, asf, au, avi, caf, ivf, mxf, real, sony, wave, wave64
-from data_pipelines.media.content import HEAD
 from data_pipelines.media.ends import PADDING, Read, behind, behind_id3, padded, short
 from data_pipelines.media.frames import ac3, adts, is_ac3, is_adts, is_mpeg_audio, mpeg_audio
 

@@ -13,12 +13,12 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from crab_jax.io.errors import InputError
 from data_pipelines.media import kinds
@@ -124,7 +124,7 @@ def kind_of(path: str | Path, field: str, content: bytes | None = None) -> kinds
 
 
 def _with_metadata_or_without(
-    kind: kinds.Kind, source: str | bytes, use: Callable[[Image.Image], Image.Image]
+    kind: kinds.Kind, source: str | bytes, use: Callable[[ImageFile.ImageFile], Image.Image]
 ) -> Image.Image:
     """Open a picture from its path or bytes and apply `use`; retry without its metadata if that fails."""
     # Pillow refuses pictures of twice this size before decoding; lower limits are checked by `_check_header`.
@@ -168,11 +168,16 @@ def _orientation(picture: Image.Image) -> int:
     return tag if tag in _TURNS else 1
 
 
+def _tags(picture: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF picture by number; none for a picture of another format."""
+    return picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+
+
 def _check_header(picture: Image.Image, where: str, field: str) -> None:
     """Raise InputError for pictures that are too large, or that Pillow does not read as a viewer shows them."""
     check(where, field, megapixels=picture.width * picture.height / 1e6)
     if picture.format == "TIFF":
-        tags = picture.tag_v2
+        tags = _tags(picture)
         if 50706 in tags or tags.get(254, 0) & 1:  # DNGVersion; the first page is a thumbnail
             raise InputError(
                 where, field, "is a camera's raw file, or its first page is a preview only", "export it as JPEG or PNG"
@@ -197,7 +202,7 @@ def open_picture(path: str | Path, field: str, content: bytes | None = None, who
             raise InputError(where, field, problem, AGAIN)
         stored: dict[str, Any] = {}
 
-        def decode(picture: Image.Image) -> Image.Image:
+        def decode(picture: ImageFile.ImageFile) -> Image.Image:
             _check_header(picture, where, field)
             stored.update(size=picture.size, raw=str(picture.tile[0][3]) if picture.tile else "")
             return _decoded(picture, whole)
@@ -230,10 +235,10 @@ def _decoded(picture: Image.Image, whole: bool) -> Image.Image:
     if picture.mode == "P" and picture.palette is None:
         raise ValueError("no palette")
     made = picture
-    if picture.format == "TIFF" and picture.mode in DEEP and picture.tag_v2.get(262) == 0:
+    if picture.format == "TIFF" and picture.mode in DEEP and _tags(picture).get(262) == 0:
         made = Image.fromarray(0xFFFF - np.asarray(picture))  # 0 is white, which Pillow does not convert for 16 bits
     if picture.format == "TIFF" and picture.mode == "P":
-        colours = np.array(picture.tag_v2.get(320, ()))
+        colours = np.array(_tags(picture).get(320, ()))
         if (
             colours.max(initial=0) < 256
         ):  # some programs write 8-bit values into the 16-bit palette, which Pillow shows as black

@@ -102,7 +102,8 @@ def _check_rate(path: str, rate: int) -> None:
 def _mean(samples: np.ndarray) -> np.ndarray:
     """Return float32[N]: the mean of the channels of float32[N, C]."""
     with np.errstate(over="ignore"):  # infinite samples are refused
-        return sum(samples.T[1:], samples.T[0]) / samples.shape[1]
+        mean: np.ndarray = sum(samples.T[1:], samples.T[0]) / samples.shape[1]
+        return mean
 
 
 def _blocks(file: soundfile.SoundFile, path: str) -> np.ndarray:
@@ -132,7 +133,7 @@ def _whole_mp3(path: str, samples: np.ndarray) -> np.ndarray:
     ):
         return samples
     with soundfile.SoundFile(io.BytesIO(with_index(content, frames))) as file:
-        every = file.read(dtype="float32", always_2d=True)
+        every: np.ndarray = file.read(dtype="float32", always_2d=True)
     if frames.stated or every.shape[1] != samples.shape[1]:
         return every
     # With an index, libsndfile removes the decoder's delay at the start.

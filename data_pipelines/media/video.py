@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -39,7 +39,7 @@ def video_size(path: str | Path) -> tuple[int, int]:
         return (stream.height, stream.width) if sideways else (stream.width, stream.height)
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[av.Packet], int]:
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[av.Packet[Any]], int]:
     """Return the coded frames in file order, and the number of them that are shown (an edit list may hide some)."""
     packets = [packet for packet in demuxed(container, stream) if packet.size]
     return packets, sum(not packet.is_discard for packet in packets)
@@ -59,7 +59,7 @@ def _declared(container: av.container.InputContainer, stream: av.VideoStream, pa
     return max(0, declared - hidden)
 
 
-def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
+def _needed(packets: Sequence[av.Packet[Any]], numbers: Sequence[int]) -> tuple[set[int], dict[int, int]] | None:
     """Return the packets to decode for the shown frames `numbers`, and {time: number} of these frames; None if unknown.
 
     Packets form groups that start with a key frame and refer to no other group; of each group the packets up to the
@@ -98,13 +98,13 @@ def _needed(packets: Sequence[av.Packet], numbers: Sequence[int]) -> tuple[set[i
     return decoded, wanted
 
 
-def _only_decoding_times(packets: Sequence[av.Packet]) -> bool:
+def _only_decoding_times(packets: Sequence[av.Packet[Any]]) -> bool:
     """Return whether frames may be shown in another order than stored while the file has decoding times only."""
     stream = packets[0].stream
     return stream.container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
 
-def _changes_decoder(packet: av.Packet) -> bool:
+def _changes_decoder(packet: av.Packet[Any]) -> bool:
     """Return whether a packet brings new decoder parameters, which all packets after it need."""
     return packet.is_keyframe and packet.has_sidedata("new_extradata")
 
@@ -119,7 +119,7 @@ def _small(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndar
 
 
 def _decode_needed(
-    stream: av.VideoStream, packets: Sequence[av.Packet], decoded: set[int], wanted: Mapping[int, int], size: int
+    stream: av.VideoStream, packets: Sequence[av.Packet[Any]], decoded: set[int], wanted: Mapping[int, int], size: int
 ) -> dict[int, np.ndarray]:
     """Return {number: resized frame} of the `wanted` times, by decoding only the packets `decoded`."""
     picked: dict[int, np.ndarray] = {}
@@ -177,7 +177,9 @@ def read_moment(path: str | Path, part: int, parts: int, size: int) -> np.ndarra
 
     Raises InputError as `read_video` does.
     """
-    return _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)[0]
+    frames = _read(path, lambda times: [clocks.number_at(times, part, parts)] if times.ticks else [], size)
+    frame: np.ndarray = frames[0]
+    return frame
 
 
 def moment_picture(path: str | Path, part: int, parts: int) -> Image.Image:
@@ -238,12 +240,12 @@ def _end_of_sound(path: str | Path) -> Fraction | None:
         return None if last is None else last * stream.time_base
 
 
-def shown(packets: Iterable[av.Packet]) -> list[Stamp]:
+def shown(packets: Iterable[av.Packet[Any]]) -> list[Stamp]:
     """Return the container's times of the packets that are shown."""
     return [stamp(packet) for packet in packets if packet.size and not packet.is_discard]
 
 
-def stamp(coded: av.Packet | av.VideoFrame) -> Stamp:
+def stamp(coded: av.Packet[Any] | av.VideoFrame) -> Stamp:
     """Return the container's times of a packet or frame."""
     return Stamp(coded.pts, coded.dts if isinstance(coded, av.Packet) else coded.pts, coded.duration or 0)
 
@@ -269,7 +271,7 @@ def video_times(path: str | Path) -> FrameTimes:
     return known
 
 
-def begins_whole(first: av.Packet | None, frames: Iterable[Stamp]) -> bool:
+def begins_whole(first: av.Packet[Any] | None, frames: Iterable[Stamp]) -> bool:
     """Return whether the first coded frame is a key frame, and none of the shown `frames` precedes it.
 
     In recordings that begin in the middle of a broadcast, decoders drop frames that refer to missing ones, so only

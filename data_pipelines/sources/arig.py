@@ -18,6 +18,7 @@ import numpy as np
 
 from crab_jax.io.errors import InputError
 from crab_jax.tasks import arig
+from crab_jax.tasks.segmentation import SIZE
 from data_pipelines import media
 from data_pipelines.examples import Example
 from data_pipelines.sources.avsbench import SPLITS, Clip, object_names, s4_clips, semantic_clips
@@ -69,7 +70,7 @@ def _listed(release: Release, row: Row, split: str, variant: str) -> Iterator[Ex
     places = Row(row.base, row.place, dict(zip(("x1", "y1", "x2", "y2"), corners[0] + corners[1], strict=True)))
     if places.values["x1"] == NOWHERE:
         return
-    x1, y1, x2, y2 = (places.integer(field, 0, arig.SIZE) for field in places.values)
+    x1, y1, x2, y2 = (places.integer(field, 0, SIZE) for field in places.values)
     if x1 > x2 or y1 > y2:
         raise row.error("bottom_right", f"is {corners[1]}, before {corners[0]}", "give the corners in order")
     folder = release.inside(f"v1s/{match[1]}", row.where, "frame_path")
@@ -98,7 +99,7 @@ def _boxes(
             size = media.image_size(picture) if picture.is_file() else None
             for path in (clip.masks[second], clip.frames[second]):
                 release.use(os.path.relpath(path, release.folder or "."))
-            return box_of(media.read_mask(release.root / clip.masks[second], arig.SIZE, "binary", size))
+            return box_of(media.read_mask(release.root / clip.masks[second], SIZE, "binary", size))
         except InputError as error:
             return error
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from crab_jax.tasks import ave
 from crab_jax.tasks.ave import CATEGORIES
+from crab_jax.tasks.times import SECONDS
 from data_pipelines.examples import Example
 from data_pipelines.sources.release import Found, Release, Row, each, sample_lists
 
@@ -30,7 +31,7 @@ def read(release: Release, split: str, variant: str) -> Iterator[Found]:
 
     def examples(row: Row) -> Iterator[Example]:
         event, video = row.one_of(category, CATEGORIES), row.name(clip, "RUhOCu3LNXM")
-        start, end = row.integer(starts, 0, ave.SECONDS), row.integer(ends, 0, ave.SECONDS)
+        start, end = row.integer(starts, 0, SECONDS), row.integer(ends, 0, SECONDS)
         if row.unended and end == 1:  # no released event lasts one second
             raise row.error(ends, "is 1, and the file ends there without a line end: was it 10?", "copy the file again")
         if start >= end and (start, end) != (0, 0):  # one released row is 0 to 0: background only

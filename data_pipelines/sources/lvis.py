@@ -124,4 +124,5 @@ def rasterise(row: Row, height: int, width: int) -> dict[str, Any]:
         raise row.error(
             "segmentation", "is no list of polygons of at least three points", "use the annotation file as released"
         )
-    return coco.merge(coco.frPyObjects([[float(v) for v in p] for p in polygons], height, width))
+    runs: dict[str, Any] = coco.merge(coco.frPyObjects([[float(v) for v in p] for p in polygons], height, width))
+    return runs

@@ -150,7 +150,8 @@ def _wave(frequency: np.ndarray | float, length: int, harmonics: np.ndarray) -> 
     cycle = np.arange(4096) * (2 * np.pi / 4096)
     table = (harmonics[:, None] * np.sin(np.arange(1, len(harmonics) + 1)[:, None] * cycle)).sum(0).astype(np.float32)
     phase = np.cumsum(np.broadcast_to(np.asarray(frequency, np.float64), length)) / SAMPLE_RATE
-    return table[((phase % 1) * 4096).astype(np.int32)]
+    wave: np.ndarray = table[((phase % 1) * 4096).astype(np.int32)]
+    return wave
 
 
 def _time(length: int) -> np.ndarray:
@@ -166,7 +167,9 @@ def _piano(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
     beat = SAMPLE_RATE // 2
     notes = 262 * 2 ** ((np.floor(pitch * 5) + rng.choice([0, 2, 4, 7, 9], length // beat)) / 12)
     envelope = np.exp(-6 * _time(beat)) * np.minimum(1, _time(beat) * 400)
-    return _wave(np.repeat(notes, beat), length, 1 / np.arange(1, 7) ** 1.3) * np.tile(envelope, len(notes))
+    tone = _wave(np.repeat(notes, beat), length, 1 / np.arange(1, 7) ** 1.3)
+    sound: np.ndarray = tone * np.tile(envelope, len(notes))
+    return sound
 
 
 def _drum(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -175,7 +178,8 @@ def _drum(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
     time = _time(beat)
     noise = rng.standard_normal(length, dtype=np.float32) * np.tile(np.exp(-35 * time), length // beat)
     thump = np.sin(2 * np.pi * (60 + 30 * pitch) * time) * np.exp(-18 * time)
-    return noise + 1.5 * np.tile(thump, length // beat)
+    sound: np.ndarray = noise + 1.5 * np.tile(thump, length // beat)
+    return sound
 
 
 def _violin(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -186,7 +190,8 @@ def _violin(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
 def _flute(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
     """Return a high, nearly pure tone with slow vibrato and slight breath noise."""
     tone = _wave(_vibrato(length, 1250 * 2 ** (pitch * 7 / 12), 4.5, 0.008), length, np.array([1, 0.06]))
-    return tone + 0.01 * rng.standard_normal(length, dtype=np.float32)
+    sound: np.ndarray = tone + 0.01 * rng.standard_normal(length, dtype=np.float32)
+    return sound
 
 
 def _accordion(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -201,7 +206,8 @@ def _trumpet(pitch: float, length: int, rng: np.random.Generator) -> np.ndarray:
     frequency = 156 * 2 ** (pitch * 7 / 12)
     partials = np.arange(1, 17) * frequency
     attack = np.tile(np.minimum(1, _time(SAMPLE_RATE) * 12), length // SAMPLE_RATE)
-    return _wave(frequency, length, np.exp(-(((partials - 1300) / 700) ** 2)) + 0.1) * attack
+    sound: np.ndarray = _wave(frequency, length, np.exp(-(((partials - 1300) / 700) ** 2)) + 0.1) * attack
+    return sound
 
 
 _TIMBRES: dict[str, Callable[[float, int, np.random.Generator], np.ndarray]] = {
@@ -220,7 +226,8 @@ def timbre(kind: str, pitch: float, seconds: int, rng: np.random.Generator) -> n
     sound = np.asarray(_TIMBRES[kind](pitch, length, rng), np.float32)
     fade = np.minimum(1, np.arange(length, dtype=np.float32) / (0.01 * SAMPLE_RATE))
     sound *= fade * fade[::-1]
-    return sound / np.sqrt(np.mean(sound**2))
+    level: np.ndarray = sound / np.sqrt(np.mean(sound**2))
+    return level
 
 
 def synthesise(scene: Scene) -> np.ndarray:
@@ -228,10 +235,12 @@ def synthesise(scene: Scene) -> np.ndarray:
     rng = scene.rng("sound")
     mix = _NOISE_RMS * rng.standard_normal(SECONDS * SAMPLE_RATE, dtype=np.float32)
     for thing in scene.sounding:
+        assert thing.sounding is not None
         start, end = thing.sounding
         level = _LOUD_RMS * thing.loudness
         mix[start * SAMPLE_RATE : end * SAMPLE_RATE] += level * timbre(thing.kind, thing.pitch, end - start, rng)
-    return np.clip(mix, -0.99, 0.99)
+    limited: np.ndarray = np.clip(mix, -0.99, 0.99)
+    return limited
 
 
 PALETTE = avss_palette().ravel().tolist()  # flat RGB, for Pillow

@@ -117,8 +117,8 @@ def _ave(scene: Scene, count: int) -> Iterator[_Item]:
 
 def _avvp(scene: Scene, count: int) -> Iterator[_Item]:
     label = {
-        "audio": [[t.kind, *t.sounding] for t in scene.sounding],
-        "visual": [[t.kind, *t.visible] for t in scene.visible],
+        "audio": [[t.kind, *t.sounding] for t in scene.sounding if t.sounding],
+        "visual": [[t.kind, *t.visible] for t in scene.visible if t.visible],
     }
     seen = _listing("see", [_name(t, False, False) for t in scene.visible])
     heard = _listing("hear", [_name(t, False, False) for t in scene.sounding])
@@ -306,7 +306,7 @@ def write(
             f"bad counts {dict(counts)} or seed {seed}",
             f"give numbers >= 0 for {', '.join(SPLITS)} and a seed >= 0",
         )
-    settings = {"format": FORMAT, "seed": seed, "counts": {s: counts[s] for s in SPLITS if s in counts}}
+    settings: dict[str, Any] = {"format": FORMAT, "seed": seed, "counts": {s: counts[s] for s in SPLITS if s in counts}}
     marker = out / "scenes.json"
     state = read_json(marker) if marker.is_file() else None
     if state == settings | {"complete": True}:
