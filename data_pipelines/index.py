@@ -462,11 +462,13 @@ class Indexed(Sequence[Example]):
 
     def numbers(self, name: str) -> np.ndarray:
         """Return a column of whole numbers, of the chosen rows."""
-        return np.concatenate([table.numbers(name) for table in self.tables])[self.rows.array]
+        values: np.ndarray = np.concatenate([table.numbers(name) for table in self.tables])
+        return values[self.rows.array]
 
     def has(self, trait: int) -> np.ndarray:
         """Return bool[N]: which Examples have a trait."""
-        return (self.numbers("traits") & trait) > 0
+        has: np.ndarray = (self.numbers("traits") & trait) > 0
+        return has
 
     def tasks(self) -> tuple[np.ndarray, list[str]]:
         """Return (int[N], names): the task of each Example as a position in the names."""
@@ -482,7 +484,8 @@ class Indexed(Sequence[Example]):
         if not marked.any():
             return None
         codes = pa.concat_arrays(list(self._column("one_of"))).dictionary_encode().indices
-        return codes.fill_null(-1).to_numpy()
+        marks: np.ndarray = codes.fill_null(-1).to_numpy()
+        return marks
 
     def counts(self, seed: int) -> Counter[str]:
         """Return the number of Examples of each task in the first epoch, as `datasets.one_frame_each` takes them."""

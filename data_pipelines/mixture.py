@@ -212,9 +212,9 @@ class OneOfGroups:
         return len(self.members if self.ends is None else self.ends)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        if self.ends is None:
-            return self.members[number : number + 1]
-        return self.members[self.ends[number - 1] if number else 0 : self.ends[number]]
+        start = number if self.ends is None else self.ends[number - 1] if number else 0
+        members: np.ndarray = self.members[start : number + 1 if self.ends is None else self.ends[number]]
+        return members
 
     def firsts(self) -> np.ndarray:
         """Return the first position of each group."""

@@ -410,7 +410,7 @@ def finished(settings: Settings, out: Path, shard: Shard, verify: bool = False) 
     """
     path = out / shard.file
     try:
-        note = read_json(_note(path), NOTE)
+        note: dict[str, Any] = read_json(_note(path), NOTE)
         if note["of"] != shard.digest(settings) or path.stat().st_size != note["bytes"]:
             return None
         if verify or path.stat().st_mtime_ns > _note(path).stat().st_mtime_ns:

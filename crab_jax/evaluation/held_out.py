@@ -105,8 +105,8 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
     if len(failed) == len(drawn.places):
         problem = f"is {config.eval_split!r}, which cannot be read: {failed[0]}"
         raise InputError("--config", "eval_split", problem, fix)
-    for error in failed:
-        run_folder.log.warning("not among the held-out examples: %s", error)
+    for why in failed:
+        run_folder.log.warning("not among the held-out examples: %s", why)
     if not usable:
         problem = f"is {config.eval_split!r}, which has no example with an answer of any task that the run trains on"
         raise InputError("--config", "eval_split", problem, fix)

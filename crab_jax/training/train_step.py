@@ -78,7 +78,7 @@ def train_step(
             "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32),
         }
 
-    grad_of = jax.grad(loss_of, has_aux=True)
+    grad_of: Callable[..., tuple[Any, dict[str, Any]]] = jax.grad(loss_of, has_aux=True)
 
     def gradient(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
         if accumulate == 1:
@@ -96,7 +96,8 @@ def train_step(
         def add(carry: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad_of(*params, *scanned)), None
 
-        return jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))[0]
+        (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))
+        return grads, metrics
 
     grads, metrics = by_slice(gradient)((state.trainable, frozen, counts), batch, rng)
     norm = optax.global_norm(grads)
