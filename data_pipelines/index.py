@@ -462,8 +462,9 @@ class Indexed(Sequence[Example]):
 
     def numbers(self, name: str) -> np.ndarray:
         """Return a column of whole numbers, of the chosen rows."""
-        values: np.ndarray = np.concatenate([table.numbers(name) for table in self.tables])
-        return values[self.rows.array]
+        values = np.concatenate([table.numbers(name) for table in self.tables])
+        chosen: np.ndarray = values[self.rows.array]
+        return chosen
 
     def has(self, trait: int) -> np.ndarray:
         """Return bool[N]: which Examples have a trait."""
