@@ -56,6 +56,7 @@ REPORT_KEYS = (
     "compile_s",
     "model_flops_per_chip",
     "collectives",
+    "roofline_s",
 )  # of the report that --json writes
 SMALL = 2**16  # elements; copies of smaller matrices are harmless
 ROWS = 8  # rows per data-parallel group in prefill and decode
@@ -71,16 +72,7 @@ def topology_devices(name: str, thorough: bool = False) -> list[Any]:
 
     thorough: as the command line option. Raises InputError for an unknown topology or without libtpu.
     """
-    generation, _, shape = name.partition(":")
-    sizes = shape.split("x")
-    if generation not in (chip.name for chip in chips.CHIPS) or not all(n.isdigit() and int(n) for n in sizes):
-        raise InputError(
-            "command line",
-            "--topology",
-            f"{name!r} is unknown",
-            f"write CHIP:SHAPE, like v5e:16x16; chips: {', '.join(chip.name for chip in chips.CHIPS)}",
-        )
-    count = math.prod(map(int, sizes))
+    generation, count = chips.chips_of(name)
     # libtpu asks for these where it would otherwise look for a TPU machine; the type counts cores on v4 and v5p.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -604,7 +596,7 @@ def main() -> None:
     chosen = min if args.sweep else max
     worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
     if args.json and worst is not None:
-        write_whole(args.json, json.dumps({key: worst[key] for key in REPORT_KEYS}, indent=1) + "\n")
+        write_whole(args.json, json.dumps({key: worst[key] for key in REPORT_KEYS if key in worst}, indent=1) + "\n")
     if args.budget:
         chip = args.topology.partition(":")[0]
         if worst is None:
