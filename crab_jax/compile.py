@@ -76,16 +76,7 @@ def topology_devices(name: str, thorough: bool = False, slices: int = 1) -> list
     thorough: as the command line option. slices: how many slices of this topology. Raises InputError for an unknown
     topology or without libtpu.
     """
-    generation, _, shape = name.partition(":")
-    sizes = shape.split("x")
-    if generation not in (chip.name for chip in chips.CHIPS) or not all(n.isdigit() and int(n) for n in sizes):
-        raise InputError(
-            "command line",
-            "--topology",
-            f"{name!r} is unknown",
-            f"write CHIP:SHAPE, like v5e:16x16; chips: {', '.join(chip.name for chip in chips.CHIPS)}",
-        )
-    count = math.prod(map(int, sizes))
+    generation, count = chips.chips_of(name)
     # libtpu asks for these where it would otherwise look for a TPU machine; the type counts cores on v4 and v5p.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -623,7 +614,7 @@ def main() -> None:
     worst = chosen(reports, key=lambda r: r["roofline_s"]["step"] if args.sweep else r["peak_bytes"], default=None)
     if args.json and worst is not None:
         shown = worst | ({"collectives": worst["networks"]} if args.slices else {})
-        write_whole(args.json, json.dumps({key: shown.get(key) for key in REPORT_KEYS}, indent=1) + "\n")
+        write_whole(args.json, json.dumps({key: shown[key] for key in REPORT_KEYS if key in shown}, indent=1) + "\n")
     if args.budget:
         chip = args.topology.partition(":")[0]
         if worst is None:

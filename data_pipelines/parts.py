@@ -92,7 +92,9 @@ def agreed(out: Path, plan: str, settings: Mapping[str, Any]) -> tuple[int, str]
     found = [read_json(path, NOTE) for path in (out / FOLDER).glob("*-of-*.json")]
     if not found:
         raise InputError(str(out), "--merge", "holds no parts", "run prepare with --part 0/N to N-1/N before")
-    count = Counter(note["of"] for note in found).most_common(1)[0][0]
+    # The numbers of parts may have been changed on the way: one that is complete counts, else the one of most notes.
+    seen = Counter(note["of"] for note in found)
+    count = max(seen, key=lambda of: (seen[of] == of, seen[of], of))
     notes = {note["part"]: note for note in found if note["of"] == count}
     first = notes[min(notes)]
     for index in range(count):

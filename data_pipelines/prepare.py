@@ -547,6 +547,19 @@ def prepare(
     return [line for note in notes for line in note["failed"]]
 
 
+def prepare_sample(settings: Settings, out: Path, examples: Sequence[Example]) -> None:
+    """Prepare a few Examples of a raw root into the empty folder `out`, as a list `train`, in this process."""
+    write_jsonl(out / "train.jsonl", examples)
+    needed = dict.fromkeys(medium for one in examples for medium in shards.media_of(one, settings.decoding))
+    todo = [
+        shard
+        for kind in KINDS
+        for shard in cut(kind, "train", [medium for medium in needed if medium.kind == kind], settings)
+    ]
+    notes = [write_shard(settings, out, shard) for shard in todo]
+    _finish(settings, out, {"": {"train": len(examples)}}, todo, notes)
+
+
 def prepare_part(
     settings: Settings,
     out: Path,

@@ -319,6 +319,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "status": ("data_pipelines.__main__", ["status", "--root", "nowhere"]),
     "validate": ("data_pipelines.__main__", ["validate", "--root", "nowhere"]),
     "prepare": ("data_pipelines.__main__", ["prepare", "--root", "nowhere", "--out", "OUT"]),
+    "plan": ("data_pipelines.__main__", ["plan", "--config", "configs/tiny.py", "--root", "nowhere"]),
     "sample": ("data_pipelines.__main__", ["sample", "--root", "nowhere", "--out", "OUT"]),
     "own": ("data_pipelines.__main__", ["own", "--csv", "nowhere", "--root", "OUT"]),
     "tokens": ("data_pipelines.tokens", ["--corpus", "nowhere", "--out", "OUT/x"]),

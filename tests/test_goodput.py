@@ -107,7 +107,7 @@ def fake(monkeypatch):
     """A module with the shape of wandb that keeps what it is told."""
     module = types.ModuleType("fake_writer")
     module.told = []
-    module.init = lambda **options: module.told.append(("init", options))
+    module.init = lambda id=None, dir=None, **options: module.told.append(("init", {"id": id, "dir": dir, **options}))
     module.log = lambda values, step: module.told.append(("log", step, values))
     module.finish = lambda: module.told.append(("finish",))
     monkeypatch.setitem(sys.modules, "fake_writer", module)
@@ -120,6 +120,7 @@ def test_a_writer_is_told_what_the_board_is(fake, tmp_path):
     logger.add_evaluation(3, {"eval/loss": 2.0, "eval/samples": 3.0}, 1.0)
     logger.close()
     begun, logged, ended = fake.told
+    assert begun[1]["dir"] == str(run)
     assert begun[1].items() >= {"project": "crab-av", "name": "run", "config": {"steps": 10}, "resume": "allow"}.items()
     assert logged == ("log", 3, {"eval/loss": 2.0, "eval/samples": 3.0}) and ended == ("finish",)
     again = open_writer("fake_writer", run, {})
@@ -152,7 +153,9 @@ def test_a_writer_that_fails_warns_once_and_stops_nothing(fake, tmp_path, capsys
         ("json", r"\[log_writer\]: json has no init\(\)"),
     ],
 )
-def test_a_writer_that_is_not_there_is_named(spec, message, tmp_path):
+def test_a_writer_that_is_not_there_is_named(spec, message, tmp_path, monkeypatch):
+    (tmp_path / "no_such_writer").mkdir()  # which Python imports as a package without anything
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=message):
         open_writer(spec, tmp_path, {})
 

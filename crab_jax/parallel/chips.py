@@ -10,7 +10,10 @@ chips, and "DCN bandwidth per chip" of v5p (50 Gbit/s); Google gives no figure f
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+from crab_jax.io.errors import InputError
 
 GIB = 2**30
 
@@ -43,6 +46,21 @@ CHIPS = (
 def chip_of(device: Any) -> Chip | None:
     """Return the specification of a JAX device (real, or of an ahead-of-time topology); None if it is not listed."""
     return next((chip for chip in CHIPS if chip.kind == device.device_kind), None)
+
+
+def chips_of(topology: str) -> tuple[str, int]:
+    """Return (name of the chip, number of chips) of a topology such as v5e:16x16. Raises InputError."""
+    name, _, shape = topology.partition(":")
+    sizes = shape.split("x")
+    known = [chip.name for chip in CHIPS]
+    if name not in known or not all(n.isdecimal() and len(n) < 6 and int(n) for n in sizes):
+        raise InputError(
+            "command line",
+            "--topology",
+            f"{topology!r:.80} is unknown",
+            f"write CHIP:SHAPE, like v5e:16x16; chips: {', '.join(known)}",
+        )
+    return name, math.prod(map(int, sizes))
 
 
 def memory_of(device: Any) -> int | None:

@@ -6,8 +6,8 @@ It is asked for by the config key `log_writer` and called as
     module.log({"loss": 0.8, ...}, step=120)
     module.finish()
 
-`id`, by which wandb continues the run of a workdir, is left out where `init` does not take it. Nothing that the module
-raises ends a run: a warning is printed once.
+`id`, by which wandb continues the run of a workdir, and `dir`, where it puts its files, are left out where `init` does
+not take them. Nothing that the module raises ends a run: a warning is printed once.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def module_of(spec: str) -> Any:
         raise InputError("--config", "log_writer", f"{missing} is not installed", f"pip install {name}") from None
     for function in ("init", "log", "finish"):
         if not callable(getattr(module, function, None)):
+            if module.__spec__ is None or module.__spec__.origin is None:  # a folder of that name, as wandb leaves
+                raise InputError("--config", "log_writer", f"{name} is not installed", f"pip install {name}")
             raise InputError(
                 "--config", "log_writer", f"{name} has no {function}()", "name wandb, trackio or their like"
             )
@@ -88,7 +90,7 @@ def open_writer(spec: str, workdir: Path, config: Mapping[str, Any]) -> LogWrite
     if module is None:
         return writer
     options: dict[str, Any] = {"project": project, "name": workdir.name, "config": dict(config), "resume": "allow"}
+    own = {"id": hashlib.blake2b(full.encode(), digest_size=8).hexdigest(), "dir": full}
     parameters = inspect.signature(module.init).parameters
-    if "id" in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
-        options["id"] = hashlib.blake2b(full.encode(), digest_size=8).hexdigest()
+    options |= {key: value for key, value in own.items() if key in parameters}
     return writer if writer._call(lambda: module.init(**options)) else LogWriter(None)

@@ -122,6 +122,21 @@ def test_parts_in_folders_of_their_own_are_copied_into_one_and_merged(source, wh
     assert content(tmp_path / "out") == content(whole)
 
 
+def test_another_number_of_parts_goes_on_with_what_is_there_and_may_be_larger_than_that_of_shards(
+    source, whole, tmp_path, monkeypatch, capsys
+):
+    run(source, out := tmp_path / "out", "--shard-mb", "1", "--part", "0/2")
+    count = len(json.loads((whole / "prepared.json").read_text())["shards"])
+    many, decode, decoded = count + 2, prepare.record_of, []
+    monkeypatch.setattr(prepare, "record_of", lambda *one: decoded.append(one) or decode(*one))
+    for number in range(many):
+        run(source, out, "--shard-mb", "1", "--part", f"{number}/{many}")
+    assert f"part {many - 1}/{many} has 0 media, 0.00 GB in 0 shards" in capsys.readouterr().out
+    assert 0 < len(decoded) < json.loads((whole / "prepared.json").read_text())["records"]
+    prepare.run(["--out", str(out), "--merge"])
+    assert content(out) == content(whole)
+
+
 def test_parts_run_side_by_side_but_not_one_twice_nor_with_other_settings(source, whole, tmp_path, monkeypatch, capsys):
     out, decode, told = tmp_path / "out", prepare.record_of, []
 
