@@ -22,7 +22,7 @@ class FirstStep:
         monitoring.register_event_duration_secs_listener(self._ask)
         monitoring.register_event_listener(self._find)
 
-    def _ask(self, event: str, seconds: float, **_: Any) -> None:
+    def _ask(self, event: str, duration_secs: float, **_: Any) -> None:
         self.asked += event == _ASKED
 
     def _find(self, event: str, **_: Any) -> None:
