@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,18 @@ def test_apply_hands_the_manifest_to_kubectl(tmp_path):
     assert subprocess.run(command, env=environ).returncode == 0
     assert (tmp_path / "words").read_text() == "apply -f -\n"
     assert json.loads((tmp_path / "given").read_text()) == rendered(*JOBSET, *RUN)
+
+
+def test_an_image_installs_lists_by_hash_and_runs_as_nobody_in_particular():
+    text = (REPOSITORY / "Dockerfile").read_text()
+    version = re.search(r"^ARG PYTHON=3\.(\d+)$", text, re.MULTILINE)[1]
+    for extra in ("", "-tpu", "-cuda12", "-cuda13"):
+        assert (REPOSITORY / "constraints" / f"py3{version}{extra}.txt").is_file()
+    installs = re.findall(r"pip install (.*)", text)
+    assert len(installs) == 3 and all("--require-hashes" in words or "--no-deps" in words for words in installs)
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001"]
+    ignored = (REPOSITORY / ".dockerignore").read_text().split()
+    assert not {"crab_jax", "data_pipelines", "configs", "constraints", "README.md", "LICENSE"} & set(ignored)
 
 
 # All launchers take the flags of RUN_FLAGS and run the same words with them.
