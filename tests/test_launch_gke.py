@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,14 @@ def test_help_names_every_flag(monkeypatch, capsys):
     text = capsys.readouterr().out
     for flag in (*launch_gke.JOBSET_FLAGS, *launch_gke.SWITCHES[:-1], *launch_gke.RUN_FLAGS):
         assert flag.replace(".*", ".key=") in text, flag
+
+
+def test_the_commands_of_the_document_render():
+    text = (REPOSITORY / "docs" / "training.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\./launch_gke\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        rendered(*shlex.split(command))
 
 
 def test_a_dry_run_is_the_default_and_what_it_prints_is_yaml(monkeypatch, capsys):
