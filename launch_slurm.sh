@@ -4,12 +4,18 @@
 #
 #     sbatch --nodes=4 launch_slurm.sh --config=configs/finetune.py --config.init_from=/shared/crab/base \
 #         --config.data.root=/shared/crab/data --config.steps=2000 --workdir=/shared/crab/runs/finetune
-#     sbatch --nodes=4 launch_slurm.sh evaluate --checkpoint /shared/crab/runs/finetune --data /shared/crab/data \
+#     sbatch --nodes=4 launch_slurm.sh -- evaluate --checkpoint /shared/crab/runs/finetune --data /shared/crab/data \
 #         --out /shared/crab/results
 #
-# An example: set partition, account and the numbers below to those of your cluster. The arguments are those of
-# `python -m crab_jax.train`, or the word evaluate and those of `python -m crab_jax.evaluate`; all folders must be on a
-# disk shared by all nodes. PYTHON names another interpreter than .venv/bin/python. Submit from the top of the repository.
+# An example: set partition, account and the numbers below to those of your cluster. PYTHON names another interpreter than
+# .venv/bin/python. Submit from the top of the repository. The arguments are the flags of a run that all launchers share:
+#
+#   --config=FILE --config.key=value ... --workdir=DIR   as for `python -m crab_jax.train`
+#   -- evaluate ...      last, in place of the line above: as for `python -m crab_jax.evaluate`; evaluate alone will do
+#   --env=NAME           check that NAME is exported; the job has the environment of sbatch
+#   --max-restarts=N     do not go back into the queue after N restarts (no bound)
+#
+# All folders must be on a disk shared by all nodes.
 #
 # Tokens and keys: `export NAME` in the shell that calls sbatch, which passes its environment to the job, also after a
 # requeue. Do not give them as arguments or as `sbatch --export=NAME=VALUE`: ps, scontrol and squeue show these to every
@@ -37,21 +43,49 @@ trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
 # Every task sees all GPUs of its node (--gpu-bind=none) and JAX takes the one of its local rank; with --gpus-per-task
 # each would see a single GPU, and all but the first would look for a missing one.
+input_error() {
+    printf 'error: %s: %s; %s\n' "$@" >&2
+    exit 2
+}
+
+[ "${1:-}" != evaluate ] || set -- -- "$@"
 verb=train
-if [ "${1:-}" = evaluate ]; then
-    verb=$1
-    shift
-fi
-for word in "$@"; do
-    case $word in
-        --env | --env=*)
-            echo "error: --env: ps and scontrol show the arguments of a job to every user; export the name instead in the" \
-                "shell that calls sbatch" >&2
-            exit 2
+max_restarts=''
+words=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --)
+            shift
+            [ "${1:-}" = evaluate ] || input_error "command line" "'${1:-}' follows --" "write -- evaluate ..."
+            verb=evaluate
+            shift
+            for word in "$@"; do
+                case $word in
+                    --env | --env=*) input_error --env "belongs before -- evaluate" "export the name instead" ;;
+                esac
+            done
+            words+=("$@")
+            break
             ;;
+        --env | --env=*=*)
+            input_error --env "ps and scontrol show the arguments of a job to every user" \
+                "export the name instead in the shell that calls sbatch"
+            ;;
+        --env=*)
+            name=${1#--env=}
+            [ -n "${!name+set}" ] || input_error --env "names a variable that is not set" "export $name before sbatch"
+            ;;
+        --max-restarts=*)
+            max_restarts=${1#*=}
+            case $max_restarts in
+                '' | *[!0-9]*) input_error --max-restarts "'$max_restarts' is not a whole number" "write --max-restarts=N" ;;
+            esac
+            ;;
+        *) words+=("$1") ;;
     esac
+    shift
 done
-srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m "crab_jax.$verb" "$@" &
+srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m "crab_jax.$verb" ${words[@]+"${words[@]}"} &
 run=$!
 wait "$run"
 code=$?
@@ -60,7 +94,11 @@ while [ -n "$asked" ] && kill -0 "$run" 2>/dev/null; do  # a trap ends a wait ea
     code=$?
 done
 if [ -n "$asked" ]; then
-    echo "stopped on a signal with exit code $code: back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    if [ -n "$max_restarts" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
+        echo "stopped on a signal with exit code $code; gave up after ${SLURM_RESTART_COUNT:-0} restarts" >&2
+    else
+        echo "stopped on a signal with exit code $code: back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$code"

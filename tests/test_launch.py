@@ -1041,6 +1041,20 @@ def test_slurm_refuses_values_among_the_arguments_of_a_job(slurm, words):
     assert PIECE not in out + err and not (slurm / "srun.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--env=NOT_EXPORTED"], "--env: names a variable that is not set"),
+        (["--max-restarts=soon"], "--max-restarts"),
+        (["--", "predict"], "predict"),
+    ],
+)
+def test_slurm_refuses_wrong_flags_of_a_run(slurm, words, named):
+    job = sbatch(slurm, *words)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 2 and named in err and err.count("\n") == 1 and not (slurm / "srun.json").exists()
+
+
 def test_slurm_hands_the_environment_on(slurm):
     job = sbatch(slurm, CODE="0", TOKEN=SECRET)
     out, err = job.communicate(timeout=60)
@@ -1057,6 +1071,15 @@ def test_slurm_requeues_after_the_run_ended_on_a_signal(slurm, sent):
     assert job.wait(timeout=60) == 143
     assert (slurm / "scancel").read_text() == "--signal=TERM 17\n"
     assert (slurm / "scontrol").read_text() == "requeue 17\n"  # after srun had ended, or the fake would refuse
+
+
+def test_slurm_gives_up_after_so_many_restarts(slurm):
+    words = ("--config=configs/tiny.py", *HARD, "--max-restarts=3")
+    job = sbatch(slurm, *words, GO_ON="yes", CODE="143", SLURM_RESTART_COUNT="3")
+    wait_for((slurm / "srun.json").exists, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 143 and not (slurm / "scontrol").exists()
+    assert "--max-restarts=3" not in json.loads((slurm / "srun.json").read_text())
 
 
 def test_slurm_asks_for_as_many_tasks_as_gpus_and_for_a_warning():

@@ -42,6 +42,7 @@ TRAINED = [of_train(words) for words in (*commands("python -m crab_jax.train"), 
 
 def test_every_way_to_start_a_run_is_there():
     assert len(commands("./launch_tpu.sh run")) >= 4 and len(commands("sbatch")) == 2 == len(EVALUATED)
+    assert len(commands("./launch_gke.py")) == 2
     assert len(commands("./launch_tpu.sh delete")) == 1 == len(commands("python -m crab_jax.train"))
     stages = {word.partition("=")[2] for words in TRAINED for word in words if word.startswith("--config=")}
     tabled = set(re.findall(r"^\| `(configs/\w+\.py)`", TEXT, re.MULTILINE))

@@ -172,14 +172,24 @@ def by_slice(gradient: Callable[..., Any], mesh: Mesh, trainable: Any) -> Callab
 
 
 def _in_parts(leaf: Any, mesh: Mesh) -> PartitionSpec:
-    """Return the spec of a leaf whose largest fitting axis is also split over the row axes that do not split it yet."""
-    spec = [*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec))]
-    unused = tuple(axis for axis in ROWS if axis not in spec)
-    parts = math.prod(mesh.shape[axis] for axis in unused)
-    fitting = [(size, number) for number, size in enumerate(leaf.shape) if spec[number] is None and size % parts == 0]
-    if fitting:
-        spec[max(fitting)[1]] = unused
-    return PartitionSpec(*spec)
+    """Return the spec of a leaf that is split over all axes of a slice, as far as they fit."""
+    spec = [_tuple(axes) for axes in leaf.sharding.spec] + [()] * (len(leaf.shape) - len(leaf.sharding.spec))
+    for axis in AXES:
+        if not any(axis in axes for axes in spec):
+            rest = [size // _parts(axes, mesh) for size, axes in zip(leaf.shape, spec, strict=True)]
+            fitting = [(size, number) for number, size in enumerate(rest) if size % mesh.shape[axis] == 0]
+            if fitting:
+                largest = max(fitting)[1]
+                spec[largest] = (*spec[largest], axis)
+    return PartitionSpec(*(axes or None for axes in spec))
+
+
+def _parts(axes: tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _tuple(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
 def _without(axes: Any) -> Any:
@@ -198,7 +208,7 @@ def row_axes(mesh: Mesh) -> tuple[str, ...]:
 
 def row_groups(mesh: Mesh) -> int:
     """Return the number of groups of devices that batch rows are distributed over."""
-    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+    return _parts(row_axes(mesh), mesh)
 
 
 def _present(axes: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:

@@ -152,6 +152,8 @@ def check_crossings(between_slices, trainable, mesh, masks: int) -> None:
         for leaf in jax.tree.leaves(with_gradient)
     ]
     size = sum(4 * int(np.prod(shape)) for shape in parts)
+    devices = mesh.size // mesh.shape[sharding.SLICES]
+    assert size * devices < 1.1 * sum(4 * leaf.size for leaf in jax.tree.leaves(with_gradient))
     assert set(between_slices) == {"all-reduce"}, between_slices
     assert size <= between_slices["all-reduce"]["bytes"] <= 1.01 * size, (between_slices, size)
 
