@@ -89,7 +89,7 @@ def _statements(body: list[ast.stmt], function: str, raw: bytes, place) -> Itera
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 inner = f"{function}.{node.name}" if function else node.name
-                if not isinstance(node, ast.ClassDef):
+                if not isinstance(node, ast.ClassDef) and not _only_declares(node.body):
                     for default in [*node.args.defaults, *node.args.kw_defaults]:
                         if default is not None:
                             yield from ((change, inner) for change in _expression(default, raw, place))
@@ -123,6 +123,11 @@ def _statements(body: list[ast.stmt], function: str, raw: bytes, place) -> Itera
         inner_bodies += [part.body for name in ("handlers", "cases") for part in getattr(node, name, [])]
         for inner_body in inner_bodies:
             yield from _statements(inner_body, function, raw, place)
+
+
+def _only_declares(body: list[ast.stmt]) -> bool:
+    """Tell whether a body is a docstring or `...` alone, as in a Protocol, whose defaults nothing reads."""
+    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
 def _guards(node: ast.If) -> bool:
