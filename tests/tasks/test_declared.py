@@ -138,6 +138,41 @@ def test_what_only_some_tasks_have():
     assert [task.name for task in tasks if task.about_picture] == ["arig", "s4", "ms3", "avss", "ref-avs"]
 
 
+def test_published_rows_state_metrics_of_their_task():
+    """Rows of Crab: docs/evaluation.md."""
+    crab = {
+        "avqa": {"accuracy": 0.7894, "audio": 0.7658, "visual": 0.9073, "audio_visual": 0.7413},
+        "ave": {"accuracy": 0.8015},
+        "avvp": {"segment_type_av": 0.59, "event_type_av": 0.5444},
+        "arig": {"mean_iou": 0.4178, "auc": 0.42},
+        "ms3": {"miou": 0.5821},
+    }
+    assert {name: task.published[0].scores for name, task in TASKS.items() if task.published} == crab
+    rows = {name: [row.model for row in task.published] for name, task in TASKS.items() if task.published}
+    assert all(models[0] == "Crab" and len(models) > 1 for models in rows.values())
+    assert all(row.scores.keys() <= task.metrics.keys() for task in TASKS.values() for row in task.published)
+
+
+@pytest.mark.parametrize(
+    ("box", "valid"),
+    [
+        ([100, 0, 150, 50], True),
+        ([0, 100, 50, 150], True),
+        ([7, 7, 7, 7], True),
+        ([0, 0, 224, 224], True),
+        ([150, 0, 100, 200], False),
+        ([0, 150, 200, 100], False),
+        ([0, 0, 224, 224.5], False),
+        ([-0.5, 0, 1, 1], False),
+        ([0, 0, 1], False),
+        ([0, 0, 1, 1, 1], False),
+        ([0, 0, 1, True], False),
+    ],
+)
+def test_a_box_has_four_corners_in_order_within_the_picture(box, valid):
+    assert (not list(wrong_fields(TASKS["arig"], {"object": "dog", "box": box}))) == valid
+
+
 # Official order and spelling: YapengTian/AVE-ECCV18 (Annotations.txt), AVVP-ECCV20 (dataloader.py), AVSBench
 # (label2idx.json).
 AVE = """Church bell; Male speech, man speaking; Bark; Fixed-wing aircraft, airplane; Race car, auto racing;
