@@ -26,9 +26,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
     "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
     "checkpoints": {
-        f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py", "tests/test_resume.py")
-        for name in ("digests", "finite", "models", "orbax", "run_steps", "stored")
-    },
+        f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py")
+        for name in ("digests", "models", "orbax", "run_steps", "stored")
+    }
+    | {"crab_jax/checkpoints/finite.py": ("tests/test_finite.py",)},
     "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", PARITY)
     | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
     | {"crab_jax/models/layers.py": ("tests/models", PARITY)}
