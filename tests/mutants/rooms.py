@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 PARITY = "tests/parity/test_modules.py"
+SIZES = "tests/models/test_presets.py"
+LOG = "tests/test_training_log.py"
 TASKS = tuple(f"tests/tasks/test_{name}.py" for name in ("declared", "task", "malformed"))  # of all tasks alike
 FIGURES = "tests/tasks/test_agreement.py"
 
@@ -30,13 +32,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         for name in ("digests", "models", "orbax", "run_steps", "stored")
     }
     | {"crab_jax/checkpoints/finite.py": ("tests/test_finite.py",)},
-    "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", PARITY)
+    "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", SIZES, PARITY)
     | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
-    | {"crab_jax/models/layers.py": ("tests/models", PARITY)}
-    | {"crab_jax/models/presets.py": ("tests/test_bounds.py", "tests/test_config.py")},
-    "train": _own("crab_jax", "tests", "train", "tests/test_resume.py")
-    | {
-        f"crab_jax/training/{name}.py": ("tests/test_train.py", "tests/test_numbers.py", "tests/test_resume.py")
-        for name in ("train_step", "metrics_log", "skip_guard")
-    },
+    | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PARITY)}
+    | {"crab_jax/models/presets.py": (SIZES,)},
+    "train": _own("crab_jax", "tests", "train", LOG, "tests/test_outputs.py")
+    | {f"crab_jax/training/{name}.py": (LOG, "tests/test_numbers.py") for name in ("metrics_log", "skip_guard")}
+    | {"crab_jax/training/train_step.py": ("tests/test_numbers.py",)},
 }
