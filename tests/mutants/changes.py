@@ -29,7 +29,7 @@ UNWRAPPED |= {"softplus", "tanh", "gelu", "relu", "silu", "stop_gradient", "cums
 MESSAGES = {"print", "warn", "warning", "info", "TypeVar", "cast", "add_argument", "Published"}
 WORDS = {"help", "description", "metavar", "epilog", "fix", "problem", "note", "strict"}  # `strict` asserts
 DESCRIBED = {"Field": slice(1), "Oddity": slice(3, None)}  # which arguments are words
-DESCRIPTIONS = {"METRICS", "problem", "fix"}  # names of words
+DESCRIPTIONS = {"METRICS", "NOTES", "AV_REASONER", "problem", "fix"}  # names of words
 
 
 @dataclasses.dataclass(frozen=True, order=True)

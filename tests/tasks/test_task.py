@@ -264,6 +264,24 @@ def test_a_task_checks_itself(changes, said):
         dataclasses.replace(TASKS["avqa"], **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"answer": "number"}, "use one of text, events, box, mask"),
+        ({"answer": "mask"}, "use 'binary' or 'semantic' for answers of this kind"),
+        ({"mask_kind": "binary"}, "use 'none' for answers of this kind"),
+        ({"fields": ("where",)}, "use some of question, expression, second"),
+        ({"windows": ("seven",)}, "use some of ten, five, music_avqa, one, one_of_five, none"),
+        ({"headline": "f1"}, "use one of the metrics, accuracy, accuracy_substring, "),
+        ({"ranked_by": "f1"}, "use one of the metrics, accuracy, accuracy_substring, "),
+    ],
+)
+def test_a_refused_field_of_a_task_is_told_its_choices(changes, fix):
+    with pytest.raises(InputError, match="task 'avqa'") as error:
+        dataclasses.replace(TASKS["avqa"], **changes)
+    assert error.value.fix.startswith(fix)
+
+
 def test_a_task_may_have_any_of_the_kinds_that_there_are():
     every = {"fields": ("question", "expression", "second"), "name": "a-2_" + "b" * 36}
     every |= {"windows": ("ten", "five", "music_avqa", "one", "one_of_five", "none"), "ranked_by": "audio"}
