@@ -1,7 +1,11 @@
 """Checkpoints restore exactly, and refuse what does not fit."""
 
 import json
+import logging
+import shutil
 import tracemalloc
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -336,3 +340,114 @@ def test_the_config_and_the_tokenizer_of_a_run_are_those_that_it_wrote(two_steps
             stored.load_params(two_steps)
         (two_steps / name).write_text('{"alpha": 16}')
     assert run.manifest["frozen_hash"]
+
+
+def test_the_newest_two_steps_are_kept_by_default(tmp_path):
+    run = run_steps.RunCheckpoints(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        run.save(step, {"step": jnp.int32(step), "trainable": TRAINABLE})
+    run.wait()
+    assert run_steps.steps_of(run.folder) == {2, 3} and run.latest == 3
+
+
+def test_what_stopped_the_saving_of_a_step_is_raised_once(tmp_path):
+    run = run_steps.RunCheckpoints(tmp_path / "checkpoints")
+    run.raise_failed()  # nothing was saved
+    for error, raised, waits in (
+        (TimeoutError(), False, True),
+        (OSError("disk full"), True, True),
+        (None, False, False),
+    ):
+        run._saving = mock.Mock()
+        run._saving.result.side_effect = [error] if error else None
+        if raised:
+            with pytest.raises(OSError, match="disk full"):
+                run.raise_failed()
+        else:
+            run.raise_failed()
+        assert (run._saving is not None) == waits
+    run.wait()
+
+
+@pytest.mark.parametrize(("sound", "refused"), [([True, True], False), ([True, False], True)])
+def test_a_step_that_another_process_cannot_read_is_not_taken(saved, monkeypatch, sound, refused):
+    here = {name: getattr(jax, name) for name in ("tree", "ShapeDtypeStruct")}
+    monkeypatch.setattr(run_steps, "jax", SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1, **here))
+    monkeypatch.setattr(
+        run_steps,
+        "multihost_utils",
+        mock.Mock(process_allgather=lambda own: np.array([sound[0] and bool(own), sound[1]])),
+    )
+    run = run_steps.RunCheckpoints(saved / "checkpoints")
+    if refused:
+        with pytest.raises(InputError, match="checkpoints/7.*cannot be read by another process"):
+            run.restore(train_tree())
+    else:
+        assert int(run.restore(train_tree())["step"]) == 7
+    assert not run_steps.multihost_utils.sync_global_devices.called
+
+
+def test_names_for_what_is_set_aside_are_free_ones(tmp_path, monkeypatch):
+    run = run_steps.RunCheckpoints(tmp_path / "checkpoints")
+    waited: list[str] = []
+    for name in ("9.damaged", "9.damaged1", "9.damaged2", "9.damaged3"):
+        if name == "9.damaged3":  # with several processes, the first one renames while the others wait
+            monkeypatch.setattr(run_steps.jax, "process_count", lambda: 2)
+            monkeypatch.setattr(run_steps.multihost_utils, "sync_global_devices", waited.append)
+        (run.folder / "9").mkdir()
+        assert run._set_aside("9") == name and (run.folder / name).is_dir() and not (run.folder / "9").exists()
+        assert len(waited) == (2 if name == "9.damaged3" else 0)
+
+
+def test_a_checkpoint_is_identified_by_what_it_holds_and_not_by_its_place(two_steps, tmp_path_factory):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (two_steps / name).write_text("{}")
+    before = stored.identity(two_steps)
+
+    def changed(change) -> bool:
+        copy = tmp_path_factory.mktemp("copy") / "run"
+        shutil.copytree(two_steps, copy)
+        change(copy)
+        return stored.identity(copy) != before
+
+    steps = "checkpoints"
+    assert not changed(lambda run: None)
+    assert not changed(lambda run: damage(run / steps / "3" / "train"))  # the newest step counts
+    assert not changed(lambda run: (run / "metrics.jsonl").write_text("{}"))
+    assert changed(lambda run: damage(run / steps / "6" / "train"))
+    assert changed(lambda run: damage(run / steps / "frozen"))
+    assert changed(lambda run: (run / steps / "6").rename(run / steps / "9"))
+    assert changed(lambda run: (run / steps / "manifest.json").write_text("{}"))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert changed(lambda run, name=name: (run / name).write_text("[]"))
+
+
+@pytest.mark.parametrize("place", [0, 1 / 16, 0.5, 15 / 16])
+def test_the_identity_of_a_model_without_digests_has_samples_of_its_file(tmp_path, place):
+    models.save_packed(tmp_path, {"w": np.zeros(2**16, np.float32)}, {})
+    file = tmp_path / models.PACKED
+    before, content = stored.identity(tmp_path), bytearray(file.read_bytes())
+    content[int(len(content) * place) + 7] ^= 1
+    file.write_bytes(content)
+    assert stored.identity(tmp_path) != before
+    (tmp_path / models.MANIFEST).unlink()
+    assert stored.identity(tmp_path) != before
+
+
+def test_what_orbax_says_is_kept_for_the_caller_and_not_printed():
+    logger, shown = logging.getLogger("absl"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        kept: list[str] = []
+        with orbax.quiet(outer := []), orbax.quiet(kept):
+            logger.warning("odd folder")
+        with orbax.quiet():
+            logger.warning("hidden")
+        logger.warning("Removing existing directory since it is not finalized: x")
+        logger.error("Error in background save thread")
+        logger.warning("told")
+    finally:
+        logger.removeHandler(handler)
+    assert (kept, outer, shown) == (["odd folder"], [], ["told"])

@@ -1,5 +1,7 @@
 """Weights, logits and masks that are no numbers: counted and refused, wherever they come from."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -144,6 +146,28 @@ def test_values_beyond_a_narrower_dtype_are_refused_while_they_become_infinite(t
 def test_what_lies_on_an_accelerator_is_looked_at_there():
     flags = finite._all_finite((jnp.ones(3), jnp.array([1, jnp.inf]), jnp.int8([1]), jnp.array(jnp.nan, jnp.bfloat16)))
     assert flags.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("faulty", [True, False])
+def test_what_another_process_finds_stops_this_one_too(faulty, monkeypatch):
+    """Shards that are elsewhere: each process looks at its own, and all come to the same result."""
+    leaf = mock.Mock(spec=jax.Array, addressable_shards=[], is_fully_addressable=False)
+    leaf.devices = lambda: {mock.Mock(platform="cpu")}
+    monkeypatch.setattr(finite.multihost_utils, "process_allgather", lambda own: np.array([own, faulty]))
+    if not faulty:
+        assert finite.check({"w": leaf}, "here") == {"w": leaf}
+        return
+    with pytest.raises(InputError, match="some parameters are not finite.*the other processes"):
+        finite.check({"w": leaf}, "here")
+
+
+def test_shards_of_one_leaf_are_counted_together_and_copies_once():
+    shards = [mock.Mock(data=np.float32([np.nan, 1]), replica_id=0), mock.Mock(data=np.float32([2, 3]), replica_id=0)]
+    shards += [mock.Mock(data=np.float32([np.inf, -np.inf]), replica_id=0)]
+    shards += [mock.Mock(data=np.float32([np.nan, 1]), replica_id=1)]
+    leaf = mock.Mock(spec=jax.Array, addressable_shards=shards)
+    assert finite._faults(leaf) == (1, 2, 4)
+    assert finite._faults(mock.Mock(spec=jax.Array, addressable_shards=shards[1:2])) is None
 
 
 def test_many_broken_tensors_are_counted_and_some_are_named():

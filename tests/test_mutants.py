@@ -45,6 +45,7 @@ def test_changes_of_a_line(source, expected):
 def test_documentation_annotations_and_messages_are_left_alone():
     source = (
         '"""A file of 1 or 2."""\nimport a.b\nx: Literal["a", 1]\nassert x == 1, "no"\n'
+        'class P(Protocol):\n    def f(self, n: int = 1) -> int:\n        """Return n."""\n'
         'def f(y: "int | None") -> Literal[1]:\n    """Return 1."""\n    raise InputError("file", "field", f"{1}")\n'
         'if __name__ == "__main__":\n    f(1)\n'
     )

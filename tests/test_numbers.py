@@ -117,6 +117,29 @@ def test_what_a_filler_row_holds_reaches_neither_loss_nor_gradient(value, accumu
     assert same((found, metrics), (wanted, clean)) and int(metrics["skipped"]) == 0
 
 
+def test_a_step_counts_every_row_that_is_no_filler_whatever_its_micro_batch():
+    """The index of a row says whether it is filler (-1), and nothing else; 0 is the first example."""
+    read = np.arange(LENGTH) < np.array([[6], [5], [3], [1]])
+    before, after, metrics = step(batch_of(text_mask=read))
+    assert (int(metrics["tokens"]), int(metrics["slots"])) == (15, 24) and int(after.step) == int(before.step) + 1
+    for changes in ({"accumulate": 2}, {"index": np.int32([5, 0, 8, 1])}):
+        accumulate = changes.pop("accumulate", 1)
+        _, again, others = step(batch_of(text_mask=read, **changes), accumulate=accumulate)
+        np.testing.assert_allclose(again.trainable["w"], after.trainable["w"], rtol=1e-5)
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5)
+        for name in ("text", "bce", "dice", "ce"):
+            np.testing.assert_allclose(others["terms"][name], metrics["terms"][name], rtol=1e-5)
+    assert metrics["terms"]["bce"][1] == 2 and metrics["terms"]["ce"][1] == 1  # two binary masks, a semantic one
+    assert metrics["terms"]["text"][1] == batch_of().loss_mask[:, 1:].sum()
+
+
+def test_the_sum_of_the_indices_of_bad_rows_names_one_in_any_micro_batch():
+    for accumulate in (1, 2):
+        _, _, metrics = step(batch_of(fbank=heard(0, np.nan)), accumulate=accumulate)
+        assert (int(metrics["bad_rows"]), int(metrics["bad_index"])) == (1, 5)
+
+
 def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is():
     """All its elements are finite; only their squares do not add up. Clipping would scale it to 0 and take the step."""
     before, after, metrics = step(batch_of(), Toy(scale=1e25, shift=1.0), w=1.0)

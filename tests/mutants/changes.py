@@ -28,8 +28,8 @@ UNWRAPPED = {"sorted", "reversed", "abs", "exp", "log", "sqrt", "rsqrt", "square
 UNWRAPPED |= {"softplus", "tanh", "gelu", "relu", "silu", "stop_gradient", "cumsum", "strip", "lower", "upper"}
 MESSAGES = {"print", "warn", "warning", "info", "TypeVar", "cast", "add_argument", "Published"}
 WORDS = {"help", "description", "metavar", "epilog", "fix", "problem", "note", "strict"}  # `strict` asserts
-DESCRIBED = {"Field": 1}  # so many of the first arguments are words
-DESCRIPTIONS = {"METRICS", "problem", "fix"}  # names of words
+DESCRIBED = {"Field": slice(1), "Oddity": slice(3, None)}  # which arguments are words
+DESCRIPTIONS = {"METRICS", "NOTES", "AV_REASONER", "problem", "fix"}  # names of words
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -89,7 +89,7 @@ def _statements(body: list[ast.stmt], function: str, raw: bytes, place) -> Itera
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 inner = f"{function}.{node.name}" if function else node.name
-                if not isinstance(node, ast.ClassDef):
+                if not isinstance(node, ast.ClassDef) and not _only_declares(node.body):
                     for default in [*node.args.defaults, *node.args.kw_defaults]:
                         if default is not None:
                             yield from ((change, inner) for change in _expression(default, raw, place))
@@ -123,6 +123,11 @@ def _statements(body: list[ast.stmt], function: str, raw: bytes, place) -> Itera
         inner_bodies += [part.body for name in ("handlers", "cases") for part in getattr(node, name, [])]
         for inner_body in inner_bodies:
             yield from _statements(inner_body, function, raw, place)
+
+
+def _only_declares(body: list[ast.stmt]) -> bool:
+    """Tell whether a body is a docstring or `...` alone, as in a Protocol, whose defaults nothing reads."""
+    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
 def _guards(node: ast.If) -> bool:
@@ -168,7 +173,7 @@ def _expression(node: ast.expr, raw: bytes, place) -> Iterator[Change]:  # type:
         case ast.Lambda():
             yield from _expression(node.body, raw, place)
             return
-    words = node.args[: DESCRIBED.get(_name(node.func), 0)] if isinstance(node, ast.Call) else []
+    words = node.args[DESCRIBED.get(_name(node.func), slice(0))] if isinstance(node, ast.Call) else []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.expr) and child not in words:
             yield from _expression(child, raw, place)

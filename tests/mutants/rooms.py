@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 PARITY = "tests/parity/test_modules.py"
-# Of all tasks alike; without test_tenth_task.py, which trains for a minute.
-TASKS = tuple(f"tests/tasks/test_{name}.py" for name in ("task", "malformed", "agreement", "round_trip", "one_file"))
+SIZES = "tests/models/test_presets.py"
+LOG = "tests/test_training_log.py"
+TASKS = tuple(f"tests/tasks/test_{name}.py" for name in ("declared", "task", "malformed"))  # of all tasks alike
+FIGURES = "tests/tasks/test_agreement.py"
 
 
 def _own(folder: str, tests: str, names: str, *others: str) -> dict[str, tuple[str, ...]]:
@@ -17,24 +19,24 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "losses": _own("crab_jax", "tests", "losses"),
     "optim": _own("crab_jax", "tests", "optim"),
     "scoring": _own("crab_jax/evaluation", "tests", "scoring", "tests/test_evaluate.py"),
-    "tasks": _own("crab_jax/tasks", "tests/tasks", "arig avcap ave avqa avs avvp ref_avs segmentation times", *TASKS)
-    | {f"crab_jax/tasks/{name}.py": (*TASKS, "tests/tasks/test_avqa.py") for name in ("task", "text", "placeholders")},
+    "tasks": _own("crab_jax/tasks", "tests/tasks", "avcap avs avvp ref_avs segmentation", *TASKS, FIGURES)
+    | _own("crab_jax/tasks", "tests/tasks", "arig ave avqa times", *TASKS, "tests/tasks/test_round_trip.py")
+    | {f"crab_jax/tasks/{name}.py": TASKS for name in ("task", "text", "rows", "avs_classes", "placeholders")},
     "batching": _own("data_pipelines", "tests/data_pipelines", "batching"),
     "mixture": _own("data_pipelines", "tests/data_pipelines", "mixture"),
     "inference": _own("crab_jax", "tests", "inference", "tests/test_generate.py", "tests/test_evaluate.py"),
     "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
     "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
     "checkpoints": {
-        f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py", "tests/test_resume.py")
-        for name in ("digests", "finite", "models", "orbax", "run_steps", "stored")
-    },
-    "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", PARITY)
+        f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py")
+        for name in ("digests", "models", "orbax", "run_steps", "stored")
+    }
+    | {"crab_jax/checkpoints/finite.py": ("tests/test_finite.py",)},
+    "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", SIZES, PARITY)
     | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
-    | {"crab_jax/models/layers.py": ("tests/models", PARITY)}
-    | {"crab_jax/models/presets.py": ("tests/test_bounds.py", "tests/test_config.py")},
-    "train": _own("crab_jax", "tests", "train", "tests/test_resume.py")
-    | {
-        f"crab_jax/training/{name}.py": ("tests/test_train.py", "tests/test_numbers.py", "tests/test_resume.py")
-        for name in ("train_step", "metrics_log", "skip_guard")
-    },
+    | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PARITY)}
+    | {"crab_jax/models/presets.py": (SIZES,)},
+    "train": _own("crab_jax", "tests", "train", LOG, "tests/test_outputs.py")
+    | {f"crab_jax/training/{name}.py": (LOG, "tests/test_numbers.py") for name in ("metrics_log", "skip_guard")}
+    | {"crab_jax/training/train_step.py": ("tests/test_numbers.py",)},
 }

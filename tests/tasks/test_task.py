@@ -1,12 +1,28 @@
 """What all tasks share: labels and their checks, audio windows, scores by class, and how tags and names are read."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from crab_jax.io.errors import InputError
 from crab_jax.tasks import TASKS
-from crab_jax.tasks.task import by_group, is_list, is_number, is_text, is_whole, windows_for, wrong_fields
+from crab_jax.tasks.task import (
+    Task,
+    arguments_of,
+    by_group,
+    disagreements_of,
+    is_list,
+    is_number,
+    is_text,
+    is_whole,
+    sample_metric,
+    sample_score,
+    shown_label,
+    windows_for,
+    wrong_fields,
+)
 from crab_jax.tasks.text import find_tags, normalise, object_words, plain
 
 
@@ -223,3 +239,82 @@ def test_control_tokens_are_no_part_of_a_text():
 )
 def test_tags_in_what_a_model_wrote(text, tags):
     assert find_tags(text, ("audio_event", "visual_event", "audio", "visual")) == tags
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "Counting it"}, "name"),
+        ({"name": "question"}, "name"),
+        ({"name": "text"}, "name"),
+        ({"answer": "number"}, "answer"),
+        ({"answer": "mask"}, "mask_kind"),
+        ({"mask_kind": "binary"}, "mask_kind"),
+        ({"fields": ("where",)}, "fields"),
+        ({"windows": ("seven",)}, "windows"),
+        ({"headline": "f1"}, "headline"),
+        ({"ranked_by": "f1"}, "ranked_by"),
+        ({"windows": ()}, "windows"),
+        ({"name": "a" * 41}, "name"),
+        *(({"name": name}, "name") for name in ("bce", "dice", "ce", "loss", "samples")),  # other names in logs
+    ],
+)
+def test_a_task_checks_itself(changes, said):
+    with pytest.raises(InputError, match=rf"\[{said}\]"):
+        dataclasses.replace(TASKS["avqa"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"answer": "number"}, "use one of text, events, box, mask"),
+        ({"answer": "mask"}, "use 'binary' or 'semantic' for answers of this kind"),
+        ({"mask_kind": "binary"}, "use 'none' for answers of this kind"),
+        ({"fields": ("where",)}, "use some of question, expression, second"),
+        ({"windows": ("seven",)}, "use some of ten, five, music_avqa, one, one_of_five, none"),
+        ({"headline": "f1"}, "use one of the metrics, accuracy, accuracy_substring, "),
+        ({"ranked_by": "f1"}, "use one of the metrics, accuracy, accuracy_substring, "),
+    ],
+)
+def test_a_refused_field_of_a_task_is_told_its_choices(changes, fix):
+    with pytest.raises(InputError, match="task 'avqa'") as error:
+        dataclasses.replace(TASKS["avqa"], **changes)
+    assert error.value.fix.startswith(fix)
+
+
+def test_a_task_may_have_any_of_the_kinds_that_there_are():
+    every = {"fields": ("question", "expression", "second"), "name": "a-2_" + "b" * 36}
+    every |= {"windows": ("ten", "five", "music_avqa", "one", "one_of_five", "none"), "ranked_by": "audio"}
+    task = dataclasses.replace(TASKS["avqa"], **every)
+    assert task.windows == every["windows"] and sample_metric(task) == "audio"
+    for answer in ("text", "events", "box"):
+        assert dataclasses.replace(task, answer=answer).mask_kind == "none"
+    for kind in ("binary", "semantic"):
+        assert dataclasses.replace(task, answer="mask", mask_kind=kind).mask_kind == kind
+
+
+def test_a_task_that_defines_little_has_usual_answers_and_checks():
+    """The fields that have a default: docs/your_data.md, "A task of your own"."""
+    avqa = TASKS["avqa"]
+    required = {name: getattr(avqa, name) for name in ("name", "instruction", "target", "parse", "stats", "reduce")}
+    task = Task(**required, headline="accuracy", metrics=avqa.metrics, label=avqa.label)
+    meta = {"answer": " yes ", "type": ["Audio", "Counting"], "beside": 1}
+    assert task.answer == "text" and task.windows == ("ten",) and not task.timed and not task.about_picture
+    assert not (task.own_words or task.several or task.sound_alone or task.drawn or task.answer_start)
+    assert (task.constants([meta], [None]), task.breakdown([], []), task.oddities(meta)) == ([("", None)], {}, ())
+    assert task.events(meta) == task.names(meta) == () and task.box(meta) is None and task.weak(meta) == ""
+    assert arguments_of(task, meta) == {"answer": "yes"} and sample_metric(task) == "accuracy"
+    assert shown_label(task, meta) == " yes , ['Audio', 'Counting']"
+    assert disagreements_of(task, "<answer> yes </answer>", {"answer": "yes"}, meta, 0) == []
+    assert disagreements_of(task, "<answer> no </answer>", {}, meta, 0) == []
+    assert disagreements_of(task, "<answer> no </answer>", {"answer": "yes"}, meta, 0) == [
+        "says 'no', the label says 'yes'"
+    ]
+    assert disagreements_of(task, "no", {"answer": "yes"}, meta, 0) == ["cannot be read as an answer to avqa"]
+
+
+def test_samples_are_ranked_by_one_score():
+    avqa, ref = TASKS["avqa"], TASKS["ref-avs"]
+    right = avqa.stats("yes", None, {"answer": "yes"}, None)
+    assert sample_score(avqa, right) == 1.0 and sample_score(dataclasses.replace(avqa, rank=lambda m: 7.0), right) == 7
+    assert ref.rank({"j": 0.25}) == 0.25 and ref.rank({"j": float("nan"), "s_null": 0.25}) == 0.75

@@ -320,27 +320,6 @@ def test_a_task_that_is_run_again_takes_the_place_of_the_former(home):
     assert TASKS["counting"] is again and tuple(TASKS)[:9] == TASK_NAMES == tuple(task.name for task in BENCHMARKS)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"name": "Counting it"}, "name"),
-        ({"name": "question"}, "name"),
-        ({"name": "text"}, "name"),
-        ({"answer": "number"}, "answer"),
-        ({"answer": "mask"}, "mask_kind"),
-        ({"mask_kind": "binary"}, "mask_kind"),
-        ({"fields": ("where",)}, "fields"),
-        ({"windows": ("seven",)}, "windows"),
-        ({"headline": "f1"}, "headline"),
-        ({"ranked_by": "f1"}, "ranked_by"),
-    ],
-)
-def test_a_task_checks_itself(home, changes, said):
-    counting = __import__("my_tasks.counting", fromlist=["COUNTING"]).COUNTING
-    with pytest.raises(InputError, match=rf"\[{said}\]"):
-        dataclasses.replace(counting, **changes)
-
-
 def test_an_old_run_has_no_tasks(tmp_path):
     """config.json of before the key: nine weights, and no `tasks`."""
     config = json.loads((REPOSITORY / "crab_jax/warm_start/config.json").read_text())

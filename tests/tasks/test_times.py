@@ -124,6 +124,8 @@ def test_spellings_that_are_read(text, ranges):
         "3 to 5 of 10",
         "throughout 10 s",
         "from the start to 4 s",
+        "0,2, from 5,7",
+        "between the video at 3 and 5",
     ],
 )
 def test_spellings_that_may_mean_anything_are_not_read(text):
@@ -271,6 +273,8 @@ def test_every_number_of_a_text_that_is_read_is_one_of_its_times(text):
         ("Dog,(0.5 1.5)", [["Dog", 0.5, 1.5]]),
         ("Dog,(3rd 5th)", []),
         ("Dog,(0%-80%)", []),
+        ("Dog 0:03 0:05 from", []),
+        ("Dog 0:03 to 0:05 from", [["Dog", 3, 5]]),
     ],
 )
 def test_spans_behind_names(text, events):
