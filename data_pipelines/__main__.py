@@ -4,6 +4,7 @@
     python -m data_pipelines validate --root R [--datasets a,b] [--json FILE]    decodes everything; exits 3 if bad
     python -m data_pipelines prepare --root R --out DIR [--datasets a,b]            decodes once, for train and evaluate
     python -m data_pipelines index --root R [--datasets a,b]                       reads all annotations once, for train
+    python -m data_pipelines plan --root R --batch-size B --step-seconds S         how many workers a host needs
     python -m data_pipelines own --csv FILE --root R                               your own table as Examples, validated
     python -m data_pipelines sample --root R --out DIR [--datasets a,b] [--n N]      a page of records to look at
 
@@ -23,6 +24,7 @@ VERBS = {
     "validate": "data_pipelines.validate",
     "prepare": "data_pipelines.prepare",
     "index": "data_pipelines.index",
+    "plan": "data_pipelines.plan",
     "own": "data_pipelines.own.verb",
     "sample": "crab_jax.reports.record_page",
 }

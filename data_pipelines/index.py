@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import logging
+import mmap
 import os
 import sys
 import threading
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 FORMAT = 1  # of the index; increased whenever its columns change
 FOLDER = "example_index"
 ROWS = 4096  # rows that are written, and decoded, together
+KEPT = 16  # reads after which mapped pages are given back
 # What a row is, and traits of an Example that decide about buckets and checks without building it.
 EXAMPLE, MISSING, WRONG = range(3)
 VIDEO, FRAMES, IMAGE, SAYS_VIDEO, SAYS_IMAGE, AGREES, TENTH, ANSWERED, MARKED, REFUSED, ODD = (
@@ -296,20 +298,30 @@ def _batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
 
 
 class Table:
-    """The open index of one list of Examples. Nothing of it is in memory but what was read last."""
+    """The open index of one list of Examples, mapped: nothing of it is copied, and what was read is let go again."""
 
     def __init__(self, file: str):
         self.file, self.info = Path(file), read_json(_info_file(Path(file)), INFO)
         self.root = str(self.file.parent.parent)
         self.rows: int = self.info["rows"]
         self.tasks: list[str] = self.info["tasks"]
-        self._reader = pa.ipc.open_file(pa.memory_map(file))
+        with open(file, "rb") as content:
+            self._map = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+        self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
+        self._read = 0
         self._batches: dict[int, pa.RecordBatch] = {}
         self._lock = threading.Lock()
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return ROWS rows, mapped."""
+        """Return ROWS rows, mapped.
+
+        Every KEPT calls the pages that were read are given back, which a process that draws Examples at random would
+        collect until it holds the whole file; the system keeps them, and reading them again costs microseconds.
+        """
         with self._lock:
+            self._read += 1
+            if self._read % KEPT == 0 and hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
             if number not in self._batches:
                 self._batches[number] = self._reader.get_batch(number)
             return self._batches[number]

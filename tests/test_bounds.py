@@ -316,6 +316,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "status": ("data_pipelines.__main__", ["status", "--root", "nowhere"]),
     "validate": ("data_pipelines.__main__", ["validate", "--root", "nowhere"]),
     "prepare": ("data_pipelines.__main__", ["prepare", "--root", "nowhere", "--out", "OUT"]),
+    "index": ("data_pipelines.__main__", ["index", "--root", "nowhere"]),
+    "plan": ("data_pipelines.__main__", ["plan", "--root", "nowhere", "--step-seconds", "1"]),
     "sample": ("data_pipelines.__main__", ["sample", "--root", "nowhere", "--out", "OUT"]),
     "own": ("data_pipelines.__main__", ["own", "--csv", "nowhere", "--root", "OUT"]),
     "tokens": ("data_pipelines.tokens", ["--corpus", "nowhere", "--out", "OUT/x"]),
