@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 FORMAT = 1  # of the index; increased whenever its columns change
 FOLDER = "example_index"
 ROWS = 4096  # rows that are written, and decoded, together
-KEPT = 16  # reads after which mapped pages are given back
+KEPT = 8  # reads after which mapped pages are given back
 # What a row is, and traits of an Example that decide about buckets and checks without building it.
 EXAMPLE, MISSING, WRONG = range(3)
 VIDEO, FRAMES, IMAGE, SAYS_VIDEO, SAYS_IMAGE, AGREES, TENTH, ANSWERED, MARKED, REFUSED, ODD = (
@@ -463,7 +463,7 @@ class Indexed(Sequence[Example]):
 
     def __init__(self, tables: Sequence[Table], rows: np.ndarray | Shared, marks: bool):
         self.tables, self.marks = tuple(tables), marks
-        self.rows = rows if isinstance(rows, Shared) else Shared(rows.astype(np.int64))
+        self.rows = rows if isinstance(rows, Shared) else Shared(rows.astype(np.int32))
         self.starts = np.cumsum([0, *(table.rows for table in tables)])
 
     def __reduce__(self) -> tuple[Any, ...]:
