@@ -7,6 +7,7 @@ about 40 words) and its index, and starts the input of a run in processes of its
 every later start. Memory is the peak of the process, less that of one that has loaded the same code, a tokenizer and a
 root of one Example; anonymous memory leaves out pages of the mapped files, which processes share and the system may
 take back.
+--copies 10 measures ten times as many rows without the minutes that their index takes; their texts repeat.
 --without-index measures a root that has none; it needs only what older versions of the code have too.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,33 @@ def write_list(root: Path, count: int) -> None:
                     "meta": {"dataset": "video_llava"},
                 }
                 file.write(json.dumps(record) + "\n")
+
+
+def multiply(source: Path, out: Path, times: int) -> None:
+    """Make a root whose index holds the rows, and the token counts, of another root's index so many times."""
+    import pyarrow as pa
+
+    from data_pipelines import index, shards
+
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    file = next((out / "example_index").glob("*.arrow"))
+    rows = pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(file))).read_all()] * times).combine_chunks()
+    written, info = file.with_suffix(".new"), json.loads(file.with_suffix(".json").read_text())
+    with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_file(sink, index.SCHEMA) as writer:
+        for first in range(0, rows.num_rows, index.ROWS):
+            writer.write_batch(rows.slice(first, index.ROWS).combine_chunks().to_batches()[0])
+    written.replace(file)
+    stamps = {"train.jsonl": index.stamp(out / "train.jsonl")}
+    info |= {"rows": rows.num_rows, "bytes": file.stat().st_size, "sum": shards.file_sum(file)}
+    file.with_suffix(".json").write_text(json.dumps(info | {"sources": {"stamps": stamps}}))
+    lengths = next((out / "example_index").glob("*.lengths"))
+    counts = pa.ipc.open_file(pa.memory_map(str(lengths))).read_all()
+    columns = {name: np.tile(counts.column(name).to_numpy(), times) for name in counts.column_names}
+    kept = {b"index": info["sum"].encode(), b"sum": index._sum_of(columns)}
+    schema = counts.schema.with_metadata(counts.schema.metadata | kept)
+    with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(pa.table(list(columns.values()), schema=schema))
+    written.replace(lengths)
 
 
 def memory() -> dict[str, float]:
@@ -117,6 +146,7 @@ def main() -> None:
     """Print the numbers, one line of JSON for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, nargs="+", default=[200_000, 2_000_000])
+    parser.add_argument("--copies", type=int, default=0, help="also measure an index of so many copies of the last one")
     parser.add_argument("--without-index", action="store_true")
     parser.add_argument("--dir", default="", help="folder for the data roots, a temporary one by default")
     parser.add_argument("--json", default="", help="file for the numbers")
@@ -130,12 +160,15 @@ def main() -> None:
         folder = Path(arguments.dir or temporary)
         write_list(folder / "1", 1)
         empty = measured(folder / "1")
-        for count in arguments.examples:
-            root = folder / str(count)
+        sizes = list(arguments.examples) + ([arguments.examples[-1] * arguments.copies] if arguments.copies else [])
+        for number, count in enumerate(sizes):
+            root, copied = folder / str(count), number == len(arguments.examples)
+            if copied:
+                multiply(folder / str(arguments.examples[-1]), root, arguments.copies)
             if not (root / "train.jsonl").exists():
                 write_list(root, count)
             result: dict[str, float] = {"examples": count, "list_mb": (root / "train.jsonl").stat().st_size / 1e6}
-            if not arguments.without_index:
+            if not arguments.without_index and not copied:
                 began = time.monotonic()
                 subprocess.run([sys.executable, "-m", "data_pipelines", "index", "--root", str(root)], check=True)
                 result["index_s"] = time.monotonic() - began

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import logging
+import mmap
 import os
 import sys
 import threading
@@ -35,7 +36,7 @@ from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import whole, write_whole
 from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress, on_stderr
-from crab_jax.io.structured import read_json, strict_json
+from crab_jax.io.structured import Each, Null, read_json
 from crab_jax.tasks import BENCHMARKS, TASKS, add_flag, use_tasks
 from data_pipelines import datasets, fbank, leaks, shards
 from data_pipelines.batching import Bucket, DataConfig, check_sources, place
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 FORMAT = 1  # of the index; increased whenever its columns change
 FOLDER = "example_index"
 ROWS = 4096  # rows that are written, and decoded, together
+KEPT = 8  # reads after which mapped pages are given back
 # What a row is, and traits of an Example that decide about buckets and checks without building it.
 EXAMPLE, MISSING, WRONG = range(3)
 VIDEO, FRAMES, IMAGE, SAYS_VIDEO, SAYS_IMAGE, AGREES, TENTH, ANSWERED, MARKED, REFUSED, ODD = (
@@ -69,7 +71,18 @@ SCHEMA = pa.schema(
 )
 # Token counts of one Example: those of prompt and target, and how many of each are <video>, <image>, <audio>.
 LENGTHS = pa.schema([(f"{text}_{what}", pa.int32()) for text in ("prompt", "target") for what in ("ids", *"via")])
-INFO = {"format": Whole(), "rows": Whole(0, 2**40), "bytes": Whole(0, 2**48), "sum": Text(32, 32), "made_by": Text()}
+# The JSON file beside an index. notes, failed: errors as `_error_text` writes them.
+INFO = {
+    "format": Whole(),
+    "made_by": Text(),
+    "rows": Whole(0, 2**40),
+    "bytes": Whole(0, 2**48),
+    "sum": Text(32, 32),
+    "failed": Null(Text()),
+    "tasks": [Text(1)],
+    "notes": [Text()],
+    "sources": {"prepared?": Text(1), "stamps?": Each(Text(), Null((Whole(0, 2**62), Whole(-(2**62), 2**62))))},
+}
 
 
 # Writing
@@ -153,7 +166,7 @@ def _error_text(error: InputError, base: str) -> bytes:
 
 
 def _error(data: bytes, root: str) -> InputError:
-    record = strict_json(data.decode())
+    record = json.loads(data)  # names of files in it may hold bytes that are not UTF-8
     where = os.path.join(root, record["where"]) if record["here"] else record["where"]
     return shards.error_of(record | {"where": where})
 
@@ -228,8 +241,7 @@ def write(
         return file
     notes: list[InputError] = []
     used: Used = {}
-    total = datasets.dataset_of(name).sizes.get(split) or 0
-    pace = Progress(f"{name} {split}", total, progress)
+    pace = Progress(f"{name} {split}", _expected(root, name, split), progress)
     if name == PREPARED:
         every = functools.partial(datasets.listed, root, split, used)
     else:
@@ -255,11 +267,23 @@ def write(
         "sum": shards.file_sum(file),
         "failed": failed,
         "tasks": list(TASKS),
-        "notes": [shards.error_json(note) for note in notes],
+        "notes": [_error_text(note, base).decode() for note in notes],
         "sources": _sources(root, name, split, variant, used),
     }
     write_whole(_info_file(file), json.dumps(info))
     return file
+
+
+def _expected(root: str | Path, name: str, split: str) -> int:
+    """Return about how many rows a list of Examples has, 0 when unknown."""
+    if prepared := shards.opened(root):
+        return (
+            prepared.manifest["lists"].get(split, 0) if name == PREPARED else prepared.manifest["datasets"][name][split]
+        )
+    if name != PREPARED:
+        return datasets.dataset_of(name).sizes.get(split) or 0
+    with open(Path(root) / (datasets.list_of(root, split) or ""), "rb") as file:
+        return sum(part.count(b"\n") for part in iter(functools.partial(file.read, 1 << 20), b""))
 
 
 def _batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
@@ -274,20 +298,30 @@ def _batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
 
 
 class Table:
-    """The open index of one list of Examples. Nothing of it is in memory but what was read last."""
+    """The open index of one list of Examples, mapped: nothing of it is copied, and what was read is let go again."""
 
     def __init__(self, file: str):
         self.file, self.info = Path(file), read_json(_info_file(Path(file)), INFO)
         self.root = str(self.file.parent.parent)
         self.rows: int = self.info["rows"]
         self.tasks: list[str] = self.info["tasks"]
-        self._reader = pa.ipc.open_file(pa.memory_map(file))
+        with open(file, "rb") as content:
+            self._map = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+        self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
+        self._read = 0
         self._batches: dict[int, pa.RecordBatch] = {}
         self._lock = threading.Lock()
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return ROWS rows, mapped."""
+        """Return ROWS rows, mapped.
+
+        Every KEPT calls the pages that were read are given back, which a process that draws Examples at random would
+        collect until it holds the whole file; the system keeps them, and reading them again costs microseconds.
+        """
         with self._lock:
+            self._read += 1
+            if self._read % KEPT == 0 and hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
             if number not in self._batches:
                 self._batches[number] = self._reader.get_batch(number)
             return self._batches[number]
@@ -429,7 +463,7 @@ class Indexed(Sequence[Example]):
 
     def __init__(self, tables: Sequence[Table], rows: np.ndarray | Shared, marks: bool):
         self.tables, self.marks = tuple(tables), marks
-        self.rows = rows if isinstance(rows, Shared) else Shared(rows.astype(np.int64))
+        self.rows = rows if isinstance(rows, Shared) else Shared(rows.astype(np.int32))
         self.starts = np.cumsum([0, *(table.rows for table in tables)])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -684,7 +718,7 @@ def read(root: str | Path, wanted: Wanted, left: list[LeftOut] | None = None) ->
         errors = datasets.allowed(
             (table.error(int(row)) for row in np.flatnonzero(kinds != EXAMPLE)), wanted.on_error, wanted.on_error
         )
-        notes = [shards.error_of(note) for note in table.info["notes"]]
+        notes = [_error(note.encode(), table.root) for note in table.info["notes"]]
         chosen = np.flatnonzero(kinds == EXAMPLE)
         datasets.report_left_out(name, wanted.split, len(chosen), errors, notes, left)
         if name != PREPARED and wanted.split == "train":

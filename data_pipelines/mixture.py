@@ -67,7 +67,7 @@ def group_by_bucket(
         of[here], start = known[number_of], here.stop
     if not (of >= 0).any():
         raise InputError("data", "examples", "there is none", "check the split, the weights and the warnings above")
-    order = np.argsort(of, kind="stable")
+    order = np.argsort(of, kind="stable").astype(np.int32)
     edges = np.searchsorted(of[order], np.arange(len(numbers) + 1))
     groups = {
         bucket: Group(order[first:last], fills[order[first:last]])
@@ -233,7 +233,7 @@ def _one_of_groups(positions: np.ndarray, marks: np.ndarray | None) -> OneOfGrou
     own = None if marks is None else marks[positions]
     if own is None or (own < 0).all():
         return OneOfGroups(positions, None)
-    key = np.where(own < 0, own.max() + 1 + np.arange(len(own)), own)
+    key = np.where(own < 0, int(own.max()) + 1 + np.arange(len(own)), own)
     _, first, of, sizes = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
     order = np.argsort(first)
     rank = np.empty_like(order)

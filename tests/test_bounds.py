@@ -320,6 +320,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "validate": ("data_pipelines.__main__", ["validate", "--root", "nowhere"]),
     "prepare": ("data_pipelines.__main__", ["prepare", "--root", "nowhere", "--out", "OUT"]),
     "plan": ("data_pipelines.__main__", ["plan", "--config", "configs/tiny.py", "--root", "nowhere"]),
+    "index": ("data_pipelines.__main__", ["index", "--root", "nowhere"]),
     "sample": ("data_pipelines.__main__", ["sample", "--root", "nowhere", "--out", "OUT"]),
     "own": ("data_pipelines.__main__", ["own", "--csv", "nowhere", "--root", "OUT"]),
     "tokens": ("data_pipelines.tokens", ["--corpus", "nowhere", "--out", "OUT/x"]),

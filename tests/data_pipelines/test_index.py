@@ -129,6 +129,20 @@ def test_rows_that_cannot_be_read_are_left_out_and_listed_as_before(copied, capl
     assert raised == raised_too
 
 
+def test_errors_and_notes_that_name_bytes_that_are_no_text_come_back(copied, caplog):
+    root = copied("ave", "valor")
+    with open(root / "ave" / "trainSet.txt", "rb") as file:
+        content = file.read()
+    (root / "ave" / "trainSet.txt").unlink()
+    (root / "ave" / "trainSet.txt").write_bytes(content + b"Dog&caf\xe9 \xff&good&0&10\n")
+    wanted = Wanted("train", (), "train", "one", "skip")
+    plain, said = index.read(root, wanted, before := []), caplog.messages.copy()
+    index.write_all(root)
+    caplog.clear()
+    assert list(index.read(root, wanted, after := [])) == plain and caplog.messages == said
+    assert left_of(before) == left_of(after) and "is not UTF-8 text" in str(after[-1].error)
+
+
 def left_of(left):
     return [(name, split, type(error), str(error)) for name, split, error in left]
 
