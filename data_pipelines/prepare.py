@@ -24,6 +24,7 @@ import mmap
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,16 @@ import av
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.io.bounds import PATH, Text, Whole, Words
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Text, Whole, Words
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.io.files import need_room, write_whole
+from crab_jax.io.files import need_room, whole, write_whole
 from crab_jax.io.locks import LOCK, locked
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import read_json, strict_json
 from crab_jax.tasks import add_flag, use_tasks
 from data_pipelines import datasets, fbank, media, shards
-from data_pipelines.decoded import Files
+from data_pipelines.decoded import Files, inside
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.isolated import end_with_parent
 from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
@@ -141,8 +143,8 @@ def read_list(settings: Settings, out: Path, name: str, split: str) -> tuple[int
     count = 0
     for variant in settings.variants:
         lines = []
-        for found, whole in _found(settings.root, name, split, variant):
-            lines.append(shards.found_json(found, whole))
+        for found, of_all in _found(settings.root, name, split, variant):
+            lines.append(shards.found_json(found, of_all))
             if isinstance(found, Example):
                 count += variant == settings.variants[0]
                 needed.update(dict.fromkeys(shards.media_of(found, settings.decoding)))
@@ -175,7 +177,7 @@ def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> l
         Shard(
             f"{stem}-{number:05d}-of-{len(groups):05d}",
             tuple(group),
-            tuple(_stamps(Path(settings.root), medium) for medium in group),
+            tuple(_stamps(paths.at(settings.root), medium) for medium in group),
         )
         for number, group in enumerate(groups)
     ]
@@ -246,7 +248,7 @@ def _sound(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
 def _mask(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
     """Return the class ids at the size of the model, and the file itself for the metrics at other sizes."""
     labels = files.mask(medium.path, medium.detail, files.decoding.image_size).astype(np.uint8)
-    full = files.root / medium.path
+    full = inside(files.root, medium.path)
     width, height = media.image_size(full, "mask")
     return {"labels": labels.tobytes(), "content": full.read_bytes(), "width": width, "height": height}
 
@@ -274,11 +276,15 @@ def _begin_worker(counter: Any) -> None:
 
 def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
     """Write one shard atomically, with its note, and return the note."""
-    path, files = out / shard.file, Files(settings.root, settings.decoding)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A process whose parent has died may still be writing the same shard.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    compression = settings.compression(shard.media[0].kind)
+    with whole(out / shard.file) as partial:
+        note = _write(settings, partial, shard)
+    write_whole(_note(out / shard.file), json.dumps(note))
+    return note
+
+
+def _write(settings: Settings, partial: Path, shard: Shard) -> dict[str, Any]:
+    """Write one shard to a file on this machine, and return its note."""
+    files, compression = Files(settings.root, settings.decoding), settings.compression(shard.media[0].kind)
     writer = array_record_module.ArrayRecordWriter(str(partial), f"group_size:1,{compression}")
     failed, size, places = [], 0, []
     try:
@@ -295,9 +301,7 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
                     _counter.value += 1
     finally:
         writer.close()
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    note = {
+    return {
         "file": shard.file,
         "records": len(shard.media),
         "bytes": partial.stat().st_size,
@@ -307,9 +311,6 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
         "failed": failed,
         "places": _locate(partial, places) if compression == UNCOMPRESSED else [(0, 0, 0)] * len(places),
     }
-    partial.replace(path)
-    write_whole(_note(path), json.dumps(note))
-    return note
 
 
 def _locate(path: Path, written: Sequence[tuple[bytes, int, int]]) -> list[tuple[int, int, int]]:
@@ -346,8 +347,9 @@ def finished(settings: Settings, out: Path, shard: Shard) -> dict[str, Any] | No
     path = out / shard.file
     try:
         note = read_json(_note(path), NOTE)
-        whole = note["of"] == shard.digest(settings) and path.stat().st_size == note["bytes"]
-        return note if whole and _sha256(path) == note["sha256"] else None
+        same = note["of"] == shard.digest(settings) and path.stat().st_size == note["bytes"]
+        # An object in a bucket is whole, and its server keeps it so: it is not fetched to be compared.
+        return note if same and (paths.is_remote(path) or _sha256(path) == note["sha256"]) else None
     except (OSError, ValueError):  # includes InputError
         return None
 
@@ -545,6 +547,17 @@ def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[s
     for note in notes:
         title = note["file"].split("/")[1].removeprefix(f"{kind}-").split(".")[0]
         splits.setdefault(title, []).append(note)
+    with tempfile.TemporaryDirectory() as written:  # TFDS looks at the names of the shards in a folder on a disk
+        for note in notes:
+            (Path(written) / note["file"].split("/")[1]).touch()
+        _write_metadata(Path(written), features, splits)
+        for path in Path(written).glob("*.json"):
+            write_whole(folder / path.name, path.read_bytes())
+
+
+def _write_metadata(folder: Path, features: Any, splits: dict[str, list[dict[str, Any]]]) -> None:
+    import tensorflow_datasets as tfds
+
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
         features=features,
@@ -565,10 +578,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines prepare")
     parser.add_argument(
-        "--root", type=PATH, required=True, help="data root: releases in folders of their names, or <split>.jsonl"
+        "--root", type=ANYWHERE, required=True, help="data root: releases in folders of their names, or <split>.jsonl"
     )
     parser.add_argument(
-        "--out", type=PATH, required=True, help="the prepared root: an empty folder, or one to complete"
+        "--out", type=ANYWHERE, required=True, help="the prepared root: an empty folder, or one to complete"
     )
     parser.add_argument(
         "--datasets",
@@ -627,14 +640,14 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(arguments: argparse.Namespace, out: Path) -> None:
-    root = Path(arguments.root)
+    root = paths.at(arguments.root)
     if not root.is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
     if shards.opened(root):
         raise InputError(str(root), "--root", "is prepared already", "give the root that it was prepared from")
     decoding = Decoding(arguments.image_size, arguments.video_frames, arguments.pad_short_audio, arguments.clock)
     settings = Settings(
-        str(root.absolute()),
+        str(paths.absolute(root)),
         decoding,
         tuple(arguments.variants.split(",")),
         arguments.shard_mb * 1_000_000,
