@@ -24,7 +24,8 @@ import numpy as np
 from crab_jax.evaluation import predictions, scoring
 from crab_jax.evaluation.judging import DESCRIPTION, judge_folder
 from crab_jax.evaluation.scoring import Judged
-from crab_jax.io.bounds import ANY_PATH, PATH, Text
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANY_PLACE, ANYWHERE, Text
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
 from crab_jax.io.structured import read_json
@@ -70,7 +71,7 @@ def differs(row: dict[str, Any]) -> bool:
     return bool(low > 0 or high < 0)
 
 
-EVALUATION = {"data": PATH, "split": Text(1, 200)}  # the fields of evaluation.json that are read
+EVALUATION = {"data": ANYWHERE, "split": Text(1, 200)}  # the fields of evaluation.json that are read
 
 
 def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, Judged]:
@@ -79,7 +80,7 @@ def judged_samples(folder: Path, data: str, tasks: Sequence[str]) -> dict[str, J
     if not file.is_file():
         raise InputError(str(folder), DESCRIPTION, "no such file", "give the --out folder of evaluate")
     description = read_json(file, EVALUATION, fix="run evaluate again")
-    root, split = Path(data or description["data"]), description["split"]
+    root, split = paths.at(data or description["data"]), description["split"]
     known = predictions.read_all(folder)
 
     def wanted(example: Example) -> bool:
@@ -109,7 +110,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.out:
         out_file(arguments.out)
     tasks = [task for task in arguments.tasks.split(",") if task]
-    a, b = (judged_samples(Path(folder), arguments.data, tasks) for folder in (arguments.a, arguments.b))
+    a, b = (judged_samples(paths.at(folder), arguments.data, tasks) for folder in (arguments.a, arguments.b))
     common = sorted(a.keys() & b.keys())
     if not common:
         raise InputError(
@@ -142,12 +143,12 @@ def compare(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.compare")
-    parser.add_argument("a", type=PATH, metavar="A", help="folder of the first evaluation")
-    parser.add_argument("b", type=PATH, metavar="B", help="folder of the second evaluation")
-    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one each was evaluated on)")
+    parser.add_argument("a", type=ANYWHERE, metavar="A", help="folder of the first evaluation")
+    parser.add_argument("b", type=ANYWHERE, metavar="B", help="folder of the second evaluation")
+    parser.add_argument("--data", type=ANY_PLACE, default="", help="data root (default: the one each was evaluated on)")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--gate", action="store_true", help=f"exit with {WORSE} when a headline metric got worse")
-    parser.add_argument("--out", type=ANY_PATH, default="", metavar="FILE", help="write the differences as JSON, too")
+    parser.add_argument("--out", type=ANY_PLACE, default="", metavar="FILE", help="write the differences as JSON, too")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)

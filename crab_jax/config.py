@@ -19,9 +19,10 @@ from ml_collections import ConfigDict, config_flags
 
 from crab_jax import losses, optim, tasks
 from crab_jax.defaults import COMPAT_SIZES, DERIVED_DATA, DERIVED_LOSS, base
-from crab_jax.io import bounds, packaged
+from crab_jax.io import bounds, packaged, paths
 from crab_jax.io.bounds import (
-    PATH,
+    ANY_PLACE,
+    ANYWHERE,
     Bound,
     Choice,
     Fixed,
@@ -53,7 +54,7 @@ from data_pipelines.datasets import DATASETS, VARIANTS
 CONFIG_BYTES = 1 << 20  # largest size of a hand-written config file
 # Bounds of the values, by section. Keys that are not listed are booleans.
 MIXTURE_BOUNDS: dict[str, Bound] = {
-    "root": Place(),
+    "root": ANY_PLACE,
     "roots": Places(),
     "split": Name(),
     "datasets": Words(tuple(DATASETS)),
@@ -83,8 +84,8 @@ MESH_BOUNDS: dict[str, Bound] = {
 RUN_BOUNDS: dict[str, Bound] = {
     "model": Choice(tuple(MODELS)),
     "compat": Choice(tuple(PRESETS)),
-    "init_from": Place(),
-    "tokenizer": Place(),
+    "init_from": ANY_PLACE,
+    "tokenizer": ANY_PLACE,
     "fresh": Patterns(),
     "trainable": Patterns(least=1),
     "frozen": Patterns(),
@@ -435,7 +436,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
             raise InputError("command line", f"--{name}", "is missing", f"give --{name}=...")
     if rest[1:]:
         raise InputError("command line", rest[1], "is not a flag", "write --config.key=value")
-    if workdir and not shown and (problem := PATH.problem(values.workdir)):
+    if workdir and not shown and (problem := ANYWHERE.problem(values.workdir)):
         raise InputError("command line", "--workdir", f"is {values.workdir!r}", problem)
     if keys != wanted:
         raise InputError(
@@ -449,7 +450,7 @@ def parse_flags(argv: list[str], doc: str | None, workdir: bool = True) -> tuple
         flag: Any = values["config"]
         print(described(run, config, fresh, flag.config_filename))
         raise SystemExit(0)
-    return run, Path(values.workdir or "")
+    return run, paths.at(values.workdir or "")
 
 
 def described(run: RunConfig, config: ConfigDict, fresh: ConfigDict, file: str) -> str:

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,10 +35,10 @@ from crab_jax.evaluation import predictions, scoring
 from crab_jax.evaluation.judging import DESCRIPTION, check_labels, judge_folder, read_predictions
 from crab_jax.evaluation.scoring import Judged
 from crab_jax.inference import Prediction, read_answer
-from crab_jax.io import locks
-from crab_jax.io.bounds import ANY_PATH, PATH, Anything, Name, Whole
+from crab_jax.io import locks, paths
+from crab_jax.io.bounds import ANY_PATH, ANY_PLACE, ANYWHERE, Anything, Name, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
-from crab_jax.io.files import out_folder, write_whole
+from crab_jax.io.files import out_folder, set_aside, write_whole
 from crab_jax.io.progress import Progress
 from crab_jax.io.structured import read_json
 from crab_jax.models.generating import KINDS
@@ -146,11 +145,7 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
                 f"{', '.join(changed) or 'not known'}",
                 flush=True,
             )
-            moved.mkdir(exist_ok=True)
-            for path in old:
-                path.rename(moved / path.name)
-            shutil.rmtree(out / "previous", ignore_errors=True)
-            moved.rename(out / "previous")
+            set_aside(old, moved, out / "previous")
     write_whole(file, json.dumps(description, indent=1).encode())
 
 
@@ -205,7 +200,7 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
     if arguments.predictions and not arguments.data:
         raise InputError("--data", "", "is not given", "--predictions are scored against the labels of --data=DIR")
     root = (
-        Path(arguments.data)
+        paths.at(arguments.data)
         if arguments.predictions
         else run_data.data_root(arguments.data, run_folder.load_config(arguments.checkpoint))
     )
@@ -250,7 +245,7 @@ def from_file(arguments: argparse.Namespace, root: Path, split: list[Example], e
 
     Raises InputError for a file without answers to these examples.
     """
-    file = Path(arguments.predictions)
+    file = paths.at(arguments.predictions)
     tasks, wanted = {example.task for example in examples}, {example.id for example in examples}
     of_tasks = [example for example in split if example.task in tasks]
     others = {example.id for example in split if example.task not in tasks}
@@ -348,7 +343,7 @@ def report_scores(arguments: argparse.Namespace, out: Path, root: Path, examples
     made = run_folder.load_config(arguments.checkpoint) if arguments.checkpoint and arguments.examples else None
     clock = made.data.clock if made else "shown"
     shown = shown_examples(judged, out, examples, root, arguments.examples, clock)
-    title = f"Evaluation of {Path(arguments.predictions or arguments.checkpoint).resolve().name}"
+    title = f"Evaluation of {paths.absolute(arguments.predictions or arguments.checkpoint).name}"
     evaluation_page.write(out / "results.html", title, results, breakdowns, shown if arguments.examples else ())
     print(scoring.headlines(results))
     print(f"every metric: {out / 'results.md'}\npage: {out / 'results.html'}")
@@ -392,10 +387,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; raise InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.evaluate")
-    parser.add_argument("--checkpoint", type=ANY_PATH, help="workdir of a training run, or a packed model")
-    parser.add_argument("--predictions", type=ANY_PATH, metavar="FILE", help="score these answers instead of a model's")
-    parser.add_argument("--out", type=PATH, required=True, help="folder for results, predictions and masks")
-    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: that of training)")
+    parser.add_argument("--checkpoint", type=ANY_PLACE, help="workdir of a training run, or a packed model")
+    parser.add_argument(
+        "--predictions", type=ANY_PLACE, metavar="FILE", help="score these answers instead of a model's"
+    )
+    parser.add_argument("--out", type=ANYWHERE, required=True, help="folder for results, predictions and masks")
+    parser.add_argument("--data", type=ANY_PLACE, default="", help="data root (default: that of training)")
     parser.add_argument(
         "--split",
         type=Name(),

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from crab_jax.aot import compile_cache
-from crab_jax.io.bounds import ANY_PATH, PATH, Name, Whole
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANY_PLACE, ANYWHERE, Name, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
@@ -90,7 +91,7 @@ def _router(arguments: argparse.Namespace, out: Path) -> None:
             write_whole(out / f"{name}.png", picture.data)
     page.write(
         out / "router.html",
-        f"LoRA heads of {Path(arguments.checkpoint).resolve().name}",
+        f"LoRA heads of {paths.absolute(arguments.checkpoint).name}",
         page.NONE,
         [
             page.Section(title.lower().replace(" ", "-"), title, page.NONE.join(map(page.figure, group.values())))
@@ -106,9 +107,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(__doc__, "python -m crab_jax.inspect")
     parser.add_argument("what", choices=("router",), help="what to inspect")
-    parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
-    parser.add_argument("--out", type=PATH, required=True, help="folder to write")
-    parser.add_argument("--data", type=ANY_PATH, default="", help="data root (default: the one of training)")
+    parser.add_argument(
+        "--checkpoint", type=ANYWHERE, required=True, help="workdir of a training run, or a packed model"
+    )
+    parser.add_argument("--out", type=ANYWHERE, required=True, help="folder to write")
+    parser.add_argument("--data", type=ANY_PLACE, default="", help="data root (default: the one of training)")
     parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
     parser.add_argument("--samples", type=Whole(1), default=16, help="examples of each task")
     parser.add_argument("--batch-size", type=Whole(1, 2**16), default=4)

@@ -25,7 +25,8 @@ from pathlib import Path
 from crab_jax.aot import compile_cache
 from crab_jax.api import ASKED, load
 from crab_jax.inference import Prediction
-from crab_jax.io.bounds import ANY_PATH, PATH, Real, Whole
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANY_PLACE, ANYWHERE, Real, Whole
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import append_line, write_whole
 from crab_jax.io.locks import locked
@@ -90,7 +91,7 @@ def predict(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace, out: Path) -> None:
     given = {key: getattr(arguments, key) for key in KEYS if getattr(arguments, key, None) is not None}
     if arguments.samples:
-        records = read_samples(Path(arguments.samples))
+        records = read_samples(paths.at(arguments.samples))
     else:
         records = [(record, "command line") for record in (every_task(given) if arguments.all_tasks else [given])]
     asked = {}
@@ -164,21 +165,23 @@ def _predict(arguments: argparse.Namespace, out: Path) -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.predict")
-    parser.add_argument("--checkpoint", type=PATH, required=True, help="workdir of a training run, or a packed model")
-    parser.add_argument("--out", type=PATH, required=True, help="folder for predictions.jsonl and pictures")
-    parser.add_argument("--samples", type=ANY_PATH, metavar="JSON", help="list of samples, instead of the flags below")
+    parser.add_argument(
+        "--checkpoint", type=ANYWHERE, required=True, help="workdir of a training run, or a packed model"
+    )
+    parser.add_argument("--out", type=ANYWHERE, required=True, help="folder for predictions.jsonl and pictures")
+    parser.add_argument("--samples", type=ANY_PLACE, metavar="JSON", help="list of samples, instead of the flags below")
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: --question without a prompt of a task)")
     parser.add_argument(
         "--all-tasks", action="store_true", help="ask every question that suits the media; writes page.html"
     )
-    parser.add_argument("--video", type=ANY_PATH, dest="video_path", metavar="FILE")
+    parser.add_argument("--video", type=ANY_PLACE, dest="video_path", metavar="FILE")
     parser.add_argument(
-        "--image", type=ANY_PATH, dest="image_path", metavar="FILE", help="a picture, with its sound in --audio"
+        "--image", type=ANY_PLACE, dest="image_path", metavar="FILE", help="a picture, with its sound in --audio"
     )
     parser.add_argument(
-        "--audio", type=ANY_PATH, dest="audio_path", metavar="FILE", help="default: the video's own track"
+        "--audio", type=ANY_PLACE, dest="audio_path", metavar="FILE", help="default: the video's own track"
     )
-    parser.add_argument("--mask", type=ANY_PATH, dest="mask_path", metavar="FILE", help="a true mask to compare with")
+    parser.add_argument("--mask", type=ANY_PLACE, dest="mask_path", metavar="FILE", help="a true mask to compare with")
     parser.add_argument("--question", help="the question; with --task avqa it gets the prompt of MUSIC-AVQA")
     parser.add_argument("--expression", help="for ref-avs: the object to segment, in words")
     parser.add_argument(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from crab_jax.io import paths
 from crab_jax.io.bounds import Anything
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import read_json
@@ -116,6 +117,8 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
         raise InputError(where, "task", problem, f"use one of {', '.join(TASKS)}, or give a question alone")
     for key in record.keys() - set(KEYS):
         raise InputError(where, key, "unknown key", f"use some of {', '.join(KEYS)}")
+    for key in (key for key in record if key.endswith("_path") and paths.is_remote(str(record[key]))):
+        record = record | {key: str(paths.local(record[key]))}
     video, image, audio = (record.get(f"{kind}_path") for kind in ("video", "image", "audio"))
     if bool(video) == bool(image):
         raise InputError(where, "video or image", "exactly one is needed", "give a video, or a picture with its sound")
@@ -162,7 +165,7 @@ def request(record: dict[str, Any], where: str, name: str, given: Given) -> Requ
         picture = given.keep_picture(name, given.moment(video, second, parts))
 
     def named(path: str | None) -> str | None:
-        return path if path is None or given.holds(path) else str(Path(path).absolute())
+        return path if path is None or given.holds(path) else str(paths.absolute(path))
 
     example = Example(
         id=name,

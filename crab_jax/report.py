@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from crab_jax.aot import compile_cache
 from crab_jax.evaluation.results import METRICS, read_results
 from crab_jax.inference import predict_examples
-from crab_jax.io.bounds import PATH, Name, Whole
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Name, Whole
 from crab_jax.io.errors import CommandLine, run_verb
 from crab_jax.io.files import out_file
 from crab_jax.io.structured import read_lines
@@ -32,9 +32,9 @@ from data_pipelines.examples import spread
 
 def report(arguments: argparse.Namespace) -> None:
     """Answer a few examples, average their router weights, and write the report."""
-    run, root = Path(arguments.run), Path(arguments.data)
+    run, root = paths.at(arguments.run), paths.at(arguments.data)
     out_file(arguments.out)
-    results = read_results(Path(arguments.results))
+    results = read_results(paths.at(arguments.results))
     examples = run_data.read_examples(root, arguments.split)
     model, params, config, tokenizer = run_params.load_model(run)
     log = run / "metrics.jsonl"
@@ -70,18 +70,18 @@ def report(arguments: argparse.Namespace) -> None:
             windows=goodput.read_windows(run / goodput.LEDGER),
         ),
     )
-    print(f"report: {arguments.out} ({Path(arguments.out).stat().st_size / 1e6:.1f} MB)")
+    print(f"report: {arguments.out} ({paths.at(arguments.out).stat().st_size / 1e6:.1f} MB)")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m crab_jax.report")
-    parser.add_argument("--run", type=PATH, required=True, help="workdir of a training run, or a packed model")
+    parser.add_argument("--run", type=ANYWHERE, required=True, help="workdir of a training run, or a packed model")
     parser.add_argument(
-        "--results", type=PATH, required=True, help="results.json of evaluate, optionally with baselines"
+        "--results", type=ANYWHERE, required=True, help="results.json of evaluate, optionally with baselines"
     )
-    parser.add_argument("--data", type=PATH, required=True, help="data root of the examples")
-    parser.add_argument("--out", type=PATH, required=True, help="HTML file to write")
+    parser.add_argument("--data", type=ANYWHERE, required=True, help="data root of the examples")
+    parser.add_argument("--out", type=ANYWHERE, required=True, help="HTML file to write")
     parser.add_argument("--split", type=Name(), default="test", help="reads <data>/<split>.jsonl")
     parser.add_argument("--samples", type=Whole(1), default=3, help="number of examples of each task to show")
     parser.add_argument(

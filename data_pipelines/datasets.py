@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError, printable
 from data_pipelines import shards
 from data_pipelines.examples import Example, choice
@@ -113,13 +114,13 @@ def folder_of(root: str | Path, name: str) -> str:
 
     The folder of Crab's tree is also used if `Dataset.folder` contains nothing else.
     """
-    folder = dataset_of(name).folder
+    base, folder = paths.at(root), dataset_of(name).folder
     for other in _ELSEWHERE.get(folder, ()):
         inside = other.startswith(f"{folder}/")
-        if (Path(root) / other).is_dir() and (
-            not (Path(root) / folder).exists()
+        if (base / other).is_dir() and (
+            not (base / folder).exists()
             or inside
-            and [path.name for path in (Path(root) / folder).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]
+            and [path.name for path in (base / folder).iterdir() if path.is_dir()] == [other.rpartition("/")[2]]
         ):
             return other
     return folder
@@ -130,9 +131,10 @@ def list_of(root: str | Path, split: str) -> str | None:
 
     The list is `<split>.jsonl`, or, for test in a folder without datasets, `samples.json` (own.py).
     """
-    if (Path(root) / f"{split}.jsonl").is_file():
+    base = paths.at(root)
+    if (base / f"{split}.jsonl").is_file():
         return f"{split}.jsonl"
-    alone = split == "test" and (Path(root) / own.SAMPLES).is_file() and not (Path(root) / shards.MANIFEST).exists()
+    alone = split == "test" and (base / own.SAMPLES).is_file() and not (base / shards.MANIFEST).exists()
     return own.SAMPLES if alone and not any(is_there(root, name) for name in DATASETS) else None
 
 
@@ -142,7 +144,7 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
     These are the existing `<split>.jsonl`, which exclude all datasets, or each split of each dataset. Raises
     InputError.
     """
-    if not Path(root).is_dir():
+    if not paths.at(root).is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
     if lists := [split for split in SPLITS if list_of(root, split)]:
         return [(PREPARED, split) for split in lists]
@@ -158,7 +160,7 @@ def selection(root: str | Path, names: Sequence[str] = ()) -> list[tuple[str, st
 def is_there(root: str | Path, name: str) -> bool:
     """Return whether a data root holds anything of a dataset."""
     prepared = shards.opened(root)
-    return prepared.has(name) if prepared and name != PREPARED else (Path(root) / folder_of(root, name)).is_dir()
+    return prepared.has(name) if prepared and name != PREPARED else (paths.at(root) / folder_of(root, name)).is_dir()
 
 
 def choose(root: str | Path, names: Sequence[str] = (), split: str | None = None) -> list[str]:
@@ -404,7 +406,7 @@ def read_examples(
     frames = frames or ("one" if split == "train" else "all")
     if not any(is_there(root, name) for name in DATASETS):
         raise InputError(
-            str(Path(root) / f"{split}.jsonl"),
+            str(paths.at(root) / f"{split}.jsonl"),
             "",
             "no such file, and the folder holds no dataset either",
             "check --data and the split name",

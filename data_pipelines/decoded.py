@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from data_pipelines import allocator, datasets, fbank, media, shards
 from data_pipelines.examples import Example, seg_source
@@ -44,15 +45,18 @@ def _bases(root: Path) -> tuple[str, ...]:
             root / folder for name in datasets.DATASETS if (root / (folder := datasets.folder_of(root, name))).is_dir()
         ]
     )
-    return tuple(dict.fromkeys(os.path.realpath(folder) for folder in (root, *folders)))
+    return tuple(dict.fromkeys(paths.real(folder) for folder in (root, *folders)))
 
 
 def inside(root: str | Path, path: str | Path) -> Path:
-    """Return the file of a path in a data root. Raises InputError for a link out of the root.
+    """Return the file of a path in a data root; for one in a bucket, its copy on this machine.
 
-    An absolute path, which no list may hold, is accepted from the caller.
+    Raises InputError for a link out of the root, and for an object that cannot be fetched. An absolute path, which no
+    list may hold, is accepted from the caller.
     """
-    full = Path(root) / path
+    full = paths.at(root) / path
+    if paths.is_remote(full):
+        return _fetched(full)
     if not os.path.isabs(path):
         real = os.path.realpath(full)
         if not any(real.startswith(base.rstrip(os.sep) + os.sep) for base in _bases(Path(root))):
@@ -65,6 +69,13 @@ def inside(root: str | Path, path: str | Path) -> Path:
     return full
 
 
+def _fetched(full: Path) -> Path:
+    try:
+        return paths.local(full)
+    except OSError as error:
+        raise InputError(str(full), "", f"cannot be read ({error.strerror})", "see docs/training.md, Buckets") from None
+
+
 class Files:
     """The media files of a data root; `Shards` has the same methods. Paths are relative to the root, or absolute.
 
@@ -74,7 +85,7 @@ class Files:
 
     def __init__(self, root: str | Path, decoding: Decoding, cache_dir: str = ""):
         allocator.keep_freed()
-        self.root, self.decoding, self.cache_dir = Path(root), decoding, cache_dir
+        self.root, self.decoding, self.cache_dir = paths.at(root), decoding, cache_dir
         self._pictures: dict[str, np.ndarray] = {}
 
     def _at(self, path: str) -> Path:
@@ -180,7 +191,7 @@ def source(root: Root, decoding: Decoding, cache_dir: str = "") -> Files | Shard
 
     Raises InputError for a prepared root that was made with another `decoding`.
     """
-    if not isinstance(root, str | Path):
+    if not isinstance(root, str | os.PathLike):
         return root.source(decoding)
     prepared = shards.opened(root)
     if prepared is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import write_whole
 from crab_jax.io.structured import json_line, read_text
@@ -109,7 +110,7 @@ def to_json(example: Example) -> dict[str, Any]:
 
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read and validate all Examples of a JSONL file. Raises InputError, also for duplicate ids."""
-    path = Path(path)
+    path = paths.at(path)
     if not path.is_file():
         raise InputError(str(path), "", "no such file", "check --data and the split name")
     examples, seen = [], set()

@@ -11,6 +11,7 @@ import soundfile
 import soxr
 from PIL import Image
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import whole
 from data_pipelines import fbank, media
@@ -96,7 +97,7 @@ class Given:
         file = self._folder / f"{name}_picture.png"
         with whole(file) as partial:
             Image.fromarray(pixels).save(partial, compress_level=1)
-        return str(file.absolute())
+        return str(paths.local(file.absolute()))
 
     def keep_sound(self, name: str, samples: np.ndarray) -> str:
         """Store a generated sound float32[N] at 16 kHz, and return the name by which it is read."""
@@ -106,7 +107,7 @@ class Given:
         file = self._folder / f"{name}_sound.wav"
         with whole(file) as partial:
             soundfile.write(partial, samples, SAMPLE_RATE, subtype="FLOAT")
-        return str(file.absolute())
+        return str(paths.local(file.absolute()))
 
     # Reading media
 

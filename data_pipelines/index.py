@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import crab_jax
-from crab_jax.io.bounds import PATH, Text, Whole, Words
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Text, Whole, Words
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import whole, write_whole
 from crab_jax.io.locks import locked
@@ -174,7 +175,7 @@ def _error(data: bytes, root: str) -> InputError:
 def file_of(root: str | Path, name: str, split: str, variant: str) -> Path:
     """Return the file of the index of one list of Examples; for PREPARED there is one for all variants of prompts."""
     stem = f"{name}-{split}" if name == PREPARED else f"{name}-{split}-{variant}"
-    return Path(root) / FOLDER / f"{stem}.arrow"
+    return paths.at(root) / FOLDER / f"{stem}.arrow"
 
 
 def _info_file(file: Path) -> Path:
@@ -210,7 +211,7 @@ def _sources(root: str | Path, name: str, split: str, variant: str, used: Used) 
         file = f"{split}.jsonl" if name == PREPARED else shards.examples_file(name, split, variant)
         if kept := prepared.manifest.get(shards.SUMS, {}).get(file):
             return {"prepared": kept}
-        return {"stamps": {file: stamp(Path(root) / file)}}
+        return {"stamps": {file: stamp(paths.at(root) / file)}}
     folder = "" if name == PREPARED else datasets.folder_of(root, name)
     # The folder of a list changes whenever something, such as this index, is put there; its files count by themselves.
     return {"stamps": {os.path.join(folder, path): kept for path, kept in used.items() if folder or path}}
@@ -224,8 +225,8 @@ def _change(root: str | Path, name: str, split: str, variant: str, info: dict[st
     if "prepared" in kept:
         return "" if kept == _sources(root, name, split, variant, {}) else "is of Examples that were prepared again"
     for path, before in kept["stamps"].items():
-        if stamp(Path(root) / path) != (tuple(before) if before else None):
-            return f"is older than {Path(root) / path}"
+        if stamp(paths.at(root) / path) != (tuple(before) if before else None):
+            return f"is older than {paths.at(root) / path}"
     return ""
 
 
@@ -246,7 +247,7 @@ def write(
         every = functools.partial(datasets.listed, root, split, used)
     else:
         every = functools.partial(datasets.records, root, name, split, variant, notes, used)
-    labels, base = TrainingLabels(root, split), str(Path(root))
+    labels, base = TrainingLabels(root, split), str(paths.at(root))
     count, failed = 0, None
     _info_file(file).unlink(missing_ok=True)
     try:
@@ -277,10 +278,10 @@ def write(
 def _expected(root: str | Path, name: str, split: str) -> int:
     """Return about how many rows a list of Examples has, 0 when unknown."""
     if prepared := shards.opened(root):
-        return (
-            prepared.manifest["lists"].get(split, 0) if name == PREPARED else prepared.manifest["datasets"][name][split]
-        )
-    if name != PREPARED:
+        manifest = prepared.manifest
+        number: int = manifest["lists"].get(split, 0) if name == PREPARED else manifest["datasets"][name][split]
+        return number
+    if name != PREPARED or paths.is_remote(root):
         return datasets.dataset_of(name).sizes.get(split) or 0
     with open(Path(root) / (datasets.list_of(root, split) or ""), "rb") as file:
         return sum(part.count(b"\n") for part in iter(functools.partial(file.read, 1 << 20), b""))
@@ -301,11 +302,12 @@ class Table:
     """The open index of one list of Examples, mapped: nothing of it is copied, and what was read is let go again."""
 
     def __init__(self, file: str):
-        self.file, self.info = Path(file), read_json(_info_file(Path(file)), INFO)
+        self.file, self.info = paths.at(file), read_json(_info_file(paths.at(file)), INFO)
+        self._copy = paths.local(self.file)  # itself, unless it is in a bucket
         self.root = str(self.file.parent.parent)
         self.rows: int = self.info["rows"]
         self.tasks: list[str] = self.info["tasks"]
-        with open(file, "rb") as content:
+        with self._copy.open("rb") as content:
             self._map = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
         self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
         self._read = 0
@@ -333,7 +335,7 @@ class Table:
 
     def scan(self) -> Iterator[pa.RecordBatch]:
         """Yield all rows in memory, ROWS at a time, so that what was read does not stay mapped."""
-        with pa.OSFile(str(self.file)) as file:
+        with pa.OSFile(str(self._copy)) as file:
             reader = pa.ipc.open_file(file)
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)
@@ -382,7 +384,7 @@ class Table:
         file = self.file.with_name(f"{self.file.stem}.{digest[:12]}.lengths")
         kept = {b"index": self.info["sum"].encode(), b"tokenizer": digest.encode()}
         try:
-            with pa.memory_map(str(file)) as stored:
+            with pa.memory_map(str(paths.local(file))) as stored:
                 table = pa.ipc.open_file(stored).read_all()
                 columns = {name: table.column(name).to_numpy() for name in table.column_names}
                 if table.schema.metadata == kept | {b"sum": _sum_of(columns)} and list(columns) == LENGTHS.names:
@@ -740,7 +742,7 @@ def read(root: str | Path, wanted: Wanted, left: list[LeftOut] | None = None) ->
 
 def _tables(root: str | Path, wanted: Wanted) -> dict[str, Table]:
     """Return {dataset: its index} of all that a run reads; {} unless all of them are there and right."""
-    if "+" in wanted.split or not (Path(root) / FOLDER).is_dir():
+    if "+" in wanted.split or not (paths.at(root) / FOLDER).is_dir():
         return {}  # splits that are joined are compared with each other
     names: Sequence[str] = [PREPARED]
     if not datasets.list_of(root, wanted.split):
@@ -751,7 +753,7 @@ def _tables(root: str | Path, wanted: Wanted) -> dict[str, Table]:
     there = {name: table for name, table in tables.items() if table}
     if there and len(there) < len(tables):
         lacking = ", ".join(name for name, table in tables.items() if not table)
-        _log.warning("%s holds no index of %s: all annotations are read", Path(root) / FOLDER, lacking)
+        _log.warning("%s holds no index of %s: all annotations are read", paths.at(root) / FOLDER, lacking)
     return there if len(there) == len(tables) else {}
 
 
@@ -788,7 +790,10 @@ def write_all(
     prepared, tables = shards.opened(root), []
     if not lists:
         raise InputError(str(root), "--splits", f"holds none of {', '.join(splits)}", "check --root and --splits")
-    with locked(Path(root) / FOLDER, "--root"):
+    if paths.is_remote(root) and not prepared and any(name != PREPARED for name, _ in lists):
+        problem = "holds original releases, whose folders in a bucket do not tell when they change"
+        raise InputError(str(root), "--root", problem, "prepare them (prepare writes the index too)")
+    with locked(paths.at(root) / FOLDER, "--root"):
         for name, split in lists:
             if name != PREPARED and not datasets.is_there(root, name):
                 continue
@@ -805,7 +810,7 @@ def write_all(
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines index")
-    parser.add_argument("--root", type=PATH, required=True, help="data root: raw, prepared, or with <split>.jsonl")
+    parser.add_argument("--root", type=ANYWHERE, required=True, help="data root: raw, prepared, or with <split>.jsonl")
     parser.add_argument(
         "--datasets",
         type=Words(tuple(datasets.DATASETS)),
@@ -815,7 +820,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--splits", default=",".join(datasets.SPLITS), help="default %(default)s")
     parser.add_argument("--variants", default="train", help="variants of prompts (data.variant); default %(default)s")
-    parser.add_argument("--tokenizer", type=PATH, help="the config key `tokenizer` of the runs to come")
+    parser.add_argument("--tokenizer", type=ANYWHERE, help="the config key `tokenizer` of the runs to come")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)

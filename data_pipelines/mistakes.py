@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError, printable
 from crab_jax.io.files import json_object
 from crab_jax.tasks import TASKS
@@ -547,7 +548,7 @@ class TrainingLabels:
     """Refuses Examples of a user's own list that have a wrong label or target, and counts those that look odd."""
 
     def __init__(self, root: str | Path, split: str):
-        self.file = Path(root) / f"{split}.jsonl"
+        self.file = paths.at(root) / f"{split}.jsonl"
         self.is_list, self.mistakes = self.file.is_file(), Mistakes(train=True)
         self.odd = 0
         self.first_odd = self.last_odd = ""

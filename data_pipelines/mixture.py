@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError, printable
 from crab_jax.io.files import append_line
 from crab_jax.tasks import TASKS
@@ -34,9 +35,9 @@ _log = logging.getLogger(__name__)
 
 
 def note_skipped(file: Path | None, index: int, example: Example, error: InputError) -> None:
-    """Append one line to the list of skipped examples. Several workers share the file."""
+    """Append one line to the list of skipped examples. Several workers share the file, or have one each in a bucket."""
     if file is not None:
-        append_line(file, {"index": index, "id": example.id, "task": example.task, "error": str(error)})
+        append_line(paths.own_part(file), {"index": index, "id": example.id, "task": example.task, "error": str(error)})
 
 
 def group_by_bucket(

@@ -35,6 +35,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,15 +44,16 @@ import av
 import numpy as np
 from array_record.python import array_record_module
 
-from crab_jax.io.bounds import PATH, Choice, Flag, Text, Whole, Words
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Choice, Flag, Text, Whole, Words
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.io.files import need_room, write_whole
+from crab_jax.io.files import need_room, whole, write_whole
 from crab_jax.io.locks import locked, locked_file
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
 from crab_jax.tasks import add_flag, use_tasks
 from data_pipelines import datasets, fbank, index, media, parts, shards
-from data_pipelines.decoded import Files
+from data_pipelines.decoded import Files, inside
 from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.isolated import end_with_parent
 from data_pipelines.parts import Part
@@ -188,8 +190,8 @@ def read_list(settings: Settings, out: Path, name: str, split: str) -> Listed:
     count, used = 0, datasets.Used()
     for variant in settings.variants:
         lines, without_places = [], []
-        for found, whole in _found(settings.root, name, split, variant, used):
-            lines.append(shards.found_json(found, whole))
+        for found, of_all in _found(settings.root, name, split, variant, used):
+            lines.append(shards.found_json(found, of_all))
             if isinstance(found, Example):
                 count += variant == settings.variants[0]
                 needed.update(dict.fromkeys(shards.media_of(found, settings.decoding)))
@@ -236,7 +238,7 @@ def cut(kind: str, name: str, needed: Sequence[Medium], settings: Settings) -> l
         Shard(
             f"{stem}-{number:05d}-of-{len(groups):05d}",
             tuple(group),
-            tuple(_stamps(Path(settings.root), medium) for medium in group),
+            tuple(_stamps(paths.at(settings.root), medium) for medium in group),
         )
         for number, group in enumerate(groups)
     ]
@@ -307,7 +309,7 @@ def _sound(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
 def _mask(medium: Medium, files: Files) -> dict[str, str | bytes | int]:
     """Return the class ids at the size of the model, and the file itself for the metrics at other sizes."""
     labels = files.mask(medium.path, medium.detail, files.decoding.image_size).astype(np.uint8)
-    full = files.root / medium.path
+    full = inside(files.root, medium.path)
     width, height = media.image_size(full, "mask")
     return {"labels": labels.tobytes(), "content": full.read_bytes(), "width": width, "height": height}
 
@@ -335,11 +337,15 @@ def _begin_worker(counter: Any) -> None:
 
 def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
     """Write one shard atomically, with its note, and return the note."""
-    path, files = out / shard.file, Files(settings.root, settings.decoding)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A process whose parent has died may still be writing the same shard.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    compression = settings.compression(shard.media[0].kind)
+    with whole(out / shard.file) as partial:
+        note = _write(settings, partial, shard)
+    write_whole(_note(out / shard.file), json.dumps(note))
+    return note
+
+
+def _write(settings: Settings, partial: Path, shard: Shard) -> dict[str, Any]:
+    """Write one shard to a file on this machine, and return its note."""
+    files, compression = Files(settings.root, settings.decoding), settings.compression(shard.media[0].kind)
     writer = array_record_module.ArrayRecordWriter(str(partial), f"group_size:1,{compression}")
     failed, size, places = [], 0, []
     try:
@@ -356,9 +362,7 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
                     _counter.value += 1
     finally:
         writer.close()
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    note = {
+    return {
         "file": shard.file,
         "records": len(shard.media),
         "bytes": partial.stat().st_size,
@@ -368,9 +372,6 @@ def write_shard(settings: Settings, out: Path, shard: Shard) -> dict[str, Any]:
         "failed": failed,
         "places": _locate(partial, places) if compression == UNCOMPRESSED else [(0, 0, 0)] * len(places),
     }
-    partial.replace(path)
-    write_whole(_note(path), json.dumps(note))
-    return note
 
 
 def _locate(path: Path, written: Sequence[tuple[bytes, int, int]]) -> list[tuple[int, int, int]]:
@@ -413,7 +414,8 @@ def finished(settings: Settings, out: Path, shard: Shard, verify: bool = False) 
         note: dict[str, Any] = read_json(_note(path), NOTE)
         if note["of"] != shard.digest(settings) or path.stat().st_size != note["bytes"]:
             return None
-        if verify or path.stat().st_mtime_ns > _note(path).stat().st_mtime_ns:
+        # An object in a bucket is whole, and its server keeps it so: it is not fetched to be compared.
+        if not paths.is_remote(path) and (verify or path.stat().st_mtime_ns > _note(path).stat().st_mtime_ns):
             if _sha256(path) != note["sha256"]:
                 return None
             with contextlib.suppress(OSError):  # so that it is not read again the next time
@@ -857,6 +859,17 @@ def describe(folder: Path, kind: str, decoding: Decoding, notes: Sequence[dict[s
     for note in notes:
         title = note["file"].split("/")[1].removeprefix(f"{kind}-").split(".")[0]
         splits.setdefault(title, []).append(note)
+    with tempfile.TemporaryDirectory() as written:  # TFDS looks at the names of the shards in a folder on a disk
+        for note in notes:
+            (Path(written) / note["file"].split("/")[1]).touch()
+        _write_metadata(Path(written), features, splits)
+        for path in Path(written).glob("*.json"):
+            write_whole(folder / path.name, path.read_bytes())
+
+
+def _write_metadata(folder: Path, features: Any, splits: dict[str, list[dict[str, Any]]]) -> None:
+    import tensorflow_datasets as tfds
+
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
         features=features,
@@ -877,10 +890,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of the verb."""
     parser = CommandLine(__doc__, "python -m data_pipelines prepare")
     parser.add_argument(
-        "--root", type=PATH, help="data root: releases in folders of their names, or <split>.jsonl; not for --merge"
+        "--root", type=ANYWHERE, help="data root: releases in folders of their names, or <split>.jsonl; not for --merge"
     )
     parser.add_argument(
-        "--out", type=PATH, required=True, help="the prepared root: an empty folder, or one to complete"
+        "--out", type=ANYWHERE, required=True, help="the prepared root: an empty folder, or one to complete"
     )
     parser.add_argument(
         "--datasets",
@@ -975,14 +988,14 @@ def run(argv: Sequence[str]) -> None:
 
 def _requested(arguments: argparse.Namespace) -> tuple[Settings, list[tuple[str, str]]]:
     """Return (settings, lists) of a command line. Raises InputError."""
-    root = Path(arguments.root)
+    root = paths.at(arguments.root)
     if not root.is_dir():
         raise InputError(str(root), "--root", "is no folder", "give the folder that holds the datasets")
     if shards.opened(root):
         raise InputError(str(root), "--root", "is prepared already", "give the root that it was prepared from")
     decoding = Decoding(arguments.image_size, arguments.video_frames, arguments.pad_short_audio, arguments.clock)
     settings = Settings(
-        str(root.absolute()),
+        str(paths.absolute(root)),
         decoding,
         tuple(arguments.variants.split(",")),
         arguments.shard_mb * 1_000_000,

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
+from crab_jax.io import paths
 from crab_jax.io.bounds import Choice, Flag, Inside, Text, Whole
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
@@ -53,6 +54,7 @@ BLOCK, BLOCK_HEADER = (
     24,
 )  # bytes; ArrayRecord files are Riegeli files, in which every block begins with a header
 LARGEST = 500 * BLOCK  # bytes that `read_at` can read: each block takes two of preadv's 1,024 buffers
+CACHE_SHARDS = "CRAB_JAX_CACHE_SHARDS"  # environment variable: fetch shards of buckets whole, once, into the cache
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 
@@ -192,6 +194,18 @@ def read_at(file: io.FileIO, at: int, length: int) -> memoryview:
     return data[: max(0, read - BLOCK_HEADER * (len(ends) - 1))]
 
 
+def headers_in(at: int, length: int) -> int:
+    """Return the bytes of headers of blocks between the `length` bytes of a Riegeli file from `at` on."""
+    return BLOCK_HEADER * -(min(0, BLOCK - at % BLOCK - length) // (BLOCK - BLOCK_HEADER))
+
+
+def without_headers(data: bytes, at: int, length: int) -> bytes:
+    """Return the first `length` bytes of a part of a Riegeli file that begins `at`, without the headers of blocks."""
+    first = BLOCK - at % BLOCK  # where the next block begins
+    later = (data[start + BLOCK_HEADER : start + BLOCK] for start in range(first, len(data), BLOCK))
+    return b"".join((data[:first], *later))[:length]
+
+
 def checksum(data: bytes | memoryview) -> int:
     """Return the sum, modulo 2**64, of a record's 64-bit words and its remaining bytes."""
     whole = len(data) // 8 * 8
@@ -202,7 +216,7 @@ def checksum(data: bytes | memoryview) -> int:
 def file_sum(path: Path) -> str:
     """Return a hash of a file, which is read in pieces. Raises InputError."""
     try:
-        with open(path, "rb") as file:
+        with paths.local(path).open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     except OSError as error:
         raise InputError(str(path), "", f"cannot be read ({error.strerror})", "run prepare again") from None
@@ -251,7 +265,7 @@ class Shards:
 
     def __init__(self, root: str | Path):
         allocator.keep_freed()
-        self.root = Path(root)
+        self.root = paths.at(root)
         self.manifest = read_json(self.root / MANIFEST, {"format": Whole()}, fix="run prepare again")
         if self.manifest.get("format") not in (FORMAT, COUNTED):
             raise InputError(
@@ -276,17 +290,20 @@ class Shards:
         )
         self._warned = False
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
-        for shard in self.shards:
+        for shard in self.shards if not paths.is_remote(self.root) else ():  # one request each in a bucket
             _check_size(self.root / shard["file"], shard["bytes"])
         places = self.manifest["records"]
         _check_size(self.root / INDEX, places * PLACE.itemsize)
         self.check_file(INDEX)
-        self._places = np.asarray(np.memmap(self.root / INDEX, PLACE, "r") if places else np.zeros(0, PLACE))
+        self._places = np.asarray(
+            np.memmap(paths.local(self.root / INDEX), PLACE, "r") if places else np.zeros(0, PLACE)
+        )
         if places and self._places["shard"].max() >= len(self.shards):
             raise _damaged(self.root / INDEX, f"names a shard that {MANIFEST} does not have")
         self._keys = np.ascontiguousarray(self._places["key"])  # searchsorted would copy them at every look-up
         self._readers: dict[int, Any] = {}
         self._files: dict[int, io.FileIO] = {}
+        self._by_ranges = paths.is_remote(self.root) and not os.environ.get(CACHE_SHARDS)
         self._lock = threading.Lock()
 
     def check(self, decoding: Decoding) -> None:
@@ -427,7 +444,7 @@ class Shards:
             )
         _, number, row, at, length, total = self._places[position].item()
         try:
-            data = read_at(self._file(number), at, length) if at else self._reader(number).read([row])[0]
+            data = self._read(number, at, length) if at else self._reader(number).read([row])[0]
             record = decode(data)
             if at and checksum(data) != total:
                 raise ValueError
@@ -443,18 +460,33 @@ class Shards:
         """Return the first record of a shard, as it is stored."""
         return decode(self._reader(number).read([0])[0])
 
+    def _read(self, number: int, at: int, length: int) -> bytes | memoryview:
+        if not self._by_ranges:
+            return read_at(self._file(number), at, length)
+        path = paths.in_bucket(self.root / self.shards[number]["file"])
+        return without_headers(path.read_range(at, length + headers_in(at, length)), at, length)
+
     def _reader(self, number: int) -> Any:
         with self._lock:
             if number not in self._readers:
-                path = str(self.root / self.shards[number]["file"])
+                path = str(paths.local(self.root / self.shards[number]["file"]))
                 self._readers[number] = array_record_module.ArrayRecordReader(path, READER_OPTIONS)
             return self._readers[number]
 
     def _file(self, number: int) -> io.FileIO:
         with self._lock:
             if number not in self._files:
-                self._files[number] = io.FileIO(self.root / self.shards[number]["file"])
+                self._files[number] = io.FileIO(paths.local(self.root / self.shards[number]["file"]))
             return self._files[number]
+
+
+def _unfinished(root: str | Path) -> InputError:
+    return InputError(
+        str(root),
+        "",
+        "is not completely prepared",
+        "run prepare again with the same options; it goes on where it stopped",
+    )
 
 
 def _size(record: Mapping[str, Any]) -> tuple[int, int]:
@@ -483,19 +515,26 @@ def examples_file(name: str, split: str, variant: str) -> str:
 
 def opened(root: str | Path) -> Shards | None:
     """Return the prepared root `root`; None for any other folder. Raises InputError if it is unfinished or damaged."""
+    if paths.is_remote(root):
+        return _opened_in_bucket(str(root), os.getpid())
     path = os.path.abspath(root)
     try:
         stamp = os.stat(os.path.join(path, MANIFEST)).st_mtime_ns
     except OSError:
         if os.path.isfile(os.path.join(path, PLAN)):
-            raise InputError(
-                str(root),
-                "",
-                "is not completely prepared",
-                "run prepare again with the same options; it goes on where it stopped",
-            ) from None
+            raise _unfinished(root) from None
         return None
     return _opened(path, stamp)
+
+
+@functools.lru_cache(maxsize=64)
+def _opened_in_bucket(root: str, process: int) -> Shards | None:
+    """Return the prepared root in a bucket, looked for once by a process; None for any other folder."""
+    if not (paths.at(root) / MANIFEST).is_file():
+        if (paths.at(root) / PLAN).is_file():
+            raise _unfinished(root)
+        return None
+    return Shards(root)
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from crab_jax.io import packaged
+from crab_jax.io import packaged, paths
 from crab_jax.io.bounds import PATH, Anything, Text, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, refuse_stand_in, write_whole
@@ -138,10 +138,10 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load(folder)` needs: tokenizer.json, and tokenizer_config.json for a LLaMA one."""
-        write_whole(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_whole(paths.at(folder) / "tokenizer.json", self._backend.to_str(pretty=True))
         if self._legacy is not None:
             config = {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
-            write_whole(Path(folder) / "tokenizer_config.json", json.dumps(config))
+            write_whole(paths.at(folder) / "tokenizer_config.json", json.dumps(config))
 
     def id(self, token: str) -> int:
         """Return the id of one token of the vocabulary. Raises KeyError."""
@@ -252,7 +252,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if content["model"].get("dropout"):
         raise InputError(str(path), "model.dropout", "makes the ids of a text random", "set it to null")
     _check_normalizer(content.get("normalizer"), str(path))
-    return tokenizers.Tokenizer.from_file(str(path))
+    return tokenizers.Tokenizer.from_file(str(paths.local(path)))
 
 
 def _check_normalizer(normalizer: Any, where: str) -> int:
@@ -317,6 +317,13 @@ def _silent() -> Iterator[None]:
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
+    if paths.is_remote(folder):
+        raise InputError(
+            str(folder / "tokenizer.model"),
+            "tokenizer",
+            "is read from a folder on this machine only",
+            "copy the folder, or give a tokenizer.json",
+        )
     refuse_special(folder / "tokenizer.model", "tokenizer", SETTINGS)
     refuse_stand_in(folder / "tokenizer.model", "tokenizer")
     import sentencepiece  # imported late: only the conversion needs it and transformers, which is slow to import
@@ -360,7 +367,7 @@ def _merging_by_score(pieces: Any) -> models.BPE:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return read_json(path, CONFIG, "tokenizer") if os.path.lexists(path) else {}
+    return read_json(path, CONFIG, "tokenizer") if paths.exists(path) else {}
 
 
 def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: int = 640) -> None:

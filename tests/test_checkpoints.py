@@ -130,7 +130,7 @@ def test_a_streamed_tree_restores_bit_for_bit(imported):
 
 def test_a_streamed_leaf_is_stored_in_chunks_that_a_shard_can_be_read_from(imported):
     folder, _ = imported
-    found = stored.ocp.metadata(stored.epath.Path(folder) / models.IMPORTED).metadata
+    found = stored.ocp.metadata(orbax.orbax_path(folder) / models.IMPORTED).metadata
     for leaf, stacked in ((found["kernel"], 1), (found["b"]["head"], 2)):
         chunk = leaf.storage_metadata.chunk_shape
         assert chunk[:stacked] == (1,) * stacked and np.prod(chunk) * leaf.dtype.itemsize <= orbax.CHUNK

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from etils import epath
 from flax import traverse_util
 
 from crab_jax.checkpoints import finite
 from crab_jax.checkpoints.digests import COPY_AGAIN, host_digest, refuse_changed
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import need_room, replaced, whole, write_whole
 from crab_jax.io.stored_tensors import read_safetensors
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")  # the files of a model beside its parameters
 
 
-def read_manifest(folder: epath.Path | Path, fix: str) -> dict[str, Any]:
+def read_manifest(folder: Path, fix: str) -> dict[str, Any]:
     """Return the manifest.json of a folder. Raises InputError with the given fix."""
     file = str(folder / MANIFEST)
     try:
@@ -50,7 +50,7 @@ def _flat(params: Any, dtype: Any) -> dict[str, np.ndarray]:
 
 def save_tree(file: str | Path, params: Any, dtype: Any = None) -> None:
     """Write a parameter tree atomically as one safetensors file; floating leaves in `dtype` if given."""
-    _save_flat(Path(file), finite.check(_flat(params, dtype), str(file)))
+    _save_flat(paths.at(file), finite.check(_flat(params, dtype), str(file)))
 
 
 def _save_flat(file: Path, flat: Mapping[str, np.ndarray]) -> None:
@@ -62,18 +62,18 @@ def _save_flat(file: Path, flat: Mapping[str, np.ndarray]) -> None:
 
 def note_model(folder: str | Path, digests: Mapping[str, str]) -> None:
     """Write the manifest.json of an imported or packed model: digests of its leaves and of the files beside them."""
-    described = {"format": FORMAT, "params": dict(digests), "files": hashes_beside(Path(folder))}
-    write_whole(Path(folder) / MANIFEST, json.dumps(described, indent=1))
+    described = {"format": FORMAT, "params": dict(digests), "files": hashes_beside(paths.at(folder))}
+    write_whole(paths.at(folder) / MANIFEST, json.dumps(described, indent=1))
 
 
-def hashes_beside(folder: Path | epath.Path) -> dict[str, str]:
+def hashes_beside(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of the config and the tokenizer in a folder."""
     return {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in BESIDE if (folder / name).is_file()
     }
 
 
-def check_beside(folder: Path | epath.Path, kept: Any, manifest: Path | epath.Path) -> None:
+def check_beside(folder: Path, kept: Any, manifest: Path) -> None:
     """Raise InputError unless the config and the tokenizer in a folder are those that were written."""
     if not isinstance(kept, dict):
         raise InputError(str(manifest), "files", "is no object", COPY_AGAIN)
@@ -130,7 +130,7 @@ def save_packed(
     folder: str | Path, params: Any, config: dict[str, Any], dtype: Any = None, tokenizer: Any = None
 ) -> None:
     """Write parameters, config and tokenizer into one folder, which then has all the new files or all the old ones."""
-    flat = finite.check(_flat(params, dtype), str(Path(folder) / PACKED))
+    flat = finite.check(_flat(params, dtype), str(paths.at(folder) / PACKED))
     with replaced(folder) as new:
         _save_flat(new / PACKED, flat)
         write_whole(new / "config.json", json.dumps(config, indent=1))

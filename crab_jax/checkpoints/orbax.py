@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +21,11 @@ import tensorstore as ts
 from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from crab_jax.checkpoints.digests import COPY_AGAIN, shard_checksum
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 
 # Orbax's threads log errors with tracebacks, although the caller raises them too. Orbax also logs when it replaces the
@@ -45,6 +49,53 @@ def _report_unraisable(event: Any, original: Callable[[Any], Any] = sys.unraisab
 
 
 sys.unraisablehook = _report_unraisable
+
+
+def _store_of(folder: str, original: Callable[[str], dict[str, Any]] = gcs_utils.get_kvstore_for_gcs) -> dict[str, Any]:
+    """Return TensorStore's specification of a folder in a bucket; the endpoint of S3 comes from the usual variables."""
+    if not folder.startswith("s3://"):
+        return original(folder)
+    bucket, _, key = folder.removeprefix("s3://").partition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    named: dict[str, Any] = {"endpoint": endpoint, "aws_region": region or (endpoint and "us-east-1")}
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # TensorStore otherwise looks for files first, and says so
+        named["aws_credentials"] = {"type": "environment"}
+    return {"driver": "s3", "bucket": bucket, "path": key} | {name: value for name, value in named.items() if value}
+
+
+# Orbax writes to Google's buckets only; TensorStore, below it, to those of S3 too. These are the three functions in
+# which Orbax tells the two kinds of storage apart; tests/test_buckets.py fails if a version of Orbax moves them.
+_normal_path = tensorstore_utils._normalize_path
+tensorstore_utils._use_gcs_driver = paths.is_remote
+tensorstore_utils._normalize_path = lambda path: path.rstrip("/") if paths.is_remote(path) else _normal_path(path)
+gcs_utils.get_kvstore_for_gcs = _store_of
+
+
+COMMIT = "commit_success.txt"  # Orbax's marker
+
+
+def orbax_path(folder: str | Path) -> epath.Path:
+    """Return an absolute path for Orbax."""
+    return epath.Path(str(folder) if paths.is_remote(folder) else Path(folder).resolve())
+
+
+def finishing(folder: str | Path) -> ocp.Context:
+    """Return the context for what is in a folder: in a bucket a checkpoint is finished by a marker, never by renaming.
+
+    On a disk it is finished by renaming it.
+    """
+    context = ocp.Context()
+    if paths.is_remote(folder):
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    return context
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a checkpoint is whole; on a disk it has its name only then."""
+    return not paths.is_remote(folder) or (folder / COMMIT).is_file()
+
+
 CHUNK = 32 * 2**20  # bytes; chunk size of large imported leaves, so that a host can read only its shard
 
 
@@ -53,7 +104,7 @@ def first_line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
-def in_plain_words(folder: epath.Path, read: Callable[[], Any], said: list[str] | None = None) -> Any:
+def in_plain_words(folder: Path, read: Callable[[], Any], said: list[str] | None = None) -> Any:
     """Return the result of a function that calls Orbax; `said` collects Orbax's warnings.
 
     Raises InputError naming the file, if known, or the folder.
@@ -67,7 +118,7 @@ def in_plain_words(folder: epath.Path, read: Callable[[], Any], said: list[str] 
         raise _unreadable(folder, str(error) or type(error).__name__) from error
 
 
-def _unreadable(folder: epath.Path, words: str) -> InputError:
+def _unreadable(folder: Path, words: str) -> InputError:
     paths = re.findall(re.escape(str(folder)) + r"[^\s\"',;:\]\)]*", words)
     return InputError(
         max(paths, key=len).rstrip("./") if paths else str(folder),
@@ -94,11 +145,12 @@ def quiet(kept: list[str] | None = None) -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def tree_metadata(folder: epath.Path, name: str | None = None) -> Any:
+def tree_metadata(folder: Path, name: str | None = None) -> Any:
     """Return the shapes and dtypes of a tree on disk. Raises InputError."""
     warnings: list[str] = []
+    place = orbax_path(folder)
     tree = in_plain_words(
-        folder, lambda: (ocp.metadata(folder, name) if name else ocp.metadata(folder)).metadata, warnings
+        folder, lambda: (ocp.metadata(place, name) if name else ocp.metadata(place)).metadata, warnings
     )
     if not isinstance(tree, dict):
         raise _unreadable(
@@ -185,9 +237,10 @@ def save_streamed(folder: str | Path, leaves: Mapping[str, Streamed]) -> dict[st
         ),
         tree,
     )
-    with ocp_v0.Checkpointer(handler) as writer:
+    marker = ocp_v0.options.AtomicityOptions(mode=ocp_v0.options.AtomicityMode.COMMIT_FILE)
+    with ocp_v0.Checkpointer(handler, atomicity_options=marker if paths.is_remote(folder) else None) as writer:
         writer.save(
-            epath.Path(folder).resolve(),
+            orbax_path(folder),
             force=True,
             args=ocp_v0.args.PyTreeSave(tree, save_args=layout, ocdbt_target_data_file_size=8 * CHUNK),
         )
@@ -196,19 +249,19 @@ def save_streamed(folder: str | Path, leaves: Mapping[str, Streamed]) -> dict[st
     }
 
 
-def partial_load() -> ocp.Context:
-    """Return a context in which a load may request only some leaves of a tree (never none)."""
-    context = ocp.Context()
+def partial_load(folder: Path) -> ocp.Context:
+    """Return the context of a folder in which a load may request only some leaves of a tree (never none)."""
+    context = finishing(folder)
     context.pytree.loading.partial_load = True
     return context
 
 
-def load_orbax(folder: epath.Path, wanted: Any) -> Any:
+def load_orbax(folder: Path, wanted: Any) -> Any:
     """Return the leaves of a tree that `wanted` has, in its dtypes and shardings. Raises InputError for damage."""
 
     def load() -> Any:
-        with partial_load():
-            return ocp.load(folder, wanted)
+        with partial_load(folder):
+            return ocp.load(orbax_path(folder), wanted)
 
     return in_plain_words(folder, load)
 

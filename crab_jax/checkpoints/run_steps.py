@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -28,7 +27,18 @@ from crab_jax.checkpoints.digests import (
     tree_hash,
 )
 from crab_jax.checkpoints.models import FORMAT, MANIFEST, hashes_beside, read_manifest
-from crab_jax.checkpoints.orbax import first_line, in_plain_words, load_orbax, quiet, tree_metadata
+from crab_jax.checkpoints.orbax import (
+    COMMIT,
+    finishing,
+    first_line,
+    in_plain_words,
+    is_finished,
+    load_orbax,
+    orbax_path,
+    quiet,
+    tree_metadata,
+)
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import need_room, write_whole
 from crab_jax.io.structured import read_json
@@ -45,12 +55,12 @@ class RunCheckpoints:
     """The checkpoints of one run; the newest `keep` are kept."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder = epath.Path(folder).resolve()
+        self.folder = paths.at(folder) if paths.is_remote(folder) else Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
-        with quiet():  # Orbax warns of folders that are not steps
+        with quiet(), finishing(self.folder):  # Orbax warns of folders that are not steps
             self._steps = ocp.training.Checkpointer(
-                self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+                orbax_path(self.folder), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
             )
         self._frozen = ""  # hash of the frozen tree, once known
         self._saving: Any = None  # the step being written
@@ -79,7 +89,8 @@ class RunCheckpoints:
     def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
         """Write the frozen tree once, and the manifest that later restores are checked against."""
         self._set_foreign_aside()
-        ocp.save(self.folder / "frozen", frozen, overwrite=True)
+        with finishing(self.folder):
+            ocp.save(orbax_path(self.folder / "frozen"), frozen, overwrite=True)
         digests = leaf_digests(frozen)
         self._frozen = hash_of(digests)
         self.note(
@@ -212,20 +223,37 @@ class RunCheckpoints:
         return restored["train"]
 
     def _set_aside(self, name: str) -> str:
-        """Rename a folder or file among the steps to a name that no step has; return that name."""
+        """Rename a folder or file among the steps to a name that no step has; return that name.
+
+        In a bucket its objects are copied and deleted, its marker first.
+        """
         number, old = 0, self.folder / name
         while (aside := self.folder / (f"{name}.damaged{number or ''}")).exists():
             number += 1
         multihost_utils.sync_global_devices(f"set {name} aside") if jax.process_count() > 1 else None
         if jax.process_index() == 0:
-            old.rename(aside)
+            if paths.is_remote(old):
+                paths.at(old / COMMIT).unlink(missing_ok=True)
+                paths.in_bucket(old).move(paths.in_bucket(aside))
+            else:
+                old.rename(aside)
         multihost_utils.sync_global_devices(f"{name} is set aside") if jax.process_count() > 1 else None
         renamed: str = aside.name
         return renamed
 
     def _set_foreign_aside(self) -> None:
-        """Rename everything that has the name of a step but is none, which would block the saving of that step."""
+        """Rename everything that has the name of a step but is none, which would block the saving of that step.
+
+        In a bucket such a step was not finished: it is deleted.
+        """
         steps = steps_of(self.folder)
+        if paths.is_remote(self.folder):
+            if jax.process_index() == 0:
+                for path in [path for path in self.folder.iterdir() if path.name.isdecimal()]:
+                    if int(path.name) not in steps:
+                        paths.in_bucket(path).rmtree(missing_ok=True)
+            multihost_utils.sync_global_devices("deleted unfinished steps") if jax.process_count() > 1 else None
+            return
         for name in sorted(path.name for path in self.folder.iterdir() if path.name.isdecimal()):
             if name != str(int(name)) or int(name) not in steps:
                 aside = self._set_aside(name)
@@ -241,21 +269,22 @@ def _tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def steps_of(folder: epath.Path) -> set[int]:
+def steps_of(folder: Path) -> set[int]:
     """Return the steps in a run's `checkpoints/`, including damaged ones.
 
     Other entries with numeric names are left out.
     """
     return {
         int(path.name)
-        for path in folder.iterdir()
+        for path in (folder.iterdir() if folder.is_dir() else ())
         if path.name.isdecimal()
         and path.name == str(int(path.name))
+        and is_finished(path)
         and ((path / "train").exists() or (path / STEP_METADATA).exists())
     }
 
 
-def step_metadata(folder: epath.Path) -> dict[str, Any] | None:
+def step_metadata(folder: Path) -> dict[str, Any] | None:
     """Return the metadata that `save` wrote for a step; None for a step of an older version. Raises InputError."""
     try:
         kept = read_json(str(folder / STEP_METADATA)).get("custom_metadata")

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
@@ -38,7 +37,7 @@ from crab_jax.checkpoints.models import (
     model_digests,
     read_manifest,
 )
-from crab_jax.checkpoints.orbax import in_plain_words, load_orbax, on_host, partial_load, tree_metadata
+from crab_jax.checkpoints.orbax import in_plain_words, load_orbax, on_host, orbax_path, partial_load, tree_metadata
 from crab_jax.checkpoints.run_steps import STEP_METADATA, step_metadata, steps_of
 from crab_jax.io import packaged
 from crab_jax.io.errors import InputError
@@ -129,12 +128,12 @@ def _packed(file: Path) -> StoredParams:
     )
 
 
-def _imported(folder: epath.Path, digests: Mapping[str, str] | None) -> StoredParams:
+def _imported(folder: Path, digests: Mapping[str, str] | None) -> StoredParams:
     shapes = tree_metadata(folder)
     return StoredParams(shapes, _as_written(partial(load_orbax, folder), shapes, digests, str(folder)), str(folder))
 
 
-def _of_run(folder: epath.Path) -> StoredParams:
+def _of_run(folder: Path) -> StoredParams:
     """Return the frozen and newest trainable parameters of a run's `checkpoints/`, as one tree.
 
     Raises InputError when that step is damaged: only training falls back to the previous one.
@@ -161,7 +160,7 @@ def _of_run(folder: epath.Path) -> StoredParams:
     trained = plainly(lambda: tree_metadata(step, "train")["trainable"])
 
     def load(wanted: Any) -> Any:
-        with partial_load(), ocp.training.Checkpointer(folder) as saved:
+        with partial_load(folder), ocp.training.Checkpointer(orbax_path(folder)) as saved:
             return saved.load_checkpointables(steps[-1], {"train": {"trainable": wanted}})["train"]["trainable"]
 
     read_trained = plainly(lambda: _as_written(load, trained, kept and kept["train"], str(step), "trainable/"))
@@ -191,9 +190,9 @@ def stored_params(path: str | Path) -> StoredParams:
     if (path / PACKED).is_file():
         return _packed(path / PACKED)
     if (path / IMPORTED).is_dir():
-        return _imported(epath.Path(path).resolve() / IMPORTED, model_digests(path))
+        return _imported(path.resolve() / IMPORTED, model_digests(path))
     if (path / "checkpoints" / "frozen").is_dir():
-        return _of_run(epath.Path(path).resolve() / "checkpoints")
+        return _of_run(path.resolve() / "checkpoints")
     raise InputError(
         str(path),
         "checkpoint",
@@ -209,14 +208,14 @@ def identity(path: str | Path) -> str:
     """
     folder, digest = packaged.located(path), hashlib.blake2b(digest_size=16)
     run = folder / "checkpoints"
-    steps = steps_of(epath.Path(run)) if run.is_dir() else set()
+    steps = steps_of(run)
     newest = [run / str(max(steps))] if steps else []
     trees = [folder / PACKED, folder / IMPORTED, run / "frozen", *newest]
     files = [file for tree in trees for file in (tree.rglob("*") if tree.is_dir() else [tree]) if file.is_file()]
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with open(file, "rb") as content:  # checkpoints of older versions hold no digests
+        with file.open("rb") as content:  # checkpoints of older versions hold no digests
             for part in range(16):
                 content.seek(size * part // 16)
                 digest.update(content.read(4096))

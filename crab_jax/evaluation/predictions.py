@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from crab_jax.evaluation.scoring import Answer
 from crab_jax.inference import Prediction
+from crab_jax.io import paths
 from crab_jax.io.bounds import Number, Text
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import append_line, cut_tail, end_of_lines, write_whole
@@ -238,7 +239,7 @@ def find_mask(folder: Path, name: Any) -> Path:
     for path in (folder / name, *(folder.joinpath(*parts_[-k:]) for k in (3, 2, 1))):
         with contextlib.suppress(OSError):  # a name that is too long
             if path.is_file():
-                return path
+                return paths.local(path)
     raise InputError(str(folder / name), "mask", "no such file", "keep the masks beside the predictions")
 
 
@@ -405,6 +406,7 @@ def append(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction
             },
         )
         yield prediction
+    paths.settle()
 
 
 def merge(folder: Path, order: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 
 INT32 = 2**31 - 1
@@ -207,12 +208,13 @@ class Name(Bound):
 
 @dataclasses.dataclass(frozen=True)
 class Place(Bound):
-    """A path of a file or folder; `empty` allows "".
+    """A path of a file or folder; `empty` allows "", `buckets` also gs:// and s3://.
 
-    A URL is refused: Python would create a folder called "gs:" for it.
+    Any other URL is refused: Python would create a folder called "gs:" for it.
     """
 
     empty: bool = True
+    buckets: bool = False
 
     @property
     def wanted(self) -> str:
@@ -231,6 +233,8 @@ class Place(Bound):
         """
         if not isinstance(value, str) or "\0" in value or not (value.strip() or self.empty and not value):
             return f"must be {self.wanted}"
+        if self.buckets and paths.is_remote(value):
+            return ""
         scheme = _SCHEME.match(value)
         if "://" not in value and not (scheme and not os.path.lexists(scheme[0].rstrip("/\\"))):
             return "" if not value or os.path.lexists(value) else _unexpanded(value)
@@ -242,6 +246,10 @@ class Place(Bound):
             if kind.startswith("http")
             else "give the path that this machine has for it"
             if len(kind) == 1
+            else f"write {kind}://{value[scheme.end() :].strip('/') or 'BUCKET/NAME'}"
+            if scheme and kind in paths.SCHEMES and self.buckets
+            else "copy it to a folder and give that, see docs/training.md"
+            if kind in paths.SCHEMES
             else "mount the bucket and give its path, see docs/training.md"
         )
         return f"is a {'path of Windows' if len(kind) == 1 else 'URL'}, which is no file or folder here: {fix}"
@@ -276,12 +284,18 @@ def check(section: str, values: Mapping[str, Any], bounds: Mapping[str, Bound]) 
             raise InputError("--config", f"{section}.{name}".lstrip("."), f"is {shown:.60}", problem)
 
 
-PATH, ANY_PATH = Place(empty=False), Place()
+PATH, ANY_PATH = Place(empty=False), Place()  # on a disk
+ANYWHERE, ANY_PLACE = Place(empty=False, buckets=True), Place(buckets=True)
 
 
 def path(text: str) -> Path:
     """Parse a path of the command line (used as the `type` of an argparse argument)."""
     return Path(PATH(text))
+
+
+def anywhere(text: str) -> Path:
+    """Parse a path of the command line that may be in a bucket (used as the `type` of an argparse argument)."""
+    return paths.at(ANYWHERE(text))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+AT_END: list[Callable[[], None]] = []  # what other modules still have to do when a verb ends
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors caused by a disk, a path or missing permissions; they may occur wherever a program reads or writes.
 DISK_ERRORS = FULL | {
@@ -122,7 +123,13 @@ def _disk_error(error: BaseException) -> InputError | None:
             for name in (error.filename, error.filename2)
             if name is not None
         )
-        fix = "make room, then start again" if error.errno in FULL else "check the path and who may write to it"
+        fix = (
+            "make room, then start again"
+            if error.errno in FULL
+            else "check bucket, credentials and endpoint (docs/training.md), then start again"
+            if re.match("(gs|s3)://", location)
+            else "check the path and who may write to it"
+        )
         return InputError(location or "a file", "", error.strerror or str(error), fix)
     words = next((words for words in _FULL_WORDS if words in str(error)), None)
     if words and not isinstance(error, OSError):
@@ -165,7 +172,11 @@ def run_verb(main: Callable[[], None], debug: bool = False) -> None:
     """Run a verb and exit with 0, or with the code that `report` returns."""
     show_any_name()
     try:
-        main()
+        try:
+            main()
+        finally:
+            for finish in AT_END:
+                finish()
         sys.stdout.flush()
     except (KeyboardInterrupt, Exception) as error:
         code = report(error, debug)

@@ -15,12 +15,15 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.io.bounds import PATH
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE
 from crab_jax.io.errors import FULL, InputError
 
 
@@ -30,8 +33,12 @@ def write_whole(path: str | Path, content: str | bytes, lasting: bool = True) ->
     lasting: flush it to disk, so that it survives a power cut. False for many files that can be created again, because
     waiting for the disk takes milliseconds each.
     """
+    data = content.encode() if isinstance(content, str) else content
+    if paths.is_remote(path):
+        paths.in_bucket(path).overwrite(data)
+        return
     with _partial(Path(path), lasting) as partial, open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(data)
 
 
 @contextlib.contextmanager
@@ -39,9 +46,14 @@ def whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` at the end of the context; see `write_whole`.
 
     For large files written by other code. Temporary files that killed processes left there over an hour ago are
-    removed.
+    removed. For a path in a bucket the temporary file is on this machine's disk (TMPDIR).
     """
-    path = Path(path)
+    path = paths.at(path)
+    if paths.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (copy := Path(folder) / path.name)
+            paths.in_bucket(path).put(copy)
+        return
     for stale in path.parent.glob(f".{glob.escape(path.stem)}.*{_PARTIAL}{glob.escape(path.suffix)}"):
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > _LONG_AGO:
@@ -71,12 +83,16 @@ def _partial(path: Path, lasting: bool) -> Iterator[Path]:
         raise
 
 
-def append_line(path: str | Path, value: Any) -> None:
+def append_line(path: str | Path, value: Any, now: bool = False) -> None:
     """Append a value as one line of JSON, completely or not at all.
 
-    When a full disk takes only part of the line, that part is cut off again. Several processes may append to one file.
+    When a full disk takes only part of the line, that part is cut off again. Several processes may append to one file
+    on a disk, one to an object in a bucket, which has the line after some seconds, or with `now` at once.
     """
     data = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    if paths.is_remote(path):
+        paths.in_bucket(path).append(data, now)
+        return
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         append(descriptor, data, str(path))
@@ -101,6 +117,8 @@ def need_room(folder: str | Path, size: int, what: str, flag: str = "--out") -> 
 
     Quotas cannot be queried; exceeding one is reported when the file is written.
     """
+    if paths.is_remote(folder):
+        return
     try:
         disk = os.statvfs(folder)
     except OSError:
@@ -125,6 +143,8 @@ def _bytes(size: float) -> str:
 
 def sync_folder(folder: str | Path) -> None:
     """Flush a folder's list of files to disk, where the file system supports it."""
+    if paths.is_remote(folder):
+        return
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -140,8 +160,15 @@ def replaced(folder: str | Path) -> Iterator[Path]:
     A killed process leaves either the old folder or the new one. Files of the old folder that the new one lacks,
     including locks, are moved to it. One rename exchanges the two where the file system supports it; elsewhere the name
     is missing for an instant. In a mount point, or where the parent folder cannot be written, each file is replaced on
-    its own, `manifest.json` first.
+    its own, `manifest.json` first, and so it is in a bucket: what holds files of both is refused as damaged.
     """
+    if paths.is_remote(folder):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield (new := Path(temporary))
+            for path in sorted(new.rglob("*"), key=lambda path: path.name != "manifest.json"):
+                if path.is_file():
+                    paths.in_bucket(f"{folder}/{path.relative_to(new).as_posix()}").put(path)
+        return
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     alone = os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)
@@ -167,6 +194,24 @@ def replaced(folder: str | Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def set_aside(old: Sequence[Path], moving: Path, moved: Path) -> None:
+    """Move files and folders into the folder `moved`, which then holds nothing else.
+
+    It is called `moving` until all are there: what a killed process has left there is taken along by the next.
+    """
+    moving.mkdir(exist_ok=True)
+    if paths.is_remote(moved):
+        for path in old:
+            paths.in_bucket(path).move(paths.in_bucket(moving) / path.name)
+        paths.in_bucket(moved).rmtree(missing_ok=True)
+        paths.in_bucket(moving).move(paths.in_bucket(moved))
+        return
+    for path in old:
+        path.rename(moving / path.name)
+    shutil.rmtree(moved, ignore_errors=True)
+    moving.rename(moved)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -207,7 +252,7 @@ def end_of_lines(data: bytes) -> int:
 
 def cut_tail(path: str | Path) -> None:
     """Cut a JSONL file after its last complete line, so that more lines can be appended; warn about what is cut off."""
-    path = Path(path)
+    path = paths.at(path)
     if not path.is_file():
         return
     data = path.read_bytes()
@@ -218,6 +263,10 @@ def cut_tail(path: str | Path) -> None:
             file=sys.stderr,
             flush=True,
         )
+    if paths.is_remote(path):
+        if data != (kept := data[:end] + (b"\n" if end and data[end - 1 : end] != b"\n" else b"")):
+            write_whole(path, kept)
+        return
     if end < len(data):
         os.truncate(path, end)
     if end and data[end - 1 : end] != b"\n":
@@ -227,8 +276,10 @@ def cut_tail(path: str | Path) -> None:
 
 def out_folder(path: str | Path, flag: str = "--out") -> Path:
     """Create and return the folder of an output option. Raises InputError if it cannot be created or written to."""
-    if problem := PATH.problem(str(path)):
+    if problem := ANYWHERE.problem(str(path)):
         raise InputError(str(path), flag, problem, "give a folder")
+    if paths.is_remote(path):
+        return _writable_bucket(paths.at(path), flag)
     if os.path.realpath(path) == "/":
         raise InputError(str(path), flag, "is a folder of the system", "give a folder of your own")
     return _writable(Path(path), flag)
@@ -236,15 +287,32 @@ def out_folder(path: str | Path, flag: str = "--out") -> Path:
 
 def out_file(path: str | Path, flag: str = "--out") -> Path:
     """Return the file of an output option and create its folder. Raises InputError if the file cannot be written."""
-    file = Path(path)
+    file = paths.at(path)
     if file.is_dir():
         raise InputError(str(file), flag, "is a folder", "give a file")
+    if paths.is_remote(file):
+        _writable_bucket(file.parent, flag)
+        return file
     _writable(file.parent, flag)
     if file.exists() and not file.is_file():
         raise InputError(str(file), flag, "is a pipe or a device", "give a file")
     if file.exists() and not os.access(file, os.W_OK):
         raise InputError(str(file), flag, "cannot be written (Permission denied)", "give a file you may write to")
     return file
+
+
+def _writable_bucket(out: Path, flag: str) -> Path:
+    """Check by a temporary object that a bucket can be written to."""
+    probe = out / f".probe-{uuid.uuid4().hex}"
+    try:
+        if out.is_file():
+            raise InputError(str(out), flag, "is an object, no folder", "give another name")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        fix = "check bucket, credentials and endpoint, see docs/training.md"
+        raise InputError(str(out), flag, f"cannot be written ({error.strerror})", fix) from error
+    return out
 
 
 def _writable(out: Path, flag: str) -> Path:
@@ -300,10 +368,10 @@ def stand_in(start: bytes) -> tuple[str, str] | None:
 
 def refuse_stand_in(path: str | Path, field: str = "") -> None:
     """Raise InputError for a placeholder (see `stand_in`) and for a pipe or device, which has no end."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if not paths.is_remote(path) and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(str(path), field, "is a pipe or a device", "give a file")
     try:
-        with open(path, "rb") as file:
+        with paths.at(path).open("rb") as file:
             placeholder = stand_in(file.read(HEAD))
     except OSError:
         return  # the code that reads the file reports the error

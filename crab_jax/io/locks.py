@@ -1,6 +1,7 @@
 """Locks on folders and files that a process writes.
 
-A lock names its owner, is refreshed while the owner lives, and is replaced when its owner is gone.
+A lock names its owner, is refreshed while the owner lives, and is replaced when its owner is gone. Only one of several
+processes creates it: by a hard link on a disk, by a conditional request in a bucket, which its server decides.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import out_file, out_folder
 from crab_jax.io.structured import strict_json
@@ -114,6 +116,8 @@ def _take(lock: Path, owner: Owner) -> bool:
     """Create a lock file unless it exists; return whether this process created it. It appears complete."""
     partial = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     content = json.dumps(owner._asdict()).encode()
+    if paths.is_remote(lock):
+        return paths.in_bucket(lock).create(content)
     try:
         partial.write_bytes(content)
         try:
@@ -231,7 +235,7 @@ def _beat(lock: Path, holder: _Holder) -> None:
             if owner is None:
                 _take(lock, holder.owner)
             elif owner == holder.owner:
-                os.utime(lock)
+                lock.write_bytes(json.dumps(owner._asdict()).encode()) if paths.is_remote(lock) else os.utime(lock)
             elif owner.pid:
                 print(
                     f"error: {lock.parent}: was taken over by {owner}, while this process stood still; start again "

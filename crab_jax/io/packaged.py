@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from crab_jax.io import paths
 
 TOKENIZER, WARM_START = "tiny_tokenizer", "warm_start"
 FORMER_TOKENIZER = "data_pipelines/tiny_tokenizer.json"  # how older runs name it
@@ -15,4 +16,4 @@ _PLACES = {
 
 def located(path: str | Path) -> Path:
     """Return the path itself where there is such a file or folder, else what the package has under this name."""
-    return Path(path) if os.path.lexists(path) else _PLACES.get(str(path), Path(path))
+    return paths.at(path) if paths.exists(path) else _PLACES.get(str(path), paths.at(path))

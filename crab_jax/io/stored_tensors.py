@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from crab_jax.io.structured import safetensors_header
+from crab_jax.io import paths
+from crab_jax.io.structured import refuse_special, safetensors_header
 
 DTYPES = {
     "float64": np.float64,
@@ -123,11 +124,12 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
 def read_safetensors(path: str | Path) -> LazyTensors:
-    """Return the tensors of one safetensors file, memory-mapped one by one.
+    """Return the tensors of one safetensors file, memory-mapped one by one; one in a bucket is fetched first.
 
     Raises InputError if the file is missing or damaged.
     """
-    path = Path(path)
+    refuse_special(path)
+    path = paths.local(path)
     header, metadata, start = safetensors_header(path)
     tensors = {}
     for name, entry in header.items():

@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crab_jax.io import paths
 from crab_jax.io.bounds import Bound, Choice, Name, Text, Whole
 from crab_jax.io.errors import InputError
-from crab_jax.io.files import refuse_stand_in
+from crab_jax.io.files import HEAD, refuse_stand_in, stand_in
 
 SETTINGS, LIST = 2**28, 2**31  # bytes of a file of settings (manifests, tokenizers), and of a list (LVIS has 1.1 GB)
 LONGEST_LINE = 2**24  # characters of one line of JSONL
@@ -48,6 +49,8 @@ def read_bytes(path: str | Path, field: str = "", most: int = SETTINGS, fix: str
 
     Raises InputError, before anything is read, for a folder, pipe, device or placeholder file.
     """
+    if paths.is_remote(path):
+        return _read_object(paths.at(path), field, most, fix)
     refuse_special(path, field, most, fix)
     refuse_stand_in(path, field)
     try:
@@ -57,10 +60,21 @@ def read_bytes(path: str | Path, field: str = "", most: int = SETTINGS, fix: str
         raise InputError(str(path), field, f"cannot be read ({error.strerror})", fix) from None
 
 
+def _read_object(path: Path, field: str, most: int, fix: str) -> bytes:
+    refuse_special(path, field, most, fix)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), field, f"cannot be read ({error.strerror})", fix) from None
+    if placeholder := stand_in(data[:HEAD]):
+        raise InputError(str(path), field, *placeholder)
+    return data
+
+
 def refuse_special(path: str | Path, field: str = "", most: int | None = None, fix: str = "check the path") -> int:
     """Return the size of an ordinary file. Raises InputError for anything else and for more than `most` bytes."""
     try:
-        status = os.stat(path)
+        status = paths.at(path).stat() if paths.is_remote(path) else os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(str(path), field, f"cannot be read ({getattr(error, 'strerror', error)})", fix) from None
     if not stat.S_ISREG(status.st_mode):
@@ -195,7 +209,7 @@ def read_lines(path: str | Path, schema: Any, constants: bool = False) -> Iterat
 def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (file:line, text) of a JSONL file of any size, one line in memory at a time. Raises InputError."""
     refuse_special(path)
-    with open(path, "rb") as file:
+    with paths.at(path).open("rb") as file:
         for number in itertools.count(1):
             line = file.readline(LONGEST_LINE + 1)
             if not line:
@@ -336,7 +350,7 @@ def safetensors_header(path: str | Path) -> tuple[dict[str, Any], dict[str, str]
     size = refuse_special(path)
     refuse_stand_in(path)
     try:
-        with open(path, "rb") as file:
+        with paths.at(path).open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > size - 8:
                 raise refuse("its header is longer than the file")
@@ -383,7 +397,7 @@ def shard_index(path: Path) -> dict[str, str]:
     files: dict[str, str] = read_json(path, INDEX)["weight_map"]
     for name in sorted(set(files.values())):
         refuse_special(path.parent / name, "weight_map")
-        real, folder = Path(os.path.realpath(path.parent / name)).parent, Path(os.path.realpath(path.parent))
+        real, folder = paths.at(paths.real(path.parent / name)).parent, paths.at(paths.real(path.parent))
         if real != folder and not (folder.parent.name == "snapshots" and real == folder.parent.parent / "blobs"):
             raise InputError(str(path), "weight_map", f"{name} is a link out of the folder", "put the file there")
     return files

@@ -17,6 +17,7 @@ import numpy as np
 
 from crab_jax.checkpoints.run_steps import RunCheckpoints
 from crab_jax.config import RunConfig
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import json_object, write_whole
 from crab_jax.parallel import distributed
@@ -208,7 +209,8 @@ def check_data(checkpoints: RunCheckpoints, identity: dict[str, Any], config: Ru
         print(f"warning: {root} {problem}; the run goes on with it", file=sys.stderr)
     if differences:
         for file in checkpoints.folder.parent.glob("skipped.*.jsonl"):  # they hold positions in the former list
-            file.rename(f"{file}.before")
+            write_whole(f"{file}.before", file.read_bytes())
+            file.unlink()
     now = identity if differences else old | identity
     if now != old:
         checkpoints.note(manifest | {"data": now})
@@ -270,10 +272,10 @@ def data_root(given: str, config: RunConfig) -> Path:
         roots = " and ".join(config.mixture.roots)
         raise InputError("--data", "", f"is not given, and the checkpoint was trained on {roots}", "give one of them")
     root = given or next(iter(config.mixture.roots), config.mixture.root)
-    if not root or not (given or Path(root).is_dir()):
+    if not root or not (given or paths.at(root).is_dir()):
         trained_on = f"on {root}, which is no folder here" if root else "without one"
         raise InputError("--data", "", f"is not given, and the checkpoint was trained {trained_on}", "give --data=DIR")
-    return Path(root)
+    return paths.at(root)
 
 
 def eval_batches(

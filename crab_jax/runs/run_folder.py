@@ -16,7 +16,7 @@ from flax import traverse_util
 from crab_jax.checkpoints.stored import identity
 from crab_jax.config import RunConfig, bound_of, built, leaves
 from crab_jax.defaults import base
-from crab_jax.io import packaged
+from crab_jax.io import packaged, paths
 from crab_jax.io.bounds import Anything, Choice, Modules, Text
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import out_folder, write_whole
@@ -123,10 +123,10 @@ def load_config(path: str | Path) -> RunConfig:
     A value that is no longer allowed and does not determine any array is replaced by its default, with a warning.
     Raises InputError naming the file and the key.
     """
-    config, replaced = _stored_config(Path(path))
+    config, replaced = _stored_config(paths.at(path))
     for key, problem in replaced.items():
         print(
-            f"warning: {Path(path) / 'config.json'}: {key} {problem}; the default is used, which changes no answer",
+            f"warning: {paths.at(path) / 'config.json'}: {key} {problem}; the default is used, which changes no answer",
             file=sys.stderr,
         )
     return config
@@ -139,7 +139,7 @@ def use_tasks_of(tasks: str | Sequence[Task | str], checkpoint: str | Path | Non
     Raises InputError as `crab_jax.tasks.use_tasks`.
     """
     use_tasks([tasks] if isinstance(tasks, str) else tasks)
-    file = Path(packaged.located(Path(checkpoint))) / "config.json" if checkpoint else None
+    file = packaged.located(checkpoint) / "config.json" if checkpoint else None
     if file is None or not file.is_file():
         return  # loading the model reports the error
     stored = read_json(file, RUN_CONFIG)

@@ -152,7 +152,7 @@ class Ledger:
         window = Window(watch.session, time.time(), self.step, step, skipped, watch.take())
         self.step = step
         self.windows.append(window)
-        append_line(self.path, window._asdict())
+        append_line(self.path, window._asdict(), now=True)
         return record(accounts(self.windows))
 
     def described(self) -> str:

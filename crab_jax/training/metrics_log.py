@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +14,14 @@ import jax
 import numpy as np
 import optax
 
+from crab_jax.io import paths
 from crab_jax.io.files import append_line, cut_tail, json_object, write_whole
 from crab_jax.runs import run_data
 from crab_jax.tasks import TASKS
 from crab_jax.training.goodput import Ledger, Stopwatch
 from crab_jax.training.log_writer import LogWriter
+
+LARGEST = 2**20  # bytes of a TensorBoard file in a bucket
 
 
 class Board:
@@ -24,6 +29,9 @@ class Board:
 
     The SummaryWriter of tensorboardX writes in a thread; a full disk ends the thread, and the writer then waits for it
     for ever. Raises OSError with the name of the folder.
+
+    For a folder in a bucket the file is on this machine's disk, and written to the bucket as a whole after each `add`;
+    a new file begins after LARGEST bytes, so that little is written again.
     """
 
     def __init__(self, folder: Path, start: int):
@@ -31,11 +39,18 @@ class Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
-        folder.mkdir(parents=True, exist_ok=True)
+        self._remote = paths.in_bucket(folder) if paths.is_remote(folder) else None
+        self._own = tempfile.TemporaryDirectory() if self._remote else contextlib.nullcontext(folder)
+        self._local = Path(self._own.__enter__())
+        self._local.mkdir(parents=True, exist_ok=True)
         self._folder, self._event, self._scalar = folder, Event, scalar
-        self._file = EventsWriter(str(folder / "events"))
+        self._writer: Any = EventsWriter
+        self._file, self._parts = self._begin(0), 0
         # Records of later steps are those of an interrupted run; this event makes TensorBoard discard them.
         self._write([Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))])
+
+    def _begin(self, part: int) -> Any:
+        return self._writer(str(self._local / f"events{f'.part{part}' if part else ''}"))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of one step."""
@@ -51,13 +66,27 @@ class Board:
             for event in events:
                 self._file.write_event(event)
             self._file.flush()
+            if self._remote:
+                self._put()
         except OSError as error:
             error.filename = str(self._folder)  # the error of a write names no file
             raise
 
+    def _put(self) -> None:
+        """Write the newest file to the bucket, and begin another one when it is large."""
+        newest = max(self._local.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        assert self._remote is not None
+        (self._remote / newest.name).put(newest)
+        if newest.stat().st_size > LARGEST:
+            self._file.close()
+            newest.unlink()
+            self._parts += 1
+            self._file = self._begin(self._parts)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._own.__exit__(None, None, None)
 
 
 class Logger:
@@ -159,7 +188,7 @@ class Logger:
         )
 
     def _write(self, step: int, record: Mapping[str, float]) -> None:
-        append_line(self.path, record)
+        append_line(self.path, record, now=True)
         values = {key: value for key, value in record.items() if key != "step"}
         self.board.add(step, values)
         self.writer.add(step, values)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import LIST, json_line, read_bytes, strict_json
 from data_pipelines.examples import Example
@@ -43,7 +44,7 @@ class MissingFile(InputError):
 def stamp(path: str | Path) -> tuple[int, int] | None:
     """Return (size, time in ns) of a file, or of a folder, whose time changes with its entries; None without one."""
     try:
-        status = os.stat(path)
+        status = paths.at(path).stat()
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
@@ -163,8 +164,9 @@ class Release:
 
     def __init__(self, root: str | Path, folder: str = "", used: dict[str, tuple[int, int] | None] | None = None):
         """Open a folder of a data root; `used` collects what is read: file or folder -> its `stamp` at first use."""
-        self.root, self.folder, self.base = Path(root), folder, Path(root) / folder
-        self._real = os.path.realpath(self.base)
+        self.root, self.folder = paths.at(root), folder
+        self.base = self.root / folder
+        self._real = paths.real(self.base)
         self._listed: dict[str, dict[str, str] | None] = {}
         self._unended: set[str] = set()  # files whose last line has no line end
         self.used = {} if used is None else used
@@ -185,7 +187,7 @@ class Release:
 
     def annotation(self, *names: str) -> str:
         """Return the first of `names` that exists. Raises MissingFile."""
-        existing = next((name for name in names if os.path.isfile(self.base / self.use(name))), None)
+        existing = next((name for name in names if (self.base / self.use(name)).is_file()), None)
         if existing is None:
             others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
             raise MissingFile(
@@ -420,6 +422,8 @@ class Release:
     def _list(self, folder: str) -> dict[str, str] | None:
         if not self._contains(self.base / folder):
             return None
+        if paths.is_remote(self.base):
+            return dict(paths.in_bucket(self.base / folder).entries())
         try:
             with os.scandir(self.base / folder) as entries:
                 return {entry.name: self._kind_of(entry) for entry in entries}
@@ -443,7 +447,7 @@ class Release:
             return ""
 
     def _contains(self, path: str | Path) -> bool:
-        real = os.path.realpath(path)
+        real = paths.real(path)
         return real == self._real or real.startswith(self._real + os.sep)
 
     def check(self, path: str, where: str, field: str) -> None:
