@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax import monitoring
+
+from crab_jax.training.goodput import process_start
 
 # JAX's events for a program that was asked for, and for one that the persistent cache held.
 _ASKED, _FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
@@ -36,18 +36,9 @@ class FirstStep:
         jax.block_until_ready(metrics)
         monitoring.unregister_event_duration_listener(self._ask)
         monitoring.unregister_event_listener(self._find)
-        seconds, compiled = process_seconds(), self.asked - self.found
+        seconds, compiled = time.time() - process_start(), self.asked - self.found
         line = (
             f"step {step} was done {seconds:.1f} s after the process started ({'cold' if compiled else 'warm'}: "
             f"{compiled} programs compiled, {self.found} from the cache)"
         )
         return {"first_step_s": seconds, "programs_compiled": compiled, "programs_from_cache": self.found}, line
-
-
-def process_seconds() -> float:
-    """Return the seconds since this process started, as Linux counts them; elsewhere the seconds of processor time."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):
-        return time.process_time()

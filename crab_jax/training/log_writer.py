@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 
 PROJECT = "crab_jax"
@@ -86,11 +87,13 @@ def open_writer(spec: str, workdir: Path, config: Mapping[str, Any]) -> LogWrite
     `module_of`.
     """
     module, project = module_of(spec), spec.partition(":")[2] or PROJECT
-    writer, full = LogWriter(module, spec), str(workdir.absolute())
+    writer, full = LogWriter(module, spec), str(paths.absolute(workdir))
     if module is None:
         return writer
     options: dict[str, Any] = {"project": project, "name": workdir.name, "config": dict(config), "resume": "allow"}
     own = {"id": hashlib.blake2b(full.encode(), digest_size=8).hexdigest(), "dir": full}
+    if paths.is_remote(workdir):  # it writes to a disk
+        del own["dir"]
     parameters = inspect.signature(module.init).parameters
     options |= {key: value for key, value in own.items() if key in parameters}
     return writer if writer._call(lambda: module.init(**options)) else LogWriter(None)
