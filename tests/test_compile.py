@@ -265,6 +265,28 @@ def test_topologies_have_one_device_per_chip(name, count, kind):
     assert len(found) == count and found[0].device_kind == kind
 
 
+@needs_libtpu
+def test_chips_of_several_slices_name_their_slice():
+    mesh = sharding.make_mesh(0, 2, 1, verb.topology_devices("v5e:2x2", slices=2))
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
+def test_each_chip_sends_its_part_of_the_gradient_between_slices_and_nothing_else(tmp_path):
+    """With two micro-batches, in the program of the TPU compiler, which pads arrays to its tiles."""
+    devices, config = verb.topology_devices("v5e:2x2", slices=2), small(mesh__fsdp=2, optim__accumulate=2)
+    report, _ = verb.measure(config, "v5e:2x2", devices, BUCKET, "train")
+    trainable, _ = verb.abstract_params(config, run_mesh.mesh_of(config, devices))
+    part = sum(leaf.size * 4 for leaf in jax.tree.leaves(trainable)) / 4
+    between = report["networks"]["dcn"]
+    assert set(between) == {"all-reduce"} and part <= between["all-reduce"]["bytes"] < 1.25 * part
+    assert report["slices"] == 2 and report["chips"] == 8 and report["findings"] == []
+    assert report["networks"]["ici"]["all-gather"]["bytes"] > 0 and report["roofline_s"]["dcn"] > 0
+    assert "2 slices of v5e:2x2" in verb.text(report) and "dcn all-reduce" in verb.text(report)
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:axb", "v5e:0x2"])
 def test_an_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match="--topology.*v5e:16x16"):

@@ -121,3 +121,44 @@ def test_the_trip_count_of_a_compiled_scan_is_found():
     text = jax.jit(layers).lower(jnp.ones((64, 64)), jnp.ones((7, 64, 64))).compile().as_text()
     bodies = [op.times for op in hlo.ops(text) if op.opcode == "tanh" or "tanh" in op.name]
     assert 7 in bodies, text
+
+
+BETWEEN = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (g: f32[8]) -> f32[8] {
+  %g = f32[8]{0} parameter(0)
+  %within = f32[8]{0} all-reduce(%g), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %pairs = f32[16]{0} all-gather(%g), channel_id=2, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %neighbours = f32[16]{0} all-gather(%g), channel_id=3, replica_groups=[4,2]<=[8], dimensions={0}
+  %shifted = f32[8]{0} collective-permute(%g), channel_id=4, source_target_pairs={{0,1},{3,4}}
+  %rotated = f32[8]{0} collective-permute(%g), channel_id=5, source_target_pairs={{0,1},{4,5}}
+  %sent = (f32[4]{0}, u32[], token[]) send(%g, %t), channel_id=6, is_host_transfer=true, MEGASCALE
+  %received = (f32[4]{0}, u32[], token[]) recv(%t), channel_id=7, is_host_transfer=true, MEGASCALE
+  ROOT %out = f32[8]{0} add(%g, %g)
+}
+""".replace("MEGASCALE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+
+
+def test_a_group_with_chips_of_two_slices_crosses_them_and_so_does_a_transfer_through_the_hosts():
+    assert hlo.by_network(hlo.ops(BETWEEN), 4) == {
+        "ici": {
+            "all-gather": {"count": 1, "bytes": 64},
+            "all-reduce": {"count": 1, "bytes": 32},
+            "collective-permute": {"count": 1, "bytes": 32},
+        },
+        "dcn": {
+            "all-gather": {"count": 1, "bytes": 64},
+            "all-reduce": {"count": 1, "bytes": 16},
+            "collective-permute": {"count": 1, "bytes": 32},
+        },
+    }
+
+
+def test_on_one_slice_nothing_crosses():
+    within = hlo.by_network(hlo.ops(TEXT), 4)
+    assert within == {"ici": hlo.collectives(hlo.ops(TEXT)), "dcn": {}}
+
+
+def test_collectives_that_share_a_channel_and_not_a_result_are_two():
+    text = BETWEEN.replace("channel_id=3", "channel_id=2").replace("%neighbours = f32[16]", "%neighbours = f32[24]")
+    assert hlo.collectives(hlo.ops(text))["all-gather"] == {"count": 2, "bytes": 64 + 96}
