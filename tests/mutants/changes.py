@@ -28,8 +28,8 @@ UNWRAPPED = {"sorted", "reversed", "abs", "exp", "log", "sqrt", "rsqrt", "square
 UNWRAPPED |= {"softplus", "tanh", "gelu", "relu", "silu", "stop_gradient", "cumsum", "strip", "lower", "upper"}
 MESSAGES = {"print", "warn", "warning", "info", "TypeVar", "cast", "add_argument", "Published"}
 WORDS = {"help", "description", "metavar", "epilog", "fix", "problem", "note", "strict"}  # `strict` asserts
-DESCRIBED = {"Field": slice(1), "Oddity": slice(3, None)}  # which arguments are words
-DESCRIPTIONS = {"METRICS", "NOTES", "AV_REASONER", "problem", "fix"}  # names of words
+DESCRIBED = {"Field": 1}  # so many of the first arguments are words
+DESCRIPTIONS = {"METRICS", "problem", "fix"}  # names of words
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -173,7 +173,7 @@ def _expression(node: ast.expr, raw: bytes, place) -> Iterator[Change]:  # type:
         case ast.Lambda():
             yield from _expression(node.body, raw, place)
             return
-    words = node.args[DESCRIBED.get(_name(node.func), slice(0))] if isinstance(node, ast.Call) else []
+    words = node.args[: DESCRIBED.get(_name(node.func), 0)] if isinstance(node, ast.Call) else []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.expr) and child not in words:
             yield from _expression(child, raw, place)

@@ -6,6 +6,7 @@ the constant answers of a few labels, how a target may differ from its label, an
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -446,6 +447,98 @@ def test_a_row_that_cannot_be_read_is_refused_by_its_column(name, cells, field, 
     with pytest.raises(InputError) as error:
         made_of(TASKS[name], row(name, **cells))
     assert error.value.where == "table.csv:2" and error.value.field == field and said in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "cells", "arguments", "meta", "fields"),
+    [
+        (
+            "avqa",
+            ("question", "answer", "type"),
+            {"question": "Is  it?", "answer": "17", "type": '["Audio", "Counting"]'},
+            {"answer": "17"},
+            {"question": "Is it?", "answer": "17", "type": ["Audio", "Counting"]},
+            {"windows": "ten", "second": None},
+        ),
+        (
+            "ave",
+            ("event", "start", "end"),
+            {"event": " Dog ", "start": "2", "end": 5, "second": "3"},
+            DOG,
+            DOG,
+            {"windows": "ten", "second": 3},
+        ),
+        (
+            "arig",
+            ("object", "box", "box_224", "second"),
+            {"object": "dog", "box": "40 10 448 112", "media": ONE, "seconds": 5},
+            {"object": "dog", "box": [20, 20, 224, 224]},
+            {"object": "dog", "box": [20, 20, 224, 224]},
+            {"windows": "five", "second": None},
+        ),
+        (
+            "s4",
+            ("second", "objects", "video", "mask"),
+            {"objects": '["dog"]', "second": "3", "mask": "m.png"},
+            {"objects": ["dog"], "second": 3},
+            {"objects": ["dog"]},
+            {"mask": "m.png", "empty": False},
+        ),
+        (
+            "s4",
+            ("second", "objects", "video", "mask"),
+            {"objects": ["dog"], "video": "clip", "media": ONE},
+            {"objects": ["dog"], "second": 0},
+            {"objects": ["dog"], "video": "clip"},
+            {"mask": None, "empty": False},
+        ),
+        (
+            "ref-avs",
+            ("expression", "second", "object", "split", "mask"),
+            {"expression": "it", "object": "dog", "split": "seen", "second": 2},
+            {"expression": "it", "object": "dog", "second": 2},
+            {"expression": "it", "object": "dog", "split": "seen"},
+            {"mask": None, "empty": False},
+        ),
+    ],
+)
+def test_a_task_without_a_reader_of_rows_has_a_column_for_each_field(name, columns, cells, arguments, meta, fields):
+    """docs/your_data.md, "A task of your own": cells are text, or JSON where text does not fit."""
+    task = dataclasses.replace(TASKS[name], columns=None, from_row=None)
+    assert columns_of(task) == columns
+    made = made_of(task, row(name, **cells))
+    assert (made.arguments, made.meta, made.fields) == (arguments, meta, fields)
+    asked = {field: meta[field] for field in task.fields if field != "second"}
+    asked |= {"second": arguments["second"]} if "second" in task.fields else {}
+    variant = "quick" if task.answer == "mask" and "image" in cells.get("media", "") else "train"
+    assert made.instruction == task.instruction(variant=variant, **asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "field", "said"),
+    [
+        ("avqa", {"question": "Is it?"}, "answer", "is empty, and avqa needs it"),
+        ("avqa", {"answer": "yes"}, "question", "is empty, and avqa needs it"),
+        ("avqa", {"question": "Is it?", "answer": "a <b>"}, "answer", "is 'a <b>'"),
+        ("avqa", {"question": "Is it?", "answer": "yes", "type": "Dancing"}, "type", "is 'Dancing'"),
+        ("avqa", {"question": "Is it?", "answer": "yes", "media": ONE}, "media", "a video or pictures of a clip"),
+        ("ave", {"event": "Dog", "start": "6", "end": "5"}, "end", "is '5'"),
+        ("ave", {"event": "Dog", "start": 1, "end": "11"}, "end", "is '11'"),
+        ("arig", {"object": "dog", "box_224": "1 2 3 4"}, "media", "arig is asked about one picture"),
+        ("avcap", {"captions": ["a <b>"]}, "captions", "is 'a <b>'"),
+    ],
+)
+def test_a_cell_that_does_not_fit_its_field_is_refused(name, cells, field, said):
+    task = dataclasses.replace(TASKS[name], columns=None, from_row=None)
+    with pytest.raises(InputError) as error:
+        made_of(task, row(name, **cells))
+    assert error.value.where == "table.csv:2" and error.value.field == field and said in error.value.problem
+
+
+def test_a_question_about_a_second_needs_one_unless_its_mask_says_which():
+    task = dataclasses.replace(TASKS["avqa"], fields=("question", "second"), from_row=None)
+    with pytest.raises(InputError, match="second.*is empty, and avqa needs it"):
+        made_of(task, row("avqa", question="Is it?", answer="yes"))
 
 
 ARIG = (
