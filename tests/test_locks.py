@@ -343,3 +343,25 @@ def test_streams_without_an_encoding_are_left_alone(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_verb(lambda: print("\U0001f980"))
     assert stop.value.code == 0 and sys.stdout.getvalue() == "\U0001f980\n"
+
+
+def test_a_file_may_be_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.01)
+    order, held = [], threading.Event()
+
+    def first():
+        with locks.locked_file(tmp_path / "plan.json"):
+            held.set()
+            time.sleep(0.2)
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait()
+    with pytest.raises(InputError, match="is in use by process"), locks.locked_file(tmp_path / "plan.json"):
+        pass
+    with locks.locked_file(tmp_path / "plan.json", wait=True):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"] and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.count("waiting for process") == 1
