@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crab_jax.io.bounds import PATH, Real, Whole, Words
+from crab_jax.io.bounds import PATH, Name, Real, Whole, Words
 from crab_jax.io.errors import CommandLine, printable, run_verb
 from crab_jax.io.packaged import TOKENIZER
 from crab_jax.tasks import add_flag, use_tasks
@@ -108,7 +108,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(__doc__, "python -m data_pipelines plan")
     parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
     parser.add_argument("--prepared", type=PATH, help="the same data prepared, to compare")
-    parser.add_argument("--split", default="train", help="default %(default)s")
+    parser.add_argument("--split", type=Name(), default="train", help="default %(default)s")
     parser.add_argument(
         "--datasets",
         type=Words(tuple(datasets.DATASETS)),
