@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from crab_jax import config
 from crab_jax.io import bounds, paths
 
 REPOSITORY = Path(__file__).parent.parent
@@ -130,6 +131,18 @@ def test_the_documents_say_which_flags_take_a_bucket(verb):
     assert flags, "the parser is read"
     assert cells[0] == {flag for flag, taken in flags.items() if taken}
     assert cells[1] == {flag for flag, taken in flags.items() if not taken}
+
+
+def test_the_keys_of_a_run_that_take_a_bucket():
+    known = {**config.RUN_BOUNDS, **config.MIXTURE_BOUNDS, **config.DATA_BOUNDS}
+    taken = {name for name, bound in known.items() if isinstance(bound, bounds.Place) and bound.buckets}
+    assert taken == {"root", "init_from", "tokenizer"} and not known["cache_dir"].buckets
+    line = next(
+        line for line in (REPOSITORY / "docs/training.md").read_text().splitlines() if "| `crab_jax.train`" in line
+    )
+    flags, refused = (set(re.findall(r"`(--[\w.-]+)`", cell)) for cell in line.strip("|").split("|")[1:])
+    assert flags == {"--workdir", "--config.data.root", "--config.init_from", "--config.tokenizer"}
+    assert refused == {"--config.data.cache_dir", "--config"}
 
 
 @pytest.mark.parametrize(
