@@ -221,7 +221,9 @@ def test_every_key_has_a_bound_of_its_own_type():
         (("data.cache_dir=C:\\x",), "cache_dir.*path of Windows"),
         (("data.root=here ",), "data.root.*white space"),
         (("init_from=-",), "init_from.*is no path"),
-        (("init_from=gs://bucket/run",), r"init_from.*is a URL.*mount the bucket"),
+        (("data.cache_dir=gs://bucket/x",), r"cache_dir.*is a URL.*copy it to a folder"),
+        (("init_from=gs:/bucket/run",), r"init_from.*is a URL.*write gs://bucket/run"),
+        (("init_from=az://bucket/run",), r"init_from.*is a URL.*mount the bucket"),
         (("data.root=hf://datasets/x",), r"data.root.*is a URL"),
         (("tokenizer=https://h/t.json",), "tokenizer.*download it"),
         (("data.cache_dir=file:///tmp/x",), "data.cache_dir.*give the path itself"),
@@ -232,7 +234,7 @@ def test_what_a_refusal_says(flags, said):
         parse_flags(["train", "--config=configs/tiny.py", *(f"--config.{flag}" for flag in flags)], None, False)
 
 
-@pytest.mark.parametrize("workdir", ["gs://b/run", "s3://b", "file:///x", "", "~/x", "gs:/b/run", "$HOME/x", " x", "-"])
+@pytest.mark.parametrize("workdir", ["az://b/run", "gs://", "file:///x", "", "~/x", "gs:/b/run", "$HOME/x", " x", "-"])
 def test_a_workdir_is_a_folder(workdir):
     with pytest.raises(InputError, match="--workdir"):
         parse_flags(["train", "--config=configs/tiny.py", f"--workdir={workdir}"], None)

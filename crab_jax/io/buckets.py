@@ -33,7 +33,7 @@ from etils.epath.gpath import PosixGPath
 
 from crab_jax.io.errors import AT_END, InputError
 
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+PACKAGES, _EXTRAS = {"gs": "gcsfs", "s3": "s3fs"}, {"gs": "gcs", "s3": "s3"}
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 10, 60, 5  # of one request
 NO_OBJECT = "No such object"
 SETTLE_SECONDS = 10.0  # after which an appended line is in the bucket
@@ -77,9 +77,6 @@ def _files(path: str) -> Any:
         raise _as_os_error(path, error) from error
 
 
-_EXTRAS = {"gs": "gcs", "s3": "s3"}
-
-
 def _as_os_error(path: str, error: BaseException, written: bool = False) -> OSError:
     """Return an error of fsspec, gcsfs, s3fs or what they use as an OSError with a number, a reason and the path."""
     response = getattr(error, "response", None)
@@ -87,7 +84,7 @@ def _as_os_error(path: str, error: BaseException, written: bool = False) -> OSEr
     status = status or getattr(error, "code", None) or getattr(error, "status", None)
     reason = " ".join((str(error) or type(error).__name__).split())[:200]
     if isinstance(error, FileNotFoundError):
-        what = "No such bucket" if written or "bucket" in reason.lower() else NO_OBJECT
+        what = "No such bucket" if written or "specified bucket does not exist" in reason else NO_OBJECT
         return FileNotFoundError(errno.ENOENT, what, path)
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, "The object exists", path)
