@@ -434,7 +434,7 @@ def warn_of_list(root: str | Path, split: str, names: Sequence[str], variant: st
         if value:
             _log.warning(
                 "%s is a list of Examples, which is read whole and as it stands: %s=%s has no effect",
-                Path(root) / f"{split}.jsonl",
+                paths.at(root) / f"{split}.jsonl",
                 name,
                 value,
             )

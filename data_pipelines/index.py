@@ -19,6 +19,7 @@ import json
 import logging
 import mmap
 import os
+import posixpath
 import sys
 import threading
 from collections import Counter
@@ -168,7 +169,7 @@ def _error_text(error: InputError, base: str) -> bytes:
 
 def _error(data: bytes, root: str) -> InputError:
     record = json.loads(data)  # names of files in it may hold bytes that are not UTF-8
-    where = os.path.join(root, record["where"]) if record["here"] else record["where"]
+    where = posixpath.join(root, record["where"]) if record["here"] else record["where"]
     return shards.error_of(record | {"where": where})
 
 
@@ -214,7 +215,7 @@ def _sources(root: str | Path, name: str, split: str, variant: str, used: Used) 
         return {"stamps": {file: stamp(paths.at(root) / file)}}
     folder = "" if name == PREPARED else datasets.folder_of(root, name)
     # The folder of a list changes whenever something, such as this index, is put there; its files count by themselves.
-    return {"stamps": {os.path.join(folder, path): kept for path, kept in used.items() if folder or path}}
+    return {"stamps": {posixpath.join(folder, path): kept for path, kept in used.items() if folder or path}}
 
 
 def _change(root: str | Path, name: str, split: str, variant: str, info: dict[str, Any]) -> str:
@@ -624,7 +625,7 @@ class Indexed(Sequence[Example]):
         if not len(positions):
             return 0, ""
         table, row = self._place(int(positions[0]))
-        return len(positions), os.path.join(table.root, _text(table.value("odd", row)))
+        return len(positions), posixpath.join(table.root, _text(table.value("odd", row)))
 
     def suspects(self, clips: Collection[str], own: Collection[str]) -> np.ndarray:
         """Return the positions of Examples whose video is among `clips`, or whose own name is among `own`."""

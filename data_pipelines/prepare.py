@@ -201,7 +201,7 @@ def read_list(settings: Settings, out: Path, name: str, split: str) -> Listed:
         file = shards.examples_file(name, split, variant)
         write_whole(out / file, "".join(lines))
         texts[file] = _hash_of(without_places)
-    folder, root = datasets.folder_of(settings.root, name), Path(settings.root)
+    folder, root = datasets.folder_of(settings.root, name), paths.at(settings.root)
     read = {os.path.join(folder, file) for file in used}
     return Listed(count, needed, texts, {file for file in read if (root / file).is_file()})
 
@@ -494,7 +494,7 @@ def _check_source(settings: Settings, out: Path, known: Sequence[tuple[str, str]
                 "give the root that has it, or another --out",
             )
     same = (
-        _stamp(Path(settings.root) / str(record["path"], "utf-8")) == (record["bytes"], record["mtime_ns"])
+        _stamp(paths.at(settings.root) / str(record["path"], "utf-8")) == (record["bytes"], record["mtime_ns"])
         for record in records
     )
     if records and not any(same):
@@ -524,7 +524,7 @@ def plan_of(settings: Settings, out: Path, lists: Sequence[tuple[str, str]], pro
         for kind in KINDS:
             todo += cut(kind, title, [medium for medium in new if medium.kind == kind], settings)
         progress(f"{title}: {listed.examples} examples, {len(new)} new media")
-    sources = {file: _stamp(Path(settings.root) / file) for file in sorted(files)}
+    sources = {file: _stamp(paths.at(settings.root) / file) for file in sorted(files)}
     return Plan(dict(counts), tuple(todo), texts, sources)
 
 
@@ -681,7 +681,7 @@ def kept_plan(out: Path, settings: Settings) -> Plan | None:
 
 def _is_current(plan: Plan, settings: Settings, lists: Sequence[tuple[str, str]], part: Part) -> bool:
     """Return whether a plan is of these lists, and of the annotations and the media of a part as they are."""
-    root = Path(settings.root)
+    root = paths.at(settings.root)
     return (
         [(name, split) for name, splits in plan.counts.items() for split in splits] == _by_dataset(lists)
         and all(_stamp(root / file) == stamp for file, stamp in plan.sources.items())
@@ -807,7 +807,14 @@ def _finish(
         if str(path.relative_to(out)) not in current:
             _note(path).unlink(missing_ok=True)
             path.unlink()
-    shutil.rmtree(out / parts.FOLDER, ignore_errors=True)
+    _remove_folder(out / parts.FOLDER)
+
+
+def _remove_folder(folder: Path) -> None:
+    if paths.is_remote(folder):
+        paths.in_bucket(folder).rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

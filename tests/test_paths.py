@@ -29,6 +29,8 @@ REASONS = {
     "crab_jax/config.py": "--config is a file of Python",
     "data_pipelines/prepare.py": "a temporary folder",
     "data_pipelines/shards.py": "the branch for disks",
+    "data_pipelines/index.py": "files of the package, and the branch for disks",
+    "data_pipelines/shared.py": "a temporary file",
     "data_pipelines/decoded.py": "the cache of decoded media, on this machine's disk",
     **dict.fromkeys(
         (f"data_pipelines/media/{name}.py" for name in ("container", "masks", "pictures", "sound", "video")),
@@ -113,12 +115,14 @@ def flags_of(module: str) -> dict[str, bool]:
     return flags
 
 
+KEYS = ("data.root", "data.roots", "init_from", "tokenizer")
 TABLE = {
     "crab_jax.evaluate": "crab_jax.evaluate",
     "crab_jax.predict": "crab_jax.predict",
     "crab_jax.inspect": "crab_jax.inspect",
     "crab_jax.report": "crab_jax.report",
     "data_pipelines prepare": "data_pipelines.prepare",
+    "data_pipelines index": "data_pipelines.index",
     "crab_jax.compile": "crab_jax.compile",
 }
 
@@ -137,11 +141,12 @@ def test_the_keys_of_a_run_that_take_a_bucket():
     known = {**config.RUN_BOUNDS, **config.MIXTURE_BOUNDS, **config.DATA_BOUNDS}
     taken = {name for name, bound in known.items() if isinstance(bound, bounds.Place) and bound.buckets}
     assert taken == {"root", "init_from", "tokenizer"} and not known["cache_dir"].buckets
+    assert known["roots"].fits("gs://b/x,s3://b/y") and not known["roots"].fits("http://b/x")
     line = next(
         line for line in (REPOSITORY / "docs/training.md").read_text().splitlines() if "| `crab_jax.train`" in line
     )
     flags, refused = (set(re.findall(r"`(--[\w.-]+)`", cell)) for cell in line.strip("|").split("|")[1:])
-    assert flags == {"--workdir", "--config.data.root", "--config.init_from", "--config.tokenizer"}
+    assert flags == {f"--{name}" for name in ("workdir", *(f"config.{key}" for key in KEYS))}
     assert refused == {"--config.data.cache_dir", "--config"}
 
 

@@ -263,7 +263,7 @@ class Places(Bound):
     def fits(self, value: Any) -> bool:
         """Return whether `value` is a text of distinct paths."""
         paths = value.split(",") if isinstance(value, str) and value else []
-        each_fits = all(path and Place().fits(path) for path in paths)
+        each_fits = all(path and Place(buckets=True).fits(path) for path in paths)
         return isinstance(value, str) and len(paths) == len(set(paths)) and each_fits
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crab_jax.config import RunConfig, parse_flags
-from crab_jax.io import bounds, packaged
+from crab_jax.io import bounds, packaged, paths
 from crab_jax.io.bounds import ANY_PATH, PATH, Name, Real, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
@@ -84,8 +84,8 @@ def prepared_rate(examples: Sequence[Example], root: Path, tokenizer: Tokenizer,
     """Return `core_rate` of the same Examples of a raw root, prepared in a temporary folder."""
     decoding = Decoding(config.image_size, config.video_frames, config.pad_short_audio, config.clock)
     with tempfile.TemporaryDirectory() as folder:
-        prepare.prepare_sample(prepare.Settings(str(root), decoding, ("train",), 10**9), Path(folder), examples)
-        return core_rate(examples, Path(folder), tokenizer, config)
+        prepare.prepare_sample(prepare.Settings(str(root), decoding, ("train",), 10**9), paths.at(folder), examples)
+        return core_rate(examples, paths.at(folder), tokenizer, config)
 
 
 def plan(config: RunConfig, root: Path, split: str, samples: int, need: Need) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def run(argv: Sequence[str]) -> None:
     config, _ = parse_flags(["plan", f"--config={arguments.config}", *rest], None, workdir=False)
     if arguments.json:
         out_file(arguments.json, "--json")
-    if not Path(arguments.root).is_dir():
+    if not paths.at(arguments.root).is_dir():
         raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")
     if bool(arguments.compiled) == (arguments.step_seconds is not None):
         raise InputError("command line", "--step-seconds", "or --compiled is needed", "give one of them")
@@ -171,7 +171,7 @@ def run(argv: Sequence[str]) -> None:
     count = chips.chips_of(topology)[1] if topology else max(1, arguments.hosts)
     hosts = arguments.hosts or max(1, count // CHIPS_A_HOST if topology else 1)
     need = need_of(config.mixture.batch_size, count, hosts, config.mesh.tensor or 1, seconds)
-    report = plan(config, Path(arguments.root), arguments.split, arguments.samples, need)
+    report = plan(config, paths.at(arguments.root), arguments.split, arguments.samples, need)
     print(text(report, topology or f"{hosts} hosts", arguments.step_seconds is not None))
     if arguments.json:
         write_whole(arguments.json, json.dumps({"topology": topology, **report}, indent=1) + "\n")

@@ -9,6 +9,7 @@ metadata.csv, its boxes are read.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,7 @@ def _boxes(
             picture = release.root / clip.frames[second]
             size = media.image_size(picture) if picture.is_file() else None
             for path in (clip.masks[second], clip.frames[second]):
-                release.use(os.path.relpath(path, release.folder or "."))
+                release.use(posixpath.relpath(path, release.folder or "."))
             return box_of(media.read_mask(release.root / clip.masks[second], SIZE, "binary", size))
         except InputError as error:
             return error
