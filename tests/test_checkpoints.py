@@ -128,6 +128,14 @@ def test_a_streamed_tree_restores_bit_for_bit(imported):
     assert digests.tree_hash(stored.load_params(folder)) == digests.tree_hash(tree)
 
 
+@pytest.mark.parametrize("chunk", [2**8, 2**25])  # smaller and larger than the leaves
+def test_a_streamed_leaf_has_the_digest_of_the_whole_array(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(orbax, "CHUNK", chunk)
+    tree = {"w": np.arange(240, dtype=np.float32).reshape(2, 3, 40), "n": np.int32([3])}
+    sums = orbax.save_streamed(tmp_path / "params", {"w": streamed(tree["w"], 2), "n": streamed(tree["n"], 0)})
+    assert sums == digests.leaf_digests(tree)
+
+
 def test_a_streamed_leaf_is_stored_in_chunks_that_a_shard_can_be_read_from(imported):
     folder, _ = imported
     found = stored.ocp.metadata(orbax.orbax_path(folder) / models.IMPORTED).metadata

@@ -1,10 +1,11 @@
 """One Example to arrays of its bucket, and rows to a Batch."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
-from media_files import write_picture
+from media_files import write_picture, write_video
 
 from crab_jax.io.errors import InputError
 from data_pipelines import batching, fbank, media
@@ -245,10 +246,16 @@ def test_a_damaged_picture_is_reported_by_its_field(root, tokenizer, config, fie
     assert caught.value.field == field
 
 
-def test_a_second_without_a_frame_is_no_picture_to_segment(root, tokenizer, config):
-    beyond = change(PICTURE, image=None, instruction=f"{VIDEO} {AUDIO}", video="clip.mp4", windows="ten", second=7)
-    with pytest.raises(InputError, match=r"\[second\]: is 7, which is no frame of the example"):
-        load(beyond, root, tokenizer, config)
+@pytest.mark.parametrize(("video", "second"), [("clip.mp4", 7), ("clip.mp4", 4), ("short.mp4", 2), ("short.mp4", 3)])
+def test_a_second_without_a_frame_is_no_picture_to_segment(root, tokenizer, config, tmp_path, video, second):
+    """Neither one after the four frames that are read, nor one of the black frames that fill up a shorter clip."""
+    for name in ("clip.mp4", "clip.wav", "mask.png"):
+        shutil.copy(root / name, tmp_path)
+    write_video(tmp_path / "short.mp4", 2, (16, 16), 2.0)
+    fields = {"video": video, "windows": "ten", "second": second, "mask": "mask.png"}
+    beyond = change(PICTURE, image=None, instruction=f"{VIDEO} {AUDIO}", **fields)
+    with pytest.raises(InputError, match=rf"\[second\]: is {second}, which is no frame of the example"):
+        load(beyond, tmp_path, tokenizer, dataclasses.replace(config, pad_short_audio=True))
 
 
 def test_an_empty_batch_has_the_shapes_of_its_bucket_and_nothing_in_it():
