@@ -7,8 +7,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -280,6 +282,39 @@ class TestFailures:
         expected = "refuses these credentials" if fault == "403" else "does not answer"
         assert said.startswith("gs://crab/kept: ") and expected in said and "docs/training.md" in said
         assert "\n" not in said
+
+    @pytest.mark.parametrize(
+        ("status", "said"), [(503, "The bucket does not answer"), (403, "The bucket refuses these credentials")]
+    )
+    def test_an_s3_that_always_fails(self, bucket, status, said, monkeypatch):
+        if bucket.kind != "s3":
+            pytest.skip("Google's is above")
+        monkeypatch.setattr("asyncio.sleep", lambda seconds, result=None, sleep=asyncio.sleep: sleep(0, result))
+        asked = []
+
+        class Failing(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_PUT = do_GET  # noqa: N815
+
+            def log_message(self, *arguments) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+            importlib.import_module("s3fs").S3FileSystem.clear_instance_cache()
+            with pytest.raises(OSError) as failed:
+                bucket.at("x").read_bytes()
+            server.shutdown()
+        importlib.import_module("s3fs").S3FileSystem.clear_instance_cache()
+        line = str(find_input_error(failed.value))
+        assert line.startswith("s3://crab/x: ") and said in line and "\n" not in line
+        assert (len(asked) > 3) == (status == 503), "only what may pass is asked for again"
 
 
 @pytest.mark.exhaustive  # eight starts of programs, minutes on two cores
