@@ -35,6 +35,13 @@ class Group:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Group)
+            and np.array_equal(self.positions.array, other.positions.array)
+            and np.array_equal(self.fills, other.fills)
+        )
+
     def __iter__(self) -> Iterator[int]:
         return iter(self.positions.array.tolist())
 

@@ -269,7 +269,7 @@ def test_all_choices_at_once_are_the_same_data_raw_and_prepared(shared, copied, 
     found, left = {}, {}
     for place in (root, out):
         config = resolve(config_of(place, datasets=names, on_error="skip", exclude_leaks=True, frames="all"))
-        found[place] = run_data.train_examples(config, tmp_path_factory.mktemp("run") / "skipped.0.jsonl")
+        found[place] = list(run_data.train_examples(config, tmp_path_factory.mktemp("run") / "skipped.0.jsonl"))
         rows = []
         run_data.read_examples(place, "train", datasets=names.split(","), missing="skip", malformed="skip", left=rows)
         left[place] = [(one.dataset, one.error.field, one.error.problem) for one in rows]
