@@ -47,7 +47,7 @@ from array_record.python import array_record_module
 from crab_jax.io import paths
 from crab_jax.io.bounds import ANYWHERE, Choice, Flag, Text, Whole, Words
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.io.files import need_room, whole, write_whole
+from crab_jax.io.files import need_room, out_folder, whole, write_whole
 from crab_jax.io.locks import locked, locked_file
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
@@ -976,6 +976,7 @@ def run(argv: Sequence[str]) -> None:
         with locked(arguments.out) as out:
             _tell(out, merge(out, arguments.workers, on_stderr, arguments.verify))
         return
+    out_folder(arguments.out)  # before hours of reading
     settings, wanted = _requested(arguments)
     part: Part | None = arguments.part
     if part is None:

@@ -392,6 +392,14 @@ def parser_of(module: str, words: list[str], monkeypatch, capsys) -> argparse.Ar
     return seen[-1]
 
 
+def takes_a_bucket(action: argparse.Action, text: str) -> bool:
+    """Whether an option goes on with the name of a bucket, which would be looked for (tests/test_buckets.py does)."""
+    try:
+        return text.startswith("gs://") and callable(action.type) and action.type(text) == text
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_walk_over_every_option_of_a_command(name, tmp_path, monkeypatch, capsys):
     module, words = COMMANDS[name]
@@ -407,7 +415,7 @@ def test_the_walk_over_every_option_of_a_command(name, tmp_path, monkeypatch, ca
             continue
         option = action.option_strings[0] if action.option_strings else ""
         assert action.type not in (int, float, Path), f"{option} has no bounds"
-        for text in (text for text in TEXTS if "\0" not in text):
+        for text in (text for text in TEXTS if "\0" not in text and not takes_a_bucket(action, text)):
             with_it = [*words, f"{option}={text}"] if option else [*words[:-1], text] if text[:1] != "-" else words
             code, said = run(module, with_it, monkeypatch, capsys)
             tried += 1

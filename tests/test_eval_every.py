@@ -59,14 +59,18 @@ def records(workdir: Path) -> tuple[list[dict], list[dict]]:
     """(records of training without speeds, records of evaluations) of a run."""
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     trained = [
-        {k: v for k, v in line.items() if not (k.endswith(("_per_s", "wait_share")) or k.startswith("goodput"))}
+        {
+            k: v
+            for k, v in line.items()
+            if not (k.endswith(("_per_s", "wait_share")) or k.startswith(("goodput", "first_step", "programs")))
+        }
         for line in lines
         if "loss" in line
     ]
     return trained, [line for line in lines if "loss" not in line]
 
 
-def quick_step(config, model, mesh, state):
+def quick_step(config, model, mesh, state, tx, micro_batches):
     """A step that costs nothing to compile: whatever is changed of its state or its data shows in its loss."""
 
     def step(state, frozen, batch):

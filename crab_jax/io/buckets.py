@@ -33,13 +33,13 @@ from etils.epath.gpath import PosixGPath
 
 from crab_jax.io.errors import AT_END, InputError
 
-PACKAGES, _EXTRAS = {"gs": "gcsfs", "s3": "s3fs"}, {"gs": "gcs", "s3": "s3"}
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 10, 60, 5  # of one request
 NO_OBJECT = "No such object"
 SETTLE_SECONDS = 10.0  # after which an appended line is in the bucket
 CACHE, CACHE_GB = "CRAB_JAX_OBJECT_CACHE", "CRAB_JAX_OBJECT_CACHE_GB"  # environment variables: its folder and size
 DEFAULT_GB = 20.0
 
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 # They also hold for the paths that Orbax makes of its own. Settings of the user's (fsspec's conf files) come first.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "gcs": {"use_listings_cache": False},
@@ -71,7 +71,7 @@ def _files(path: str) -> Any:
         return fsspec.filesystem({"gs": "gcs"}.get(kind, kind))
     except ImportError as error:
         raise InputError(
-            path, "", f"needs the package {PACKAGES[kind]} ({error})", f"pip install 'crab_jax[{_EXTRAS[kind]}]'"
+            path, "", f"needs the package {PACKAGES[kind]} ({error})", f"pip install {PACKAGES[kind]}"
         ) from None
     except Exception as error:  # of many kinds: credentials are looked for here
         raise _as_os_error(path, error) from error
