@@ -28,7 +28,7 @@
 # Run
 #   --config=FILE --config.key=value ... --workdir=DIR   as for `python -m crab_jax.train`; FILE is in this commit
 #                        all workers must see DIR and every path in the config: a shared disk, or
-#                        gs://bucket/path, which is mounted with gcsfuse and passed on as /mnt/gs/bucket/path
+#                        gs://bucket/path or s3://bucket/path
 #   -- evaluate --checkpoint=DIR --out=DIR ...           last, in place of the line above: as for
 #                        `python -m crab_jax.evaluate`; every worker evaluates its share, with paths as above
 #   --setup=COMMAND      shell command on every worker before the run: mounts, copies; it may run repeatedly.
@@ -95,7 +95,7 @@ SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/crab_jax.XXXXXXXXXX") ||
 trap 'rm -rf "$SCRATCH"' EXIT
 
 NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' QUEUED=0 CAPACITY=() CREATE_FLAGS=() SSH_FLAGS=()
-CONFIG='' WORKDIR='' OVERRIDES=() EVALUATE=() SETUP='' ENVIRONMENT=() BUCKETS=()
+CONFIG='' WORKDIR='' OVERRIDES=() EVALUATE=() SETUP='' ENVIRONMENT=()
 DRY=0 POLL=20 MAX_RESTARTS=100 WORKER=0
 
 # ------------------------------------------------------------------------------------------------------------ output
@@ -169,8 +169,8 @@ parse() {
             --create-flag) CREATE_FLAGS+=("$value") ;;
             --ssh-flag) SSH_FLAGS+=("$value") ;;
             --config) CONFIG=$value ;;
-            --config.*) as_mounted "$value"; OVERRIDES+=("$flag=$MOUNTED") ;;
-            --workdir) as_mounted "$value"; WORKDIR=$MOUNTED ;;
+            --config.*) OVERRIDES+=("$flag=$value") ;;
+            --workdir) WORKDIR=$value ;;
             --setup) SETUP=$value ;;
             --env)
                 word=CRAB_RUN_$value
@@ -185,28 +185,15 @@ parse() {
     for word in ${!CRAB_RUN_@}; do unset "$word"; done
 }
 
-as_mounted() {  # VALUE -> MOUNTED, a path on the workers; notes its bucket
-    MOUNTED=$1
-    [[ $1 =~ ^gs://([a-z0-9][a-z0-9._-]+)(/|$) ]] || return 0
-    MOUNTED=/mnt/gs/${1#gs://}
-    [[ " ${BUCKETS[*]-} " == *" ${BASH_REMATCH[1]} "* ]] || BUCKETS+=("${BASH_REMATCH[1]}")
-}
-
 number() {  # FLAG VALUE
     [[ $2 =~ ^[0-9]+$ ]] || input_error "$1" "'$2' is not a whole number" "write $1=N"
 }
 
-to_evaluate() {  # WORDS -> EVALUATE, with paths on the workers, and WORKDIR, the folder of --out
+to_evaluate() {  # WORDS -> EVALUATE, and WORKDIR, the folder of --out
     local word before=''
-    EVALUATE=(crab_jax.evaluate)
+    EVALUATE=(crab_jax.evaluate "$@")
     for word in "$@"; do
-        as_mounted "${word#--*=}"
-        case $word in
-            --*=*) word=${word%%=*}=$MOUNTED ;;
-            *) word=$MOUNTED ;;
-        esac
-        EVALUATE+=("$word")
-        if [[ $word == --out=* || $before == --out ]]; then WORKDIR=$MOUNTED; fi
+        if [[ $word == --out=* || $before == --out ]]; then WORKDIR=${word#--out=}; fi
         before=$word
     done
 }
@@ -261,7 +248,7 @@ run_verb(lambda: parse(sys.argv[2:]) and None)"
 from crab_jax.io.errors import run_verb
 run_verb(lambda: parse_flags(sys.argv[1:], None) and None)"
     fi
-    [[ $WORKDIR == /* ]] ||
+    [[ $WORKDIR == /* || $WORKDIR =~ ^(gs|s3)://[^/] ]] ||
         input_error $out "'$WORKDIR' would lie on one worker's own disk, which a preemption deletes" \
             "give gs://bucket/path or the absolute path of a disk that all workers share"
     COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null) ||
@@ -463,20 +450,10 @@ mv -f "$file" environment'
 }
 
 set_up() {
-    local bucket
     if [[ -n $SETUP ]]; then
         note "set up every worker"
         on_workers all "set -e; $SETUP" || return 1
     fi
-    for bucket in ${BUCKETS[@]+"${BUCKETS[@]}"}; do
-        note "mount gs://$bucket on every worker"
-        # No caching of names, so that all workers see new files at once. Orbax renames whole folders.
-        on_workers all "mountpoint -q /mnt/gs/$bucket && exit
-command -v gcsfuse >/dev/null || { echo 'gcsfuse is not installed on this worker; install it in --setup' >&2; exit 1; }
-sudo mkdir -p /mnt/gs/$bucket && sudo chown \"\$(id -u)\" /mnt/gs/$bucket
-gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-$bucket /mnt/gs/$bucket" || return 1
-    done
 }
 
 start() {

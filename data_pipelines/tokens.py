@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,8 @@ VISUAL_PLACEHOLDERS = ("<video>", "<image>")
 AUDIO_PLACEHOLDER = "<audio>"
 BOS, EOS = "<s>", "</s>"
 SYSTEM = "You are a helpful assistant."
+# What transformers reads of the tokenizer of a LLaMA directory.
+LLAMA_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def chat_prompt(instruction: str) -> str:
@@ -318,12 +322,10 @@ def _silent() -> Iterator[None]:
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer of a LLaMA directory's tokenizer.model, a sentencepiece file. Raises InputError."""
     if paths.is_remote(folder):
-        raise InputError(
-            str(folder / "tokenizer.model"),
-            "tokenizer",
-            "is read from a folder on this machine only",
-            "copy the folder, or give a tokenizer.json",
-        )
+        with tempfile.TemporaryDirectory() as copy:
+            for name in filter(lambda name: (folder / name).is_file(), LLAMA_FILES):
+                shutil.copyfile(paths.local(folder / name), paths.at(copy) / name)
+            return _convert(paths.at(copy))
     refuse_special(folder / "tokenizer.model", "tokenizer", SETTINGS)
     refuse_stand_in(folder / "tokenizer.model", "tokenizer")
     import sentencepiece  # imported late: only the conversion needs it and transformers, which is slow to import

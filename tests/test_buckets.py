@@ -23,6 +23,7 @@ from crab_jax.io import buckets, files, locks, paths
 from crab_jax.io.errors import InputError, find_input_error
 from crab_jax.tasks import TASKS
 from data_pipelines import shards
+from data_pipelines.tokens import Tokenizer
 from tests.test_train import command
 
 REPOSITORY = Path(__file__).parent.parent
@@ -219,6 +220,32 @@ def test_checkpoints_are_finished_by_a_marker_and_kept_by_number(bucket):
     restored = again.restore(train)
     assert int(restored["step"]) == 2 and again.load_frozen({"a": jnp.ones((3, 3))})["a"].sum() == 9
     assert sorted(path.name for path in run.folder.iterdir()) == ["2", "frozen", "manifest.json"]
+
+
+def test_a_run_that_was_copied_into_a_bucket_keeps_its_steps_and_goes_on(bucket, tmp_path):
+    """On a disk, or through a mount, checkpoints are finished by renaming; they have the marker as well."""
+    train = {"step": jnp.int32(0), "trainable": {"w": jnp.arange(10.0)}}
+    before = run_steps.RunCheckpoints(tmp_path / "checkpoints", keep=2)
+    before.save_frozen({"a": jnp.ones((3, 3))}, {})
+    for step in (1, 2):
+        before.save(step, {**train, "step": jnp.int32(step)})
+    before.wait()
+    folder = bucket.at("copied") / "checkpoints"
+    for file in (file for file in before.folder.rglob("*") if file.is_file()):
+        (folder / file.relative_to(before.folder).as_posix()).write_bytes(file.read_bytes())
+    assert run_steps.steps_of(folder) == {1, 2}
+    run = run_steps.RunCheckpoints(folder, keep=2)
+    assert int(run.restore(train)["step"]) == 2 and run.load_frozen({"a": jnp.ones((3, 3))})["a"].sum() == 9
+    run.save(3, {**train, "step": jnp.int32(3)})
+    run.wait()
+    assert run_steps.steps_of(folder) == {2, 3}
+
+
+def test_the_tokenizer_of_a_llama_directory_in_a_bucket(bucket, golden):
+    directory, text = golden / "weights/llama", "a  dog barks <mask_0> twice"
+    for file in directory.glob("*token*"):
+        (bucket.at("llama") / file.name).write_bytes(file.read_bytes())
+    assert Tokenizer.load(str(bucket.at("llama"))).ids(text) == Tokenizer.load(directory).ids(text)
 
 
 def test_prepared_shards_are_read_by_ranges_or_from_the_cache(bucket, monkeypatch):
