@@ -284,8 +284,8 @@ class TestFailures:
 
     def test_a_missing_package(self, bucket, monkeypatch):
         monkeypatch.setitem(sys.modules, buckets.PACKAGES[bucket.kind], None)
-        extra = {"gs": "gcs", "s3": "s3"}[bucket.kind]
-        with pytest.raises(InputError, match=rf"needs the package .*pip install 'crab_jax\[{extra}\]'"):
+        package = buckets.PACKAGES[bucket.kind]
+        with pytest.raises(InputError, match=rf"needs the package {package} .*pip install {package}"):
             bucket.at("x").exists()
 
     @pytest.mark.parametrize("fault", ["403", "503", "truncated"])
