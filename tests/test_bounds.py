@@ -394,8 +394,10 @@ def parser_of(module: str, words: list[str], monkeypatch, capsys) -> argparse.Ar
 
 def takes_a_bucket(action: argparse.Action, text: str) -> bool:
     """Whether an option goes on with the name of a bucket, which would be looked for (tests/test_buckets.py does)."""
-    try:
-        return text.startswith("gs://") and callable(action.type) and action.type(text) == text
+    if not text.startswith("gs://"):
+        return False
+    try:  # in place of a word without a name, the text would be the value of the last option
+        return not action.option_strings or callable(action.type) and action.type(text) == text
     except (ValueError, argparse.ArgumentTypeError):
         return False
 
