@@ -93,11 +93,11 @@ def memory() -> dict[str, float]:
 
 def start(root: str, workers: bool) -> dict[str, float]:
     """Start the input of a run in this process as `train` does, and return times in seconds, memory and bytes."""
-    from configs import tiny
+    from crab_jax import defaults
     from crab_jax.config import resolve
     from crab_jax.runs import run_data, run_folder
 
-    config = tiny.get_config()
+    config = defaults.tiny()
     config.data.root, config.data.batch_size, config.data.lengths = root, 8, (128, 256, 512)
     run = resolve(config)
     tokenizer, began, used = run_folder.tokenizer_of(run), time.monotonic(), time.process_time()

@@ -23,7 +23,12 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     | _own("crab_jax/tasks", "tests/tasks", "arig ave avqa times", *TASKS, "tests/tasks/test_round_trip.py")
     | {f"crab_jax/tasks/{name}.py": TASKS for name in ("task", "text", "rows", "avs_classes", "placeholders")},
     "batching": _own("data_pipelines", "tests/data_pipelines", "batching"),
-    "mixture": _own("data_pipelines", "tests/data_pipelines", "mixture"),
+    "mixture": _own(
+        "data_pipelines",
+        "tests/data_pipelines",
+        "mixture",
+        *(f"tests/data_pipelines/test_{name}.py" for name in ("index", "several", "sample")),
+    ),
     "inference": _own("crab_jax", "tests", "inference", "tests/test_generate.py", "tests/test_evaluate.py"),
     "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
     "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
