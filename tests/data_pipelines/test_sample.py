@@ -110,7 +110,7 @@ def test_a_file_of_examples_and_what_cannot_be_shown(root, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--root", "/no/such/folder", "--out", "x"], "--root.*is no folder"),
+        (["--root", "/no/such/folder", "--out", "{tmp}/x"], "--root.*is no folder"),
         (["--root", "."], "--out"),
         (["--root", ".", "--out", "{tmp}", "--n", "0"], "--n.*must be a whole number from 1"),
         (["--root", ".", "--out", "{tmp}", "--datasets", "avee"], "avee.*unknown dataset"),
