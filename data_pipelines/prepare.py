@@ -58,7 +58,7 @@ from data_pipelines.examples import Example, write_jsonl
 from data_pipelines.isolated import end_with_parent
 from data_pipelines.parts import Part
 from data_pipelines.shards import KINDS, MANIFEST, PLACE, PLAN, Decoding, Medium
-from data_pipelines.sources.release import Found
+from data_pipelines.sources.release import Found, stamp
 
 LIBRARIES = ("av", "soundfile", "soxr", "pillow", "numpy", "array_record", "crab_jax")
 COMPRESSED, UNCOMPRESSED = "zstd:1", "uncompressed"
@@ -259,11 +259,7 @@ def _stamps(root: Path, medium: Medium) -> tuple[int, ...]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+    return stamp(path) or (0, 0)
 
 
 # Decoding

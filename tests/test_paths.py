@@ -104,9 +104,7 @@ def test_what_is_no_path_is_refused_with_what_to_write(text, fix):
 def flags_of(module: str) -> dict[str, bool]:
     """{flag, or name of a word, that takes a path: whether it takes a bucket} of a verb's parser."""
     flags = {}
-    kinds = {"ANYWHERE": True, "ANY_PLACE": True, "anywhere": True} | dict.fromkeys(
-        ("PATH", "ANY_PATH", "path", "bounds.path"), False
-    )
+    kinds = {"ANYWHERE": True, "ANY_PLACE": True} | dict.fromkeys(("PATH", "ANY_PATH", "path", "bounds.path"), False)
     for node in ast.walk(ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_argument"):
             types = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "type"]

@@ -262,9 +262,8 @@ class Places(Bound):
 
     def fits(self, value: Any) -> bool:
         """Return whether `value` is a text of distinct paths."""
-        paths = value.split(",") if isinstance(value, str) and value else []
-        each_fits = all(path and Place(buckets=True).fits(path) for path in paths)
-        return isinstance(value, str) and len(paths) == len(set(paths)) and each_fits
+        given = value.split(",") if isinstance(value, str) and value else []
+        return isinstance(value, str) and len(given) == len(set(given)) and all(map(ANYWHERE.fits, given))
 
 
 def _unexpanded(value: str) -> str:
@@ -291,11 +290,6 @@ ANYWHERE, ANY_PLACE = Place(empty=False, buckets=True), Place(buckets=True)
 def path(text: str) -> Path:
     """Parse a path of the command line (used as the `type` of an argparse argument)."""
     return Path(PATH(text))
-
-
-def anywhere(text: str) -> Path:
-    """Parse a path of the command line that may be in a bucket (used as the `type` of an argparse argument)."""
-    return paths.at(ANYWHERE(text))
 
 
 @dataclasses.dataclass(frozen=True)
