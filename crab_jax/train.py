@@ -118,9 +118,8 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
         "start", lambda: distributed.program() | run_folder.shared(config) | {"--workdir": locks.mark(workdir)}
     )
     mesh = run_mesh.mesh_of(config)
-    micro_batches = run_mesh.micro_batches(
-        config, mesh
-    )  # raises for an indivisible batch size before anything is loaded
+    # An indivisible batch size is refused before anything is loaded.
+    micro_batches = run_mesh.micro_batches(config, mesh)
     tokenizer = run_folder.tokenizer_of(config)
     model = config.model.build()
     schedule, tx = optim.learning_rate(config.optim, config.steps), optim.optimizer(config.optim, config.steps)
