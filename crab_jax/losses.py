@@ -7,10 +7,12 @@ Source: paper section 3.4; models/multimodal_encoder.py (`SegModule.forward`) an
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from crab_jax.io import bounds
 from crab_jax.io.bounds import Bound, Choice, Real
@@ -56,12 +58,120 @@ def text_rows(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array, valid:
     filler rows). Returns sums float32[B] in nats and counts float32[B] of target tokens.
     """
     logits, labels = logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
+    counted = loss_mask[:, 1:] & valid[:, None]
+    loss = jnp.where(counted, _cross_entropy(logits, labels), 0)
+    return Term(loss.sum(1), counted.sum(1, dtype=jnp.float32))
+
+
+def text_rows_of(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    vocab_size: int,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    valid: jax.Array,
+    chunk: int = 128,
+) -> Term:
+    """Return `text_rows` of the logits of `hidden`, which are computed at the positions that predict targets only.
+
+    hidden [B,L,D], the output matrix [D,V], of whose columns the first `vocab_size` are tokens, and the arguments of
+    `text_rows`. Targets are few (an answer, not the prompt and its media), so their positions come first, and `chunk`
+    of every row are taken at a time until no row has more; the logits of one chunk exist at a time, in the backward
+    pass too.
+    """
+    length = tokens.shape[1] - 1
+    chunk = min(chunk, length)
+    counted = loss_mask[:, 1:] & valid[:, None]
+    numbers = counted.sum(1)
+    # Positions of targets in their order, then the others, up to a multiple of the chunk.
+    places = jnp.pad(jnp.argsort(~counted, axis=1, stable=True), [(0, 0), (0, -length % chunk)])
+    labels = jnp.take_along_axis(tokens, places + 1, axis=1)
+    total = _sum_of_targets(vocab_size, chunk, hidden, matrix, places, labels, numbers)
+    return Term(total, numbers.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_targets(
+    vocab_size: int,
+    chunk: int,
+    hidden: jax.Array,
+    matrix: jax.Array,
+    places: jax.Array,
+    labels: jax.Array,
+    numbers: jax.Array,
+) -> jax.Array:
+    """Return the cross-entropy float32[B], summed over the first `numbers` int[B] of `places` and `labels` int[B,N].
+
+    A loop that ends with the last target cannot be differentiated by JAX, hence the gradient of its own.
+    """
+
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        place, label, wanted = _chunk_of(places, labels, numbers, step, chunk)
+        logits = _logits_at(hidden, matrix, place, vocab_size)
+        return total + jnp.where(wanted, _cross_entropy(logits, label), 0).sum(1)
+
+    return jax.lax.fori_loop(0, _chunks(numbers, chunk), add, jnp.zeros(len(hidden), jnp.float32))
+
+
+def _sum_forward(vocab_size: int, chunk: int, *args: Any) -> tuple[jax.Array, Any]:
+    """Return the sum, and what the gradient needs; the last of it is None if the matrix is frozen."""
+    values = tuple(arg.value for arg in args)
+    trained = jnp.zeros(()) if args[1].perturbed else None
+    return _sum_of_targets(vocab_size, chunk, *values), (values, trained)
+
+
+def _sum_backward(vocab_size: int, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ...]:
+    (hidden, matrix, places, labels, numbers), trained = kept
+    if isinstance(cotangent, SymbolicZero):
+        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+
+    def add(step: jax.Array, grads: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        of_hidden, of_matrix = grads
+        place, label, wanted = _chunk_of(places, labels, numbers, step, chunk)
+        logits = _logits_at(hidden, matrix, place, vocab_size)
+        hit = jnp.arange(logits.shape[-1]) == label[..., None]
+        weight = jnp.where(wanted, cotangent[:, None], 0)[..., None]
+        of_logits = ((jax.nn.softmax(logits) - hit) * weight).astype(hidden.dtype)
+        of_states = jnp.einsum("bnv,dv->bnd", of_logits, matrix.astype(hidden.dtype))
+        of_hidden = jax.vmap(lambda row, at, more: row.at[at].add(more))(of_hidden, place, of_states)
+        if of_matrix is not None:
+            states = jnp.take_along_axis(hidden, place[..., None], axis=1)
+            of_matrix += jnp.einsum("bnd,bnv->dv", states, of_logits, preferred_element_type=jnp.float32)
+        return of_hidden, of_matrix
+
+    zero = jnp.zeros_like(hidden), None if trained is None else jnp.zeros(matrix.shape, jnp.float32)
+    of_hidden, of_matrix = jax.lax.fori_loop(0, _chunks(numbers, chunk), add, zero)
+    return of_hidden, None if of_matrix is None else of_matrix.astype(matrix.dtype), None, None, None
+
+
+_sum_of_targets.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
+
+
+def _chunks(numbers: jax.Array, chunk: int) -> jax.Array:
+    """Return how many chunks the row with the most targets has."""
+    return -(-numbers.max() // chunk)
+
+
+def _chunk_of(
+    places: jax.Array, labels: jax.Array, numbers: jax.Array, step: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the places and labels int[B,chunk] of a chunk, and bool[B,chunk]: which of them are targets."""
+    place, label = (jax.lax.dynamic_slice_in_dim(x, step * chunk, chunk, axis=1) for x in (places, labels))
+    return place, label, step * chunk + jnp.arange(chunk) < numbers[:, None]
+
+
+def _logits_at(hidden: jax.Array, matrix: jax.Array, places: jax.Array, vocab_size: int) -> jax.Array:
+    """Return the logits float32[B,N,V] at places int[B,N] of hidden [B,L,D]; those past `vocab_size` are -inf."""
+    states = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    logits = jnp.matmul(states, matrix.astype(states.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the cross-entropy float32[...] in nats of labels int[...], from logits float32[...,V]."""
     # A masked sum instead of a gather: it is exact, its gradient needs no scatter, and a sharded vocabulary stays so.
     hit = jnp.arange(logits.shape[-1]) == labels[..., None]
-    picked = jnp.where(hit, logits, 0).sum(-1)
-    counted = loss_mask[:, 1:] & valid[:, None]
-    loss = jax.nn.logsumexp(logits, axis=-1) - picked
-    return Term(jnp.where(counted, loss, 0).sum(1), counted.sum(1, dtype=jnp.float32))
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
 
 
 def bce_rows(logits: jax.Array, target: jax.Array) -> jax.Array:

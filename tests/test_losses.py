@@ -184,3 +184,42 @@ def test_a_sample_is_weighted_by_its_kind_in_the_released_reduction():
     mean = LossConfig(text=0.5, bce=1.0, dice=10.0, ce=100.0)
     assert losses.total(found, mean) == 1 + (24 + 700) / 4
     assert losses.total({"text": found["text"]}, cfg) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
+def test_logits_at_targets_alone_give_the_loss_and_gradients_of_all_logits(chunk):
+    """Rows with no target, one, all, some that lie apart, a filler row; any chunk; padding of the vocabulary."""
+    rng = np.random.default_rng(0)
+    rows, length, width, vocab = 5, 12, 8, 17
+    hidden = jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(size=(width, 24)), jnp.float32)
+    tokens = rng.integers(0, vocab, (rows, length))
+    mask = np.zeros((rows, length), bool)
+    mask[1, -1], mask[2], mask[3, [2, 5, 11]], mask[4] = True, True, True, True
+    valid = np.array([True, True, True, True, False])
+
+    def plain(hidden, matrix):
+        logits = jnp.where(jnp.arange(24) < vocab, hidden @ matrix, -1e30)
+        return losses.text_rows(logits, tokens, mask, valid)
+
+    def at_targets(hidden, matrix):
+        return losses.text_rows_of(hidden, matrix, vocab, tokens, mask, valid, chunk)
+
+    for found, wanted in zip(jax.jit(at_targets)(hidden, matrix), plain(hidden, matrix), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    weights = jnp.arange(1.0, rows + 1)
+    gradients = [
+        jax.grad(lambda *x, of=of: (of(*x).sum * weights).sum(), (0, 1))(hidden, matrix) for of in (at_targets, plain)
+    ]
+    for found, wanted in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert float(at_targets(hidden, matrix).number.sum()) == 1 + 11 + 3
+
+
+def test_logits_of_a_chunk_exist_only_where_some_row_has_targets_left():
+    """16 positions, 2 targets: of 8 chunks, seven are not computed, so that infinite states there change nothing."""
+    hidden = jnp.full((1, 16, 4), jnp.inf).at[:, :2].set(1.0)
+    mask = np.zeros((1, 16), bool)
+    mask[0, 1:3] = True
+    found = losses.text_rows_of(hidden, jnp.ones((4, 8)), 8, np.zeros((1, 16), int), mask, np.array([True]), 2)
+    assert float(found.sum[0]) == pytest.approx(2 * np.log(8))

@@ -3,6 +3,8 @@
 import dataclasses
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +29,16 @@ class Toy:
 
     scale: float = 1.0
     shift: float = 0.0
+    cfg: ClassVar = SimpleNamespace(vocab_size=VOCAB)
 
-    def apply(self, variables, batch, deterministic, rngs):
+    def apply(self, variables, batch=None, dropout_rows=None, with_logits=True, rngs=None, method=None):
+        if method == "output_matrix":
+            return jnp.eye(VOCAB)
         heard = batch.fbank.mean((1, 2, 3))
         logits = heard[:, None] * self.scale * (variables["params"]["w"] - self.shift)
         text = jnp.broadcast_to(logits[:, None], (len(heard), LENGTH, VOCAB))
         pixels = jnp.broadcast_to(logits[:, :1, None, None], (len(heard), 1, SIDE, SIDE))
-        return CrabOutput(text, None, pixels, jnp.stack([pixels] * 3, axis=2))
+        return CrabOutput(None, text, pixels, jnp.stack([pixels] * 3, axis=2))
 
 
 def batch_of(**changes) -> Batch:

@@ -21,7 +21,18 @@ from crab_jax.models.llama import KVCache, Llama, LlamaConfig, grow_cache, init_
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig, SegModule
 from crab_jax.models.qformer import QFormer, QFormerConfig
-from crab_jax.models.shapes import CacheSlots, FeatureRows, Frames, Hidden, Ids, Logits, MaskStates, Positions, Windows
+from crab_jax.models.shapes import (
+    CacheSlots,
+    DropoutRows,
+    FeatureRows,
+    Frames,
+    Hidden,
+    Ids,
+    Logits,
+    MaskStates,
+    Positions,
+    Windows,
+)
 
 # Parameters that stages train or freeze together: regular expressions that match whole paths, joined by '/'.
 PARAMETER_GROUPS = {
@@ -90,11 +101,11 @@ class CrabConfig:
 class CrabOutput:
     """Result of a teacher-forced pass over B rows of L tokens with M mask groups each.
 
-    logits: float32[B,L,V]. hidden: [B,L,D]. binary: mask logits float32[B,M,H,W]. semantic: class logits
+    logits: float32[B,L,V], or None. hidden: [B,L,D]. binary: mask logits float32[B,M,H,W]. semantic: class logits
     float32[B,M,classes,H,W]. Both kinds of mask logits are None when M = 0.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     hidden: jax.Array
     binary: jax.Array | None
     semantic: jax.Array | None
@@ -104,6 +115,11 @@ def _rows(x: jax.Array) -> jax.Array:
     """Return `x` [B,...] sharded over its first axis like the rows of the batch (within `sharding.constrained`)."""
     spread: jax.Array = nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
     return spread
+
+
+def _each(rows: DropoutRows | None, parts: int) -> DropoutRows | None:
+    """Return the numbers int32[B*parts] of the frames or windows of rows int32[B], for dropout; None stays None."""
+    return None if rows is None else (rows[:, None] * parts + jnp.arange(parts)).reshape(-1)
 
 
 class Crab(nn.Module):
@@ -133,17 +149,19 @@ class Crab(nn.Module):
         taps = self.clip(_rows(normalize(rearrange(images, "b t h w c -> (b t) h w c"))))
         return tuple(rearrange(tap, "(b t) n c -> b t n c", b=batch) for tap in taps)
 
-    def visual_rows(self, patches: jax.Array, deterministic: bool = True) -> jax.Array:
+    def visual_rows(self, patches: jax.Array, dropout_rows: DropoutRows | None = None) -> jax.Array:
         """Map patches [B,T,N,C] of the last tap to feature rows [B,T*Q,D], frame by frame."""
-        batch = patches.shape[0]
-        rows = self.vl_projector(_rows(rearrange(patches, "b t n c -> (b t) n c")), deterministic)
+        batch, frames = patches.shape[:2]
+        numbers = _each(dropout_rows, frames)
+        rows = self.vl_projector(_rows(rearrange(patches, "b t n c -> (b t) n c")), numbers)
         return _rows(rearrange(rows, "(b t) q d -> b (t q) d", b=batch))
 
-    def audio_rows(self, fbank: jax.Array, deterministic: bool = True) -> jax.Array:
+    def audio_rows(self, fbank: jax.Array, dropout_rows: DropoutRows | None = None) -> jax.Array:
         """Encode log-mel windows float32[B,S,F,128] to feature rows [B,S*Q,D], window by window."""
-        batch = fbank.shape[0]
+        batch, windows = fbank.shape[:2]
+        numbers = _each(dropout_rows, windows)
         encoded = _rows(self.beats(_rows(rearrange(fbank, "b s f m -> (b s) f m"))))
-        return _rows(rearrange(self.al_projector(encoded, deterministic), "(b s) q d -> b (s q) d", b=batch))
+        return _rows(rearrange(self.al_projector(encoded, numbers), "(b s) q d -> b (s q) d", b=batch))
 
     def features(self, frames: Frames, fbank: Windows) -> FeatureRows:
         """Encode frames uint8[B,T,H,W,3] and windows float32[B,S,F,128] to the feature rows [B,R,D] that slots index.
@@ -169,7 +187,7 @@ class Crab(nn.Module):
         taken = jnp.take_along_axis(features, jnp.maximum(batch.slots, 0)[..., None], axis=1)
         return jnp.where((batch.slots >= 0)[..., None], taken, text)
 
-    def inputs(self, batch: Any, deterministic: bool = True) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def inputs(self, batch: Any, dropout_rows: DropoutRows | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Return the spliced embeddings [B,L,D] and the mask decoder's features: two [B,M,N,C], none when M = 0."""
         frames, masks = batch.frames.shape[1], batch.seg_frame.shape[1]
         rows: list[jax.Array] = []
@@ -177,20 +195,20 @@ class Crab(nn.Module):
         if frames + masks:
             taps = self.encode_images(jnp.concatenate([batch.frames, batch.seg_frame], axis=1))
             if frames:
-                rows.append(self.visual_rows(taps[-1][:, :frames], deterministic))
+                rows.append(self.visual_rows(taps[-1][:, :frames], dropout_rows))
             if masks:
                 seg_features = tuple(taps[tap][:, frames:] for tap in self.cfg.seg_taps)
         if batch.fbank.shape[1]:
-            rows.append(self.audio_rows(batch.fbank, deterministic))
+            rows.append(self.audio_rows(batch.fbank, dropout_rows))
         return self.splice(batch, rows), seg_features
 
-    def __call__(self, batch: Any, deterministic: bool = True) -> CrabOutput:
+    def __call__(self, batch: Any, dropout_rows: DropoutRows | None = None, with_logits: bool = True) -> CrabOutput:
         """Run a teacher-forced pass over prompts with their answers, tokens int32[B,L].
 
-        Needs the `dropout` rng unless `deterministic`.
+        With `dropout_rows`, dropout acts and needs the `dropout` rng. `with_logits` False leaves the logits out.
         """
-        x, seg_features = self.inputs(batch, deterministic)
-        hidden, _ = self.llama(x, self.positions(batch), deterministic=deterministic)
+        x, seg_features = self.inputs(batch, dropout_rows)
+        hidden, _ = self.llama(x, self.positions(batch), dropout_rows=dropout_rows)
         binary = semantic = None
         if seg_features:
             b, m, k = batch.mask_positions.shape
@@ -199,7 +217,7 @@ class Crab(nn.Module):
             features = tuple(_rows(rearrange(f, "b m n c -> (b m) n c")) for f in seg_features)
             logits: Any = self.seg_module(_rows(states), features)
             binary, semantic = jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), logits)
-        return CrabOutput(self.llama.logits(hidden), hidden, binary, semantic)
+        return CrabOutput(self.llama.logits(hidden) if with_logits else None, hidden, binary, semantic)
 
     @nn.nowrap
     def positions(self, batch: Any) -> Positions:
@@ -229,6 +247,11 @@ class Crab(nn.Module):
         """Read one more token per row, tokens, positions and slots int32[B,1]: (hidden [B,1,D], cache)."""
         read: tuple[Hidden, KVCache] = self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)
         return read
+
+    def output_matrix(self) -> jax.Array:
+        """Return the matrix [D,V] that maps hidden states to logits."""
+        matrix: jax.Array = self.llama.output_matrix()
+        return matrix
 
     def logits(self, hidden: Hidden) -> Logits:
         """Map hidden [...,D] to logits float32[...,V]."""

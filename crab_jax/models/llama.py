@@ -17,19 +17,45 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from crab_jax.models import attention, lora
+from crab_jax.models.attention import MASKED, causal
 from crab_jax.models.layers import RMSNorm, normal
 from crab_jax.models.lora import LoraConfig, LoraDense
-from crab_jax.models.shapes import AttentionMask, CacheSlots, Hidden, Ids, KeyMask, Logits, Positions, Rotation
+from crab_jax.models.shapes import (
+    AttentionMask,
+    CacheSlots,
+    DropoutRows,
+    Hidden,
+    Ids,
+    KeyMask,
+    Logits,
+    Positions,
+    Rotation,
+)
 
-_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+# What of a layer's forward pass is kept for the backward pass, which computes the rest again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),  # and the result of attention
+    # the same, and the result of every LoraDense
+    "projections": jax.checkpoint_policies.save_only_these_names(attention.SAVED, lora.SAVED, lora.SAVED_LOW),
+    # the same, in the memory of the host
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[lora.SAVED_LOW],
+        names_which_can_be_offloaded=[attention.SAVED, lora.SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # every product with a weight, also parts of sums
+    "none": None,  # everything
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of the decoder; the defaults are LLaMA-2-7B with Crab's 17 extra tokens.
 
-    remat: what the backward pass recomputes: "none", "full" (the whole block), or "dots" (all but the results of
-    products with weights, which are kept). dtype: compute dtype.
+    remat: one of `REMAT`. attention: one of `attention.KINDS`. dtype: compute dtype.
     """
 
     vocab_size: int = 32017
@@ -42,6 +68,7 @@ class LlamaConfig:
     rms_eps: float = 1e-5
     qkv_bias: bool = False
     remat: str = "full"
+    attention: str = "auto"
     dtype: str = "bfloat16"
 
     @property
@@ -98,21 +125,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return grouped-query attention [B,L,H*hd] of q [B,L,H,hd] to k and v [B,N,KH,hd] under mask bool[B,L,N].
-
-    Query head h reads key head h // (H/KH). Grouping the queries avoids repeating the keys.
-    """
-    b, length, heads, width = q.shape
-    # Heads before positions: on CPU the products then take two thirds of the time, backward too.
-    grouped = q.reshape(b, length, k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkgld,bknd->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
-    out = jnp.einsum("bkgln,bknd->bkgld", weights.astype(v.dtype), v)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, length, heads * width)
-
-
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Return `attend` [B,L,H*hd] to one layer of a cache.
 
@@ -126,19 +138,20 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> j
         grouped, k, cpu=lambda q, k: product(q.astype(jnp.float32), k.astype(jnp.float32)), default=product
     )
     scores = scores * width**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED))
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED))
     return jnp.einsum("bkgln,bknd->blkgd", weights.astype(v.dtype), v).reshape(b, length, heads * width)
 
 
 def mask_pads(logits: jax.Array, vocab_size: int) -> jax.Array:
     """Return the logits [..., padded_vocab] with those past `vocab_size` set to -1e30."""
-    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, _MASKED)
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED)
 
 
 class Attention(nn.Module):
     """Self-attention, with a cache or without.
 
-    With a cache it writes the new keys and values into `slots` of layer `layer`, then attends to the whole cache.
+    With a cache it writes the new keys and values into `slots` of layer `layer`, then attends to the slots that are
+    `visible` bool[B,L,slots]. Without one it is causal, and sees the keys that are `visible` bool[B,L], or all.
     """
 
     cfg: LlamaConfig
@@ -152,8 +165,8 @@ class Attention(nn.Module):
         layer: jax.Array,
         slots: CacheSlots | None,
         rotation: Rotation,
-        mask: AttentionMask,
-        deterministic: bool,
+        visible: AttentionMask | KeyMask | None,
+        dropout_rows: DropoutRows | None,
     ) -> tuple[Hidden, KVCache | None]:
         """Map x [B,L,D] and the cache, if any, to ([B,L,D], cache); `layer` int32[] is the index of this layer."""
         cfg = self.cfg
@@ -161,7 +174,7 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
             layer = dense(count * cfg.head_dim, use_bias=cfg.qkv_bias, axes=("embed", axis), name=name)
-            y = layer(x, deterministic).reshape(*x.shape[:2], count, cfg.head_dim)
+            y = layer(x, dropout_rows).reshape(*x.shape[:2], count, cfg.head_dim)
             split: jax.Array = nn.with_logical_constraint(y, ("batch", None, axis, None))
             return split
 
@@ -170,15 +183,15 @@ class Attention(nn.Module):
         v = heads("v_proj", cfg.kv_heads, "kv")
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            out = attend(q, k, v, mask)
+            out = causal(q, k, v, cfg.attention, visible)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KVCache(
                 cache.k.at[layer, rows, :, :, slots].set(k.astype(cache.k.dtype)),
                 cache.v.at[layer, rows, :, slots].set(v.astype(cache.v.dtype)),
             )
-            out = attend_cache(q, cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype), mask)
-        return dense(cfg.hidden, axes=("heads", "embed"), name="o_proj")(out, deterministic), cache
+            out = attend_cache(q, cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype), visible)
+        return dense(cfg.hidden, axes=("heads", "embed"), name="o_proj")(out, dropout_rows), cache
 
 
 class MLP(nn.Module):
@@ -188,13 +201,13 @@ class MLP(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x: Hidden, deterministic: bool) -> Hidden:
+    def __call__(self, x: Hidden, dropout_rows: DropoutRows | None) -> Hidden:
         """Map x [B,L,D] to [B,L,D]."""
         dense = functools.partial(LoraDense, lora=self.lora, dtype=self.cfg.dtype)
-        gate = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="gate_proj")(x, deterministic)
-        up = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="up_proj")(x, deterministic)
+        gate = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="gate_proj")(x, dropout_rows)
+        up = dense(self.cfg.mlp_dim, axes=("embed", "mlp"), name="up_proj")(x, dropout_rows)
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", None, "mlp"))
-        return dense(self.cfg.hidden, axes=("mlp", "embed"), name="down_proj")(y, deterministic)
+        return dense(self.cfg.hidden, axes=("mlp", "embed"), name="down_proj")(y, dropout_rows)
 
 
 class Block(nn.Module):
@@ -213,18 +226,18 @@ class Block(nn.Module):
         layer: jax.Array,
         slots: CacheSlots | None,
         rotation: Rotation,
-        mask: AttentionMask,
-        deterministic: bool,
+        visible: AttentionMask | KeyMask | None,
+        dropout_rows: DropoutRows | None,
     ) -> tuple[tuple[Hidden, KVCache | None], None]:
         """Map (x [B,L,D], cache) to ((x, cache), None) after this layer, whose index is `layer` int32[]."""
         x, cache = carry
         y = RMSNorm(self.cfg.rms_eps, name="input_layernorm")(x)
         y, cache = Attention(self.cfg, self.lora, name="self_attn")(
-            y, cache, layer, slots, rotation, mask, deterministic
+            y, cache, layer, slots, rotation, visible, dropout_rows
         )
         x = nn.with_logical_constraint(x + y, ("batch", None, None))
         y = RMSNorm(self.cfg.rms_eps, name="post_attention_layernorm")(x)
-        x = x + MLP(self.cfg, self.lora, name="mlp")(y, deterministic)
+        x = x + MLP(self.cfg, self.lora, name="mlp")(y, dropout_rows)
         x = nn.with_logical_constraint(x, ("batch", None, None))
         if not self.is_initializing():
             self.sow("intermediates", "hidden", x)
@@ -232,10 +245,7 @@ class Block(nn.Module):
 
 
 def _layers(cfg: LlamaConfig, lora: LoraConfig | None) -> nn.Module:
-    policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    block = Block
-    if cfg.remat != "none":
-        block = nn.remat(Block, policy=policy[cfg.remat], prevent_cse=False, static_argnums=(6,))
+    block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, "router": 0, "intermediates": 0},
@@ -296,8 +306,8 @@ class Llama(nn.Module):
         positions: Positions,
         key_mask: KeyMask | None = None,
         cache: KVCache | None = None,
-        deterministic: bool = True,
         slots: CacheSlots | None = None,
+        dropout_rows: DropoutRows | None = None,
     ) -> tuple[Hidden, Any]:
         """Map embeddings [B,L,D] at `positions` int32[B,L] to (hidden [B,L,D] after the final norm, cache).
 
@@ -309,18 +319,21 @@ class Llama(nn.Module):
         """
         cfg = self.cfg
         if cache is None:
-            length = x.shape[1]
-            mask = jnp.tril(jnp.ones((1, length, length), bool))
-            if key_mask is not None:
-                mask = mask & key_mask[:, None, :]
+            visible = key_mask
         elif key_mask is None and slots is not None:
-            mask = jnp.arange(cache.k.shape[-1]) <= slots[..., None]
+            visible = jnp.arange(cache.k.shape[-1]) <= slots[..., None]
         else:
             raise ValueError("a cache needs slots, and no key_mask: an input attends to the slots up to its own")
         rotation = rope(positions, cfg.head_dim, cfg.rope_theta)
         carry = (nn.with_logical_constraint(x.astype(cfg.dtype), ("batch", None, None)), cache)
-        (x, cache), _ = self.layers(carry, jnp.arange(cfg.layers), slots, rotation, mask, deterministic)
+        (x, cache), _ = self.layers(carry, jnp.arange(cfg.layers), slots, rotation, visible, dropout_rows)
         return self.norm(x), cache
+
+    def output_matrix(self) -> jax.Array:
+        """Return the output matrix [D,padded_vocab], gathered from the devices that share it."""
+        kernel: Any = self.lm_head.variables["params"]["kernel"]
+        gathered: jax.Array = nn.with_logical_constraint(kernel, (None, "vocab"))
+        return gathered
 
     def logits(self, hidden: Hidden) -> Logits:
         """Map hidden [...,D] to logits float32[...,padded_vocab]; those past `vocab_size` are -1e30."""

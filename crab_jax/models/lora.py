@@ -15,8 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from crab_jax.models.layers import head_weights, mix_heads, normal, torch_uniform
+from crab_jax.models.dropout import Dropout
+from crab_jax.models.layers import head_weights, mix_heads, normal, product, torch_uniform
+from crab_jax.models.shapes import DropoutRows
+
+# Names by which a rematerialisation policy keeps the result of a layer, and its product with A and the router's scores.
+SAVED, SAVED_LOW = "projection", "low"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +30,7 @@ class LoraConfig:
     """Sizes of the LoRA update.
 
     heads: must match the weights (3 in the released ones). dropout_per_head: draw a dropout mask for every head, as
-    the released trainer does, instead of one for all.
+    the released trainer does, instead of one for all. dropout_bits: one of `dropout.BITS`.
     """
 
     rank: int = 8
@@ -32,6 +38,7 @@ class LoraConfig:
     heads: int = 3
     dropout: float = 0.05
     dropout_per_head: bool = False
+    dropout_bits: str = "hash"
 
     @property
     def scale(self) -> float:
@@ -54,41 +61,45 @@ class LoraDense(nn.Module):
     axes: tuple[str | None, str | None] = (None, None)
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Map x [..., in] to [..., out] in `dtype`. Needs the `dropout` rng unless `deterministic`."""
+    def __call__(self, x: jax.Array, dropout_rows: DropoutRows | None = None) -> jax.Array:
+        """Map x [B, ..., in] to [B, ..., out] in `dtype`.
+
+        With `dropout_rows`, dropout acts and needs the `dropout` rng.
+        """
         x = x.astype(self.dtype)
         width, (in_axis, out_axis) = x.shape[-1], self.axes
         kernel = self._weight("kernel", normal, (width, self.features), (in_axis, out_axis))
-        y = x @ kernel
+        y = product(x, kernel)
         if self.use_bias:
-            y = y + self._weight("bias", nn.initializers.zeros, (self.features,), (out_axis,))
+            y = y + self._weight("bias", nn.initializers.zeros, (self.features,), (out_axis,)).astype(self.dtype)
         if self.lora is None:
-            return y
+            return checkpoint_name(y, SAVED)
         rank, heads = self.lora.rank, self.lora.heads
         a = self._weight("lora_A", torch_uniform, (width, rank), (in_axis, None))
         b = self._weight("lora_B", nn.initializers.zeros, (heads, rank, self.features), (None, None, out_axis))
         route = self._weight("lora_route", torch_uniform, (width, heads), (in_axis, None))
 
-        low, scores = self._project(self.lora, x, a, route, deterministic)
+        low, scores = (checkpoint_name(part, SAVED_LOW) for part in self._project(self.lora, x, a, route, dropout_rows))
         weights = head_weights(scores)
         if self.is_mutable_collection("router") and not self.is_initializing():
             self.sow("router", "weights", weights)
-        return y + mix_heads(low, weights, self.lora.scale) @ b.reshape(heads * rank, self.features)
+        y = y + product(mix_heads(low, weights, self.lora.scale), b.reshape(heads * rank, self.features))
+        return checkpoint_name(y, SAVED)
 
     def _weight(
         self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple[str | None, ...]
     ) -> jax.Array:
         weight: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape)
-        cast: jax.Array = weight.astype(self.dtype)
-        return cast
+        array: jax.Array = weight
+        return array
 
     def _project(
-        self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array, deterministic: bool
+        self, lora: LoraConfig, x: jax.Array, a: jax.Array, route: jax.Array, dropout_rows: DropoutRows | None
     ) -> tuple[jax.Array, jax.Array]:
         """Return dropout(x) A as [..., 1 or heads, rank], and the router scores [..., heads]."""
-        if deterministic or lora.dropout == 0.0:
-            low, scores = jnp.split(x @ jnp.concatenate([a, route], axis=1), [lora.rank], axis=-1)
+        if dropout_rows is None or lora.dropout == 0.0:
+            low, scores = jnp.split(product(x, jnp.concatenate([a, route], axis=1)), [lora.rank], axis=-1)
             return low[..., None, :], scores
-        drop = nn.Dropout(lora.dropout, deterministic=False)
+        drop = Dropout(lora.dropout, lora.dropout_bits)
         draws = lora.heads if lora.dropout_per_head else 1
-        return jnp.stack([drop(x) @ a for _ in range(draws)], axis=-2), x @ route
+        return jnp.stack([product(drop(x, dropout_rows), a) for _ in range(draws)], axis=-2), product(x, route)

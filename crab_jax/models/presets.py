@@ -8,10 +8,12 @@ from typing import Any
 
 from crab_jax.io.bounds import Bound, Choice, Flag, Real, Whole, Wholes
 from crab_jax.io.errors import InputError
+from crab_jax.models.attention import KINDS as ATTENTION
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
-from crab_jax.models.llama import LlamaConfig
+from crab_jax.models.dropout import BITS as DROPOUT_BITS
+from crab_jax.models.llama import REMAT, LlamaConfig
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig
 from crab_jax.models.qformer import QFormerConfig
@@ -110,8 +112,10 @@ BOUNDS: dict[str, Bound] = {
     "vocab_size": Whole(18, 2**24),
     "rope_theta": Real(1, 1e12),
     "rms_eps": Real(1e-30, 1),
-    "remat": Choice(("none", "full", "dots")),
+    "remat": Choice(tuple(REMAT)),
+    "attention": Choice(ATTENTION),
     "dropout": _SHARE,
+    "dropout_bits": Choice(DROPOUT_BITS),
     "alpha": Real(1e-9, 1e9),
     "scales": Whole(2, 2),
     "tokens_per_scale": Whole(3, 3),

@@ -16,6 +16,7 @@ import jax
 from crab_jax.models.shapes import (
     BinaryLogits,
     CacheSlots,
+    DropoutRows,
     Fbank,
     FeatureRows,
     Frames,
@@ -36,7 +37,7 @@ Cache = Any  # a pytree whose leaves hold B rows
 class ModelOutput(Protocol):
     """Result of a teacher-forced pass; the mask logits are None for a batch without mask groups."""
 
-    logits: Logits  # float32[B,L,V]
+    logits: Logits | None  # float32[B,L,V]
     hidden: Hidden  # [B,L,D]
     binary: jax.Array | None  # float32[B,M,P,P]
     semantic: jax.Array | None  # float32[B,M,classes,P,P]
@@ -98,8 +99,12 @@ class Model(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a method on the given variables, as linen does."""
 
-    def __call__(self, batch: Any, deterministic: bool = True) -> ModelOutput:
-        """Run a teacher-forced pass over prompts with their answers."""
+    def __call__(self, batch: Any, dropout_rows: DropoutRows | None = None, with_logits: bool = True) -> ModelOutput:
+        """Run a teacher-forced pass over prompts with their answers.
+
+        With `dropout_rows`, dropout acts; its bits depend on the number of a row and the rng `dropout`, not on where in
+        the batch the row stands. `with_logits` False leaves the logits out (None).
+        """
 
     def features(self, frames: Frames, fbank: Fbank) -> FeatureRows:
         """Encode the media of prompts to the feature rows [B,R,D] that several prompts about them can share."""
@@ -115,6 +120,9 @@ class Model(Protocol):
 
         A model whose positions have several axes uses the position on all of them.
         """
+
+    def output_matrix(self) -> jax.Array:
+        """Return the matrix [D,V] that maps states to logits, whole on every device but for its split vocabulary."""
 
     def logits(self, hidden: Hidden) -> Logits:
         """Map states [...,D] to logits float32[...,V]; ids past the vocabulary have -1e30."""

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from crab_jax.io.errors import InputError
+from crab_jax.models.dropout import Dropout
 from crab_jax.models.layers import dense, layer_norm, normal
-from crab_jax.models.shapes import Tokens
+from crab_jax.models.shapes import DropoutRows, Tokens
 
 _EPSILON = 1e-12  # of the norms in BERT
 
@@ -42,19 +43,19 @@ class Attention(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: Tokens, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: Tokens, dropout_rows: DropoutRows | None) -> jax.Array:
         """Attend from the queries x [B,Q,C] to the tokens keys [B,N,K]: [B,Q,C]."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
+        dropout = Dropout(cfg.dropout)
         q, k, v = (
             dense(cfg.width, name, dtype, normal)(y).reshape(*y.shape[:-1], cfg.heads, -1)
             for name, y in (("query", x), ("key", keys), ("value", keys))
         )
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
-        weights = dropout(nn.softmax(logits)).astype(dtype)
+        weights = dropout(nn.softmax(logits), dropout_rows).astype(dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
         out: jax.Array = layer_norm("LayerNorm", dtype, _EPSILON)(
-            x + dropout(dense(cfg.width, "dense", dtype, normal)(y))
+            x + dropout(dense(cfg.width, "dense", dtype, normal)(y), dropout_rows)
         )
         return out
 
@@ -65,13 +66,13 @@ class Layer(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, tokens: Tokens, deterministic: bool) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, tokens: Tokens, dropout_rows: DropoutRows | None) -> tuple[jax.Array, None]:
         """Map queries x [B,Q,C] and tokens [B,N,in_dim] to ([B,Q,C], None), the form that `nn.scan` expects."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        x = Attention(cfg, name="attention")(x, x, deterministic)
-        x = Attention(cfg, name="crossattention")(x, tokens, deterministic)
+        x = Attention(cfg, name="attention")(x, x, dropout_rows)
+        x = Attention(cfg, name="crossattention")(x, tokens, dropout_rows)
         y = nn.gelu(dense(cfg.mlp_dim, "intermediate_query", dtype, normal)(x), approximate=False)
-        y = nn.Dropout(cfg.dropout, deterministic=deterministic)(dense(cfg.width, "output_query", dtype, normal)(y))
+        y = Dropout(cfg.dropout)(dense(cfg.width, "output_query", dtype, normal)(y), dropout_rows)
         return layer_norm("output_query_norm", dtype, _EPSILON)(x + y), None
 
 
@@ -84,10 +85,10 @@ class QFormer(nn.Module):
     cfg: QFormerConfig
 
     @nn.compact
-    def __call__(self, x: Tokens, deterministic: bool = True) -> jax.Array:
+    def __call__(self, x: Tokens, dropout_rows: DropoutRows | None = None) -> jax.Array:
         """Map x [B,N,in_dim] to [B,queries,out_dim] in `cfg.dtype`.
 
-        Needs the `dropout` rng unless `deterministic`. Raises InputError for another shape.
+        With `dropout_rows`, dropout acts and needs the `dropout` rng. Raises InputError for another shape.
         """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if x.ndim != 3 or x.shape[-1] != cfg.in_dim:
@@ -96,7 +97,7 @@ class QFormer(nn.Module):
         # The queries have neither position nor type embeddings.
         queries = self.param("query_tokens", normal, (1, cfg.queries, cfg.width))
         y = layer_norm("embeddings_norm", dtype, _EPSILON)(jnp.broadcast_to(queries, (len(x), cfg.queries, cfg.width)))
-        y = nn.Dropout(cfg.dropout, deterministic=deterministic)(y)
+        y = Dropout(cfg.dropout)(y, dropout_rows)
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},
@@ -104,6 +105,6 @@ class QFormer(nn.Module):
             in_axes=nn.broadcast,
             length=cfg.layers,
         )
-        y, _ = layers(cfg, name="layers")(y, tokens, deterministic)
+        y, _ = layers(cfg, name="layers")(y, tokens, dropout_rows)
         y = nn.gelu(dense(cfg.out_dim, "proj_0", dtype)(y), approximate=False)
         return dense(cfg.out_dim, "proj_2", dtype)(y)

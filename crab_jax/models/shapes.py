@@ -14,6 +14,7 @@ import jax
 Ids: TypeAlias = jax.Array  # int32[B,L] token ids
 Positions: TypeAlias = jax.Array  # int32[B,L], or int32[B,L,axes] for a rotation over several axes
 CacheSlots: TypeAlias = jax.Array  # int32[B,L] slots of a cache that store the keys and values of each input
+DropoutRows: TypeAlias = jax.Array  # int32[B] numbers of the rows in their batch, by which dropout tells them apart
 KeyMask: TypeAlias = jax.Array  # bool[B,L] inputs that may be attended to
 AttentionMask: TypeAlias = jax.Array  # bool[B,L,N] keys that each query may attend to
 Rotation: TypeAlias = tuple[jax.Array, jax.Array]  # cos and sin, float32[B,L,1,head_dim/2]

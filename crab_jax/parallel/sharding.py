@@ -141,13 +141,22 @@ def constrained(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def constrain(tree: Any, specs: Any) -> Any:
+    """Return the arrays of `tree` with the PartitionSpecs of `specs`, on the mesh of `constrained`.
+
+    Without it, gradients are spread like the optimizer's moments already inside the loop over layers, where every layer
+    of a scan then exchanges its part with all others.
+    """
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
+
+
 def by_slice(gradient: Callable[..., Any], mesh: Mesh, trainable: Any) -> Callable[..., Any]:
     """Return `gradient(params, batch, rng) -> (grads, metrics)`, taken by each slice of its rows and added over slices.
 
     Left to itself, the compiler adds gradients over slices once per layer and micro-batch, and several devices of a
     slice send the same part. So each device sends its own part of the gradient once per step, and nothing else crosses
-    slices but the metrics. `trainable` gives the shardings of gradients. Slices draw from different keys. A mesh of one
-    slice leaves `gradient` as it is.
+    slices but the metrics. `trainable` gives the shardings of gradients. A mesh of one slice leaves `gradient` as it
+    is.
     """
     if SLICES not in mesh.shape:
         return gradient
@@ -155,7 +164,7 @@ def by_slice(gradient: Callable[..., Any], mesh: Mesh, trainable: Any) -> Callab
     def of_slice(params: Any, batch: Any, rng: jax.Array) -> Any:
         own = tuple((name, _without(axes)) for name, axes in rules(mesh))
         with nn.logical_axis_rules(own):
-            grads, metrics = gradient(params, batch, jax.random.fold_in(rng, jax.lax.axis_index(SLICES)))
+            grads, metrics = gradient(params, batch, rng)
         parts = jax.tree.map(
             lambda grad, leaf: jax.lax.with_sharding_constraint(grad, _in_parts(leaf, mesh)), grads, trainable
         )

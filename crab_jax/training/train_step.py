@@ -41,15 +41,18 @@ def train_step(
     loss_cfg: losses.LossConfig,
     seed: int,
     accumulate: int,
+    constrain: Callable[[Any], Any] = lambda grads: grads,
     by_slice: Callable[..., Any] = lambda gradient: gradient,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Take one optimizer step, and return the new state with the metrics of the step.
 
     Randomness depends on (seed, step) alone; gradients are computed for trainable parameters only.
 
-    Losses are sums divided by counts of the whole batch, so that the gradient does not depend on the number of
-    micro-batches, `accumulate`. Micro-batch i takes rows i, i + accumulate, ..., so that every device splits its own
-    rows. `by_slice` has every slice take the gradient of its rows before slices are added (see `sharding.by_slice`).
+    Losses are sums divided by counts of the whole batch, and dropout depends on the number of a row in the batch, so
+    that the gradient does not depend on the number of micro-batches, `accumulate`. Micro-batch i takes rows i,
+    i + accumulate, ..., so that every device splits its own rows. `constrain` gives gradients the shardings of their
+    parameters. `by_slice` has every slice take the gradient of its rows before slices are added (see
+    `sharding.by_slice`).
 
     If the loss, the gradient or a new parameter is not finite, parameters and moments stay unchanged and the metric
     `skipped` is 1; the step and the count of the schedule still increase. `bad_rows` is the number of rows whose loss
@@ -60,12 +63,12 @@ def train_step(
     counts = losses.batch_counts(batch.loss_mask, batch.seg_kind, batch.index >= 0)
 
     def loss_of(
-        trainable: Any, frozen: Any, counts: Any, micro: Batch, rng: jax.Array
+        trainable: Any, frozen: Any, counts: Any, numbered: tuple[Batch, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        out: Any = model.apply(
-            {"params": optim.merge(trainable, frozen)}, micro, deterministic=False, rngs={"dropout": rng}
-        )
-        rows = loss_rows(out, micro)
+        micro, numbers = numbered
+        variables = {"params": optim.merge(trainable, frozen)}
+        out: Any = model.apply(variables, micro, numbers, with_logits=False, rngs={"dropout": rng})
+        rows = loss_rows(out, micro, model.apply(variables, method="output_matrix"), model.cfg.vocab_size)
         terms = {name: losses.pool(term) for name, term in rows.items()}
         total = losses.total(terms, loss_cfg, counts)
         by_task = losses.by_task(rows["text"], micro.task, len(TASKS))
@@ -78,28 +81,31 @@ def train_step(
             "bad_index": jnp.where(bad, micro.index, 0).sum(dtype=jnp.int32),
         }
 
-    grad_of: Callable[..., tuple[Any, dict[str, Any]]] = jax.grad(loss_of, has_aux=True)
+    def grad_of(params: Any, numbered: tuple[Batch, jax.Array], rng: jax.Array) -> tuple[Any, dict[str, Any]]:
+        grads, metrics = jax.grad(loss_of, has_aux=True)(*params, numbered, rng)
+        return constrain(grads), metrics
 
-    def gradient(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
+    def gradient(params: Any, numbered: tuple[Batch, jax.Array], rng: jax.Array) -> tuple[Any, dict[str, Any]]:
         if accumulate == 1:
-            return grad_of(*params, batch, rng)
+            return grad_of(params, numbered, rng)
         micros = jax.tree.map(
             lambda x: nn.with_logical_constraint(
                 x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
                 (None, "batch", *(None,) * (x.ndim - 1)),
             ),
-            batch,
+            numbered,
         )
-        shapes = jax.eval_shape(grad_of, *params, jax.tree.map(lambda x: x[0], micros), rng)
+        shapes = jax.eval_shape(grad_of, params, jax.tree.map(lambda x: x[0], micros), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        def add(carry: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, grad_of(*params, *scanned)), None
+        def add(carry: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, grad_of(params, micro, rng)), None
 
-        (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulate)))
+        (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
         return grads, metrics
 
-    grads, metrics = by_slice(gradient)((state.trainable, frozen, counts), batch, rng)
+    numbered = (batch, jnp.arange(len(batch.index)))
+    grads, metrics = by_slice(gradient)((state.trainable, frozen, counts), numbered, rng)
     norm = optax.global_norm(grads)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     trainable, opt, taken = optim.apply(tx, grads, state.opt, state.trainable, sound)
@@ -112,10 +118,20 @@ def train_step(
     return TrainState(state.step + 1, trainable, opt), metrics
 
 
-def loss_rows(out: CrabOutput, batch: Batch) -> dict[str, losses.Term]:
-    """Return the loss terms of every row ("text") and of every mask group ("bce", "dice", "ce"; with masks only)."""
+def loss_rows(
+    out: CrabOutput, batch: Batch, output_matrix: jax.Array | None = None, vocab_size: int = 0
+) -> dict[str, losses.Term]:
+    """Return the loss terms of every row ("text") and of every mask group ("bce", "dice", "ce"; with masks only).
+
+    output_matrix: [D,V], from whose first `vocab_size` columns logits are made; needed when `out` has none.
+    """
     valid = batch.index >= 0
-    rows = {"text": losses.text_rows(out.logits, batch.tokens, batch.loss_mask, valid)}
+    target = (batch.tokens, batch.loss_mask, valid)
+    if out.logits is not None:
+        rows = {"text": losses.text_rows(out.logits, *target)}
+    else:
+        assert output_matrix is not None
+        rows = {"text": losses.text_rows_of(out.hidden, output_matrix, vocab_size, *target)}
     if out.binary is not None and out.semantic is not None:
 
         def flat(x: jax.Array) -> jax.Array:
@@ -145,6 +161,7 @@ def compile_step(
 
     Batch rows are sharded over the mesh and taken in `micro_batches` parts one after the other; metrics are replicated.
     """
+    constrain = partial(sharding.constrain, specs=jax.tree.map(lambda x: x.sharding.spec, state.trainable))
     by_slice = partial(sharding.by_slice, mesh=mesh, trainable=state.trainable)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -158,6 +175,7 @@ def compile_step(
                 loss_cfg=config.loss,
                 seed=config.seed,
                 accumulate=micro_batches,
+                constrain=constrain,
                 by_slice=by_slice,
             )
 

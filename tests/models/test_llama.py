@@ -15,12 +15,12 @@ from crab_jax.convert import torch_file
 from crab_jax.convert.keymap import from_params, to_params
 from crab_jax.convert.llama import llama_config, llama_rules, lora_rules, lora_sizes, pad_vocab, trim_vocab
 from crab_jax.io.errors import InputError
+from crab_jax.models.attention import attend
 from crab_jax.models.layers import RMSNorm
 from crab_jax.models.llama import (
     Attention,
     Llama,
     LlamaConfig,
-    attend,
     attend_cache,
     grow_cache,
     init_cache,
@@ -228,8 +228,7 @@ def test_qkv_bias_is_a_weight_on_a_constant_input():
     biased = dataclasses.replace(TINY, qkv_bias=True)
     x = jax.random.normal(jax.random.key(0), (2, 5, TINY.hidden))
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    causal = jnp.tril(jnp.ones((1, 5, 5), bool))
-    rest = (None, 0, positions, rope(positions, TINY.head_dim, TINY.rope_theta), causal, True)
+    rest = (None, 0, positions, rope(positions, TINY.head_dim, TINY.rope_theta), None, None)
     params = nn.unbox(Attention(biased, None).init(jax.random.key(1), x, *rest))["params"]
     params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) * 0.3, params)
     assert "bias" not in params["o_proj"]
@@ -277,7 +276,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient():
     params = random_params(Llama(cfg, lora))
 
     def training(model, tokens):
-        return model.logits(model(model.embed(tokens), positions, deterministic=False)[0])
+        return model.logits(model(model.embed(tokens), positions, dropout_rows=jnp.arange(len(tokens)))[0])
 
     def loss(params, model):
         logits = model.apply({"params": params}, tokens, method=training, rngs={"dropout": jax.random.key(0)})
@@ -298,7 +297,11 @@ def test_dropout_follows_its_seed():
     @jax.jit
     def run(seed):
         return model.apply(
-            {"params": params}, x, jnp.arange(4)[None], deterministic=False, rngs={"dropout": jax.random.key(seed)}
+            {"params": params},
+            x,
+            jnp.arange(4)[None],
+            dropout_rows=jnp.arange(len(x)),
+            rngs={"dropout": jax.random.key(seed)},
         )[0]
 
     np.testing.assert_array_equal(run(0), run(0))
@@ -375,7 +378,8 @@ def test_unsupported_language_models_are_refused(change, field):
 def test_the_default_is_llama_2_7b_with_the_tokens_of_crab():
     sizes = {"vocab_size": 32017, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "mlp_dim": 11008}
     numbers = {"rope_theta": 10000.0, "rms_eps": 1e-5, "qkv_bias": False}
-    assert dataclasses.asdict(LlamaConfig()) == {**sizes, **numbers, "remat": "full", "dtype": "bfloat16"}
+    choices = {"remat": "full", "attention": "auto", "dtype": "bfloat16"}
+    assert dataclasses.asdict(LlamaConfig()) == {**sizes, **numbers, **choices}
     assert LlamaConfig().head_dim == 128
     assert [LlamaConfig(vocab_size=size).padded_vocab for size in (127, 128, 129, 32017)] == [128, 128, 256, 32128]
 

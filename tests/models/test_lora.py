@@ -63,14 +63,14 @@ def test_matches_the_reference(golden):
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5])
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_is_the_written_out_formula(heads, deterministic):
+@pytest.mark.parametrize("dropout_rows", [None, np.arange(2)])
+def test_is_the_written_out_formula(heads, dropout_rows):
     """alpha differs from rank, B is not zero; without dropout the fused and the training path agree."""
     rng = np.random.default_rng(heads)
-    lora = LoraConfig(rank=4, alpha=10.0, heads=heads, dropout=0.0 if deterministic else 1e-12)
+    lora = LoraConfig(rank=4, alpha=10.0, heads=heads, dropout=0.0 if dropout_rows is None else 1e-12)
     p, x = weights(rng, 12, 7, lora), rng.normal(size=(2, 3, 12))
     y, state = LoraDense(7, lora).apply(
-        {"params": as_float32(p)}, x, deterministic, mutable=["router"], rngs={"dropout": jax.random.key(0)}
+        {"params": as_float32(p)}, x, dropout_rows, mutable=["router"], rngs={"dropout": jax.random.key(0)}
     )
     expected, route = formula(x, p, lora)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -88,7 +88,7 @@ def test_dropout_is_drawn_once_unless_asked_per_head_and_never_for_the_router(pe
         blocks[head, :, 4 * head : 4 * head + 4] = np.eye(4)
     params = as_float32({**p, "kernel": np.zeros((16, 12)), "lora_B": blocks})
     y, state = LoraDense(12, lora).apply(
-        {"params": params}, x, False, mutable=["router"], rngs={"dropout": jax.random.key(1)}
+        {"params": params}, x, jnp.arange(6), mutable=["router"], rngs={"dropout": jax.random.key(1)}
     )
     route = formula(x, p, lora)[1]
     np.testing.assert_allclose(state["router"]["weights"][0], route, atol=1e-5)
@@ -136,7 +136,14 @@ def test_bfloat16_layer_routes_in_float32():
 
 
 def test_the_defaults_are_those_of_the_release():
-    assert vars(LoraConfig()) == {"rank": 8, "alpha": 16.0, "heads": 3, "dropout": 0.05, "dropout_per_head": False}
+    assert vars(LoraConfig()) == {
+        "rank": 8,
+        "alpha": 16.0,
+        "heads": 3,
+        "dropout": 0.05,
+        "dropout_per_head": False,
+        "dropout_bits": "hash",
+    }
     assert LoraConfig().scale == 2.0
 
 

@@ -43,9 +43,10 @@ PAPER = {
         "rope_theta": 10000.0,
         "rms_eps": 1e-5,
         "qkv_bias": False,
+        "attention": "auto",
         "dtype": "bfloat16",
     },
-    "lora": {"rank": 8, "alpha": 16.0, "heads": 3, "dropout": 0.05},
+    "lora": {"rank": 8, "alpha": 16.0, "heads": 3, "dropout": 0.05, "dropout_bits": "hash"},
     "seg": {
         "llm_dim": 4096,
         "image_dim": 1024,
@@ -175,7 +176,9 @@ def test_sizes_at_the_edge_of_what_fits():
         ("llama", "vocab_size", (18, 2**24), (17, 2**24 + 1)),  # 17 tokens of Crab and one other
         ("llama", "rope_theta", (1.0, 1e12), (0.5, 1e13)),
         ("llama", "rms_eps", (1e-30, 1.0), (0.0, 2.0)),
-        ("llama", "remat", ("none", "full", "dots"), ("some",)),
+        ("llama", "remat", ("none", "full", "dots", "attention", "projections", "offload"), ("some",)),
+        ("llama", "attention", ("auto", "splash", "cudnn", "einsum"), ("flash",)),
+        ("lora", "dropout_bits", ("hash", "threefry"), ("rbg",)),
         ("lora", "dropout", (0.0, 0.99), (-0.1, 1.0)),
         ("lora", "alpha", (1e-9, 1e9), (0.0, 1e10)),
         ("seg", "scales", (2,), (1, 3)),

@@ -50,7 +50,7 @@ CASES = {  # mesh (data, fsdp, tensor, and slices if several), micro-batches, re
 
 
 def config_of(accumulate: int, remat: str):
-    """The tiny model with one or two layers each, in float32."""
+    """The tiny model with one or two layers each, in float32, with dropout."""
     config = tiny.get_config()
     config.init_from, config.data.batch_size, config.steps, config.optim.accumulate = "", ROWS, 30, accumulate
     config.optim.warmup_share, config.optim.schedule, config.optim.eps = 0.0, "constant", EPS
@@ -62,6 +62,8 @@ def config_of(accumulate: int, remat: str):
         ("beats.layers", 1),
         ("visual.layers", 1),
         ("audio.layers", 1),
+        ("lora.dropout", 0.1),
+        ("visual.dropout", 0.1),
     ):
         module, field = path.split(".")
         config.sizes[module][field] = value
