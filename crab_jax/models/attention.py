@@ -49,44 +49,43 @@ def kind_for(kind: str, length: int, head_dim: int, only_causal: bool) -> str:
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, kind: str, key_mask: jax.Array | None = None) -> jax.Array:
-    """Return causal grouped-query attention [B,L,H*hd] of q [B,L,H,hd] to k and v [B,L,KH,hd].
+    """Return causal grouped-query attention [B,L,H*hd] of q [B,H,L,hd] to k and v [B,KH,L,hd].
 
     kind: one of KINDS. key_mask: bool[B,L] keys that may be attended to (all, when None). Raises InputError as
     `kind_for`.
     """
-    batch, length, heads, width = q.shape
+    length, width = q.shape[2:]
     kernel = kind_for(kind, length, width, key_mask is None)
     if kernel == "splash":
-        return checkpoint_name(splash_attention(q, k, v), SAVED)
-    if kernel == "cudnn":
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        return checkpoint_name(out.reshape(batch, length, heads * width), SAVED)
-    mask = jnp.tril(jnp.ones((1, length, length), bool))
-    return checkpoint_name(attend(q, k, v, mask if key_mask is None else mask & key_mask[:, None, :]), SAVED)
+        out = splash_attention(q, k, v)
+    elif kernel == "cudnn":
+        positions_first = (x.swapaxes(1, 2) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(*positions_first, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+    else:
+        mask = jnp.tril(jnp.ones((1, length, length), bool))
+        out = attend(q, k, v, mask if key_mask is None else mask & key_mask[:, None, :])
+    return checkpoint_name(out.swapaxes(1, 2).reshape(len(q), length, -1), SAVED)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
-    """Return grouped-query attention [B,L,H*hd] of q [B,L,H,hd] to k and v [B,N,KH,hd] under mask bool[B,L,N].
+    """Return grouped-query attention [B,H,L,hd] of q [B,H,L,hd] to k and v [B,KH,N,hd] under mask bool[B,L,N].
 
     Query head h reads key head h // (H/KH). Grouping the queries avoids repeating the keys.
     """
-    b, length, heads, width = q.shape
-    # Heads before positions: on CPU the products then take two thirds of the time, backward too.
-    grouped = q.reshape(b, length, k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    width = q.shape[-1]
+    grouped = q.reshape(len(q), k.shape[1], -1, *q.shape[2:])
     scores = jnp.einsum("bkgld,bknd->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED))
     out = jnp.einsum("bkgln,bknd->bkgld", weights.astype(v.dtype), v)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, length, heads * width)
+    return out.reshape(q.shape)
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
-    """Return `causal` by the TPU kernel: every device attends with its own rows and heads."""
-    batch, length, heads, width = q.shape
+    """Return causal `attend` [B,H,L,hd] by the TPU kernel: every device attends with its own rows and heads."""
+    heads, length, width = q.shape[1:]
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else _parts(mesh, "heads")
-    kernel = _kernel(length, heads // shards, heads // k.shape[2], interpret)
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * width**-0.5, k, v))
+    kernel = _kernel(length, heads // shards, heads // k.shape[1], interpret)
 
     def own(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.vmap(kernel)(q, k, v)
@@ -96,7 +95,7 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool =
         assert spec is not None
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         own = jax.shard_map(own, in_specs=(spec,) * 3, out_specs=spec, axis_names=free, check_vma=False)
-    return own(q, k, v).transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
+    return own(q * width**-0.5, k, v)
 
 
 def _parts(mesh: Any, logical: str) -> int:

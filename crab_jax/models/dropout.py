@@ -54,14 +54,17 @@ def keep(key: jax.Array, rows: DropoutRows, shape: tuple[int, ...], rate: float,
     of_row = _mixed(_mixed(rows.astype(jnp.uint32) ^ first) ^ second)
     of_place = _mixed(of_row[:, None] ^ _mixed(places + first))  # [B, elements of all axes but the last]
     of_feature = _mixed(jnp.arange(width, dtype=jnp.uint32) ^ second)
-    mixed = _mixed(of_place[..., None] ^ of_feature).astype(jnp.int32)
+    mixed = _mixed(of_place[..., None] ^ of_feature, last=False).astype(jnp.int32)
     # Both sides are shifted by 2**31, because a comparison of signed integers is one instruction on a TPU.
     kept: jax.Array = mixed >= round(rate * 2**32) - 2**31
     return kept.reshape(len(rows), *shape)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
-    """Return uint32[...] whose bits each depend on all bits of x uint32[...]; a bijection."""
+def _mixed(x: jax.Array, last: bool = True) -> jax.Array:
+    """Return uint32[...] whose bits each depend on all bits of x uint32[...]; a bijection.
+
+    Without the `last` step this is true of the upper bits only, which decide a comparison.
+    """
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return x ^ (x >> 16) if last else x

@@ -59,12 +59,12 @@ class Dense(nn.Module):
 
     features: int
     dtype: Any
-    init: Any = torch_uniform
+    kernel_init: Any = torch_uniform
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., in] to [..., features] in `dtype`."""
-        kernel: jax.Array = self.param("kernel", self.init, (x.shape[-1], self.features))
+        kernel: jax.Array = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias: jax.Array = self.param("bias", nn.initializers.zeros, (self.features,))
         y = product(x.astype(self.dtype), kernel)
         return (y.astype(jnp.promote_types(self.dtype, jnp.float32)) + bias).astype(self.dtype)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crab_jax.models import attention, lora
 from crab_jax.models.attention import MASKED, causal
@@ -120,9 +121,17 @@ def rope(positions: Positions, head_dim: int, theta: float) -> Rotation:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B,L,H,hd] by half-rotation RoPE, in float32: feature i pairs with feature i + hd/2."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotate x [...,hd] by half-rotation RoPE, in float32: feature i pairs with feature i + hd/2.
+
+    cos, sin: [...,hd/2], with axes that broadcast to those of x.
+    """
+    width = x.shape[-1]
+    # -x[i + hd/2] for the first half and x[i - hd/2] for the second, as a product: exact, and on TPU several times as
+    # fast as moving half a row of lanes.
+    turn = np.roll(np.eye(width, dtype=np.float32), width // 2, axis=1) * np.repeat([-1.0, 1.0], width // 2)
+    turned = jnp.matmul(x, turn.astype(x.dtype), precision="highest", preferred_element_type=jnp.float32)
+    cos, sin = (jnp.concatenate([half, half], axis=-1) for half in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -183,7 +192,8 @@ class Attention(nn.Module):
         v = heads("v_proj", cfg.kv_heads, "kv")
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
-            out = causal(q, k, v, cfg.attention, visible)
+            # Heads before positions, as attention's products read them.
+            out = causal(*(y.swapaxes(1, 2) for y in (q, k, v)), cfg.attention, visible)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KVCache(

@@ -13,7 +13,7 @@ from crab_jax.parallel import sharding
 
 def drawn(heads: int, kv_heads: int, length: int = 256, width: int = 128, rows: int = 2):
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(rows, length, n, width) for n in (heads, kv_heads, kv_heads)] + [(rows, length, heads * width)]
+    shapes = [(rows, n, length, width) for n in (heads, kv_heads, kv_heads, heads)]
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -32,7 +32,7 @@ def test_splash_equals_the_formula_and_so_do_its_gradients(heads, kv_heads, on_m
         return jax.jit(jax.value_and_grad(run, (0, 1, 2)))(*qkv)
 
     (found, found_grads) = total(lambda q, k, v: attention.splash_attention(q, k, v, interpret=True))
-    (wanted, wanted_grads) = total(lambda q, k, v: attention.causal(q, k, v, "einsum"))
+    (wanted, wanted_grads) = total(lambda q, k, v: attention.attend(q, k, v, jnp.tril(jnp.ones((1, 256, 256), bool))))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
     for a, b in zip(found_grads, wanted_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
@@ -41,17 +41,17 @@ def test_splash_equals_the_formula_and_so_do_its_gradients(heads, kv_heads, on_m
 def test_a_position_sees_itself_and_what_comes_before_it():
     q, k, v, _ = drawn(2, 2, length=8, width=4)
     out = attention.causal(q, k, v, "einsum")
-    changed = attention.causal(q, k.at[:, 5].add(1), v.at[:, 5].add(1), "einsum")
+    changed = attention.causal(q, k.at[:, :, 5].add(1), v.at[:, :, 5].add(1), "einsum")
     same = np.isclose(out, changed).all((0, 2))
     assert same[:5].all() and not same[5:].any()
-    np.testing.assert_allclose(out[:, 0], v[:, 0].reshape(2, -1), rtol=1e-6)
+    np.testing.assert_allclose(out[:, 0], v[:, :, 0].reshape(2, -1), rtol=1e-6)
 
 
 def test_keys_that_are_hidden_change_nothing():
     q, k, v, _ = drawn(2, 2, length=8, width=4)
     visible = jnp.ones((2, 8), bool).at[:, 2].set(False)
     out = attention.causal(q, k, v, "auto", visible)
-    changed = attention.causal(q, k.at[:, 2].add(1), v.at[:, 2].add(1), "auto", visible)
+    changed = attention.causal(q, k.at[:, :, 2].add(1), v.at[:, :, 2].add(1), "auto", visible)
     np.testing.assert_array_equal(out[:, 3:], changed[:, 3:])
 
 

@@ -218,7 +218,7 @@ def test_grouped_queries_equal_repeated_keys():
 
 
 def test_grouped_queries_never_repeat_the_keys():
-    q, kv, mask = jnp.ones((1, 1, 8, 64)), jnp.ones((1, 100, 1, 64)), jnp.ones((1, 1, 100), bool)
+    q, kv, mask = jnp.ones((1, 8, 1, 64)), jnp.ones((1, 1, 100, 64)), jnp.ones((1, 1, 100), bool)
     jaxpr = jax.make_jaxpr(attend)(q, kv, kv, mask)
     assert max(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars) <= 100 * 64
 
