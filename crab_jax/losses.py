@@ -110,7 +110,8 @@ def _sum_of_targets(
         logits = _logits_at(hidden, matrix, place, vocab_size)
         return total + jnp.where(wanted, _cross_entropy(logits, label), 0).sum(1)
 
-    return jax.lax.fori_loop(0, _chunks(numbers, chunk), add, jnp.zeros(len(hidden), jnp.float32))
+    total: jax.Array = jax.lax.fori_loop(0, _chunks(numbers, chunk), add, jnp.zeros(len(hidden), jnp.float32))
+    return total
 
 
 def _sum_forward(vocab_size: int, chunk: int, *args: Any) -> tuple[jax.Array, Any]:

@@ -64,7 +64,8 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kind: str, key_mask: jax.Ar
     else:
         mask = jnp.tril(jnp.ones((1, length, length), bool))
         out = attend(q, k, v, mask if key_mask is None else mask & key_mask[:, None, :])
-    return checkpoint_name(out.swapaxes(1, 2).reshape(len(q), length, -1), SAVED)
+    named: jax.Array = checkpoint_name(out.swapaxes(1, 2).reshape(len(q), length, -1), SAVED)
+    return named
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
@@ -76,7 +77,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax
     grouped = q.reshape(len(q), k.shape[1], -1, *q.shape[2:])
     scores = jnp.einsum("bkgld,bknd->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED))
-    out = jnp.einsum("bkgln,bknd->bkgld", weights.astype(v.dtype), v)
+    out: jax.Array = jnp.einsum("bkgln,bknd->bkgld", weights.astype(v.dtype), v)
     return out.reshape(q.shape)
 
 

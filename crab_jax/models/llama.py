@@ -193,8 +193,10 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
             # Heads before positions, as attention's products read them.
-            out = causal(*(y.swapaxes(1, 2) for y in (q, k, v)), cfg.attention, visible)
+            q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
+            out = causal(q, k, v, cfg.attention, visible)
         else:
+            assert visible is not None
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KVCache(
                 cache.k.at[layer, rows, :, :, slots].set(k.astype(cache.k.dtype)),

@@ -46,6 +46,11 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+def _saved(y: jax.Array) -> jax.Array:
+    named: jax.Array = checkpoint_name(y, SAVED)
+    return named
+
+
 class LoraDense(nn.Module):
     """Linear layer with an optional multi-head LoRA update.
 
@@ -73,7 +78,7 @@ class LoraDense(nn.Module):
         if self.use_bias:
             y = y + self._weight("bias", nn.initializers.zeros, (self.features,), (out_axis,)).astype(self.dtype)
         if self.lora is None:
-            return checkpoint_name(y, SAVED)
+            return _saved(y)
         rank, heads = self.lora.rank, self.lora.heads
         a = self._weight("lora_A", torch_uniform, (width, rank), (in_axis, None))
         b = self._weight("lora_B", nn.initializers.zeros, (heads, rank, self.features), (None, None, out_axis))
@@ -84,7 +89,7 @@ class LoraDense(nn.Module):
         if self.is_mutable_collection("router") and not self.is_initializing():
             self.sow("router", "weights", weights)
         y = y + product(mix_heads(low, weights, self.lora.scale), b.reshape(heads * rank, self.features))
-        return checkpoint_name(y, SAVED)
+        return _saved(y)
 
     def _weight(
         self, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...], axes: tuple[str | None, ...]

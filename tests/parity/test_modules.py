@@ -102,7 +102,7 @@ def test_q_former_inside(data, load):
     seen = {name: seen[name]["__call__"][0] for name in ("ln", "embeddings_norm")}
     states = [
         seen["embeddings_norm"],
-        *layer_by_layer(qformer.Layer(cfg), params["layers"], seen["embeddings_norm"], seen["ln"], True),
+        *layer_by_layer(qformer.Layer(cfg), params["layers"], seen["embeddings_norm"], seen["ln"], None),
     ]
     assert len(states) == sum(name.startswith("bert_hidden.") for name in z)
     for i, state in enumerate(states):
