@@ -89,7 +89,8 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool =
     kernel = _kernel(length, heads // shards, heads // k.shape[1], interpret)
 
     def own(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.vmap(kernel)(q, k, v)
+        attended: jax.Array = jax.vmap(kernel)(q, k, v)
+        return attended
 
     if not mesh.empty:
         spec = nn.logical_to_mesh_axes(("batch", "heads", None, None))
