@@ -59,6 +59,11 @@ _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _INDEX = re.compile(r"index=(\d+)")
 _NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_BATCHED = re.compile(r"lhs_batch_dims=\{([\d,]*)\}")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 # Opcodes whose result is their first operand, or a part of it, in another place, type or layout.
 _MOVES = {
@@ -94,13 +99,28 @@ class Array(NamedTuple):
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
+class Product(NamedTuple):
+    """A matrix product or a convolution: its FLOPs, and the sizes of rows x inner times inner x columns.
+
+    Batched products and convolutions over space have these sizes for each element of the batch and the kernel.
+    """
+
+    flops: float
+    rows: int
+    inner: int
+    columns: int
+
+
 class Op(NamedTuple):
     """One instruction.
 
     times: runs per program run. fused: inside a fusion, so its result has no buffer. source: the program argument
     (JAX's name) that the result is a moved or converted copy of, or "". channel: identifies the steps of one
     collective, or "". groups: the chips that a collective joins, as they are numbered in the mesh. between_slices: the
-    kind of collective that a transfer between slices is part of, or "".
+    kind of collective that a transfer between slices is part of, or "". path: JAX's name of what it computes, such as
+    "jit(step)/jvp(Crab)/llama/norm/mul". cycles: the compiler's estimate for one run, 0 where it gives none. owner: the
+    fusion that it is inside of, or "". operands: all arrays that it is given. product: what it multiplies. target: the
+    name of what a custom call calls.
     """
 
     name: str
@@ -112,6 +132,12 @@ class Op(NamedTuple):
     channel: str = ""
     groups: tuple[tuple[int, ...], ...] = ()
     between_slices: str = ""
+    path: str = ""
+    cycles: int = 0
+    owner: str = ""
+    operands: tuple[Array, ...] = ()
+    product: Product | None = None
+    target: str = ""
 
 
 def _split(definition: str) -> tuple[str, str, str]:
@@ -136,6 +162,9 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
             entry = current if head[1] else entry
         elif current and (op := _OP.match(line)):
             out[current].append((op[1], *_split(op[2])))
+        elif current and out[current] and line != "}":  # the attributes of a kernel go on over several lines
+            *first, rest = out[current][-1]
+            out[current][-1] = (first[0], first[1], first[2], rest + line)
     return out, entry
 
 
@@ -160,9 +189,10 @@ def ops(text: str) -> list[Op]:
     computations, entry = _computations(text)
     out: list[Op] = []
 
-    def visit(computation: str, times: int, fused: bool, given: list[Source]) -> Source:
+    def visit(computation: str, times: int, owner: str, given: list[Source]) -> Source:
         """Return the source of the root (the last instruction), given the sources of the parameters."""
         sources: dict[str, Source] = {}
+        shapes: dict[str, tuple[Array, ...]] = {}
         last: Source = ""
         for name, type_text, opcode, rest in computations.get(computation, ()):
             arrays = tuple(
@@ -175,31 +205,68 @@ def ops(text: str) -> list[Op]:
             if opcode == "while":
                 condition = re.search(r"condition=%?([\w.\-]+)", rest)
                 within *= trip_count(computations.get(condition[1], []) if condition else [], rest)
-            operands = [sources.get(operand, "") for operand in _OPERAND.findall(rest.partition(")")[0])]
-            inner = [
-                visit(each, within, fused or opcode not in ("while", "conditional", "call", "async-start"), operands)
-                for each in dict.fromkeys(called)
-            ]
+            given_names = _OPERAND.findall(rest.partition(")")[0])
+            operands = [sources.get(operand, "") for operand in given_names]
+            read = tuple(each for operand in given_names for each in shapes.get(operand, ()))
+            holds = owner or ("" if opcode in ("while", "conditional", "call", "async-start") else name)
+            inner = [visit(each, within, holds, operands) for each in dict.fromkeys(called)]
+            shapes[name] = arrays
             last = _source(opcode, rest, operands, inner, given, computation == entry)
             sources[name] = last
             channel, transfer = _CHANNEL.search(rest), _BETWEEN_SLICES.search(rest)
+            path, cycles, target = _NAMED.search(rest), _CYCLES.search(rest), _TARGET.search(rest)
             out.append(
                 Op(
                     name,
                     opcode,
                     arrays,
                     times,
-                    fused,
+                    bool(owner),
                     last if isinstance(last, str) else "",
                     channel[1] if channel else "",
                     _groups(rest) if opcode.removesuffix("-start") in COLLECTIVES else (),
                     transfer[1].lower().replace("_", "-") if transfer else "",
+                    path[1] if path else "",
+                    int(cycles[1]) if cycles else 0,
+                    owner,
+                    read,
+                    _product(opcode, rest, arrays, read),
+                    target[1] if target else "",
                 )
             )
         return last
 
-    visit(entry, 1, False, [])
+    visit(entry, 1, "", [])
     return out
+
+
+def _product(opcode: str, rest: str, results: tuple[Array, ...], operands: tuple[Array, ...]) -> Product | None:
+    """Return what a convolution or a dot multiplies, None for other instructions."""
+    if opcode not in ("convolution", "dot") or len(operands) < 2 or not results:
+        return None
+    left, right, out = operands[0].shape, operands[1].shape, results[0].shape
+    if opcode == "dot":
+        contracted = [left[int(axis)] for axis in (_axes(_CONTRACTED, rest))]
+        batch = [left[int(axis)] for axis in (_axes(_BATCHED, rest))]
+        inner = math.prod(contracted)
+        rows = math.prod(left) // max(1, inner * math.prod(batch))
+        columns = math.prod(out) // max(1, rows * math.prod(batch))
+        return Product(2.0 * math.prod(out) * inner, rows, inner, columns)
+    labels = _LABELS.search(rest)
+    if not labels:
+        return None
+    inner, space = right[labels[2].index("i")], 1
+    for number in filter(str.isdigit, labels[2]):  # a batched product is a convolution over as large a space
+        size = right[labels[2].index(number)]
+        batched = number in labels[3] and out[labels[3].index(number)] == size == left[labels[1].index(number)]
+        space *= 1 if batched else size
+    rows, columns = out[labels[3].index("b")], out[labels[3].index("f")]
+    return Product(2.0 * math.prod(out) * inner * space, rows, inner, columns)
+
+
+def _axes(pattern: re.Pattern[str], rest: str) -> list[str]:
+    found = pattern.search(rest)
+    return [axis for axis in found[1].split(",") if axis] if found else []
 
 
 def _source(

@@ -24,6 +24,8 @@ class Chip:
 
     kind: JAX's `device_kind`. flops: peak bf16 FLOP/s. hbm_bytes: usable memory in bytes. Bandwidths are in bytes/s:
     of the memory, of the interconnect within a slice (ICI), and of the network between slices (DCN; None: unknown).
+    clock: Hz of the cores, at which the matrix units reach `flops`. vector_ops: float32 operations per second of the
+    vector units (4 x 8 x 128 lanes a core).
     """
 
     name: str
@@ -33,13 +35,15 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float | None
+    clock: float
+    vector_ops: float
 
 
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, None),
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),
-    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9),
-    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 12.5e9),
+    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, None, 1.05e9, 8.6e12),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, 1.5e9, 6.1e12),
+    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 1.75e9, 14.3e12),
+    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 12.5e9, 1.75e9, 7.2e12),
 )
 
 
