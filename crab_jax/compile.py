@@ -39,7 +39,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crab_jax import optim
-from crab_jax.aot import cost, flops, hlo
+from crab_jax.aot import cost, flops, hlo, links
 from crab_jax.config import MeshConfig, RunConfig, parse_flags
 from crab_jax.io import bounds
 from crab_jax.io.bounds import PATH, Whole
@@ -199,6 +199,8 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
         step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
+    if not any(bucket[1:3]) and not bucket.masks:
+        frozen = {"llama": frozen["llama"]}  # the only module that text needs
     jitted = train_step.compile_step(config, config.model.build(), mesh, state, tx, accumulate)
     return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
 
@@ -341,8 +343,9 @@ def measure(
     )
     program_ops = hlo.ops(compiled.as_text())
     networks = hlo.by_network(program_ops, len(devices) // report["slices"])
+    linked = links.seconds(program_ops, mesh, chip)
     work = flops.Work(done.flops / tensor, done.bytes / tensor)
-    times = flops.roofline(chip, work, networks["ici"], networks["dcn"] if report["slices"] > 1 else None)
+    times = flops.roofline(chip, work, sum(linked.values()), networks["dcn"] if report["slices"] > 1 else None)
     llama = config.model.llama
     if thorough:
         spent = cost.spent(program_ops, chip, flops.kernels(traced.jaxpr.jaxpr))
@@ -360,6 +363,7 @@ def measure(
         "collectives": hlo.collectives(program_ops),
         "networks": networks,
         "roofline_s": times,
+        "interconnect_s": linked,
         "findings": findings(config, mesh, program_ops),
         "mfu_bound": useful.flops / tensor / chip.flops / times["step"],
         "padding": {
@@ -576,7 +580,7 @@ def _by_arithmetic(
             function, args = program.own(True)
             counted[tensor, remat] = flops.count(function, *args)
         work = flops.Work(*(amount / tensor for amount in counted[tensor, remat]))
-        out.append((flops.roofline(chip, work, {})["step"], tensor, fsdp, remat))
+        out.append((flops.roofline(chip, work)["step"], tensor, fsdp, remat))
     return sorted(out)
 
 

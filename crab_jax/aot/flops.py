@@ -146,17 +146,16 @@ def _product_flops(eqn: Any) -> float:
     return flops
 
 
-def roofline(chip: Chip, work: Work, collectives: Moves, between_slices: Moves | None = None) -> dict[str, float]:
+def roofline(
+    chip: Chip, work: Work, interconnect: float = 0.0, between_slices: Moves | None = None
+) -> dict[str, float]:
     """Return the least seconds that a chip needs: {"compute", "hbm", "interconnect", "step"}.
 
-    `collectives` are those within a slice, `between_slices` those that cross the data centre's network, whose
-    time is "dcn", unless its speed is unknown. The step is the largest, as if they overlapped perfectly.
+    `interconnect` are the seconds of the collectives within a slice (`links`), `between_slices` those that cross the
+    data centre's network, whose time is "dcn", unless its speed is unknown. The step is the largest, as if they
+    overlapped perfectly.
     """
-    times = {
-        "compute": work.flops / chip.flops,
-        "hbm": work.bytes / chip.hbm_bandwidth,
-        "interconnect": sent(collectives) / chip.ici_bandwidth,
-    }
+    times = {"compute": work.flops / chip.flops, "hbm": work.bytes / chip.hbm_bandwidth, "interconnect": interconnect}
     if between_slices is not None and chip.dcn_bandwidth:
         times["dcn"] = sent(between_slices) / chip.dcn_bandwidth
     return {**times, "step": max(times.values())}

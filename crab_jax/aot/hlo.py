@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -325,6 +325,14 @@ def collectives(program: Iterable[Op]) -> dict[str, dict[str, int]]:
     """
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
+    for kind, each, op in moves(program):
+        count[kind] += op.times
+        size[kind] += op.times * each
+    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in COLLECTIVES if count[kind]}
+
+
+def moves(program: Iterable[Op]) -> Iterator[tuple[str, int, Op]]:
+    """Yield (kind, bytes of one run, operation) of every collective, each once, as `collectives` counts them."""
     seen: set[tuple[str, str, tuple[Array, ...]]] = set()
     for op in program:
         kind, step = _kind(op), (op.opcode, op.channel, op.results)
@@ -336,9 +344,7 @@ def collectives(program: Iterable[Op]) -> dict[str, dict[str, int]]:
             results = op.results[:1]
         elif op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): results are the larger part
             results = (max(results, key=lambda array: array.bytes),)
-        count[kind] += op.times
-        size[kind] += op.times * sum(array.bytes for array in results)
-    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in COLLECTIVES if count[kind]}
+        yield kind, sum(array.bytes for array in results), op
 
 
 def _kind(op: Op) -> str:

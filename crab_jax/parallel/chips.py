@@ -4,7 +4,8 @@ Sources: the "key chip specifications" tables of cloud.google.com/tpu/docs/v4, v
 bandwidth, inter-chip interconnect summed over a chip's links, one way); `hbm_bytes` is what the TPU compiler leaves to
 a program according to its own out-of-memory errors, a little less than the nominal 32, 16, 95 and 32 GB. The data
 centre's network: "data center network bandwidth per Pod" of v5e (6.4 Tbit/s) and v6e (25.6 Tbit/s) over the pod's 256
-chips, and "DCN bandwidth per chip" of v5p (50 Gbit/s); Google gives no figure for v4.
+chips, and "DCN bandwidth per chip" of v5p (50 Gbit/s); Google gives no figure for v4. The bandwidth of one link is that
+of the chapter on TPUs of jax-ml.github.io/scaling-book.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class Chip:
 
     kind: JAX's `device_kind`. flops: peak bf16 FLOP/s. hbm_bytes: usable memory in bytes. Bandwidths are in bytes/s:
     of the memory, of the interconnect within a slice (ICI), and of the network between slices (DCN; None: unknown).
-    clock: Hz of the cores, at which the matrix units reach `flops`. vector_ops: float32 operations per second of the
-    vector units (4 x 8 x 128 lanes a core).
+    link_bandwidth: bytes/s of one link of the interconnect in one direction, as it is reached. clock: Hz of the cores,
+    at which the matrix units reach `flops`. vector_ops: float32 operations per second of the vector units (4 x 8 x 128
+    lanes a core).
     """
 
     name: str
@@ -35,15 +37,16 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float | None
+    link_bandwidth: float
     clock: float
     vector_ops: float
 
 
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, None, 1.05e9, 8.6e12),
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, 1.5e9, 6.1e12),
-    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 1.75e9, 14.3e12),
-    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 12.5e9, 1.75e9, 7.2e12),
+    Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, None, 45e9, 1.05e9, 8.6e12),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, 45e9, 1.5e9, 6.1e12),
+    Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 90e9, 1.75e9, 14.3e12),
+    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 12.5e9, 90e9, 1.75e9, 7.2e12),
 )
 
 
