@@ -39,7 +39,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crab_jax import optim
-from crab_jax.aot import cost, flops, hlo, links
+from crab_jax.aot import cost, flops, gpu, hlo, links
 from crab_jax.config import MeshConfig, RunConfig, parse_flags
 from crab_jax.io import bounds
 from crab_jax.io.bounds import PATH, Whole
@@ -70,6 +70,8 @@ REPORT_KEYS = (
     "estimate_s",
     "estimate",
     "mfu_4n",
+    "kernels",
+    "traffic",
 )  # of the report that --json writes
 SMALL = 2**16  # elements; copies of smaller matrices are harmless
 ROWS = 8  # rows per data-parallel group in prefill and decode
@@ -82,12 +84,19 @@ Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 
 
 def topology_devices(name: str, thorough: bool = False, slices: int = 1) -> list[Any]:
-    """Return the devices of a topology such as v5e:16x16, v5p:2x2x4 or v4:4x4x4, on any machine with libtpu.
+    """Return the devices of a topology such as v5e:16x16, v5p:2x2x4 or h200:8, on any machine with their compiler.
 
     thorough: as the command line option. slices: how many slices of this topology. Raises InputError for an unknown
-    topology or without libtpu.
+    topology or without the compiler (libtpu, JAX's plug-in for CUDA).
     """
     generation, count = chips.chips_of(name)
+    card = next((gpu for gpu in chips.GPUS if gpu.name == generation), None)
+    if card is not None:
+        if slices > 1:
+            raise InputError("command line", "--slices", "is for TPUs", f"give {generation}:{chips.NODE * slices}")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
+        return gpu.devices(card, count)
     # libtpu asks for these where it would otherwise look for a TPU machine; the type counts cores on v4 and v5p.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -253,8 +262,12 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
 def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
     """Return the program of one of STAGES."""
     if stage == "llm":
-        return train_program(language_model(config), mesh, bucket._replace(frames=0, windows=0, masks=0))
+        return train_program(language_model(config), mesh, _text_alone(bucket))
     return train_program(config, mesh, bucket) if stage == "train" else serve_program(config, mesh, bucket, stage)
+
+
+def _text_alone(bucket: Bucket) -> Bucket:
+    return bucket._replace(frames=0, windows=0, masks=0)
 
 
 def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
@@ -285,6 +298,7 @@ def measure(
     chip = chips.chip_of(devices[0])
     assert chip is not None
     mesh = mesh_for(config, devices, stage)
+    bucket = _text_alone(bucket) if stage == "llm" else bucket
     program = program_of(config, mesh, bucket, stage)
     tensor = mesh.shape["tensor"]
     say(f"{topology} {stage}: counting arithmetic")
@@ -307,7 +321,8 @@ def measure(
     say(f"{topology} {stage}: lowering")
     started = time.monotonic()
     traced = program.jitted.trace(*program.args)
-    lowered = traced.lower()
+    card = devices[0].platform == "gpu"
+    lowered = traced.lower(lowering_platforms=("cuda",)) if card else traced.lower()
     report["lower_s"] = time.monotonic() - started
     say(f"{topology} {stage}: compiling (a minute or more)")
     started, busy = time.monotonic(), time.process_time()
@@ -342,14 +357,17 @@ def measure(
         + memory.generated_code_size_in_bytes
     )
     program_ops = hlo.ops(compiled.as_text())
-    networks = hlo.by_network(program_ops, len(devices) // report["slices"])
-    linked = links.seconds(program_ops, mesh, chip)
+    each = min(len(devices), chips.NODE) if card else len(devices) // report["slices"]
+    networks = hlo.by_network(program_ops, each)
+    linked = links.seconds(program_ops, mesh, chip, each)
     work = flops.Work(done.flops / tensor, done.bytes / tensor)
-    times = flops.roofline(chip, work, sum(linked.values()), networks["dcn"] if report["slices"] > 1 else None)
+    times = flops.roofline(chip, work, sum(linked.values()), networks["dcn"] if each < len(devices) else None)
     llama = config.model.llama
-    if thorough:
+    if thorough or card:
         spent = cost.spent(program_ops, chip, flops.kernels(traced.jaxpr.jaxpr))
         report |= estimate(config, spent, chip, program.rows * tokens_of(bucket, stage) / len(devices))
+        if card:
+            report |= {"kernels": cost.kernels_run(program_ops), "traffic": cost.traffic_by_part(spent)}
     return report | {
         "fits": peak <= chip.hbm_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -367,7 +385,7 @@ def measure(
         "findings": findings(config, mesh, program_ops),
         "mfu_bound": useful.flops / tensor / chip.flops / times["step"],
         "padding": {
-            "arguments": 1 - logical / max(1, memory.argument_size_in_bytes),
+            "arguments": max(0.0, 1 - logical / max(1, memory.argument_size_in_bytes)),
             "vocabulary": 1 - llama.vocab_size / llama.padded_vocab,
         },
     }, compiled
@@ -499,10 +517,13 @@ def estimate_lines(report: dict[str, Any]) -> list[str]:
     if not total:
         return []
     passes = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in report["passes"].items())
+    source = f"of {report['kernels']:,} kernels" if "kernels" in report else "by the compiler"
+    traffic = report.get("traffic", {})
     return [
-        f"estimate     {total:.3f} s by the compiler, {report['mfu_4n']:.0%} MFU at 4 N; {passes}",
+        f"estimate     {total:.3f} s {source}, {report['mfu_4n']:.0%} MFU at 4 N; {passes}",
         *(
             f"  {part:<19}{seconds:.4f} s {seconds / total:>6.1%}"
+            + (f", {gib(traffic[part])} of memory traffic" if part in traffic else "")
             for part, seconds in sorted(report["estimate"].items(), key=lambda item: -item[1])
         ),
     ]
@@ -624,7 +645,7 @@ def command_line() -> CommandLine:
     """Return the parser of all flags except --config.key=value."""
     parser = CommandLine(__doc__, "python -m crab_jax.compile")
     parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
-    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, h200:8, ...")
     parser.add_argument("--slices", type=Whole(1, 1024), metavar="N", help="so many slices of this topology")
     parser.add_argument("--stage", choices=STAGES, default="train")
     parser.add_argument(

@@ -140,6 +140,71 @@ def test_the_part_of_an_operation_that_is_no_product(path, part):
     assert cost.part_of(path, hlo.Op("x", "fusion", (), 1, False), None) == part
 
 
+GPU = f"""HloModule jit_step, is_scheduled=true
+
+%slices (stack: bf16[32,4096,1024], at: s32[]) -> bf16[1,4096,1024] {{
+  %stack = bf16[32,4096,1024]{{2,1,0}} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %part = bf16[1,4096,1024]{{2,1,0}} dynamic-slice(%stack, %at, %at, %at), dynamic_slice_sizes={{1,4096,1024}}
+}}
+
+%update (stack: bf16[32,4096,1024], new: bf16[4096,1024], at: s32[]) -> bf16[32,4096,1024] {{
+  %stack = bf16[32,4096,1024]{{2,1,0}} parameter(0)
+  %new = bf16[4096,1024]{{1,0}} parameter(1)
+  %at = s32[] parameter(2)
+  %one = bf16[1,4096,1024]{{2,1,0}} bitcast(%new)
+  ROOT %whole = bf16[32,4096,1024]{{2,1,0}} dynamic-update-slice(%stack, %one, %at, %at, %at)
+}}
+
+%drop (x: bf16[8192,4096]) -> bf16[8192,4096] {{
+  %x = bf16[8192,4096]{{1,0}} parameter(0)
+  %bits = u32[8192,4096]{{1,0}} xor(%x, %x), {named("jit(step)/jvp(Crab)/llama/q_proj/Dropout_0/_bernoulli/threefry")}
+  ROOT %kept = bf16[8192,4096]{{1,0}} select(%bits, %x), {named("jit(step)/jvp(Crab)/llama/q_proj/Dropout_0/select_n")}
+}}
+
+ENTRY %main (p: bf16[32,4096,1024]) -> bf16[8192,1024] {{
+  %p = bf16[32,4096,1024]{{2,1,0}} parameter(0)
+  %x = bf16[8192,4096]{{1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  %w = bf16[1,4096,1024]{{2,1,0}} fusion(%p, %i), kind=kLoop, calls=%slices
+  %w.2 = bf16[4096,1024]{{1,0}} bitcast(%w)
+  %kept = bf16[8192,4096]{{1,0}} fusion(%x), kind=kLoop, calls=%drop
+  %stack = bf16[32,4096,1024]{{2,1,0}} fusion(%p, %w.2, %i), kind=kLoop, calls=%update
+  %sum = bf16[4096]{{0}} all-reduce(%y), channel_id=1, to_apply=%add
+  ROOT %out = (bf16[8192,1024]{{1,0}}, s8[4096]{{0}}) custom-call(%kept, %w.2), custom_call_target="__cublas$gemm", \
+{named("jit(step)/jvp(Crab)/llama/layers/q_proj/dot_general")}, backend_config={{"gemm_backend_config":\
+{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],\
+"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}}}}
+}}
+"""
+
+
+def test_a_gpu_reads_of_a_stack_only_the_layer_and_takes_the_roofline_of_every_kernel():
+    program, h200 = hlo.ops(GPU), next(gpu for gpu in chips.GPUS if gpu.name == "h200")
+    traffic = {op.name: op.traffic for op in program}
+    layer, rows = 2 * 4096 * 1024, 2 * 8192 * 4096
+    assert traffic["w"] == 2 * layer + 4 and traffic["stack"] == 2 * layer + 4
+    assert traffic["kept"] == 2 * rows and traffic["sum"] == 0
+    assert cost.kernels_run(program) == 4
+    times = cost.spent(program, h200)
+    parts = cost.by_part(times)
+    assert parts["base"] == pytest.approx(2 * 8192 * 4096 * 1024 / h200.flops)
+    assert parts["lora"] == pytest.approx(2 * rows / h200.hbm_bandwidth)
+    assert parts["other"] == pytest.approx((4 * layer + 8) / h200.hbm_bandwidth)
+    assert sum(cost.traffic_by_part(times).values()) == sum(traffic.values())
+
+
+def test_bits_of_a_gpu_take_what_their_kernel_would_not_without_them():
+    h200 = next(gpu for gpu in chips.GPUS if gpu.name == "h200")
+    program = hlo.ops(GPU.replace("%bits = u32[8192,4096]", "%bits = u32[8192,409600]"))
+    times = cost.spent(program, h200)
+    parts = cost.by_part(times)
+    wanted = 8192 * (409600 + 4096) / h200.vector_ops
+    assert parts["dropout_bits"] + parts["lora"] == pytest.approx(wanted)
+    assert parts["lora"] == pytest.approx(4 * 8192 * 4096 / h200.hbm_bandwidth)
+    assert sum(cost.traffic_by_part(times).values()) == sum(op.traffic for op in program), "a kernel counts once"
+
+
 def double(x, grid=4, **options):
     def body(x_ref, y_ref, o_ref):
         o_ref[...] = jnp.exp(x_ref[...] @ y_ref[...])

@@ -121,7 +121,7 @@ def test_an_inferred_split_takes_more_chips_where_they_gather_faster(kind, sizes
 
 def test_collectives_of_a_program_run_on_the_links_of_their_groups():
     devices = np.array(slice_of("TPU v5 lite", 4, 4, 1), dtype=object).reshape(4, 4, 1)
-    mesh = SimpleNamespace(devices=devices, shape={"data": 4, "fsdp": 4, "tensor": 1})
+    mesh = SimpleNamespace(devices=devices)
     chip = chips.chip_of(devices.flat[0])
     array = (hlo.Array("bf16", (4, 1000)),)
     rows = tuple(tuple(range(start, start + 4)) for start in range(0, 16, 4))
@@ -130,7 +130,7 @@ def test_collectives_of_a_program_run_on_the_links_of_their_groups():
         hlo.Op("b", "all-gather", array, 10, False, channel="1", groups=rows),  # another part of the same
         hlo.Op("c", "all-reduce", array, 1, False, channel="2"),
     ]
-    found = links.seconds(program, mesh, chip)
+    found = links.seconds(program, mesh, chip, 16)
     assert found == pytest.approx({"all-gather": 10 * 6000 / LINK, "all-reduce": 2 * 8000 * 15 / 16 / 2 / LINK})
     crossing = [hlo.Op("d", "all-reduce", array, 1, False, groups=((0, 8), (1, 9)))]
-    assert links.seconds(crossing, SimpleNamespace(devices=devices, shape={"slices": 2}), chip) == {}
+    assert links.seconds(crossing, mesh, chip, 8) == {}

@@ -6,10 +6,14 @@ memory traffic that goes with it. Kernels (Pallas) have no estimate; theirs is t
 and do in the vector unit, as if no block of their grid were skipped. The interconnect is not in it: collectives run
 beside the arithmetic, and only the cycles that their instructions take of the core count here (`links.py` has the time
 that they need).
+
+The GPU compiler makes no estimate. There, every kernel takes the time of its products at the peak of their dtype, of
+the bytes that it reads and writes at the memory's bandwidth, or of its other operations, whichever is the longest.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -54,6 +58,8 @@ SLIM = 128  # a product with fewer inputs or outputs than this is of a low-rank 
 PRODUCT_SHARE = 0.95  # of the peak that a large product reaches, by the compiler's estimate
 _BITS = re.compile(r"threefry|random_bits|_bernoulli|_uniform|dropout_bits|_keep")
 _LOSS = re.compile(r"jvp\(\)|lm_head|logits|text_rows|mask_rows")  # the loss is the only thing outside the model
+_FREE = {"parameter", "constant", "broadcast", "bitcast", "reshape", "tuple", "get-tuple-element", "fusion"}
+_FREE |= {"dynamic-slice", "dynamic-update-slice", "slice", "gather", "copy", "transpose"}  # only move
 _SOFTMAX = {"exp", "sub", "div", "max", "reduce_max", "reduce_sum", "select_n"}
 
 
@@ -77,10 +83,10 @@ def spent(program: list[Op], chip: Chip, kernels: Iterable[Kernel] = ()) -> list
     for op in program:
         if op.owner:
             continue
-        seconds = op.times * op_seconds(op, chip, known)
+        held = inside[op.name]
+        seconds = op.times * (op_seconds(op, chip, known) if chip.clock else gpu_seconds(op, held, chip))
         if not seconds:
             continue
-        held = inside[op.name]
         product = max((each for each in (op, *held) if each.product), key=_flops, default=None)
         paths = [each.path for each in (op, *reversed(held)) if "/" in each.path]
         path = product.path if product else paths[0] if paths else ""
@@ -88,8 +94,9 @@ def spent(program: list[Op], chip: Chip, kernels: Iterable[Kernel] = ()) -> list
         # What is made inside of a product takes what the product would not take without it.
         bits = any(map(_BITS.search, paths))
         extra = "dropout_bits" if bits and part in ("base", "lora") else "softmax" if part == "attention" else ""
-        if extra and product:
-            alone = min(seconds, op.times * sum(map(_flops, (op, *held))) / chip.flops / PRODUCT_SHARE)
+        if extra and (product or extra == "dropout_bits"):
+            plain = sum(map(_flops, (op, *held))) / chip.flops / PRODUCT_SHARE if product else _moving(op, chip)
+            alone = min(seconds, op.times * plain)
             out.append(Spent(extra, turn, seconds - alone, op))
             seconds = alone
         out.append(Spent(part, turn, seconds, op))
@@ -104,6 +111,26 @@ def op_seconds(op: Op, chip: Chip, kernels: dict[tuple[str, tuple[tuple[int, ...
         moved = sum(array.bytes for array in (*op.operands, *op.results)) / chip.hbm_bandwidth
         return max(moved, kernel_seconds(kernel, chip)) if kernel else moved
     return op.cycles / chip.clock
+
+
+def gpu_seconds(op: Op, held: list[Op], chip: Chip) -> float:
+    """Return the roofline of one run of a kernel of a GPU: its products, its bytes, or its other operations."""
+    products = sum(_flops(each) / (chip.flops * _rate(each)) for each in (op, *held) if each.product and each.operands)
+    other = sum(
+        math.prod(each.results[0].shape)
+        for each in held
+        if each.results and not each.product and each.opcode not in _FREE
+    )
+    return max(products, _moving(op, chip), other / chip.vector_ops)
+
+
+def _moving(op: Op, chip: Chip) -> float:
+    return op.traffic / chip.hbm_bandwidth
+
+
+def _rate(op: Op) -> float:
+    """Return at which share of the bf16 peak a product runs; those of float32 are made in TF32."""
+    return {"f32": 0.5, "f64": 0.07, "s8": 2.0}.get(op.operands[0].dtype, 1.0)
 
 
 def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
@@ -163,6 +190,18 @@ def by_part(times: list[Spent]) -> dict[str, float]:
     """Return {part: seconds} in the order of PARTS, without those that take nothing."""
     sums = {part: sum(each.seconds for each in times if each.part == part) for part in PARTS}
     return {part: seconds for part, seconds in sums.items() if seconds}
+
+
+def kernels_run(program: list[Op]) -> int:
+    """Return how many kernels a run of a GPU's program starts, those of collectives apart."""
+    return sum(op.times for op in program if op.traffic)
+
+
+def traffic_by_part(times: list[Spent]) -> dict[str, int]:
+    """Return {part: bytes that a GPU's kernels read and write} in the order of PARTS."""
+    owners = {each.op.name: each for each in times}  # the last, where the time of a kernel is in two parts
+    sums = {part: sum(e.op.times * e.op.traffic for e in owners.values() if e.part == part) for part in PARTS}
+    return {part: size for part, size in sums.items() if size}
 
 
 def by_pass(times: list[Spent]) -> dict[str, float]:

@@ -61,8 +61,9 @@ _NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_BATCHED = re.compile(r"lhs_batch_dims=\{([\d,]*)\}")
+# Of a dot, and of the GPU compiler's call of a library for one.
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
+_BATCHED = re.compile(r'lhs_batch_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 # Opcodes whose result is their first operand, or a part of it, in another place, type or layout.
@@ -120,7 +121,7 @@ class Op(NamedTuple):
     kind of collective that a transfer between slices is part of, or "". path: JAX's name of what it computes, such as
     "jit(step)/jvp(Crab)/llama/norm/mul". cycles: the compiler's estimate for one run, 0 where it gives none. owner: the
     fusion that it is inside of, or "". operands: all arrays that it is given. product: what it multiplies. target: the
-    name of what a custom call calls.
+    name of what a custom call calls. traffic: bytes that one run reads and writes, where it is no part of a fusion.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Op(NamedTuple):
     operands: tuple[Array, ...] = ()
     product: Product | None = None
     target: str = ""
+    traffic: int = 0
 
 
 def _split(definition: str) -> tuple[str, str, str]:
@@ -195,9 +197,7 @@ def ops(text: str) -> list[Op]:
         shapes: dict[str, tuple[Array, ...]] = {}
         last: Source = ""
         for name, type_text, opcode, rest in computations.get(computation, ()):
-            arrays = tuple(
-                Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_text)
-            )
+            arrays = _arrays(type_text)
             called = _CALLED.findall(rest)
             for names in _CALLED_LISTS.findall(rest):
                 called += [part.strip().lstrip("%") for part in names.split(",")]
@@ -211,6 +211,7 @@ def ops(text: str) -> list[Op]:
             holds = owner or ("" if opcode in ("while", "conditional", "call", "async-start") else name)
             inner = [visit(each, within, holds, operands) for each in dict.fromkeys(called)]
             shapes[name] = arrays
+            body = computations.get(called[0], []) if opcode == "fusion" and called else []
             last = _source(opcode, rest, operands, inner, given, computation == entry)
             sources[name] = last
             channel, transfer = _CHANNEL.search(rest), _BETWEEN_SLICES.search(rest)
@@ -232,6 +233,7 @@ def ops(text: str) -> list[Op]:
                     read,
                     _product(opcode, rest, arrays, read),
                     target[1] if target else "",
+                    0 if owner else _traffic(opcode, arrays, [shapes.get(n, ()) for n in given_names], body),
                 )
             )
         return last
@@ -242,10 +244,14 @@ def ops(text: str) -> list[Op]:
 
 def _product(opcode: str, rest: str, results: tuple[Array, ...], operands: tuple[Array, ...]) -> Product | None:
     """Return what a convolution or a dot multiplies, None for other instructions."""
-    if opcode not in ("convolution", "dot") or len(operands) < 2 or not results:
+    if opcode not in ("convolution", "dot", "custom-call") or len(operands) < 2 or not results:
         return None
     left, right, out = operands[0].shape, operands[1].shape, results[0].shape
-    if opcode == "dot":
+    if opcode == "custom-call" and "__cudnn$fmha" in rest:  # scores and their product with values; backward five
+        number = 5 if "Backward" in rest else 2
+        width = left[-1]
+        return Product(2.0 * number * math.prod(left) * max(right[1:-1]), max(left[1:-1]), width, max(right[1:-1]))
+    if opcode == "dot" or (opcode == "custom-call" and "dot_dimension_numbers" in rest):
         contracted = [left[int(axis)] for axis in (_axes(_CONTRACTED, rest))]
         batch = [left[int(axis)] for axis in (_axes(_BATCHED, rest))]
         inner = math.prod(contracted)
@@ -264,9 +270,71 @@ def _product(opcode: str, rest: str, results: tuple[Array, ...], operands: tuple
     return Product(2.0 * math.prod(out) * inner * space, rows, inner, columns)
 
 
+# What moves no data, or is not the work of a kernel: collectives are counted by themselves.
+_NO_TRAFFIC = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"),
+    *("copy-done", "send", "send-done", "recv", "recv-done", "after-all", "partition-id", "replica-id"),
+    *("async-start", "async-update", "async-done"),
+    *(f"{kind}{part}" for kind in COLLECTIVES for part in ("", "-start", "-done")),
+}
+_PARTS = {"dynamic-slice", "slice", "gather"}
+
+
+def _traffic(
+    opcode: str, results: tuple[Array, ...], operands: list[tuple[Array, ...]], body: list[tuple[str, str, str, str]]
+) -> int:
+    """Return the bytes that an instruction reads and writes; of what it slices or updates in place, only the part."""
+    if opcode in _NO_TRAFFIC:
+        return 0
+    sizes, written = [_bytes(arrays) for arrays in operands], _bytes(results)
+    if opcode in _PARTS:
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2 * sizes[1]
+    if not body:
+        return sum(sizes) + written
+    made = {name: _bytes(_arrays(type_text)) for name, type_text, _, _ in body}
+    uses: dict[str, list[tuple[str, int, str]]] = {}  # by name: (opcode, number of the operand, result)
+    given: dict[str, list[str]] = {}
+    opcodes: dict[str, str] = {}
+    for name, _, kind, rest in body:
+        given[name], opcodes[name] = _OPERAND.findall(rest.partition(")")[0]), kind
+        for position, operand in enumerate(given[name]):
+            uses.setdefault(operand, []).append((kind, position, name))
+
+    def read(name: str) -> int:
+        """Return the bytes that are read of a value inside of the fusion."""
+        total = 0
+        for kind, position, result in uses.get(name, []):
+            if kind in ("bitcast", "reshape"):
+                total += read(result)
+            elif kind in _PARTS and position == 0:
+                total += made[result]
+            elif kind != "dynamic-update-slice" or position != 0:
+                return made[name]
+        return min(total, made[name])
+
+    def wrote(name: str) -> int:
+        if opcodes[name] == "tuple":
+            return sum(map(wrote, given[name]))
+        if opcodes[name] in ("bitcast", "reshape"):
+            return wrote(given[name][0])
+        return made.get(given[name][1], 0) if opcodes[name] == "dynamic-update-slice" else made[name]
+
+    return sum(read(name) for name, _, kind, _ in body if kind == "parameter") + wrote(body[-1][0])
+
+
+def _bytes(arrays: Iterable[Array]) -> int:
+    return sum(array.bytes for array in arrays)
+
+
+def _arrays(type_text: str) -> tuple[Array, ...]:
+    return tuple(Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_text))
+
+
 def _axes(pattern: re.Pattern[str], rest: str) -> list[str]:
     found = pattern.search(rest)
-    return [axis for axis in found[1].split(",") if axis] if found else []
+    return [axis.strip('"') for axis in found[1].split(",") if axis] if found else []
 
 
 def _source(

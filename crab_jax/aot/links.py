@@ -12,13 +12,13 @@ from crab_jax.parallel import torus
 from crab_jax.parallel.chips import Chip
 
 
-def seconds(program: list[hlo.Op], mesh: Mesh, chip: Chip) -> dict[str, float]:
+def seconds(program: list[hlo.Op], mesh: Mesh, chip: Chip, each: int) -> dict[str, float]:
     """Return {kind of collective: seconds per run of the program}, one after the other, of those within a slice.
 
-    Where the places of the chips are unknown, a chip receives at the sum of its links.
+    each: devices of a slice, or of a node of GPUs. Where the places of the chips are unknown, and on GPUs, a chip
+    receives at the sum of its links.
     """
     devices: list[Any] = list(mesh.devices.flat)
-    each = len(devices) // mesh.shape.get("slices", 1)
     box = torus.torus_of(devices[:each])
     out: dict[str, float] = defaultdict(float)
     for kind, size, op in hlo.moves(program):

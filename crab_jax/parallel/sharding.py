@@ -57,9 +57,9 @@ def make_mesh(
 
     Sizes that are None or 0 are inferred: `tensor` as 1, `fsdp` from the memory of a device and `state_bytes`, the
     bytes of parameters and optimizer state together (see `infer_split`, `most_links`), `data` as what the others leave,
-    and `slices` (also 1) as in `slices_of`. `data` counts the groups of all slices; on the mesh it is split into the axis "slices",
-    whose neighbours talk over the data centre's network, and the "data" of one slice. Raises InputError when the sizes
-    do not multiply to the number of devices, or when fsdp or tensor would cross slices.
+    and `slices` (also 1) as in `slices_of`. `data` counts the groups of all slices; on the mesh it is split into the
+    axis "slices", whose neighbours talk over the data centre's network, and the "data" of one slice. Raises InputError
+    when the sizes do not multiply to the number of devices, or when fsdp or tensor would cross slices.
     """
     groups = slices_of(list(np.asarray(jax.devices() if devices is None else devices, dtype=object).flat), slices)
     slices, each = len(groups), len(groups[0])
