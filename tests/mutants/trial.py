@@ -155,7 +155,7 @@ def _run_tests(tree: Path, tests: tuple[str, ...], report: Path, durations: dict
     """Run the tests in this process, which is a fork, and return pytest's exit status."""
     import pytest
 
-    os.setsid()
+    os.setpgrp()  # in the session of the tool, whose priority the tests keep
     os.chdir(tree)
     output = os.open("mutants-output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
