@@ -93,16 +93,16 @@ def test_an_answer_that_can_be_read_has_no_warning():
 @pytest.mark.parametrize(
     ("task", "text", "ended", "forced", "warning"),
     [
-        ("avqa", "<answer> yes </answer>", False, False, "did not end"),
-        ("avqa", "who knows", True, False, "cannot be read as an answer to avqa"),
+        ("avqa", "<answer> yes </answer>", False, False, "the answer did not end"),
+        ("avqa", "who knows", True, False, "the text cannot be read as an answer to avqa"),
         ("s4", TASKS["s4"].target("dog"), True, False, "fewer than six mask tokens"),
-        ("avqa", "<answer> yes </answer>", True, True, "were appended"),
+        ("avqa", "<answer> yes </answer>", True, True, "the model wrote no mask tokens"),
     ],
 )
 def test_what_is_wrong_with_an_answer_is_said(task, text, ended, forced, warning):
     kind = TASKS[task].mask_kind
     (said,) = inference.read_answer(example(task, mask_kind=kind), text, None, ended, forced).warnings
-    assert warning in said
+    assert said.startswith(warning)
 
 
 def test_an_answer_of_no_numbers_is_refused_and_what_was_not_finite_is_named():
@@ -129,3 +129,21 @@ def test_text_is_told_as_it_grows_in_whole_characters_and_by_row():
     for lengths in ([2, 1, 0], [3, 2, 1], [3, 2, 1], [4, 4, 4]):
         tell(tokens, np.array(lengths))
     assert heard == [("avqa", "n"), ("avqa", "é"), ("avcap", "d"), ("avqa", "!"), ("avcap", "ogs")]
+
+
+def test_masks_are_drawn_as_probabilities_and_classes_and_say_whether_they_are_numbers():
+    """Three pictures of 1 x 2: the second has a binary logit that is none, the third a semantic one."""
+    logits = jnp.array([[[0.0, 100.0]], [[0.0, jnp.nan]], [[-100.0, 0.0]]], jnp.bfloat16)
+    classes = jnp.zeros((3, 4, 1, 2)).at[0, 3, 0, 1].set(2.0).at[1, 1, 0, 0].set(1.0).at[2, 2, 0, 0].set(jnp.inf)
+    asked = []
+
+    def apply(variables, states, pictures, method):
+        asked.append((variables, states, pictures, method))
+        return logits, classes
+
+    drawn = inference.draw(SimpleNamespace(apply=apply), "weights", "states", "pictures")
+    assert asked == [({"params": "weights"}, "states", "pictures", "masks")]
+    assert drawn["binary"].dtype == jnp.float32 and drawn["semantic"].dtype == jnp.int32
+    assert drawn["binary"][0].tolist() == [[0.5, 1.0]] and drawn["binary"][2].tolist() == [[0.0, 0.5]]
+    assert drawn["semantic"].tolist() == [[[0, 3]], [[1, 0]], [[2, 0]]]
+    assert drawn["finite"].tolist() == [True, False, False]

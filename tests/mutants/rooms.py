@@ -41,7 +41,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
     | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PARITY)}
     | {"crab_jax/models/presets.py": (SIZES,)},
-    "train": _own("crab_jax", "tests", "train", LOG, "tests/test_outputs.py")
+    "train": _own("crab_jax", "tests", "train", LOG)
     | {f"crab_jax/training/{name}.py": (LOG, "tests/test_numbers.py") for name in ("metrics_log", "skip_guard")}
     | {"crab_jax/training/train_step.py": ("tests/test_numbers.py",)},
 }

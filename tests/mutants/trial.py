@@ -125,7 +125,7 @@ class Trial:
 
 
 class _Report:
-    """A pytest plugin: quick tests first, and what failed."""
+    """A pytest plugin: quick tests first, slow ones of all files last, and what failed."""
 
     def __init__(self, tests: tuple[str, ...], file: Path, durations: dict[str, float]) -> None:
         self.tests, self.file, self.known = tests, file, durations
@@ -134,11 +134,12 @@ class _Report:
 
     def pytest_collection_modifyitems(self, items: list) -> None:  # type: ignore[type-arg]
         order = {test: place for place, test in enumerate(self.tests)}
+        long = sum(self.known.values()) / 10
 
-        def key(item) -> tuple[int, float]:  # type: ignore[no-untyped-def]
-            file = item.nodeid.split("::")[0]
+        def key(item) -> tuple[bool, int, float]:  # type: ignore[no-untyped-def]
+            file, seconds = item.nodeid.split("::")[0], self.known.get(item.nodeid, 0.0)
             place = min((order[test] for test in order if f"{file}/".startswith(f"{test}/")), default=0)
-            return place, self.known.get(item.nodeid, 0.0)
+            return seconds > long, place, seconds
 
         items.sort(key=key)
 
