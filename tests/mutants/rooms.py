@@ -29,16 +29,16 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "mixture",
         *(f"tests/data_pipelines/test_{name}.py" for name in ("index", "several", "sample")),
     ),
-    "inference": _own("crab_jax", "tests", "inference", "tests/test_generate.py", "tests/test_evaluate.py"),
+    "inference": _own("crab_jax", "tests", "inference", "tests/test_evaluate.py"),
     "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
-    "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
+    "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py",)},
     "checkpoints": {
         f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py")
         for name in ("digests", "models", "orbax", "run_steps", "stored")
     }
     | {"crab_jax/checkpoints/finite.py": ("tests/test_finite.py",)},
     "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", SIZES, PARITY)
-    | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
+    | {"crab_jax/models/generating.py": ("tests/models/test_fused.py",)}
     | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PARITY)}
     | {"crab_jax/models/presets.py": (SIZES,)},
     "train": _own("crab_jax", "tests", "train", LOG)
