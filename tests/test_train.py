@@ -336,6 +336,8 @@ def test_a_run_says_what_it_does_and_leaves_its_steps(scripted, monkeypatch):
     _, said = scripted(steps=5, keep=9)
     assert f"resumed from step 5 of {folder}" in said and "loss" not in said
     assert f"2 examples were skipped, see {folder}/skipped.*.jsonl" in said
+    with pytest.raises(InputError, match="optim.lr"):
+        scripted(steps=5, keep=9, **{"optim.lr": 0.5})
     assert losses_of(folder) == {2: 1.5, 4: 3.5, 5: 5.0}
 
 
