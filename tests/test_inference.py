@@ -119,12 +119,12 @@ def test_an_answer_of_no_numbers_is_refused_and_what_was_not_finite_is_named():
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes."""
+    """A tokenizer whose tokens are bytes; 0 ends a text."""
 
     eos_id, pad_id, mask_ids = 0, 0, range(1, 7)
 
     def decode(self, tokens) -> str:
-        return bytes(tokens.tolist()).decode(errors="replace")
+        return bytes(tokens.tolist()).partition(b"\0")[0].decode(errors="replace")
 
 
 def test_text_is_told_as_it_grows_in_whole_characters_and_by_row():
