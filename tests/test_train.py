@@ -198,16 +198,6 @@ def test_only_a_run_of_one_step_learns_nothing_which_is_known_at_its_start(sched
         assert not train_step.learns_nothing(rates, steps, steps), "nothing is left to do"
 
 
-def test_the_input_that_is_waited_for_is_named(scenes_root):
-    config = tiny.get_config()
-    config.data.root, config.data.batch_size = str(scenes_root), 4
-    config = resolve(config)
-    order = run_data.train_order(config, run_folder.tokenizer_of(config))
-    asked = order.batches[6][[1, 3]]
-    line = train.input_wait(order, 7, 4, np.array([1, 3]), workers=2)
-    assert line == f"input of step 7: worker 0 of 2, on examples {', '.join(order.examples[i].id for i in asked)}"
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
