@@ -209,6 +209,8 @@ def test_masks_are_drawn_and_appended_where_there_is_a_picture(answering):
     found, calls = answering(examples, [batch_of([0, -1]), batch_of([1, 2, -1], masks=1)], force_masks=True)
     assert [answer.text for answer in found] == ["ok"] * 3 and calls["draw"] == 1
     assert found[0].mask is None and (found[1].mask == 0.5).all() and (found[2].mask == 3).all()
+    unread = "the text cannot be read as an answer to "
+    assert [answer.warnings for answer in found] == [(unread + name,) for name in ("avqa", "s4", "avss")]
     assert [options.force_masks for _, options, _ in calls["answer"]] == [False, True]
     assert all(prompts.frames is prompts.fbank is None for prompts, _, _ in calls["answer"]), "features are enough"
     assert [prompts.index.tolist() for prompts, _, _ in calls["answer"]] == [[0, -1], [1, 2, -1]]
