@@ -24,7 +24,7 @@ from pathlib import Path
 LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "grain.python", "scipy.optimize", "pytest")
 LIBRARIES += ("hypothesis", "tokenizers", "transformers", "safetensors.numpy", "PIL.Image", "av", "soundfile", "soxr")
 LIBRARIES += ("pycocotools.mask", "ml_collections", "tensorboardX", "einops", "absl.testing.parameterized")
-WAITING = 5  # seconds on the clock for each of the processor, after which a program is taken to hang
+WAITING = 10  # seconds on the clock for each of the processor, after which a program is taken to hang
 OURS = ("crab_jax", "data_pipelines", "configs", "tests")
 
 
@@ -173,6 +173,7 @@ def _run_tests(tree: Path, tests: tuple[str, ...], report: Path, durations: dict
     sys.path[:] = [str(tree), *(folder for folder in sys.path if not (Path(folder or ".") / "crab_jax").is_dir())]
     importlib.invalidate_caches()
     arguments = ["-x", "-n0", "-p", "no:cacheprovider", "-p", "no:randomly", "--durations=0", f"--rootdir={tree}"]
+    arguments += ["-m", "not slow and not exhaustive"]  # a room has quick tests of what it says
     status = int(pytest.main([*arguments, *tests], plugins=[_Report(tests, report, durations)]))
     package = sys.modules.get("crab_jax")
     if package is not None and not str(package.__file__).startswith(str(tree)):
