@@ -5,13 +5,16 @@
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:8x8 --sweep
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5p:2x2x4 --stage decode
     python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:16x16 --slices=2 --json out.json
+    python -m crab_jax.compile --config=configs/finetune.py --topology=v5e:16x16 --stage llm --thorough
 
 Needs libtpu (pip install -e '.[tpu]') and no weights. Any config key can be overridden with --config.key=value. The
 largest bucket of the config is compiled unless --bucket or --mix is given. With --budget the exit code is 3 when the
 step does not fit or leaves less than 15 % of the memory free. The compiler spends little time on the speed of single
 operations, because nothing will run: this takes a tenth of the time and changes neither shardings nor collectives. With
---thorough it optimises as it does for a run. With --slices, the program runs on several slices of the topology, and
-collectives are reported by network: within a slice (ICI), and between slices over the data centre's network (DCN).
+--thorough it optimises as it does for a run, and the report has its own estimate of the time, by what it is spent on.
+--stage llm is the training step of the language model alone: its LoRA trains on text of the bucket's length. With
+--slices, the program runs on several slices of the topology, and collectives are reported by network: within a slice
+(ICI), and between slices over the data centre's network (DCN).
 """
 
 from __future__ import annotations
@@ -29,17 +32,20 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crab_jax import optim
-from crab_jax.aot import flops, hlo
+from crab_jax.aot import cost, flops, gpu, hlo, links
 from crab_jax.config import MeshConfig, RunConfig, parse_flags
 from crab_jax.io import bounds
 from crab_jax.io.bounds import PATH, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
+from crab_jax.models.crab import PARAMETER_GROUPS
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_mesh, run_params
 from crab_jax.training import train_step
@@ -56,13 +62,20 @@ REPORT_KEYS = (
     "temporary_bytes",
     "peak_bytes",
     "compile_s",
+    "compile_cpu_s",
     "model_flops_per_chip",
     "collectives",
     "slices",
     "roofline_s",
+    "estimate_s",
+    "estimate",
+    "mfu_4n",
+    "kernels",
+    "traffic",
 )  # of the report that --json writes
 SMALL = 2**16  # elements; copies of smaller matrices are harmless
 ROWS = 8  # rows per data-parallel group in prefill and decode
+STAGES = ("train", "llm", "prefill", "decode")
 
 Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 
@@ -71,12 +84,19 @@ Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
 
 
 def topology_devices(name: str, thorough: bool = False, slices: int = 1) -> list[Any]:
-    """Return the devices of a topology such as v5e:16x16, v5p:2x2x4 or v4:4x4x4, on any machine with libtpu.
+    """Return the devices of a topology such as v5e:16x16, v5p:2x2x4 or h200:8, on any machine with their compiler.
 
     thorough: as the command line option. slices: how many slices of this topology. Raises InputError for an unknown
-    topology or without libtpu.
+    topology or without the compiler (libtpu, JAX's plug-in for CUDA).
     """
     generation, count = chips.chips_of(name)
+    card = next((gpu for gpu in chips.GPUS if gpu.name == generation), None)
+    if card is not None:
+        if slices > 1:
+            raise InputError("command line", "--slices", "is for TPUs", f"give {generation}:{chips.NODE * slices}")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
+        return gpu.devices(card, count)
     # libtpu asks for these where it would otherwise look for a TPU machine; the type counts cores on v4 and v5p.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -182,14 +202,23 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
         alone = _micro_batches(config, accumulate)
         if not remat:
             alone = _remat(alone, "none")
-        single = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        single = sharding.make_mesh(1, 1, 1, mesh.devices.flat[:1])
         rows = config.mixture.batch_size // sharding.row_groups(mesh)
         state, frozen = abstract_state(alone, single)
         step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
         return step, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
+    if not any(bucket[1:3]) and not bucket.masks:
+        frozen = {"llama": frozen["llama"]}  # the only module that text needs
     jitted = train_step.compile_step(config, config.model.build(), mesh, state, tx, accumulate)
     return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
+
+
+def language_model(config: RunConfig) -> RunConfig:
+    """Return the config whose only trained parameters are those of the language model's LoRA."""
+    rest = (patterns for name, patterns in PARAMETER_GROUPS.items() if name != "lora")
+    frozen = tuple(itertools.chain.from_iterable(rest))
+    return dataclasses.replace(config, trainable=PARAMETER_GROUPS["lora"], frozen=frozen)
 
 
 def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
@@ -222,7 +251,7 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        single = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        single = sharding.make_mesh(1, 1, 1, mesh.devices.flat[:1])
         return partial(step, single), shapes(single, rows_each)
 
     rows = rows_each * sharding.row_groups(mesh)
@@ -231,8 +260,14 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
 
 
 def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
-    """Return the program of a stage: "train", "prefill" or "decode"."""
+    """Return the program of one of STAGES."""
+    if stage == "llm":
+        return train_program(language_model(config), mesh, _text_alone(bucket))
     return train_program(config, mesh, bucket) if stage == "train" else serve_program(config, mesh, bucket, stage)
+
+
+def _text_alone(bucket: Bucket) -> Bucket:
+    return bucket._replace(frames=0, windows=0, masks=0)
 
 
 def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
@@ -242,7 +277,7 @@ def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
     token.
     """
     mesh = run_mesh.mesh_of(config, devices)
-    if stage == "train" or config.mesh.fsdp or config.mesh.tensor > 1:
+    if stage in ("train", "llm") or config.mesh.fsdp or config.mesh.tensor > 1:
         return mesh
     split = mesh.shape["fsdp"]
     heads = config.model.llama.kv_heads
@@ -254,12 +289,16 @@ def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
 
 
 def measure(
-    config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str
+    config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str, thorough: bool = False
 ) -> tuple[dict[str, Any], Compiled | None]:
-    """Return (report of one compilation, see `main`; compiled program, or None when it does not fit)."""
+    """Return (report of one compilation, see `main`; compiled program, or None when it does not fit).
+
+    thorough: `devices` were made so, and the compiler's estimate of the time is part of the report.
+    """
     chip = chips.chip_of(devices[0])
     assert chip is not None
     mesh = mesh_for(config, devices, stage)
+    bucket = _text_alone(bucket) if stage == "llm" else bucket
     program = program_of(config, mesh, bucket, stage)
     tensor = mesh.shape["tensor"]
     say(f"{topology} {stage}: counting arithmetic")
@@ -281,7 +320,9 @@ def measure(
     logical = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.args))
     say(f"{topology} {stage}: lowering")
     started = time.monotonic()
-    lowered = program.jitted.lower(*program.args)
+    traced = program.jitted.trace(*program.args)
+    card = devices[0].platform == "gpu"
+    lowered = traced.lower(lowering_platforms=("cuda",)) if card else traced.lower()
     report["lower_s"] = time.monotonic() - started
     say(f"{topology} {stage}: compiling (a minute or more)")
     started, busy = time.monotonic(), time.process_time()
@@ -316,10 +357,17 @@ def measure(
         + memory.generated_code_size_in_bytes
     )
     program_ops = hlo.ops(compiled.as_text())
-    networks = hlo.by_network(program_ops, len(devices) // report["slices"])
+    each = min(len(devices), chips.NODE) if card else len(devices) // report["slices"]
+    networks = hlo.by_network(program_ops, each)
+    linked = links.seconds(program_ops, mesh, chip, each)
     work = flops.Work(done.flops / tensor, done.bytes / tensor)
-    times = flops.roofline(chip, work, networks["ici"], networks["dcn"] if report["slices"] > 1 else None)
+    times = flops.roofline(chip, work, sum(linked.values()), networks["dcn"] if each < len(devices) else None)
     llama = config.model.llama
+    if thorough or card:
+        spent = cost.spent(program_ops, chip, flops.kernels(traced.jaxpr.jaxpr))
+        report |= estimate(config, spent, chip, program.rows * tokens_of(bucket, stage) / len(devices))
+        if card:
+            report |= {"kernels": cost.kernels_run(program_ops), "traffic": cost.traffic_by_part(spent)}
     return report | {
         "fits": peak <= chip.hbm_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -333,13 +381,38 @@ def measure(
         "collectives": hlo.collectives(program_ops),
         "networks": networks,
         "roofline_s": times,
+        "interconnect_s": linked,
         "findings": findings(config, mesh, program_ops),
         "mfu_bound": useful.flops / tensor / chip.flops / times["step"],
         "padding": {
-            "arguments": 1 - logical / max(1, memory.argument_size_in_bytes),
+            "arguments": max(0.0, 1 - logical / max(1, memory.argument_size_in_bytes)),
             "vocabulary": 1 - llama.vocab_size / llama.padded_vocab,
         },
     }, compiled
+
+
+def tokens_of(bucket: Bucket, stage: str) -> int:
+    """Return how many tokens of a row a program reads."""
+    return 1 if stage == "decode" else bucket.length
+
+
+def estimate(config: RunConfig, spent: list[cost.Spent], chip: chips.Chip, tokens: float) -> dict[str, Any]:
+    """Return the compiler's estimate of a program that reads `tokens` tokens a chip: seconds by part and by pass.
+
+    "mfu_4n" is the share of the peak that 4 FLOP (forwards alone 2) for each token and parameter of the language model,
+    LoRA apart, would take of these seconds: that of a frozen model through which gradients flow.
+    """
+    shapes = nn.unbox(run_params.abstract_params(config.model.build()))["llama"]
+    number = sum(leaf.size for path, leaf in traverse_util.flatten_dict(shapes).items() if "lora_" not in path[-1])
+    parts, turns = cost.by_part(spent), cost.by_pass(spent)
+    total = sum(parts.values())
+    passes = 4 if turns["backward"] else 2
+    return {
+        "estimate_s": total,
+        "estimate": parts,
+        "passes": turns,
+        "mfu_4n": passes * number * tokens / chip.flops / total if total else 0.0,
+    }
 
 
 def findings(config: RunConfig, mesh: Mesh, program: list[hlo.Op]) -> list[str]:
@@ -432,9 +505,28 @@ def text(report: dict[str, Any]) -> str:
             + f"; model FLOP utilisation at most {report['mfu_bound']:.0%}",
             f"padding      {report['padding']['arguments']:.1%} of the arguments, "
             f"{report['padding']['vocabulary']:.1%} of the vocabulary",
+            *estimate_lines(report),
             *(f"WARNING      {finding}" for finding in report["findings"]),
         ]
     )
+
+
+def estimate_lines(report: dict[str, Any]) -> list[str]:
+    """Format the compiler's estimate of a report, if it has one."""
+    total = report.get("estimate_s")
+    if not total:
+        return []
+    passes = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in report["passes"].items())
+    source = f"of {report['kernels']:,} kernels" if "kernels" in report else "by the compiler"
+    traffic = report.get("traffic", {})
+    return [
+        f"estimate     {total:.3f} s {source}, {report['mfu_4n']:.0%} MFU at 4 N; {passes}",
+        *(
+            f"  {part:<19}{seconds:.4f} s {seconds / total:>6.1%}"
+            + (f", {gib(traffic[part])} of memory traffic" if part in traffic else "")
+            for part, seconds in sorted(report["estimate"].items(), key=lambda item: -item[1])
+        ),
+    ]
 
 
 def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
@@ -509,7 +601,7 @@ def _by_arithmetic(
             function, args = program.own(True)
             counted[tensor, remat] = flops.count(function, *args)
         work = flops.Work(*(amount / tensor for amount in counted[tensor, remat]))
-        out.append((flops.roofline(chip, work, {})["step"], tensor, fsdp, remat))
+        out.append((flops.roofline(chip, work)["step"], tensor, fsdp, remat))
     return sorted(out)
 
 
@@ -553,9 +645,9 @@ def command_line() -> CommandLine:
     """Return the parser of all flags except --config.key=value."""
     parser = CommandLine(__doc__, "python -m crab_jax.compile")
     parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
-    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:2x2x4, h200:8, ...")
     parser.add_argument("--slices", type=Whole(1, 1024), metavar="N", help="so many slices of this topology")
-    parser.add_argument("--stage", choices=("train", "prefill", "decode"), default="train")
+    parser.add_argument("--stage", choices=STAGES, default="train")
     parser.add_argument(
         "--bucket",
         action="append",
@@ -605,7 +697,7 @@ def main() -> None:
         buckets = [*args.bucket, *(bucket_mix(config) if args.mix else [])] or [largest_bucket(config)]
         reports = []
         for bucket in buckets:
-            report, compiled = measure(config, args.topology, devices, bucket, args.stage)
+            report, compiled = measure(config, args.topology, devices, bucket, args.stage, args.thorough)
             reports.append(report)
             print(text(report) + "\n", flush=True)
             if args.hlo and compiled is not None:

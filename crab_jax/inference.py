@@ -205,7 +205,7 @@ def predict_examples(
             example = examples[rows[row]]
             drew = [masks["finite"][row] for group, masks in enumerate(drawn) if has_mask[row, group]]
             check_finite(example, generation.finite[row], all(drew))
-            text = tokenizer.decode(generation.tokens[row, : generation.lengths[row]])
+            text = tokenizer.decode(generation.tokens[row])
             masks = [
                 masks[example.mask_kind][row]
                 for group, masks in enumerate(drawn)

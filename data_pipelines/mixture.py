@@ -289,8 +289,6 @@ def _rates(counts: Mapping[str, int], weights: Mapping[str, float] | None) -> di
 
 def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     """Interleave datasets in fixed proportions."""
-    if len(parts) == 1:
-        return parts[0][0]
     smallest = min(share for _, share in parts)
     # Hundredths of the smallest share: Grain's own conversion to integers truncates, so 1.9999 would become 1.99.
     weights = [round(100 * share / smallest) for _, share in parts]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -14,11 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import finetune
 from crab_jax import compile as verb
 from crab_jax import defaults, losses, optim
-from crab_jax.aot import hlo
+from crab_jax.aot import gpu, hlo
 from crab_jax.config import resolve
 from crab_jax.io.errors import InputError
 from crab_jax.models.llama import Llama, LlamaConfig
-from crab_jax.parallel import sharding
+from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_mesh
 from crab_jax.training import train_step
 from data_pipelines.batching import Bucket
@@ -26,6 +27,7 @@ from data_pipelines.batching import Bucket
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
 )
+needs_cuda = pytest.mark.skipif(not gpu.installed(), reason=gpu.MISSING)
 LAYERS = 3
 BUCKET = Bucket(144, 2, 2, 98, 1)
 WIDE = Bucket(1024, 10, 10, 198, 0)
@@ -287,7 +289,54 @@ def test_each_chip_sends_its_part_of_the_gradient_between_slices_and_nothing_els
     assert "2 slices of v5e:2x2" in verb.text(report) and "dcn all-reduce" in verb.text(report)
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:axb", "v5e:0x2"])
+@needs_cuda
+@pytest.mark.parametrize(
+    "name",
+    ["h200", pytest.param("h100", marks=pytest.mark.exhaustive), pytest.param("b200", marks=pytest.mark.exhaustive)],
+)
+def test_a_program_of_gpus_is_compiled_where_there_are_none(name):
+    """In a process of its own, because JAX loads every plug-in that it finds and prints about drivers."""
+    flags = [f"--config.{path}={value}" for path, value in (OVERRIDES | {"sizes.llama.layers": 2}).items()]
+    command = [sys.executable, "-m", "crab_jax.compile", "--config=configs/finetune.py", f"--topology={name}:4"]
+    done = subprocess.run([*command, "--stage=llm", "--bucket=144,2,2,98,1", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{name}:4: 4 chips, llm, mesh data 1 x fsdp 4" in done.stdout and "of memory traffic" in done.stdout
+    assert "all-gather" in done.stdout
+
+
+def test_gpus_come_in_nodes_of_eight_and_no_slices():
+    assert chips.chips_of("h200:16") == ("h200", 16) and chips.chips_of("b200:4") == ("b200", 4)
+    with pytest.raises(InputError, match="'h200:12' is no number of nodes"):
+        chips.chips_of("h200:12")
+    with pytest.raises(InputError, match="'h200:2x4' is unknown"):
+        chips.chips_of("h200:2x4")
+    with pytest.raises(InputError, match="--slices.*is for TPUs.*h200:16"):
+        verb.topology_devices("h200:8", slices=2)
+
+
+def test_the_description_of_a_gpu_names_it_as_cuda_does():
+    for chip in chips.GPUS:
+        described = gpu.target_config(chip)
+        assert f'device_description_str: "{chip.kind}"' in described
+        assert f"memory_bandwidth: {int(chip.hbm_bandwidth)}" in described
+        assert chips.chip_of(SimpleNamespace(device_kind=f"{chip.kind} 80GB HBM3")) is chip
+    assert chips.chip_of(SimpleNamespace(device_kind="NVIDIA H2000")) is None
+
+
+def test_the_memory_of_an_abstract_gpu_is_not_asked():
+    class CompileOnlyPyClient:
+        pass
+
+    def asked():
+        raise AssertionError
+
+    abstract = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H200", client=CompileOnlyPyClient(), memory_stats=asked
+    )
+    assert chips.memory_of(abstract) == 139 * 2**30
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:axb", "v5e:0x2", "h200:x", "h200"])
 def test_an_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match="--topology.*v5e:16x16"):
         verb.topology_devices(name)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax.generate import GenerateOptions, _advance, _start, generate, sample, stream
+from crab_jax.generate import GenerateOptions, _advance, _first_position, _start, generate, sample, stream
 from crab_jax.io.errors import InputError
 from crab_jax.models.llama import Llama, LlamaConfig, grow_cache, init_cache
 
@@ -356,6 +356,15 @@ def test_options_out_of_range_are_refused(field, allowed, refused):
     for value in refused:
         with pytest.raises(InputError, match=field):
             dataclasses.replace(OPTIONS, **{field: value})
+
+
+def test_the_first_new_token_follows_the_largest_position_of_the_prompt_on_any_axis():
+    """Prompts of 3 and 1 tokens; the positions of pads do not count."""
+    mask = jnp.array([[True, True, True, False], [True, False, False, False]])
+    flat = jnp.array([[0, 5, 2, 9], [0, 8, 8, 8]])
+    assert _first_position(flat, mask).tolist() == [6, 1] and _first_position(flat, mask).dtype == jnp.int32
+    axes = jnp.stack([flat, flat.at[0, 2].set(7), flat.at[1, 0].set(3)], axis=-1)
+    assert _first_position(axes, mask).tolist() == [8, 4]
 
 
 def test_forced_masks_need_room_for_six_and_the_end():

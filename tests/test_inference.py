@@ -2,13 +2,17 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from crab_jax import inference
+from crab_jax.generate import Generation
 from crab_jax.io.errors import InputError
+from crab_jax.parallel import sharding
 from crab_jax.tasks import TASKS
+from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example
 
 
@@ -93,16 +97,16 @@ def test_an_answer_that_can_be_read_has_no_warning():
 @pytest.mark.parametrize(
     ("task", "text", "ended", "forced", "warning"),
     [
-        ("avqa", "<answer> yes </answer>", False, False, "did not end"),
-        ("avqa", "who knows", True, False, "cannot be read as an answer to avqa"),
+        ("avqa", "<answer> yes </answer>", False, False, "the answer did not end"),
+        ("avqa", "who knows", True, False, "the text cannot be read as an answer to avqa"),
         ("s4", TASKS["s4"].target("dog"), True, False, "fewer than six mask tokens"),
-        ("avqa", "<answer> yes </answer>", True, True, "were appended"),
+        ("avqa", "<answer> yes </answer>", True, True, "the model wrote no mask tokens"),
     ],
 )
 def test_what_is_wrong_with_an_answer_is_said(task, text, ended, forced, warning):
     kind = TASKS[task].mask_kind
     (said,) = inference.read_answer(example(task, mask_kind=kind), text, None, ended, forced).warnings
-    assert warning in said
+    assert said.startswith(warning)
 
 
 def test_an_answer_of_no_numbers_is_refused_and_what_was_not_finite_is_named():
@@ -115,10 +119,12 @@ def test_an_answer_of_no_numbers_is_refused_and_what_was_not_finite_is_named():
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes."""
+    """A tokenizer whose tokens are bytes; 0 ends a text."""
+
+    eos_id, pad_id, mask_ids = 0, 0, range(1, 7)
 
     def decode(self, tokens) -> str:
-        return bytes(tokens.tolist()).decode(errors="replace")
+        return bytes(tokens.tolist()).partition(b"\0")[0].decode(errors="replace")
 
 
 def test_text_is_told_as_it_grows_in_whole_characters_and_by_row():
@@ -129,3 +135,92 @@ def test_text_is_told_as_it_grows_in_whole_characters_and_by_row():
     for lengths in ([2, 1, 0], [3, 2, 1], [3, 2, 1], [4, 4, 4]):
         tell(tokens, np.array(lengths))
     assert heard == [("avqa", "n"), ("avqa", "é"), ("avcap", "d"), ("avqa", "!"), ("avcap", "ogs")]
+
+
+def test_masks_are_drawn_as_probabilities_and_classes_and_say_whether_they_are_numbers():
+    """Three pictures of 1 x 2: the second has a binary logit that is none, the third a semantic one."""
+    logits = jnp.array([[[0.0, 100.0]], [[0.0, jnp.nan]], [[-100.0, 0.0]]], jnp.bfloat16)
+    classes = jnp.zeros((3, 4, 1, 2)).at[0, 3, 0, 1].set(2.0).at[1, 1, 0, 0].set(1.0).at[2, 2, 0, 0].set(jnp.inf)
+    asked = []
+
+    def apply(variables, states, pictures, method):
+        asked.append((variables, states, pictures, method))
+        return logits, classes
+
+    drawn = inference.draw(SimpleNamespace(apply=apply), "weights", "states", "pictures")
+    assert asked == [({"params": "weights"}, "states", "pictures", "masks")]
+    assert drawn["binary"].dtype == jnp.float32 and drawn["semantic"].dtype == jnp.int32
+    assert drawn["binary"][0].tolist() == [[0.5, 1.0]] and drawn["binary"][2].tolist() == [[0.0, 0.5]]
+    assert drawn["semantic"].tolist() == [[[0, 3]], [[1, 0]], [[2, 0]]]
+    assert drawn["finite"].tolist() == [True, False, False]
+
+
+def test_clips_are_encoded_without_a_mesh_and_every_copy_of_the_model_gets_all_rows():
+    class Model:
+        def apply(self, variables, frames, fbank, method):
+            assert method == "features"
+            return frames * variables["params"] + fbank
+
+    frames, fbank, mesh = jnp.ones((4, 1, 2)), jnp.full((4, 1, 2), 0.5), sharding.make_mesh(devices=jax.devices()[:1])
+    for on in (None, mesh):
+        rows = inference._encode(Model(), 2.0, frames, fbank, on)
+        assert (rows == 2.5).all() and (on is None or rows.sharding == sharding.replicated(mesh))
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """A function (examples, batches of them, GenerateOptions) -> (Predictions, the calls of the compiled programs).
+
+    Every row says "ok" and writes mask tokens; the masks of a picture are 0.5 and of class 3.
+    """
+    calls = {"answer": [], "draw": 0}
+
+    def answer(model, params, prompts, options, rng, features, mesh):
+        rows = len(prompts.index)
+        calls["answer"].append((prompts, options, rng))
+        tokens = jnp.tile(jnp.array([*b"ok", 0], jnp.int32), (rows, 1))
+        yes = jnp.ones(rows, bool)
+        return Generation(tokens, jnp.full(rows, 2), jnp.zeros((rows, 1, 6, 2)), yes[:, None], ~yes, yes)
+
+    def draw(model, params, states, pictures, mesh):
+        calls["draw"] += 1
+        shape = pictures.shape[:3]
+        return {"binary": jnp.full(shape, 0.5), "semantic": jnp.full(shape, 3), "finite": jnp.ones(shape[0], bool)}
+
+    monkeypatch.setattr(inference, "_encode", lambda model, params, frames, fbank, mesh: jnp.zeros((len(frames), 1, 2)))
+    monkeypatch.setattr(inference, "_answer", answer)
+    monkeypatch.setattr(inference, "_draw", draw)
+
+    def run(examples, batches, **decoding):
+        monkeypatch.setattr(inference, "eval_batches", lambda *_, **__: ((None, batch) for batch in batches))
+        found = inference.predict_examples(None, {}, None, Bytes(), examples, "", 4, 7, seed=5, decoding=decoding)
+        return list(found), calls
+
+    return run
+
+
+def batch_of(indices, masks=0):
+    empty = empty_batch(Bucket(length=5, frames=1, windows=1, fbank_frames=98, masks=masks), len(indices), 8)
+    return empty.replace(index=np.array(indices, np.int32))
+
+
+def test_masks_are_drawn_and_appended_where_there_is_a_picture(answering):
+    examples = [example("avqa"), example("s4", mask_kind="binary"), example("avss", mask_kind="semantic")]
+    found, calls = answering(examples, [batch_of([0, -1]), batch_of([1, 2, -1], masks=1)], force_masks=True)
+    assert [answer.text for answer in found] == ["ok"] * 3 and calls["draw"] == 1
+    assert found[0].mask is None and (found[1].mask == 0.5).all() and (found[2].mask == 3).all()
+    unread = "the text cannot be read as an answer to "
+    assert [answer.warnings for answer in found] == [(unread + name,) for name in ("avqa", "s4", "avss")]
+    assert [options.force_masks for _, options, _ in calls["answer"]] == [False, True]
+    assert all(prompts.frames is prompts.fbank is None for prompts, _, _ in calls["answer"]), "features are enough"
+    assert [prompts.index.tolist() for prompts, _, _ in calls["answer"]] == [[0, -1], [1, 2, -1]]
+    assert all(rng is None for _, _, rng in calls["answer"])
+
+
+def test_what_an_example_draws_follows_from_the_seed_and_its_id(answering):
+    """By 31 bits of the CRC-32 of the id: the same in every batch, list and version."""
+    examples = [Example(id=name, task="avqa", instruction="?") for name in ("123456789", "a")]
+    _, calls = answering(examples, [batch_of([1, -1, 0])], temperature=0.7)
+    ((prompts, options, rng),) = calls["answer"]
+    assert prompts.index.tolist() == [0xE8B7BE43 >> 1, -1, 0xCBF43926 >> 1] and prompts.index.dtype == np.int32
+    assert options.temperature == 0.7 and (rng == jax.random.key(5)).all()

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
@@ -19,6 +20,7 @@ from configs import tiny
 from crab_jax import optim, train
 from crab_jax.checkpoints.stored import load_params
 from crab_jax.config import resolve
+from crab_jax.evaluation import held_out
 from crab_jax.io.errors import InputError
 from crab_jax.parallel import sharding
 from crab_jax.parallel.watchdog import Watchdog
@@ -26,7 +28,7 @@ from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.training import goodput, skip_guard, train_step
 from data_pipelines import mixture
 from data_pipelines.batching import Bucket, empty_batch
-from data_pipelines.examples import Example, read_jsonl
+from data_pipelines.examples import TASK_NAMES, Example, read_jsonl
 
 SMALL = (
     "--config.sizes.llama.layers=1",
@@ -196,16 +198,6 @@ def test_only_a_run_of_one_step_learns_nothing_which_is_known_at_its_start(sched
         assert not train_step.learns_nothing(rates, steps, steps), "nothing is left to do"
 
 
-def test_the_input_that_is_waited_for_is_named(scenes_root):
-    config = tiny.get_config()
-    config.data.root, config.data.batch_size = str(scenes_root), 4
-    config = resolve(config)
-    order = run_data.train_order(config, run_folder.tokenizer_of(config))
-    asked = order.batches[6][[1, 3]]
-    line = train.input_wait(order, 7, 4, np.array([1, 3]), workers=2)
-    assert line == f"input of step 7: worker 0 of 2, on examples {', '.join(order.examples[i].id for i in asked)}"
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -254,3 +246,132 @@ def test_another_config_in_the_same_workdir_is_refused(scenes_root, tmp_path, mo
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(InputError, match="optim.lr.*0.0003.*0.5"):
         run_folder.claim_workdir(workdir, config)
+
+
+class ScriptedStep:
+    """A step without a model: its loss is its number, which a number of the parameters counts too.
+
+    Step `skips` is one whose loss was not finite, and SIGTERM comes during step `stops`.
+    """
+
+    skips = stops = 0
+
+    def __call__(self, state, frozen, batch):
+        assert frozen["clip"]["w"].tolist() == [1.0] and batch.index.shape == (2,)
+        step = int(state.step) + 1
+        if step == self.stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        metrics = {"loss": np.float32(step), "grad_norm": np.float32(1), "skipped": int(step == self.skips)}
+        metrics |= {"bad_rows": 2, "bad_index": 0, "tokens": 10, "slots": 20, "terms": {"text": (step, 1)}}
+        metrics |= {"by_task": np.zeros((2, len(TASK_NAMES)))}
+        return train_step.TrainState(jnp.int32(step), jax.tree.map(lambda leaf: leaf + 1, state.trainable), ()), metrics
+
+    def _cache_size(self):
+        return 3
+
+
+@pytest.fixture
+def scripted(scenes_root, tmp_path, monkeypatch, capsys):
+    """A function that runs `train` with a ScriptedStep and two parameters: (folder of the run, what it said)."""
+    mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    wanted = jax.ShapeDtypeStruct((1,), jnp.float32, sharding=placed)
+    drawn = {"visual_qformer": {"w": jnp.zeros(1)}, "clip": {"w": jnp.ones(1)}}
+    monkeypatch.setattr(run_params, "wanted_params", lambda *_: jax.tree.map(lambda _: wanted, drawn))
+    monkeypatch.setattr(run_params, "initial_params", lambda *_: jax.device_put(drawn, placed))
+    monkeypatch.setattr(optim, "optimizer", lambda *_: optax.identity())
+    monkeypatch.setattr(train, "compile_step", lambda *_: ScriptedStep())
+
+    def run(**changes):
+        config = tiny.get_config()
+        config.update_from_flattened_dict(
+            {"data.root": str(scenes_root), "data.batch_size": 2, "mesh.data": 1, "log_every": 2, "checkpoint_every": 2}
+            | {"trainable": ("visual_qformer/.*",), "frozen": ("clip/.*",)} | changes
+        )  # fmt: skip
+        train.train(resolve(config), tmp_path / "run")
+        return tmp_path / "run", capsys.readouterr().out
+
+    return run
+
+
+def saved_steps(folder: Path) -> set[int]:
+    return {int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+def test_a_run_says_what_it_does_and_leaves_its_steps(scripted, monkeypatch):
+    """Five steps, logged and saved every two of them and at the end; the same command again has nothing to do."""
+    waits = []
+
+    class Recorded(Watchdog):
+        def waiting(self, what):
+            waits.append(what() if callable(what) else what)
+            return super().waiting(what)
+
+    monkeypatch.setattr(train, "Watchdog", Recorded)
+    folder, said = scripted(steps=5, keep=9)
+    assert "visual_qformer" in said and "trainable share 50.00%" in said and "frames empty" in said
+    assert not any(word in said for word in ("resumed", "stopped", "skipped", "warning", "evaluation"))
+    assert "step 1 was done" in said and "step 5/5  loss 5.0000" in said
+    assert losses_of(folder) == {2: 1.5, 4: 3.5, 5: 5.0} and saved_steps(folder) == {2, 4, 5}
+    assert json.loads((folder / "compilations.json").read_text()) == {"train_step": 3}
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"first_step_s", "programs_compiled", "goodput"} < first.keys()
+    for number in range(1, 6):
+        assert {f"step {number} to be dispatched (the first of its bucket is compiled)", f"device step {number}"} < {
+            *waits
+        }
+        assert any(wait.startswith(f"input of step {number}: the decoding threads, on examples ") for wait in waits)
+    assert {"the checkpoint of step 2", "the checkpoint of step 5", "the last checkpoint"} < {*waits}
+    (folder / "skipped.0.jsonl").write_text('{"index": 4}\n{"index": 7}\n')
+    _, said = scripted(steps=5, keep=9)
+    assert f"resumed from step 5 of {folder}" in said and "loss" not in said
+    assert f"2 examples were skipped, see {folder}/skipped.*.jsonl" in said
+    with pytest.raises(InputError, match="optim.lr"):
+        scripted(steps=5, keep=9, **{"optim.lr": 0.5})
+    assert losses_of(folder) == {2: 1.5, 4: 3.5, 5: 5.0}
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at_and_goes_on_from_there(scripted, monkeypatch):
+    monkeypatch.setattr(ScriptedStep, "stops", 3)
+    folder, said = scripted(steps=5)
+    assert "stopped on request after step 3 of 5, which is saved: start the same command again to resume" in said
+    assert saved_steps(folder) == {2, 3} and losses_of(folder) == {2: 1.5}
+    _, said = scripted(steps=5)
+    assert "resumed from step 3" in said and "stopped" not in said
+    assert saved_steps(folder) == {4, 5} and losses_of(folder) == {2: 1.5, 4: 4.0, 5: 5.0}
+    assert load_params(folder)["visual_qformer"]["w"].tolist() == [5.0]
+
+
+def test_a_run_of_one_step_is_warned_of(scripted):
+    assert "warning: --config: steps: is 1, and step 1 of it has a learning rate of 0" in scripted(steps=1)[1]
+
+
+def test_a_run_is_evaluated_at_its_start_when_it_is_due_and_at_its_end(scripted, monkeypatch):
+    """After all steps so far were checked. What was evaluated before a run was stopped is not evaluated again."""
+    ran, due = [], held_out.HeldOut([], {}, every=2, steps=5, split="val", tasks=[])
+
+    class Evaluation:
+        compilations, chosen = 2, due
+
+        def __init__(self, *_):
+            pass
+
+        def run(self, step, trainable, frozen, watchdog):
+            assert trainable["visual_qformer"]["w"].tolist() == [step] and frozen["clip"]["w"].tolist() == [1.0]
+            ran.append(step)
+            return {"eval/loss": 0.5, "eval/samples": 1}
+
+    monkeypatch.setattr(held_out, "held_out", lambda *_: due)
+    monkeypatch.setattr(held_out, "Evaluation", Evaluation)
+    monkeypatch.setattr(ScriptedStep, "skips", 2)
+    folder, said = scripted(steps=5, checkpoint_every=9)
+    assert ran == [0, 2, 4, 5] and "evaluation every 2 steps on examples of val" in said
+    assert said.index("step 2 skipped") < said.index("evaluation at step 2/5  loss 0.5000")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/loss" in line] == ran
+    assert json.loads((folder / "compilations.json").read_text()) == {"train_step": 3, "evaluation": 2}
+    scripted(steps=5, checkpoint_every=9)
+    assert ran == [0, 2, 4, 5]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    scripted(steps=5, checkpoint_every=9)
+    assert ran == [0, 2, 4, 5, 5]

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,12 @@ _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _INDEX = re.compile(r"index=(\d+)")
 _NAMED = re.compile(r'op_name="([^"]*)"')
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+# Of a dot, and of the GPU compiler's call of a library for one.
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
+_BATCHED = re.compile(r'lhs_batch_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 # Opcodes whose result is their first operand, or a part of it, in another place, type or layout.
 _MOVES = {
@@ -94,13 +100,28 @@ class Array(NamedTuple):
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
+class Product(NamedTuple):
+    """A matrix product or a convolution: its FLOPs, and the sizes of rows x inner times inner x columns.
+
+    Batched products and convolutions over space have these sizes for each element of the batch and the kernel.
+    """
+
+    flops: float
+    rows: int
+    inner: int
+    columns: int
+
+
 class Op(NamedTuple):
     """One instruction.
 
     times: runs per program run. fused: inside a fusion, so its result has no buffer. source: the program argument
     (JAX's name) that the result is a moved or converted copy of, or "". channel: identifies the steps of one
     collective, or "". groups: the chips that a collective joins, as they are numbered in the mesh. between_slices: the
-    kind of collective that a transfer between slices is part of, or "".
+    kind of collective that a transfer between slices is part of, or "". path: JAX's name of what it computes, such as
+    "jit(step)/jvp(Crab)/llama/norm/mul". cycles: the compiler's estimate for one run, 0 where it gives none. owner: the
+    fusion that it is inside of, or "". operands: all arrays that it is given. product: what it multiplies. target: the
+    name of what a custom call calls. traffic: bytes that one run reads and writes, where it is no part of a fusion.
     """
 
     name: str
@@ -112,6 +133,13 @@ class Op(NamedTuple):
     channel: str = ""
     groups: tuple[tuple[int, ...], ...] = ()
     between_slices: str = ""
+    path: str = ""
+    cycles: int = 0
+    owner: str = ""
+    operands: tuple[Array, ...] = ()
+    product: Product | None = None
+    target: str = ""
+    traffic: int = 0
 
 
 def _split(definition: str) -> tuple[str, str, str]:
@@ -136,6 +164,9 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
             entry = current if head[1] else entry
         elif current and (op := _OP.match(line)):
             out[current].append((op[1], *_split(op[2])))
+        elif current and out[current] and line != "}":  # the attributes of a kernel go on over several lines
+            *first, rest = out[current][-1]
+            out[current][-1] = (first[0], first[1], first[2], rest + line)
     return out, entry
 
 
@@ -160,14 +191,13 @@ def ops(text: str) -> list[Op]:
     computations, entry = _computations(text)
     out: list[Op] = []
 
-    def visit(computation: str, times: int, fused: bool, given: list[Source]) -> Source:
+    def visit(computation: str, times: int, owner: str, given: list[Source]) -> Source:
         """Return the source of the root (the last instruction), given the sources of the parameters."""
         sources: dict[str, Source] = {}
+        shapes: dict[str, tuple[Array, ...]] = {}
         last: Source = ""
         for name, type_text, opcode, rest in computations.get(computation, ()):
-            arrays = tuple(
-                Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_text)
-            )
+            arrays = _arrays(type_text)
             called = _CALLED.findall(rest)
             for names in _CALLED_LISTS.findall(rest):
                 called += [part.strip().lstrip("%") for part in names.split(",")]
@@ -175,31 +205,136 @@ def ops(text: str) -> list[Op]:
             if opcode == "while":
                 condition = re.search(r"condition=%?([\w.\-]+)", rest)
                 within *= trip_count(computations.get(condition[1], []) if condition else [], rest)
-            operands = [sources.get(operand, "") for operand in _OPERAND.findall(rest.partition(")")[0])]
-            inner = [
-                visit(each, within, fused or opcode not in ("while", "conditional", "call", "async-start"), operands)
-                for each in dict.fromkeys(called)
-            ]
+            given_names = _OPERAND.findall(rest.partition(")")[0])
+            operands = [sources.get(operand, "") for operand in given_names]
+            read = tuple(each for operand in given_names for each in shapes.get(operand, ()))
+            holds = owner or ("" if opcode in ("while", "conditional", "call", "async-start") else name)
+            inner = [visit(each, within, holds, operands) for each in dict.fromkeys(called)]
+            shapes[name] = arrays
+            body = computations.get(called[0], []) if opcode == "fusion" and called else []
             last = _source(opcode, rest, operands, inner, given, computation == entry)
             sources[name] = last
             channel, transfer = _CHANNEL.search(rest), _BETWEEN_SLICES.search(rest)
+            path, cycles, target = _NAMED.search(rest), _CYCLES.search(rest), _TARGET.search(rest)
             out.append(
                 Op(
                     name,
                     opcode,
                     arrays,
                     times,
-                    fused,
+                    bool(owner),
                     last if isinstance(last, str) else "",
                     channel[1] if channel else "",
                     _groups(rest) if opcode.removesuffix("-start") in COLLECTIVES else (),
                     transfer[1].lower().replace("_", "-") if transfer else "",
+                    path[1] if path else "",
+                    int(cycles[1]) if cycles else 0,
+                    owner,
+                    read,
+                    _product(opcode, rest, arrays, read),
+                    target[1] if target else "",
+                    0 if owner else _traffic(opcode, arrays, [shapes.get(n, ()) for n in given_names], body),
                 )
             )
         return last
 
-    visit(entry, 1, False, [])
+    visit(entry, 1, "", [])
     return out
+
+
+def _product(opcode: str, rest: str, results: tuple[Array, ...], operands: tuple[Array, ...]) -> Product | None:
+    """Return what a convolution or a dot multiplies, None for other instructions."""
+    if opcode not in ("convolution", "dot", "custom-call") or len(operands) < 2 or not results:
+        return None
+    left, right, out = operands[0].shape, operands[1].shape, results[0].shape
+    if opcode == "custom-call" and "__cudnn$fmha" in rest:  # scores and their product with values; backward five
+        number = 5 if "Backward" in rest else 2
+        width = left[-1]
+        return Product(2.0 * number * math.prod(left) * max(right[1:-1]), max(left[1:-1]), width, max(right[1:-1]))
+    if opcode == "dot" or (opcode == "custom-call" and "dot_dimension_numbers" in rest):
+        contracted = [left[int(axis)] for axis in (_axes(_CONTRACTED, rest))]
+        batch = [left[int(axis)] for axis in (_axes(_BATCHED, rest))]
+        inner = math.prod(contracted)
+        rows = math.prod(left) // max(1, inner * math.prod(batch))
+        columns = math.prod(out) // max(1, rows * math.prod(batch))
+        return Product(2.0 * math.prod(out) * inner, rows, inner, columns)
+    labels = _LABELS.search(rest)
+    if not labels:
+        return None
+    inner, space = right[labels[2].index("i")], 1
+    for number in filter(str.isdigit, labels[2]):  # a batched product is a convolution over as large a space
+        size = right[labels[2].index(number)]
+        batched = number in labels[3] and out[labels[3].index(number)] == size == left[labels[1].index(number)]
+        space *= 1 if batched else size
+    rows, columns = out[labels[3].index("b")], out[labels[3].index("f")]
+    return Product(2.0 * math.prod(out) * inner * space, rows, inner, columns)
+
+
+# What moves no data, or is not the work of a kernel: collectives are counted by themselves.
+_NO_TRAFFIC = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"),
+    *("copy-done", "send", "send-done", "recv", "recv-done", "after-all", "partition-id", "replica-id"),
+    *("async-start", "async-update", "async-done"),
+    *(f"{kind}{part}" for kind in COLLECTIVES for part in ("", "-start", "-done")),
+}
+_PARTS = {"dynamic-slice", "slice", "gather"}
+
+
+def _traffic(
+    opcode: str, results: tuple[Array, ...], operands: list[tuple[Array, ...]], body: list[tuple[str, str, str, str]]
+) -> int:
+    """Return the bytes that an instruction reads and writes; of what it slices or updates in place, only the part."""
+    if opcode in _NO_TRAFFIC:
+        return 0
+    sizes, written = [_bytes(arrays) for arrays in operands], _bytes(results)
+    if opcode in _PARTS:
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2 * sizes[1]
+    if not body:
+        return sum(sizes) + written
+    made = {name: _bytes(_arrays(type_text)) for name, type_text, _, _ in body}
+    uses: dict[str, list[tuple[str, int, str]]] = {}  # by name: (opcode, number of the operand, result)
+    given: dict[str, list[str]] = {}
+    opcodes: dict[str, str] = {}
+    for name, _, kind, rest in body:
+        given[name], opcodes[name] = _OPERAND.findall(rest.partition(")")[0]), kind
+        for position, operand in enumerate(given[name]):
+            uses.setdefault(operand, []).append((kind, position, name))
+
+    def read(name: str) -> int:
+        """Return the bytes that are read of a value inside of the fusion."""
+        total = 0
+        for kind, position, result in uses.get(name, []):
+            if kind in ("bitcast", "reshape"):
+                total += read(result)
+            elif kind in _PARTS and position == 0:
+                total += made[result]
+            elif kind != "dynamic-update-slice" or position != 0:
+                return made[name]
+        return min(total, made[name])
+
+    def wrote(name: str) -> int:
+        if opcodes[name] == "tuple":
+            return sum(map(wrote, given[name]))
+        if opcodes[name] in ("bitcast", "reshape"):
+            return wrote(given[name][0])
+        return made.get(given[name][1], 0) if opcodes[name] == "dynamic-update-slice" else made[name]
+
+    return sum(read(name) for name, _, kind, _ in body if kind == "parameter") + wrote(body[-1][0])
+
+
+def _bytes(arrays: Iterable[Array]) -> int:
+    return sum(array.bytes for array in arrays)
+
+
+def _arrays(type_text: str) -> tuple[Array, ...]:
+    return tuple(Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_text))
+
+
+def _axes(pattern: re.Pattern[str], rest: str) -> list[str]:
+    found = pattern.search(rest)
+    return [axis.strip('"') for axis in found[1].split(",") if axis] if found else []
 
 
 def _source(
@@ -258,6 +393,14 @@ def collectives(program: Iterable[Op]) -> dict[str, dict[str, int]]:
     """
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
+    for kind, each, op in moves(program):
+        count[kind] += op.times
+        size[kind] += op.times * each
+    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in COLLECTIVES if count[kind]}
+
+
+def moves(program: Iterable[Op]) -> Iterator[tuple[str, int, Op]]:
+    """Yield (kind, bytes of one run, operation) of every collective, each once, as `collectives` counts them."""
     seen: set[tuple[str, str, tuple[Array, ...]]] = set()
     for op in program:
         kind, step = _kind(op), (op.opcode, op.channel, op.results)
@@ -269,9 +412,7 @@ def collectives(program: Iterable[Op]) -> dict[str, dict[str, int]]:
             results = op.results[:1]
         elif op.opcode != kind and kind != "all-reduce":  # (operands, results, contexts): results are the larger part
             results = (max(results, key=lambda array: array.bytes),)
-        count[kind] += op.times
-        size[kind] += op.times * sum(array.bytes for array in results)
-    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in COLLECTIVES if count[kind]}
+        yield kind, sum(array.bytes for array in results), op
 
 
 def _kind(op: Op) -> str:

@@ -321,3 +321,29 @@ def test_eval_batches_may_hold_the_answers_and_the_last_one_is_filled_up(mixed, 
             for row in np.flatnonzero(batch.index < 0):
                 np.testing.assert_array_equal(batch.tokens[row], batch.tokens[0])
                 np.testing.assert_array_equal(batch.frames[row], batch.frames[0])
+
+
+def answered(examples, root, tokenizer, config, rows=slice(None)):
+    groups = mixture.group_by_bucket(examples, tokenizer, config)
+    return mixture.answered_batches(examples, groups, root, tokenizer, config, 4, rows)
+
+
+def test_answered_batches_hold_every_example_once_and_processes_share_them(mixed, root, tokenizer, config):
+    """12 examples of one bucket and 6 of the other: 3 and 2 batches of 4, the last with two empty rows."""
+    batches = answered(mixed, root, tokenizer, config)
+    assert [bucket_of(batch).length for batch in batches] == [128] * 3 + [192] * 2
+    assert sum(indices(batches), []) == [*range(18), -1, -1]
+    for batch in batches:
+        np.testing.assert_array_equal(batch.loss_mask.any(axis=1), batch.index >= 0)
+    assert not batches[-1].text_mask[2:].any() and not batches[-1].frame_mask[2:].any()
+    for rows in (slice(0, 2), [1, 3]):
+        for batch, own in zip(batches, answered(mixed, root, tokenizer, config, rows), strict=True):
+            for field in dataclasses.fields(batch):
+                np.testing.assert_array_equal(getattr(own, field.name), getattr(batch, field.name)[rows])
+
+
+def test_answered_batches_have_an_empty_row_for_a_bad_file(damaged, root, tokenizer, config):
+    with pytest.raises(InputError, match="bad.png"):
+        answered(damaged, root, tokenizer, config)
+    config = dataclasses.replace(config, on_error="skip")
+    assert indices(answered(damaged, root, tokenizer, config)) == [[0, 1, -1, -1], [4, 5, -1, -1]]

@@ -1,15 +1,17 @@
 """The whole model: rows are independent, padding is invisible, and generation computes what training computed."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from crab_jax.generate import GenerateOptions, generate
-from crab_jax.models.crab import Crab
+from crab_jax.models.crab import PARAMETER_GROUPS, Crab
 from crab_jax.models.presets import tiny
 from crab_jax.runs import run_data, run_params
 from crab_jax.training import train_step
@@ -153,3 +155,47 @@ def test_silence_and_darkness_change_what_the_language_model_reads(setup):
         batch.replace(frames=jnp.zeros_like(batch.frames)),
     ):
         assert float(jnp.abs(inputs(changed) - out)[batch.text_mask].max()) > 1e-4
+
+
+def test_every_parameter_belongs_to_one_group(setup):
+    _, params, _, _ = setup
+    of = {}
+    for path in traverse_util.flatten_dict(params, sep="/"):
+        (of[path],) = (
+            name for name, patterns in PARAMETER_GROUPS.items() if any(re.fullmatch(one, path) for one in patterns)
+        )
+    assert set(of.values()) == set(PARAMETER_GROUPS)
+    for path, group in of.items():
+        part = path.split("/")[0]
+        kinds = {"clip": "encoders", "beats": "encoders", "vl_projector": "qformers", "al_projector": "qformers"}
+        kinds["llama"] = "lora" if re.search("lora_(A|B|route)$", path) else "llama"
+        kinds["seg_module"] = "fourier" if path.endswith("positional_encoding_gaussian_matrix") else "segmentation"
+        assert group == kinds[part], path
+
+
+def test_the_layout_for_generation_has_its_own_language_model_and_the_other_parts_as_they_are(setup):
+    model, params, _, load = setup
+    other, laid = model.for_generation(params, "int8")
+    assert (other.cfg, other.weights) == (model.cfg, "int8")
+    assert set(laid) == set(params) and all(laid[name] is params[name] for name in params if name != "llama")
+    assert laid["llama"]["layers_0"]["down"]["kernel"].dtype == jnp.int8
+    prompt = load("ave", 1, prompt_only=True)
+    cache = other.empty_cache(*prompt.tokens.shape)
+    hidden, _ = jax.eval_shape(lambda: other.apply({"params": laid}, prompt, cache, method="prefill"))
+    assert hidden.shape == (*prompt.tokens.shape, model.cfg.llama.hidden)
+
+
+def test_a_part_whose_media_a_batch_lacks_is_not_run(setup):
+    """So an answer to a question without sound needs no sound encoder, nor its parameters."""
+    model, params, _, load = setup
+    batch = load("ave", 1)
+
+    def rows(frames, fbank, *without):
+        kept = {name: value for name, value in params.items() if name not in without}
+        return jax.eval_shape(lambda: model.apply({"params": kept}, frames, fbank, method="features")).shape
+
+    (_, frames), (_, windows) = batch.frames.shape[:2], batch.fbank.shape[:2]
+    width = model.cfg.llama.hidden
+    assert rows(batch.frames, batch.fbank[:, :0], "beats", "al_projector") == (1, 3 * frames, width)
+    assert rows(batch.frames[:, :0], batch.fbank, "clip", "vl_projector") == (1, 2 * windows, width)
+    assert rows(batch.frames[:, :0], batch.fbank[:, :0], "beats", "clip") == (1, 0, width)

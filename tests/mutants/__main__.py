@@ -98,7 +98,10 @@ class _Module:
             output = (trees[0] / "mutants-output.txt").read_text()[-3000:]
             sys.exit(f"{output}\nerror: {unchanged.by} fails without any change: the tests of {self.module} must pass")
         limit = 30 + 4 * unchanged.seconds
-        print(f"{self.module}: {len(self.open)} mutants to try; all tests take {unchanged.seconds:.0f} s", flush=True)
+        print(
+            f"{self.module}: {len(self.open)} mutants to try; all tests take {unchanged.seconds:.0f} s of CPU",
+            flush=True,
+        )
         waiting, running, begun, done = list(self.open), {}, time.monotonic(), 0
         free = list(trees)
         while running or (waiting and time.monotonic() < ends):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PARITY = "tests/parity/test_modules.py"
-SIZES = "tests/models/test_presets.py"
+SIZES, PRODUCTS = "tests/models/test_presets.py", "tests/models/test_products.py"
 LOG = "tests/test_training_log.py"
 TASKS = tuple(f"tests/tasks/test_{name}.py" for name in ("declared", "task", "malformed"))  # of all tasks alike
 FIGURES = "tests/tasks/test_agreement.py"
@@ -29,19 +29,21 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "mixture",
         *(f"tests/data_pipelines/test_{name}.py" for name in ("index", "several", "sample")),
     ),
-    "inference": _own("crab_jax", "tests", "inference", "tests/test_generate.py", "tests/test_evaluate.py"),
+    "inference": _own("crab_jax", "tests", "inference", "tests/test_evaluate.py"),
     "generate": _own("crab_jax", "tests", "generate", "tests/parity/test_generation.py"),
-    "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py", "tests/test_generate.py")},
+    "quantize": {"crab_jax/models/quantize.py": ("tests/models/test_fused.py",)},
     "checkpoints": {
         f"crab_jax/checkpoints/{name}.py": ("tests/test_checkpoints.py", "tests/test_finite.py")
         for name in ("digests", "models", "orbax", "run_steps", "stored")
     }
     | {"crab_jax/checkpoints/finite.py": ("tests/test_finite.py",)},
-    "models": _own("crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", SIZES, PARITY)
-    | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", "tests/test_generate.py")}
-    | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PARITY)}
+    "models": _own(
+        "crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", SIZES, PRODUCTS, PARITY
+    )
+    | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", PRODUCTS)}
+    | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PRODUCTS, PARITY)}
     | {"crab_jax/models/presets.py": (SIZES,)},
-    "train": _own("crab_jax", "tests", "train", LOG, "tests/test_outputs.py")
+    "train": _own("crab_jax", "tests", "train", LOG)
     | {f"crab_jax/training/{name}.py": (LOG, "tests/test_numbers.py") for name in ("metrics_log", "skip_guard")}
     | {"crab_jax/training/train_step.py": ("tests/test_numbers.py",)},
 }

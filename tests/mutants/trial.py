@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "grain.python", "scipy.optimize", "pytest")
 LIBRARIES += ("hypothesis", "tokenizers", "transformers", "safetensors.numpy", "PIL.Image", "av", "soundfile", "soxr")
 LIBRARIES += ("pycocotools.mask", "ml_collections", "tensorboardX", "einops", "absl.testing.parameterized")
+WAITING = 10  # seconds on the clock for each of the processor, after which a program is taken to hang
 OURS = ("crab_jax", "data_pipelines", "configs", "tests")
 
 
@@ -31,7 +33,7 @@ class Verdict:
     """What the tests said: `killed` by the test `by` (or by "import", "crash", "timeout"), or survived ("")."""
 
     by: str
-    seconds: float
+    seconds: float  # of the processor
     durations: dict[str, float]
 
     @property
@@ -73,7 +75,7 @@ class Trial:
 
     tree: Path
     tests: tuple[str, ...]
-    limit: float  # seconds
+    limit: float  # seconds of the processor: others may use it too
     durations: dict[str, float]  # of each test, when all pass: the quick ones are run first
     changed: tuple[str, str] | None = None  # a file of the tree, and what it holds meanwhile
 
@@ -94,6 +96,7 @@ class Trial:
         if not self.process:
             status = 70
             try:
+                resource.setrlimit(resource.RLIMIT_CPU, (int(self.limit), int(self.limit) + 5))
                 status = _run_tests(self.tree, self.tests, self.report, self.durations, keep=not self.changed)
             finally:
                 os._exit(status)
@@ -101,14 +104,14 @@ class Trial:
 
     def poll(self) -> Verdict | None:
         """Return the verdict, or None while the tests run."""
-        seconds = time.monotonic() - self.begun
-        ended, status = os.waitpid(self.process, os.WNOHANG)
-        if not ended and seconds < self.limit:
+        ended, status, used = os.wait4(self.process, os.WNOHANG)
+        if not ended and time.monotonic() - self.begun < WAITING * self.limit:
             return None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process, signal.SIGKILL)  # also what the tests have started
         if not ended:
-            os.waitpid(self.process, 0)
+            _, status, used = os.wait4(self.process, 0)
+        seconds = used.ru_utime + used.ru_stime
         if self.changed:
             (self.tree / self.changed[0]).write_text(self.original or "")
         durations: dict[str, float] = {}
@@ -116,16 +119,16 @@ class Trial:
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.report.read_text())
             failed, durations = found["failed"], found["durations"]
-        if not ended:
-            return Verdict("timeout", seconds, durations)
         code = os.waitstatus_to_exitcode(status)
+        if not ended or code == -signal.SIGXCPU:
+            return Verdict("timeout", seconds, durations)
         if code == 0:
             return Verdict("", seconds, durations)
         return Verdict(failed or ("crash" if code < 0 else "import"), seconds, durations)
 
 
 class _Report:
-    """A pytest plugin: quick tests first, and what failed."""
+    """A pytest plugin: quick tests first, slow ones of all files last, and what failed."""
 
     def __init__(self, tests: tuple[str, ...], file: Path, durations: dict[str, float]) -> None:
         self.tests, self.file, self.known = tests, file, durations
@@ -134,11 +137,12 @@ class _Report:
 
     def pytest_collection_modifyitems(self, items: list) -> None:  # type: ignore[type-arg]
         order = {test: place for place, test in enumerate(self.tests)}
+        long = sum(self.known.values()) / 10
 
-        def key(item) -> tuple[int, float]:  # type: ignore[no-untyped-def]
-            file = item.nodeid.split("::")[0]
+        def key(item) -> tuple[bool, int, float]:  # type: ignore[no-untyped-def]
+            file, seconds = item.nodeid.split("::")[0], self.known.get(item.nodeid, 0.0)
             place = min((order[test] for test in order if f"{file}/".startswith(f"{test}/")), default=0)
-            return place, self.known.get(item.nodeid, 0.0)
+            return seconds > long, place, seconds
 
         items.sort(key=key)
 
@@ -155,7 +159,7 @@ def _run_tests(tree: Path, tests: tuple[str, ...], report: Path, durations: dict
     """Run the tests in this process, which is a fork, and return pytest's exit status."""
     import pytest
 
-    os.setsid()
+    os.setpgrp()  # in the session of the tool, whose priority the tests keep
     os.chdir(tree)
     output = os.open("mutants-output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
@@ -169,6 +173,7 @@ def _run_tests(tree: Path, tests: tuple[str, ...], report: Path, durations: dict
     sys.path[:] = [str(tree), *(folder for folder in sys.path if not (Path(folder or ".") / "crab_jax").is_dir())]
     importlib.invalidate_caches()
     arguments = ["-x", "-n0", "-p", "no:cacheprovider", "-p", "no:randomly", "--durations=0", f"--rootdir={tree}"]
+    arguments += ["-m", "not slow and not exhaustive"]  # a room has quick tests of what it says
     status = int(pytest.main([*arguments, *tests], plugins=[_Report(tests, report, durations)]))
     package = sys.modules.get("crab_jax")
     if package is not None and not str(package.__file__).startswith(str(tree)):

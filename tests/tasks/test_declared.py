@@ -7,6 +7,8 @@ the constant answers of a few labels, how a target may differ from its label, an
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -183,6 +185,13 @@ Rodents, rats, mice; Accordion; Mandolin"""
 AVVP = """Speech Car Cheering Dog Cat Frying_(food) Basketball_bounce Fire_alarm Chainsaw Cello Banjo Singing
 Chicken_rooster Violin_fiddle Vacuum_cleaner Baby_laughter Accordion Lawn_mower Motorcycle Helicopter Acoustic_guitar
 Telephone_bell_ringing Baby_cry_infant_cry Blender Clapping"""
+
+
+def test_the_blocks_of_prompts_and_targets_are_those_of_the_released_dataset(golden):
+    samples = json.loads((golden / "samples.json").read_text()).values()
+    blocks = {block for one in samples for block in re.findall(r"This is an? \w+:\n\S+\n", one["instruction"])}
+    assert blocks == {VIDEO, AUDIO, IMAGE}
+    assert {run for one in samples for run in re.findall(r"<mask_start>.*<mask_end>", one["output"])} == {MASK}
 
 
 def test_the_names_of_the_benchmarks():

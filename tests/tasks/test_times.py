@@ -45,6 +45,7 @@ from crab_jax.tasks.times import find_spans, read_ranges
         ("between second 3 and 5", [(3, 5)]),
         ("from second 3 to second 5", [(3, 5)]),
         ("between 0:03 and 0:05", [(3, 5)]),
+        ("between about 3 and 5", [(3, 5)]),
         ("0,2 and 5,7", [(0, 2), (5, 7)]),
         ("0-2, 5-7", [(0, 2), (5, 7)]),
         ("(0,2),(5,7)", [(0, 2), (5, 7)]),
@@ -126,6 +127,7 @@ def test_spellings_that_are_read(text, ranges):
         "from the start to 4 s",
         "0,2, from 5,7",
         "between the video at 3 and 5",
+        "between the video 3 and 5",
     ],
 )
 def test_spellings_that_may_mean_anything_are_not_read(text):
