@@ -7,7 +7,6 @@ shapes suit it, and otherwise "einsum".
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -107,7 +106,6 @@ def _parts(mesh: Any, logical: str) -> int:
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
-@functools.lru_cache
 def _kernel(length: int, heads: int, queries_per_key: int, interpret: bool) -> Any:
     """Return the splash kernel for `heads` query heads of `length` positions, which maps one row [H,L,hd]."""
     block = next(n for n in range(min(_LARGEST_BLOCK, length), 0, -_BLOCK) if length % n == 0)
@@ -117,15 +115,14 @@ def _kernel(length: int, heads: int, queries_per_key: int, interpret: bool) -> A
     mask = splash_mask.CausalMask((length, length))
     each = queries_per_key if queries_per_key > 1 else heads
     make = splash.make_splash_mqa if queries_per_key > 1 else splash.make_splash_mha
-    with jax.ensure_compile_time_eval():
-        kernel = make(
-            splash_mask.MultiHeadMask([mask] * each),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            residual_checkpoint_name=SAVED,
-            interpret=interpret,
-        )
+    kernel = make(
+        splash_mask.MultiHeadMask([mask] * each),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
     if queries_per_key == 1:
         return kernel
 

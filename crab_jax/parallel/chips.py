@@ -30,7 +30,8 @@ class Chip:
     of the memory, of the interconnect within a slice (ICI), and of the network between slices (DCN; None: unknown).
     link_bandwidth: bytes/s of one link of the interconnect in one direction, as it is reached. clock: Hz of the cores,
     at which the matrix units reach `flops`. vector_ops: operations per second on 32-bit numbers outside of the matrix
-    units (TPU: 4 x 8 x 128 lanes a core; GPU: 128 a multiprocessor).
+    units (TPU: 4 x 8 x 128 lanes a core; GPU: 128 a multiprocessor). options: for the compiler, with which the training
+    step is fastest by the compiler's own estimate (docs/benchmarks.md, "Options of the compiler").
     """
 
     name: str
@@ -43,11 +44,13 @@ class Chip:
     link_bandwidth: float
     clock: float
     vector_ops: float
+    options: tuple[tuple[str, str], ...] = ()
 
 
+_WIDE = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)  # larger tiles in the fusions of products
 CHIPS = (
     Chip("v4", "TPU v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, None, 45e9, 1.05e9, 8.6e12),
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, 45e9, 1.5e9, 6.1e12),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, 45e9, 1.5e9, 6.1e12, _WIDE),
     Chip("v5p", "TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 90e9, 1.75e9, 14.3e12),
     Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * GIB), 1640e9, 448e9, 12.5e9, 90e9, 1.75e9, 7.2e12),
 )
@@ -66,6 +69,12 @@ def chip_of(device: Any) -> Chip | None:
     named = device.device_kind
     gpu = next((chip for chip in GPUS if f"{named} ".startswith(f"{chip.kind} ")), None)
     return next((chip for chip in CHIPS if chip.kind == named), gpu)
+
+
+def compiler_options(device: Any) -> dict[str, str]:
+    """Return the options with which a training step is compiled for a device; none where nothing was measured."""
+    chip = chip_of(device)
+    return dict(chip.options) if chip else {}
 
 
 def chips_of(topology: str) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from crab_jax import losses, optim
 from crab_jax.config import RunConfig
 from crab_jax.models.crab import CrabOutput
 from crab_jax.models.protocol import Model
-from crab_jax.parallel import sharding
+from crab_jax.parallel import chips, sharding
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Batch
 
@@ -156,7 +156,7 @@ def compile_step(
     state: TrainState,
     tx: optax.GradientTransformation,
     micro_batches: int,
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """Return the jitted step (state, frozen, batch) -> (state, metrics), which donates the state.
 
     Batch rows are sharded over the mesh and taken in `micro_batches` parts one after the other; metrics are replicated.
@@ -185,6 +185,7 @@ def compile_step(
         donate_argnums=0,
         in_shardings=(state_shardings, None, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
+        compiler_options=chips.compiler_options(mesh.devices.flat[0]),
     )
 
 
