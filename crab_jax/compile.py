@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -206,7 +207,7 @@ def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
         rows = config.mixture.batch_size // sharding.row_groups(mesh)
         state, frozen = abstract_state(alone, single)
         step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
-        return step.__wrapped__, (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
+        return inspect.unwrap(step), (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
 
     if not any(bucket[1:3]) and not bucket.masks:
         frozen = {"llama": frozen["llama"]}  # the only module that text needs

@@ -138,10 +138,12 @@ class Crab(nn.Module):
         cfg = self.cfg
         self.clip = Clip(cfg.clip)
         self.beats = Beats(cfg.beats)
-        self.vl_projector = QFormer(cfg.visual)
-        self.al_projector = QFormer(cfg.audio)
+        # What is cheap to compute again is not kept while the language model goes backward.
+        again: Any = (lambda module: module) if cfg.llama.remat == "none" else nn.remat
+        self.vl_projector = again(QFormer)(cfg.visual)
+        self.al_projector = again(QFormer)(cfg.audio)
         self.llama: Any = FusedLlama(cfg.llama, cfg.lora, self.weights) if self.weights else Llama(cfg.llama, cfg.lora)
-        self.seg_module = SegModule(cfg.seg)
+        self.seg_module = again(SegModule)(cfg.seg)
 
     def encode_images(self, images: jax.Array) -> tuple[jax.Array, ...]:
         """Encode pictures uint8[B,T,H,W,3] to one [B,T,N,C] per CLIP tap."""

@@ -156,7 +156,7 @@ def compile_step(
     state: TrainState,
     tx: optax.GradientTransformation,
     micro_batches: int,
-) -> jax.stages.Wrapped:
+) -> Callable[..., Any]:
     """Return the jitted step (state, frozen, batch) -> (state, metrics), which donates the state.
 
     Batch rows are sharded over the mesh and taken in `micro_batches` parts one after the other; metrics are replicated.
