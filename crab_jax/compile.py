@@ -191,28 +191,31 @@ class Program:
     own: Callable[[bool], tuple[Callable[..., Any], tuple[Any, ...]]]
     rows: int
     accumulate: int = 1
+    remat: str = ""
 
 
 def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
     """Return the train step that crab_jax/train.py runs."""
     state, frozen = abstract_state(config, mesh)
-    accumulate, tx = run_mesh.micro_batches(config, mesh), optim.optimizer(config.optim, config.steps)
+    config, accumulate = run_mesh.fitted(config, mesh)
+    tx = optim.optimizer(config.optim, config.steps)
     batch = abstract_batch(config, bucket, config.mixture.batch_size, sharding.batch_sharding(mesh))
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         alone = _micro_batches(config, accumulate)
         if not remat:
-            alone = _remat(alone, "none")
+            alone = run_mesh.with_remat(alone, "none")
         single = sharding.make_mesh(1, 1, 1, mesh.devices.flat[:1])
         rows = config.mixture.batch_size // sharding.row_groups(mesh)
         state, frozen = abstract_state(alone, single)
         step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
-        return inspect.unwrap(step), (state, frozen, abstract_batch(config, bucket, rows, sharding.batch_sharding(single)))
+        alone_batch = abstract_batch(config, bucket, rows, sharding.batch_sharding(single))
+        return inspect.unwrap(step), (state, frozen, alone_batch)
 
     if not any(bucket[1:3]) and not bucket.masks:
         frozen = {"llama": frozen["llama"]}  # the only module that text needs
     jitted = train_step.compile_step(config, config.model.build(), mesh, state, tx, accumulate)
-    return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate)
+    return Program(jitted, (state, frozen, batch), own, config.mixture.batch_size, accumulate, config.model.llama.remat)
 
 
 def language_model(config: RunConfig) -> RunConfig:
@@ -313,7 +316,7 @@ def measure(
         "bucket": bucket._asdict(),
         "rows": program.rows,
         "accumulate": program.accumulate,
-        "remat": config.model.llama.remat,
+        "remat": program.remat,
         "hbm_bytes": chip.hbm_bytes,
         "model_flops_per_chip": useful.flops / tensor,
         "flops_per_chip": done.flops / tensor,
@@ -575,12 +578,7 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
 def _on(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> RunConfig:
     """Return the config with this mesh over all devices and this remat policy."""
     mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor, config.mesh.slices)
-    return _remat(dataclasses.replace(config, mesh=mesh), remat)
-
-
-def _remat(config: RunConfig, policy: str) -> RunConfig:
-    llama = dataclasses.replace(config.model.llama, remat=policy)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, llama=llama))
+    return run_mesh.with_remat(dataclasses.replace(config, mesh=mesh), remat)
 
 
 def _micro_batches(config: RunConfig, accumulate: int) -> RunConfig:
@@ -609,7 +607,7 @@ def _by_arithmetic(
 def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[RunConfig]:
     """Yield the config on this mesh with up to four rising numbers of micro-batches, from half the inferred number."""
     trial = _micro_batches(_on(config, devices, fsdp, tensor, remat), 0)
-    inferred = run_mesh.micro_batches(trial, run_mesh.mesh_of(trial, devices))
+    inferred = run_mesh.fitted(trial, run_mesh.mesh_of(trial, devices))[1]
     rows = config.mixture.batch_size // (len(devices) // tensor)
     for accumulate in [n for n in range(max(1, inferred // 2), rows + 1) if rows % n == 0][:4]:
         yield _micro_batches(trial, accumulate)

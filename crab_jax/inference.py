@@ -100,7 +100,7 @@ def draw(model: Model, params: Any, states: jax.Array, pictures: jax.Array) -> d
     }
 
 
-def _spread(tree: Any, mesh: Mesh | None) -> Any:
+def spread(tree: Any, mesh: Mesh | None) -> Any:
     """Return the arrays [B,...] of `tree` with their rows spread over the copies of the model."""
     return tree if mesh is None else jax.device_put(tree, sharding.batch_sharding(mesh))
 
@@ -122,7 +122,7 @@ class Encoder:
             new = list(first)[start : start + together]
             taken = [first[name] for name in new]
             taken += taken[:1] * (together - len(taken))
-            clips = _spread((batch.frames[taken], batch.fbank[taken]), self.mesh)
+            clips = spread((batch.frames[taken], batch.fbank[taken]), self.mesh)
             rows = _encode(self.model, self.params, *clips, self.mesh)
             self.kept |= dict(zip(new, rows, strict=False))
         needed = {name: self.kept.pop(name) for name in dict.fromkeys(names)}
@@ -180,7 +180,7 @@ def predict_examples(
                     [-1 if row < 0 else zlib.crc32(examples[row].id.encode()) >> 1 for row in rows], np.int32
                 ),
             )
-        prompts, features = _spread((prompts, features), mesh)
+        prompts, features = spread((prompts, features), mesh)
         chosen = dataclasses.replace(options, force_masks=options.force_masks and batch.seg_frame.shape[1] > 0)
         if on_text is None:
             generation = _answer(model, params, prompts, chosen, rng, features, mesh)
@@ -193,9 +193,7 @@ def predict_examples(
         if batch.seg_frame.shape[1]:
             drawn = [
                 jax.device_get(
-                    _draw(
-                        model, params, *_spread((generation.mask_states[:, group], batch.seg_frame[:, 0]), mesh), mesh
-                    )
+                    _draw(model, params, *spread((generation.mask_states[:, group], batch.seg_frame[:, 0]), mesh), mesh)
                 )
                 for group in range(has_mask.shape[1])
                 if has_mask[:, group].any()

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from crab_jax.io import bounds
 from crab_jax.io.bounds import Bound, Choice, Real
 
+CHUNK = 128  # targets of a row whose logits exist at a time
 BINARY, SEMANTIC = 1, 2  # values of `seg_kind`; 0: no mask
 
 
@@ -70,7 +71,7 @@ def text_rows_of(
     tokens: jax.Array,
     loss_mask: jax.Array,
     valid: jax.Array,
-    chunk: int = 128,
+    chunk: int = CHUNK,
 ) -> Term:
     """Return `text_rows` of the logits of `hidden`, which are computed at the positions that predict targets only.
 

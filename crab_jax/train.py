@@ -119,9 +119,9 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
     )
     mesh = run_mesh.mesh_of(config)
     # An indivisible batch size is refused before anything is loaded.
-    micro_batches = run_mesh.micro_batches(config, mesh)
+    fitted, micro_batches = run_mesh.fitted(config, mesh)
     tokenizer = run_folder.tokenizer_of(config)
-    model = config.model.build()
+    model = fitted.model.build()
     schedule, tx = optim.learning_rate(config.optim, config.steps), optim.optimizer(config.optim, config.steps)
     skipped, batch_at = run_data.skipped_file(workdir), sharding.batch_sharding(mesh)
     cut_tail(skipped)

@@ -57,7 +57,7 @@ def test_sizes_are_overridden_by_name_and_checked():
         ({"llama": 3}, r"sizes.llama\]"),
         ({"llama": {"heads": 3}}, "does not divide"),
         ({"llama": {"heads": 0}}, "must be"),
-        ({"llama": {"remat": "some"}}, "none, full, dots"),
+        ({"llama": {"remat": "some"}}, "projections, offload, dots, none"),
     ):
         with pytest.raises(cj.InputError, match=said):
             cj.tiny(**wrong)

@@ -193,7 +193,7 @@ def test_every_key_has_a_bound_of_its_own_type():
         (("sizes.llama.heads=128", "sizes.llama.kv_heads=128"), "1 channels; make it an even number"),
         (("sizes.clip.taps=(2,3,9)",), "taps.*0..4"),
         (("sizes.clip.taps=(1,2)",), "sizes.clip.taps.*give 3"),
-        (("sizes.llama.remat=some",), "sizes.llama.remat.*full, attention, projections, offload, dots, none"),
+        (("sizes.llama.remat=some",), "sizes.llama.remat.*auto, full, attention, projections, offload, dots, none"),
         (("sizes.seg.dtype=float8",), "sizes.seg.dtype.*float32, bfloat16"),
         (("frozen_dtype=int8",), "frozen_dtype.*bfloat16"),
         (("sizes.visual.out_dim=64",), "llama.hidden is 128"),

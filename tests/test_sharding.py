@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from configs import finetune
 from crab_jax import optim
@@ -160,16 +160,40 @@ def test_a_parameter_that_does_not_divide_is_refused_with_its_numbers():
 
 
 @pytest.mark.parametrize(
-    ("name", "chips_", "expected"), [("v5e", 256, 1), ("v6e", 16, 8), ("v4", 64, 2), ("v5p", 16, 2)]
+    ("name", "shape", "expected"),
+    [
+        ("v5e", (64, 4, 1), (1, "projections")),
+        ("v5e", (4, 4, 1), (16, "projections")),
+        ("v5e", (1, 4, 1), (64, "projections")),
+        ("v6e", (8, 2, 1), (8, "projections")),
+        ("v4", (16, 4, 1), (2, "projections")),
+        ("v5p", (16, 1, 1), (2, "projections")),
+        ("v5e", (64, 2, 2), (1, "projections")),
+        ("v5e", (128, 2, 1), (1, "attention")),  # twice the matrices: what projections need of two rows is not free
+    ],
 )
-def test_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, chips_, expected):
-    memory = next(chip.hbm_bytes for chip in chips.CHIPS if chip.name == name)
-    monkeypatch.setattr(chips, "memory_of", lambda device: memory)
-    mesh = SimpleNamespace(shape={"data": chips_, "fsdp": 1, "tensor": 1}, devices=np.array([None]))
+def test_recomputation_and_micro_batches_of_the_joint_stage_follow_the_memory(monkeypatch, name, shape, expected):
+    chip = next(chip for chip in chips.CHIPS if chip.name == name)
+    device = jax.sharding.AbstractDevice(device_kind=chip.kind, num_cores=None, platform="tpu")
+    abstract = AbstractMesh(shape, sharding.AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    monkeypatch.setattr(chips, "memory_of", lambda device: chip.hbm_bytes)
+    monkeypatch.setattr(run_mesh, "resident_bytes", lambda config, mesh: resident(config, abstract))
+    mesh = SimpleNamespace(shape=abstract.shape, abstract_mesh=abstract, devices=np.array([None]))
     config = finetune.get_config()
-    assert run_mesh.micro_batches(resolve(config), mesh) == expected
-    config.optim.accumulate = 1
-    assert run_mesh.micro_batches(resolve(config), mesh) == 1, "a given number is not changed"
+    fitted, micro_batches = run_mesh.fitted(resolve(config), mesh)
+    assert (micro_batches, fitted.model.llama.remat) == expected
+    config.optim.accumulate, config.sizes.llama.remat = 1, "dots"
+    given = resolve(config)
+    assert run_mesh.fitted(given, mesh) == (given, 1), "what is given is not changed"
+
+
+resident = run_mesh.resident_bytes
+
+
+def test_without_a_known_memory_layers_are_computed_again_and_the_batch_is_whole():
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    fitted, micro_batches = run_mesh.fitted(resolve(finetune.get_config()), mesh)
+    assert (micro_batches, fitted.model.llama.remat) == (1, "full")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +249,7 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
 def test_every_slice_has_all_moments_so_that_no_updated_parameter_crosses_slices():
     mesh = AbstractMesh((2, 4, 2, 1), (sharding.SLICES, *sharding.AXES))
     whole = jax.ShapeDtypeStruct((768, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    assert sharding._spread(whole, mesh).spec == PartitionSpec(None, ("data", "fsdp"))
+    assert sharding.spread(whole, mesh).spec == PartitionSpec(None, ("data", "fsdp"))
 
 
 def test_each_device_of_a_slice_sends_its_part_of_the_gradient_of_crab_7b():

@@ -56,7 +56,8 @@ REMAT = {
 class LlamaConfig:
     """Sizes of the decoder; the defaults are LLaMA-2-7B with Crab's 17 extra tokens.
 
-    remat: one of `REMAT`. attention: one of `attention.KINDS`. dtype: compute dtype.
+    remat: one of `REMAT`, or "auto": a run chooses by its memory (runs/run_mesh.py), and the module takes "full".
+    attention: one of `attention.KINDS`. dtype: compute dtype.
     """
 
     vocab_size: int = 32017
@@ -68,7 +69,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rms_eps: float = 1e-5
     qkv_bias: bool = False
-    remat: str = "full"
+    remat: str = "auto"
     attention: str = "auto"
     dtype: str = "bfloat16"
 
@@ -257,7 +258,11 @@ class Block(nn.Module):
 
 
 def _layers(cfg: LlamaConfig, lora: LoraConfig | None) -> nn.Module:
-    block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
+    block = (
+        Block
+        if cfg.remat == "none"
+        else nn.remat(Block, policy=REMAT["full" if cfg.remat == "auto" else cfg.remat], prevent_cse=False)
+    )
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, "router": 0, "intermediates": 0},

@@ -112,7 +112,7 @@ BOUNDS: dict[str, Bound] = {
     "vocab_size": Whole(18, 2**24),
     "rope_theta": Real(1, 1e12),
     "rms_eps": Real(1e-30, 1),
-    "remat": Choice(tuple(REMAT)),
+    "remat": Choice(("auto", *REMAT)),
     "attention": Choice(ATTENTION),
     "dropout": _SHARE,
     "dropout_bits": Choice(DROPOUT_BITS),

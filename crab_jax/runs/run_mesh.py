@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -11,17 +13,26 @@ from jax.sharding import Mesh
 from crab_jax import optim
 from crab_jax.config import RunConfig
 from crab_jax.io.errors import InputError
-from crab_jax.models import quantize
+from crab_jax.losses import CHUNK
+from crab_jax.models import attention, quantize
 from crab_jax.models.crab import CrabConfig
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_params
 
-# The temporaries of a micro-batch, as estimated by `row_bytes`, may take this share of a device's memory.
-ACTIVATION_SHARE = 0.35
+# Parameters, optimizer state and the temporaries of a micro-batch may take this share of a device's memory.
+TRAINING_SHARE = 0.85
 # Parameters may take this share of a device that generates; the rest is for the cache and activations.
 SERVING_SHARE = 0.6
-# Measured ratio of the compiler's allocation for a row and the sum in `row_bytes`.
-MEASURED = 1.5
+# Measured ratio of what the compiler allocates for a row of a micro-batch to the sum in `row_bytes`.
+MEASURED = 1.1
+# What a training step takes however few rows it has: the gathered matrices of the layers at work.
+STEP_BYTES = 0.3 * 2**30
+# Features of a row's media and its mask, as measured for the 7B model with ten frames, ten windows and a mask.
+MEDIA_BYTES = 0.45 * 2**30
+# Policies of recomputation that "auto" chooses from, those that compute the least again first.
+POLICIES = ("projections", "attention", "full")
+# A micro-batch of fewer rows would wait for the matrices that are gathered for it.
+LEAST_ROWS = 2
 
 
 def state_bytes(config: RunConfig) -> int:
@@ -34,18 +45,24 @@ def state_bytes(config: RunConfig) -> int:
     return run_params.count(frozen) * jax.numpy.dtype(config.frozen_dtype).itemsize + 16 * run_params.count(trainable)
 
 
-def row_bytes(cfg: CrabConfig, length: int) -> int:
-    """Estimate the bytes of temporaries per batch row of `length` positions, in a training step with `remat="full"`.
+def row_bytes(cfg: CrabConfig, length: int, remat: str = "full", kernel: str = "einsum") -> float:
+    """Estimate the bytes of temporaries per batch row of `length` positions in a training step.
 
-    The sum has the layers' inputs, one layer's attention scores and feed-forward, and the logits, each with its
-    gradient.
+    The sum has what the policy `remat` keeps of every layer, one layer's feed-forward and attention scores (which only
+    the kernel "einsum" writes), and the logits of one chunk of targets.
     """
     llama = cfg.llama
-    inputs = 2 * llama.layers * length * llama.hidden
-    scores = 3 * 4 * llama.heads * length**2
+    width, key_width = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
+    kept = llama.hidden  # values of a position
+    if remat != "full":
+        kept += width
+    if remat not in ("full", "attention"):
+        kept += width + 2 * key_width + llama.hidden + 2 * llama.mlp_dim
+    layers = 2 * llama.layers * length * kept
+    scores = 3 * 4 * llama.heads * length**2 if kernel == "einsum" else 0
     feed_forward = 8 * 2 * length * llama.mlp_dim
-    logits = 3 * 4 * length * llama.padded_vocab
-    return int(MEASURED * (inputs + scores + feed_forward + logits))
+    logits = 3 * 4 * min(length, CHUNK) * llama.padded_vocab
+    return MEASURED * (layers + scores + feed_forward + logits) + MEDIA_BYTES
 
 
 def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
@@ -54,20 +71,51 @@ def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
     return sharding.make_mesh(**vars(config.mesh), devices=devices, state_bytes=needed)
 
 
-def micro_batches(config: RunConfig, mesh: Mesh) -> int:
-    """Return `optim.accumulate`, or for 0 the fewest micro-batches whose longest rows fit ACTIVATION_SHARE of a device.
+def resident_bytes(config: RunConfig, mesh: Mesh) -> int:
+    """Return the bytes that parameters, gradients and optimizer state take on the device that has the most of them."""
+    wanted = run_params.wanted_params(config, config.model.build(), mesh)
+    trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
 
-    1 where a device's memory is unknown. Raises InputError when batch, mesh and micro-batches do not divide.
+    def size(leaf: Any, placement: Any) -> int:
+        return int(math.prod(placement.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
+
+    kept = sum(size(leaf, leaf.sharding) for leaf in jax.tree.leaves(frozen))
+    for leaf in jax.tree.leaves(trainable):  # value and gradient, and two moments
+        kept += 2 * size(leaf, leaf.sharding) + 2 * size(leaf, sharding.spread(leaf, mesh))
+    return kept
+
+
+def fitted(config: RunConfig, mesh: Mesh) -> tuple[RunConfig, int]:
+    """Return what "auto" and 0 mean on a mesh: (config with a policy of recomputation, number of micro-batches).
+
+    For `sizes.llama.remat` "auto" and `optim.accumulate` 0 it is the first of POLICIES, and the fewest micro-batches,
+    whose longest rows fit TRAINING_SHARE of a device. Where a device's memory is unknown, layers are computed again and
+    the batch is whole. Raises InputError when batch, mesh and micro-batches do not divide.
     """
-    accumulate = config.optim.accumulate
+    accumulate, remat = config.optim.accumulate, config.model.llama.remat
     sharding.check_batch(config.mixture.batch_size, mesh, accumulate or 1)
     memory = chips.memory_of(mesh.devices.flat[0])
-    if accumulate or memory is None:
-        return accumulate or 1
+    policies = POLICIES if remat == "auto" else (remat,)
+    if memory is None or (accumulate and remat != "auto"):
+        return with_remat(config, policies[-1]), accumulate or 1
     rows = config.mixture.batch_size // sharding.row_groups(mesh)
-    each = row_bytes(config.model, max(config.data.lengths)) / mesh.shape["tensor"]
-    fitting = ACTIVATION_SHARE * memory / each
-    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows / n <= fitting or n == rows))
+    length, cfg = max(config.data.lengths), config.model
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        kernel = attention.kind_for(cfg.llama.attention, length, cfg.llama.head_dim, only_causal=True)
+    free = TRAINING_SHARE * memory - resident_bytes(config, mesh) - STEP_BYTES
+    for policy in policies:
+        fitting = free * mesh.shape["tensor"] / row_bytes(cfg, length, policy, kernel)
+        numbers = [accumulate] if accumulate else [n for n in range(1, rows + 1) if rows % n == 0]
+        found = next((n for n in numbers if rows / n <= fitting), None)
+        if found and rows / found >= min(rows, LEAST_ROWS):
+            return with_remat(config, policy), found
+    return with_remat(config, policies[-1]), accumulate or found or rows
+
+
+def with_remat(config: RunConfig, policy: str) -> RunConfig:
+    """Return the config with a policy of recomputation."""
+    llama = dataclasses.replace(config.model.llama, remat=policy)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, llama=llama))
 
 
 def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:

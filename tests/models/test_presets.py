@@ -176,7 +176,7 @@ def test_sizes_at_the_edge_of_what_fits():
         ("llama", "vocab_size", (18, 2**24), (17, 2**24 + 1)),  # 17 tokens of Crab and one other
         ("llama", "rope_theta", (1.0, 1e12), (0.5, 1e13)),
         ("llama", "rms_eps", (1e-30, 1.0), (0.0, 2.0)),
-        ("llama", "remat", ("none", "full", "dots", "attention", "projections", "offload"), ("some",)),
+        ("llama", "remat", ("auto", "none", "full", "dots", "attention", "projections", "offload"), ("some",)),
         ("llama", "attention", ("auto", "splash", "cudnn", "einsum"), ("flash",)),
         ("lora", "dropout_bits", ("hash", "threefry"), ("rbg",)),
         ("lora", "dropout", (0.0, 0.99), (-0.1, 1.0)),
