@@ -128,7 +128,7 @@ def test_slices_that_the_devices_cannot_make_are_refused():
 
 def test_an_inferred_split_of_the_parameters_stays_within_a_slice():
     chips_ = [Chip(number, number // 4) for number in range(16)]
-    mesh = sharding.make_mesh(0, 0, 1, [dataclasses.replace(chip, platform="cpu") for chip in chips_], 2**60, 4)
+    mesh = sharding.make_mesh(0, 0, 1, [dataclasses.replace(chip, platform="gpu") for chip in chips_], 2**60, 4)
     assert mesh.shape["fsdp"] == 4 and mesh.shape["slices"] == 4
 
 

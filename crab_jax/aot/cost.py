@@ -56,7 +56,7 @@ MODULES = {
 }
 SLIM = 128  # a product with fewer inputs or outputs than this is of a low-rank update or its router
 PRODUCT_SHARE = 0.95  # of the peak that a large product reaches, by the compiler's estimate
-_BITS = re.compile(r"threefry|random_bits|_bernoulli|_uniform|dropout_bits|Dropout_\d")
+_BITS = re.compile(r"threefry|random_bits|_bernoulli|_uniform|dropout_bits")
 _LOSS = re.compile(r"jvp\(\)|lm_head|logits|text_rows|mask_rows")  # the loss is the only thing outside the model
 _FREE = {"parameter", "constant", "broadcast", "bitcast", "reshape", "tuple", "get-tuple-element", "fusion"}
 _FREE |= {"dynamic-slice", "dynamic-update-slice", "slice", "gather", "copy", "transpose"}  # only move

@@ -36,7 +36,8 @@ class Dropout(nn.Module):
         """
         if rows is None or self.rate == 0:
             return x
-        kept = keep(self.make_rng("dropout"), rows, x.shape[1:], self.rate, self.bits)
+        with jax.named_scope("dropout_bits"):  # the name under which `compile --thorough` counts them
+            kept = keep(self.make_rng("dropout"), rows, x.shape[1:], self.rate, self.bits)
         return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
 
 
