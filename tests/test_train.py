@@ -141,6 +141,7 @@ def small_run(root: Path) -> tuple:
     )
 
 
+@pytest.mark.slow
 def test_no_recompilation_after_the_first_pass_over_the_buckets_and_the_loss_falls(scenes_root):
     step, state, frozen, batches = small_run(scenes_root)
     first = {}

@@ -97,7 +97,7 @@ class _Module:
         if unchanged.killed:
             output = (trees[0] / "mutants-output.txt").read_text()[-3000:]
             sys.exit(f"{output}\nerror: {unchanged.by} fails without any change: the tests of {self.module} must pass")
-        limit = 30 + 4 * unchanged.seconds
+        limit = 10 + 2 * unchanged.seconds
         print(
             f"{self.module}: {len(self.open)} mutants to try; all tests take {unchanged.seconds:.0f} s of CPU",
             flush=True,
