@@ -4,7 +4,9 @@ Rows are independent: the tokens of a row depend on its own prompt (and, when sa
 rows, their order, or the padding. The released scripts attend to left padding instead (models/unified_llama.py:
 `generate`, `generate_avs`), so that their text depends on the batch.
 
-`generate` is a single program. `stream` runs the same steps a few tokens at a time and passes them to a callback.
+`generate` is a single program. `stream` runs the same steps a few tokens at a time and passes them to a callback. Both
+can go on from prompts whose first part is in a cache already (`Begun`). The rows of a `State` may have chosen different
+numbers of tokens, and the slots of a row follow from its own prompt, so a row can be replaced while others go on.
 """
 
 from __future__ import annotations
@@ -87,15 +89,28 @@ class _Masks:
 
 
 @flax.struct.dataclass
-class State:
-    """Everything that a decode step reads and writes."""
+class Begun:
+    """B prompts whose first positions are read already.
 
-    step: jax.Array  # number of tokens chosen so far
+    cache: has room for the whole prompts and `max_new_tokens`; it holds `lengths` int32[B] positions of each row, fewer
+    than its prompt has. width: an upper bound of the number of positions left.
+    """
+
     cache: Cache
-    tokens: jax.Array
     lengths: jax.Array
+    width: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that a decode step reads and writes; the first axis of all but the cache is that of the rows."""
+
+    cache: Cache
+    token: jax.Array  # int32[B] the token chosen last
+    tokens: jax.Array
+    lengths: jax.Array  # int32[B] number of tokens chosen so far
     masks: _Masks
-    done: jax.Array
+    done: jax.Array  # bool[B] rows that have ended, or have all their tokens
     finite: jax.Array
     prompt_lengths: jax.Array
     first_position: jax.Array  # int32[B] position of the first generated token
@@ -143,7 +158,7 @@ def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptio
     """Return the tokens [B], mask tokens in rows that would end without a group, and the new `masks.forced`."""
     six = len(options.mask_ids)
     lacks = (masks.groups == 0) & (masks.since < six) & (masks.forced == 0) & ~state.done
-    last_chance = state.step >= options.max_new_tokens - 1 - (six - masks.since)
+    last_chance = state.lengths >= options.max_new_tokens - 1 - (six - masks.since)
     starts = lacks & ((token == options.eos_id) | last_chance)
     forced = jnp.where(masks.forced > 0, masks.forced + 1, jnp.where(starts, masks.since + 1, 0))
     appended = jnp.asarray((*options.mask_ids, options.eos_id), jnp.int32)[jnp.clip(forced - 1, 0, six)]
@@ -152,25 +167,27 @@ def _force(masks: _Masks, token: jax.Array, state: State, options: GenerateOptio
 
 def _choose(apply: Callable[..., Any], state: State, hidden: jax.Array, options: GenerateOptions) -> State:
     """Choose the next token of every row from the hidden states [B,D] that predict it."""
-    keys = None if state.row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(state.row_keys, state.step)
+    keys = None if state.row_keys is None else jax.vmap(jax.random.fold_in)(state.row_keys, state.lengths)
     logits = apply(hidden, method="logits")
     token = sample(logits, keys, options.temperature, options.top_p)
     if state.dictated is not None:
-        dictated = state.dictated[:, state.step]
+        dictated = jnp.take_along_axis(state.dictated, state.lengths[:, None], axis=1, mode="clip")[:, 0]
         token = jnp.where(dictated >= 0, dictated, token)
     masks = state.masks
     if options.force_masks:
         token, forced = _force(masks, token, state, options)
         masks = dataclasses.replace(masks, forced=forced)
     token = jnp.where(state.done, options.pad_id, token)
+    place = jnp.arange(options.max_new_tokens) == state.lengths[:, None]
+    lengths = state.lengths + ~state.done
     return dataclasses.replace(
         state,
-        step=state.step + 1,
-        tokens=state.tokens.at[:, state.step].set(token),
-        lengths=state.lengths + ~state.done,
+        token=token,
+        tokens=jnp.where(place, token[:, None], state.tokens),
+        lengths=lengths,
         masks=_collect(masks, token, hidden, state.done, options),
         finite=state.finite & (state.done | jnp.isfinite(logits).all(axis=-1)),
-        done=state.done | (token == options.eos_id),
+        done=state.done | (token == options.eos_id) | (lengths == options.max_new_tokens),
     )
 
 
@@ -188,50 +205,68 @@ def start(
     rng: jax.Array | None = None,
     dictated: jax.Array | None = None,
     features: jax.Array | None = None,
+    begun: Begun | None = None,
 ) -> State:
-    """Read the prompts and choose the first token of each; the arguments are those of `generate`."""
+    """Read the prompts, or what is left of them, and choose the first token of each.
+
+    The arguments are those of `generate`.
+    """
     if options.temperature > 0 and rng is None:
         raise InputError("generation options", "rng", "sampling needs a seed", "pass rng or set temperature to 0")
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
     rows, width = batch.text_mask.shape
     lengths = batch.text_mask.sum(axis=-1, dtype=jnp.int32)
-    media = () if features is None else (features,)
-    hidden, cache = apply(batch, model.empty_cache(rows, width), *media, method="prefill")
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    positions = model.positions(batch)
+    if begun is None:
+        media = () if features is None else (features,)
+        hidden, cache = apply(batch, model.empty_cache(rows, width), *media, method="prefill")
+        cache, last = model.grown_cache(cache, options.max_new_tokens), lengths - 1
+    else:
+        # Past the end of a prompt these slots hold nothing that is read: decoding fills them first.
+        slots = begun.lengths[:, None] + jnp.arange(begun.width)
+        inside = jnp.minimum(slots, width - 1)
+        left = jnp.take_along_axis(batch.tokens, inside, axis=1)
+        where = jnp.take_along_axis(positions, inside.reshape(*inside.shape, *(1,) * (positions.ndim - 2)), axis=1)
+        hidden, cache = apply(left, where, slots, begun.cache, method="decode")
+        last = lengths - 1 - begun.lengths
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
     none = jnp.zeros(rows, jnp.int32)
-    group = jnp.zeros((rows, len(options.mask_ids), last.shape[-1]), last.dtype)
+    group = jnp.zeros((rows, len(options.mask_ids), hidden.shape[-1]), hidden.dtype)
     state = State(
-        step=jnp.int32(0),
-        cache=model.grown_cache(cache, options.max_new_tokens),
+        cache=cache,
+        token=none,
         tokens=jnp.full((rows, options.max_new_tokens), options.pad_id, jnp.int32),
         lengths=none,
         masks=_Masks(group, none, jnp.repeat(group[:, None], options.mask_groups, axis=1), none, none),
         done=batch.index < 0,
         finite=jnp.ones(rows, bool),
         prompt_lengths=lengths,
-        first_position=_first_position(model.positions(batch), batch.text_mask),
+        first_position=_first_position(positions, batch.text_mask),
         row_keys=None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, batch.index.astype(jnp.uint32)),
         dictated=dictated,
     )
-    return _choose(apply, state, last, options)
+    return _choose(apply, state, hidden, options)
 
 
 def advance(
-    model: Model, params: Any, state: State, options: GenerateOptions, until: int | jax.Array | None = None
+    model: Model, params: Any, state: State, options: GenerateOptions, steps: int | jax.Array | None = None
 ) -> State:
-    """Decode until `until` tokens have been chosen (by default `max_new_tokens`) or all rows have ended."""
+    """Decode `steps` more tokens of every row (by default all that are left), or until all rows have ended."""
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
-    limit = options.max_new_tokens if until is None else jnp.minimum(until, options.max_new_tokens)
+    limit = options.max_new_tokens if steps is None else steps
 
-    def step(state: State) -> State:
+    def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         # The token to read was chosen last: it follows the prompt and the `before` tokens chosen earlier.
-        before = state.step - 1
+        count, state = carry
+        before = jnp.maximum(state.lengths - 1, 0)
         positions, slots = (state.first_position + before)[:, None], (state.prompt_lengths + before)[:, None]
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        hidden, cache = apply(token, positions, slots, state.cache, method="decode")
-        return _choose(apply, dataclasses.replace(state, cache=cache), hidden[:, 0], options)
+        hidden, cache = apply(state.token[:, None], positions, slots, state.cache, method="decode")
+        return count + 1, _choose(apply, dataclasses.replace(state, cache=cache), hidden[:, 0], options)
 
-    return jax.lax.while_loop(lambda state: (state.step < limit) & ~state.done.all(), step, state)
+    def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
+        return (carry[0] < limit) & ~carry[1].done.all()
+
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
 
 
 def finish(state: State, options: GenerateOptions) -> Generation:
@@ -253,6 +288,7 @@ def generate(
     rng: jax.Array | None = None,
     dictated: jax.Array | None = None,
     features: jax.Array | None = None,
+    begun: Begun | None = None,
 ) -> Generation:
     """Continue every prompt of `batch` until `</s>` or `max_new_tokens`; stop when all rows have ended.
 
@@ -260,14 +296,14 @@ def generate(
     `text_mask` bool[B,L] and `index` int32[B]; rows of index -1 are filler, for which nothing is generated. rng:
     required when sampling; the draws of a row depend on (rng, its index, step). dictated: int32[B,N], tokens to take
     instead of the model's where they are >= 0. features: [B,R,D], the encoded media, which the prefill otherwise
-    computes from the batch. To compile, jit with `model` and `options` static. Raises InputError for sampling without
-    an rng.
+    computes from the batch. begun: the first part of the prompts, read already; what is left holds no media. To
+    compile, jit with `model` and `options` static. Raises InputError for sampling without an rng.
     """
-    state = start(model, params, batch, options, rng, dictated, features)
+    state = start(model, params, batch, options, rng, dictated, features, begun)
     return finish(advance(model, params, state, options), options)
 
 
-_start = jax.jit(start, static_argnums=(0, 3))
+_start = jax.jit(start, static_argnums=(0, 3), donate_argnums=7)
 _advance = jax.jit(advance, static_argnums=(0, 3), donate_argnums=2)
 
 
@@ -276,22 +312,25 @@ def stream(
     params: Any,
     batch: Any,
     options: GenerateOptions,
-    on_tokens: Callable[[np.ndarray, np.ndarray], None],
+    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None,
     every: int = 4,
     rng: jax.Array | None = None,
     dictated: jax.Array | None = None,
     features: jax.Array | None = None,
+    begun: Begun | None = None,
 ) -> Generation:
     """Generate like `generate`, and call `on_tokens` after the first token and then after every `every` tokens.
 
-    `on_tokens` receives the tokens so far, int32[B,N], and their lengths, int32[B]. The programs are compiled once per
-    shape, whatever the callback, and the cache is donated from call to call.
+    `on_tokens` receives the tokens so far, int32[B,N], and their lengths, int32[B]; without it, nothing is told. The
+    programs are compiled once per shape, whatever the callback, and the cache is donated from call to call, that of
+    `begun` too.
     """
-    state, step = _start(model, params, batch, options, rng, dictated, features), 1
+    state = _start(model, params, batch, options, rng, dictated, features, begun)
+    if on_tokens is None:
+        return finish(_advance(model, params, state, options), options)
     while True:
         tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
         on_tokens(tokens, lengths)
-        if done.all() or step >= options.max_new_tokens:
+        if done.all():
             return finish(state, options)
-        step += every
-        state = _advance(model, params, state, options, step)
+        state = _advance(model, params, state, options, every)

@@ -15,9 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax.generate import GenerateOptions, _advance, _first_position, _start, generate, sample, stream
+from crab_jax.generate import (
+    Begun,
+    GenerateOptions,
+    _advance,
+    _first_position,
+    _start,
+    finish,
+    generate,
+    sample,
+    stream,
+)
 from crab_jax.io.errors import InputError
-from crab_jax.models.llama import Llama, LlamaConfig, grow_cache, init_cache
+from crab_jax.models.llama import Llama, LlamaConfig, admitted, grow_cache, init_cache
 
 EOS, PAD = 2, 0
 MASKS = (11, 12, 13, 14, 15, 16)
@@ -386,3 +396,33 @@ def test_meshes_generate_what_one_device_does():
     assert done.returncode == 0, done.stderr[-2000:]
     for mesh, (same, furthest) in json.loads(done.stdout.splitlines()[-1]).items():
         assert same == 1.0 and furthest < 1e-5, mesh
+
+
+@pytest.mark.parametrize("read", [[2, 1, 3, 0, 4], [1, 1, 1, 0, 2]])
+def test_prompts_whose_beginning_is_read_already_are_continued_as_if_read_whole(params, expected, read):
+    """Any part of a prompt may lie in the cache; what stands in the slots after it does not matter."""
+    asked, forced = prompts(ROWS), jnp.full((5, 12), -1).at[:, 4:10].set(jnp.array(MASKS))
+
+    def begun(options):
+        whole = MODEL.empty_cache(5, 7 + options.max_new_tokens)
+        beginnings = prompts([row[:count] for row, count in zip(ROWS, read, strict=True)], 5, junk=9)
+        _, cache = MODEL.apply({"params": params}, beginnings, whole, method="prefill")
+        return Begun(cache, jnp.asarray(read, jnp.int32), 8)
+
+    out = compiled(MODEL, params, asked, OPTIONS, None, None, None, begun(OPTIONS))
+    assert [generated(out, row) for row in range(len(ROWS))] == expected
+    found = stream(MODEL, params, asked, OPTIONS, None, dictated=forced, begun=begun(OPTIONS))
+    whole = compiled(MODEL, params, asked, OPTIONS, None, forced)
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    np.testing.assert_allclose(found.mask_states, whole.mask_states, atol=1e-5)
+
+
+def test_rows_need_not_have_chosen_the_same_number_of_tokens(params, expected):
+    """A row that is replaced by the beginning of another prompt is continued beside rows that are further."""
+    state = _start(MODEL, params, prompts(ROWS[:3], 7), OPTIONS)
+    state = _advance(MODEL, params, state, OPTIONS, 3)
+    fresh = _start(MODEL, params, prompts(ROWS[3:4], 7), OPTIONS)
+    cache, rows = admitted(state.cache, fresh.cache, jnp.array([-1, 0, -1])), state.replace(cache=None)
+    mixed = jax.tree.map(lambda old, new: old.at[1].set(new[0]), rows, fresh.replace(cache=None)).replace(cache=cache)
+    out = finish(_advance(MODEL, params, mixed, OPTIONS, OPTIONS.max_new_tokens), OPTIONS)
+    assert [generated(out, row) for row in range(3)] == [expected[row] for row in (0, 3, 2)]

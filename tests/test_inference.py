@@ -1,5 +1,7 @@
-"""Answers from what a model wrote, pieces of text as they come, and the cache of encoded clips."""
+"""Answers from what a model wrote, pieces of text as they come, and what is kept of clips."""
 
+import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -7,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import crab_jax as cj
 from crab_jax import inference
+from crab_jax.api import ASKED
 from crab_jax.generate import Generation
 from crab_jax.io.errors import InputError
 from crab_jax.parallel import sharding
 from crab_jax.tasks import TASKS
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import Example
+from data_pipelines.given import Given
 
 
 def test_the_cache_of_features_keeps_the_latest_and_no_more_than_its_bound(monkeypatch):
@@ -224,3 +229,111 @@ def test_what_an_example_draws_follows_from_the_seed_and_its_id(answering):
     ((prompts, options, rng),) = calls["answer"]
     assert prompts.index.tolist() == [0xE8B7BE43 >> 1, -1, 0xCBF43926 >> 1] and prompts.index.dtype == np.int32
     assert options.temperature == 0.7 and (rng == jax.random.key(5)).all()
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """(model that comes with the package, three questions about each of two clips and a mask, their media)."""
+    rng, asks, examples = np.random.default_rng(0), [], []
+    sound = (0.1 * rng.normal(size=16000 * 10).clip(-1, 1).astype(np.float32), 16000)
+    for number in range(2):
+        frames = rng.integers(0, 256, (10, 48, 48, 3), dtype=np.uint8)
+        about = functools.partial(cj.ask, frames, audio=sound, seconds=10.0)
+        asks += [about(task="avqa", question="is it 0"), about(task="s4", second=3)]
+        first = asks[-2].request.example
+        for question in range(3):
+            instruction = first.instruction.replace("is it 0", f"is it {question}")
+            examples.append(dataclasses.replace(first, id=f"{number} {question}", instruction=instruction))
+        examples.append(asks[-1].request.example)
+    return cj.load("warm_start"), examples[::-1], Given.together([ask.given for ask in asks])
+
+
+@pytest.mark.parametrize("layout", ["training", "generation"])
+def test_what_the_prompts_about_a_clip_have_in_common_is_read_once(asked, monkeypatch, layout):
+    """Tokens, masks and states are those of whole prompts, whose beginnings are read twice: once for each clip."""
+    crab, examples, given = asked
+    model, params = (crab.module, crab.params) if layout == "training" else crab.module.for_generation(crab.params)
+    begin, streamed, answered = inference.Prefixes.__call__, inference.stream, inference._answer
+
+    def predict(reuse):
+        read, generations = [], []
+
+        def counted(self, prompts, *arguments):
+            begun = begin(self, prompts, *arguments) if reuse else None
+            read.append((self.positions, prompts.tokens.shape[1]))
+            return begun
+
+        def noted(generate):
+            return lambda *arguments, **options: generations.append(generate(*arguments, **options)) or generations[-1]
+
+        monkeypatch.setattr(inference.Prefixes, "__call__", counted)
+        monkeypatch.setattr(inference, "stream", noted(streamed))
+        monkeypatch.setattr(inference, "_answer", noted(answered))
+        found = inference.predict_examples(
+            model, params, crab.config, crab.tokenizer, examples, given, 2, 12, decoding={"force_masks": True}, **ASKED
+        )
+        return {one.example.id: one for one in found}, generations, read
+
+    (ours, generations, read), (wanted, whole, _) = predict(True), predict(False)
+    beginning, rest = 2 * inference.PREFIX, inference.SHORTEST_REST
+    assert [positions for positions, _ in read] == [
+        beginning + 2 * rest,
+        2 * (beginning + 2 * rest),
+        2 * beginning + 6 * rest,
+    ]
+    assert read[-1][0] < 0.6 * 6 * read[-1][1]
+    assert ours.keys() == wanted.keys() and len(ours) == 8
+    for name, one in ours.items():
+        assert one.text == wanted[name].text
+        assert (one.mask is None) == (wanted[name].mask is None) == (one.example.task != "s4")
+        if one.mask is not None:
+            np.testing.assert_array_equal(one.mask > 0.5, wanted[name].mask > 0.5)
+    for found, other in zip(generations, whole, strict=True):
+        np.testing.assert_array_equal(found.tokens, other.tokens)
+        np.testing.assert_allclose(found.mask_states, other.mask_states, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [0, 10**9])
+def test_beginnings_are_kept_within_a_bound_and_always_the_latest(monkeypatch, bound):
+    """Prompts of two clips, one of whose beginnings is asked about again; those without media are not begun."""
+    read = []
+
+    class Cached:
+        def empty_cache(self, rows, slots):
+            return jnp.full((rows, slots), -1)
+
+        def admitted(self, cache, others, rows):
+            taken = jnp.where((rows >= 0)[:, None], others[jnp.maximum(rows, 0)], cache[:, : others.shape[1]])
+            return cache.at[:, : others.shape[1]].set(taken)
+
+    def fake(model, params, prompts, features, mesh):
+        read.append(prompts.tokens[0].tolist())
+        return jnp.asarray(prompts.tokens)
+
+    monkeypatch.setattr(inference, "_read", fake)
+    monkeypatch.setattr(inference, "KEPT_BYTES", bound)
+    monkeypatch.setattr(inference, "PREFIX", 2)
+    tokens = np.array([[5, 1, 1, 8, 0], [5, 2, 2, 9, 9], [5, 1, 1, 7, 7]])
+    slots = np.where((tokens == 1) | (tokens == 2), 0, -1)
+    fields = dict.fromkeys(inference.BATCH_FIELDS)
+    prompts = inference.Batch(
+        **fields | {"tokens": tokens, "slots": slots, "text_mask": tokens > 0, "index": tokens[:, 0]}
+    )
+    begin, names = inference.Prefixes(Cached(), {}), [b"one", b"two", b"one"]
+    for _ in range(2):
+        begun = begin(prompts, names, np.zeros((3, 1, 2)), 4)
+        assert begun.lengths.tolist() == [3, 3, 3] and begun.width == 5
+        assert begun.cache[:, :4].tolist() == [[5, 1, 1, 8], [5, 2, 2, 9], [5, 1, 1, 8]] and begun.cache.shape == (3, 9)
+        assert len(begin.kept) == (2 if bound else 1)
+    assert len(read) == (2 if bound else 4)
+    text = dataclasses.replace(prompts, slots=np.full((3, 5), -1))
+    assert begin(text, names, np.zeros((3, 1, 2)), 4) is None and len(read) == (2 if bound else 4)
+
+
+def test_clips_with_the_same_media_and_windows_are_one():
+    base = example("avqa", video="a.mp4", windows="ten", second=3)
+    assert inference.clip_of(base) == inference.clip_of(dataclasses.replace(base, id="y", instruction="!", second=4))
+    for changes in ({"video": "b.mp4"}, {"windows": "one"}, {"audio": "a.wav"}, {"image": "a.png"}):
+        assert inference.clip_of(base) != inference.clip_of(dataclasses.replace(base, **changes))
+    one = dataclasses.replace(base, windows="one")
+    assert inference.clip_of(one) != inference.clip_of(dataclasses.replace(one, second=4))

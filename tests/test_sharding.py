@@ -249,7 +249,7 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
 def test_every_slice_has_all_moments_so_that_no_updated_parameter_crosses_slices():
     mesh = AbstractMesh((2, 4, 2, 1), (sharding.SLICES, *sharding.AXES))
     whole = jax.ShapeDtypeStruct((768, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    assert sharding.spread(whole, mesh).spec == PartitionSpec(None, ("data", "fsdp"))
+    assert sharding.moment_sharding(whole, mesh).spec == PartitionSpec(None, ("data", "fsdp"))
 
 
 def test_each_device_of_a_slice_sends_its_part_of_the_gradient_of_crab_7b():

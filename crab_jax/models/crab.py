@@ -16,8 +16,8 @@ from einops import rearrange
 
 from crab_jax.models.beats import Beats, BeatsConfig
 from crab_jax.models.clip import Clip, ClipConfig, normalize
-from crab_jax.models.generating import FusedLlama, fuse
-from crab_jax.models.llama import KVCache, Llama, LlamaConfig, grow_cache, init_cache
+from crab_jax.models.generating import FusedLlama, by_layer, fuse
+from crab_jax.models.llama import KVCache, Llama, LlamaConfig, admitted, grow_cache, init_cache
 from crab_jax.models.lora import LoraConfig
 from crab_jax.models.mask_decoder import SegConfig, SegModule
 from crab_jax.models.qformer import QFormer, QFormerConfig
@@ -229,12 +229,18 @@ class Crab(nn.Module):
     @nn.nowrap
     def empty_cache(self, rows: int, slots: int) -> KVCache:
         """Return an empty cache for `rows` rows of `slots` slots each."""
-        return init_cache(self.cfg.llama, rows, slots)
+        cache = init_cache(self.cfg.llama, rows, slots)
+        return by_layer(cache) if self.weights else cache
 
     @nn.nowrap
     def grown_cache(self, cache: KVCache, slots: int) -> KVCache:
         """Return the cache with `slots` more slots, all empty."""
         return grow_cache(cache, slots)
+
+    @nn.nowrap
+    def admitted(self, cache: KVCache, others: KVCache, rows: jax.Array) -> KVCache:
+        """Return `cache` whose row i begins like row `rows[i]` of `others`, where `rows` int32[B] is not negative."""
+        return admitted(cache, others, rows)
 
     def prefill(self, batch: Any, cache: KVCache, features: FeatureRows | None = None) -> tuple[Hidden, KVCache]:
         """Read prompts into the cache: (hidden [B,L,D], cache). With `features` [B,R,D] the batch needs no media."""
@@ -246,7 +252,7 @@ class Crab(nn.Module):
         return read
 
     def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: KVCache) -> tuple[Hidden, KVCache]:
-        """Read one more token per row, tokens, positions and slots int32[B,1]: (hidden [B,1,D], cache)."""
+        """Read further tokens of each row; tokens, positions and slots are int32[B,n]: (hidden [B,n,D], cache)."""
         read: tuple[Hidden, KVCache] = self.llama(self.llama.embed(tokens), positions, cache=cache, slots=slots)
         return read
 

@@ -170,6 +170,11 @@ class FusedLlama(nn.Module):
         return mask_pads(self.lm_head(hidden), self.cfg.vocab_size)
 
 
+def by_layer(cache: KVCache) -> KVCache:
+    """Return a cache of `FusedLlama` with the contents of one of `Llama`."""
+    return KVCache(tuple(cache.k), tuple(cache.v))
+
+
 def fuse(params: Any, cfg: LlamaConfig, lora: LoraConfig | None, kind: str, placement: Any = None) -> Any:
     """Return parameters of `FusedLlama(cfg, lora, kind)` from those of `Llama(cfg, lora)`, sharded as `placement`.
 

@@ -114,6 +114,22 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
     return KVCache(jax.tree.map(lambda k: padded(k, -1), cache.k), jax.tree.map(lambda v: padded(v, -2), cache.v))
 
 
+def admitted(cache: KVCache, others: KVCache, rows: jax.Array) -> KVCache:
+    """Return `cache` whose row i begins like row `rows[i]` of `others`, where `rows` int32[B] is not negative.
+
+    `others` has at most as many slots, and all of them are taken, those without content too.
+    """
+
+    def begins(cache: jax.Array, other: jax.Array) -> jax.Array:
+        chosen = (rows >= 0).reshape(-1, 1, 1, 1)
+        there = tuple(slice(0, size) for size in other.shape[-2:])
+        taken = jnp.take(other, jnp.maximum(rows, 0), axis=-4)
+        return cache.at[..., *there].set(jnp.where(chosen, taken, cache[..., *there]))
+
+    both: KVCache = jax.tree.map(begins, cache, others)
+    return both
+
+
 def rope(positions: Positions, head_dim: int, theta: float) -> Rotation:
     """Return the rotation (cos, sin), float32[B,L,1,head_dim/2] each, of positions int[B,L]."""
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)

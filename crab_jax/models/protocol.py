@@ -116,7 +116,9 @@ class Model(Protocol):
         """Read prompts [B,L] into the first L slots of an empty cache; `features` replace the media of the batch."""
 
     def decode(self, tokens: Ids, positions: Positions, slots: CacheSlots, cache: Cache) -> tuple[Hidden, Cache]:
-        """Read one more token per row, int32[B,1], at `positions` and `slots` int32[B,1].
+        """Read further tokens of each row, int32[B,n], at `positions` and `slots` int32[B,n]; what they hold is text.
+
+        Slots past the end of the cache are not stored.
 
         A model whose positions have several axes uses the position on all of them.
         """
@@ -135,6 +137,9 @@ class Model(Protocol):
 
     def grown_cache(self, cache: Cache, slots: int) -> Cache:
         """Return the cache with `slots` more slots, all empty."""
+
+    def admitted(self, cache: Cache, others: Cache, rows: jax.Array) -> Cache:
+        """Return `cache` whose row i begins like row `rows[i]` of `others`, where `rows` int32[B] is not negative."""
 
     def for_generation(self, params: Params, weights: str = "float", placement: Any = None) -> tuple[Model, Params]:
         """Return the model in the layout for generation, and its parameters in the sharding `placement`.

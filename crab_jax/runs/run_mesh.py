@@ -81,7 +81,7 @@ def resident_bytes(config: RunConfig, mesh: Mesh) -> int:
 
     kept = sum(size(leaf, leaf.sharding) for leaf in jax.tree.leaves(frozen))
     for leaf in jax.tree.leaves(trainable):  # value and gradient, and two moments
-        kept += 2 * size(leaf, leaf.sharding) + 2 * size(leaf, sharding.spread(leaf, mesh))
+        kept += 2 * size(leaf, leaf.sharding) + 2 * size(leaf, sharding.moment_sharding(leaf, mesh))
     return kept
 
 
