@@ -7,6 +7,7 @@ shapes suit it, and otherwise "einsum".
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -28,23 +29,40 @@ _BLOCK = 128  # a splash block is a multiple of it
 _LARGEST_BLOCK = 512
 
 
-def kind_for(kind: str, length: int, head_dim: int, only_causal: bool) -> str:
+def kind_for(kind: str, length: int, head_dim: int, dtype: Any, only_causal: bool) -> str:
     """Return the kernel that `kind` means here: "splash", "cudnn" or "einsum".
 
     length: of queries and keys. only_causal: no mask but the causal one, which is all that the kernels know. The
-    device is that of the mesh that is being traced for; without a mesh "auto" is "einsum". Raises InputError for a
-    named kernel that cannot take these shapes.
+    device is that of the mesh that is being traced for; without a mesh, or without cuDNN on a GPU, "auto" is "einsum".
+    Raises InputError for a named kernel that cannot take these shapes.
     """
-    fits = {"splash": only_causal and length % _BLOCK == 0 and head_dim % _BLOCK == 0, "cudnn": only_causal}
+    half = jnp.dtype(dtype).itemsize == 2
+    fits = {
+        "splash": only_causal and length % _BLOCK == 0 and head_dim % _BLOCK == 0,
+        "cudnn": only_causal and half and head_dim % 8 == 0 and head_dim <= 128,
+    }
     if kind in fits and not fits[kind]:
-        problem = f"is {kind}, which cannot attend over {length} positions of {head_dim} channels a head"
+        problem = f"is {kind}, which cannot attend over {length} positions of {head_dim} channels a head in {dtype}"
         problem += "" if only_causal else " with padding to the left"
         raise InputError("--config", "sizes.llama.attention", problem, "use auto")
     if kind != "auto":
         return kind
     device = jax.sharding.get_abstract_mesh().abstract_device
     kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(device.platform if device else "", "einsum")
-    return kernel if fits.get(kernel) else "einsum"
+    return kernel if fits.get(kernel) and (kernel != "cudnn" or _has_cudnn()) else "einsum"
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Return whether JAX finds cuDNN, which it does not on a machine that compiles for a GPU without having one."""
+    try:
+        jax.eval_shape(_cudnn, *[jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)] * 3)
+    except RuntimeError:
+        return False
+    return True
+
+
+_cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, kind: str, key_mask: jax.Array | None = None) -> jax.Array:
@@ -54,12 +72,11 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kind: str, key_mask: jax.Ar
     `kind_for`.
     """
     length, width = q.shape[2:]
-    kernel = kind_for(kind, length, width, key_mask is None)
+    kernel = kind_for(kind, length, width, q.dtype, key_mask is None)
     if kernel == "splash":
         out = splash_attention(q, k, v)
     elif kernel == "cudnn":
-        positions_first = (x.swapaxes(1, 2) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(*positions_first, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+        out = _cudnn(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
     else:
         mask = jnp.tril(jnp.ones((1, length, length), bool))
         out = attend(q, k, v, mask if key_mask is None else mask & key_mask[:, None, :])

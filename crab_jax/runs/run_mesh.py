@@ -101,7 +101,7 @@ def fitted(config: RunConfig, mesh: Mesh) -> tuple[RunConfig, int]:
     rows = config.mixture.batch_size // sharding.row_groups(mesh)
     length, cfg = max(config.data.lengths), config.model
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        kernel = attention.kind_for(cfg.llama.attention, length, cfg.llama.head_dim, only_causal=True)
+        kernel = attention.kind_for(cfg.llama.attention, length, cfg.llama.head_dim, cfg.dtype, only_causal=True)
     free = TRAINING_SHARE * memory - resident_bytes(config, mesh) - STEP_BYTES
     for policy in policies:
         fitting = free * mesh.shape["tensor"] / row_bytes(cfg, length, policy, kernel)

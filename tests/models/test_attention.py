@@ -71,22 +71,38 @@ def test_keys_that_are_hidden_change_nothing():
         ("cudnn", "cpu", 1000, 64, True, "cudnn"),
     ],
 )
-def test_the_kernel_is_that_of_the_device_if_the_shapes_suit_it(kind, platform, length, width, only_causal, wanted):
+def test_the_kernel_is_that_of_the_device_if_the_shapes_suit_it(
+    monkeypatch, kind, platform, length, width, only_causal, wanted
+):
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
     device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, abstract_device=device if platform else None)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert attention.kind_for(kind, length, width, only_causal) == wanted
+        assert attention.kind_for(kind, length, width, "bfloat16", only_causal) == wanted
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU may have cuDNN")
+def test_a_gpu_whose_cudnn_is_not_there_takes_the_formula(monkeypatch):
+    """As on a machine that compiles for one ahead of time."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    assert not attention._has_cudnn()
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention.kind_for("auto", 1024, 128, "bfloat16", only_causal=True) == "einsum"
+        assert attention.kind_for("auto", 1024, 128, "float32", only_causal=True) == "einsum"
 
 
 @pytest.mark.parametrize(
-    ("kind", "length", "width", "only_causal", "problem"),
+    ("kind", "length", "width", "dtype", "only_causal", "problem"),
     [
-        ("splash", 1000, 128, True, "is splash, which cannot attend over 1000 positions of 128 channels a head"),
-        ("splash", 1024, 64, True, "of 64 channels"),
-        ("cudnn", 1024, 128, False, "with padding to the left"),
+        ("splash", 1000, 128, "bfloat16", True, "is splash, which cannot attend over 1000 positions of 128 channels"),
+        ("splash", 1024, 64, "bfloat16", True, "of 64 channels"),
+        ("cudnn", 1024, 128, "bfloat16", False, "with padding to the left"),
+        ("cudnn", 1024, 128, "float32", True, "128 channels a head in float32"),
+        ("cudnn", 1024, 256, "bfloat16", True, "of 256 channels"),
     ],
 )
-def test_a_kernel_that_cannot_is_refused_by_name(kind, length, width, only_causal, problem):
+def test_a_kernel_that_cannot_is_refused_by_name(kind, length, width, dtype, only_causal, problem):
     with pytest.raises(InputError, match=problem) as refused:
-        attention.kind_for(kind, length, width, only_causal)
+        attention.kind_for(kind, length, width, dtype, only_causal)
     assert refused.value.field == "sizes.llama.attention"
