@@ -72,7 +72,7 @@ def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
             if not isinstance(record[key], str):
                 raise InputError(f"{path}[{number}]", key, f"is {record[key]!r:.60}, not text", "write it in quotes")
             if key.endswith("_path"):
-                record[key] = str(path.parent / record[key])
+                record[key] = str(paths.named_in(path.parent, record[key]))
         placed.append((record, f"{path}[{number}]"))
     return placed
 

@@ -48,6 +48,11 @@ def _bases(root: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths.real(folder) for folder in (root, *folders)))
 
 
+def cache_in(folder: Path) -> str:
+    """Return the `data.cache_dir` for what is made in a folder; none in a bucket, whose objects are cached whole."""
+    return "" if paths.is_remote(folder) else str(folder / "cache")
+
+
 def inside(root: str | Path, path: str | Path) -> Path:
     """Return the file of a path in a data root; for one in a bucket, its copy on this machine.
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 
 import av
 import numpy as np
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from data_pipelines import media
 from data_pipelines.status import CORRUPT, WARNING
@@ -41,12 +41,15 @@ class Facts:
 
 
 def examine(task: tuple[str, str, tuple[str, ...]]) -> Facts:
-    """Return the Facts of (data root, path, uses of the file). No fault of the file raises an exception."""
+    """Return the Facts of (data root, path, uses of the file). No fault of the file raises an exception.
+
+    Raises OSError for a file that a bucket does not give.
+    """
     root, path, uses = task
-    facts = Facts()
+    file, facts = str(paths.local(paths.at(root) / path)), Facts()
     for use in uses:
         try:
-            seen = _LOOK[use](os.path.join(root, path))
+            seen = _LOOK[use](file)
         except InputError as error:
             seen = Facts(((use, f"{CORRUPT}: {error.problem}"),))
         except Exception as error:  # an unexpected error of a decoder

@@ -27,7 +27,7 @@ from data_pipelines.bucket_fill import Group, Padding, padding
 from data_pipelines.examples import Example, choice
 from data_pipelines.index import Indexed
 from data_pipelines.isolated import end_with_parent
-from data_pipelines.several import Several, parts_of
+from data_pipelines.several import Several, by_root
 from data_pipelines.shared import Shared
 from data_pipelines.tokens import Tokenizer
 
@@ -56,7 +56,7 @@ def group_by_bucket(
     """
     numbers: dict[Bucket, int] = {}
     of, fills, start = np.full(len(examples), -1, np.int32), np.zeros((len(examples), 3), np.int32), 0
-    parts = parts_of(examples)
+    parts = by_root(examples)
     for part, checked in zip(parts, [check] * len(parts) if callable(check) else check, strict=True):
         here, settings = slice(start, start + len(part.examples)), part.config(config)
         leave_out = functools.partial(_left_out, config, skipped, start)
@@ -137,7 +137,7 @@ class BatchLoader:
         self.rows, self.skipped = rows, skipped
         self.bad: dict[int, str] = {}
         # Settings that prepared shards lack must raise at once: they are no fault of an example.
-        for part in parts_of(examples):
+        for part in by_root(examples):
             decoded.source(part.root or root, part.config(config).decoding)
         self.rings = [group.positions for group in groups.values()]
 
@@ -171,7 +171,7 @@ class BatchLoader:
         try:
             root, config = self.root, self.config
             if isinstance(self.examples, Several):
-                part = self.examples.parts[self.examples.number_of(index)]
+                part = self.examples.roots[self.examples.number_of(index)]
                 root, config = part.root, part.config(config)
             return load(self.examples[index], root, self.tokenizer, config, index)
         except InputError as error:
@@ -245,7 +245,7 @@ def _one_of_groups(positions: np.ndarray, marks: np.ndarray | None) -> OneOfGrou
 def _marks(examples: Sequence[Example]) -> np.ndarray | None:
     """Return int[N]: a number for each value of `one_of` in a root, -1 for examples without; None when none has one."""
     marks, first = [], 0
-    for part in parts_of(examples):
+    for part in by_root(examples):
         own = part.examples.marks_of() if isinstance(part.examples, Indexed) else _marks_of(part.examples)
         marks.append(np.full(len(part.examples), -1) if own is None else np.where(own < 0, -1, own + first))
         first += 0 if own is None else int(own.max()) + 1
@@ -267,7 +267,7 @@ def _tasks(examples: Sequence[Example]) -> tuple[np.ndarray, list[str]]:
         part.examples.tasks()[0]
         if isinstance(part.examples, Indexed)
         else np.fromiter((number[example.task] for example in part.examples), int, len(part.examples))
-        for part in parts_of(examples)
+        for part in by_root(examples)
     ]
     return np.concatenate(parts), names
 

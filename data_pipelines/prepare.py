@@ -33,7 +33,6 @@ import json
 import mmap
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +46,7 @@ from array_record.python import array_record_module
 from crab_jax.io import paths
 from crab_jax.io.bounds import ANYWHERE, Choice, Flag, Text, Whole, Words
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
-from crab_jax.io.files import need_room, out_folder, whole, write_whole
+from crab_jax.io.files import need_room, out_folder, remove_folder, whole, write_whole
 from crab_jax.io.locks import locked, locked_file
 from crab_jax.io.progress import Progress, on_stderr
 from crab_jax.io.structured import Each, check, json_line, read_json, stream_lines, strict_json
@@ -363,7 +362,7 @@ def _write(settings: Settings, partial: Path, shard: Shard) -> dict[str, Any]:
         "records": len(shard.media),
         "bytes": partial.stat().st_size,
         "record_bytes": size,
-        "sha256": _sha256(partial),
+        "sha256": shards.sha256(partial),
         "of": shard.digest(settings),
         "failed": failed,
         "places": _locate(partial, places) if compression == UNCOMPRESSED else [(0, 0, 0)] * len(places),
@@ -394,11 +393,6 @@ def _note(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def finished(settings: Settings, out: Path, shard: Shard, verify: bool = False) -> dict[str, Any] | None:
     """Return the note of an existing shard that is complete and up to date; None for any other.
 
@@ -412,7 +406,7 @@ def finished(settings: Settings, out: Path, shard: Shard, verify: bool = False) 
             return None
         # An object in a bucket is whole, and its server keeps it so: it is not fetched to be compared.
         if not paths.is_remote(path) and (verify or path.stat().st_mtime_ns > _note(path).stat().st_mtime_ns):
-            if _sha256(path) != note["sha256"]:
+            if shards.sha256(path) != note["sha256"]:
                 return None
             with contextlib.suppress(OSError):  # so that it is not read again the next time
                 os.utime(_note(path))
@@ -803,14 +797,7 @@ def _finish(
         if str(path.relative_to(out)) not in current:
             _note(path).unlink(missing_ok=True)
             path.unlink()
-    _remove_folder(out / parts.FOLDER)
-
-
-def _remove_folder(folder: Path) -> None:
-    if paths.is_remote(folder):
-        paths.in_bucket(folder).rmtree(missing_ok=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(out / parts.FOLDER)
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from data_pipelines.batching import DataConfig
 from data_pipelines.examples import Example
 
 
-class Part(NamedTuple):
+class OneRoot(NamedTuple):
     """The Examples of one root. frames: frames of a video there, 0 for `DataConfig.video_frames`."""
 
     root: str
@@ -27,9 +27,9 @@ class Part(NamedTuple):
 class Several(Sequence[Example]):
     """The Examples of several roots, one root after the other. Ids and marks `one_of` count within a root."""
 
-    def __init__(self, parts: Sequence[Part]):
-        self.parts = tuple(parts)
-        self.starts = np.cumsum([0, *(len(part.examples) for part in parts)])
+    def __init__(self, roots: Sequence[OneRoot]):
+        self.roots = tuple(roots)
+        self.starts = np.cumsum([0, *(len(one.examples) for one in roots)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -43,13 +43,13 @@ class Several(Sequence[Example]):
             return [self[number] for number in range(len(self))[at]]
         index = range(len(self))[at]
         number = self.number_of(index)
-        return self.parts[number].examples[index - int(self.starts[number])]
+        return self.roots[number].examples[index - int(self.starts[number])]
 
     def number_of(self, index: int) -> int:
-        """Return the number of the part that an Example is in."""
+        """Return the number of the root that an Example is of."""
         return int(np.searchsorted(self.starts, index, "right")) - 1
 
 
-def parts_of(examples: Sequence[Example]) -> tuple[Part, ...]:
-    """Return the parts of Examples; Examples of one root are one part, whose root is not named."""
-    return examples.parts if isinstance(examples, Several) else (Part("", examples),)
+def by_root(examples: Sequence[Example]) -> tuple[OneRoot, ...]:
+    """Return Examples root by root; where there is one root, it is not named."""
+    return examples.roots if isinstance(examples, Several) else (OneRoot("", examples),)

@@ -213,6 +213,12 @@ def checksum(data: bytes | memoryview) -> int:
     return (int(words.sum()) + int.from_bytes(bytes(data[whole:]), "little")) % 2**64
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as text, as the manifest has it of each shard. Raises OSError."""
+    with paths.local(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_sum(path: Path) -> str:
     """Return a hash of a file, which is read in pieces. Raises InputError."""
     try:

@@ -12,11 +12,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from crab_jax.io.bounds import ANY_PATH, PATH
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANY_PLACE, ANYWHERE
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import out_file, write_whole
 from crab_jax.io.progress import Progress, on_stderr
@@ -133,7 +133,7 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
             yield Problem(
                 count.dataset,
                 count.split,
-                os.path.relpath(found.where, root),
+                _within(root, found.where),
                 found.where,
                 found.field,
                 f"{kind}: {found.problem}",
@@ -143,9 +143,13 @@ def _count(count: Count, root: str | Path, look: Look, progress: Callable[[str],
         count.malformed += kind == MALFORMED
         count.have += not kind
     count.notes = [
-        f"{os.path.relpath(note.where, root)}{f' [{note.field}]' if note.field else ''}: {note.problem}"
-        for note in notes
+        f"{_within(root, note.where)}{f' [{note.field}]' if note.field else ''}: {note.problem}" for note in notes
     ]
+
+
+def _within(root: str | Path, where: str) -> str:
+    """Return a place (file, or file:line) below the data root, relative to it."""
+    return where.removeprefix(f"{paths.at(root)}/")
 
 
 def damage(root: str | Path, path: str, field: str) -> str:
@@ -153,15 +157,18 @@ def damage(root: str | Path, path: str, field: str) -> str:
 
     The content decides, not the name, and everything that the loader reads is accepted.
     """
-    full = Path(root) / path
+    full = paths.at(root) / path
     try:
         if not full.stat().st_size:
             return "the file is empty"
+        full = paths.local(full)
         if field not in FILMS:
             return media.picture_outline(full, field)
         wrong = media.not_supported(full)
         return wrong[0] if wrong else media.outline(full)
     except OSError as error:
+        if paths.is_remote(root):  # says nothing about the file
+            raise
         return f"cannot be read ({error.strerror})"
 
 
@@ -194,14 +201,14 @@ def table(counts: Sequence[Count]) -> str:
 def command_line(doc: str | None, prog: str) -> argparse.ArgumentParser:
     """Return the parser of a verb that examines a data root."""
     parser = CommandLine(doc, prog)
-    parser.add_argument("--root", type=PATH, required=True, help="data root: releases in folders of their names")
+    parser.add_argument("--root", type=ANYWHERE, required=True, help="data root: releases in folders of their names")
     parser.add_argument(
         "--datasets",
         default="",
         type=lambda text: [name for name in text.split(",") if name],
         help=f"comma-separated, of {','.join(DATASETS)} (default: all)",
     )
-    parser.add_argument("--json", type=ANY_PATH, default="", help="file to write the counts and every problem to")
+    parser.add_argument("--json", type=ANY_PLACE, default="", help="file to write the counts and every problem to")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from crab_jax.io import packaged, paths
-from crab_jax.io.bounds import PATH, Anything, Text, Whole
+from crab_jax.io.bounds import ANYWHERE, Anything, Text, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, refuse_stand_in, write_whole
 from crab_jax.io.structured import SETTINGS, Null, check, read_json, read_text, refuse_special
@@ -396,7 +396,7 @@ def train_tiny_tokenizer(corpus: Iterable[str], path: str | Path, vocab_size: in
 
 def corpus_texts(path: str | Path) -> Iterator[str]:
     """Yield texts to train on: wrapped instructions and targets of Examples (.jsonl), or the lines of a text file."""
-    path = Path(path)
+    path = paths.at(path)
     if path.suffix == ".jsonl":
         for example in read_jsonl(path):
             yield chat_prompt(example.instruction)
@@ -414,8 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train_from(argv: Sequence[str] | None) -> None:
     parser = CommandLine("Train the small tokenizer of the tiny configs.", "python -m data_pipelines.tokens")
-    parser.add_argument("--corpus", type=PATH, required=True, help="a .jsonl of examples, or a text file")
-    parser.add_argument("--out", type=PATH, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--corpus", type=ANYWHERE, required=True, help="a .jsonl of examples, or a text file")
+    parser.add_argument("--out", type=ANYWHERE, required=True, help="the tokenizer.json to write")
     parser.add_argument("--vocab-size", type=Whole(300, 2**20), default=640)
     arguments = parser.parse_args(argv)
     out_file(arguments.out)

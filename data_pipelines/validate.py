@@ -11,12 +11,12 @@ decoder is a problem like any other.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from crab_jax.io import paths
 from crab_jax.io.bounds import Whole
 from crab_jax.io.errors import InputError, run_verb
 from crab_jax.io.files import out_file
@@ -46,6 +46,7 @@ from data_pipelines.status import (
 
 BAD = 3  # the exit code
 SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # time allowed per file: seconds, plus its size by this rate
+FETCH_SECONDS = 600.0  # more for a file that is fetched from a bucket first
 Task = tuple[str, str, tuple[str, ...]]  # the argument of `examine`
 
 
@@ -78,10 +79,14 @@ def validate(
     tasks = files(root, names, progress)
 
     def limit(task: Task) -> float:
-        return seconds + os.path.getsize(Path(task[0]) / task[1]) / BYTES_PER_SECOND
+        if paths.is_remote(root):
+            return seconds + FETCH_SECONDS
+        return seconds + (paths.at(task[0]) / task[1]).stat().st_size / BYTES_PER_SECOND
 
     answers = results(examine, tasks, workers or os.cpu_count() or 1, limit)
     for task, facts in Progress("files", len(tasks), progress).over(answers):
+        if isinstance(facts, OSError) and facts.errno:  # of the bucket or of the disk, not of the file
+            raise facts
         if isinstance(facts, Exception):
             facts = Facts(tuple((use, f"{CORRUPT}: {facts}") for use in task[2]))
         facts_of[task[1]] = known.setdefault(facts, facts)
@@ -102,9 +107,8 @@ def _is_unasked(problem: Problem) -> bool:
 def _checksums(prepared: Shards, progress: Callable[[str], None] | None) -> Iterator[Problem]:
     """Yield a problem for every shard whose content has changed."""
     for shard in Progress("checksums", len(prepared.shards), progress).over(prepared.shards):
-        with open(prepared.root / shard["file"], "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                yield Problem(PREPARED, "", "", shard["file"], "", f"{CORRUPT}: the checksum differs")
+        if shards.sha256(prepared.root / shard["file"]) != shard["sha256"]:
+            yield Problem(PREPARED, "", "", shard["file"], "", f"{CORRUPT}: the checksum differs")
 
 
 def files(root: str | Path, names: Sequence[str], progress: Callable[[str], None] | None) -> list[Task]:
@@ -137,7 +141,7 @@ class Look:
     """Finds the problems of an Example, given the Facts of its files (a `status.Look`); remembers the clips seen."""
 
     def __init__(self, root: str | Path, facts: Mapping[str, Facts]):
-        self.root, self.facts = Path(root), facts
+        self.root, self.facts = paths.at(root), facts
         self.dataset = ""
         self.clips: dict[str, str] = {}  # clip -> the last split of the dataset in which it occurred
         self.lists = Lists()

@@ -35,6 +35,15 @@ def _compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request, tmp_path_factory):
+    """A bucket on a server of this machine, once of each kind."""
+    from tests.servers import serving
+
+    with serving(request.param, tmp_path_factory.mktemp("objects")) as started:
+        yield started
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Directory of golden arrays and weights; `CRAB_GOLDEN_DIR` points at another one of the same layout."""

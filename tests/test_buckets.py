@@ -29,61 +29,6 @@ from tests.test_train import command
 REPOSITORY = Path(__file__).parent.parent
 
 
-class Bucket:
-    """A bucket on a server of this machine: `at` makes its paths, `environment` is what programs need to find it."""
-
-    def __init__(self, kind: str, environment: dict[str, str], server):
-        self.kind, self.environment, self.server = kind, environment, server
-
-    def at(self, name: str):
-        return paths.at(f"{self.kind}://crab/{name}")
-
-    def content(self, name: str) -> bytes:
-        """What the server has now, whatever this process has still to write."""
-        if self.kind == "gs":
-            return self.server.buckets["crab"][name].data
-        import boto3
-
-        return boto3.client("s3").get_object(Bucket="crab", Key=name)["Body"].read()
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def bucket(request, tmp_path_factory):
-    if importlib.util.find_spec(buckets.PACKAGES[request.param]) is None:
-        pytest.skip("the extra is not installed")
-    if request.param == "gs":
-        from tests.programs.gcs import Server
-
-        server = Server("crab")
-        environment = server.environment()
-    else:
-        import logging
-
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        environment = {
-            "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-    environment["CRAB_JAX_OBJECT_CACHE"] = str(tmp_path_factory.mktemp("objects"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        if request.param == "s3":
-            import boto3
-
-            boto3.client("s3").create_bucket(Bucket="crab")
-        yield Bucket(request.param, environment, server)
-        server.stop()
-
-
 @pytest.fixture
 def google(bucket):
     if bucket.kind != "gs":
@@ -193,6 +138,7 @@ def test_a_model_in_a_bucket_is_replaced_manifest_first(bucket):
 
 def test_the_cache_of_objects_is_bounded_and_knows_another_content(bucket, monkeypatch):
     monkeypatch.setenv("CRAB_JAX_OBJECT_CACHE_GB", "0.003")
+    monkeypatch.setattr(buckets, "_free", 0.0)  # as in a process that has just started
     names = [bucket.at(f"cached/{number}.bin") for number in range(4)]
     for number, file in enumerate(names):
         file.write_bytes(bytes([number]) * 10**6)
@@ -346,10 +292,7 @@ class TestFailures:
 
 @pytest.mark.exhaustive  # eight starts of programs, minutes on two cores
 def test_the_whole_way_on_a_bucket(bucket, scenes_root):
-    raw, data, run = bucket.at("raw"), bucket.at("prepared"), bucket.at("run")
-    for file in sorted(scenes_root.rglob("*")):
-        if file.is_file():
-            (raw / file.relative_to(scenes_root).as_posix()).put(file)
+    raw, data, run = bucket.upload(scenes_root, "raw"), bucket.at("prepared"), bucket.at("run")
     prepare = ("data_pipelines", "prepare", "--root", raw, "--out", data, "--workers", "0", "--image-size", "64")
     assert f"{data}: " in verb(*prepare)
 

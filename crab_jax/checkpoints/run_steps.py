@@ -40,7 +40,7 @@ from crab_jax.checkpoints.orbax import (
 )
 from crab_jax.io import paths
 from crab_jax.io.errors import InputError
-from crab_jax.io.files import need_room, write_whole
+from crab_jax.io.files import need_room, remove_folder, write_whole
 from crab_jax.io.structured import read_json
 
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file within each step; its `custom_metadata` is written by `save`
@@ -251,7 +251,7 @@ class RunCheckpoints:
             if jax.process_index() == 0:
                 for path in [path for path in self.folder.iterdir() if path.name.isdecimal()]:
                     if int(path.name) not in steps:
-                        paths.in_bucket(path).rmtree(missing_ok=True)
+                        remove_folder(path)
             multihost_utils.sync_global_devices("deleted unfinished steps") if jax.process_count() > 1 else None
             return
         for name in sorted(path.name for path in self.folder.iterdir() if path.name.isdecimal()):

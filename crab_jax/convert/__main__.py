@@ -16,7 +16,8 @@ from crab_jax.convert.exporting import FORMATS, export
 from crab_jax.convert.importing import Files, describe, import_weights, load_run_config
 from crab_jax.convert.released import COMPONENTS, Choices
 from crab_jax.convert.verify import verify
-from crab_jax.io.bounds import Real, Whole, Wholes, path
+from crab_jax.io import paths
+from crab_jax.io.bounds import PATH, Real, Whole, Wholes, path
 from crab_jax.io.errors import CommandLine, run_verb
 from crab_jax.io.locks import locked
 from crab_jax.io.structured import read_json
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--beats", type=path, required=True, help="BEATs .pt file")
     new.add_argument("--crab", type=path, nargs="+", default=[], help="Crab's files, in loading order")
     new.add_argument("--out", type=path, required=True, help="folder of the checkpoint")
-    new.add_argument("--config", type=path, help="run config to record (default configs/finetune.py)")
+    new.add_argument("--config", type=PATH, help="run config to record (default configs/finetune.py)")
     new.add_argument("--tokenizer", type=path, help="tokenizer (default: of the LLaMA directory)")
     new.add_argument("--position-buffers", type=path, help="file with the random position matrices")
     new.add_argument("--state", default="", help="prefix of the matrices in a file that holds several")
@@ -97,7 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
             a.seed,
         )
         choices = Choices(heads, a.taps, a.lora_alpha, a.low_res, a.dtype, a.compat)
-        config = load_run_config(a.config) if a.config else None
+        config = load_run_config(paths.at(a.config)) if a.config else None
         with locked(a.out):
             print(describe(import_weights(files, a.out, choices, config)))
 

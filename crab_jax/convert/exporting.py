@@ -26,7 +26,7 @@ from crab_jax.convert.llama import PEFT, PROJECTIONS, vocab_rules
 from crab_jax.convert.released import base_rules, buffer_rules, crab_rules
 from crab_jax.convert.torch_writer import Tensor
 from crab_jax.io.errors import InputError
-from crab_jax.io.files import need_room, write_whole
+from crab_jax.io.files import need_room, work_folder, write_whole
 from crab_jax.models.beats import BeatsConfig
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.crab import CrabConfig
@@ -46,7 +46,7 @@ def export(checkpoint: Path, form: str, out: Path) -> list[Path]:
     cfg = load_config(checkpoint).model
     params = stored_params(checkpoint)
     need_room(
-        out,
+        work_folder(out),
         sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in traverse_util.flatten_dict(params.shapes).values()),
         "the model",
     )

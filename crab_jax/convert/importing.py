@@ -32,9 +32,9 @@ from crab_jax.convert.keymap import Rule, permute, split_target
 from crab_jax.convert.llama import vocab_rules
 from crab_jax.convert.released import COMPONENTS, EMBED, HEAD, Choices, Source
 from crab_jax.defaults import released as paper_defaults
-from crab_jax.io import stored_tensors
+from crab_jax.io import paths, stored_tensors
 from crab_jax.io.errors import InputError
-from crab_jax.io.files import need_room, refuse_stand_in, replaced, write_whole
+from crab_jax.io.files import need_room, refuse_stand_in, replaced, work_folder, write_whole
 from crab_jax.io.progress import Progress
 from crab_jax.models.crab import CrabConfig
 from crab_jax.models.llama import Llama
@@ -150,7 +150,7 @@ def import_weights(
         "seed": files.seed,
         "sizes": _plain(cfg),
     }
-    need_room(out, sum(leaf.nbytes for leaf in leaves.values()), "the model")
+    need_room(work_folder(out), sum(leaf.nbytes for leaf in leaves.values()), "the model")
     with replaced(out) as new:
         digests = save_streamed(new / IMPORTED, _with_progress(leaves))
         finite.refuse(broken, "import")
@@ -315,7 +315,7 @@ def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
     if path.suffix == ".npz":
         refuse_stand_in(path)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(paths.local(path), allow_pickle=False) as arrays:
                 return dict(arrays)
         except Exception as error:  # NumPy raises its own errors and those of zip and pickle
             raise InputError(str(path), "", f"cannot be read ({error})", "give an .npz of plain arrays") from error
@@ -401,7 +401,7 @@ def _vocabulary(
     return rows, notes
 
 
-def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
+def _draw(cfg: CrabConfig, seed: int, leaves: set[str]) -> dict[str, np.ndarray]:
     """Return these leaves of freshly initialised modules; nothing else is computed."""
     drawn: dict[str, np.ndarray] = {}
 
@@ -416,7 +416,7 @@ def _draw(cfg: CrabConfig, seed: int, paths: set[str]) -> dict[str, np.ndarray]:
         "llama": (Llama(cfg.llama, cfg.lora), (jax.ShapeDtypeStruct((1, 2), jnp.int32),)),
     }
     for number, (name, (module, inputs)) in enumerate(modules.items()):
-        wanted = tuple(sorted(path for path in paths if path.startswith(f"{name}/")))
+        wanted = tuple(sorted(path for path in leaves if path.startswith(f"{name}/")))
         if wanted:
             rng = jax.random.fold_in(jax.random.key(seed), number)
             drawn |= {path: np.asarray(leaf) for path, leaf in _init(rng, name, module, inputs, wanted).items()}
@@ -555,8 +555,8 @@ def describe(report: Mapping[str, Any]) -> str:
     for path, origin in parameters["not_from_weight_files"].items():
         drawn.setdefault(origin, []).append(path)
     lines += [
-        f"  {origin}: {', '.join(paths[:4])}" + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-        for origin, paths in drawn.items()
+        f"  {origin}: {', '.join(leaves[:4])}" + (f" and {len(leaves) - 4} more" if len(leaves) > 4 else "")
+        for origin, leaves in drawn.items()
     ]
     queries = report["queries"]
     lines.append(

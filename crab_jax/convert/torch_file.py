@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.files import refuse_stand_in
 from crab_jax.io.stored_tensors import DTYPES, ByteRange, LazyTensors, Storage, TensorView, read_safetensors
@@ -135,11 +136,11 @@ class _Unpickler(pickle.Unpickler):
         if info.compress_type != zipfile.ZIP_STORED:
             raise InputError(str(self._path), record, "this storage is compressed", "unzip and zip it with -0")
         # The local header repeats the name and has its own extra field (padding up to the storage's alignment).
-        with open(self._path, "rb") as file:
+        with open(paths.local(self._path), "rb") as file:
             file.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))
         start = info.header_offset + 30 + name + extra
-        if start + info.file_size > self._path.stat().st_size:
+        if start + info.file_size > paths.local(self._path).stat().st_size:
             raise InputError(str(self._path), record, "this storage ends after the file", "fetch the file again")
         position = ByteRange(self._path, start, info.file_size)
         self.sums[record] = position, info.CRC
@@ -180,10 +181,11 @@ def read(path: str | Path) -> LazyTensors:
     Storages stay in the file and are memory-mapped; arrays are read-only views. Code in the pickle is never run: only
     tensors, OrderedDict and plain values are built. Raises InputError for anything else, and for damaged files.
     """
-    path = Path(path)
+    path = paths.at(path)
     refuse_stand_in(path)
+    copy = paths.local(path)  # fetched whole, if it is in a bucket
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(copy) as archive:
             tensors, metadata = _load(archive, path)
     except FileNotFoundError:
         raise InputError(str(path), "", "there is no such file", "check the path") from None
@@ -253,7 +255,7 @@ def read_model_dir(folder: str | Path) -> LazyTensors:
 
     Raises InputError when a file is missing or damaged, or a shard lacks a tensor that the index names.
     """
-    folder = Path(folder)
+    folder = paths.at(folder)
     for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read)):
         index = folder / f"{name}.index.json"
         if index.exists():

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crab_jax.convert.torch_file import STORAGES
+from crab_jax.io import paths
 from crab_jax.io.files import whole, write_whole
 from crab_jax.io.progress import Progress
 from crab_jax.io.stored_tensors import SAFETENSORS_NAMES
@@ -40,7 +41,7 @@ def save(path: str | Path, content: Mapping[str, Any], name: str = "archive") ->
     """
     tensors: list[Tensor] = []
     pickled = b"\x80\x02" + _pickle(content, tensors) + b"."
-    written = Progress(Path(path).name, sum(map(_size, tensors)), unit="GB", scale=1e9)
+    written = Progress(paths.at(path).name, sum(map(_size, tensors)), unit="GB", scale=1e9)
     with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _record(archive, f"{name}/data.pkl", lambda: pickled, len(pickled))
         _record(archive, f"{name}/byteorder", lambda: b"little", len(b"little"))
@@ -142,7 +143,7 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    written = Progress(Path(path).name, end, unit="GB", scale=1e9)
+    written = Progress(paths.at(path).name, end, unit="GB", scale=1e9)
     with whole(path) as partial, open(partial, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
@@ -152,7 +153,7 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 def save_model_dir(folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes: int = 5 * 10**9) -> None:
     """Write `model.safetensors`, or shards of at most `shard_bytes` and their index, as Hugging Face names them."""
-    folder = Path(folder)
+    folder = paths.at(folder)
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(map(_size, shards[-1].values())) + _size(tensor) > shard_bytes:

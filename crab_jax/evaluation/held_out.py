@@ -36,7 +36,7 @@ from data_pipelines import mixture
 from data_pipelines.batching import Batch, Bucket
 from data_pipelines.bucket_fill import Group
 from data_pipelines.examples import Example, spread
-from data_pipelines.several import Part, Several, parts_of
+from data_pipelines.several import OneRoot, Several, by_root
 from data_pipelines.tokens import EOS, Tokenizer
 
 SAMPLES = "samples"  # key beside the loss terms: the number of Examples that were counted
@@ -113,8 +113,8 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut | None:
     examples: Sequence[Example] = spread(usable, config.eval_samples)
     if drawn.places[1:]:
         of_root = {root: [e for e in examples if root_of[id(e)] == root] for root in drawn.places}
-        examples = Several([Part(root, found, run_data.own_frames(root)) for root, found in of_root.items()])
-    for part in parts_of(examples):
+        examples = Several([OneRoot(root, found, run_data.own_frames(root)) for root, found in of_root.items()])
+    for part in by_root(examples):
         run_data.check_tenths(part.frames or config.data.video_frames, part.examples)
     check = (lambda example: check_labels([example])) if config.eval_answers else lambda example: None
     groups = mixture.group_by_bucket(examples, tokenizer, config.data, check=check)

@@ -288,8 +288,8 @@ ANYWHERE, ANY_PLACE = Place(empty=False, buckets=True), Place(buckets=True)
 
 
 def path(text: str) -> Path:
-    """Parse a path of the command line (used as the `type` of an argparse argument)."""
-    return Path(PATH(text))
+    """Parse a path of the command line, on a disk or in a bucket (used as the `type` of an argparse argument)."""
+    return paths.at(ANYWHERE(text))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ import fsspec
 import fsspec.config
 from etils.epath.gpath import PosixGPath
 
-from crab_jax.io.errors import AT_END, InputError
+from crab_jax.io.errors import AT_END, FULL, InputError
 
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 10, 60, 5  # of one request
 NO_OBJECT = "No such object"
@@ -79,6 +79,8 @@ def _files(path: str) -> Any:
 
 def _as_os_error(path: str, error: BaseException, written: bool = False) -> OSError:
     """Return an error of fsspec, gcsfs, s3fs or what they use as an OSError with a number, a reason and the path."""
+    if isinstance(error, OSError) and error.errno in FULL:  # the disk on which a copy is made
+        return error
     response = getattr(error, "response", None)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
     status = status or getattr(error, "code", None) or getattr(error, "status", None)
@@ -429,12 +431,22 @@ def _known(text: str, process: int) -> Path:
         os.replace(partial, copy)
     finally:
         partial.unlink(missing_ok=True)
-    _make_room(copy)
+    _make_room(copy, status.st_size)
     return copy
 
 
-def _make_room(kept: Path) -> None:
-    """Remove the copies that were used longest ago until all take no more than allowed; `kept` stays."""
+_free = 0.0  # bytes that this process may add before it measures the cache again
+
+
+def _make_room(kept: Path, size: int) -> None:
+    """Remove the copies that were used longest ago until all take no more than allowed; `kept`, of `size`, stays.
+
+    Measuring the cache takes a look at every file in it, so it is done once for every 2 % that a process has added.
+    """
+    global _free
+    _free -= size
+    if _free >= 0:
+        return
     most = float(os.environ.get(CACHE_GB) or DEFAULT_GB) * 1e9
     copies = []
     for file in cache_folder().glob("*/*/*"):
@@ -442,9 +454,10 @@ def _make_room(kept: Path) -> None:
             status = file.stat()
             copies.append((status.st_mtime, status.st_size, file))
     total = sum(size for _, size, _ in copies)
-    for _, size, file in sorted(copies):
+    for _, taken, file in sorted(copies):
         if total <= most:
-            return
+            break
         if file != kept:
             shutil.rmtree(file.parent, ignore_errors=True)
-            total -= size
+            total -= taken
+    _free = min(most - total, most / 50)

@@ -19,6 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,11 @@ def append(descriptor: int, data: bytes, name: str) -> None:
         raise
 
 
+def work_folder(path: str | Path) -> Path:
+    """Return where what will be `path` is written first: there, or for a bucket on this machine's disk (TMPDIR)."""
+    return Path(tempfile.gettempdir() if paths.is_remote(path) else path)
+
+
 def need_room(folder: str | Path, size: int, what: str, flag: str = "--out") -> None:
     """Raise InputError if a disk has less than `size` bytes free, before hours are spent.
 
@@ -165,9 +171,14 @@ def replaced(folder: str | Path) -> Iterator[Path]:
     if paths.is_remote(folder):
         with tempfile.TemporaryDirectory() as temporary:
             yield (new := Path(temporary))
-            for path in sorted(new.rglob("*"), key=lambda path: path.name != "manifest.json"):
-                if path.is_file():
-                    paths.in_bucket(f"{folder}/{path.relative_to(new).as_posix()}").put(path)
+            names = _files_in(new)
+            first = [_FIRST] if _FIRST in names else []
+            _put(new, paths.at(folder), first)
+            _put(new, paths.at(folder), [name for name in names if name not in first])
+            for inner in (path for path in new.iterdir() if path.is_dir()):  # the old folder of this name is gone
+                for old in paths.at(f"{folder}/{inner.name}").rglob("*"):
+                    if old.relative_to(paths.at(folder)).as_posix() not in names:
+                        old.unlink()
         return
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +190,7 @@ def replaced(folder: str | Path) -> Iterator[Path]:
         yield new
         sync_folder(new)
         if alone:
-            for path in sorted(new.iterdir(), key=lambda path: path.name != "manifest.json"):
+            for path in sorted(new.iterdir(), key=lambda path: path.name != _FIRST):
                 shutil.rmtree(folder / path.name) if (folder / path.name).is_dir() else None
                 path.replace(folder / path.name)
             return
@@ -196,6 +207,40 @@ def replaced(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def remove_folder(folder: str | Path) -> None:
+    """Delete a folder on a disk, or all objects below a name in a bucket, if there are any."""
+    if paths.is_remote(folder):
+        paths.in_bucket(folder).rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folder_on_disk(folder: str | Path, last: str) -> Iterator[Path]:
+    """Yield a folder to write files into by their names: itself, or for a bucket one on this machine's disk.
+
+    That one is uploaded at the end of the context, its file `last` after all others.
+    """
+    if not paths.is_remote(folder):
+        yield paths.at(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield (new := Path(temporary))
+        _put(new, paths.at(folder), [name for name in _files_in(new) if name != last])
+        _put(new, paths.at(folder), [last])
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _put(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Upload files of a folder to a bucket, several at once."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(lambda name: paths.in_bucket(f"{target}/{name}").put(source / name), names):
+            pass
+
+
 def set_aside(old: Sequence[Path], moving: Path, moved: Path) -> None:
     """Move files and folders into the folder `moved`, which then holds nothing else.
 
@@ -205,12 +250,12 @@ def set_aside(old: Sequence[Path], moving: Path, moved: Path) -> None:
     if paths.is_remote(moved):
         for path in old:
             paths.in_bucket(path).move(paths.in_bucket(moving) / path.name)
-        paths.in_bucket(moved).rmtree(missing_ok=True)
+        remove_folder(moved)
         paths.in_bucket(moving).move(paths.in_bucket(moved))
         return
     for path in old:
         path.rename(moving / path.name)
-    shutil.rmtree(moved, ignore_errors=True)
+    remove_folder(moved)
     moving.rename(moved)
 
 
@@ -336,8 +381,10 @@ def _writable(out: Path, flag: str) -> Path:
     return out
 
 
+_FIRST = "manifest.json"  # of a model: what was not written with it is refused as damaged
 _PARTIAL, _LONG_AGO = ".partial", 3600.0  # part of the name of a file while it is written; seconds
 _SYSTEM = ("/proc/", "/sys/", "/dev/")
+_AT_ONCE = 8  # uploads
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 HEAD = 1024  # bytes at the beginning of a file that reveal a placeholder
 _STAND_INS = (  # (pattern of the beginning, description, fix)

@@ -63,6 +63,16 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     return at(path) if is_remote(path) else Path(path).absolute()
 
 
+def normal(path: str | os.PathLike[str]) -> str:
+    """Return the absolute text of a path without relative parts; links stay. One in a bucket is what it is."""
+    return os.fspath(path) if is_remote(path) else os.path.abspath(path)
+
+
+def named_in(folder: Path, text: str) -> Path:
+    """Return the path that a file in `folder` names: below that folder, unless it is absolute or in a bucket."""
+    return at(text) if is_remote(text) or os.path.isabs(text) else folder / text
+
+
 def exists(path: str | os.PathLike[str]) -> bool:
     """Return whether there is anything, a broken link included."""
     return at(path).exists() if is_remote(path) else os.path.lexists(path)

@@ -60,7 +60,10 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
 
 class ByteRange(NamedTuple):
-    """A range of bytes of a file. Each `map` creates its own mapping, so memory is freed with the last view of it."""
+    """A range of bytes of a file. Each `map` creates its own mapping, so memory is freed with the last view of it.
+
+    A file in a bucket is fetched whole when it is first mapped, and again if its local copy had to make room.
+    """
 
     path: Path
     start: int
@@ -70,7 +73,7 @@ class ByteRange(NamedTuple):
         """Map the range as uint8[size], read-only; pages are read on access."""
         if not self.size:  # an empty mapping does not exist
             return np.zeros(0, np.uint8)
-        return np.memmap(self.path, np.uint8, "r", self.start, (self.size,))
+        return np.memmap(paths.local(self.path), np.uint8, "r", self.start, (self.size,))
 
 
 class Storage(NamedTuple):
@@ -124,12 +127,12 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
 def read_safetensors(path: str | Path) -> LazyTensors:
-    """Return the tensors of one safetensors file, memory-mapped one by one; one in a bucket is fetched first.
+    """Return the tensors of one safetensors file, memory-mapped one by one (see `ByteRange`).
 
     Raises InputError if the file is missing or damaged.
     """
+    path = paths.at(path)
     refuse_special(path)
-    path = paths.local(path)
     header, metadata, start = safetensors_header(path)
     tensors = {}
     for name, entry in header.items():

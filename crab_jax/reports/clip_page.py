@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from crab_jax.inference import Prediction
+from crab_jax.io import paths
 from crab_jax.tasks import TASKS
 from crab_jax.tasks.placeholders import MASK
 from crab_jax.tasks.task import Task
@@ -48,7 +49,7 @@ def player(path: str) -> Html:
 
     A picture is decoded as for the model, because browsers differ in how they decode pictures.
     """
-    file = Path(path)
+    file = paths.local(path)
     with open(file, "rb") as content:
         known = kind_of(content.read(HEAD))
     if known and known.picture:
@@ -85,7 +86,7 @@ def write(path: Path, media: Sequence[str], answers: Sequence[Answered], time_li
         Section("places", "Where it is", Html('<div class="grid">{}</div>').format(places) if places else NONE),
         Section("texts", "Every answer in full", table(("task", "asked", "answer", "notes"), whole)),
     ]
-    page.write(path, f"What is in {Path(media[0]).name}", NONE, [section for section in sections if section.body])
+    page.write(path, f"What is in {paths.at(media[0]).name}", NONE, [section for section in sections if section.body])
 
 
 def _task(answer: Answered) -> Task:

@@ -23,7 +23,7 @@ from typing import Any
 
 from crab_jax.config import RunConfig, parse_flags
 from crab_jax.io import bounds, packaged, paths
-from crab_jax.io.bounds import ANY_PATH, PATH, Name, Real, Whole
+from crab_jax.io.bounds import ANY_PLACE, ANYWHERE, PATH, Name, Real, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
 from crab_jax.io.progress import on_stderr
@@ -137,7 +137,7 @@ def command_line() -> CommandLine:
     """Return the parser of all flags except --config.key=value."""
     parser = CommandLine(__doc__, "python -m data_pipelines plan")
     parser.add_argument("--config", type=PATH, required=True, metavar="FILE", help="configs/<stage>.py")
-    parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
+    parser.add_argument("--root", type=ANYWHERE, required=True, help="data root, raw or prepared")
     parser.add_argument("--topology", default="", metavar="NAME", help="v5e:16x16, v5p:2x2x4, v6e:4x4, ...")
     parser.add_argument(
         "--hosts",
@@ -146,7 +146,7 @@ def command_line() -> CommandLine:
         help=f"default: one for {CHIPS_A_HOST} chips of the topology; without a topology 1",
     )
     parser.add_argument("--step-seconds", type=Real(1e-6, 1e6), default=None, help="time of a step")
-    parser.add_argument("--compiled", type=ANY_PATH, default="", help="in its place, the --json of crab_jax.compile")
+    parser.add_argument("--compiled", type=ANY_PLACE, default="", help="in its place, the --json of crab_jax.compile")
     parser.add_argument("--split", type=Name(), default="train")
     parser.add_argument("--samples", type=Whole(1, 10**4), default=4, help="examples of each task to read")
     parser.add_argument("--json", type=bounds.path, metavar="FILE", help="write the report")

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crab_jax.io import packaged
-from crab_jax.io.bounds import PATH, Name, Whole
+from crab_jax.io import packaged, paths
+from crab_jax.io.bounds import ANYWHERE, Name, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_folder
 from crab_jax.io.progress import Progress, on_stderr
@@ -119,7 +119,7 @@ def groups(
 
 def _records(root: str | Path, names: Sequence[str], split: str, variant: str) -> Iterator[tuple[str, Found]]:
     """Yield (dataset, record or its error) for all records of the chosen datasets."""
-    if (Path(root) / f"{split}.jsonl").is_file():
+    if (paths.at(root) / f"{split}.jsonl").is_file():
         yield from (("", example) for example in datasets.read_jsonl(root, split))
         return
     for name in datasets.choose(root, names, split) if names else datasets.DATASETS:
@@ -440,7 +440,7 @@ def _padding(measured: Sequence[Example], chosen: Sequence[Group], tokenizer: To
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raises InputError when it is wrong."""
     parser = CommandLine(__doc__, "python -m data_pipelines sample")
-    parser.add_argument("--root", type=PATH, required=True, help="data root, raw or prepared")
+    parser.add_argument("--root", type=ANYWHERE, required=True, help="data root, raw or prepared")
     parser.add_argument(
         "--datasets",
         default="",
@@ -454,12 +454,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=Whole(), default=0, help="seed of the choice of records (default: 0)")
     parser.add_argument(
         "--tokenizer",
-        type=PATH,
+        type=ANYWHERE,
         default=packaged.TOKENIZER,
         help="tokenizer.json or a LLaMA directory (default: the "
         "small one of the tiny configs, whose sequences are longer than LLaMA's)",
     )
-    parser.add_argument("--out", type=PATH, required=True, metavar="DIR", help="folder to write index.html to")
+    parser.add_argument("--out", type=ANYWHERE, required=True, metavar="DIR", help="folder to write index.html to")
     add_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -470,7 +470,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     use_tasks([arguments.task_modules])
     file = out_folder(arguments.out) / "index.html"
-    if not Path(arguments.root).is_dir():
+    if not paths.at(arguments.root).is_dir():
         raise InputError(arguments.root, "--root", "is no folder", "give the folder that holds the datasets")
     tokenizer = Tokenizer.load(arguments.tokenizer)
 

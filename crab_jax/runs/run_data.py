@@ -27,7 +27,7 @@ from data_pipelines.batching import Batch, Bucket
 from data_pipelines.examples import Example, learned, seg_source
 from data_pipelines.index import TENTH, Indexed
 from data_pipelines.mistakes import TrainingLabels
-from data_pipelines.several import Part, Several, parts_of
+from data_pipelines.several import OneRoot, Several, by_root
 from data_pipelines.tokens import Tokenizer
 
 TENTHS = fbank.WINDOW_COUNT["ten"]  # number of values of `second` in a video
@@ -53,7 +53,7 @@ def train_examples(config: RunConfig, skipped: Path | None = None) -> Sequence[E
     for root in chosen.places:
         examples = examples_of_root(config, root, left_out)
         examples = examples if len(examples) <= room else examples[:room]
-        parts.append(Part(root, examples, own_frames(root) if chosen.places[1:] else 0))
+        parts.append(OneRoot(root, examples, own_frames(root) if chosen.places[1:] else 0))
         room -= len(examples)
     if skipped and left_out and not jax.process_index():
         list_left_out(skipped.with_name(LEFT_OUT), left_out)
@@ -98,7 +98,7 @@ def train_order(
     if drawn.batch_size > len(examples):
         log.warning("a batch of %d holds examples several times: there are %d", drawn.batch_size, len(examples))
     counts: Counter[str] = Counter()
-    for part in parts_of(examples):
+    for part in by_root(examples):
         check_tenths(part.frames or config.data.video_frames, part.examples)
         counts += first_epoch(part.examples, config.seed)
     # A cap limits a task's share, not its examples: those left over in one epoch come in the next.
@@ -115,7 +115,7 @@ def train_order(
         drawn.curriculum,
         [of_root.check for of_root in labels],
     )
-    for part, of_root in zip(parts_of(examples), labels, strict=True):
+    for part, of_root in zip(by_root(examples), labels, strict=True):
         if isinstance(part.examples, Indexed):
             of_root.odd, of_root.first_odd = part.examples.odd()
         of_root.warn()
@@ -151,7 +151,7 @@ def data_identity(config: RunConfig, examples: Sequence[Example]) -> dict[str, A
     It has the number of Examples, their hash, and the hash of the media of a prepared root.
     """
     digests, media = [], []
-    for root, part in zip(config.mixture.places, parts_of(examples), strict=True):
+    for root, part in zip(config.mixture.places, by_root(examples), strict=True):
         found = part.examples
         digests.append(found.learned() if isinstance(found, Indexed) else learned(found))
         media.append(media_identity(root, config.mixture.split, part.examples))

@@ -17,13 +17,14 @@ from typing import Any
 
 from crab_jax.checkpoints.models import save_packed
 from crab_jax.evaluation import scoring
-from crab_jax.io import packaged
+from crab_jax.io import packaged, paths
 from crab_jax.io.bounds import path
 from crab_jax.io.errors import CommandLine
 from crab_jax.io.files import write_whole
 from crab_jax.io.locks import locked
 from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.tiny_world.recipe import command, recipe
+from data_pipelines.decoded import cache_in
 from data_pipelines.examples import Example
 from data_pipelines.media import read_mask
 
@@ -47,7 +48,7 @@ def collect_results(out: Path, scenes: Path, image_size: int) -> None:
     examples = run_data.read_examples(scenes, "test")
 
     def mask_of(example: Example) -> Any:
-        return read_mask(scenes / example.mask, image_size, example.mask_kind) if example.mask else None
+        return read_mask(paths.local(scenes / example.mask), image_size, example.mask_kind) if example.mask else None
 
     def scores_of(name: str) -> dict[str, Any]:
         scores: dict[str, Any] = json.loads((out / name / "results.json").read_text())["tasks"]
@@ -88,7 +89,7 @@ def demo(out: Path, from_scratch: bool) -> None:
         "--workers",
         2,
     )
-    start = Path(packaged.WARM_START)
+    start = paths.at(packaged.WARM_START)
     if from_scratch:
         start = out / "recipe" / "warm_start"
         part("recipe", recipe, out / "recipe", start, 0.1)
@@ -99,7 +100,7 @@ def demo(out: Path, from_scratch: bool) -> None:
         "--config=configs/tiny.py",
         f"--config.init_from={start}",
         f"--config.data.root={scenes}",
-        f"--config.data.cache_dir={out / 'cache'}",
+        f"--config.data.cache_dir={cache_in(out)}",
         f"--config.steps={STEPS}",
         f"--workdir={run}",
     )

@@ -45,6 +45,7 @@ from crab_jax.models.qformer import QFormer, QFormerConfig
 from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.tasks import TASKS
 from data_pipelines import batching
+from data_pipelines.decoded import cache_in
 from data_pipelines.examples import Example
 from data_pipelines.fbank import SINGLE
 from data_pipelines.sources import scene_graph, scene_media, scenes
@@ -386,7 +387,7 @@ def warm_up(root: Path, out: Path, config: RunConfig, scale: float, start: Path 
     cfg, parts = config.model, out / "parts"
     tokenizer, decode = (
         run_folder.tokenizer_of(config),
-        dataclasses.replace(config.data, cache_dir=str(out.parent / "cache")),
+        dataclasses.replace(config.data, cache_dir=cache_in(out.parent)),
     )
     boxes = scenes.examples(root, "train", tasks=["arig"], per_scene={"arig": BOXES})
     examples = [example for example in run_data.read_examples(root, "train") if example.task != "arig"] + boxes

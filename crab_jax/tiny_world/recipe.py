@@ -23,6 +23,7 @@ from crab_jax.io.errors import CommandLine
 from crab_jax.io.files import out_folder, write_whole
 from crab_jax.io.locks import locked
 from crab_jax.runs import run_params
+from data_pipelines.decoded import cache_in
 
 SEED = 0  # of the recipe's scenes, which differ from the demo's
 
@@ -82,7 +83,7 @@ def recipe(out: Path, packed: Path, scale: float, start: Path | None = None) -> 
             scale,
             *(("--start", start) if start else ()),
         )
-    shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={out / 'cache'}")
+    shared = (f"--config.data.root={scenes}", f"--config.data.cache_dir={cache_in(out)}")
     seconds["pretrain"] = command(
         "crab_jax.train",
         "--config=configs/tiny_pretrain.py",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from crab_jax import defaults
 from crab_jax.checkpoints.models import save_packed
 from crab_jax.evaluation.results import METRICS
-from crab_jax.io import packaged
+from crab_jax.io import packaged, paths
 from crab_jax.io.bounds import Real, path
 from crab_jax.io.errors import CommandLine, InputError
 from crab_jax.io.locks import locked
@@ -25,6 +25,7 @@ from crab_jax.optim import split
 from crab_jax.runs import run_params
 from crab_jax.tasks import TASKS
 from crab_jax.tiny_world.recipe import command
+from data_pipelines.decoded import cache_in
 
 # The parameters that Crab adds to the encoders and the language model.
 ADDED = (*defaults.QFORMERS, *defaults.LORA, *defaults.SEGMENTATION, *defaults.FOURIER)
@@ -65,7 +66,7 @@ def flags_of(stage: Stage, scenes: Path, base: Path, scale: float) -> tuple[str,
         "--config.frozen_dtype=float32",
         f"--config.tokenizer={base}",
         f"--config.data.root={scenes}",
-        f"--config.data.cache_dir={scenes.parent / 'cache'}",
+        f"--config.data.cache_dir={cache_in(scenes.parent)}",
         "--config.data.batch_size=16",
         "--config.data.lengths=(144,192,272)",
         "--config.data.video_frames=10",
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument(
         "--start",
         type=path,
-        default=Path(packaged.WARM_START),
+        default=paths.at(packaged.WARM_START),
         help="packed model that gives the encoders and the language model",
     )
     parser.add_argument(

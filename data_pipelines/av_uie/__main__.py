@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_jax.io.bounds import PATH, Name, Real, Whole
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Name, Real, Whole
 from crab_jax.io.errors import CommandLine, InputError, printable, run_verb
 from crab_jax.io.files import out_file, out_folder, write_whole
 from crab_jax.io.progress import Progress, on_stderr
@@ -85,7 +86,7 @@ def _parser() -> CommandLine:
 
     def add(name: str, doc: str, command: Any, out: str) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=doc.splitlines()[0], doc=doc)
-        subparser.add_argument("--out", type=PATH, required=name != "annotate", help=out)
+        subparser.add_argument("--out", type=ANYWHERE, required=name != "annotate", help=out)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         subparser.set_defaults(command=command)
         return subparser
@@ -94,7 +95,7 @@ def _parser() -> CommandLine:
     read.add_argument(
         "--labels",
         action="append",
-        type=PATH,
+        type=_labels_at,
         required=True,
         metavar="[NAME=]PATH",
         help=f"released zip or unpacked folder, of {', '.join(released.ZIPS)}; may be repeated",
@@ -106,28 +107,38 @@ def _parser() -> CommandLine:
         _plain_labels(one)
     _endpoint_arguments(llm)
     check = add("verify", _VERIFY, _verify, "folder to write")
-    check.add_argument("--examples", type=PATH, required=True, metavar="FILE", help="JSONL of Examples with targets")
     check.add_argument(
-        "--root", type=PATH, metavar="DIR", help="where media and masks are (default: the folder of --examples)"
+        "--examples", type=ANYWHERE, required=True, metavar="FILE", help="JSONL of Examples with targets"
     )
-    check.add_argument("--accept", type=PATH, metavar="FILE", help="ids, one per line, that a person approved")
-    check.add_argument("--reject", type=PATH, metavar="FILE", help="ids, one per line, that a person rejected")
+    check.add_argument(
+        "--root", type=ANYWHERE, metavar="DIR", help="where media and masks are (default: the folder of --examples)"
+    )
+    check.add_argument("--accept", type=ANYWHERE, metavar="FILE", help="ids, one per line, that a person approved")
+    check.add_argument("--reject", type=ANYWHERE, metavar="FILE", help="ids, one per line, that a person rejected")
     check.add_argument(
         "--sample", type=Whole(1), default=5, help="number of good Examples per task on the page (default: 5)"
     )
     describe = add("card", _CARD, _card, "folder to write")
-    describe.add_argument("--examples", type=PATH, required=True, nargs="+", metavar="FILE", help="JSONL of Examples")
     describe.add_argument(
-        "--tokenizer", type=PATH, metavar="PATH", help="tokenizer.json or folder, to count tokens too"
+        "--examples", type=ANYWHERE, required=True, nargs="+", metavar="FILE", help="JSONL of Examples"
+    )
+    describe.add_argument(
+        "--tokenizer", type=ANYWHERE, metavar="PATH", help="tokenizer.json or folder, to count tokens too"
     )
     describe.add_argument("--name", default="AV-UIE", help="title of the card")
     return parser
 
 
+def _labels_at(text: str) -> str:
+    """Check the path of `[NAME=]PATH`. For argparse."""
+    ANYWHERE(text.rpartition("=")[2])
+    return text
+
+
 def _plain_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
-        type=PATH,
+        type=ANYWHERE,
         metavar="DIR",
         help="data root of original releases; or where the media of --examples are (default: its folder)",
     )
@@ -145,7 +156,7 @@ def _plain_labels(parser: argparse.ArgumentParser) -> None:
         default="raise",
         help="what to do about rows that cannot be read (default: raise)",
     )
-    parser.add_argument("--examples", type=PATH, metavar="FILE", help="a JSONL file of Examples instead")
+    parser.add_argument("--examples", type=ANYWHERE, metavar="FILE", help="a JSONL file of Examples instead")
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=Whole(1), help="number of Examples per task, from the first")
 
@@ -169,7 +180,7 @@ def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help=f"parameters of the request (default: {json.dumps(annotate.PARAMETERS)})",
     )
-    parser.add_argument("--journal", type=PATH, metavar="FILE", help="answers received (default: <out>.journal)")
+    parser.add_argument("--journal", type=ANYWHERE, metavar="FILE", help="answers received (default: <out>.journal)")
     parser.add_argument("--workers", type=Whole(1), default=8, help="concurrent requests (default: 8)")
     parser.add_argument(
         "--rpm", type=Real(1e-3, 1e9, zero=True), default=0.0, help="requests per minute (default: no limit)"
@@ -207,9 +218,9 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], Path]:
             "give --root (and --datasets) for original releases, or --examples for a JSONL file",
         )
     if args.examples:
-        root, examples = Path(args.root or Path(args.examples).parent), read_jsonl(args.examples)
+        root, examples = paths.at(args.root or paths.at(args.examples).parent), read_jsonl(args.examples)
     else:
-        root, examples = Path(args.root), []
+        root, examples = paths.at(args.root), []
         for name in datasets.choose(args.root, [n for n in args.datasets.split(",") if n], args.split):
             on_stderr(f"reading {name} {args.split}")
             examples += datasets.read(args.root, name, args.split, "train", args.missing, args.malformed)
@@ -321,8 +332,8 @@ def _costs(client: annotate.Client) -> str:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    examples, out = read_jsonl(args.examples), Path(args.out)
-    root = Path(args.root or Path(args.examples).parent)
+    examples, out = read_jsonl(args.examples), paths.at(args.out)
+    root = paths.at(args.root or paths.at(args.examples).parent)
     accept, reject = (_ids(path, examples) for path in (args.accept, args.reject))
     if both := accept & reject:
         raise InputError("--reject", "", f"{min(both)!r} is accepted too", "keep it in one of the two files")
@@ -355,8 +366,8 @@ def _card(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     found = card.card(examples, (lambda text: len(tokenizer.ids(text))) if tokenizer else None)
     page = card.markdown(found, args.name)
-    write_whole(Path(args.out) / "card.json", _as_json(found))
-    write_whole(Path(args.out) / "card.md", page)
+    write_whole(paths.at(args.out) / "card.json", _as_json(found))
+    write_whole(paths.at(args.out) / "card.md", page)
     print(page, end="")
 
 

@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from crab_jax.io import paths
 from crab_jax.io.bounds import Flag, Text, Whole
 from crab_jax.io.errors import InputError
-from crab_jax.io.files import append
+from crab_jax.io.files import append, append_line, write_whole
 from crab_jax.io.locks import locked_file
 from crab_jax.io.structured import LIST, check, read_bytes, refuse_special, strict_json
 from crab_jax.tasks import TASKS
@@ -142,27 +143,31 @@ ANSWER = {**JOURNAL, "text": Text(most=2**22), "tokens_in": Whole(), "tokens_out
 class Journal:
     """The append-only JSONL file of all answers, for one process at a time; a record is on disk when `add` returns.
 
+    In a bucket it is there within seconds: the object is written whole each time.
+
     answers: (id, request hash) -> reply. tokens_in, tokens_out: totals. lost: requests that may have been billed
     without an answer. An incomplete last line, left by a kill or a full disk, is cut off on opening. Raises InputError
     for a file in use and for a damaged line elsewhere.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = paths.at(path)
         self._lock, self._held = threading.Lock(), contextlib.ExitStack()
-        if os.path.lexists(self.path):
+        if paths.exists(self.path):
             refuse_special(self.path, "--journal", LIST)
         self._held.enter_context(locked_file(self.path, "--journal"))
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file: int | None = None  # the open file on a disk
+        if not paths.is_remote(self.path):
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self.answers: dict[tuple[str, str], Reply] = {}
         self.lost = self.tokens_in = self.tokens_out = 0
         self._load()
 
     def _load(self) -> None:
-        data = read_bytes(self.path, "--journal", LIST)
+        data = read_bytes(self.path, "--journal", LIST) if paths.exists(self.path) else b""
         end = data.rfind(b"\n") + 1
         if end < len(data):
-            os.ftruncate(self._file, end)
+            os.truncate(self.path, end) if self._file is not None else write_whole(self.path, data[:end])
         for number, line in enumerate(data[:end].splitlines(), 1):
             try:
                 record = strict_json(line.decode())
@@ -186,18 +191,23 @@ class Journal:
         self.answers[record["id"], record["request"]] = reply
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record and wait until it is on disk."""
+        """Append one record and wait until it is on disk; in a bucket it is within seconds."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with self._lock:
-            append(self._file, line, str(self.path))
-            os.fsync(self._file)
+            if self._file is None:
+                append_line(self.path, record)
+            else:
+                append(self._file, line, str(self.path))
+                os.fsync(self._file)
             self._keep(record)
 
     def close(self) -> None:
         """Release the file for another run; a later answer raises OSError instead of being written elsewhere."""
         with self._lock:
-            os.close(self._file)
-            self._file = -1
+            if self._file is not None:
+                os.close(self._file)
+                self._file = -1
+            paths.settle()
             self._held.close()
 
 

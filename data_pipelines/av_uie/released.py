@@ -13,7 +13,6 @@ the reader, checks whether a text agrees with its label.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import zipfile
 import zlib
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from crab_jax.io import paths
 from crab_jax.io.errors import InputError
 from crab_jax.io.structured import read_bytes, refuse_special
 from crab_jax.tasks import TASKS
@@ -65,7 +65,7 @@ def read(path: str | Path, name: str = "", strict: bool = True) -> Labels:
     file in it that is misplaced, too large, encrypted, given twice, empty or not UTF-8. With strict=False such files
     are left out and listed in `problems`.
     """
-    path = Path(path)
+    path = paths.at(path)
     name = name or path.name.removesuffix(".zip").removesuffix(SUFFIX)
     if name not in ZIPS:
         raise InputError(
@@ -130,7 +130,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             entry = file.relative_to(above).as_posix()
             if not _of_macos(entry):
-                if not os.path.realpath(file).startswith(os.path.realpath(path) + os.sep):
+                if not paths.real(file).startswith(f"{paths.real(path)}/"):
                     yield entry, "is a link out of the folder"
                 else:
                     yield entry, read_bytes(file) if file.stat().st_size <= _LARGEST else "is too large for a label"
@@ -138,8 +138,9 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
     if not path.exists():
         raise InputError(str(path), "", "no such file", "give the released zip, or its unpacked folder")
     refuse_special(path, "", _LARGEST_ZIP, "give the released zip, or its unpacked folder")
+    copy = paths.local(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(copy) as archive:
             infos = archive.infolist()
             if len(infos) > _MEMBERS or sum(info.file_size for info in infos) > _UNPACKED:
                 raise InputError(
@@ -148,7 +149,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes | str]]:
                     f"holds {len(infos):,} files, or more than {_UNPACKED:,} bytes in all",
                     "download it again",
                 )
-            if (stated := _stated(path)) not in (len(infos), _IN_ZIP64):  # Python reads only the files in the index
+            if (stated := _stated(copy)) not in (len(infos), _IN_ZIP64):  # Python reads only the files in the index
                 raise InputError(
                     str(path), "", f"lists {len(infos):,} of {stated:,} files; it is damaged", "download it again"
                 )
@@ -182,7 +183,11 @@ def _of_macos(entry: str) -> bool:
 
 
 def _video_keys(example: Example) -> list[str]:
-    return [Path(example.video).stem if example.video else "", str(example.meta.get("filename", "")), example.id]
+    return [
+        PurePosixPath(example.video).stem if example.video else "",
+        str(example.meta.get("filename", "")),
+        example.id,
+    ]
 
 
 def _question_keys(example: Example) -> list[str]:

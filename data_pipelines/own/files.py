@@ -6,14 +6,14 @@ import dataclasses
 import filecmp
 import functools
 import io
-import os
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import av
 
+from crab_jax.io import paths
 from crab_jax.io.files import whole, write_whole
 from data_pipelines import media
 from data_pipelines.own.table import Row
@@ -47,14 +47,14 @@ class Media:
         """Write the frames of videos that rows ask about."""
         for path, (video, second, parts) in self.moments.items():
             png = io.BytesIO()
-            media.moment_picture(self.root / video, second, parts).save(png, "PNG")
+            media.moment_picture(paths.local(self.root / video), second, parts).save(png, "PNG")
             write_whole(self.root / path, png.getvalue())
 
     def find(self, row: Row, field: str, given: Any) -> str:
         """Return the path of a file relative to the root, copied there if `copy` is set. Raises InputError."""
         if not isinstance(given, str):
             raise row.error(field, f"is {given!r:.60}, not a path", "write it in quotes")
-        if "://" in given:
+        if "://" in given and not paths.is_remote(given.strip()):
             raise row.error(field, f"is the address {given!r:.80}", "download the file, and give its path")
         kinds = [given.strip(), given.strip().replace("\\", "/")]
         source = next(
@@ -62,7 +62,7 @@ class Media:
                 path
                 for text in kinds
                 for base in (self.folder, self.root)
-                if os.path.exists(path := os.path.join(base, text))
+                if _is_there(path := paths.named_in(base, text))
             ),
             None,
         )
@@ -72,16 +72,16 @@ class Media:
                 f"no such file {given!r:.120}",
                 f"give its path from the folder of the table ({self.folder}) or from --root",
             )
-        if field != "frames" and not os.path.isfile(source):
+        if field != "frames" and not source.is_file():
             raise row.error(
                 field,
                 f"{given!r:.120} is a folder",
                 "give a file" + (", or the folder in the column `frames`" if field in ("media", "video") else ""),
             )
-        real, root = os.path.realpath(source), os.path.realpath(self.root)
-        for path, base in ((os.path.abspath(source), os.path.abspath(self.root)), (real, root)):
-            if real.startswith(root + os.sep) and path.startswith(base + os.sep):
-                return os.path.relpath(path, base).replace(os.sep, "/")
+        real, root = paths.real(source), paths.real(self.root)
+        for full, base in ((paths.normal(source), paths.normal(self.root)), (real, root)):
+            if real.startswith(f"{root}/") and full.startswith(f"{base}/"):
+                return full.removeprefix(f"{base}/")
         if not self.copy:
             raise row.error(
                 field,
@@ -90,20 +90,21 @@ class Media:
             )
         return self._copied(row, field, source, kinds[1])
 
-    def _copied(self, row: Row, field: str, source: str, given: str) -> str:
-        parts = [part for part in re.split(r"[/\\]|^[A-Za-z]:", given) if part not in ("", ".", "..", "~")]
+    def _copied(self, row: Row, field: str, source: Path, given: str) -> str:
+        parts = [part for part in re.split(r"[/\\]|^(?:[A-Za-z]|gs|s3):", given) if part not in ("", ".", "..", "~")]
         inside = "/".join(("media", *parts))
         target = self.root / inside
-        if os.path.isdir(source):
-            for name in sorted(os.listdir(source)):
-                if name.lower().endswith(PICTURES):
-                    self._copied(row, field, os.path.join(source, name), f"{given.rstrip('/')}/{name}")
+        if source.is_dir():
+            for file in sorted(source.iterdir()):
+                if file.name.lower().endswith(PICTURES):
+                    self._copied(row, field, file, f"{given.rstrip('/')}/{file.name}")
             return inside
-        if target.is_file() and not filecmp.cmp(source, target, shallow=False) and not self.overwrite:
+        same = target.is_file() and filecmp.cmp(paths.local(source), paths.local(target), shallow=False)
+        if target.is_file() and not same and not self.overwrite:
             raise row.error(field, f"{target} is another file", "give --overwrite to replace it")
-        if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
+        if not same:
             with whole(target) as partial:
-                shutil.copyfile(source, partial)
+                shutil.copyfile(paths.local(source), partial)
         return inside
 
     def sources(self, row: Row) -> dict[str, str]:
@@ -119,7 +120,7 @@ class Media:
             if several is not None
             else []
         ):
-            suffix = os.path.splitext(path)[1].lower() if isinstance(path, str) else ""
+            suffix = PurePosixPath(path).suffix.lower() if isinstance(path, str) else ""
             named.append(("image" if suffix in PHOTOS else "audio" if suffix in SOUNDS else "video", path))
         sources: dict[str, str] = {}
         for field, path in named:
@@ -131,9 +132,19 @@ class Media:
         return sources
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # of a disk: the name is too long
+        if paths.is_remote(path):
+            raise
+        return False
+
+
 @functools.lru_cache(1 << 16)
-def facts(path: str, field: str) -> tuple[float, bool]:
+def facts(file: str, field: str) -> tuple[float, bool]:
     """Return (seconds, whether there is sound) of a video or a sound file. Raises InputError."""
+    path = str(paths.local(file))
     if field == "video":
         clip = media.timing(path)
         return clip.seconds, clip.sound is not None

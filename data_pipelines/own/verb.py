@@ -25,7 +25,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from crab_jax.io.bounds import PATH, Whole
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_folder
 from crab_jax.io.progress import Progress, on_stderr
@@ -92,9 +93,9 @@ def run(argv: Sequence[str]) -> bool:
     """Write the lists and validate them; return whether anything is bad."""
     parser = CommandLine(__doc__, "python -m data_pipelines own")
     tables = parser.add_mutually_exclusive_group(required=True)
-    tables.add_argument("--csv", type=PATH, help="table with the columns named in its first line")
-    tables.add_argument("--jsonl", type=PATH, help="table with one JSON object per line, whose keys are the columns")
-    parser.add_argument("--root", type=PATH, required=True, help="data root to write to")
+    tables.add_argument("--csv", type=ANYWHERE, help="table with the columns named in its first line")
+    tables.add_argument("--jsonl", type=ANYWHERE, help="table of JSON objects, one a line, whose keys are the columns")
+    parser.add_argument("--root", type=ANYWHERE, required=True, help="data root to write to")
     parser.add_argument("--split", default="train", choices=SPLITS, help="split of rows that name none (%(default)s)")
     parser.add_argument("--copy", action="store_true", help="copy media that lie elsewhere to R/media")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that exist")
@@ -105,7 +106,7 @@ def run(argv: Sequence[str]) -> bool:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments: argparse.Namespace = parser.parse_args(argv)
     use_tasks([arguments.task_modules])
-    table, root = Path(arguments.csv or arguments.jsonl), Path(arguments.root)
+    table, root = paths.at(arguments.csv or arguments.jsonl), paths.at(arguments.root)
     _check_root(root)
     notes: dict[str, None] = {}  # notes on the table, printed only when all rows can be used
     rows = list((csv_rows if arguments.csv else jsonl_rows)(table, notes.setdefault))

@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 from PIL import Image, ImageDraw
 
+from crab_jax.io import paths
 from crab_jax.tasks.avs_classes import avss_palette
 from data_pipelines.sources.scene_graph import BOX_SPACE, CLASS_IDS, KINDS, SECONDS, SIZE, Box, Scene, Thing, save
 
@@ -306,5 +307,5 @@ def write_scene(folder: Path, scene: Scene, masks: Iterable[tuple[str, int]]) ->
 
 def occupancy(root: str | Path, scene: Scene) -> np.ndarray:
     """Return the thing that covers each pixel in each second: int32[10,SIZE,SIZE], 0 none, else 1 + KINDS index."""
-    folder = Path(root) / scene.folder / "labels_all"
-    return np.stack([np.asarray(Image.open(folder / f"{k}.png")) for k in range(SECONDS)]).astype(np.int32)
+    folder = paths.at(root) / scene.folder / "labels_all"
+    return np.stack([np.asarray(Image.open(paths.local(folder / f"{k}.png"))) for k in range(SECONDS)]).astype(np.int32)

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from crab_jax.io.bounds import PATH, Choice, Whole
+from crab_jax.io import paths
+from crab_jax.io.bounds import ANYWHERE, Choice, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
-from crab_jax.io.files import write_whole
+from crab_jax.io.files import folder_on_disk, write_whole
 from crab_jax.io.locks import locked
 from crab_jax.io.progress import Progress
 from crab_jax.io.structured import Each, read_json
@@ -221,13 +222,13 @@ def _seconds(scene: Scene, task: str, count: int) -> list[int]:
 
 def load_split(root: str | Path, split: str) -> list[Scene]:
     """Return all scenes of a split, in order. Raises InputError when the root or the split was not written."""
-    marker = Path(root) / "scenes.json"
+    marker = paths.at(root) / "scenes.json"
     if not marker.is_file():
         raise InputError(str(marker), "", "no such file", "write scenes with `python -m data_pipelines.sources.scenes`")
     counts = read_json(marker, {"counts": Each(Choice(SPLITS), Whole())})["counts"]
     if split not in counts:
         raise InputError(str(marker), "counts", f"no split {split!r}", f"use one of {', '.join(counts)}")
-    return [load(Path(root) / split / f"{i:06d}" / "scene.json") for i in range(counts[split])]
+    return [load(paths.at(root) / split / f"{i:06d}" / "scene.json") for i in range(counts[split])]
 
 
 def examples(
@@ -280,9 +281,11 @@ def _scene_examples(scene: Scene, task: str, count: int, explicit: bool, variant
 def _write_one(job: tuple[str, int, str, int]) -> None:
     out, seed, split, index = job
     scene = sample(seed, split, index)
-    folder = Path(out) / scene.folder
-    if not (folder / "scene.json").is_file():
-        write_scene(folder, scene, [(e.object, e.second) for e in expressions(scene, _EXPRESSIONS) if e.object])
+    folder = paths.at(out) / scene.folder
+    if (folder / "scene.json").is_file():
+        return
+    with folder_on_disk(folder, last="scene.json") as written:
+        write_scene(written, scene, [(e.object, e.second) for e in expressions(scene, _EXPRESSIONS) if e.object])
 
 
 def write(
@@ -297,7 +300,7 @@ def write(
     counts: scenes per split of SPLITS. progress: receives a line of text every few seconds. Raises InputError when
     `out` holds scenes of other settings.
     """
-    out = Path(out)
+    out = paths.at(out)
     unknown = set(counts) - set(SPLITS)
     if unknown or min(counts.values(), default=0) < 0 or seed < 0:
         raise InputError(
@@ -348,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write_from(argv: Sequence[str]) -> None:
     parser = CommandLine(__doc__, "python -m data_pipelines.sources.scenes")
-    parser.add_argument("--out", type=PATH, required=True, help="data root to write")
+    parser.add_argument("--out", type=ANYWHERE, required=True, help="data root to write")
     for split, default in zip(SPLITS, (2000, 200, 400), strict=True):
         parser.add_argument(f"--{split}", type=Whole(0, 10**7), default=default, help=f"scenes of the {split} split")
     parser.add_argument("--seed", type=Whole(), default=0)

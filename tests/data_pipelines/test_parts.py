@@ -246,8 +246,8 @@ def test_a_root_that_has_moved_is_extended_and_another_one_is_refused(source, tm
 
 def test_a_restart_reads_no_shard_that_was_not_touched(source, tmp_path, monkeypatch):
     run(source, out := tmp_path / "out", "--datasets", "ave")
-    hashed, checksum = [], prepare._sha256
-    monkeypatch.setattr(prepare, "_sha256", lambda path: hashed.append(path) or checksum(path))
+    hashed, checksum = [], shards.sha256
+    monkeypatch.setattr(shards, "sha256", lambda path: hashed.append(path) or checksum(path))
     run(source, out, "--datasets", "ave")
     assert not hashed
     run(source, out, "--datasets", "ave", "--verify")

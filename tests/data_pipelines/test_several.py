@@ -95,10 +95,10 @@ def test_the_order_and_identity_are_the_same_with_an_index_and_after_sending(roo
         index.write_all(tmp_path / root.name)
     config = config_of(*(tmp_path / root.name for root in roots))
     examples, order, _ = run_on(config)
-    assert all(isinstance(part.examples, Indexed) for part in examples.parts)
+    assert all(isinstance(part.examples, Indexed) for part in examples.roots)
     assert orders.record(config) == plain
     sent = cloudpickle.loads(cloudpickle.dumps(order.examples))
-    assert list(sent) == list(examples) and [part.root for part in sent.parts] == [part.root for part in examples.parts]
+    assert list(sent) == list(examples) and [part.root for part in sent.roots] == [part.root for part in examples.roots]
 
 
 def test_the_identity_covers_all_roots(roots, tmp_path):
@@ -132,7 +132,7 @@ def test_a_root_that_was_prepared_with_another_size_is_refused_by_name(prepared)
 
 
 def test_a_limit_counts_over_all_roots(roots):
-    assert [len(part.examples) for part in run_data.train_examples(config_of(*roots, limit=7)).parts] == [5, 2]
+    assert [len(part.examples) for part in run_data.train_examples(config_of(*roots, limit=7)).roots] == [5, 2]
     examples, order, _ = run_on(config_of(*roots, limit=3))
     assert len(examples) == 3 and order.batches[0].max() < 3
 
@@ -162,7 +162,7 @@ def test_held_out_examples_come_from_the_roots_that_have_the_split(roots, tmp_pa
     write_jsonl(other / "val.jsonl", [dataclasses.replace(PICTURE, id="val")])
     config = dataclasses.replace(config_of(*roots, other), eval_every=5, eval_split="val", eval_answers=False)
     chosen = held_out(config, run_folder.tokenizer_of(config))
-    assert [e.id for e in chosen.examples] == ["val"] and chosen.examples.parts[2].root == str(other)
+    assert [e.id for e in chosen.examples] == ["val"] and chosen.examples.roots[2].root == str(other)
     assert caplog.text.count("not among the held-out examples") == 2
 
 
