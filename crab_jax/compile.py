@@ -50,7 +50,8 @@ from crab_jax.models.crab import PARAMETER_GROUPS
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_mesh, run_params
 from crab_jax.training import train_step
-from data_pipelines.batching import Batch, Bucket, empty_batch
+from crab_jax.training.step_programs import abstract_batch
+from data_pipelines.batching import Bucket
 
 HEADROOM = 0.15
 NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
@@ -169,15 +170,6 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> tuple[train_step.TrainState
     return train_step.abstract_state(optim.optimizer(config.optim, config.steps), trainable, mesh), frozen
 
 
-def abstract_batch(config: RunConfig, bucket: Bucket, rows: int, rows_sharding: NamedSharding) -> Batch:
-    """Return the shapes of a batch of `rows` rows of a bucket, with one sharding."""
-    row = empty_batch(bucket, 1, config.data.image_size)
-    shapes: Batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding), row
-    )
-    return shapes
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A step to compile: the jitted function, its argument shapes on the mesh, and the same work on one chip.
@@ -197,19 +189,20 @@ class Program:
 def train_program(config: RunConfig, mesh: Mesh, bucket: Bucket) -> Program:
     """Return the train step that crab_jax/train.py runs."""
     state, frozen = abstract_state(config, mesh)
-    config, accumulate = run_mesh.fitted(config, mesh)
+    sizes, accumulate = run_mesh.fitted(config, mesh)
+    config = dataclasses.replace(config, model=sizes)
     tx = optim.optimizer(config.optim, config.steps)
-    batch = abstract_batch(config, bucket, config.mixture.batch_size, sharding.batch_sharding(mesh))
+    batch = abstract_batch(bucket, config.mixture.batch_size, config.data.image_size, sharding.batch_sharding(mesh))
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         alone = _micro_batches(config, accumulate)
         if not remat:
-            alone = run_mesh.with_remat(alone, "none")
+            alone = _remat(alone, "none")
         single = sharding.make_mesh(1, 1, 1, mesh.devices.flat[:1])
         rows = config.mixture.batch_size // sharding.row_groups(mesh)
         state, frozen = abstract_state(alone, single)
         step = train_step.compile_step(alone, alone.model.build(), single, state, tx, accumulate)
-        alone_batch = abstract_batch(config, bucket, rows, sharding.batch_sharding(single))
+        alone_batch = abstract_batch(bucket, rows, config.data.image_size, sharding.batch_sharding(single))
         return inspect.unwrap(step), (state, frozen, alone_batch)
 
     if not any(bucket[1:3]) and not bucket.masks:
@@ -240,7 +233,7 @@ def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, row
         cache = jax.eval_shape(lambda: model.empty_cache(rows, bucket.length + NEW_TOKENS))
         cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv), cache)
         token = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)
-        batch = abstract_batch(config, bucket, rows, rows_sharding)
+        batch = abstract_batch(bucket, rows, config.data.image_size, rows_sharding)
         return (params, cache, batch) if stage == "prefill" else (params, cache, token, token, token)
 
     def step(mesh: Mesh, params: Any, cache: Any, *inputs: Any) -> tuple[Any, Any]:
@@ -578,7 +571,11 @@ def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) 
 def _on(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> RunConfig:
     """Return the config with this mesh over all devices and this remat policy."""
     mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor, config.mesh.slices)
-    return run_mesh.with_remat(dataclasses.replace(config, mesh=mesh), remat)
+    return _remat(dataclasses.replace(config, mesh=mesh), remat)
+
+
+def _remat(config: RunConfig, policy: str) -> RunConfig:
+    return dataclasses.replace(config, model=run_mesh.with_remat(config.model, policy))
 
 
 def _micro_batches(config: RunConfig, accumulate: int) -> RunConfig:

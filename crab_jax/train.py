@@ -46,6 +46,7 @@ from crab_jax.training.goodput import Stopwatch
 from crab_jax.training.log_writer import module_of, open_writer
 from crab_jax.training.metrics_log import Logger
 from crab_jax.training.skip_guard import SkipGuard, device_wait
+from crab_jax.training.step_programs import StepPrograms, abstract_batch
 from crab_jax.training.train_step import TrainState, abstract_state, compile_step, learns_nothing
 from data_pipelines import bucket_fill
 from data_pipelines.batching import Batch
@@ -95,6 +96,17 @@ def input_wait(order: TrainOrder, step: int, start: int, rows: np.ndarray, worke
     return f"input of step {step}: {worker}, on examples {shown}"
 
 
+def batches_ahead(order: TrainOrder, rows: int, image_size: int, mesh: jax.sharding.Mesh) -> list[Batch]:
+    """Return the shapes of the batches whose programs are compiled beside the first steps, the most frequent first.
+
+    rows: of a global batch. There are none on CPU, where compiling takes the cores from the steps.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return []
+    drawn = sorted((row for row in order.padding if row.share), key=lambda row: -row.share)
+    return [abstract_batch(row.bucket, rows, image_size, sharding.batch_sharding(mesh)) for row in drawn]
+
+
 def evaluate(
     step: int, evaluation: Evaluation, state: TrainState, frozen: Any, watchdog: Watchdog, logger: Logger | None
 ) -> None:
@@ -119,9 +131,9 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
     )
     mesh = run_mesh.mesh_of(config)
     # An indivisible batch size is refused before anything is loaded.
-    fitted, micro_batches = run_mesh.fitted(config, mesh)
+    sizes, micro_batches = run_mesh.fitted(config, mesh)
     tokenizer = run_folder.tokenizer_of(config)
-    model = fitted.model.build()
+    model = sizes.build()
     schedule, tx = optim.learning_rate(config.optim, config.steps), optim.optimizer(config.optim, config.steps)
     skipped, batch_at = run_data.skipped_file(workdir), sharding.batch_sharding(mesh)
     cut_tail(skipped)
@@ -147,7 +159,7 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
     name = f"process {jax.process_index()}" if jax.process_count() > 1 else ""
     watchdog = Watchdog(config.watchdog_seconds, name, silent=distributed.silent)
     first = FirstStep()
-    with watchdog, StopRequest() as stop:
+    with watchdog, StopRequest() as stop, contextlib.ExitStack() as ending:
         state, frozen = start_or_resume(config, model, mesh, tx, checkpoints, {"data": trained_on})
         start = int(state.step)
         if distributed.primary():
@@ -165,7 +177,15 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
 
         rows = distributed.own_rows(batch_at, config.mixture.batch_size)
         data: Iterator[Batch] = iter(run_data.train_dataset(config, tokenizer, order, rows, start, skipped))
-        step_fn: Any = compile_step(config, model, mesh, state, tx, micro_batches)
+        step_fn = StepPrograms(
+            compile_step(config, model, mesh, state, tx, micro_batches),
+            state,
+            frozen,
+            batches_ahead(order, config.mixture.batch_size, config.data.image_size, mesh)
+            if start < config.steps
+            else (),
+        )
+        ending.callback(step_fn.close)
         logger = (
             Logger(
                 workdir,
@@ -197,7 +217,7 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
                 own = next(data)
             waited = time.monotonic() - asked
             dispatched = watchdog.waiting(f"step {step} to be dispatched (the first of its bucket is compiled)")
-            with watch.compiling(step_fn._cache_size), dispatched:
+            with watch.compiling(step_fn.used), dispatched:
                 batch = distributed.global_batch(own, batch_at, config.mixture.batch_size)
                 state, metrics = step_fn(state, frozen, batch)
             if step == start + 1:
@@ -225,7 +245,7 @@ def train(config: RunConfig, workdir: Path, started: float | None = None) -> Non
             checkpoints.wait()
     if logger:
         logger.close()
-        compiled = {"train_step": step_fn._cache_size()}
+        compiled = {"train_step": step_fn.used()}
         compiled |= {"evaluation": evaluation.compilations} if evaluation else {}
         write_whole(workdir / "compilations.json", json.dumps(compiled))
     if int(state.step) < config.steps:

@@ -22,6 +22,7 @@ from crab_jax.models.llama import Llama, LlamaConfig
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_mesh
 from crab_jax.training import train_step
+from crab_jax.training.step_programs import abstract_batch
 from data_pipelines.batching import Bucket
 
 needs_libtpu = pytest.mark.skipif(
@@ -209,7 +210,7 @@ def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora
     config, report = lora
     mesh, model = run_mesh.mesh_of(config, devices), config.model.build()
     state, frozen = verb.abstract_state(config, mesh)
-    batch = verb.abstract_batch(config, WIDE, config.mixture.batch_size, sharding.batch_sharding(mesh))
+    batch = abstract_batch(WIDE, config.mixture.batch_size, config.data.image_size, sharding.batch_sharding(mesh))
 
     def forward(trainable, frozen, batch):
         with sharding.constrained(mesh):

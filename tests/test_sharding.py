@@ -177,23 +177,21 @@ def test_recomputation_and_micro_batches_of_the_joint_stage_follow_the_memory(mo
     device = jax.sharding.AbstractDevice(device_kind=chip.kind, num_cores=None, platform="tpu")
     abstract = AbstractMesh(shape, sharding.AXES, (AxisType.Auto,) * 3, abstract_device=device)
     monkeypatch.setattr(chips, "memory_of", lambda device: chip.hbm_bytes)
-    monkeypatch.setattr(run_mesh, "resident_bytes", lambda config, mesh: resident(config, abstract))
+    wanted = run_params.wanted_params
+    monkeypatch.setattr(run_params, "wanted_params", lambda config, model, mesh: wanted(config, model, abstract))
     mesh = SimpleNamespace(shape=abstract.shape, abstract_mesh=abstract, devices=np.array([None]))
     config = finetune.get_config()
-    fitted, micro_batches = run_mesh.fitted(resolve(config), mesh)
-    assert (micro_batches, fitted.model.llama.remat) == expected
+    sizes, micro_batches = run_mesh.fitted(resolve(config), mesh)
+    assert (micro_batches, sizes.llama.remat) == expected
     config.optim.accumulate, config.sizes.llama.remat = 1, "dots"
     given = resolve(config)
-    assert run_mesh.fitted(given, mesh) == (given, 1), "what is given is not changed"
-
-
-resident = run_mesh.resident_bytes
+    assert run_mesh.fitted(given, mesh) == (given.model, 1), "what is given is not changed"
 
 
 def test_without_a_known_memory_layers_are_computed_again_and_the_batch_is_whole():
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    fitted, micro_batches = run_mesh.fitted(resolve(finetune.get_config()), mesh)
-    assert (micro_batches, fitted.model.llama.remat) == (1, "full")
+    sizes, micro_batches = run_mesh.fitted(resolve(finetune.get_config()), mesh)
+    assert (micro_batches, sizes.llama.remat) == (1, "full")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +247,7 @@ def test_moments_of_whole_parameters_are_spread_and_parameters_stay_whole():
 def test_every_slice_has_all_moments_so_that_no_updated_parameter_crosses_slices():
     mesh = AbstractMesh((2, 4, 2, 1), (sharding.SLICES, *sharding.AXES))
     whole = jax.ShapeDtypeStruct((768, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    assert sharding.moment_sharding(whole, mesh).spec == PartitionSpec(None, ("data", "fsdp"))
+    assert sharding.moment_sharding(whole).spec == PartitionSpec(None, ("data", "fsdp"))
 
 
 def test_each_device_of_a_slice_sends_its_part_of_the_gradient_of_crab_7b():

@@ -26,6 +26,7 @@ from crab_jax.parallel import sharding
 from crab_jax.parallel.watchdog import Watchdog
 from crab_jax.runs import run_data, run_folder, run_params
 from crab_jax.training import goodput, skip_guard, train_step
+from crab_jax.training.step_programs import StepPrograms
 from data_pipelines import mixture
 from data_pipelines.batching import Bucket, empty_batch
 from data_pipelines.examples import TASK_NAMES, Example, read_jsonl
@@ -143,17 +144,22 @@ def small_run(root: Path) -> tuple:
 
 @pytest.mark.slow
 def test_no_recompilation_after_the_first_pass_over_the_buckets_and_the_loss_falls(scenes_root):
-    step, state, frozen, batches = small_run(scenes_root)
+    jitted, state, frozen, batches = small_run(scenes_root)
+    kinds = {
+        batch.tokens.shape: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch) for batch in batches
+    }
+    step = StepPrograms(jitted, state, frozen, kinds.values())
     first = {}
     for batch in batches:
         state, metrics = step(state, frozen, batch)
         first.setdefault(batch.tokens.shape, float(metrics["loss"]))
-    compiled = step._cache_size()
+    compiled = step.used()
+    assert compiled == len(kinds)
     for _ in range(3):
         for batch in batches:
             state, metrics = step(state, frozen, batch)
             last = float(metrics["loss"])
-    assert step._cache_size() == compiled
+    assert step.used() == compiled
     assert last < first[batches[-1].tokens.shape] - 0.3
 
     before = jax.device_get(state)

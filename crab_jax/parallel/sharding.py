@@ -307,15 +307,16 @@ def state_shardings(state: Any, trainable: Any, mesh: Mesh) -> Any:
         leaf = next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), None)
         if leaf is None:
             return replicated(mesh)
-        return moment_sharding(leaf, mesh) if path[0] == ".opt" else leaf.sharding
+        return moment_sharding(leaf) if path[0] == ".opt" else leaf.sharding
 
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def moment_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
+def moment_sharding(leaf: Any) -> NamedSharding:
     """Return the sharding of a leaf; if it is replicated, its largest divisible axis is split over data and fsdp."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     own: NamedSharding = leaf.sharding
+    mesh = own.mesh
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     whole = all(axis is None or mesh.shape[axis] == 1 for axis in own.spec)
     fitting = [(size, number) for number, size in enumerate(leaf.shape) if size % rows == 0]
     if rows == 1 or not whole or not fitting or leaf.size < SPREAD_FROM:

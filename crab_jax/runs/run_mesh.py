@@ -71,51 +71,54 @@ def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
     return sharding.make_mesh(**vars(config.mesh), devices=devices, state_bytes=needed)
 
 
-def resident_bytes(config: RunConfig, mesh: Mesh) -> int:
-    """Return the bytes that parameters, gradients and optimizer state take on the device that has the most of them."""
-    wanted = run_params.wanted_params(config, config.model.build(), mesh)
-    trainable, frozen = optim.split(wanted, config.trainable, config.frozen)
+def resident_bytes(trainable: Any, frozen: Any) -> int:
+    """Return the bytes that parameters, gradients and optimizer state take on the device that has the most of them.
+
+    trainable, frozen: shapes with shardings.
+    """
 
     def size(leaf: Any, placement: Any) -> int:
         return int(math.prod(placement.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
 
     kept = sum(size(leaf, leaf.sharding) for leaf in jax.tree.leaves(frozen))
     for leaf in jax.tree.leaves(trainable):  # value and gradient, and two moments
-        kept += 2 * size(leaf, leaf.sharding) + 2 * size(leaf, sharding.moment_sharding(leaf, mesh))
+        kept += 2 * size(leaf, leaf.sharding) + 2 * size(leaf, sharding.moment_sharding(leaf))
     return kept
 
 
-def fitted(config: RunConfig, mesh: Mesh) -> tuple[RunConfig, int]:
-    """Return what "auto" and 0 mean on a mesh: (config with a policy of recomputation, number of micro-batches).
+def fitted(config: RunConfig, mesh: Mesh) -> tuple[CrabConfig, int]:
+    """Return what "auto" and 0 mean on a mesh: (sizes with a policy of recomputation, number of micro-batches).
 
     For `sizes.llama.remat` "auto" and `optim.accumulate` 0 it is the first of POLICIES, and the fewest micro-batches,
     whose longest rows fit TRAINING_SHARE of a device. Where a device's memory is unknown, layers are computed again and
     the batch is whole. Raises InputError when batch, mesh and micro-batches do not divide.
     """
-    accumulate, remat = config.optim.accumulate, config.model.llama.remat
+    accumulate, cfg = config.optim.accumulate, config.model
+    remat = cfg.llama.remat
     sharding.check_batch(config.mixture.batch_size, mesh, accumulate or 1)
     memory = chips.memory_of(mesh.devices.flat[0])
     policies = POLICIES if remat == "auto" else (remat,)
     if memory is None or (accumulate and remat != "auto"):
-        return with_remat(config, policies[-1]), accumulate or 1
+        return with_remat(cfg, policies[-1]), accumulate or 1
     rows = config.mixture.batch_size // sharding.row_groups(mesh)
-    length, cfg = max(config.data.lengths), config.model
+    length = max(config.data.lengths)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         kernel = attention.kind_for(cfg.llama.attention, length, cfg.llama.head_dim, cfg.dtype, only_causal=True)
-    free = TRAINING_SHARE * memory - resident_bytes(config, mesh) - STEP_BYTES
+    wanted = run_params.wanted_params(config, cfg.build(), mesh)
+    resident = resident_bytes(*optim.split(wanted, config.trainable, config.frozen))
+    free = TRAINING_SHARE * memory - resident - STEP_BYTES
     for policy in policies:
         fitting = free * mesh.shape["tensor"] / row_bytes(cfg, length, policy, kernel)
         numbers = [accumulate] if accumulate else [n for n in range(1, rows + 1) if rows % n == 0]
         found = next((n for n in numbers if rows / n <= fitting), None)
         if found and rows / found >= min(rows, LEAST_ROWS):
-            return with_remat(config, policy), found
-    return with_remat(config, policies[-1]), accumulate or found or rows
+            return with_remat(cfg, policy), found
+    return with_remat(cfg, policies[-1]), accumulate or found or rows
 
 
-def with_remat(config: RunConfig, policy: str) -> RunConfig:
-    """Return the config with a policy of recomputation."""
-    llama = dataclasses.replace(config.model.llama, remat=policy)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, llama=llama))
+def with_remat(cfg: CrabConfig, policy: str) -> CrabConfig:
+    """Return the sizes with a policy of recomputation."""
+    return dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, remat=policy))
 
 
 def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
