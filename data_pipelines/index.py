@@ -791,9 +791,6 @@ def write_all(
     prepared, tables = shards.opened(root), []
     if not lists:
         raise InputError(str(root), "--splits", f"holds none of {', '.join(splits)}", "check --root and --splits")
-    if paths.is_remote(root) and not prepared and any(name != PREPARED for name, _ in lists):
-        problem = "holds original releases, whose folders in a bucket do not tell when they change"
-        raise InputError(str(root), "--root", problem, "prepare them (prepare writes the index too)")
     with locked(paths.at(root) / FOLDER, "--root"):
         for name, split in lists:
             if name != PREPARED and not datasets.is_there(root, name):

@@ -10,7 +10,7 @@ import pytest
 from crab_jax.convert import __main__ as convert
 from crab_jax.io.errors import InputError
 from crab_jax.reports import input_plan, record_page
-from data_pipelines import status, tokens, validate
+from data_pipelines import datasets, index, prepare, shards, status, tokens, validate
 from data_pipelines.av_uie import __main__ as av_uie
 from data_pipelines.av_uie import annotate, released
 from data_pipelines.examples import read_jsonl
@@ -164,3 +164,45 @@ def test_a_model_is_imported_verified_and_exported_in_a_bucket(bucket, golden, t
     assert "crab/finetune_weights.bin" in written
     for name in (*written, "hf/llama/model.safetensors"):
         assert (back / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def release(bucket, raw, tmp_path_factory):
+    """The release of AVE with the films of two scenes, in the bucket."""
+    root = tmp_path_factory.mktemp("release")
+    rows = ("Church bell&RUhOCu3LNXM&good&0&10", "Banjo&0f_iTO5t3hU&good&2&4")
+    (root / "ave/AVE").mkdir(parents=True)
+    (root / "ave/trainSet.txt").write_text("\n".join(rows) + "\n")
+    for number, row in enumerate(rows):
+        film = raw / f"train/00000{number}/clip.mp4"
+        (root / "ave/AVE" / f"{row.split('&')[1]}.mp4").write_bytes(film.read_bytes())
+    return bucket.upload(root, "release")
+
+
+def test_an_index_of_a_release_in_a_bucket_is_used_until_a_file_comes_or_goes(release, caplog):
+    words = ("--root", release, "--datasets", "ave", "--splits", "train")
+    assert "2 examples" in said_by(index.run, *words)
+    examples = index.read(release, index.Wanted("train", ("ave",), "train", "all", "raise"))
+    assert isinstance(examples, index.Indexed)
+    assert [example.id for example in examples] == [e.id for e in datasets.read(release, "ave", "train")]
+    (release / "ave/AVE/more.mp4").write_bytes(b"a film")
+    assert index.opened(release, "ave", "train", "train") is None and "is older than" in caplog.text
+    (release / "ave/AVE/more.mp4").unlink()
+    assert index.opened(release, "ave", "train", "train"), "the folder is as it was"
+
+
+def test_parts_are_prepared_and_merged_in_a_bucket_as_on_a_disk(bucket, release, tmp_path, capsys):
+    small = ("--datasets", "ave", "--splits", "train", "--image-size", "32", "--video-frames", "2", "--workers", "0")
+    for out in (bucket.at("parts"), tmp_path / "parts"):
+        for number in (1, 0):
+            prepare.run(["--root", str(release), "--out", str(out), *small, "--part", f"{number}/3"])
+        with pytest.raises(InputError, match="part 2/3.* was not run"):
+            prepare.run(["--out", str(out), "--merge"])
+        prepare.run(["--root", str(release), "--out", str(out), *small, "--part", "2/3"])
+        prepare.run(["--out", str(out), "--merge", "--workers", "0"])
+    assert not list((bucket.at("parts") / "parts").iterdir()), "the parts have become a whole"
+    names = {path.relative_to(tmp_path / "parts").as_posix() for path in (tmp_path / "parts").rglob("*.array_record-*")}
+    assert names and all((bucket.at("parts") / n).read_bytes() == (tmp_path / "parts" / n).read_bytes() for n in names)
+    assert shards.opened(bucket.at("parts")).manifest["shards"] == shards.opened(tmp_path / "parts").manifest["shards"]
+    prepare.run(["--root", str(release), "--out", str(bucket.at("parts")), *small])
+    assert "shards exist already" in capsys.readouterr().err

@@ -277,7 +277,7 @@ class BucketPath(PosixGPath):  # type: ignore[misc]  # etils has no types
         if set(mode) - set("rbt"):
             raise ValueError("objects are written whole: use crab_jax.io.files")
         settle(str(self))
-        file = self._ask("open", "rb", cache_type="readahead")
+        file = io.BufferedReader(self._ask("open", "rb", cache_type="readahead"))  # fsspec's has no readline(limit)
         return file if "b" in mode else io.TextIOWrapper(file, options.get("encoding") or "utf-8")
 
     def put(self, source: Path) -> None:

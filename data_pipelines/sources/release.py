@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,12 +44,25 @@ class MissingFile(InputError):
 
 
 def stamp(path: str | Path) -> tuple[int, int] | None:
-    """Return (size, time in ns) of a file, or of a folder, whose time changes with its entries; None without one."""
+    """Return (size, time in ns) of a file, or of a folder, whose time changes with its entries; None without one.
+
+    A folder in a bucket has no time: its entries are counted and hashed. Raises OSError for a bucket that fails.
+    """
     try:
         status = paths.at(path).stat()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if paths.is_remote(path) and not isinstance(error, FileNotFoundError):
+            raise
         return None
+    if paths.is_remote(path) and stat.S_ISDIR(status.st_mode):
+        return _stamp_of(paths.in_bucket(path).entries())
     return status.st_size, status.st_mtime_ns
+
+
+def _stamp_of(entries: Sequence[tuple[str, str]]) -> tuple[int, int] | None:
+    """Return (number, hash) of the entries of a folder in a bucket, None without any."""
+    text = json.dumps(entries).encode("utf-8", "surrogatepass")
+    return (len(entries), int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())) if entries else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,6 +430,10 @@ class Release:
 
     def _listing(self, folder: str) -> dict[str, str] | None:
         """Return {name: kind} of the entries of a folder; None for a folder outside the release."""
+        if folder not in self._listed and paths.is_remote(self.base):
+            entries = paths.in_bucket(self.base / folder).entries()
+            self.used.setdefault(folder, _stamp_of(entries))
+            self._listed[folder] = dict(entries)
         if folder not in self._listed:
             self._listed[folder] = self._list(self.use(folder))
         return self._listed[folder]
@@ -422,8 +441,6 @@ class Release:
     def _list(self, folder: str) -> dict[str, str] | None:
         if not self._contains(self.base / folder):
             return None
-        if paths.is_remote(self.base):
-            return dict(paths.in_bucket(self.base / folder).entries())
         try:
             with os.scandir(self.base / folder) as entries:
                 return {entry.name: self._kind_of(entry) for entry in entries}
