@@ -72,6 +72,7 @@ def tiny(**sizes: Mapping[str, Any]) -> CrabConfig:
 
 MODELS = {"tiny": tiny, "crab_7b": crab_7b}
 DTYPE = Choice(("float32", "bfloat16", "float16"))
+REMATS = Choice(("none", "full", "dots"))
 _SIZE, _LAYERS, _SHARE = Whole(1, 2**20), Whole(1, 1024), Real(0, 0.99)
 # Bounds of sizes by the name of the field, or by <module>.<field> where modules differ; other fields are flags.
 BOUNDS: dict[str, Bound] = {
@@ -110,7 +111,7 @@ BOUNDS: dict[str, Bound] = {
     "vocab_size": Whole(18, 2**24),
     "rope_theta": Real(1, 1e12),
     "rms_eps": Real(1e-30, 1),
-    "remat": Choice(("none", "full", "dots")),
+    "remat": REMATS,
     "dropout": _SHARE,
     "alpha": Real(1e-9, 1e9),
     "scales": Whole(2, 2),
