@@ -128,6 +128,20 @@ def test_the_report_says_what_the_issue_asks_for(step):
 
 @needs_libtpu
 @pytest.mark.exhaustive
+def test_a_thorough_report_says_what_the_time_is_spent_on():
+    devices = verb.topology_devices("v5e:2x2", thorough=True)
+    config = small(sizes__lora__dropout=0.05)
+    report, _ = verb.measure(config, "v5e:2x2", devices, BUCKET, "llm", thorough=True)
+    assert report["bucket"] | {"frames": 0, "windows": 0, "masks": 0} == report["bucket"]
+    assert {"base", "lora", "dropout_bits", "attention", "softmax"} < set(report["estimate"]) <= set(cost.PARTS)
+    assert sum(report["estimate"].values()) == pytest.approx(report["estimate_s"])
+    assert sum(report["passes"].values()) == pytest.approx(report["estimate_s"]) and all(report["passes"].values())
+    assert 0 < report["mfu_4n"] < 1 and report["compile_cpu_s"] > 0
+    assert {"encoders", "qformers", "mask_decoder"}.isdisjoint(report["estimate"]), "text alone"
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
 def test_frozen_matrices_are_gathered_layer_by_layer_and_never_kept_in_float32(step):
     config, report, compiled = step
     assert report["findings"] == []
