@@ -12,9 +12,10 @@ largest bucket of the config is compiled unless --bucket or --mix is given. With
 step does not fit or leaves less than 15 % of the memory free. The compiler spends little time on the speed of single
 operations, because nothing will run: this takes a tenth of the time and changes neither shardings nor collectives. With
 --thorough it optimises as it does for a run, and the report has its own estimate of the time, by what it is spent on.
---stage llm is the training step of the language model alone: its LoRA trains on text of the bucket's length. With
---slices, the program runs on several slices of the topology, and collectives are reported by network: within a slice
-(ICI), and between slices over the data centre's network (DCN).
+--stage llm is the training step of the language model alone: its LoRA trains on text of the bucket's length. --stage
+prefill and decode are what evaluate and predict run on one host, with --weights as there; the estimate of decode is
+that of one token. With --slices, the program runs on several slices of the topology, and collectives are reported by
+network: within a slice (ICI), and between slices over the data centre's network (DCN).
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,16 +42,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from crab_jax import optim
 from crab_jax.aot import cost, flops, gpu, hlo, links
 from crab_jax.config import MeshConfig, RunConfig, parse_flags
+from crab_jax.generate import GenerateOptions, advance, start
 from crab_jax.io import bounds
 from crab_jax.io.bounds import PATH, Whole
 from crab_jax.io.errors import CommandLine, InputError, run_verb
 from crab_jax.io.files import out_file, write_whole
+from crab_jax.io.paths import at
 from crab_jax.models.crab import PARAMETER_GROUPS
-from crab_jax.parallel import chips, sharding
-from crab_jax.runs import run_mesh, run_params
+from crab_jax.models.generating import KINDS
+from crab_jax.parallel import chips, sharding, torus
+from crab_jax.runs import run_data, run_mesh, run_params
 from crab_jax.training import train_step
 from crab_jax.training.step_programs import abstract_batch
-from data_pipelines.batching import Bucket
+from data_pipelines.batching import Batch, Bucket
 
 HEADROOM = 0.15
 NEW_TOKENS = 256  # room for the answer in the cache of prefill and decode
@@ -76,7 +79,7 @@ REPORT_KEYS = (
     "traffic",
 )  # of the report that --json writes
 SMALL = 2**16  # elements; copies of smaller matrices are harmless
-ROWS = 8  # rows per data-parallel group in prefill and decode
+ROWS = 16  # of a batch in prefill and decode, as `evaluate` has by default
 STAGES = ("train", "llm", "prefill", "decode")
 
 Compiled = Any  # jax.stages.Compiled, which has no public name to annotate with
@@ -137,9 +140,16 @@ def topology_devices(name: str, thorough: bool = False, slices: int = 1) -> list
         ) from error
 
 
+def frame_counts(config: RunConfig) -> list[int]:
+    """Return how many frames clips have: those of every prepared data root of the run, or `data.video_frames`."""
+    drawn, usual = config.mixture, config.data.video_frames
+    roots = [root for root in drawn.roots or (drawn.root,) if root and at(root).exists()]
+    return sorted({run_data.own_frames(root) or usual for root in roots} or {usual})
+
+
 def largest_bucket(config: RunConfig) -> Bucket:
     """Return a bucket at least as large as every bucket of a stage in every size."""
-    return Bucket(max(config.data.lengths), config.data.video_frames, 10, 198, 1)
+    return Bucket(max(config.data.lengths), max(frame_counts(config)), 10, 198, 1)
 
 
 def bucket_mix(config: RunConfig) -> list[Bucket]:
@@ -148,8 +158,9 @@ def bucket_mix(config: RunConfig) -> list[Bucket]:
     These are clips with sound (1-s and 2-s windows) and images with sound, with and without a mask, at the shortest
     length that leaves 128 positions for text.
     """
-    data, frames = config.data, config.data.video_frames
-    kinds = ((frames, 10, 198, 0), (frames, 10, 98, 0), (frames, 10, 98, 1), (1, 10, 98, 0), (1, 1, 98, 1))
+    data = config.data
+    clips = [(frames, *rest) for frames in frame_counts(config) for rest in ((10, 198, 0), (10, 98, 0), (10, 98, 1))]
+    kinds = (*clips, (1, 10, 98, 0), (1, 1, 98, 1))
     out = []
     for t, s, f, m in kinds:
         needed = t * data.visual_queries + s * data.audio_queries + 128
@@ -218,75 +229,115 @@ def language_model(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, trainable=PARAMETER_GROUPS["lora"], frozen=frozen)
 
 
-def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, rows_each: int = ROWS) -> Program:
-    """Return the prefill of prompts, or one decode step, of crab_jax/generate.py: greedy, with a donated cache."""
-    model = config.model.build()
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """How `evaluate` and `predict` run a model: the kind of its matrices, and the rows of a batch."""
+
+    weights: str = "float"
+    rows: int = ROWS
+
+
+def serve_program(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, serving: Serving) -> Program:
+    """Return a program of crab_jax/generate.py as `evaluate` runs it: reading prompts, or decoding greedily.
+
+    As there, clips are encoded already, and a model that is not split over devices has the layout for generation. The
+    loop of decode steps is that of a stream: as long as it is told, with a donated state.
+    """
     bucket = bucket._replace(masks=0)
+    options = GenerateOptions(eos_id=2, pad_id=0, mask_ids=tuple(range(3, 9)), max_new_tokens=NEW_TOKENS)
 
-    def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-        kv = PartitionSpec(None, sharding.row_axes(mesh), "tensor")
-        return sharding.batch_sharding(mesh), NamedSharding(mesh, kv)
+    def of(mesh: Mesh, rows: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        model, params = serving_params(config, mesh, serving.weights)
+        spread = sharding.batch_sharding(mesh)
+        batch, cfg = abstract_batch(bucket, rows, config.data.image_size, spread), config.model
+        found = bucket.frames * cfg.visual_queries + bucket.windows * cfg.audio_queries
+        features = jax.ShapeDtypeStruct((rows, found, cfg.llama.hidden), cfg.dtype, sharding=spread)
 
-    def shapes(mesh: Mesh, rows: int) -> tuple[Any, ...]:
-        rows_sharding, kv = shardings(mesh)
-        params = optim.merge(*abstract_params(config, mesh))
-        cache = jax.eval_shape(lambda: model.empty_cache(rows, bucket.length + NEW_TOKENS))
-        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kv), cache)
-        token = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=rows_sharding)
-        batch = abstract_batch(bucket, rows, config.data.image_size, rows_sharding)
-        return (params, cache, batch) if stage == "prefill" else (params, cache, token, token, token)
+        def read(params: Any, batch: Batch, features: Any) -> Any:
+            with sharding.constrained(mesh):
+                return start(model, params, batch, options, features=features)
 
-    def step(mesh: Mesh, params: Any, cache: Any, *inputs: Any) -> tuple[Any, Any]:
-        with sharding.constrained(mesh):
-            if stage == "prefill":
-                hidden, cache = model.apply({"params": params}, inputs[0], cache, method="prefill")
-                last = inputs[0].text_mask.sum(-1, dtype=jnp.int32) - 1
-                hidden = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)
-            else:
-                hidden, cache = model.apply({"params": params}, *inputs, cache, method="decode")
-            logits: Any = model.apply({"params": params}, hidden[:, 0], method="logits")
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+        def decode(params: Any, state: Any, until: Any) -> Any:
+            with sharding.constrained(mesh):
+                return advance(model, params, state, options, until)
+
+        if stage == "prefill":
+            return read, (params, batch, features)
+        state = _on_rows(jax.eval_shape(read, params, batch, features), mesh, rows)
+        return decode, (params, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)))
 
     def own(remat: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        single = sharding.make_mesh(1, 1, 1, mesh.devices.flat[:1])
-        return partial(step, single), shapes(single, rows_each)
+        return of(sharding.make_mesh(1, 1, 1, mesh.devices.flat[:1]), serving.rows // sharding.row_groups(mesh))
 
-    rows = rows_each * sharding.row_groups(mesh)
-    jitted = jax.jit(partial(step, mesh), donate_argnums=1, out_shardings=shardings(mesh))
-    return Program(jitted, shapes(mesh, rows), own, rows)
+    function, args = of(mesh, serving.rows)
+    return Program(jax.jit(function, donate_argnums=() if stage == "prefill" else 1), args, own, serving.rows)
 
 
-def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str) -> Program:
-    """Return the program of one of STAGES."""
+def serving_params(config: RunConfig, mesh: Mesh, weights: str) -> tuple[Any, Any]:
+    """Return (model, shapes of its parameters with shardings) as `run_params.load_model` has them on a mesh."""
+    model, params = config.model.build(), optim.merge(*abstract_params(config, mesh))
+    if mesh.shape["tensor"] > 1:
+        return model, params
+    fused: list[Any] = []
+
+    def fuse(params: Any) -> Any:
+        made, laid_out = model.for_generation(params, weights)
+        fused.append(made)
+        return laid_out
+
+    everywhere, shapes = sharding.replicated(mesh), jax.eval_shape(fuse, params)
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+    return fused[-1], placed
+
+
+def _on_rows(state: Any, mesh: Mesh, rows: int) -> Any:
+    """Return the shapes of a state of generation with its rows over the copies, and heads of caches over `tensor`."""
+
+    def placed(leaf: Any) -> Any:
+        axis = next((axis for axis in (0, 1) if leaf.ndim > axis and leaf.shape[axis] == rows), None)
+        heads = ("tensor",) if leaf.ndim > 3 + (axis or 0) and axis is not None and mesh.shape["tensor"] > 1 else ()
+        spec = () if axis is None else ((None,) * axis + (sharding.row_axes(mesh), *heads))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(placed, state)
+
+
+def program_of(config: RunConfig, mesh: Mesh, bucket: Bucket, stage: str, serving: Serving = Serving()) -> Program:
+    """Return the program of one of STAGES; `serving` is of "prefill" and "decode"."""
     if stage == "llm":
         return train_program(language_model(config), mesh, _text_alone(bucket))
-    return train_program(config, mesh, bucket) if stage == "train" else serve_program(config, mesh, bucket, stage)
+    if stage == "train":
+        return train_program(config, mesh, bucket)
+    return serve_program(config, mesh, bucket, stage, serving)
 
 
 def _text_alone(bucket: Bucket) -> Bucket:
     return bucket._replace(frames=0, windows=0, masks=0)
 
 
-def mesh_for(config: RunConfig, devices: list[Any], stage: str) -> Mesh:
-    """Return the mesh of the config for a stage.
+def mesh_for(config: RunConfig, devices: list[Any], stage: str, serving: Serving = Serving()) -> Mesh:
+    """Return the mesh of a stage: that of the config, or for prefill and decode that of `evaluate` on one process.
 
-    For prefill and decode, an inferred split of the parameters is along `tensor`, so that no weights move at every
-    token.
+    There, `mesh.tensor` of more than 1 is what `--tensor` says, and the devices are those of the first host.
     """
-    mesh = run_mesh.mesh_of(config, devices)
-    if stage in ("train", "llm") or config.mesh.fsdp or config.mesh.tensor > 1:
-        return mesh
-    split = mesh.shape["fsdp"]
-    heads = config.model.llama.kv_heads
-    tensor = max(n for n in range(1, split + 1) if split % n == 0 and heads % n == 0)
-    return sharding.make_mesh(0, split // tensor, tensor, devices, slices=config.mesh.slices)
+    if stage in ("train", "llm"):
+        return run_mesh.mesh_of(config, devices)
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    tensor = config.mesh.tensor if config.mesh.tensor > 1 else 0
+    return run_mesh.serving_mesh(config, serving.weights, serving.rows, tensor, own)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def measure(
-    config: RunConfig, topology: str, devices: list[Any], bucket: Bucket, stage: str, thorough: bool = False
+    config: RunConfig,
+    topology: str,
+    devices: list[Any],
+    bucket: Bucket,
+    stage: str,
+    thorough: bool = False,
+    serving: Serving = Serving(),
 ) -> tuple[dict[str, Any], Compiled | None]:
     """Return (report of one compilation, see `main`; compiled program, or None when it does not fit).
 
@@ -294,9 +345,10 @@ def measure(
     """
     chip = chips.chip_of(devices[0])
     assert chip is not None
-    mesh = mesh_for(config, devices, stage)
+    mesh = mesh_for(config, devices, stage, serving)
+    devices = list(mesh.devices.flat)
     bucket = _text_alone(bucket) if stage == "llm" else bucket
-    program = program_of(config, mesh, bucket, stage)
+    program = program_of(config, mesh, bucket, stage, serving)
     tensor = mesh.shape["tensor"]
     say(f"{topology} {stage}: counting arithmetic")
     useful, done = (flops.count(function, *args) for function, args in map(program.own, (False, True)))
@@ -308,6 +360,7 @@ def measure(
         "mesh": dict(mesh.shape),
         "bucket": bucket._asdict(),
         "rows": program.rows,
+        "weights": serving.weights if stage in ("prefill", "decode") else "",
         "accumulate": program.accumulate,
         "remat": program.remat,
         "hbm_bytes": chip.hbm_bytes,
@@ -362,6 +415,8 @@ def measure(
     llama = config.model.llama
     if thorough or card:
         spent = cost.spent(program_ops, chip, flops.kernels(traced.jaxpr.jaxpr))
+        if stage == "decode":  # a token is what a second turn of the loop adds
+            spent = cost.less(cost.spent(hlo.ops(compiled.as_text(), turns=2), chip), spent)
         report |= estimate(config, spent, chip, program.rows * tokens_of(bucket, stage) / len(devices))
         if card:
             report |= {"kernels": cost.kernels_run(program_ops), "traffic": cost.traffic_by_part(spent)}
@@ -513,65 +568,105 @@ def estimate_lines(report: dict[str, Any]) -> list[str]:
     total = report.get("estimate_s")
     if not total:
         return []
-    passes = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in report["passes"].items())
+    passes = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in report["passes"].items())
     source = f"of {report['kernels']:,} kernels" if "kernels" in report else "by the compiler"
     traffic = report.get("traffic", {})
     return [
-        f"estimate     {total:.3f} s {source}, {report['mfu_4n']:.0%} MFU at 4 N; {passes}",
+        f"estimate     {total:.4g} s {source}, {report['mfu_4n']:.0%} MFU at 4 N; {passes}",
         *(
-            f"  {part:<19}{seconds:.4f} s {seconds / total:>6.1%}"
+            f"  {part:<19}{seconds:.6f} s {seconds / total:>6.1%}"
             + (f", {gib(traffic[part])} of memory traffic" if part in traffic else "")
             for part, seconds in sorted(report["estimate"].items(), key=lambda item: -item[1])
         ),
     ]
 
 
+class Trial(NamedTuple):
+    """What a sweep may compile, with the least seconds that it takes: by arithmetic, memory traffic or gathers."""
+
+    seconds: float
+    accumulate: int
+    tensor: int
+    fsdp: int
+    remat: str
+
+
 def sweep(config: RunConfig, topology: str, devices: list[Any], bucket: Bucket) -> list[dict[str, Any]]:
     """Return the reports of the train step over mesh shapes, micro-batches and remat policies, fastest roofline first.
 
-    Meshes and policies with less arithmetic are tried first; once the arithmetic alone takes as long as the best step
-    so far, nothing more is compiled. Micro-batches are made smaller until the step fits with the headroom.
+    What could be the fastest is tried first; once all that is left takes as long as the best step so far by its
+    arithmetic, its memory traffic or its gathers, nothing more is compiled. More micro-batches of a step that fits are
+    not tried, because they gather more often.
     """
-    heads, batch = config.model.llama.kv_heads, config.mixture.batch_size
-    least = run_mesh.mesh_of(config, devices).shape["fsdp"]
-    each = len(devices) // len(sharding.slices_of(devices, config.mesh.slices))
-    splits = [
-        (fsdp, tensor)
-        for tensor in (1, 2, 4)
-        for fsdp in sorted({least, 4 * least, each // tensor})
-        if each % (fsdp * tensor) == 0 and heads % tensor == 0 and batch % (len(devices) // tensor) == 0
-    ]
     say(f"{topology}: counting arithmetic")
-    trials = _by_arithmetic(config, devices, bucket, list(itertools.product(splits, ("full", "dots"))))
+    found = trials(config, devices, bucket)
     fitting: list[dict[str, Any]] = []
+    done: set[tuple[int, int, str]] = set()
     started = time.monotonic()
-    for number, (least_time, tensor, fsdp, remat) in enumerate(trials):
-        if fitting and least_time >= min(report["roofline_s"]["step"] for report in fitting):
+    for number, trial in enumerate(found):
+        if fitting and trial.seconds >= min(report["roofline_s"]["step"] for report in fitting):
             print(
-                f"{len(trials) - number} of {len(trials)} are not compiled: their arithmetic alone takes "
-                f"{least_time:.3f} s or more",
+                f"{len(found) - number} of {len(found)} are not compiled: they take {trial.seconds:.3f} s or more by "
+                "their arithmetic, memory traffic or gathers",
                 flush=True,
             )
             break
-        for trial in _halved(config, devices, fsdp, tensor, remat):
-            report, _ = measure(trial, topology, devices, bucket, "train")
-            if report["fits"] and report["headroom"] >= HEADROOM:
-                fitting.append(report)
-                break
+        if trial[2:] in done:
+            continue
+        report, _ = measure(_with(config, devices, trial), topology, devices, bucket, "train")
+        if report["fits"] and report["headroom"] >= HEADROOM:
+            fitting.append(report)
+            done.add(trial[2:])
         passed = time.monotonic() - started
         print(
-            f"{number + 1}/{len(trials)}  fsdp {fsdp}  tensor {tensor}  remat {remat}  "
-            f"micro-batches {report['accumulate']}  {'fits' if report['fits'] else 'does not fit'}  "
-            f"eta at most {passed / (number + 1) * (len(trials) - number - 1) / 60:.1f} min",
+            f"{number + 1}/{len(found)}  fsdp {trial.fsdp}  tensor {trial.tensor}  remat {trial.remat}  "
+            f"micro-batches {trial.accumulate}  {'fits' if report['fits'] else 'does not fit'}  "
+            f"eta at most {passed / (number + 1) * (len(found) - number - 1) / 60:.1f} min",
             flush=True,
         )
     return sorted(fitting, key=lambda r: (r["roofline_s"]["step"], sum(r["roofline_s"].values())))
 
 
-def _on(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> RunConfig:
-    """Return the config with this mesh over all devices and this remat policy."""
+def trials(config: RunConfig, devices: list[Any], bucket: Bucket) -> list[Trial]:
+    """Return every mesh, remat policy and number of micro-batches that a sweep considers, fastest first."""
+    chip = chips.chip_of(devices[0])
+    assert chip is not None
+    llama, batch = config.model.llama, config.mixture.batch_size
+    least = run_mesh.mesh_of(config, devices).shape["fsdp"]
+    slices = sharding.slices_of(devices, config.mesh.slices)
+    each = len(slices[0])
+    shapes = nn.unbox(run_params.abstract_params(config.model.build()))["llama"]
+    gathered = 2 * run_params.count(shapes) * jnp.dtype(config.frozen_dtype).itemsize  # forwards and backwards
+    out = []
+    for tensor, remat in itertools.product((1, 2, 4), run_mesh.POLICIES):
+        rows = batch * tensor // len(devices)
+        if llama.kv_heads % tensor or each % tensor or batch * tensor % len(devices):
+            continue
+        work = flops.Work()
+        for fsdp in sorted({least, 2 * least, 4 * least, each // tensor}):
+            if each % (fsdp * tensor):
+                continue
+            for accumulate in (n for n in (1, 2, 4, 8) if rows % n == 0):
+                trial = Trial(0.0, accumulate, tensor, fsdp, remat)
+                kept = run_mesh.kept_bytes(llama, bucket.length, remat)
+                if kept * rows // accumulate > chip.hbm_bytes * tensor:
+                    continue
+                if not work.flops:
+                    alone = _with(config, devices, trial)
+                    function, args = train_program(alone, run_mesh.mesh_of(alone, devices), bucket).own(True)
+                    work = flops.Work(*(amount / tensor for amount in flops.count(function, *args)))
+                lanes = torus.split_lanes(slices[0], fsdp, tensor)
+                link = lanes * chip.link_bandwidth if lanes else chip.ici_bandwidth
+                moving = accumulate * gathered / tensor * (fsdp - 1) / fsdp / link
+                out.append(trial._replace(seconds=flops.roofline(chip, work, moving)["step"]))
+    return sorted(out)
+
+
+def _with(config: RunConfig, devices: list[Any], trial: Trial) -> RunConfig:
+    """Return the config with the mesh, the remat policy and the micro-batches of a trial."""
+    fsdp, tensor = trial.fsdp, trial.tensor
     mesh = MeshConfig(len(devices) // (fsdp * tensor), fsdp, tensor, config.mesh.slices)
-    return _remat(dataclasses.replace(config, mesh=mesh), remat)
+    return _micro_batches(_remat(dataclasses.replace(config, mesh=mesh), trial.remat), trial.accumulate)
 
 
 def _remat(config: RunConfig, policy: str) -> RunConfig:
@@ -580,34 +675,6 @@ def _remat(config: RunConfig, policy: str) -> RunConfig:
 
 def _micro_batches(config: RunConfig, accumulate: int) -> RunConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=accumulate))
-
-
-def _by_arithmetic(
-    config: RunConfig, devices: list[Any], bucket: Bucket, trials: list[tuple[tuple[int, int], str]]
-) -> list[tuple[float, int, int, str]]:
-    """Return (seconds of arithmetic, tensor, fsdp, remat) of every ((fsdp, tensor), remat), sorted."""
-    chip = chips.chip_of(devices[0])
-    assert chip is not None
-    counted: dict[tuple[int, str], flops.Work] = {}  # of one data-parallel group
-    out = []
-    for (fsdp, tensor), remat in trials:
-        if (tensor, remat) not in counted:
-            trial = _on(config, devices, fsdp, tensor, remat)
-            program = train_program(trial, run_mesh.mesh_of(trial, devices), bucket)
-            function, args = program.own(True)
-            counted[tensor, remat] = flops.count(function, *args)
-        work = flops.Work(*(amount / tensor for amount in counted[tensor, remat]))
-        out.append((flops.roofline(chip, work)["step"], tensor, fsdp, remat))
-    return sorted(out)
-
-
-def _halved(config: RunConfig, devices: list[Any], fsdp: int, tensor: int, remat: str) -> Iterator[RunConfig]:
-    """Yield the config on this mesh with up to four rising numbers of micro-batches, from half the inferred number."""
-    trial = _micro_batches(_on(config, devices, fsdp, tensor, remat), 0)
-    inferred = run_mesh.fitted(trial, run_mesh.mesh_of(trial, devices))[1]
-    rows = config.mixture.batch_size // (len(devices) // tensor)
-    for accumulate in [n for n in range(max(1, inferred // 2), rows + 1) if rows % n == 0][:4]:
-        yield _micro_batches(trial, accumulate)
 
 
 def table(reports: list[dict[str, Any]]) -> str:
@@ -652,6 +719,8 @@ def command_line() -> CommandLine:
         metavar="L,T,S,F,M",
         help="text length, frames, audio windows, fbank frames, masks; may be repeated",
     )
+    parser.add_argument("--weights", choices=KINDS, default="float", help="of prefill and decode, as in evaluate")
+    parser.add_argument("--rows", type=Whole(1, 2**16), default=ROWS, help="a batch of prefill and decode (default 16)")
     parser.add_argument("--mix", action="store_true", help="all buckets that the released tasks fall into")
     parser.add_argument("--budget", action="store_true", help="exit 3 unless it fits with 15 %% headroom")
     parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; print the best")
@@ -686,6 +755,7 @@ def main() -> None:
         if file:
             out_file(file, flag)
     devices = topology_devices(args.topology, args.thorough, args.slices or 1)
+    serving = Serving(args.weights, args.rows)
     if args.sweep:
         reports = sweep(config, args.topology, devices, largest_bucket(config))
         print(table(reports) if reports else "nothing fits", flush=True)
@@ -693,7 +763,7 @@ def main() -> None:
         buckets = [*args.bucket, *(bucket_mix(config) if args.mix else [])] or [largest_bucket(config)]
         reports = []
         for bucket in buckets:
-            report, compiled = measure(config, args.topology, devices, bucket, args.stage, args.thorough)
+            report, compiled = measure(config, args.topology, devices, bucket, args.stage, args.thorough, serving)
             reports.append(report)
             print(text(report) + "\n", flush=True)
             if args.hlo and compiled is not None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import finetune
 from crab_jax import compile as verb
 from crab_jax import defaults, losses, optim
-from crab_jax.aot import gpu, hlo
+from crab_jax.aot import cost, gpu, hlo
 from crab_jax.config import resolve
 from crab_jax.io.errors import InputError
 from crab_jax.models.llama import Llama, LlamaConfig
@@ -128,6 +129,20 @@ def test_the_report_says_what_the_issue_asks_for(step):
 
 @needs_libtpu
 @pytest.mark.exhaustive
+def test_a_thorough_report_says_what_the_time_is_spent_on():
+    devices = verb.topology_devices("v5e:2x2", thorough=True)
+    config = small(sizes__lora__dropout=0.05)
+    report, _ = verb.measure(config, "v5e:2x2", devices, BUCKET, "llm", thorough=True)
+    assert report["bucket"] | {"frames": 0, "windows": 0, "masks": 0} == report["bucket"]
+    assert {"base", "lora", "dropout_bits", "attention", "softmax"} < set(report["estimate"]) <= set(cost.PARTS)
+    assert sum(report["estimate"].values()) == pytest.approx(report["estimate_s"])
+    assert sum(report["passes"].values()) == pytest.approx(report["estimate_s"]) and all(report["passes"].values())
+    assert 0 < report["mfu_4n"] < 1 and report["compile_cpu_s"] > 0
+    assert {"encoders", "qformers", "mask_decoder"}.isdisjoint(report["estimate"]), "text alone"
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
 def test_frozen_matrices_are_gathered_layer_by_layer_and_never_kept_in_float32(step):
     config, report, compiled = step
     assert report["findings"] == []
@@ -235,13 +250,30 @@ def test_training_lora_takes_less_than_half_as_much_again_as_a_forward_pass(lora
 
 
 @needs_libtpu
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_what_generates_has_the_layout_and_the_mesh_of_evaluate(weights):
+    """A copy on each chip of the first host, of four chips; int8 matrices are int8."""
+    config, devices = small(), verb.topology_devices("v5e:4x4")
+    serving = verb.Serving(weights, 16)
+    mesh = verb.mesh_for(config, devices, "decode", serving)
+    assert mesh.shape["tensor"] == 1 and mesh.shape["data"] == len(mesh.devices.flat) <= 8
+    params, state, _ = verb.program_of(config, mesh, BUCKET, "decode", serving).args
+    kernel = params["llama"]["layers_0"]["qkv"]["kernel"]
+    assert kernel.dtype == {"float": "bfloat16", "int8": "int8"}[weights] and kernel.sharding.is_fully_replicated
+    assert state.cache.k[0].shape == (16, 4, 128, BUCKET.length + verb.NEW_TOKENS)
+    assert state.cache.k[0].sharding.spec == PartitionSpec(("data", "fsdp"))
+
+
+@needs_libtpu
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_prefill_and_decode_compile_with_the_cache_in_place(devices, stage):
-    config = small(mesh__fsdp=1, mesh__tensor=4)
-    report, _ = verb.measure(config, "v5e:2x2", devices, BUCKET, stage)
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_decode_step_has_the_cache_in_place_and_the_time_of_one_token(tensor):
+    devices, config = verb.topology_devices("v5e:2x2", thorough=True), small(mesh__fsdp=1, mesh__tensor=tensor)
+    report, compiled = verb.measure(config, "v5e:2x2", devices, BUCKET, "decode", True, verb.Serving("float", 16))
     cache = 2 * LAYERS * report["rows"] * (BUCKET.length + verb.NEW_TOKENS) * 512 * 2 / 4
     assert report["fits"] and report["alias_bytes"] >= cache, "the cache is updated in place"
+    whole = sum(each.seconds for each in cost.spent(hlo.ops(compiled.as_text()), chips.chip_of(devices[0])))
+    assert 0 < report["estimate_s"] < whole, "what comes before and after the loop is no part of a token"
 
 
 @needs_libtpu
@@ -373,13 +405,6 @@ def test_a_wrong_flag_exits_with_2_and_one_line():
 
 
 @needs_libtpu
-def test_the_sweep_tries_fewer_rows_at_a_time_until_they_are_one():
-    trials = list(verb._halved(resolve(finetune.get_config()), verb.topology_devices("v5e:8x8"), 8, 1, "dots"))
-    assert [trial.optim.accumulate for trial in trials] == [2, 4, 8], "4 are inferred; a chip has 8 rows"
-    assert {(t.mesh.data, t.mesh.fsdp, t.model.llama.remat) for t in trials} == {(8, 8, "dots")}
-
-
-@needs_libtpu
 def test_the_sweep_compiles_only_what_could_be_the_best(devices, monkeypatch, capsys):
     """Once a step fits that takes no longer than the arithmetic of the rest, it ends."""
     tried = []
@@ -389,20 +414,40 @@ def test_the_sweep_compiles_only_what_could_be_the_best(devices, monkeypatch, ca
         fits = config.mesh.fsdp == 4 and config.optim.accumulate == 2
         return {"fits": fits, "headroom": 0.5, "roofline_s": {"step": 2.0}, "accumulate": config.optim.accumulate}, None
 
-    trials = [(1.0, 1, 1, "dots"), (1.0, 1, 4, "dots"), (2.0, 1, 1, "full"), (2.0, 1, 4, "full")]
-    monkeypatch.setattr(verb, "_by_arithmetic", lambda *args: trials)
+    found = [(1.0, 1, 1, 1, "dots"), (1.0, 2, 1, 4, "dots"), (1.5, 4, 1, 4, "dots"), (2.0, 1, 1, 1, "full")]
+    monkeypatch.setattr(verb, "trials", lambda *args: [verb.Trial(*trial) for trial in found])
     monkeypatch.setattr(verb, "measure", measured)
-    found = verb.sweep(small(data__batch_size=8), "v5e:2x2", devices, BUCKET)
-    assert tried == [(1, "dots", 1), (1, "dots", 2), (4, "dots", 1), (4, "dots", 2)] and len(found) == 1
-    assert "2 of 4 are not compiled: their arithmetic alone takes 2.000 s" in capsys.readouterr().out
+    reports = verb.sweep(small(data__batch_size=8), "v5e:2x2", devices, BUCKET)
+    assert tried == [(1, "dots", 1), (4, "dots", 2)] and len(reports) == 1, "4 micro-batches gather more often than 2"
+    assert "1 of 4 are not compiled: they take 2.000 s" in capsys.readouterr().out
 
 
 @needs_libtpu
 @pytest.mark.exhaustive
-def test_the_policy_that_recomputes_less_is_tried_first(devices):
-    trials = verb._by_arithmetic(small(), devices, BUCKET, [((4, 1), "full"), ((1, 1), "full"), ((4, 1), "dots")])
-    assert [trial[1:] for trial in trials] == [(1, 4, "dots"), (1, 1, "full"), (1, 4, "full")]
-    assert trials[0][0] < trials[1][0] == trials[2][0]
+def test_the_sweep_tries_first_what_recomputes_and_gathers_the_least(devices):
+    found = verb.trials(small(), devices, BUCKET)
+    assert {trial.remat for trial in found} == {"none", "dots", "full"} and {trial.tensor for trial in found} == {
+        1,
+        2,
+        4,
+    }
+    assert {trial.accumulate for trial in found if trial.tensor == 1} == {1, 2, 4}, "a chip has 4 rows"
+    assert found == sorted(found)
+    of = {trial[1:]: trial.seconds for trial in found}
+    assert of[1, 1, 4, "none"] <= of[1, 1, 4, "dots"] < of[1, 1, 4, "full"]
+    assert of[4, 1, 4, "full"] >= of[1, 1, 4, "full"]
+    joint_stage = resolve(finetune.get_config())
+    assert verb._kept(joint_stage.model.llama, "none", 1024) * 2 > 4 * 2**30
+
+
+def test_buckets_have_the_frames_of_every_prepared_root(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(verb.run_data, "own_frames", lambda root: {"a": 8, "b": 0}[Path(root).name])
+    config = joint({"data.roots": f"{tmp_path}/a,{tmp_path}/b,{tmp_path}/elsewhere"})
+    assert verb.frame_counts(config) == [8, 10] and verb.largest_bucket(config).frames == 10
+    assert {bucket.frames for bucket in verb.bucket_mix(config)} == {1, 8, 10}
+    assert verb.frame_counts(joint({"data.roots": f"{tmp_path}/elsewhere"})) == [10]
 
 
 def test_the_mix_holds_every_bucket_once_and_the_largest_covers_it():

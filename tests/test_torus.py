@@ -100,6 +100,8 @@ def test_groups_of_a_mesh_are_blocks_of_neighbours():
     mesh = sharding.make_mesh(0, 4, 1, devices)
     assert {chip.coords for chip in mesh.devices[0].flat} == {(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)}
     assert len({chip.coords for chip in mesh.devices.flat}) == 256
+    cube = sharding.make_mesh(0, 4, 1, slice_of("TPU v4", 4, 4, 4)).devices[0]
+    assert {chip.coords for chip in cube.flat} == {(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)}, "the chips of a host"
     both = sharding.make_mesh(0, 4, 4, devices).devices[0]
     assert all(torus.lanes(tuple(chip.coords for chip in row), V5E) == 2 for row in both), "tensor: neighbours"
     assert {chip.coords[:2] for chip in both.flat} == set(itertools.product(range(4), range(4)))

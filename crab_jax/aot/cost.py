@@ -167,7 +167,7 @@ def part_of(path: str, op: Op, product: Op | None) -> str:
         # The gradient of a low-rank matrix has its rank as rows; few rows forwards are few tokens.
         sizes += [product.product.rows] if pass_of(path) == "backward" else []
         return "lora" if min(sizes) < SLIM else "base"
-    if "self_attn" in path or "attend" in path:
+    if "self_attn" in path or "bkgln" in path:
         if product or op.target:
             return "attention"
         return "softmax" if path.rpartition("/")[2] in _SOFTMAX else "rope"
@@ -181,7 +181,7 @@ def part_of(path: str, op: Op, product: Op | None) -> str:
         return "activation"
     if re.search(r"dynamic_(update_)?(slice|index_in_dim)", path):
         return "stacks"
-    if "jvp(" not in path and path:
+    if path.startswith("jit(step)") and "jvp(" not in path:
         return "optimizer"
     return "other"
 
@@ -190,6 +190,13 @@ def by_part(times: list[Spent]) -> dict[str, float]:
     """Return {part: seconds} in the order of PARTS, without those that take nothing."""
     sums = {part: sum(each.seconds for each in times if each.part == part) for part in PARTS}
     return {part: seconds for part, seconds in sums.items() if seconds}
+
+
+def less(times: list[Spent], fewer: list[Spent]) -> list[Spent]:
+    """Return what a program takes more than with fewer turns of its loops, operation by operation."""
+    before = {(each.op.name, each.part): each.seconds for each in fewer}
+    differences = [each._replace(seconds=each.seconds - before.get((each.op.name, each.part), 0.0)) for each in times]
+    return [each for each in differences if each.seconds]
 
 
 def kernels_run(program: list[Op]) -> int:

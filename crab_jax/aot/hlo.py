@@ -170,10 +170,10 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
     return out, entry
 
 
-def trip_count(condition: list[tuple[str, str, str, str]], rest: str) -> int:
+def trip_count(condition: list[tuple[str, str, str, str]], rest: str, turns: int = 1) -> int:
     """Return how often a while loop runs.
 
-    The compiler's note comes first, then the constant that the condition compares with, then 1.
+    The compiler's note comes first, then the constant that the condition compares with, then `turns`.
     """
     known = _TRIPS.search(rest)
     if known:
@@ -183,11 +183,14 @@ def trip_count(condition: list[tuple[str, str, str, str]], rest: str) -> int:
         for _, _, opcode, rest in condition
         if opcode == "constant" and (number := re.match(r"(\d+)\)", rest))
     ]
-    return max(constants, default=1)
+    return max(constants, default=turns)
 
 
-def ops(text: str) -> list[Op]:
-    """Return every instruction that runs, with how often it runs and what it copies."""
+def ops(text: str, turns: int = 1) -> list[Op]:
+    """Return every instruction that runs, with how often it runs and what it copies.
+
+    turns: how often loops run of which the program does not say it.
+    """
     computations, entry = _computations(text)
     out: list[Op] = []
 
@@ -204,7 +207,7 @@ def ops(text: str) -> list[Op]:
             within = times
             if opcode == "while":
                 condition = re.search(r"condition=%?([\w.\-]+)", rest)
-                within *= trip_count(computations.get(condition[1], []) if condition else [], rest)
+                within *= trip_count(computations.get(condition[1], []) if condition else [], rest, turns)
             given_names = _OPERAND.findall(rest.partition(")")[0])
             operands = [sources.get(operand, "") for operand in given_names]
             read = tuple(each for operand in given_names for each in shapes.get(operand, ()))

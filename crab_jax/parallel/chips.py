@@ -101,11 +101,11 @@ def memory_of(device: Any) -> int | None:
     A GPU is asked what JAX may take of it, by the process of the device or by any other, whose own GPU has as much;
     those of an ahead-of-time topology cannot be asked.
     """
-    if device.platform == "cpu":
-        return None
     chip = chip_of(device)
     abstract = type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
     if chip is not None and (chip in CHIPS or abstract):
         return chip.hbm_bytes
+    if device.platform == "cpu":
+        return None
     stats = jax.local_devices(backend=device.platform)[0].memory_stats() or {}
     return stats.get("bytes_limit")

@@ -140,13 +140,16 @@ def split_lanes(devices: list[Any], fsdp: int, tensor: int) -> float | None:
 
 @functools.lru_cache(maxsize=256)
 def _blocks(torus: Torus, fsdp: int, tensor: int) -> tuple[Place, Place] | None:
-    """Return the sizes along the axes of the blocks of `fsdp` and of `tensor` with the most links, `tensor` first."""
+    """Return the sizes along the axes of the blocks of `fsdp` and of `tensor` with the most links, `tensor` first.
+
+    Of blocks with as many, the squarest along the first axes, as the chips of a host are.
+    """
     trials = [
         (outer, inner)
         for inner in _factors(tensor, torus.sizes)
         for outer in _factors(fsdp, tuple(size // n for size, n in zip(torus.sizes, inner, strict=True)))
     ]
-    return max(trials, key=lambda trial: _lanes_of(torus, *trial), default=None)
+    return max(trials, key=lambda trial: (_lanes_of(torus, *trial), -max(trial[0]), trial), default=None)
 
 
 def _factors(number: int, sizes: tuple[int, ...]) -> list[Place]:

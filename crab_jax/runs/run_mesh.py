@@ -16,6 +16,7 @@ from crab_jax.io.errors import InputError
 from crab_jax.losses import CHUNK
 from crab_jax.models import attention, quantize
 from crab_jax.models.crab import CrabConfig
+from crab_jax.models.llama import LlamaConfig
 from crab_jax.parallel import chips, sharding
 from crab_jax.runs import run_params
 
@@ -52,17 +53,22 @@ def row_bytes(cfg: CrabConfig, length: int, remat: str = "full", kernel: str = "
     the kernel "einsum" writes), and the logits of one chunk of targets.
     """
     llama = cfg.llama
-    width, key_width = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
-    kept = llama.hidden  # values of a position
-    if remat != "full":
-        kept += width
-    if remat not in ("full", "attention"):
-        kept += width + 2 * key_width + llama.hidden + 2 * llama.mlp_dim
-    layers = 2 * llama.layers * length * kept
+    layers = kept_bytes(llama, length, remat)
     scores = 3 * 4 * llama.heads * length**2 if kernel == "einsum" else 0
     feed_forward = 8 * 2 * length * llama.mlp_dim
     logits = 3 * 4 * min(length, CHUNK) * llama.padded_vocab
     return MEASURED * (layers + scores + feed_forward + logits) + MEDIA_BYTES
+
+
+def kept_bytes(llama: LlamaConfig, length: int, remat: str) -> int:
+    """Return the bytes that a policy keeps of all layers for a row, at least; what it offloads counts too."""
+    width, key_width = llama.heads * llama.head_dim, llama.kv_heads * llama.head_dim
+    kept = llama.hidden  # values of a position
+    if remat not in ("full", "auto"):
+        kept += width
+    if remat not in ("full", "auto", "attention"):
+        kept += width + 2 * key_width + llama.hidden + 2 * llama.mlp_dim
+    return 2 * llama.layers * length * kept
 
 
 def mesh_of(config: RunConfig, devices: Any = None) -> Mesh:
