@@ -121,10 +121,14 @@ class State:
 def sample(logits: jax.Array, keys: jax.Array | None, temperature: float, top_p: float) -> jax.Array:
     """Choose one token per row, int32[B], from logits float32[B,V] and one random key per row [B].
 
-    Temperature 0 takes the argmax and needs no keys.
+    Temperature 0 takes the first of the largest and needs no keys.
     """
     if temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # Not `argmax`, whose running maximum the TPU compiler keeps in bfloat16, where near values are ties.
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        size = logits.shape[-1]
+        first = jnp.min(jnp.where(logits == largest, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
+        return first % size  # 0 where nothing equals the largest, which is no number
     assert keys is not None
     logits = logits / temperature
     if top_p < 1.0:

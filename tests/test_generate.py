@@ -338,6 +338,14 @@ def test_sampling_depends_on_the_seed_and_the_example_only(params):
         generate(MODEL, params, prompts(ROWS), options)
 
 
+def test_the_largest_logit_is_chosen_however_near_the_others_are_and_the_first_of_equals():
+    logits = np.zeros((4, 300), np.float32)
+    logits[0, [7, 200, 299]] = 17.0, np.nextafter(np.float32(17), np.float32(18)), 17.0
+    logits[1, [9, 30]] = 2.5
+    logits[2, 299], logits[3, 5] = np.inf, np.nan
+    assert sample(jnp.asarray(logits), None, 0.0, 1.0).tolist() == [200, 9, 299, 0]
+
+
 def test_top_p_keeps_the_fewest_likely_tokens():
     logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
 

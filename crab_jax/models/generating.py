@@ -9,6 +9,8 @@ the LoRA update depends on the token and cannot be merged. `fuse` makes the para
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -48,10 +50,11 @@ class JointDense(nn.Module):
         each = 0 if self.lora is None else self.lora.rank + self.lora.heads
         extra = _padded(len(self.widths) * each)
         if self.kind == "float":
-            y, low = jnp.split(x @ self.param("kernel", _zeros, (inputs, out + extra), self.dtype), [out], axis=-1)
+            kernel = self.param("kernel", _zeros, (inputs, out + extra), self.dtype)
+            y, low = jnp.split(product(x, kernel), [out], axis=-1)
         else:
             y = integer_product(self, x, out, self.kind).astype(self.dtype)
-            low = x @ self.param("low", _zeros, (inputs, extra), self.dtype)
+            low = product(x, self.param("low", _zeros, (inputs, extra), self.dtype))
         if self.use_bias:
             y = y + self.param("bias", _zeros, (out,), self.dtype)
         outputs = jnp.split(y, [sum(self.widths[:i]) for i in range(1, len(self.widths))], axis=-1)
@@ -64,6 +67,21 @@ class JointDense(nn.Module):
             y + low[..., i, :] @ self.param(f"lora_B_{i}", _zeros, (heads * rank, width), self.dtype)
             for i, (y, width) in enumerate(zip(outputs, self.widths, strict=True))
         ]
+
+
+def product(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+    """Return x [..., in] times kernel [in, out] in `dtype`, by default that of both.
+
+    On a TPU a single row is multiplied twice, because the product of one row with a matrix is a sum on the vector unit,
+    which takes 3 times as long as the matrix unit takes for a few rows.
+    """
+    plain = partial(jnp.matmul, preferred_element_type=dtype)
+    if math.prod(x.shape[:-1]) > 1:
+        return plain(x, kernel)
+    once: jax.Array = jax.lax.platform_dependent(
+        x, kernel, tpu=lambda x, kernel: plain(jnp.concatenate([x, x]), kernel)[:1], default=plain
+    )
+    return once
 
 
 def integer_product(module: nn.Module, x: jax.Array, out: int, kind: str) -> jax.Array:
@@ -126,7 +144,7 @@ class Output(nn.Module):
         hidden, out = hidden.astype(self.cfg.dtype), self.cfg.padded_vocab
         if self.kind == "float":
             kernel = self.param("kernel", _zeros, (hidden.shape[-1], out), self.cfg.dtype)
-            return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+            return product(hidden, kernel, jnp.float32)
         return integer_product(self, hidden, out, quantize.OUTPUT)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64
+FEW = 64  # rows of a product whose time is that of reading the matrix, even if every row is three
 OUTPUT = "int8"  # kind of the output matrix, whose errors no later layer evens out
 
 
@@ -56,8 +57,38 @@ def rounded(llama: Any, kind: str) -> Any:
     return jax.tree_util.tree_map_with_path(of, llama)
 
 
+def integer_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x [..., in] times an int8 matrix [in, out], float32[..., out], as a product of integers.
+
+    Every row of x becomes three of int8, the digits of its values as multiples of the row's largest magnitude / 127,
+    in base 128. They represent a value to 2^-22 of that magnitude, so that values down to 2^-13 of it keep the
+    precision of bfloat16.
+    """
+    wide = x.astype(jnp.float32)
+    unit = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    rest, digits = wide / jnp.where(unit == 0, 1, unit), []
+    for _ in range(3):
+        digits.append(jnp.round(rest))
+        rest = (rest - digits[-1]) * 128
+    rows = jnp.stack(digits).astype(jnp.int8)
+    high, middle, low = jnp.matmul(rows, kernel, preferred_element_type=jnp.int32).astype(jnp.float32)
+    value: jax.Array = (high + (middle + low / 128) / 128) * unit
+    return value
+
+
 def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return x [..., in] times a quantised matrix, float32[..., out]; integers are converted as they are read."""
+    """Return x [..., in] times a quantised matrix, float32[..., out].
+
+    Integers are converted as they are read, except on a TPU in a product of few rows (`integer_product`): there the
+    conversion takes longer than reading.
+    """
+
+    def converting(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
     if len(scale) == 1:
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale[0]
+        few = math.prod(x.shape[:-1]) <= FEW
+        tpu = integer_product if few else converting
+        of_integers: jax.Array = jax.lax.platform_dependent(x, kernel, tpu=tpu, default=converting)
+        return of_integers * scale[0]
     return jnp.matmul(x, dequantize(kernel, scale).astype(x.dtype), preferred_element_type=jnp.float32)

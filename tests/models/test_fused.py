@@ -106,6 +106,21 @@ def test_an_integer_is_at_most_half_a_step_off(kind, most):
     np.testing.assert_allclose(quantize.product(x, **made), x @ quantize.dequantize(**made), atol=1e-4)
 
 
+def test_a_product_of_integers_is_that_of_the_values():
+    """Also where a row has one large value, and where it is 0."""
+    made = quantize.quantize(jax.random.normal(jax.random.key(0), (256, 40)), "int8")
+    x = jax.random.normal(jax.random.key(1), (2, 3, 256)).at[0, 0, 5].set(2000.0).at[1, 2].set(0).astype(jnp.bfloat16)
+    found = quantize.integer_product(x, made["kernel"]) * made["scale"][0]
+    exact = np.asarray(x, np.float64) @ np.asarray(quantize.dequantize(**made), np.float64)
+    largest = np.abs(np.asarray(x, np.float32)).max(-1, keepdims=True)
+    assert found.shape == (2, 3, 40) and found.dtype == jnp.float32 and not found[1, 2].any()
+    assert (np.abs(found - exact) <= 2.0**-20 * np.abs(exact).max() + 16 * 2.0**-22 * largest * 4).all()
+    few, many = jnp.ones((quantize.FEW, 256)), jnp.ones((quantize.FEW + 1, 256))
+    for rows, forms in ((few, 2), (many, 1)):
+        text = str(jax.make_jaxpr(lambda x: quantize.product(x, **made))(rows))
+        assert text.count("dot_general[") == forms, "a TPU multiplies integers in a product of few rows"
+
+
 def test_a_scale_covers_a_whole_column_in_int8_and_a_group_of_inputs_in_int4():
     assert [quantize.group_of("int8", width) for width in (10, 128)] == [10, 128]
     assert [quantize.group_of("int4", width) for width in (128, 96, 10, 7)] == [64, 32, 2, 1]
