@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import tracemalloc
 from types import SimpleNamespace
@@ -199,6 +200,19 @@ def test_hash_sees_names_values_and_dtypes():
     assert base == digests.tree_hash({"a": jnp.zeros(2)})
     others = [{"b": np.zeros(2, np.float32)}, {"a": np.ones(2, np.float32)}, {"a": np.zeros(2, np.int32)}]
     assert all(base != digests.tree_hash(tree) for tree in others)
+
+
+def test_a_run_begins_where_its_checkpoints_have_room(tmp_path, monkeypatch):
+    saved = run_steps.RunCheckpoints(tmp_path / "checkpoints")
+    tree = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 10**8, 0, 7_000_000, 0, 0, 0, 0, 255)))
+        with pytest.raises(InputError, match=r"\[--workdir\]: its disk has 7.0 MB free.*9.6 MB"):
+            saved.need_room(tree, tree)
+        saved.save_frozen(FROZEN, {})
+        for step in (1, 2):
+            saved.save(step, train_tree())
+        saved.need_room(tree)  # one more, beside the two that are there
 
 
 def test_saves_in_quick_succession_are_all_kept(tmp_path):

@@ -9,7 +9,6 @@ import sys
 import time
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,19 +176,6 @@ def test_room_is_looked_for_before_the_work(tmp_path, monkeypatch):
 
 
 # Checkpoints.
-
-
-def test_a_run_begins_where_its_checkpoints_have_room(tmp_path, monkeypatch):
-    saved = run_steps.RunCheckpoints(tmp_path / "checkpoints")
-    tree = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 10**8, 0, 7_000_000, 0, 0, 0, 0, 255)))
-        with pytest.raises(InputError, match=r"\[--workdir\]: its disk has 7.0 MB free.*9.6 MB"):
-            saved.need_room(tree, tree)
-        saved.save_frozen(FROZEN, {})
-        for step in (1, 2):
-            saved.save(step, train_tree(step))
-        saved.need_room(tree)  # one more, beside the two that are there
 
 
 def test_a_step_that_did_not_fit_ends_the_run_at_once_and_the_one_before_is_restored(tmp_path, capfd):

@@ -328,10 +328,13 @@ def test_a_run_says_what_it_does_and_leaves_its_steps(scripted, monkeypatch):
         }
         assert any(wait.startswith(f"input of step {number}: the decoding threads, on examples ") for wait in waits)
     assert {"the checkpoint of step 2", "the checkpoint of step 5", "the last checkpoint"} < {*waits}
-    (folder / "skipped.0.jsonl").write_text('{"index": 4}\n{"index": 7}\n')
+    noted, broken_off = '{"index": 4}\n{"index": 7}\n', '{"ind'  # by a kill
+    for name in ("skipped.0.jsonl", "left_out.jsonl"):
+        (folder / name).write_text(noted + broken_off)
     _, said = scripted(steps=5, keep=9)
     assert f"resumed from step 5 of {folder}" in said and "loss" not in said
     assert f"2 examples were skipped, see {folder}/skipped.*.jsonl" in said
+    assert all((folder / name).read_text() == noted for name in ("skipped.0.jsonl", "left_out.jsonl"))
     with pytest.raises(InputError, match="optim.lr"):
         scripted(steps=5, keep=9, **{"optim.lr": 0.5})
     assert losses_of(folder) == {2: 1.5, 4: 3.5, 5: 5.0}
