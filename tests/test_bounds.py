@@ -397,7 +397,7 @@ def takes_a_bucket(action: argparse.Action, text: str) -> bool:
     if not text.startswith("gs://"):
         return False
     try:  # in place of a word without a name, the text would be the value of the last option
-        return not action.option_strings or callable(action.type) and action.type(text) == text
+        return not action.option_strings or callable(action.type) and str(action.type(text)) == text
     except (ValueError, argparse.ArgumentTypeError):
         return False
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crab_jax.checkpoints import run_steps
+from crab_jax.checkpoints import orbax, run_steps
 from crab_jax.checkpoints.orbax import COMMIT
 from crab_jax.io import buckets, files, locks, paths
 from crab_jax.io.errors import InputError, find_input_error
@@ -288,6 +288,43 @@ class TestFailures:
         line = str(find_input_error(failed.value))
         assert line.startswith("s3://crab/x: ") and said in line and "\n" not in line
         assert (len(asked) > 3) == (status == 503), "only what may pass is asked for again"
+
+    @pytest.mark.parametrize("fault", ["403", "503", "truncated"])
+    def test_a_checkpoint_of_a_bucket_that_fails_once_is_repeated_and_never_called_damaged(
+        self, fault, google, monkeypatch, capsys
+    ):
+        """By TensorStore and gcsfs, which both read it: the steps are all there when the bucket answers again."""
+        monkeypatch.setattr("asyncio.sleep", lambda seconds, result=None, sleep=asyncio.sleep: sleep(0, result))
+        monkeypatch.setitem(orbax._RETRIES, "max_retries", 2)
+        folder, left = google.at(f"failing-{fault}") / "checkpoints", [0]
+        train = {"step": jnp.int32(0), "trainable": {"w": jnp.arange(10.0)}}
+
+        def fails(method: str, path: str) -> str | None:
+            left[0] -= 1
+            return fault if left[0] >= 0 and f"failing-{fault}" in path else None
+
+        monkeypatch.setattr(google.server, "fault", fails)
+        run = run_steps.RunCheckpoints(folder, keep=3)
+        run.save_frozen({"a": jnp.ones((3, 3))}, {})
+        for step in (1, 2):
+            left[0] = 0 if fault == "403" else 1  # a refusal is final
+            run.save(step, train | {"step": jnp.int32(step)})
+        run.wait()
+        assert run_steps.steps_of(folder) == {1, 2}
+        for part in ("ocdbt", "/d/", "metadata"):
+            again = run_steps.RunCheckpoints(folder, keep=3)
+            left[0] = 10**6
+            always = lambda method, path, part=part: fails(method, path) if part in path.lower() else None  # noqa: E731
+            monkeypatch.setattr(google.server, "fault", always)
+            with pytest.raises(OSError) as failed:
+                again.restore(train), again.load_frozen({"a": jnp.ones((3, 3))})
+            line = str(find_input_error(failed.value))
+            assert "damaged" not in line and "\n" not in line and f"gs://crab/failing-{fault}" in line
+            assert ("refuses these credentials" if fault == "403" else "does not answer") in line
+        monkeypatch.setattr(google.server, "fault", fails)
+        left[0] = 0 if fault == "403" else 1
+        assert int(run_steps.RunCheckpoints(folder, keep=3).restore(train)["step"]) == 2
+        assert "set aside" not in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive  # eight starts of programs, minutes on two cores

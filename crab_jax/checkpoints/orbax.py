@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -51,14 +52,21 @@ def _report_unraisable(event: Any, original: Callable[[Any], Any] = sys.unraisab
 sys.unraisablehook = _report_unraisable
 
 
+_RETRIES = {"max_retries": 7, "initial_delay": "500ms", "max_delay": "8s"}  # half a minute; by default a quarter hour
+
+
 def _store_of(folder: str, original: Callable[[str], dict[str, Any]] = gcs_utils.get_kvstore_for_gcs) -> dict[str, Any]:
     """Return TensorStore's specification of a folder in a bucket; the endpoint of S3 comes from the usual variables."""
     if not folder.startswith("s3://"):
-        return original(folder)
+        return {**original(folder), "gcs_request_retries": _RETRIES}
     bucket, _, key = folder.removeprefix("s3://").partition("/")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    named: dict[str, Any] = {"endpoint": endpoint, "aws_region": region or (endpoint and "us-east-1")}
+    named: dict[str, Any] = {
+        "s3_request_retries": _RETRIES,
+        "endpoint": endpoint,
+        "aws_region": region or (endpoint and "us-east-1"),
+    }
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # TensorStore otherwise looks for files first, and says so
         named["aws_credentials"] = {"type": "environment"}
     return {"driver": "s3", "bucket": bucket, "path": key} | {name: value for name, value in named.items() if value}
@@ -115,7 +123,46 @@ def in_plain_words(folder: Path, read: Callable[[], Any], said: list[str] | None
     except InputError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds, including bare Exception
+        if failure := bucket_failure(folder, error):
+            raise failure from error
         raise _unreadable(folder, str(error) or type(error).__name__) from error
+
+
+# How TensorStore begins to say what says nothing about the files of a checkpoint.
+_REFUSED, _SILENT = "PERMISSION_DENIED|UNAUTHENTICATED", "UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED"
+
+
+def bucket_failure(folder: Path, error: BaseException) -> OSError | None:
+    """Return an error of Orbax or TensorStore as an OSError, if a bucket refused or did not answer; else None."""
+    if not paths.is_remote(folder):
+        return None
+    if isinstance(error, OSError):
+        return None if isinstance(error, FileNotFoundError) else error
+    if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "botocore", "aiobotocore"):  # below epath
+        from crab_jax.io.buckets import as_os_error  # imported late: runs on local disks need none of it
+
+        return as_os_error(str(folder), error)
+    return _failure_in(str(error), folder)
+
+
+def _failure_in(words: str, folder: Path) -> OSError | None:
+    said = " ".join(words.split())[:200]
+    if paths.is_remote(folder) and re.search(_REFUSED, words):
+        return PermissionError(errno.EACCES, f"The bucket refuses these credentials: {said}", str(folder))
+    if paths.is_remote(folder) and re.search(_SILENT, words):
+        return OSError(errno.EIO, f"The bucket does not answer: {said}", str(folder))
+    return None
+
+
+@contextlib.contextmanager
+def telling_of_buckets(folder: Path) -> Iterator[None]:
+    """Raise what a bucket fails to do in the context as an OSError that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        if (failure := bucket_failure(folder, error)) and failure is not error:
+            raise failure from error
+        raise
 
 
 def _unreadable(folder: Path, words: str) -> InputError:
@@ -153,9 +200,8 @@ def tree_metadata(folder: Path, name: str | None = None) -> Any:
         folder, lambda: (ocp.metadata(place, name) if name else ocp.metadata(place)).metadata, warnings
     )
     if not isinstance(tree, dict):
-        raise _unreadable(
-            folder, " ".join(warnings).rpartition("Error details:")[2] or "it holds no tree of parameters"
-        )
+        words = " ".join(warnings).rpartition("Error details:")[2] or "it holds no tree of parameters"
+        raise _failure_in(words, folder) or _unreadable(folder, words)
     return tree
 
 

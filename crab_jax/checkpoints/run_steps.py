@@ -36,6 +36,7 @@ from crab_jax.checkpoints.orbax import (
     load_orbax,
     orbax_path,
     quiet,
+    telling_of_buckets,
     tree_metadata,
 )
 from crab_jax.io import paths
@@ -89,7 +90,7 @@ class RunCheckpoints:
     def save_frozen(self, frozen: Any, manifest: dict[str, Any]) -> None:
         """Write the frozen tree once, and the manifest that later restores are checked against."""
         self._set_foreign_aside()
-        with finishing(self.folder):
+        with finishing(self.folder), telling_of_buckets(self.folder):
             ocp.save(orbax_path(self.folder / "frozen"), frozen, overwrite=True)
         digests = leaf_digests(frozen)
         self._frozen = hash_of(digests)
@@ -142,7 +143,8 @@ class RunCheckpoints:
         """Raise what has stopped the saving of a step, which else would be told when the next is saved."""
         if self._saving is not None:
             with contextlib.suppress(TimeoutError):  # it goes on
-                self._saving.result(timeout=0)
+                with telling_of_buckets(self.folder):
+                    self._saving.result(timeout=0)
                 self._saving = None
 
     def save(self, step: int, train: Any) -> None:
@@ -162,12 +164,13 @@ class RunCheckpoints:
                 "start again with a lower optim.lr or larger optim.eps, in another --workdir",
             ) from error
         # force: by default Orbax drops a save while the previous one is being written.
-        self._saving = self._steps.save_checkpointables_async(
-            step,
-            {"train": train},
-            force=True,
-            custom_metadata={"step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)},
-        )
+        with telling_of_buckets(self.folder):
+            self._saving = self._steps.save_checkpointables_async(
+                step,
+                {"train": train},
+                force=True,
+                custom_metadata={"step": step, "frozen_hash": self._frozen, "train": leaf_digests(train)},
+            )
 
     def restore(self, train: Any) -> Any:
         """Return the newest undamaged step, with the shapes, dtypes and shardings of the given `train` tree.
@@ -262,7 +265,8 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Block until all pending saves are on disk."""
-        self._steps.close()
+        with telling_of_buckets(self.folder):
+            self._steps.close()
 
 
 def _tree_bytes(tree: Any) -> int:

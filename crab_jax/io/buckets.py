@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import io
+import logging
 import os
 import shutil
 import threading
@@ -40,6 +41,7 @@ CACHE, CACHE_GB = "CRAB_JAX_OBJECT_CACHE", "CRAB_JAX_OBJECT_CACHE_GB"  # environ
 DEFAULT_GB = 20.0
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, with a traceback, is raised too
 # They also hold for the paths that Orbax makes of its own. Settings of the user's (fsspec's conf files) come first.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "gcs": {"use_listings_cache": False},
@@ -74,10 +76,10 @@ def _files(path: str) -> Any:
             path, "", f"needs the package {PACKAGES[kind]} ({error})", f"pip install {PACKAGES[kind]}"
         ) from None
     except Exception as error:  # of many kinds: credentials are looked for here
-        raise _as_os_error(path, error) from error
+        raise as_os_error(path, error) from error
 
 
-def _as_os_error(path: str, error: BaseException, written: bool = False) -> OSError:
+def as_os_error(path: str, error: BaseException, written: bool = False) -> OSError:
     """Return an error of fsspec, gcsfs, s3fs or what they use as an OSError with a number, a reason and the path."""
     if isinstance(error, OSError) and error.errno in FULL:  # the disk on which a copy is made
         return error
@@ -125,7 +127,7 @@ class BucketPath(PosixGPath):  # type: ignore[misc]  # etils has no types
         except InputError:
             raise
         except Exception as error:  # they have no common base class
-            raise _as_os_error(text, error, method in ("pipe_file", "put_file")) from error
+            raise as_os_error(text, error, method in ("pipe_file", "put_file")) from error
 
     def _info(self) -> dict[str, Any]:
         settle(str(self))
@@ -286,7 +288,7 @@ class BucketPath(PosixGPath):  # type: ignore[misc]  # etils has no types
         try:
             _files(text).put_file(str(source), text)
         except Exception as error:
-            raise _as_os_error(text, error, written=True) from error
+            raise as_os_error(text, error, written=True) from error
 
     def get(self, target: Path) -> None:
         """Write the content of an object to a local file. Raises OSError."""

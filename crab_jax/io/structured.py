@@ -64,7 +64,7 @@ def _read_object(path: Path, field: str, most: int, fix: str) -> bytes:
     refuse_special(path, field, most, fix)
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except FileNotFoundError as error:  # any other error says nothing about the file
         raise InputError(str(path), field, f"cannot be read ({error.strerror})", fix) from None
     if placeholder := stand_in(data[:HEAD]):
         raise InputError(str(path), field, *placeholder)
@@ -76,6 +76,8 @@ def refuse_special(path: str | Path, field: str = "", most: int | None = None, f
     try:
         status = paths.at(path).stat() if paths.is_remote(path) else os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if paths.is_remote(path) and not isinstance(error, FileNotFoundError):
+            raise
         raise InputError(str(path), field, f"cannot be read ({getattr(error, 'strerror', error)})", fix) from None
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
