@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,10 @@ from crab_jax.runs import run_params
 ACTIVATION_SHARE = 0.35
 # Parameters may take this share of a device that generates; the rest is for the cache and activations.
 SERVING_SHARE = 0.6
+# Parameters, and all that a batch of answers needs, may take this share of it.
+ANSWER_SHARE = 0.85
+MOST_ROWS = 64  # of a batch of answers: beyond it, a row waits for the longest answer of too many others
+ROWS_UNKNOWN = 16
 # Measured ratio of the compiler's allocation for a row and the sum in `row_bytes`.
 MEASURED = 1.5
 
@@ -68,6 +73,38 @@ def micro_batches(config: RunConfig, mesh: Mesh) -> int:
     each = row_bytes(config.model, max(config.data.lengths)) / mesh.shape["tensor"]
     fitting = ACTIVATION_SHARE * memory / each
     return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows / n <= fitting or n == rows))
+
+
+def answer_bytes(cfg: CrabConfig, length: int, new: int) -> int:
+    """Estimate the bytes of a row whose prompt of `length` positions is answered with `new` tokens.
+
+    The sum has the cache, one layer's attention scores and feed-forward while the prompt is read, and the logits. The
+    cache counts twice, because it may be copied from one program to the next.
+    """
+    llama, width = cfg.llama, jax.numpy.dtype(cfg.llama.dtype).itemsize
+    cache = 2 * width * llama.layers * (length + new) * llama.kv_heads * llama.head_dim
+    scores = 2 * 4 * llama.heads * length**2
+    feed_forward = 2 * width * length * 2 * llama.mlp_dim
+    return 2 * cache + scores + feed_forward + 4 * llama.padded_vocab
+
+
+def answered_rows(config: RunConfig, weights: str, new: int, tensor: int = 0, devices: Any = None) -> int:
+    """Return how many rows this process answers at a time: the largest power of two that memory has room for.
+
+    At most MOST_ROWS for each copy of the model; ROWS_UNKNOWN where a device's memory is unknown. `tensor` and
+    `devices` are those of `serving_mesh`.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    memory, model = chips.memory_of(devices[0]), config.model.build()
+    if memory is None:
+        return ROWS_UNKNOWN
+    mesh = serving_mesh(config, weights, len(devices), tensor, devices)
+    split = mesh.shape["tensor"]
+    size = quantize.BITS[weights] / 8 if weights in quantize.BITS else jax.numpy.dtype(model.cfg.dtype).itemsize
+    free = ANSWER_SHARE * memory - run_params.count(run_params.abstract_params(model)) * size / split
+    fitting = free * split / answer_bytes(config.model, max(config.data.lengths), new)
+    copies: int = mesh.shape["data"]
+    return copies * min(MOST_ROWS, 1 << int(math.log2(max(1, fitting))))
 
 
 def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
