@@ -44,7 +44,7 @@ from crab_jax.io.structured import read_json
 from crab_jax.models.generating import KINDS
 from crab_jax.parallel import distributed
 from crab_jax.reports import evaluation_page
-from crab_jax.runs import run_data, run_folder
+from crab_jax.runs import run_data, run_folder, run_mesh
 from crab_jax.tasks import TASKS, add_flag
 from crab_jax.tasks.task import sample_score
 from crab_jax.visualize.page import NONE, Html
@@ -219,7 +219,10 @@ def _read_split(arguments: argparse.Namespace) -> tuple[Path, list[Example], lis
 
 def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], examples: list[Example]) -> Source:
     """Return the source that answers with the model of --checkpoint."""
-    crab = load(arguments.checkpoint, arguments.weights, batch_size=arguments.batch_size, tensor=arguments.tensor)
+    rows = arguments.batch_size or run_mesh.answered_rows(
+        run_folder.load_config(arguments.checkpoint), arguments.weights, arguments.max_new_tokens, arguments.tensor
+    )
+    crab = load(arguments.checkpoint, arguments.weights, batch_size=rows, tensor=arguments.tensor)
     if crab.mesh is not None and crab.mesh.size > 1:
         print(f"{crab.mesh.shape['data']} copies of the model on {crab.mesh.size} devices", flush=True)
 
@@ -227,7 +230,7 @@ def from_model(arguments: argparse.Namespace, root: Path, split: list[Example], 
         return crab.predict(
             todo,
             root,
-            batch_size=arguments.batch_size,
+            batch_size=rows,
             max_new_tokens=arguments.max_new_tokens,
             decoding={"force_masks": arguments.force_masks},
             cache_dir=arguments.cache_dir,
@@ -417,7 +420,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"tasks, some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--limit", type=Whole(1), help="at most this many examples of each task")
-    parser.add_argument("--batch-size", type=Whole(1, 2**16), default=16, help="examples per batch (default 16)")
+    parser.add_argument(
+        "--batch-size",
+        type=Whole(1, 2**16),
+        help="examples per batch (default: as many as the device's memory has room for, 16 on a CPU)",
+    )
     parser.add_argument(
         "--max-new-tokens", type=Whole(1, 2**16), default=256, help="longest answer in tokens (default 256)"
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -189,6 +191,64 @@ class Decodable(Protocol):
 
 
 Root = str | Path | Decodable
+
+
+class Remembering:
+    """The media of a root, whose latest videos and sounds are kept: of several Examples about a clip, decoded once.
+
+    Threads may ask at the same time; all but the first wait. limit: bytes that are kept. What a medium raises is not
+    kept. Methods are those of `Files`, and `source`, so that it is a root itself.
+    """
+
+    def __init__(self, root: Root, cache_dir: str = "", limit: int = 2**28):
+        self.root, self.cache_dir, self.limit = root, cache_dir, limit
+        self._kept: dict[tuple[Any, ...], concurrent.futures.Future[np.ndarray]] = {}  # latest last
+        self._lock = threading.Lock()
+
+    def source(self, decoding: Decoding) -> Any:
+        """Return the media as decoded for a batch; `decoding` is the same at every call."""
+        return _Remembered(source(self.root, decoding, self.cache_dir), self.once)
+
+    def once(self, key: tuple[Any, ...], decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return `decode()`, or its result of an earlier call with this key."""
+        with self._lock:
+            known = self._kept.pop(key, None)
+            future = self._kept[key] = known or concurrent.futures.Future()
+        if known is None:
+            try:
+                future.set_result(decode())
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._kept.pop(key, None)
+            self._forget()
+        return future.result()
+
+    def _forget(self) -> None:
+        with self._lock:
+            sizes = {key: f.result().nbytes for key, f in self._kept.items() if f.done() and not f.exception()}
+            total = sum(sizes.values())
+            for key, size in list(sizes.items())[:-1]:
+                if total > self.limit:
+                    del self._kept[key]
+                    total -= size
+
+
+class _Remembered:
+    """The methods of `Files`, two of which ask `once` first."""
+
+    def __init__(self, source: Files | Shards, once: Callable[[tuple[Any, ...], Callable[[], np.ndarray]], np.ndarray]):
+        self._source, self._once = source, once
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def video(self, path: str) -> np.ndarray:
+        return self._once(("video", path), lambda: self._source.video(path))
+
+    def sound(self, path: str, windows: str, second: int | None, video: str | None = None) -> np.ndarray:
+        key = ("sound", path, windows, second if windows in fbank.SINGLE else None, video)
+        return self._once(key, lambda: self._source.sound(path, windows, second, video))
 
 
 def source(root: Root, decoding: Decoding, cache_dir: str = "") -> Files | Shards:

@@ -424,12 +424,14 @@ def eval_batches(
 ) -> Iterator[tuple[Bucket, Batch]]:
     """Yield batches of every example once, with or without answers, bucket by bucket, decoded ahead by threads.
 
+    A clip that several neighbouring examples are about is decoded once.
+
     The last batch of a bucket is filled with copies of its first row whose index is -1. With `on_error="skip"` a bad
     example is left out with a warning; otherwise it raises InputError.
     """
     config = dataclasses.replace(config, prompt_only=prompt_only, tasks=tuple(TASKS))  # of the model's run, and later
     groups = group_by_bucket(examples, tokenizer, config)
-    loader = BatchLoader(examples, groups, root, tokenizer, config)
+    loader = BatchLoader(examples, groups, decoded.Remembering(root, config.cache_dir), tokenizer, config)
     chunks = [
         (bucket, group[start : start + batch_size])
         for bucket, group in ((bucket, list(group)) for bucket, group in groups.items())

@@ -212,6 +212,27 @@ def test_a_model_that_answers_is_split_no_more_than_it_must(monkeypatch, name, c
     assert tuple(mesh.shape.values()) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "weights", "expected"),
+    [
+        ("v5e", 1, "int8", 4),
+        ("v5e", 8, "float", 32),
+        ("v6e", 4, "float", 32),
+        ("v5p", 4, "float", 128),
+        (None, 8, "float", 16),
+    ],
+)
+def test_a_batch_of_answers_has_the_rows_that_memory_has_room_for(monkeypatch, name, count, weights, expected):
+    """Their number is divided by the copies of the model, and longer answers leave room for fewer."""
+    memory = {chip.name: chip.hbm_bytes for chip in chips.CHIPS}.get(name)
+    monkeypatch.setattr(chips, "memory_of", lambda device: memory)
+    config, devices = resolve(finetune.get_config()), [Device(number) for number in range(count)]
+    rows = run_mesh.answered_rows(config, weights, 256, devices=devices)
+    assert rows == expected
+    assert run_mesh.answered_rows(config, weights, 8192, devices=devices) < rows or name is None
+    assert rows % run_mesh.serving_mesh(config, weights, rows, devices=devices).shape["data"] == 0
+
+
 def test_a_model_that_answers_is_not_split_by_a_number_that_does_not_divide():
     devices = [Device(number) for number in range(8)]
     with pytest.raises(InputError, match="3 does not divide the 8 devices"):

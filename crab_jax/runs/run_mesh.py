@@ -24,6 +24,10 @@ from crab_jax.runs import run_params
 TRAINING_SHARE = 0.85
 # Parameters may take this share of a device that generates; the rest is for the cache and activations.
 SERVING_SHARE = 0.6
+# Parameters, and all that a batch of answers needs, may take this share of it.
+ANSWER_SHARE = 0.85
+MOST_ROWS = 64  # of a batch of answers: beyond it, a row waits for the longest answer of too many others
+ROWS_UNKNOWN = 16
 # Measured ratio of what the compiler allocates for a row of a micro-batch to the sum in `row_bytes`.
 MEASURED = 1.1
 # What a training step takes however few rows it has: the gathered matrices of the layers at work.
@@ -125,6 +129,38 @@ def fitted(config: RunConfig, mesh: Mesh) -> tuple[CrabConfig, int]:
 def with_remat(cfg: CrabConfig, policy: str) -> CrabConfig:
     """Return the sizes with a policy of recomputation."""
     return dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, remat=policy))
+
+
+def answer_bytes(cfg: CrabConfig, length: int, new: int) -> int:
+    """Estimate the bytes of a row whose prompt of `length` positions is answered with `new` tokens.
+
+    The sum has the cache, one layer's attention scores and feed-forward while the prompt is read, and the logits. The
+    cache counts twice, because it may be copied from one program to the next.
+    """
+    llama, width = cfg.llama, jax.numpy.dtype(cfg.llama.dtype).itemsize
+    cache = 2 * width * llama.layers * (length + new) * llama.kv_heads * llama.head_dim
+    scores = 2 * 4 * llama.heads * length**2
+    feed_forward = 2 * width * length * 2 * llama.mlp_dim
+    return 2 * cache + scores + feed_forward + 4 * llama.padded_vocab
+
+
+def answered_rows(config: RunConfig, weights: str, new: int, tensor: int = 0, devices: Any = None) -> int:
+    """Return how many rows this process answers at a time: the largest power of two that memory has room for.
+
+    At most MOST_ROWS for each copy of the model; ROWS_UNKNOWN where a device's memory is unknown. `tensor` and
+    `devices` are those of `serving_mesh`.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    memory, model = chips.memory_of(devices[0]), config.model.build()
+    if memory is None:
+        return ROWS_UNKNOWN
+    mesh = serving_mesh(config, weights, len(devices), tensor, devices)
+    split = mesh.shape["tensor"]
+    size = quantize.BITS[weights] / 8 if weights in quantize.BITS else jax.numpy.dtype(model.cfg.dtype).itemsize
+    free = ANSWER_SHARE * memory - run_params.count(run_params.abstract_params(model)) * size / split
+    fitting = free * split / answer_bytes(config.model, max(config.data.lengths), new)
+    copies: int = mesh.shape["data"]
+    return copies * min(MOST_ROWS, 1 << int(math.log2(max(1, fitting))))
 
 
 def serving_mesh(config: RunConfig, weights: str, batch_size: int, tensor: int = 0, devices: Any = None) -> Mesh:
