@@ -80,6 +80,21 @@ def test_a_path_in_a_bucket_has_the_methods_of_a_path(bucket):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("name", ["a#1", "a [b]", "a?b", "a*", "a%20b"])
+def test_a_name_is_no_pattern_and_no_address(bucket, name):
+    """Clients take such names for patterns, versions and escapes: `rm` of `a*` would delete all that begins with a."""
+    folder, other = bucket.at(f"names/{name}"), bucket.at("names/ab/kept")
+    file, moved = folder / f"{name}.mp4", bucket.at("names/moved")
+    other.write_bytes(b"another folder")
+    file.write_bytes(b"film")
+    assert file.read_bytes() == paths.local(file).read_bytes() == b"film" and list(folder.rglob("*")) == [file]
+    paths.in_bucket(folder).move(paths.in_bucket(moved))
+    assert (moved / file.name).read_bytes() == b"film" and not folder.exists()
+    file.write_bytes(b"film")
+    paths.in_bucket(folder).rmtree()
+    assert not folder.exists() and other.exists()
+
+
 def test_one_of_several_writers_creates_an_object(bucket):
     file = bucket.at("created")
     with ThreadPoolExecutor(8) as pool:

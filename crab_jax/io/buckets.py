@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ NO_OBJECT = "No such object"
 SETTLE_SECONDS = 10.0  # after which an appended line is in the bucket
 CACHE, CACHE_GB = "CRAB_JAX_OBJECT_CACHE", "CRAB_JAX_OBJECT_CACHE_GB"  # environment variables: its folder and size
 DEFAULT_GB = 20.0
+_AT_ONCE = 8  # deletions
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, with a traceback, is raised too
@@ -304,20 +306,25 @@ class BucketPath(PosixGPath):  # type: ignore[misc]  # etils has no types
                 if not missing_ok:
                     raise
 
+    def _delete(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("rm_file")
+
     def rmtree(self, missing_ok: bool = False) -> None:
         """Delete all objects below this name. Raises OSError."""
         with _forgotten(str(self)):
-            try:
-                self._ask("rm", recursive=True)
-            except FileNotFoundError:
-                if not missing_ok:
-                    raise
+            inside = self._below()  # fsspec's own `rm` takes *, ? and [] of a name as a pattern
+            if not inside and not missing_ok:
+                raise FileNotFoundError(errno.ENOENT, NO_OBJECT, str(self))
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for _ in pool.map(BucketPath._delete, inside):
+                    pass
 
     def move(self, target: BucketPath) -> None:
         """Copy all objects below this name to another one, without fetching them, and delete them. Raises OSError."""
         inside = self._below()
         for path in inside:
-            path._ask("copy", f"{target}/{path.relative_to(self).as_posix()}" if path != self else str(target))
+            path._ask("cp_file", f"{target}/{path.relative_to(self).as_posix()}" if path != self else str(target))
         for path in inside:
             path.unlink()
 
