@@ -162,3 +162,11 @@ def test_on_one_slice_nothing_crosses():
 def test_collectives_that_share_a_channel_and_not_a_result_are_two():
     text = BETWEEN.replace("channel_id=3", "channel_id=2").replace("%neighbours = f32[16]", "%neighbours = f32[24]")
     assert hlo.collectives(hlo.ops(text))["all-gather"] == {"count": 2, "bytes": 64 + 96}
+
+
+def test_groups_along_the_axes_of_a_mesh():
+    """As libtpu 0.0.42 writes them."""
+    rest = "%x), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}"
+    assert hlo._groups(rest) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert hlo._groups(rest.replace("{'a'}", "{'b'}")) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert hlo._groups("%x), replica_groups=mesh['a'=1,'b'=4] {'b'}") == ((0, 1, 2, 3),)

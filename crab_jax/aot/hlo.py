@@ -54,6 +54,10 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 # The chips of a collective: {{0,1},{2,3}}, or [2,2]<=[4], or [2,2]<=[2,2]T(1,0); or the pairs of a permutation.
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
 _TILED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# Or the axes of a mesh that they lie along: mesh['a'=4,'b'=64], device_ids=([64,4]T(1,0)) {'a'}.
+_MESHED = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?,? ?\{([^}]*)\}"
+)
 # The TPU compiler makes of a collective between slices its parts within the slices, and a transfer through the hosts.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _INDEX = re.compile(r"index=(\d+)")
@@ -383,6 +387,15 @@ def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
         order = [int(axis) for axis in tiled[4].split(",")] if tiled[4] else range(len(shape))
         chips = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(tiled[1]), int(tiled[2]))
         return tuple(map(tuple, chips.tolist()))
+    if meshed := _MESHED.search(rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", meshed[1])}
+        names, along = list(sizes), re.findall(r"'([^']*)'", meshed[4])
+        shape = [int(size) for size in (meshed[2] or str(math.prod(sizes.values()))).split(",")]
+        order = [int(axis) for axis in meshed[3].split(",")] if meshed[3] else range(len(shape))
+        chips = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(tuple(sizes.values()))
+        rest_of = [names.index(name) for name in names if name not in along]
+        chips = chips.transpose([*rest_of, *map(names.index, along)])
+        return tuple(map(tuple, chips.reshape(-1, math.prod(sizes[name] for name in along)).tolist()))
     return ()
 
 
