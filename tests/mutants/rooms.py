@@ -40,8 +40,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "models": _own(
         "crab_jax/models", "tests/models", "beats clip crab llama lora mask_decoder qformer", SIZES, PRODUCTS, PARITY
     )
+    | _own("crab_jax/models", "tests/models", "attention dropout")
     | {"crab_jax/models/generating.py": ("tests/models/test_fused.py", PRODUCTS)}
-    | {"crab_jax/models/layers.py": ("tests/models/test_lora.py", "tests/models/test_llama.py", PRODUCTS, PARITY)}
+    | _own(
+        "crab_jax/models", "tests/models", "layers", "tests/models/test_lora.py", "tests/models/test_llama.py", PRODUCTS
+    )
     | {"crab_jax/models/presets.py": (SIZES,)},
     "train": _own("crab_jax", "tests", "train", LOG)
     | {f"crab_jax/training/{name}.py": (LOG, "tests/test_numbers.py") for name in ("metrics_log", "skip_guard")}
