@@ -72,6 +72,8 @@ def fingerprint(params: Any) -> str:
 
 # Fields of a run's DataConfig that no answer depends on: `lengths` affect padding, the others concern training.
 NO_ANSWER = ("lengths", "prompt_only", "on_error", "cache_dir", "tasks")
+# Fields of the model's config, by module, that no answer depends on: they concern training, or give the same numbers.
+NO_ANSWER_SIZES = {"llama": ("remat", "attention"), "lora": ("dropout", "dropout_bits")}
 FIRST = {"examples"}  # names in the identity of every evaluation folder, whatever version wrote it
 
 
@@ -92,8 +94,18 @@ def settings(arguments: argparse.Namespace, config: RunConfig, tokenizer: Tokeni
         "weights": arguments.weights,
         "tokenizer": tokenizer.digest(),
         **kept,
-        "model": json.loads(json.dumps(dataclasses.asdict(config.model))),
+        "model": _answering(json.loads(json.dumps(dataclasses.asdict(config.model)))),
     }
+
+
+def _answering(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model's config that answers depend on; older versions noted all."""
+
+    def kept(module: str, fields: Any) -> Any:
+        left_out = NO_ANSWER_SIZES.get(module, ())
+        return {name: value for name, value in fields.items() if name not in left_out} if left_out else fields
+
+    return {module: kept(module, fields) for module, fields in model.items()}
 
 
 def describe(
@@ -120,8 +132,9 @@ def claim(out: Path, description: Mapping[str, Any], first: bool) -> None:
 
     def noted() -> dict[str, Any]:
         try:
-            return dict(read_json(file, {"identity": Anything()})["identity"])
-        except (InputError, TypeError, ValueError):
+            known = dict(read_json(file, {"identity": Anything()})["identity"])
+            return known | ({"model": _answering(known["model"])} if "model" in known else {})
+        except (InputError, TypeError, ValueError, AttributeError):
             return {}
 
     if not first:

@@ -18,6 +18,7 @@ from crab_jax.evaluate import parse_arguments, select
 from crab_jax.evaluation import judging, scoring
 from crab_jax.evaluation.judging import check_labels
 from crab_jax.io.errors import InputError
+from crab_jax.models import presets
 from crab_jax.models.clip import ClipConfig
 from crab_jax.models.llama import KVCache, LlamaConfig, grow_cache, init_cache
 from crab_jax.parallel import sharding
@@ -542,3 +543,17 @@ def test_help_shows_an_example_and_bad_flags_are_refused(capsys):
     assert "python -m crab_jax.evaluate --checkpoint runs/x --tasks ave,s4" in capsys.readouterr().out
     with pytest.raises(InputError, match="--limit.*'0' must be a whole number from 1"):
         parse_arguments(["--checkpoint", "x", "--out", "y", "--limit", "0"])
+
+
+def test_answers_do_not_depend_on_how_a_model_was_trained_or_which_kernel_attends():
+    """Evaluations of before these fields go on, whatever a later version calls the same model."""
+    cfg = presets.tiny()
+    facts = verb._answering(dataclasses.asdict(cfg))
+    other = dataclasses.replace(
+        cfg,
+        llama=dataclasses.replace(cfg.llama, remat="full", attention="einsum"),
+        lora=dataclasses.replace(cfg.lora, dropout=0.3, dropout_bits="threefry"),
+    )
+    assert verb._answering(dataclasses.asdict(other)) == facts
+    heads = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, heads=4))
+    assert verb._answering(dataclasses.asdict(heads)) != facts and facts["clip"] == dataclasses.asdict(cfg.clip)

@@ -21,6 +21,7 @@ REASONS = {
     "crab_jax/io/bounds.py": "whether a text that looks like no path is one; paths on disks",
     "crab_jax/io/packaged.py": "files of the package",
     "crab_jax/aot/compile_cache.py": "a cache on this machine's disk",
+    "crab_jax/aot/gpu.py": "the CUDA compiler of this machine",
     "crab_jax/parallel/distributed.py": "files of the package",
     "crab_jax/checkpoints/orbax.py": "the branch for disks",
     "crab_jax/checkpoints/run_steps.py": "the branch for disks",
