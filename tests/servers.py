@@ -73,6 +73,12 @@ def serving(kind: str, cache: Path) -> Iterator[Bucket]:
             import boto3
 
             boto3.client("s3").create_bucket(Bucket="crab")
+        _renew_forkserver()
         yield Bucket(kind, environment, server)
         server.stop()
-    forkserver._forkserver._stop()  # its processes have the environment of its start
+    _renew_forkserver()
+
+
+def _renew_forkserver() -> None:
+    """Stop the server that Python forks workers from, whose workers have the environment of its start."""
+    forkserver._forkserver._stop()
