@@ -89,10 +89,13 @@ srun --kill-on-bad-exit=1 --gpu-bind=none "${PYTHON:-.venv/bin/python}" -u -m "c
 run=$!
 wait "$run"
 code=$?
-while [ -n "$asked" ] && kill -0 "$run" 2>/dev/null; do  # a trap ends a wait early
+if [ -n "$asked" ]; then  # a trap ends a wait early, with the signal's number instead of the run's exit code
+    while kill -0 "$run" 2>/dev/null; do
+        wait "$run"
+    done
     wait "$run"
     code=$?
-done
+fi
 if [ -n "$asked" ]; then
     if [ -n "$max_restarts" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
         echo "stopped on a signal with exit code $code; gave up after ${SLURM_RESTART_COUNT:-0} restarts" >&2

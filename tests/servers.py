@@ -10,7 +10,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from etils.epath import backend
 
 from crab_jax.io import buckets, paths
 
@@ -74,6 +76,9 @@ def serving(kind: str, cache: Path) -> Iterator[Bucket]:
 
             boto3.client("s3").create_bucket(Bucket="crab")
         _renew_forkserver()
+        # fsspec and etils keep file systems, and with them the address of an earlier server.
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        fsspec.get_filesystem_class({"gs": "gcs"}.get(kind, kind)).clear_instance_cache()
         yield Bucket(kind, environment, server)
         server.stop()
     _renew_forkserver()

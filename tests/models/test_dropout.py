@@ -99,3 +99,24 @@ def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(bits):
 def test_a_vector_per_row_is_dropped_too():
     assert dropped(shape=(256,)).shape == (64, 256)
     assert abs(deviations(dropped(shape=(4096,)), RATE)) < 4
+
+
+def lowbias32(x: int, last: bool = True) -> int:
+    """The finaliser of hash-prospector, in integers."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+    return x ^ (x >> 16) if last else x
+
+
+def test_an_element_is_dropped_by_the_hash_of_its_place():
+    """Written out in integers: a run that goes on draws what it would have drawn, in every version."""
+    first, second = (int(part) for part in jax.random.key_data(KEY))
+    found = np.asarray(keep(KEY, jnp.array([0, 7]), (3, 2, 5), 0.3))
+    for number, row in enumerate((0, 7)):
+        of_row = lowbias32(lowbias32(row ^ first) ^ second)
+        for place in range(6):
+            of_place = lowbias32(of_row ^ lowbias32((place + first) % 2**32))
+            for feature in range(5):
+                mixed = lowbias32(of_place ^ lowbias32(feature ^ second), last=False)
+                signed = mixed - 2**32 if mixed >= 2**31 else mixed
+                assert found[number, place // 2, place % 2, feature] == (signed >= round(0.3 * 2**32) - 2**31)
