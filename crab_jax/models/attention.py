@@ -91,10 +91,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax
     """
     width = q.shape[-1]
     grouped = q.reshape(len(q), k.shape[1], -1, *q.shape[2:])
-    scores = jnp.einsum("bkgld,bknd->bkgln", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED))
-    out: jax.Array = jnp.einsum("bkgln,bknd->bkgld", weights.astype(v.dtype), v)
+    scores = jnp.einsum("bkgld,bknd->bkgln", grouped, k, preferred_element_type=jnp.float32)
+    out: jax.Array = jnp.einsum("bkgln,bknd->bkgld", attention_weights(scores, mask, width).astype(v.dtype), v)
     return out.reshape(q.shape)
+
+
+def attention_weights(scores: jax.Array, mask: AttentionMask, width: int) -> jax.Array:
+    """Return the softmax of scores float32[B,KH,G,L,N] of heads of `width` features, under mask bool[B,L,N]."""
+    return jax.nn.softmax(jnp.where(mask[:, None, None], scores * width**-0.5, MASKED))
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:

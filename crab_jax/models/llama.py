@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crab_jax.models import attention, lora
-from crab_jax.models.attention import MASKED, causal
+from crab_jax.models.attention import MASKED, attention_weights, causal
 from crab_jax.models.layers import RMSNorm, normal
 from crab_jax.models.lora import LoraConfig, LoraDense
 from crab_jax.models.shapes import (
@@ -168,13 +168,13 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> j
 def _attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Return [B,L,KH,G,hd] for q [B,L,KH,G,hd]."""
     scores = jnp.einsum("blkgd,bkdn->bkgln", q, k, preferred_element_type=jnp.float32)
-    return jnp.einsum("bkgln,bknd->blkgd", _weights(scores, mask, q.shape[-1]).astype(v.dtype), v)
+    return jnp.einsum("bkgln,bknd->blkgd", attention_weights(scores, mask, q.shape[-1]).astype(v.dtype), v)
 
 
 def _attend_cache_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     # XLA's CPU backend has no batched product of bfloat16 matrices that gives float32.
     scores = jnp.einsum("blkgd,bkdn->bkgln", q.astype(jnp.float32), k.astype(jnp.float32))
-    return jnp.einsum("bkgln,bknd->blkgd", _weights(scores, mask, q.shape[-1]).astype(v.dtype), v)
+    return jnp.einsum("bkgln,bknd->blkgd", attention_weights(scores, mask, q.shape[-1]).astype(v.dtype), v)
 
 
 def _attend_cache_on_tpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -186,13 +186,8 @@ def _attend_cache_on_tpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arr
     group = q.shape[3]
     q = jnp.pad(q, [(0, 0)] * 3 + [(0, max(0, ROWS - q.shape[1] * group)), (0, 0)])
     scores = jnp.einsum("blkgd,bnkd->bkgln", q, k.transpose(0, 3, 1, 2), preferred_element_type=jnp.float32)
-    weights = _weights(scores, mask, q.shape[-1]).astype(v.dtype)
+    weights = attention_weights(scores, mask, q.shape[-1]).astype(v.dtype)
     return jnp.einsum("bkgln,bnkd->blkgd", weights, v.transpose(0, 2, 1, 3))[:, :, :, :group]
-
-
-def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:
-    """Return the softmax of scores float32[B,KH,G,L,N] of heads of `width` features, under mask bool[B,L,N]."""
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores * width**-0.5, MASKED))
 
 
 def mask_pads(logits: jax.Array, vocab_size: int) -> jax.Array:

@@ -54,7 +54,7 @@ def row_bytes(cfg: CrabConfig, length: int, remat: str = "full", kernel: str = "
     """Estimate the bytes of temporaries per batch row of `length` positions in a training step.
 
     The sum has what the policy `remat` keeps of every layer, one layer's feed-forward and attention scores (which only
-    the kernel "einsum" writes), and the logits of one chunk of targets.
+    the kernel "einsum" writes), the logits of one chunk of targets, and MEDIA_BYTES.
     """
     llama = cfg.llama
     layers = kept_bytes(llama, length, remat)
